@@ -1,0 +1,13 @@
+"""Recurrent layers that learn while they run: Recurrent Forward Propagation in PyTorch and Triton."""
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+if not (_HERE / "kernels").is_dir():
+    # In a checkout, kernels/ and bench/ lie beside this package, not in it as they do once installed.
+    __path__.append(str(_HERE.parent))
+
+from . import functional, nn  # noqa: E402
+from .nn import RGC  # noqa: E402
+
+__all__ = ["RGC", "functional", "nn"]

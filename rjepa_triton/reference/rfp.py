@@ -1,0 +1,278 @@
+"""Recurrent Forward Propagation in plain torch, any floating dtype, any device.
+
+The recursion (paper, eq. 14 and 18, for S states a unit and any K matrices):
+
+    M^{νν'} = A^{νν'} + Σ_{k reads ν'} φ^{ν,k} diag(W^k)                                     per unit
+    Γ^{ν,k}(t) = Σ_ν' M^{νν'}(t) ⊙_rows Γ^{ν',k}(t-1) + φ^{ν,k}(t) y^k(t)ᵀ
+    ∂E/∂W^k   = Σ_{t,b,ν} δ^ν(t) ⊙_rows Γ^{ν,k}(t),        δ^ν(t) = ∂L(t)/∂c^ν(t), instantaneous
+
+The same gradient without Γ ("dual"): credits run backward in time per unit, no matrix in the loop,
+
+    λ(t) = δ(t) + M(t+1)ᵀ λ(t+1),       E^k = Σ_ν λ^ν φ^{ν,k},       ∂E/∂W^k = Σ_{t,b} E^k(t) y^k(t)ᵀ
+
+and over a chunk of C steps that starts from Γ₀, with suffix products R(t) = M(C) … M(t+1):
+
+    Γ ← R(0) ⊙_rows Γ₀ + Σ_t (R(t) φ(t)) y(t)ᵀ,       ∂E/∂W = Σ_b (M(1)ᵀλ(1)) ⊙_rows Γ₀ + Σ_{t,b} E(t) y(t)ᵀ
+
+Only suffix products, never ratios or logarithms of prefixes: M can be zero or negative.
+
+Layout: per-unit arrays (S, T, B, N); transitions (S, S, T, B, N), first index the row ν; Γ is one tensor a
+state, (B, K, N, M), for K matrices of one shape, where M is 1 for diagonal matrices and biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..cells import Linearization, Matrix
+
+
+def transition(lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor]) -> Tensor:
+    """M (S, S, T, B, N): each unit's own S×S transition, zero where the state was reset.
+
+    matrices and weights: the recurrent ones, (N, N) or (N,) each.
+    """
+    count = lin.before.shape[0]
+    out = lin.before.new_empty(count, *lin.before.shape)
+    for nu in range(count):
+        for source in range(count):
+            entry, filled = out[nu, source], False
+            if (nu, source) in lin.partials.own:
+                entry.copy_(lin.partials.own[nu, source])
+                filled = True
+            for matrix, weight in zip(matrices, weights, strict=True):
+                phi = lin.immediate(matrix).get(nu)
+                if matrix.reads != source or phi is None:
+                    continue
+                diagonal = weight if weight.dim() == 1 else weight.diagonal()
+                if filled:
+                    entry.addcmul_(phi, diagonal)
+                else:
+                    torch.mul(phi, diagonal, out=entry)
+                filled = True
+            if not filled:
+                entry.zero_()
+    if lin.resets is not None:
+        out.masked_fill_(lin.resets[..., None], 0)
+    return out
+
+
+def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Credits λ(t) = δ(t) + M(t+1)ᵀ λ(t+1), and what they pass on to the state before the first step.
+
+    m (S, S, T, B, N), delta (S, T, B, N), carry (S, B, N) or None: credit that later steps pass to the last.
+    Returns λ (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N).
+    """
+    count, steps = delta.shape[:2]
+    credit = torch.empty_like(delta)
+    rows = [m[nu].unbind(1) for nu in range(count)]
+    credit_at, delta_at = credit.unbind(1), delta.unbind(1)
+    if carry is None:
+        credit_at[-1].copy_(delta_at[-1])
+    else:
+        torch.add(delta_at[-1], carry, out=credit_at[-1])
+    for t in range(steps - 2, -1, -1):
+        now, later = credit_at[t], credit_at[t + 1]
+        torch.addcmul(delta_at[t], rows[0][t + 1], later[0], out=now)
+        for nu in range(1, count):
+            now.addcmul_(rows[nu][t + 1], later[nu])
+    return credit, pass_back(m[:, :, 0], credit[:, 0])
+
+
+def pass_back(m: Tensor, credit: Tensor) -> Tensor:
+    """Mᵀ λ for one step: m (S, S, B, N), credit (S, B, N)."""
+    out = m[0] * credit[0]
+    for nu in range(1, m.shape[0]):
+        out.addcmul_(m[nu], credit[nu])
+    return out
+
+
+def suffix_products(m: Tensor) -> tuple[Tensor, Tensor]:
+    """R(t) = M(C) … M(t+1) for t = 1 … C, and R(0): (S, S, C, B, N) and (S, S, B, N)."""
+    count, steps = m.shape[1:3]
+    suffix = torch.empty_like(m)
+    suffix[:, :, -1] = torch.eye(count, dtype=m.dtype, device=m.device)[:, :, None, None]
+    for t in range(steps - 1, 0, -1):
+        _matmul(suffix[:, :, t], m[:, :, t], out=suffix[:, :, t - 1])
+    whole = torch.empty_like(m[:, :, 0])
+    _matmul(suffix[:, :, 0], m[:, :, 0], out=whole)
+    return suffix, whole
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Per-unit product of S×S matrices, each (S, S, B, N)."""
+    torch.mul(a[:, :1], b[:1], out=out)
+    for j in range(1, a.shape[1]):
+        out.addcmul_(a[:, j : j + 1], b[j : j + 1])
+
+
+def signal(matrix: Matrix, lin: Linearization, inputs: Tensor | None) -> Tensor:
+    """y^k (T, B, M): what a matrix reads. inputs (T, B, I) is the layer's input, if any matrix reads it."""
+    if isinstance(matrix.reads, int):
+        return lin.before[matrix.reads]
+    if matrix.reads == "one":
+        return torch.ones_like(lin.before[0])
+    if inputs is None:
+        raise ValueError(f"inputs must be given: matrix {matrix.name!r} reads the layer's input")
+    return inputs
+
+
+def entering_credit(matrix: Matrix, lin: Linearization, credit: Tensor) -> Tensor:
+    """E^k = Σ_ν λ^ν φ^{ν,k} (T, B, N), contiguous."""
+    out: Tensor | None = None
+    for nu, phi in lin.immediate(matrix).items():
+        out = credit[nu] * phi if out is None else out.addcmul_(credit[nu], phi)
+    return torch.zeros_like(credit[0]) if out is None else out
+
+
+def weight_gradient(entering: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Σ_{t,b} E(t) y(t)ᵀ, of the shape of `weight`: (N, M), or (N,) for a diagonal matrix or a bias."""
+    if weight.dim() == 1:
+        return (entering * y).flatten(0, -2).sum(0)
+    return entering.flatten(0, -2).mT @ y.flatten(0, -2)
+
+
+def weight_gradients(
+    lin: Linearization,
+    matrices: Sequence[Matrix],
+    weights: Sequence[Tensor],
+    credit: Tensor,
+    inputs: Tensor | None = None,
+) -> list[Tensor]:
+    """The dual form's last step: one product a matrix over all of (T, B). credit λ (S, T, B, N)."""
+    return [
+        weight_gradient(entering_credit(matrix, lin, credit), signal(matrix, lin, inputs), weight)
+        for matrix, weight in zip(matrices, weights, strict=True)
+    ]
+
+
+def input_gradient(lin: Linearization, credit: Tensor, count: int) -> Tensor:
+    """Σ_ν λ^ν ∂F_ν/∂x^j, (J, T, B, N), for a cell of `count` = J per-unit inputs."""
+    out = credit.new_zeros(count, *credit.shape[1:])
+    for (nu, j), partial in lin.partials.input.items():
+        out[j].addcmul_(credit[nu], partial)
+    return out
+
+
+def _rows(gammas: Sequence[Tensor], limit: int = 1 << 20) -> range:
+    """Starts of batch blocks of at most `limit` numbers of Γ^ν, or one row: a pass stays in cache."""
+    batch = gammas[0].shape[0]
+    return range(0, batch, max(1, limit // max(1, gammas[0][0].numel())))
+
+
+def _over_rows(per_unit: Tensor) -> Tensor:
+    """(B, N) → (B, 1, N, 1): a per-unit factor against Γ's (B, K, N, M)."""
+    return per_unit[:, None, :, None]
+
+
+def carried(gammas: Sequence[Tensor], m: Tensor) -> list[Tensor]:
+    """Σ_ν' M^{νν'} ⊙_rows Γ^{ν'}, out of place: gammas S of (B, K, N, M), m (S, S, B, N)."""
+    out = []
+    for nu in range(len(gammas)):
+        total = _over_rows(m[nu, 0]) * gammas[0].to(m.dtype)
+        for source in range(1, len(gammas)):
+            total = total + _over_rows(m[nu, source]) * gammas[source].to(m.dtype)
+        out.append(total)
+    return out
+
+
+def advanced(gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor) -> list[Tensor]:
+    """Γ one step on, out of place: `carried` and φ yᵀ. phi (S, B, K, N).
+
+    y broadcasts against Γ: (B, K, 1, M) for dense matrices, (B, K, N, 1) for diagonal ones.
+    """
+    return [kept + phi[nu][..., None] * y for nu, kept in enumerate(carried(gammas, m))]
+
+
+def read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
+    """Σ_{b,ν} λ^ν ⊙_rows Γ^ν, (K, N, M). credit (S, B, N)."""
+    total = _over_rows(credit[0]) * gammas[0].to(credit.dtype)
+    for nu in range(1, len(gammas)):
+        total = total + _over_rows(credit[nu]) * gammas[nu].to(credit.dtype)
+    return total.sum(0)
+
+
+def gamma_read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
+    """`read`, by blocks of the batch."""
+    rows = _rows(gammas)
+    total = None
+    for b in rows:
+        part = read([g[b : b + rows.step] for g in gammas], credit[:, b : b + rows.step])
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def gamma_step_(
+    gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor | None = None
+) -> Tensor | None:
+    """Advance Γ in place by one step; with delta (S, B, N), return Σ_{b,ν} δ^ν ⊙_rows Γ^ν as well, (K, N, M).
+
+    Arguments as in `advanced`. Γ may be kept in fewer bits than m: the arithmetic is in m's dtype, the
+    gradient is taken before rounding. Mutates gammas.
+    """
+    rows = _rows(gammas)
+    total = None
+    for b in rows:
+        block = slice(b, b + rows.step)
+        old = [g[block] for g in gammas]
+        new = advanced(old, m[:, :, block], phi[:, block], y[block])
+        if delta is not None:
+            part = read(new, delta[:, block])
+            total = part if total is None else total.add_(part)
+        for target, value in zip(old, new, strict=True):
+            target.copy_(value)
+    return total
+
+
+def gamma_chunk_(
+    gammas: Sequence[Tensor],
+    suffix: Tensor,
+    whole: Tensor,
+    phi: Tensor,
+    y: Tensor,
+    credit: Tensor | None = None,
+    *,
+    diagonal: bool = False,
+) -> Tensor | None:
+    """Advance Γ in place by C steps; with credit M(1)ᵀλ(1) (S, B, N), return Σ_{b,ν} credit ⊙_rows Γ₀ too.
+
+    suffix (S, S, C, B, N) and whole (S, S, B, N) as `suffix_products` returns them; phi (S, C, B, K, N);
+    y (C, B, K, M), or (C, B, K, N) with diagonal=True, where Γ's M is 1. Mutates gammas.
+    """
+    entering = arriving(suffix, phi)
+    rows = _rows(gammas)
+    total = None
+    for b in rows:
+        block = slice(b, b + rows.step)
+        old = [g[block] for g in gammas]
+        if credit is not None:
+            part = read(old, credit[:, block])
+            total = part if total is None else total.add_(part)
+        new = carried(old, whole[:, :, block])
+        for nu, value in enumerate(new):
+            add_arriving_(value, entering[nu][:, block], y[:, block], diagonal)
+        for target, value in zip(old, new, strict=True):
+            target.copy_(value)
+    return total
+
+
+def arriving(suffix: Tensor, phi: Tensor) -> Tensor:
+    """U^{ν,k}(t) = Σ_ν' R^{νν'}(t) φ^{ν',k}(t): what step t adds at the chunk's end, (S, C, B, K, N)."""
+    out = torch.zeros_like(phi)
+    for nu in range(phi.shape[0]):
+        for source in range(phi.shape[0]):
+            out[nu].addcmul_(suffix[nu, source][:, :, None], phi[source])
+    return out
+
+
+def add_arriving_(gamma: Tensor, entering: Tensor, y: Tensor, diagonal: bool) -> None:
+    """Γ += Σ_t U(t) y(t)ᵀ: gamma (B, K, N, M), entering (C, B, K, N), y (C, B, K, M or N). Mutates gamma."""
+    if diagonal:
+        gamma.add_((entering * y).sum(0)[..., None])
+    else:
+        left, right = entering.permute(1, 2, 3, 0), y.permute(1, 2, 0, 3)
+        gamma.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
