@@ -9,5 +9,6 @@ if not (_HERE / "kernels").is_dir():
 
 from . import functional, nn  # noqa: E402
 from .nn import RGC  # noqa: E402
+from .online import OnlineLearner  # noqa: E402
 
-__all__ = ["RGC", "functional", "nn"]
+__all__ = ["RGC", "OnlineLearner", "functional", "nn"]

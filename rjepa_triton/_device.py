@@ -1,0 +1,21 @@
+"""What a device has."""
+
+from __future__ import annotations
+
+import torch
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on `device`, or None where the system doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except FileNotFoundError:  # not Linux
+        return None
+    return None

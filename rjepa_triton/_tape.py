@@ -1,0 +1,128 @@
+"""Recorded steps, joined along time without copying a step more than a few times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cells import Linearization, Partials
+
+TIME = -3  # of every array below
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps in a row: their partials, transitions M (S, S, T, B, N), and inputs (T, B, I) or None.
+
+    M is zero at a reset, so `lin.resets` is not kept.
+    """
+
+    lin: Linearization
+    m: Tensor
+    inputs: Tensor | None
+
+    @property
+    def steps(self) -> int:
+        return self.lin.steps
+
+    def tensors(self) -> list[Tensor]:
+        """Every array, in a fixed order."""
+        p = self.lin.partials
+        arrays = [self.m, self.lin.before, *p.own.values(), *p.gate.values(), *p.input.values()]
+        return arrays if self.inputs is None else [*arrays, self.inputs]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block as lists and tensors, for a checkpoint."""
+        p = self.lin.partials
+        keys = [[list(key) for key in entries] for entries in (p.own, p.gate, p.input)]
+        return {"keys": keys, "tensors": self.tensors()}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Block:
+        """The block that `to_dict` wrote."""
+        given = iter(saved["tensors"])
+        m, before = next(given), next(given)
+        entries = [{(nu, j): next(given) for nu, j in keys} for keys in saved["keys"]]
+        return cls(Linearization(Partials(*entries), before), m, next(given, None))
+
+    def replaced(self, arrays: list[Tensor]) -> Block:
+        """A block of this structure with other arrays, in the order of `tensors`."""
+        return self.from_dict({**self.to_dict(), "tensors": arrays})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Block:
+        return self.replaced([function(t) for t in self.tensors()])
+
+    def narrow(self, start: int, stop: int) -> Block:
+        """Steps start … stop - 1, without copying."""
+        return self.map(lambda t: t.narrow(TIME, start, stop - start))
+
+
+class Tape:
+    """A run of recorded steps. Joining copies each step once, into a buffer that doubles when it is full."""
+
+    def __init__(self) -> None:
+        self._buffer: Block | None = None
+        self._filled = 0
+        self._pending: list[Block] = []
+
+    @property
+    def steps(self) -> int:
+        return self._filled + sum(block.steps for block in self._pending)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, spare room in the buffer among them."""
+        held = 0 if self._buffer is None else self._buffer.nbytes
+        return held + sum(block.nbytes for block in self._pending)
+
+    def append(self, block: Block) -> None:
+        self._pending.append(block)
+
+    def joined(self) -> Block | None:
+        """All steps as one block, or None if there are none."""
+        if self._pending and (self._filled or len(self._pending) > 1):
+            self._flush()
+        if self._filled:
+            assert self._buffer is not None
+            return self._buffer.narrow(0, self._filled)
+        return self._pending[0] if self._pending else None
+
+    def _flush(self) -> None:
+        total = self.steps
+        if self._buffer is None or total > self._buffer.steps:
+            room = max(total, 2 * self._filled)
+            new = self._pending[0].map(lambda t: _resized(t, room))
+            if self._buffer is not None:
+                for target, source in zip(new.tensors(), self._buffer.tensors(), strict=True):
+                    target.narrow(TIME, 0, self._filled).copy_(source.narrow(TIME, 0, self._filled))
+            self._buffer = new
+        for block in self._pending:
+            for target, source in zip(self._buffer.tensors(), block.tensors(), strict=True):
+                target.narrow(TIME, self._filled, block.steps).copy_(source)
+            self._filled += block.steps
+        self._pending = []
+
+    def drop_first(self, steps: int) -> None:
+        """Forget the first `steps` steps; the memory they took is kept only if others remain."""
+        left = self.steps - steps
+        rest = None
+        if left:
+            block = self.joined()
+            assert block is not None
+            rest = block.narrow(steps, steps + left).map(Tensor.clone)
+        self._buffer, self._filled = None, 0
+        self._pending = [] if rest is None else [rest]
+
+
+def _resized(like: Tensor, steps: int) -> Tensor:
+    shape = list(like.shape)
+    shape[TIME] = steps
+    return torch.empty(shape, dtype=like.dtype, device=like.device)

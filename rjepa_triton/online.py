@@ -1,0 +1,352 @@
+"""Online learning: a layer that runs step by step, or in chunks, and learns by RFP while it does."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import _checks as check
+from ._device import available_bytes
+from ._past import Past, Record
+from ._tape import Block
+from .cells import Linearization
+from .cost import Problem, cheapest, form_costs, rates_of
+from .nn import TwoPointLayer
+from .reference import rfp
+from .sensitivity import Sensitivity
+
+Form = Literal["auto", "step", "chunk", "history"]
+FORMS = ("auto", "step", "chunk", "history")
+GAMMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+class OnlineLearner:
+    """Runs a recurrent layer on a stream and gives its weights RFP's gradient in the loss's own backward().
+
+        learner = OnlineLearner(layer, batch_size)
+        for x_t, target in stream:
+            s_t = learner.step(x_t)
+            loss(s_t, target).backward()          # adds to layer.weight_ss.grad, …, and to what made x_t
+            optimizer.step(); optimizer.zero_grad()
+
+    The gradient is Σ_{b,ν} δ^ν(t) ⊙_rows Γ^{ν,k}(t) (paper, eq. 4 and 14; `docs/math.md`): exact for a
+    diagonal layer, an approximation for a dense one (`docs/exactness.md`). Weights may change after any
+    backward() (with form "chunk", at a chunk's end): each step's Γ is advanced with the weights that step ran
+    with. All forms give one gradient.
+
+    What goes on to x is the step's instantaneous gradient or, within one chunk() call, the credit of that
+    call's later steps as well. What earlier inputs did is in Γ, for the weights alone.
+
+    Args:
+        layer: the recurrent layer; its state is the learner's, zero at first.
+        batch_size: B, rows that run side by side.
+        update_every: C ≥ 1, steps between changes of the weights.
+        form: "step", "chunk" (needs update_every ≥ 2), "history" (memory grows until reset), or "auto".
+        lag: 0, or 1 for losses that compare s(t-1) with s(t): how many steps before the current one a loss
+            may still reach.
+        gamma_dtype: what Γ is kept in, float32 or bfloat16; a float64 layer keeps float64 for float32.
+        horizon: steps between resets, if known: lets "auto" consider "history".
+        backend: of the Γ recursion: "torch", "compile" (CPU), or "auto" (`ops.choose`).
+
+    step(), chunk(), reset() and backward() mutate the learner's state and Γ; nothing here changes weights.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range, naming it; a Γ that doesn't fit in memory.
+    """
+
+    def __init__(
+        self,
+        layer: TwoPointLayer,
+        batch_size: int,
+        *,
+        update_every: int = 1,
+        form: Form = "auto",
+        lag: int = 0,
+        gamma_dtype: torch.dtype = torch.float32,
+        horizon: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if not isinstance(layer, TwoPointLayer):
+            raise TypeError(f"layer must be a recurrent layer such as RGC, got {type(layer).__name__}")
+        self.layer = layer
+        self.batch_size = check.integer("batch_size", batch_size, 1)
+        self.update_every = check.integer("update_every", update_every, 1)
+        check.one_of("form", form, FORMS)
+        if check.integer("lag", lag, 0) > 1:
+            raise ValueError(f"lag must be 0 or 1, got {lag}")
+        self.horizon = None if horizon is None else check.integer("horizon", horizon, 1)
+        if gamma_dtype not in GAMMA_DTYPES:
+            wanted = ", ".join(map(str, GAMMA_DTYPES))
+            raise TypeError(f"gamma_dtype must be one of {wanted}, got {gamma_dtype}")
+        if form == "chunk" and update_every == 1:
+            raise ValueError(
+                "form='chunk' needs update_every ≥ 2, the steps for which the weights stay as they are, "
+                "got update_every=1; form='step' serves weights that change every step"
+            )
+        weights = layer.weights()
+        check.floating("layer", weights[0], (torch.float64, torch.float32))
+        for matrix, weight in zip(layer.matrices, weights, strict=True):
+            check.finite(f"layer's {matrix.name}", weight)
+        dtype, device = weights[0].dtype, weights[0].device
+        if (dtype, gamma_dtype) == (torch.float64, torch.float32):
+            gamma_dtype = torch.float64
+
+        self._problem = Problem(
+            states=len(layer.cell.states),
+            batch=batch_size,
+            units=layer.hidden_size,
+            fan_ins=[w.shape[1] if w.dim() == 2 else 1 for w in weights],
+            item=dtype.itemsize,
+            gamma_item=gamma_dtype.itemsize,
+        )
+        self._available = available_bytes(device)
+        self._costs = form_costs(self._problem, update_every, self.horizon, rates_of(device))
+        self._asked = form
+        self.form = cheapest(self._costs, self._available).form if form == "auto" else form
+        sensitivity = None
+        if self.form != "history":
+            self._refuse_if_too_large(device)
+            sensitivity = Sensitivity(
+                layer.matrices, weights, self._problem.states, batch_size, gamma_dtype, backend
+            )
+        self._past = Past(layer.matrices, self.form, lag, sensitivity)
+        self._state = weights[0].detach().new_zeros(self._problem.states, batch_size, layer.hidden_size)
+        self._forget: Tensor | None = None  # rows to forget when the next step begins, (B,) bool
+        self._forget_all = False
+        self._position = 0  # steps of a chunk that step() has filled
+        self._versions: tuple[int, ...] = ()  # of the weights when that chunk began
+        # The last step's credit port, for the next step of its chunk. Held here and not in `_past`, which
+        # graphs refer to: a graph that reached itself would never be freed.
+        self._token: Tensor | None = None
+
+    def _refuse_if_too_large(self, device: torch.device) -> None:
+        need, per_step = self._problem.gamma_bytes, self._problem.window_bytes(1)
+        if self._available is not None and need > self._available:
+            raise ValueError(
+                f"form={self.form!r} keeps a Γ of {need:,} bytes, and {device} has {self._available:,} left; "
+                f"form='history' takes {per_step:,} bytes for each step since reset, "
+                f"so up to {self._available // per_step:,} steps"
+            )
+
+    @property
+    def lag(self) -> int:
+        """How many steps before the current one a loss may still reach."""
+        return self._past.lag
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """The layer's S states now, (B, N) each, detached."""
+        return self._state.unbind(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of learning state now: Γ, the window or history, and the layer's state."""
+        return self._past.nbytes + self._state.numel() * self._state.element_size()
+
+    def step(self, x: Tensor) -> Tensor:
+        """Advance one step. x (B, F) → s (B, N), F the layer's input features.
+
+        Call backward() on a loss of s before the next step() (form "step"), or at the latest at the end of
+        the chunk that update_every sets (form "chunk"). Raises TypeError or ValueError for x; ValueError,
+        with nothing changed, if the weights changed inside a chunk.
+        """
+        self._check_input(x, (self.batch_size,))
+        if self.form != "chunk":
+            return self._run(x[None], None, None)[0][0]
+        self._check_chunk_weights()
+        s, token = self._run(x[None], None, self._token)
+        self._position = (self._position + 1) % self.update_every
+        self._past.filling = self._position > 0
+        self._token = token if self._position else None
+        return s[0]
+
+    def chunk(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+        """Advance C steps with the weights as they are. x (C, B, F) → s (C, B, N), any C ≥ 1.
+
+        resets (C, B) bool or None: a new episode starts at that step. Call backward() on one loss of s, or of
+        all its parts, before the next call. Raises TypeError or ValueError for x and resets.
+        """
+        self._check_input(x, ("C", self.batch_size))
+        if resets is not None:
+            resets = check.mask("resets", resets, tuple(x.shape[:2]), x.device)
+        self._position, self._token, self._past.filling = 0, None, False
+        return self._run(x, resets, None)[0]
+
+    def _check_input(self, x: Tensor, leading: tuple[int | str, ...]) -> None:
+        check.shape("x", check.tensor("x", x), (*leading, self.layer.fan_in), "to match the learner")
+        weight = self.layer.weights()[0]
+        check.like("x", x, "the layer", weight)
+        check.like("the layer", weight, "the learner", self._state)
+
+    def _check_chunk_weights(self) -> None:
+        versions = tuple(weight._version for weight in self.layer.weights())
+        if self._position and versions != self._versions:
+            raise ValueError(
+                f"weights changed inside a chunk, after step {self._position} of update_every="
+                f"{self.update_every}; change them after its last step, or use form='step'"
+            )
+        self._versions = versions
+
+    def _run(self, x: Tensor, resets: Tensor | None, link: Tensor | None) -> tuple[Tensor, Tensor]:
+        """s (C, B, N) of x (C, B, F), and the port that credit from a later step of the chunk enters by."""
+        self._past.make_room(self._forget, self._forget_all)
+        if self._forget is not None:
+            marks = x.new_zeros(x.shape[:2], dtype=torch.bool) if resets is None else resets.clone()
+            marks[0] |= self._forget
+            resets = marks
+        out = _Steps.apply(self.layer, self._past, self._state, resets, x, link, *self.layer.weights())
+        s, token, self._state = out
+        self._forget, self._forget_all = None, False
+        return s, token
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Start a new episode at the next step in the rows where mask (B,) is True, or in all.
+
+        The state of those rows is zero at once; their sensitivities are forgotten when the next step begins,
+        so a backward() of the step before is still served. Raises TypeError or ValueError for mask.
+        """
+        if mask is None:
+            rows = torch.ones(self.batch_size, dtype=torch.bool, device=self._state.device)
+        else:
+            rows = check.mask("mask", mask, (self.batch_size,), self._state.device)
+        self._state = self._state.masked_fill(rows[:, None], 0)
+        self._forget = rows.clone() if self._forget is None else self._forget | rows
+        self._forget_all |= mask is None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed learner needs, as tensors, numbers, strings and lists; shared, not copied.
+
+        Graphs are not kept: the backward() of a step made before can't be had from the resumed learner.
+        """
+        return {
+            "form": self.form,
+            "batch_size": self.batch_size,
+            "state": self._state,
+            "position": self._position,
+            "forget": self._forget,
+            "forget_all": self._forget_all,
+            **self._past.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where the learner that made `state` was.
+
+        Raises TypeError or ValueError, with nothing changed, if it is of another form, batch size or layer.
+        """
+        if not isinstance(state, dict):
+            raise TypeError(f"state must be a dict from state_dict(), got {type(state).__name__}")
+        own = self.state_dict()
+        if set(state) != set(own):
+            raise ValueError(f"state must have the keys {sorted(own)}, got {sorted(map(str, state))}")
+        for name in ("form", "batch_size"):
+            if state[name] != own[name]:
+                raise ValueError(f"state's {name} must be the learner's, {own[name]!r}, got {state[name]!r}")
+        if len(state["gamma"]) != len(own["gamma"]):
+            raise ValueError(
+                f"state's gamma must have {len(own['gamma'])} tensors, got {len(state['gamma'])}"
+            )
+        pairs = {"state": (state["state"], own["state"])}
+        for i, pair in enumerate(zip(state["gamma"], own["gamma"], strict=True)):
+            pairs[f"gamma[{i}]"] = pair
+        for name, (got, want) in pairs.items():
+            check.shape(f"state's {name}", check.tensor(f"state's {name}", got), tuple(want.shape))
+            check.like(f"state's {name}", got, "the learner", want)
+        self._past.load_state_dict(state)
+        self._state = state["state"].clone()
+        self._position, self._token = state["position"], None
+        self._versions = tuple(weight._version for weight in self.layer.weights())
+        self._forget = None if state["forget"] is None else state["forget"].clone()
+        self._forget_all = state["forget_all"]
+
+    def explain(self) -> None:
+        """Print what each form would cost by the cost model, and which one runs and why."""
+        problem, rates = self._problem, rates_of(self._state.device)
+        print(
+            f"{type(self.layer).__name__}: N = {problem.units}, B = {problem.batch}, "
+            f"{len(problem.fan_ins)} matrices, update_every = {self.update_every}, "
+            f"horizon = {self.horizon or 'unbounded'}"
+        )
+        print(
+            f"predicted at {rates.bytes_per_second:.0e} bytes/s, {rates.flop_per_second:.0e} FLOP/s, "
+            f"{rates.seconds_per_call * 1e6:.0f} µs a call, {rates.name}:"
+        )
+        for cost in self._costs:
+            print(
+                f"  {cost.form:8} {cost.seconds * 1e6:12,.1f} µs a step  {cost.state_bytes:16,} bytes  "
+                f"{cost.because}"
+            )
+        print(f"form = {self.form!r}: {self._why()}")
+        if self._past.sensitivity is not None:
+            for group in self._past.sensitivity.groups:
+                names = ", ".join(matrix.name for matrix in group.matrices)
+                print(f"backend of {names}: {group.backend} ({group.why})")
+
+    def _why(self) -> str:
+        if self._asked != "auto":
+            return "asked for"
+        if len(self._costs) == 1:
+            return "the weights change every step and no horizon is known, so no other form is considered"
+        chosen = next(cost for cost in self._costs if cost.form == self.form)
+        if self._available is not None and chosen.state_bytes > self._available:
+            return "no form fits in memory; this one takes the least"
+        return "the fastest that fits in memory"
+
+
+class _Steps(torch.autograd.Function):
+    """The node of one call: (s, token, state). Credit enters at the token and leaves at the link."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: TwoPointLayer,
+        past: Past,
+        state: Tensor,
+        resets: Tensor | None,
+        x: Tensor,
+        link: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        cell = layer.cell
+        recurrent = weights[: len(cell.matrices)]
+        trajectory = cell.scan(layer.drive(x), recurrent, state.unbind(0), resets)
+        lin = cell.linearize(trajectory)
+        m = rfp.transition(lin, cell.matrices, recurrent)
+        readers = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
+        # a copy: callers may write the next input where this one was
+        block = Block(Linearization(lin.partials, lin.before), m, x.clone() if readers else None)
+        ctx.past, ctx.layer = past, layer
+        ctx.record = past.add(block, linked=link is not None and link.requires_grad)
+        ctx.save_for_backward(*readers)
+        ctx.set_materialize_grads(False)
+        s = trajectory.after[0].clone()  # the caller's own: the window goes on reading the trajectory
+        token = s.new_zeros(1).expand_as(state)
+        last = trajectory.states[:, -1].clone()
+        ctx.mark_non_differentiable(last)
+        return s, token, last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, arrived: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad is None and arrived is None:
+            return (None,) * len(ctx.needs_input_grad)
+        layer: TwoPointLayer = ctx.layer
+        record: Record = ctx.record
+        delta = torch.zeros_like(record.block.lin.before)
+        if grad is not None:
+            delta[0] = grad
+        due, passed, gradients = ctx.past.gradients(record, layer.weights(), delta, arrived)
+        needs_x, _, *needs_weight = ctx.needs_input_grad[4:]
+        for_x = None
+        if needs_x:
+            per_unit = rfp.input_gradient(record.block.lin, due, len(layer.cell.inputs))
+            for_x = layer.input_gradient(per_unit, ctx.saved_tensors)
+        return (
+            *(None,) * 4,
+            for_x,
+            passed if record.linked else None,
+            *(g if need else None for g, need in zip(gradients, needs_weight, strict=True)),
+        )
