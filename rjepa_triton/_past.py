@@ -112,20 +112,21 @@ class Past:
             assert self.sensitivity is not None
             return delta, None, self.sensitivity.read(delta[:, 0])
 
+        alone = record.start == self.base
+        if self.form == "step" and alone and record.end <= self.now - self.lag:
+            assert self.sensitivity is not None
+            due = delta if block.steps == 1 else rfp.reverse_scan(block.m, delta)[0]
+            gradients = self.sensitivity.step_(block.lin, block.m, block.inputs, delta)
+            assert gradients is not None
+            self._move_base(record.end)
+            return due, None, gradients
+
         credit, passed = rfp.reverse_scan(block.m, delta, arrived)
         due = delta if block.steps == 1 else credit
         record.received = arrived is not None
         if record.linked:
             record.credit = credit
             return due, passed, [None] * len(self.matrices)
-
-        alone = record.start == self.base
-        if self.form == "step" and alone and record.end <= self.now - self.lag:
-            assert self.sensitivity is not None
-            gradients = self.sensitivity.step_(block.lin, block.m, block.inputs, delta)
-            assert gradients is not None
-            self._move_base(record.end)
-            return due, None, gradients
 
         chain = self._chain(record)
         if chain or not alone:

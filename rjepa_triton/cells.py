@@ -323,4 +323,4 @@ class _SourceDrive:
             if weight.dim() == 1:
                 torch.mul(signal, weight, out=out[:, j])
             else:
-                out[:, j] = signal @ weight.t()
+                torch.mm(signal, weight.t(), out=out[:, j])

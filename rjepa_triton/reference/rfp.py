@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cells import Linearization, Matrix
+from ..cells import Linearization, Matrix, state_read
 
 
 def transition(lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor]) -> Tensor:
@@ -36,25 +36,26 @@ def transition(lin: Linearization, matrices: Sequence[Matrix], weights: Sequence
     matrices and weights: the recurrent ones, (N, N) or (N,) each.
     """
     count = lin.before.shape[0]
+    terms: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    for matrix, weight in zip(matrices, weights, strict=True):
+        diagonal = weight if weight.dim() == 1 else weight.diagonal()
+        for nu, phi in lin.immediate(matrix).items():
+            terms.setdefault((nu, state_read(matrix)), []).append((phi, diagonal))
     out = lin.before.new_empty(count, *lin.before.shape)
     for nu in range(count):
         for source in range(count):
-            entry, filled = out[nu, source], False
-            if (nu, source) in lin.partials.own:
-                entry.copy_(lin.partials.own[nu, source])
-                filled = True
-            for matrix, weight in zip(matrices, weights, strict=True):
-                phi = lin.immediate(matrix).get(nu)
-                if matrix.reads != source or phi is None:
-                    continue
-                diagonal = weight if weight.dim() == 1 else weight.diagonal()
-                if filled:
-                    entry.addcmul_(phi, diagonal)
-                else:
-                    torch.mul(phi, diagonal, out=entry)
-                filled = True
-            if not filled:
+            entry, own = out[nu, source], lin.partials.own.get((nu, source))
+            through = terms.get((nu, source), [])
+            if own is not None and through:
+                torch.addcmul(own, *through.pop(0), out=entry)
+            elif own is not None:
+                entry.copy_(own)
+            elif through:
+                torch.mul(*through.pop(0), out=entry)
+            else:
                 entry.zero_()
+            for phi, diagonal in through:
+                entry.addcmul_(phi, diagonal)
     if lin.resets is not None:
         out.masked_fill_(lin.resets[..., None], 0)
     return out
@@ -67,6 +68,9 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple
     Returns λ (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N).
     """
     count, steps = delta.shape[:2]
+    if steps == 1:
+        credit = delta if carry is None else delta + carry[:, None]
+        return credit, pass_back(m[:, :, 0], credit[:, 0])
     credit = torch.empty_like(delta)
     rows = [m[nu].unbind(1) for nu in range(count)]
     credit_at, delta_at = credit.unbind(1), delta.unbind(1)

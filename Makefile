@@ -1,0 +1,34 @@
+# Everything on a fresh machine: each target makes .venv and installs what it needs first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= bench-out
+
+.PHONY: bench test lint typecheck clean
+
+bench: $(VENV)/.bench
+	$(BIN)/rjepa bench scaling --out $(OUT)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# A built copy, so that what is checked is what users get: kernels/ and bench/ under their installed names.
+typecheck: $(VENV)/.dev
+	rm -rf build/typecheck
+	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
+	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p rjepa_triton
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# $(VENV)/.EXTRA says that the extra is installed as pyproject.toml now has it.
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -e '.[$*]'
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
