@@ -110,8 +110,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-# In place on one batch row. Γ's states are separate tensors, so that the compiler can write each where it
-# read it: with one tensor for both it goes through a copy of Γ.
+# In place on one batch row. For the compiler to write Γ where it read it, without a copy, its states must be
+# separate tensors, and the row must be indexed, not summed over.
 
 
 def _write_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -125,7 +125,7 @@ def _advance_row_(gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor) -> No
 
 def _step_row_(gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor) -> Tensor:
     new = rfp.advanced(gammas, m, phi, y)
-    total = rfp.read(new, delta)
+    total = rfp.read_rows(new, delta)[0]
     _write_(gammas, new)
     return total
 
@@ -134,16 +134,16 @@ def _step_row_into_(
     gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor, total: Tensor
 ) -> None:
     new = rfp.advanced(gammas, m, phi, y)
-    total.add_(rfp.read(new, delta))
+    total.add_(rfp.read_rows(new, delta)[0])
     _write_(gammas, new)
 
 
 def _fold_row_(gammas: list[Tensor], whole: Tensor, credit: Tensor) -> Tensor:
-    total = rfp.read(gammas, credit)
+    total = rfp.read_rows(gammas, credit)[0]
     _write_(gammas, rfp.carried(gammas, whole))
     return total
 
 
 def _fold_row_into_(gammas: list[Tensor], whole: Tensor, credit: Tensor, total: Tensor) -> None:
-    total.add_(rfp.read(gammas, credit))
+    total.add_(rfp.read_rows(gammas, credit)[0])
     _write_(gammas, rfp.carried(gammas, whole))

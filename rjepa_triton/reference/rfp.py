@@ -191,20 +191,20 @@ def advanced(gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor) -> lis
     return [kept + phi[nu][..., None] * y for nu, kept in enumerate(carried(gammas, m))]
 
 
-def read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
-    """Σ_{b,ν} λ^ν ⊙_rows Γ^ν, (K, N, M). credit (S, B, N)."""
+def read_rows(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
+    """Σ_ν λ^ν ⊙_rows Γ^ν of each batch row, (B, K, N, M). credit (S, B, N)."""
     total = _over_rows(credit[0]) * gammas[0].to(credit.dtype)
     for nu in range(1, len(gammas)):
         total = total + _over_rows(credit[nu]) * gammas[nu].to(credit.dtype)
-    return total.sum(0)
+    return total
 
 
 def gamma_read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
-    """`read`, by blocks of the batch."""
+    """Σ_{b,ν} λ^ν ⊙_rows Γ^ν, (K, N, M). credit (S, B, N)."""
     rows = _rows(gammas)
     total = None
     for b in rows:
-        part = read([g[b : b + rows.step] for g in gammas], credit[:, b : b + rows.step])
+        part = read_rows([g[b : b + rows.step] for g in gammas], credit[:, b : b + rows.step]).sum(0)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
@@ -225,7 +225,7 @@ def gamma_step_(
         old = [g[block] for g in gammas]
         new = advanced(old, m[:, :, block], phi[:, block], y[block])
         if delta is not None:
-            part = read(new, delta[:, block])
+            part = read_rows(new, delta[:, block]).sum(0)
             total = part if total is None else total.add_(part)
         for target, value in zip(old, new, strict=True):
             target.copy_(value)
@@ -254,7 +254,7 @@ def gamma_chunk_(
         block = slice(b, b + rows.step)
         old = [g[block] for g in gammas]
         if credit is not None:
-            part = read(old, credit[:, block])
+            part = read_rows(old, credit[:, block]).sum(0)
             total = part if total is None else total.add_(part)
         new = carried(old, whole[:, :, block])
         for nu, value in enumerate(new):

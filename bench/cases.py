@@ -1,0 +1,473 @@
+"""The algorithms that the scaling benchmark times: each one training pass of an RGC layer, loss on s alone.
+
+A case is told the problem (inputs, weights, δ(t) = ∂L/∂s(t)) and does in `run()` everything a user pays
+for: forward, linearise, learn. Each predicts its memory and arithmetic before it is built, so that what can't
+fit is not tried, and each is checked against float64 before it is timed.
+
+Letters: T time, B batch, N units; RGC has S = 2 states (s, m) and K = 4 matrices (ss, ms, mm, sm).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import functional, ops
+from ..cells import Linearization, RGCCell
+from ..reference import rfp
+from ..reference.rtrl import ExactSensitivity
+from ..sensitivity import Sensitivity
+from . import inputs
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# Relative error of a gradient that rounding can't explain.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+CHECK_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """N units, B rows, T steps, C steps a chunk, and e bytes a number."""
+
+    units: int
+    batch: int
+    steps: int
+    chunk: int
+    itemsize: int = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all cases of a point share.
+
+    x, delta (T, B, N); state: (s0, m0), each (B, N); weights: ss, ms, mm, sm, each (N, N).
+    chunk: C. backend: what `Sensitivity` is asked for.
+    """
+
+    x: Tensor
+    delta: Tensor
+    state: tuple[Tensor, Tensor]
+    weights: list[Tensor]
+    chunk: int
+    backend: str
+
+    @property
+    def steps(self) -> int:
+        return self.x.shape[0]
+
+    def first(self, steps: int, chunk: int) -> Problem:
+        """The same problem over its first steps, in other chunks."""
+        return Problem(self.x[:steps], self.delta[:steps], self.state, self.weights, chunk, self.backend)
+
+
+def problem(size: Size, *, kind: str, scale: float, seed: int, backend: str, like: Tensor) -> Problem:
+    """Draw a problem; the same for the same arguments, in the dtype and on the device of `like`."""
+    shape = (size.batch, size.units)
+    return Problem(
+        x=inputs.inputs(kind, size.steps, size.batch, size.units, seed, like),
+        delta=inputs.normal((size.steps, *shape), seed, 3, like),
+        state=(0.5 * inputs.normal(shape, seed, 4, like), 0.5 * inputs.normal(shape, seed, 5, like)),
+        weights=inputs.weights(size.units, scale, seed, like),
+        chunk=min(size.chunk, size.steps),
+        backend=backend,
+    )
+
+
+class Case(ABC):
+    """One algorithm on one problem.
+
+    name, label   as in options and records, and as in plots
+    exact         True if its gradient is BPTT's, False if RFP's, None if it has none
+    covers        time steps that one `run()` covers
+    backend       what runs the Γ recursion, and why; None for a case that has none
+    """
+
+    name: str
+    label: str
+    exact: bool | None
+    covers: int
+    backend: str | None = None
+
+    @abstractmethod
+    def __init__(self, problem: Problem) -> None: ...
+
+    @abstractmethod
+    def run(self) -> Sequence[Tensor]:
+        """One pass over the next `covers` steps; the four gradients summed over them."""
+
+    @staticmethod
+    @abstractmethod
+    def state_bytes(size: Size) -> int:
+        """Bytes of learning state: what is kept from step to step so as to learn."""
+
+    @classmethod
+    @abstractmethod
+    def peak_bytes(cls, size: Size) -> int:
+        """About the most bytes alive at once, problem not counted."""
+
+    @staticmethod
+    @abstractmethod
+    def flop(size: Size) -> float:
+        """FLOP a time step of what grows fastest with N; elementwise work along a sequence is left out."""
+
+
+# --- RFP with Γ: online ------------------------------------------------------------------------------------
+
+
+def _gamma_bytes(size: Size) -> int:
+    """Γ: S·K·B·N² numbers."""
+    return 8 * size.batch * size.units**2 * size.itemsize
+
+
+def _gamma_workspace(size: Size) -> int:
+    """Plain torch's temporaries, of blocks of rows (`rfp._rows`) of Γ: about 6 of Γ^ν, and two gradients."""
+    row = 4 * size.units**2
+    block = min(size.batch, max(1, (1 << 20) // row)) * row
+    return (6 * block + 2 * row) * size.itemsize
+
+
+class _Online(Case):
+    """A case that carries Γ and the state from run to run, and takes its steps from x in turn."""
+
+    exact: bool | None = False
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.cell = RGCCell()
+        self.state: Sequence[Tensor] = problem.state
+        self.position = 0
+        # the loss is on s alone: δ is zero on m
+        self.delta = torch.stack([problem.delta, torch.zeros_like(problem.delta)])
+        batch = problem.x.shape[1]
+        self.sensitivity = Sensitivity(
+            self.cell.matrices, problem.weights, 2, batch, problem.x.dtype, problem.backend
+        )
+        (group,) = self.sensitivity.groups
+        self.backend = f"{group.backend}: {group.why}"
+
+    def advance(self, steps: int) -> tuple[Linearization, Tensor, Tensor]:
+        """Run the layer on: linearisation, transition M and δ (S, C, B, N) of the next `steps` steps."""
+        begin = self.position
+        x, delta = self.problem.x[begin : begin + steps], self.delta[:, begin : begin + steps]
+        trajectory = self.cell.scan(x[None], self.problem.weights, self.state)
+        lin = self.cell.linearize(trajectory)
+        self.state = trajectory.states[:, -1].unbind()
+        # start over where fewer steps are left than a run takes: a stream has no end
+        self.position = begin + steps if begin + 2 * steps <= self.problem.steps else 0
+        return lin, rfp.transition(lin, self.cell.matrices, self.problem.weights), delta
+
+    @staticmethod
+    def state_bytes(size: Size) -> int:
+        return _gamma_bytes(size)
+
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        return _gamma_bytes(size) + _gamma_workspace(size)
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        # forward products; Γ's two products and an addition a state, its outer product, and the reading
+        return size.batch * size.units**2 * (8 + 8 * 3 + 4 * 2 + 8 * 2)
+
+
+class RfpStep(_Online):
+    """Recurrent Forward Propagation one step at a time, a gradient every step: 8·B·N² numbers."""
+
+    name, label = "rfp-step", "RFP, every step"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.covers = min(8, problem.steps)
+
+    def run(self) -> Sequence[Tensor]:
+        total: list[Tensor] | None = None
+        for _ in range(self.covers):
+            lin, m, delta = self.advance(1)
+            gradient = self.sensitivity.step_(lin, m, delta=delta)
+            assert gradient is not None
+            if total is None:
+                total = gradient
+            else:
+                for sum_, part in zip(total, gradient, strict=True):
+                    sum_.add_(part)
+        assert total is not None
+        return total
+
+
+class RfpStepGamma(_Online):
+    """Γ's advance and the gradient of one step, nothing else: what the form itself costs."""
+
+    name, label = "rfp-step-gamma", "RFP, Γ alone"
+    exact = None
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.covers = 1
+        self.step = self.advance(1)
+
+    def run(self) -> Sequence[Tensor]:
+        lin, m, delta = self.step
+        gradient = self.sensitivity.step_(lin, m, delta=delta)
+        assert gradient is not None
+        return gradient
+
+
+class Copy(Case):
+    """A copy that moves the bytes that one step of Γ must: read and write Γ, and the gradient. Its floor.
+
+    64·B·N² + 32·N² bytes in float32, half of them read and half written.
+    """
+
+    name, label = "copy", "copy of as many bytes"
+    exact = None
+    covers = 1
+
+    def __init__(self, problem: Problem) -> None:
+        _, batch, units = problem.x.shape
+        self.source = torch.ones(8 * batch + 4, units, units, dtype=problem.x.dtype, device=problem.x.device)
+        self.target = torch.empty_like(self.source)
+
+    def run(self) -> Sequence[Tensor]:
+        return [self.target.copy_(self.source)]
+
+    @staticmethod
+    def state_bytes(size: Size) -> int:
+        return 0
+
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        return 2 * (8 * size.batch + 4) * size.units**2 * size.itemsize
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        return 0
+
+
+class RfpChunk(_Online):
+    """Recurrent Forward Propagation in chunks of C steps: one pass over Γ a chunk."""
+
+    name, label = "rfp-chunk", "RFP, chunks"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.covers = problem.chunk
+
+    def run(self) -> Sequence[Tensor]:
+        lin, m, delta = self.advance(self.covers)
+        credit, first = rfp.reverse_scan(m, delta)
+        past = self.sensitivity.chunk_(lin, m, credit=first)
+        own = rfp.weight_gradients(lin, self.cell.matrices, self.problem.weights, credit)
+        assert past is not None
+        return [a.add_(b) for a, b in zip(own, past, strict=True)]
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        passes = 8 * 3 + 8 * 2  # carried, and read, once a chunk
+        return size.batch * size.units**2 * (8 + 16 + 8 + passes / size.chunk)
+
+
+# --- over a whole sequence ---------------------------------------------------------------------------------
+
+
+class _Sequence(Case):
+    """Gradients of a whole sequence by `functional.rgc` and autograd."""
+
+    learning: functional.Learning
+    KEPT = 6  # arrays of (T, B, N) kept for the backward pass: two states and four gates
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.covers = problem.steps
+        self.weights = [w.detach().requires_grad_() for w in problem.weights]
+
+    def run(self) -> Sequence[Tensor]:
+        ss, ms, mm, sm = self.weights
+        s, _ = functional.rgc(self.problem.x, ss, ms, mm, sm, self.problem.state, learning=self.learning)
+        return torch.autograd.grad(s, self.weights, self.problem.delta)
+
+    @classmethod
+    def state_bytes(cls, size: Size) -> int:
+        return cls.KEPT * size.steps * size.batch * size.units * size.itemsize
+
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        # the backward pass holds as much again, twice over; the four gradients, and copies of the matrices
+        sequence = size.steps * size.batch * size.units
+        return cls.state_bytes(size) + (12 * sequence + 12 * size.units**2) * size.itemsize
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        return size.batch * size.units**2 * (8 + 8)
+
+
+class RfpDual(_Sequence):
+    """Recurrent Forward Propagation's gradient of a sequence, by one reverse scan: `loss.backward()`'s."""
+
+    name, label = "rfp-dual", "RFP, whole sequence"
+    learning: functional.Learning = "rfp"
+    exact = False
+
+
+class Bptt(_Sequence):
+    """Backpropagation through time by hand."""
+
+    name, label = "bptt", "BPTT, by hand"
+    learning: functional.Learning = "bptt"
+    exact = True
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        return size.batch * size.units**2 * (8 + 8 + 8)
+
+
+class BpttAutograd(_Sequence):
+    """Backpropagation through time as torch users write it: a Python loop, and autograd."""
+
+    name, label = "bptt-autograd", "BPTT, autograd"
+    exact = True
+    KEPT = 8  # what autograd saves of a step: four tanh, two 1 - tanh, two states
+
+    def run(self) -> Sequence[Tensor]:
+        s = eager(self.problem.x, self.weights, self.problem.state, lambda w, c: c @ w.t())
+        return torch.autograd.grad(s, self.weights, self.problem.delta)
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        return size.batch * size.units**2 * (8 + 8 + 8)
+
+
+# --- exact, online -----------------------------------------------------------------------------------------
+
+
+class Rtrl(Case):
+    """Exact real-time recurrent learning: 8·B·N³ numbers, 32·B·N⁴ FLOP a step."""
+
+    name, label = "rtrl", "RTRL, exact"
+    exact = True
+    covers = 1
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.cell = RGCCell()
+        self.state: Sequence[Tensor] = problem.state
+        self.position = 0
+        _, batch, units = problem.x.shape
+        self.sensitivity = ExactSensitivity(2, batch, units, problem.weights)
+        self.no_delta = torch.zeros_like(problem.delta[0])
+
+    def run(self) -> Sequence[Tensor]:
+        t = self.position
+        trajectory = self.cell.scan(self.problem.x[None, t : t + 1], self.problem.weights, self.state)
+        self.sensitivity.step_(self.cell.linearize(trajectory), 0, self.cell.matrices, self.problem.weights)
+        self.state = trajectory.states[:, -1].unbind()
+        self.position = (t + 1) % self.problem.steps
+        return self.sensitivity.read(torch.stack([self.problem.delta[t], self.no_delta]))
+
+    @staticmethod
+    def state_bytes(size: Size) -> int:
+        return 8 * size.batch * size.units**3 * size.itemsize
+
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        # γ, the buffer that the next γ is made in, the Jacobian and its parts, and a gradient a row
+        return 2 * cls.state_bytes(size) + (8 + 4) * size.batch * size.units**2 * size.itemsize
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        return 32 * size.batch * size.units**4
+
+
+CASES: dict[str, type[Case]] = {
+    case.name: case for case in (RfpStep, RfpStepGamma, Copy, RfpChunk, RfpDual, Bptt, BpttAutograd, Rtrl)
+}
+
+
+# --- the check ---------------------------------------------------------------------------------------------
+
+
+def eager(
+    x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """s (T, B, N) by paper eq. 13, one operation after the other; product(W, c) is taken for W c."""
+    ss, ms, mm, sm = weights
+    s, m = state
+    out = []
+    for u in x.unbind():
+        s, m = (
+            (1 - product(ms, m).tanh()) * u + product(ss, s).tanh() * s,
+            (1 - product(sm, s).tanh()) * u + product(mm, m).tanh() * m,
+        )
+        out.append(s)
+    return torch.stack(out)
+
+
+def _own_path_only(w: Tensor, c: Tensor) -> Tensor:
+    """W c, through which gradients pass along W's diagonal alone: what makes autograd's gradient RFP's."""
+    return c.detach() @ w.t() + (c - c.detach()) * w.diagonal()
+
+
+def oracle(problem: Problem, exact: bool) -> Sequence[Tensor]:
+    """The four gradients by float64 autograd of the eager loop: BPTT's if exact, else RFP's."""
+    weights = [w.double().detach().requires_grad_() for w in problem.weights]
+    product = (lambda w, c: c @ w.t()) if exact else _own_path_only
+    s = eager(problem.x.double(), weights, [c.double() for c in problem.state], product)
+    return torch.autograd.grad(s, weights, problem.delta.double())
+
+
+def check_steps(case: type[Case], steps: int) -> int:
+    """How many steps the check of a case takes; of RTRL, whose steps are slow, the fewest that test J."""
+    return min(steps, 2 if case is Rtrl else CHECK_STEPS)
+
+
+def verify(case: type[Case], problem: Problem) -> None:
+    """Raise ArithmeticError unless the case's gradients over a few steps agree with `oracle`."""
+    if case.exact is None:
+        return
+    steps = check_steps(case, problem.steps)
+    # in chunks of half of that, so that Γ carried from one chunk to the next is checked too
+    chunk = max(1, steps // 2)
+    short = problem.first(steps - steps % chunk, chunk)
+    built = case(short)
+    total = [torch.zeros_like(w, dtype=torch.float64) for w in problem.weights]
+    for _ in range(short.steps // built.covers):
+        for sum_, part in zip(total, built.run(), strict=True):
+            sum_.add_(part)
+    tolerance = TOLERANCE[problem.x.dtype]
+    for matrix, got, want in zip(RGCCell.matrices, total, oracle(short, case.exact), strict=True):
+        error = float((got - want).norm() / want.norm())
+        if not error <= tolerance:
+            raise ArithmeticError(
+                f"gradient of W_{matrix.name} differs from float64 by {error:.1e} relative "
+                f"(tolerance {tolerance:.0e}) after {short.steps} steps"
+            )
+
+
+def predicted_seconds(case: type[Case], size: Size, rate: float) -> float:
+    """Seconds a time step at `rate` FLOP/s: a lower bound, and close for RTRL."""
+    return case.flop(size) / rate
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is it the allocator's failure? torch has no class of its own for that on the CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    told = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in told)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that is not a case's, or for none."""
+    if not names:
+        raise ValueError(f"algorithms must name at least one of {', '.join(CASES)}")
+    for name in names:
+        check.one_of("algorithms", name, CASES)
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError for a backend that Sensitivity doesn't have."""
+    check.one_of("backend", backend, ops.BACKENDS)

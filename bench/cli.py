@@ -1,0 +1,157 @@
+"""`rjepa bench`: scaling, plot, compare, exactness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import _checks as check
+from .. import ops
+from . import cases, compare, exactness, inputs, plot, record, scaling, summary
+
+bench = typer.Typer(no_args_is_help=True, help="Time, memory and exactness of the learning rules.")
+OUT = Path("bench-out")
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What the user can cause ends with its message on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def integers(name: str, text: str) -> tuple[int, ...]:
+    """The numbers of a text such as 32,64. Raises ValueError naming the option."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"--{name} must be integers, such as 32,64, got {text!r}") from None
+
+
+def show(tables: Sequence[Table]) -> None:
+    """Tables on stdout, as wide as they need where that isn't a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    for table in tables:
+        console.print(table)
+
+
+@bench.command("scaling")
+def scaling_command(
+    hidden: Annotated[str, typer.Option(help="N, with commas between; a default sweep if left out.")] = "",
+    batch: Annotated[str, typer.Option(help="B, with commas between; 1 if only --hidden is given.")] = "",
+    steps: Annotated[int, typer.Option(help="T.")] = 50,
+    chunk: Annotated[int, typer.Option(help="C, steps a chunk of rfp-chunk.")] = 16,
+    dtype: Annotated[str, typer.Option(help=", ".join(cases.DTYPES))] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<index>")] = "cpu",
+    algorithms: Annotated[str, typer.Option(help=", ".join(cases.CASES))] = ",".join(cases.CASES),
+    input: Annotated[str, typer.Option(help=", ".join(inputs.INPUTS))] = "photo",
+    scale: Annotated[float, typer.Option(help="c in W ~ c·N(0, 1)/√N.")] = 0.1,
+    backend: Annotated[str, typer.Option(help=f"What runs Γ: {', '.join(ops.BACKENDS)}")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of inputs, weights and δ.")] = 0,
+    budget: Annotated[float, typer.Option(help="Seconds a case may take at a point, as predicted.")] = 20,
+    sample: Annotated[float, typer.Option(help="Seconds that a case is sampled at a point.")] = 0.5,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of scaling.jsonl.")] = OUT,
+) -> None:
+    """Time per step and memory of every algorithm against N.
+
+    Goes on where an earlier run with the same options stopped; what it measured is kept.
+    """
+    with user_errors():
+        if check.integer("--threads", threads, 0):
+            torch.set_num_threads(threads)
+        settings = scaling.Settings(
+            points=scaling.points(integers("hidden", hidden), integers("batch", batch)),
+            algorithms=tuple(name.strip() for name in algorithms.split(",") if name.strip()),
+            steps=steps,
+            chunk=chunk,
+            dtype=dtype,
+            device=device,
+            input=input,
+            scale=scale,
+            backend=backend,
+            seed=check.integer("--seed", seed, 0),
+            budget=budget,
+            case_seconds=sample,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / scaling.FILE
+        if fresh:
+            file.unlink(missing_ok=True)
+        records = scaling.run(settings, file, Console(stderr=True))
+        show(summary.tables(records))
+        typer.echo(f"records: {file}; draw them with: rjepa bench plot {file}")
+
+
+@bench.command("plot")
+def plot_command(
+    file: Annotated[Path, typer.Argument(help="Records of `rjepa bench scaling`.")] = OUT / scaling.FILE,
+    batch: Annotated[int, typer.Option(help="B to draw; the one with most N if 0.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where to; beside the records if left out.")] = None,
+) -> None:
+    """Draw time per step and memory against N, as PNG and SVG."""
+    with user_errors():
+        records = [r for r in record.load(file) if r.benchmark == "scaling"]
+        sizes: dict[int, set[int]] = {}
+        for r in records:
+            sizes.setdefault(r.params["B"], set()).add(r.params["N"])
+        if batch == 0 and sizes:
+            batch = max(sizes, key=lambda b: len(sizes[b]))
+        elif sizes:
+            check.one_of("--batch", batch, sorted(sizes))
+        target = file.with_suffix("") if out is None else out
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for written in plot.draw([r for r in records if r.params["B"] == batch], target):
+            typer.echo(written)
+
+
+@bench.command("compare")
+def compare_command(
+    a: Annotated[Path, typer.Argument(help="Records of before.")],
+    b: Annotated[Path, typer.Argument(help="Records of after.")],
+    floor: Annotated[float, typer.Option(help="Changes up to this fraction count as noise.")] = 0.05,
+) -> None:
+    """What became faster or slower from A to B, beyond noise; versions may differ."""
+    with user_errors():
+        found = compare.compare(record.load(a), record.load(b), floor)
+        show([compare.table(found)])
+        for file, only in ((a, found.only_a), (b, found.only_b)):
+            for r in only:
+                typer.echo(f"only in {file}: {summary.place(r)}")
+        beyond = [change for change in found.changes if change.beyond_noise]
+        slower = sum(change.ratio > 1 for change in beyond)
+        typer.echo(
+            f"{len(found.changes)} matched: {slower} slower, {len(beyond) - slower} faster, "
+            f"{len(found.changes) - len(beyond)} the same within noise"
+        )
+
+
+@bench.command("exactness")
+def exactness_command(
+    hidden: Annotated[int, typer.Option(help="N.")] = 120,
+    steps: Annotated[int, typer.Option(help="T.")] = 100,
+    seeds: Annotated[int, typer.Option(help="How many seeds the mean is of.")] = 5,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of exactness.jsonl.")] = OUT,
+) -> None:
+    """RFP's gradient against BPTT's of the same network: cosine ± deviation (relative error), by matrix."""
+    with user_errors():
+        out.mkdir(parents=True, exist_ok=True)
+        records = exactness.run(out / exactness.FILE, hidden, steps, seeds)
+        if markdown:
+            typer.echo(exactness.markdown(records))
+        else:
+            show([exactness.table(records)])

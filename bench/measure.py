@@ -1,0 +1,144 @@
+"""Time and memory of a call: interleaved samples, medians and 20th/80th percentiles; peak allocator bytes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .record import Timing
+
+# The profiler's library reports its start, and the lack of a GPU driver, on stderr. It reads this once, when
+# first used; 6 is above its highest level.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+SAMPLE_SECONDS = 2e-3  # a sample is at least this long: 1e4 times the clock's resolution
+STABLE = 0.10  # warm when two calls in a row differ by less than this
+WARM_SECONDS = 0.5  # and warm enough after this long in any case
+LEAST_ROUNDS = 5
+MOST_ROUNDS = 40
+
+
+def seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds a call, over `calls` calls in a row. On CUDA from events around them, so launches overlap."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) / calls
+
+
+def warm_up(function: Callable[[], object], device: torch.device) -> float:
+    """Call until two calls in a row take the same time to 10 %, or 0.5 s are over; seconds of the last."""
+    begin, last = time.perf_counter(), math.inf
+    while True:
+        now = seconds(function, 1, device)
+        if abs(now - last) < STABLE * last or time.perf_counter() - begin > WARM_SECONDS:
+            return now
+        last = now
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    case_seconds: float = 0.5,
+) -> dict[str, Timing | Exception]:
+    """Seconds a call of several functions, sampled in turn: what disturbs the machine disturbs all alike.
+
+    Each round takes one sample of each; a sample is as many calls as take 2 ms. A function leaves the rounds
+    when it has had 5 samples and `case_seconds`, or 40 samples. One that raises gives its exception instead.
+    """
+    results: dict[str, Timing | Exception] = {}
+    calls: dict[str, int] = {}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for name, function in functions.items():
+        try:
+            calls[name] = max(1, math.ceil(SAMPLE_SECONDS / warm_up(function, device)))
+        except Exception as error:
+            results[name] = error
+    gc.collect()
+    gc.disable()  # a collection in the middle of a sample would be charged to whoever ran
+    try:
+        for _ in range(MOST_ROUNDS):
+            for name, function in functions.items():
+                spent = sum(samples[name]) * calls.get(name, 0)
+                if name in results or (len(samples[name]) >= LEAST_ROUNDS and spent >= case_seconds):
+                    continue
+                try:
+                    samples[name].append(seconds(function, calls[name], device))
+                except Exception as error:
+                    results[name] = error
+    finally:
+        gc.enable()
+    for name, values in samples.items():
+        if name not in results:
+            p20, median, p80 = np.quantile(values, [0.2, 0.5, 0.8]).tolist()
+            results[name] = Timing(median, p20, p80, len(values))
+    return results
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """The most bytes alive at once during one call, above what was alive before it.
+
+    So that what an algorithm keeps from call to call counts, `function` should build it, then run it. These
+    are bytes of torch's allocator, as the profiler sees them on the CPU and `torch.cuda.max_memory_allocated`
+    on CUDA; not the process's resident memory, which includes torch itself, and not what a library such as
+    MKL takes by itself.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
+        function()
+    # Every allocation is in the exported trace; the profiler's `events()` folds most into their operators.
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    alive = most = 0
+    for _, change in changes:
+        alive += change
+        most = max(most, alive)
+    return most
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device; None where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kibibytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kibibytes[0] * 1024 if kibibytes else None
+
+
+def flop_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of a large matrix product: what predictions of time divide by."""
+    a = torch.ones(1024, 1024, dtype=dtype, device=device)
+    b = torch.ones(1024, 2048, dtype=dtype, device=device)
+    return 2 * 1024 * 1024 * 2048 / min(seconds(lambda: a @ b, 1, device) for _ in range(4))

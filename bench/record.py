@@ -1,0 +1,239 @@
+"""The record of one measurement, and the file of records: JSON Lines, one record a line, only appended to.
+
+A line is written whole or not at all, so a run that was interrupted or met a full disk leaves a file that the
+next run goes on with.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+SCHEMA = 1
+STATUSES = ("ok", "oom", "error", "over_budget")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: median and 20th/80th percentiles of `repeats` samples."""
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+
+    def per(self, count: int) -> Timing:
+        """The same for one of `count` equal parts."""
+        return Timing(self.median / count, self.p20 / count, self.p80 / count, self.repeats)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement of one algorithm at one point.
+
+    benchmark, algorithm    "scaling" and a case's name, or "exactness" and a learning rule
+    params                  what was asked for: N, B, T, C, dtype, device, input, scale, threads, …
+    status, message         "ok"; or "oom", "error", "over_budget", and why
+    timing                  seconds per time step; None unless "ok"
+    state_bytes             bytes of learning state, as counted from its formula
+    peak_bytes              peak bytes as measured: see `measure.peak_bytes`
+    predicted_peak_bytes    and predicted_seconds (a time step): known before anything is built
+    compile_seconds         wall time of the first call where something was compiled, that call included
+    backend                 what ran the Γ recursion, and why; None for a case that has none
+    device                  name of the processor or GPU
+    versions, git           of python, torch, …; revision of the checkout, "-dirty" if changed, or None
+    run, time               ISO times of the sweep's start and of this record
+    payload                 results that are not times, by benchmark
+    """
+
+    benchmark: str
+    algorithm: str
+    params: dict[str, Any]
+    status: str
+    device: str
+    versions: dict[str, str | None]
+    git: str | None
+    run: str
+    time: str
+    message: str = ""
+    timing: Timing | None = None
+    state_bytes: int | None = None
+    peak_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
+    predicted_seconds: float | None = None
+    compile_seconds: float | None = None
+    backend: str | None = None
+    payload: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC, to the millisecond."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of all that a time depends on; None for what is not installed."""
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
+    for package, name in (("triton", "triton"), ("rjepa_triton", "rjepa-triton")):
+        try:
+            found[package] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_revision() -> str | None:
+    """The checkout's revision, with "-dirty" if a tracked file was changed; None outside of a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        # an installed copy may lie inside some other repository: that one's revision says nothing about it
+        if Path(git("rev-parse", "--show-toplevel")) != here.parent:
+            return None
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def key(record: Record, *, versions: bool = True) -> str:
+    """What makes two records measurements of the same thing; without versions, to compare two of them.
+
+    Benchmark, algorithm, params, device and torch's version; never the git revision.
+    """
+    parts: list[Any] = [record.benchmark, record.algorithm, record.params, record.device]
+    if versions:
+        parts.append(record.versions.get("torch"))
+    return json.dumps(parts, sort_keys=True)
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The last record of each key, in the order of the keys' first appearance."""
+    return list({key(record): record for record in records}.values())
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one line to the file, and sync it: the whole line, or an OSError and the file as it was.
+
+    What an interrupted write left after the last newline is cut off first, with a warning.
+    """
+    line = (json.dumps(asdict(record), sort_keys=True, allow_nan=False) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = _cut_broken_tail(descriptor, path)
+        try:
+            written = os.write(descriptor, line)
+            if written < len(line):
+                raise OSError(f"wrote {written} of {len(line)} bytes; is the disk full?")
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            raise OSError(f"could not add a record to {path}: {error}") from error
+    finally:
+        os.close(descriptor)
+
+
+def _cut_broken_tail(descriptor: int, path: Path) -> int:
+    """Truncate the file after its last whole line, and return its size."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with open(descriptor, "rb", closefd=False) as file:
+        body = file.read()
+    kept = body.rfind(b"\n") + 1
+    last = body[:kept].splitlines(keepends=True)[-1:]
+    if last and not _is_json(last[0].decode(errors="replace")):
+        kept -= len(last[0])
+    if kept < len(body):
+        os.ftruncate(descriptor, kept)
+        warnings.warn(
+            f"{path}: cut off the last {len(body) - kept} bytes, which an interrupted write had left",
+            stacklevel=3,
+        )
+    return kept
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def load(path: Path) -> list[Record]:
+    """All records of a file, in order.
+
+    A last line that an interrupted write broke is left out with a warning. Raises ValueError, naming file,
+    line and fault, for a broken line elsewhere, another schema, or missing or unknown fields; OSError if
+    unreadable.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    records: list[Record] = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        whole = line.endswith("\n") and _is_json(line)
+        if not whole and number == len(lines):
+            warnings.warn(f"{where}: left out, an interrupted write broke it", stacklevel=2)
+        elif not whole:
+            raise ValueError(f"{where}: not a line of JSON: {line[:60]!r}")
+        else:
+            records.append(_record(json.loads(line), where))
+    return records
+
+
+def _record(data: object, where: str) -> Record:
+    """A record from parsed JSON, or ValueError."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: a record must be a JSON object, got {type(data).__name__}")
+    schema = data.get("schema")
+    if schema != SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
+        hint = "; a newer rjepa-triton wrote it" if newer else ""
+        raise ValueError(f"{where}: schema must be {SCHEMA}, got {schema!r}{hint}")
+    known = {f.name for f in fields(Record)}
+    for kind, names in (("missing", known - data.keys()), ("unknown", data.keys() - known)):
+        if names:
+            raise ValueError(f"{where}: {kind} fields: {', '.join(sorted(names))}")
+    if data["status"] not in STATUSES:
+        raise ValueError(f"{where}: status must be one of {', '.join(STATUSES)}, got {data['status']!r}")
+    if not isinstance(data["params"], dict) or not isinstance(data["versions"], dict):
+        raise ValueError(f"{where}: params and versions must be objects")
+    timing = data["timing"]
+    if timing is not None:
+        try:
+            timing = Timing(**timing)
+        except TypeError:
+            raise ValueError(f"{where}: timing must have median, p20, p80, repeats, got {timing!r}") from None
+    return Record(**{**data, "timing": timing})

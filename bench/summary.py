@@ -1,0 +1,138 @@
+"""What a sweep's records say: tables of time and bytes, ratios within a run, and fitted powers of N."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from . import fit
+from .cases import CASES
+from .record import Record
+
+# The claims that the sweep is about: numerator and denominator.
+RATIOS = (
+    ("bptt-autograd", "rfp-dual"),
+    ("rtrl", "rfp-step"),
+    ("rfp-step", "rfp-chunk"),
+    ("rfp-step-gamma", "copy"),
+)
+# A median whose samples spread by more than this part of it is marked: something else used the machine.
+NOISY = 0.3
+
+
+def place(made: Record) -> str:
+    """What a record is of: rfp-step N=64 B=1, or the scale where that is what was swept."""
+    swept = ("N", "B", "recurrence", "scale") if made.benchmark == "exactness" else ("N", "B")
+    return " ".join([made.algorithm, *(f"{name}={made.params.get(name)}" for name in swept)])
+
+
+def bytes_text(count: float) -> str:
+    """Bytes to three digits: 512 B, 1.5 MB, 34.4 GB (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def seconds_text(value: float) -> str:
+    """Seconds to three digits: 12.3 µs, 4.56 ms, 1.2 s."""
+    if value < 999.5e-6:
+        return f"{value * 1e6:.3g} µs"
+    return f"{value * 1e3:.3g} ms" if value < 999.5e-3 else f"{value:.3g} s"
+
+
+def ratios(records: Sequence[Record]) -> list[tuple[str, int, int, float, bool]]:
+    """(ratio, N, B, value, timed within one run) of medians, for each of `RATIOS` and point that has both."""
+    timed = {(r.algorithm, r.params["N"], r.params["B"]): (r.timing, r.run) for r in records if r.timing}
+    found = []
+    for above, below in RATIOS:
+        for (name, n, b), (over, run) in timed.items():
+            if name == above and (below, n, b) in timed:
+                under, other_run = timed[below, n, b]
+                found.append((f"{above} / {below}", n, b, over.median / under.median, run == other_run))
+    return found
+
+
+def slopes(records: Sequence[Record], algorithm: str, batch: int) -> dict[str, fit.Slope | None]:
+    """Fitted powers of N of a case's "time" per step, counted "state" bytes and measured "peak" bytes.
+
+    None where there are fewer than 3 points from `fit.first_n` on.
+    """
+    mine = [r for r in records if r.algorithm == algorithm and r.params["B"] == batch]
+    curves: dict[str, dict[int, float]] = {
+        "time": {r.params["N"]: r.timing.median for r in mine if r.timing},
+        "state": {r.params["N"]: r.state_bytes for r in mine if r.state_bytes},
+        "peak": {r.params["N"]: r.peak_bytes for r in mine if r.peak_bytes},
+    }
+    return {
+        what: fit.slope(list(curve), list(curve.values()), fit.first_n(algorithm, what))
+        for what, curve in curves.items()
+    }
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """For each B: time per step and peak bytes by N and algorithm, and ratios; last, fitted powers of N."""
+    out = []
+    algorithms = [name for name in CASES if any(r.algorithm == name for r in records)]
+    batches = sorted({r.params["B"] for r in records})
+    for batch in batches:
+        at = {(r.params["N"], r.algorithm): r for r in records if r.params["B"] == batch}
+        cells = {
+            f"time per step (~: p20 to p80 is over {NOISY:.0%} of it)": {
+                where: _time_cell(r) for where, r in at.items()
+            },
+            "peak bytes (predicted)": {where: _bytes_cell(r) for where, r in at.items()},
+        }
+        for title, by_place in cells.items():
+            out.append(_by_size(f"{title}, B = {batch}", algorithms, by_place))
+        found = [f for f in ratios(records) if f[2] == batch]
+        if found:
+            mixed = "" if all(together for *_, together in found) else " (*: from two runs)"
+            out.append(
+                _by_size(
+                    f"ratios of medians, B = {batch}{mixed}",
+                    list(dict.fromkeys(name for name, *_ in found)),
+                    {(n, name): f"{value:.2f}" + "*" * (not one) for name, n, _, value, one in found},
+                )
+            )
+    fitted = _slope_table(records, algorithms, batches)
+    return [*out, fitted] if fitted.row_count else out
+
+
+def _by_size(title: str, columns: Sequence[str], cells: dict[tuple[int, str], str]) -> Table:
+    """A table of texts by (N, column)."""
+    table = Table(title=title)
+    for heading in ("N", *columns):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for n in sorted({n for n, _ in cells}):
+        table.add_row(str(n), *(cells.get((n, column), "") for column in columns))
+    return table
+
+
+def _time_cell(made: Record) -> str:
+    if made.timing is None:
+        return made.status
+    noisy = made.timing.p80 - made.timing.p20 > NOISY * made.timing.median
+    return "~" * noisy + seconds_text(made.timing.median)
+
+
+def _bytes_cell(made: Record) -> str:
+    if made.peak_bytes is not None:
+        return bytes_text(made.peak_bytes)
+    return f"({bytes_text(made.predicted_peak_bytes)})" if made.predicted_peak_bytes else made.status
+
+
+def _slope_table(records: Sequence[Record], algorithms: Sequence[str], batches: Sequence[int]) -> Table:
+    table = Table(title="power of N ± 95 % interval")
+    for heading in ("algorithm", "B", "time per step", "for N from", "state bytes", "peak bytes"):
+        table.add_column(heading, justify="left" if heading == "algorithm" else "right")
+    for batch in batches:
+        for name in algorithms:
+            found = slopes(records, name, batch)
+            shown = {what: "" if s is None else str(s) for what, s in found.items()}
+            if any(shown.values()):
+                first = str(fit.first_n(name, "time")) if shown["time"] else ""
+                table.add_row(name, str(batch), shown["time"], first, shown["state"], shown["peak"])
+    return table

@@ -1,0 +1,59 @@
+"""Slopes with their intervals, and crossovers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rjepa_triton.bench import fit
+
+N = [32, 64, 128, 256, 512, 1024]
+
+
+@pytest.mark.parametrize("power", [0.0, 2.0, 4.0])
+def test_an_exact_power_is_recovered(power: float) -> None:
+    found = fit.slope(N, [3e-6 * n**power for n in N])
+    assert found is not None
+    assert found.value == pytest.approx(power, abs=1e-12)
+    assert found.half_width < 1e-10
+    assert (found.points, found.first) == (6, 32)
+
+
+def test_the_interval_covers_the_truth_95_times_in_100() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        found = fit.slope(N, [n**2 * float(np.exp(0.1 * rng.standard_normal())) for n in N])
+        assert found is not None
+        covered += abs(found.value - 2) <= found.half_width
+    # binomial deviation of 1000 draws at 0.95 is 7
+    assert 925 <= covered <= 975
+
+
+def test_only_n_from_the_first_on_count() -> None:
+    found = fit.slope(N, [1.0, 1.0, *(n**2 for n in N[2:])], first=128)
+    assert found is not None
+    assert found.value == pytest.approx(2)
+    assert str(found) == "2.00 ± 0.00"
+    assert fit.slope(N, N, first=512) is None
+
+
+def test_first_n_is_the_rule_stated() -> None:
+    assert fit.first_n("rtrl", "time") == 32
+    assert fit.first_n("rfp-step", "time") == 128
+    assert fit.first_n("bptt", "peak") == 1
+
+
+def test_what_cannot_be_fitted_is_an_error() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        fit.slope(N, [0.0, *N[1:]])
+    with pytest.raises(ValueError, match="two values"):
+        fit.slope([8, 8, 8], [1, 2, 3])
+
+
+def test_crossover_of_two_powers() -> None:
+    a, b = {n: float(n**4) for n in N}, {n: 100.0**2 * n**2 for n in N}
+    ((n, y),) = fit.crossovers(a, b)
+    assert n == pytest.approx(100)
+    assert y == pytest.approx(100.0**4)
+    assert fit.crossovers(a, {n: 2 * y for n, y in a.items()}) == []
