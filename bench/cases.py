@@ -179,24 +179,13 @@ class RfpStep(_Online):
     """Recurrent Forward Propagation one step at a time, a gradient every step: 8·B·N² numbers."""
 
     name, label = "rfp-step", "RFP, every step"
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        self.covers = min(8, problem.steps)
+    covers = 1
 
     def run(self) -> Sequence[Tensor]:
-        total: list[Tensor] | None = None
-        for _ in range(self.covers):
-            lin, m, delta = self.advance(1)
-            gradient = self.sensitivity.step_(lin, m, delta=delta)
-            assert gradient is not None
-            if total is None:
-                total = gradient
-            else:
-                for sum_, part in zip(total, gradient, strict=True):
-                    sum_.add_(part)
-        assert total is not None
-        return total
+        lin, m, delta = self.advance(1)
+        gradient = self.sensitivity.step_(lin, m, delta=delta)
+        assert gradient is not None
+        return gradient
 
 
 class RfpStepGamma(_Online):

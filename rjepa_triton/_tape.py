@@ -16,7 +16,7 @@ TIME = -3  # of every array below
 
 @dataclass(frozen=True)
 class Block:
-    """Steps in a row: their partials, transitions M (S, S, T, B, N), and inputs (T, B, I) or None.
+    """Steps in a row: gate and input partials, transitions M (S, S, T, B, N), and inputs (T, B, I) or None.
 
     M is zero at a reset, so `lin.resets` is not kept.
     """
@@ -32,7 +32,8 @@ class Block:
     def tensors(self) -> list[Tensor]:
         """Every array, in a fixed order."""
         p = self.lin.partials
-        arrays = [self.m, self.lin.before, *p.own.values(), *p.gate.values(), *p.input.values()]
+        arrays = [self.m, self.lin.before]
+        arrays += [value for group in (p.own, p.gate, p.input) for by in group for value in by.values()]
         return arrays if self.inputs is None else [*arrays, self.inputs]
 
     @property
@@ -42,7 +43,7 @@ class Block:
     def to_dict(self) -> dict[str, Any]:
         """The block as lists and tensors, for a checkpoint."""
         p = self.lin.partials
-        keys = [[list(key) for key in entries] for entries in (p.own, p.gate, p.input)]
+        keys = [[list(by) for by in group] for group in (p.own, p.gate, p.input)]
         return {"keys": keys, "tensors": self.tensors()}
 
     @classmethod
@@ -50,8 +51,8 @@ class Block:
         """The block that `to_dict` wrote."""
         given = iter(saved["tensors"])
         m, before = next(given), next(given)
-        entries = [{(nu, j): next(given) for nu, j in keys} for keys in saved["keys"]]
-        return cls(Linearization(Partials(*entries), before), m, next(given, None))
+        groups = [[{nu: next(given) for nu in by} for by in group] for group in saved["keys"]]
+        return cls(Linearization(Partials(*groups), before), m, next(given, None))
 
     def replaced(self, arrays: list[Tensor]) -> Block:
         """A block of this structure with other arrays, in the order of `tensors`."""

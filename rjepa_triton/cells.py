@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Entries = dict[tuple[int, int], Tensor]
+ByState = dict[int, Tensor]  # by the state ν that a partial is of; absent if zero by structure
 
 
 Reads = int | Literal["input", "one"]
@@ -47,14 +47,15 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Partials:
-    """Per-unit partials of F; an absent key is a partial that is zero by structure.
+    """Per-unit partials of F, by what they are with respect to, then by the state ν that they are of.
 
-    own[ν, ν'], gate[ν, g] and input[ν, j]: tensors of the shape F was evaluated at, e.g. (T, B, N).
+    own[ν'][ν] = ∂F_ν/∂c^{ν'}, gate[g][ν] = ∂F_ν/∂p^g, input[j][ν] = ∂F_ν/∂x^j: tensors of the shape F was
+    evaluated at, e.g. (T, B, N). A ν that is absent stands for a partial that is zero by structure.
     """
 
-    own: Entries
-    gate: Entries
-    input: Entries
+    own: Sequence[ByState]
+    gate: Sequence[ByState]
+    input: Sequence[ByState]
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,10 @@ class Linearization:
     def steps(self) -> int:
         return self.before.shape[1]
 
-    def immediate(self, matrix: Matrix) -> dict[int, Tensor]:
+    def immediate(self, matrix: Matrix) -> ByState:
         """φ^{ν,k} = ∂F_ν/∂(what matrix k enters), by ν, each (T, B, N)."""
         kind, index = matrix.into
-        entries = self.partials.gate if kind == "gate" else self.partials.input
-        return {nu: value for (nu, j), value in entries.items() if j == index}
+        return (self.partials.gate if kind == "gate" else self.partials.input)[index]
 
 
 class Cell(ABC):
@@ -140,7 +140,7 @@ class Cell(ABC):
         No entry is taken to be zero by structure.
         """
         groups = (tuple(c), tuple(p), tuple(x))
-        out: list[Entries] = [{}, {}, {}]
+        out: list[list[ByState]] = [[], [], []]
         for which, group in enumerate(groups):
             for j in range(len(group)):
                 tangents = tuple(
@@ -151,8 +151,7 @@ class Cell(ABC):
                     for w, g in enumerate(groups)
                 )
                 derivative = torch.func.jvp(self.update, groups, tangents)[1]
-                for nu, d in enumerate(derivative):
-                    out[which][nu, j] = d
+                out[which].append(dict(enumerate(derivative)))
         return Partials(*out)
 
     @torch.no_grad()
@@ -247,9 +246,9 @@ class RGCCell(Cell):
         from_cross = torch.addcmul(x.neg(), cross_gate.square(), x)
         open_ = 1 - cross_gate
         return Partials(
-            own={(0, 0): own_gate[0], (1, 1): own_gate[1]},
-            gate={(0, 0): from_own[0], (0, 1): from_cross[1], (1, 2): from_own[1], (1, 3): from_cross[0]},
-            input={(0, 0): open_[1], (1, 0): open_[0]},
+            own=[{0: own_gate[0]}, {1: own_gate[1]}],
+            gate=[{0: from_own[0]}, {0: from_cross[1]}, {1: from_own[1]}, {1: from_cross[0]}],
+            input=[{0: open_[1], 1: open_[0]}],
         )
 
     @torch.no_grad()

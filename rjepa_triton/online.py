@@ -11,7 +11,7 @@ from . import _checks as check
 from ._device import available_bytes
 from ._past import Past, Record
 from ._tape import Block
-from .cells import Linearization
+from .cells import Linearization, Partials
 from .cost import Problem, cheapest, form_costs, rates_of
 from .nn import TwoPointLayer
 from .reference import rfp
@@ -314,8 +314,9 @@ class _Steps(torch.autograd.Function):
         lin = cell.linearize(trajectory)
         m = rfp.transition(lin, cell.matrices, recurrent)
         readers = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
-        # a copy: callers may write the next input where this one was
-        block = Block(Linearization(lin.partials, lin.before), m, x.clone() if readers else None)
+        # M is all that is needed of the own-state path. x is copied: callers may write the next input there.
+        kept = Partials((), lin.partials.gate, lin.partials.input)
+        block = Block(Linearization(kept, lin.before), m, x.clone() if readers else None)
         ctx.past, ctx.layer = past, layer
         ctx.record = past.add(block, linked=link is not None and link.requires_grad)
         ctx.save_for_backward(*readers)

@@ -64,6 +64,9 @@ def gamma_step_(
     """`rfp.gamma_step_` by the chosen backend. Mutates gammas."""
     if backend == "torch":
         return rfp.gamma_step_(gammas, m, phi, y, delta)
+    if gammas[0].shape[0] == 1:
+        args = (list(gammas), m, phi, y)
+        return _compiled(_advance_row_)(*args) if delta is None else _compiled(_step_row_)(*args, delta)
     total: Tensor | None = None
     for b in range(gammas[0].shape[0]):
         row = slice(b, b + 1)

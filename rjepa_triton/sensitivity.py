@@ -144,12 +144,10 @@ class Sensitivity:
     @staticmethod
     def _phi(group: _Group, lin: Linearization) -> Tensor:
         """φ (S, T, B, K, N)."""
-        states, steps, batch, units = lin.before.shape
-        phi = lin.before.new_zeros(states, steps, batch, len(group.matrices), units)
-        for k, matrix in enumerate(group.matrices):
-            for nu, value in lin.immediate(matrix).items():
-                phi[nu, :, :, k] = value
-        return phi
+        zero = torch.zeros_like(lin.before[0])
+        entries = [lin.immediate(matrix) for matrix in group.matrices]
+        rows = [torch.stack([by.get(nu, zero) for by in entries], dim=2) for nu in range(len(lin.before))]
+        return torch.stack(rows)
 
     @staticmethod
     def _y(group: _Group, lin: Linearization, inputs: Tensor | None) -> Tensor:

@@ -66,9 +66,10 @@ def test_rgc_closed_form_agrees_with_the_automatic_partials() -> None:
     point = random_point(cell, (3, 4, 5))
     closed, automatic = cell.partials(*point), cell.automatic_partials(*point)
     for kind in ("own", "gate", "input"):
-        given, full = getattr(closed, kind), getattr(automatic, kind)
-        for key, value in full.items():
-            torch.testing.assert_close(given.get(key, torch.zeros_like(value)), value, rtol=1e-12, atol=1e-12)
+        for given, full in zip(getattr(closed, kind), getattr(automatic, kind), strict=True):
+            for nu, value in full.items():
+                got = given.get(nu, torch.zeros_like(value))
+                torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: type(c).__name__)
@@ -77,13 +78,15 @@ def test_automatic_partials_agree_with_finite_differences(cell: Cell) -> None:
     partials = cell.automatic_partials(*point)
     step = 1e-6
     for which, entries in enumerate((partials.own, partials.gate, partials.input)):
-        for (nu, j), value in entries.items():
+        for j, by_state in enumerate(entries):
             moved = []
             for sign in (1, -1):
                 shifted = [list(group) for group in point]
                 shifted[which][j] = shifted[which][j] + sign * step
-                moved.append(cell.update(*shifted)[nu])
-            torch.testing.assert_close(value, (moved[0] - moved[1]) / (2 * step), rtol=1e-7, atol=1e-8)
+                moved.append(cell.update(*shifted))
+            for nu, value in by_state.items():
+                difference = (moved[0][nu] - moved[1][nu]) / (2 * step)
+                torch.testing.assert_close(value, difference, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
@@ -97,8 +100,9 @@ def test_rgc_scan_agrees_with_the_generic_one(diagonal: bool) -> None:
     want = Cell.linearize(cell, plain).partials
     got = cell.linearize(fast).partials
     for kind in ("own", "gate", "input"):
-        for key, value in getattr(want, kind).items():
-            torch.testing.assert_close(getattr(got, kind)[key], value, rtol=1e-11, atol=1e-12)
+        for by_state, plainly in zip(getattr(got, kind), getattr(want, kind), strict=True):
+            for nu, value in by_state.items():
+                torch.testing.assert_close(value, plainly[nu], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("mixed", [(0,), (1, 2), (0, 1, 2, 3)])

@@ -46,7 +46,7 @@ class _Source:
     def __init__(
         self, lin: Linearization, source: int, matrices: Sequence[Matrix], weights: Sequence[Tensor]
     ) -> None:
-        self.own = [(nu, a.unbind(0)) for (nu, s), a in lin.partials.own.items() if s == source]
+        self.own = [(nu, a.unbind(0)) for nu, a in lin.partials.own[source].items()]
         self.diagonal: list[tuple[dict[int, tuple[Tensor, ...]], Tensor]] = []
         self.dense: list[dict[int, tuple[Tensor, ...]]] = []
         dense_weights = []

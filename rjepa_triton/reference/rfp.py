@@ -44,7 +44,7 @@ def transition(lin: Linearization, matrices: Sequence[Matrix], weights: Sequence
     out = lin.before.new_empty(count, *lin.before.shape)
     for nu in range(count):
         for source in range(count):
-            entry, own = out[nu, source], lin.partials.own.get((nu, source))
+            entry, own = out[nu, source], lin.partials.own[source].get(nu)
             through = terms.get((nu, source), [])
             if own is not None and through:
                 torch.addcmul(own, *through.pop(0), out=entry)
@@ -156,8 +156,9 @@ def weight_gradients(
 def input_gradient(lin: Linearization, credit: Tensor, count: int) -> Tensor:
     """Σ_ν λ^ν ∂F_ν/∂x^j, (J, T, B, N), for a cell of `count` = J per-unit inputs."""
     out = credit.new_zeros(count, *credit.shape[1:])
-    for (nu, j), partial in lin.partials.input.items():
-        out[j].addcmul_(credit[nu], partial)
+    for j, entries in enumerate(lin.partials.input):
+        for nu, partial in entries.items():
+            out[j].addcmul_(credit[nu], partial)
     return out
 
 

@@ -26,8 +26,9 @@ def jacobian(lin: Linearization, t: int, matrices: Sequence[Matrix], weights: Se
     """J(t) (B, S·N, S·N) = ∂c(t)/∂c(t-1), zero for rows reset at t."""
     count, _, batch, units = lin.before.shape
     out = lin.before.new_zeros(batch, count, units, count, units)
-    for (nu, source), own in lin.partials.own.items():
-        out[:, nu, :, source].diagonal(dim1=1, dim2=2).add_(own[t])
+    for source, entries in enumerate(lin.partials.own):
+        for nu, own in entries.items():
+            out[:, nu, :, source].diagonal(dim1=1, dim2=2).add_(own[t])
     for matrix, weight in zip(matrices, weights, strict=True):
         for nu, phi in lin.immediate(matrix).items():
             block = out[:, nu, :, state_read(matrix)]
