@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional, ops
+from .._tape import Block, Tape
 from ..cells import Linearization, RGCCell
 from ..reference import rfp
 from ..reference.rtrl import ExactSensitivity
@@ -131,8 +132,8 @@ def _gamma_workspace(size: Size) -> int:
     return (6 * block + 2 * row) * size.itemsize
 
 
-class _Online(Case):
-    """A case that carries Γ and the state from run to run, and takes its steps from x in turn."""
+class _Stream(Case):
+    """A case that carries the state from run to run, and takes its steps from x in turn."""
 
     exact: bool | None = False
 
@@ -143,12 +144,6 @@ class _Online(Case):
         self.position = 0
         # the loss is on s alone: δ is zero on m
         self.delta = torch.stack([problem.delta, torch.zeros_like(problem.delta)])
-        batch = problem.x.shape[1]
-        self.sensitivity = Sensitivity(
-            self.cell.matrices, problem.weights, 2, batch, problem.x.dtype, problem.backend
-        )
-        (group,) = self.sensitivity.groups
-        self.backend = f"{group.backend}: {group.why}"
 
     def advance(self, steps: int) -> tuple[Linearization, Tensor, Tensor]:
         """Run the layer on: linearisation, transition M and δ (S, C, B, N) of the next `steps` steps."""
@@ -160,6 +155,19 @@ class _Online(Case):
         # start over where fewer steps are left than a run takes: a stream has no end
         self.position = begin + steps if begin + 2 * steps <= self.problem.steps else 0
         return lin, rfp.transition(lin, self.cell.matrices, self.problem.weights), delta
+
+
+class _Online(_Stream):
+    """A case that carries Γ as well."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        batch = problem.x.shape[1]
+        self.sensitivity = Sensitivity(
+            self.cell.matrices, problem.weights, 2, batch, problem.x.dtype, problem.backend
+        )
+        (group,) = self.sensitivity.groups
+        self.backend = f"{group.backend}: {group.why}"
 
     @staticmethod
     def state_bytes(size: Size) -> int:
@@ -258,6 +266,49 @@ class RfpChunk(_Online):
     def flop(size: Size) -> float:
         passes = 8 * 3 + 8 * 2  # carried, and read, once a chunk
         return size.batch * size.units**2 * (8 + 16 + 8 + passes / size.chunk)
+
+
+class RfpHistory(_Stream):
+    """Recurrent Forward Propagation from the recorded steps since reset: no Γ, a gradient every step.
+
+    One run is an episode of T steps, so the time a step is the mean over 1 … T steps since reset.
+    """
+
+    name, label = "rfp-history", "RFP, history"
+    KEPT = 10  # arrays of (T, B, N): M, φ and the states read
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.covers = problem.steps
+
+    def run(self) -> Sequence[Tensor]:
+        self.state = self.problem.state
+        tape, total = Tape(), [torch.zeros_like(w) for w in self.problem.weights]
+        for _ in range(self.covers):
+            lin, m, delta = self.advance(1)
+            tape.append(Block(lin, m, None))
+            block = tape.joined()
+            assert block is not None
+            since = torch.zeros_like(block.lin.before)
+            since[:, -1:] = delta
+            credit, _ = rfp.reverse_scan(block.m, since)
+            parts = rfp.weight_gradients(block.lin, self.cell.matrices, self.problem.weights, credit)
+            for sum_, part in zip(total, parts, strict=True):
+                sum_.add_(part)
+        return total
+
+    @staticmethod
+    def state_bytes(size: Size) -> int:
+        return RfpHistory.KEPT * size.steps * size.batch * size.units * size.itemsize
+
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        # the tape's spare room, and the scan's and the products' temporaries
+        return 3 * cls.state_bytes(size) + 12 * size.units**2 * size.itemsize
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        return size.batch * size.units**2 * (8 + 8 * (size.steps + 1) / 2)
 
 
 # --- over a whole sequence ---------------------------------------------------------------------------------
@@ -371,9 +422,10 @@ class Rtrl(Case):
         return 32 * size.batch * size.units**4
 
 
-CASES: dict[str, type[Case]] = {
-    case.name: case for case in (RfpStep, RfpStepGamma, Copy, RfpChunk, RfpDual, Bptt, BpttAutograd, Rtrl)
-}
+_ALL: tuple[type[Case], ...] = (
+    RfpStep, RfpStepGamma, Copy, RfpChunk, RfpHistory, RfpDual, Bptt, BpttAutograd, Rtrl
+)  # fmt: skip
+CASES = {case.name: case for case in _ALL}
 
 
 # --- the check ---------------------------------------------------------------------------------------------
@@ -447,6 +499,10 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     told = ("not enough memory", "can't allocate memory", "out of memory")
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in told)
+
+
+# An episode a sample is long, and history is not for long streams: asked for by name.
+DEFAULT = tuple(name for name in CASES if name != "rfp-history")
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -55,7 +55,7 @@ def scaling_command(
     chunk: Annotated[int, typer.Option(help="C, steps a chunk of rfp-chunk.")] = 16,
     dtype: Annotated[str, typer.Option(help=", ".join(cases.DTYPES))] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<index>")] = "cpu",
-    algorithms: Annotated[str, typer.Option(help=", ".join(cases.CASES))] = ",".join(cases.CASES),
+    algorithms: Annotated[str, typer.Option(help=", ".join(cases.CASES))] = ",".join(cases.DEFAULT),
     input: Annotated[str, typer.Option(help=", ".join(inputs.INPUTS))] = "photo",
     scale: Annotated[float, typer.Option(help="c in W ~ c·N(0, 1)/√N.")] = 0.1,
     backend: Annotated[str, typer.Option(help=f"What runs Γ: {', '.join(ops.BACKENDS)}")] = "auto",

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .._device import available_bytes as available_bytes
 from .record import Timing
 
 # The profiler's library reports its start, and the lack of a GPU driver, on stderr. It reads this once, when
@@ -123,18 +124,6 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         alive += change
         most = max(most, alive)
     return most
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on the device; None where the system doesn't say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kibibytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return kibibytes[0] * 1024 if kibibytes else None
 
 
 def flop_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -39,6 +39,7 @@ LOOKS = {
     "rfp-step-gamma": Look("#56B4E9", "v"),
     "copy": Look("#999999", "x"),
     "rfp-chunk": Look("#009E73", "s", (0, (4, 2))),
+    "rfp-history": Look("#F0E442", "h"),
     "rfp-dual": Look("#CC79A7", "D"),
     "bptt": Look("#E69F00", "^", (0, (4, 2))),
     "bptt-autograd": Look("#D55E00", "P"),

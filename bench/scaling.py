@@ -41,7 +41,7 @@ class Settings:
     """
 
     points: tuple[tuple[int, int], ...]
-    algorithms: tuple[str, ...] = tuple(CASES)
+    algorithms: tuple[str, ...] = cases.DEFAULT
     steps: int = 50
     chunk: int = 16
     dtype: str = "float32"

@@ -67,10 +67,11 @@ def test_a_run_covers_the_steps_it_says() -> None:
     p = problem(Size(5, 1, 20, 8))
     covers = {name: case(p).covers for name, case in CASES.items()}
     assert covers == {
-        "rfp-step": 8,
+        "rfp-step": 1,
         "rfp-step-gamma": 1,
         "copy": 1,
         "rfp-chunk": 8,
+        "rfp-history": 20,
         "rfp-dual": 20,
         "bptt": 20,
         "bptt-autograd": 20,
