@@ -10,12 +10,14 @@ there (`reference.rfp`, the chunk's formula). Forms differ in when the window is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import ops
 from ._tape import Block, Tape
 from .cells import Matrix
 from .reference import rfp
@@ -41,13 +43,20 @@ class Past:
     matrices    all of the layer's
     sensitivity Γ, or None for form "history"
     lag         steps before the current one that a loss may still reach
+    scan_backend  of the reverse scan (`ops.choose_scan`)
     filling     True while a chunk is filled step by step: nothing is folded until it is complete
     """
 
     def __init__(
-        self, matrices: Sequence[Matrix], form: str, lag: int, sensitivity: Sensitivity | None
+        self,
+        matrices: Sequence[Matrix],
+        form: str,
+        lag: int,
+        sensitivity: Sensitivity | None,
+        scan_backend: str = "torch",
     ) -> None:
         self.matrices, self.form, self.lag = matrices, form, lag
+        self._scan = functools.partial(ops.reverse_scan, backend=scan_backend)
         self.sensitivity = sensitivity
         self.filling = False
         self.begin(0)
@@ -115,13 +124,13 @@ class Past:
         alone = record.start == self.base
         if self.form == "step" and alone and record.end <= self.now - self.lag:
             assert self.sensitivity is not None
-            due = delta if block.steps == 1 else rfp.reverse_scan(block.m, delta)[0]
+            due = delta if block.steps == 1 else self._scan(block.m, delta)[0]
             gradients = self.sensitivity.step_(block.lin, block.m, block.inputs, delta)
             assert gradients is not None
             self._move_base(record.end)
             return due, None, gradients
 
-        credit, passed = rfp.reverse_scan(block.m, delta, arrived)
+        credit, passed = self._scan(block.m, delta, arrived)
         due = delta if block.steps == 1 else credit
         record.received = arrived is not None
         if record.linked:
@@ -180,7 +189,7 @@ class Past:
         for linked in chain:
             whole[:, linked.start - self.base : linked.end - self.base] = linked.credit
         if start:
-            earlier, passed = rfp.reverse_scan(window.m[:, :, :start], whole[:, :start], passed)
+            earlier, passed = self._scan(window.m[:, :, :start], whole[:, :start], passed)
             whole[:, :start] = earlier
         return window, whole, passed
 

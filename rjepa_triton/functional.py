@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from . import ops
 from .cells import Cell, Linearization, RGCCell, Trajectory
 from .reference import bptt, rfp, rtrl
 
 Learning = Literal["rfp", "bptt", "rtrl"]
 LEARNING = ("rfp", "bptt", "rtrl")
-BACKENDS = ("auto", "torch")
 
 
 class _TwoPoint(torch.autograd.Function):
@@ -22,12 +22,12 @@ class _TwoPoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, learning: str, resets: Tensor | None, x: Tensor, *tensors: Tensor
+        ctx: Any, cell: Cell, learning: str, backend: str, resets: Tensor | None, x: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         count = len(cell.states)
         state, weights = tensors[:count], tensors[count:]
         trajectory = cell.scan(x, weights, state, resets)
-        ctx.cell, ctx.learning = cell, learning
+        ctx.cell, ctx.learning, ctx.backend = cell, learning, backend
         ctx.save_for_backward(x, trajectory.states, trajectory.saved, resets, *weights)
         ctx.set_materialize_grads(False)
         return trajectory.after.unbind(0)
@@ -41,19 +41,18 @@ class _TwoPoint(torch.autograd.Function):
         delta = torch.stack([torch.zeros_like(states[0, 1:]) if g is None else g for g in grads])
 
         if ctx.learning == "rfp":
-            credit, first = rfp.reverse_scan(rfp.transition(lin, cell.matrices, weights), delta)
+            m = rfp.transition(lin, cell.matrices, weights)
+            credit, first = ops.reverse_scan(m, delta, backend=ctx.backend)
         else:
             credit, first = bptt.credits(lin, cell.matrices, weights, delta)
 
-        needs_x, *needs = ctx.needs_input_grad[3:]
+        needs_x, *needs = ctx.needs_input_grad[4:]
         needs_state, needs_weight = needs[: len(grads)], needs[len(grads) :]
         by_weight: Sequence[Tensor | None] = [None] * len(weights)
         if any(needs_weight):
             by_weight = _weight_gradients(ctx.learning, cell, lin, weights, delta, credit)
         return (
-            None,
-            None,
-            None,
+            *(None,) * 4,
             rfp.input_gradient(lin, credit, len(cell.inputs)) if needs_x else None,
             *(g if need else None for g, need in zip(first, needs_state, strict=True)),
             *(g if need else None for g, need in zip(by_weight, needs_weight, strict=True)),
@@ -76,13 +75,15 @@ def two_point(
     *,
     resets: Tensor | None = None,
     learning: Learning = "rfp",
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Run any two-point cell over a sequence; the S states, each (T, B, N), differentiable by `learning`.
 
     x (J, T, B, N): the cell's per-unit inputs; weights: K of (N, N) or (N,); state: S of (B, N);
-    resets (T, B) bool or None. What the three rules give is said in `rgc`. Arguments are not checked.
+    resets (T, B) bool or None. What the rules and backends do is said in `rgc`. Only backend is checked.
     """
-    return _TwoPoint.apply(cell, learning, resets, x, *state, *weights)
+    backend = ops.choose_scan(backend, x.device, x.dtype)
+    return _TwoPoint.apply(cell, learning, backend, resets, x, *state, *weights)
 
 
 def rgc(
@@ -115,19 +116,20 @@ def rgc(
             "bptt"  backpropagation through time: exact.
             "rtrl"  weights by exact real-time recurrent learning, O(B·N³) memory and O(B·N⁴) time a step;
                     x and state, which forward sensitivities to the weights don't reach, as "bptt". Exact.
-        backend: "torch", or "auto", which takes it.
+        backend: of RFP's reverse scan: "torch", "triton", or "auto", which takes Triton for float32 tensors
+            on a GPU.
 
     Returns:
         s, m: (T, B, N) each. Nothing is mutated.
 
     Raises:
         TypeError: a value that isn't a tensor, a dtype that isn't floating or differs from x's.
-        ValueError: a wrong shape (T = 0 among them), device, learning or backend; weights not finite.
+        ValueError: a wrong shape (T = 0 among them), device, learning or backend; weights not finite; a
+            backend that can't run here.
     """
     check.shape("x", check.tensor("x", x), ("T", "B", "N"))
     check.floating("x", x)
     check.one_of("learning", learning, LEARNING)
-    check.one_of("backend", backend, BACKENDS)
     steps, batch, units = x.shape
     weights = {
         "weight_ss": weight_ss,
@@ -144,7 +146,9 @@ def rgc(
         initial_state(state, ("s0", "m0"), batch, units, x)
     if resets is not None:
         resets = check.mask("resets", resets, (steps, batch), x.device)
-    s, m = two_point(RGCCell(), x[None], tuple(weights.values()), state, resets=resets, learning=learning)
+    s, m = two_point(
+        RGCCell(), x[None], tuple(weights.values()), state, resets=resets, learning=learning, backend=backend
+    )
     return s, m
 
 

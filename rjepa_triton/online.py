@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from . import ops
 from ._device import available_bytes
 from ._past import Past, Record
 from ._tape import Block
@@ -48,7 +49,7 @@ class OnlineLearner:
             may still reach.
         gamma_dtype: what Γ is kept in, float32 or bfloat16; a float64 layer keeps float64 for float32.
         horizon: steps between resets, if known: lets "auto" consider "history".
-        backend: of the Γ recursion: "torch", "compile" (CPU), or "auto" (`ops.choose`).
+        backend: of the Γ recursion: "torch", "compile" (CPU), "triton" (GPU), or "auto" (`ops.choose_gamma`).
 
     step(), chunk(), reset() and backward() mutate the learner's state and Γ; nothing here changes weights.
 
@@ -111,7 +112,8 @@ class OnlineLearner:
             sensitivity = Sensitivity(
                 layer.matrices, weights, self._problem.states, batch_size, gamma_dtype, backend
             )
-        self._past = Past(layer.matrices, self.form, lag, sensitivity)
+        scan = ops.choose_scan("torch" if backend == "compile" else backend, device, dtype)
+        self._past = Past(layer.matrices, self.form, lag, sensitivity, scan)
         self._state = weights[0].detach().new_zeros(self._problem.states, batch_size, layer.hidden_size)
         self._forget: Tensor | None = None  # rows to forget when the next step begins, (B,) bool
         self._forget_all = False

@@ -1,13 +1,20 @@
-"""Which implementation of the Γ recursion runs: plain torch, or the same functions compiled for the CPU.
+"""What runs the recursions: plain torch, the same functions compiled for the CPU, or Triton kernels.
 
-Compiled code reads and writes Γ once a step where plain torch makes a pass an operation. Compiling takes some
-seconds once (and a C++ compiler), so "auto" compiles only where Γ is large, and says so through `choose`.
+torch    anywhere, in any floating dtype: an operation a pass over memory
+compile  CPU: one pass over Γ a step. Compiling takes some seconds once, and a C++ compiler
+triton   CUDA and ROCm tensors in float32 (Γ may be bfloat16); elsewhere under TRITON_INTERPRET=1, for tests
+auto     triton where it can run; compile on the CPU where Γ is large; else torch
+
+A kernel that can't be launched gives way to torch for good, with one warning that says why.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,9 +24,9 @@ from torch import Tensor
 from . import _checks as check
 from .reference import rfp
 
-BACKENDS = ("auto", "torch", "compile")
-# Numbers of Γ^ν a batch row from which one pass over it outweighs the cost of compiling (N = 256 for RGC).
-COMPILE_FROM = 1 << 18
+BACKENDS = ("auto", "torch", "compile", "triton")
+# Numbers of Γ^ν a batch row from which one pass over it outweighs the cost of compiling (N = 128 for RGC).
+COMPILE_FROM = 1 << 16
 
 
 @functools.cache
@@ -28,28 +35,81 @@ def cpp_compiler() -> str | None:
     return next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
 
 
-def choose(backend: str, device: torch.device, row_numbers: int, gamma_is_compute: bool) -> tuple[str, str]:
-    """("torch" | "compile", why), for Γ^ν of `row_numbers` a batch row.
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
-    Raises ValueError if `backend` is unknown, or is "compile" where that can't run.
+
+def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels can't serve tensors of this device and dtype, or None if they can."""
+    if not _has_triton():
+        return "triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"kernels need a CUDA or ROCm tensor, or TRITON_INTERPRET=1 from the start, got {device}"
+    if dtype != torch.float32:
+        return f"kernels compute in float32, got {dtype}"
+    return None
+
+
+def choose_scan(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """ "torch" or "triton", for what has no Γ: the reverse scan.
+
+    Raises ValueError if `backend` is unknown, has no scan, or is "triton" where that can't run.
+    """
+    check.one_of("backend", backend, ("auto", "torch", "triton"))
+    obstacle = _no_triton(device, dtype)
+    if backend == "triton" and obstacle:
+        raise ValueError(f"backend='triton' can't run: {obstacle}; use backend='torch'")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and not obstacle else "torch"
+    return backend
+
+
+def choose_gamma(
+    backend: str, device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype, row_numbers: int
+) -> tuple[str, str]:
+    """("torch" | "compile" | "triton", why), for Γ^ν of `row_numbers` a batch row.
+
+    Raises ValueError if `backend` is unknown, or asks for what can't run here.
     """
     check.one_of("backend", backend, BACKENDS)
-    obstacle = None
+    no_triton = _no_triton(device, dtype)
+    if no_triton is None and gamma_dtype not in (torch.float32, torch.bfloat16):
+        no_triton = f"kernels take Γ in float32 or bfloat16, got {gamma_dtype}"
+    no_compile = None
     if device.type != "cpu":
-        obstacle = f"it serves CPU tensors, got {device}"
-    elif not gamma_is_compute:
-        obstacle = "gamma_dtype differs from the layer's dtype"
+        no_compile = f"compiled code serves CPU tensors, got {device}"
+    elif gamma_dtype != dtype:
+        no_compile = "gamma_dtype differs from the layer's dtype"
     elif cpp_compiler() is None:
-        obstacle = "no C++ compiler was found"
-    if backend == "compile" and obstacle:
-        raise ValueError(f"backend='compile' can't run: {obstacle}; use backend='torch'")
-    if backend == "auto":
-        if obstacle:
-            return "torch", obstacle
-        if row_numbers < COMPILE_FROM:
-            return "torch", f"Γ has {row_numbers:,} numbers a row and state, compiled from {COMPILE_FROM:,}"
-        return "compile", f"Γ has {row_numbers:,} numbers a row and state; one pass a step"
-    return backend, "asked for"
+        no_compile = "no C++ compiler was found"
+    obstacle = {"triton": no_triton, "compile": no_compile}.get(backend)
+    if obstacle:
+        raise ValueError(f"backend={backend!r} can't run: {obstacle}; use backend='torch'")
+    if backend != "auto":
+        return backend, "asked for"
+    if device.type == "cuda":
+        return ("torch", no_triton) if no_triton else ("triton", "one pass over Γ a step")
+    if no_compile:
+        return "torch", no_compile
+    if row_numbers < COMPILE_FROM:
+        return "torch", f"Γ has {row_numbers:,} numbers a row and state, compiled from {COMPILE_FROM:,}"
+    return "compile", f"Γ has {row_numbers:,} numbers a row and state: one pass over it a step"
+
+
+def reverse_scan(
+    m: Tensor, delta: Tensor, carry: Tensor | None = None, *, backend: str = "torch"
+) -> tuple[Tensor, Tensor]:
+    """`rfp.reverse_scan` by the chosen backend; one step is two products, which torch does."""
+    if backend == "triton" and delta.shape[1] > 1:
+        from .kernels import reverse_scan as kernels
+
+        m, delta = m.contiguous(), delta.contiguous()
+        carry = None if carry is None else carry.contiguous()
+        done = _launched("reverse_scan", lambda: kernels.reverse_scan(m, delta, carry))
+        if done is not None:
+            return done
+    return rfp.reverse_scan(m, delta, carry)
 
 
 def gamma_step_(
@@ -59,10 +119,18 @@ def gamma_step_(
     y: Tensor,
     delta: Tensor | None = None,
     *,
+    diagonal: bool = False,
     backend: str = "torch",
 ) -> Tensor | None:
-    """`rfp.gamma_step_` by the chosen backend. Mutates gammas."""
-    if backend == "torch":
+    """`rfp.gamma_step_` by the chosen backend; y (B, K, M), or (B, K, N) if diagonal. Mutates gammas."""
+    if backend == "triton":
+        from .kernels import gamma_step as kernels
+
+        done = _launched("gamma_step", lambda: (kernels.gamma_step_(gammas, m, phi, y.contiguous(), delta),))
+        if done is not None:
+            return done[0]
+    y = y.unsqueeze(-1 if diagonal else -2)
+    if backend != "compile":
         return rfp.gamma_step_(gammas, m, phi, y, delta)
     if gammas[0].shape[0] == 1:
         args = (list(gammas), m, phi, y)
@@ -82,8 +150,7 @@ def gamma_step_(
 
 def gamma_chunk_(
     gammas: Sequence[Tensor],
-    suffix: Tensor,
-    whole: Tensor,
+    m: Tensor,
     phi: Tensor,
     y: Tensor,
     credit: Tensor | None = None,
@@ -91,8 +158,20 @@ def gamma_chunk_(
     diagonal: bool = False,
     backend: str = "torch",
 ) -> Tensor | None:
-    """`rfp.gamma_chunk_` by the chosen backend. Mutates gammas."""
-    if backend == "torch" or diagonal or credit is None:
+    """`rfp.gamma_chunk_` by the chosen backend, from M (S, S, C, B, N) itself. Mutates gammas."""
+    if backend == "triton":
+        from .kernels import gamma_chunk, reverse_scan
+
+        def launch() -> tuple[Tensor | None]:
+            arriving, whole = reverse_scan.arriving(m.contiguous(), phi)
+            past = None if credit is None else credit.contiguous()
+            return (gamma_chunk.gamma_chunk_(gammas, whole, arriving, y.contiguous(), past),)
+
+        done = _launched("gamma_chunk", launch)
+        if done is not None:
+            return done[0]
+    suffix, whole = rfp.suffix_products(m)
+    if backend != "compile" or credit is None:
         return rfp.gamma_chunk_(gammas, suffix, whole, phi, y, credit, diagonal=diagonal)
     total: Tensor | None = None
     for b in range(gammas[0].shape[0]):
@@ -106,6 +185,27 @@ def gamma_chunk_(
     for nu, gamma in enumerate(gammas):
         rfp.add_arriving_(gamma, arriving[nu], y, diagonal)
     return total
+
+
+_failed: set[str] = set()
+
+
+def _launched(name: str, launch: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...] | None:
+    """What `launch` gives; None if the kernel can't be compiled or launched, now or before."""
+    if name in _failed:
+        return None
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    try:
+        return launch()
+    except (CompilationError, OutOfResources, PTXASError) as error:
+        _failed.add(name)
+        warnings.warn(
+            f"Triton kernel {name} can't be launched, torch runs in its place from now on: {error}",
+            stacklevel=2,
+        )
+        return None
 
 
 @functools.cache

@@ -54,7 +54,7 @@ class Sensitivity:
         for shape, indices in by_shape.items():
             units, fan_in = (*shape, 1)[:2]
             device, numbers = weights[0].device, len(indices) * units * fan_in
-            chosen, why = ops.choose(backend, device, numbers, dtype == weights[0].dtype)
+            chosen, why = ops.choose_gamma(backend, device, weights[0].dtype, dtype, numbers)
             if len(shape) == 1:
                 chosen, why = "torch", "one number a unit"
             gammas = [
@@ -96,8 +96,9 @@ class Sensitivity:
                     group.gammas,
                     m[:, :, t],
                     phi[:, t],
-                    y[t].unsqueeze(-1 if group.diagonal else -2),
+                    y[t],
                     None if delta is None else delta[:, t],
+                    diagonal=group.diagonal,
                     backend=group.backend,
                 )
                 total = part if total is None or part is None else total.add_(part)
@@ -111,12 +112,10 @@ class Sensitivity:
 
         Arguments as in `step_`. The steps' own part of the gradient is `rfp.weight_gradients`. Mutates Γ.
         """
-        suffix, whole = rfp.suffix_products(m)
         totals = [
             ops.gamma_chunk_(
                 group.gammas,
-                suffix,
-                whole,
+                m,
                 self._phi(group, lin),
                 self._y(group, lin, inputs),
                 credit,

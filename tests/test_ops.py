@@ -1,0 +1,133 @@
+"""Which backend runs, and that Triton's gives what torch's does, through the layer and through the learner."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import oracle
+import pytest
+import torch
+
+from rjepa_triton import RGC, OnlineLearner, ops
+from rjepa_triton.functional import rgc
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "gamma_dtype", "numbers", "chosen", "why"),
+    [
+        (CPU, F32, F32, 100, "torch", "compiled from 65,536"),
+        (CPU, F32, F32, 1 << 16, "compile", "one pass"),
+        (CPU, F32, BF16, 1 << 16, "torch", "gamma_dtype differs"),
+        (GPU, F32, BF16, 100, "triton", "one pass"),
+        (GPU, F64, F64, 100, "torch", "float32, got torch.float64"),
+    ],
+)
+def test_auto(
+    device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype, numbers: int, chosen: str, why: str
+) -> None:
+    got, because = ops.choose_gamma("auto", device, dtype, gamma_dtype, numbers)
+    assert got == chosen
+    assert why in because
+
+
+def test_what_can_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="'triton' can't run: kernels need a CUDA or ROCm tensor"):
+        ops.choose_scan("triton", CPU, F32)
+    with pytest.raises(ValueError, match="'triton' can't run"):
+        ops.choose_gamma("triton", CPU, F32, F32, 1)
+    with pytest.raises(ValueError, match="'compile' can't run: compiled code serves CPU tensors"):
+        ops.choose_gamma("compile", GPU, F32, F32, 1)
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'triton', got 'compile'"):
+        ops.choose_scan("compile", CPU, F32)
+    monkeypatch.setattr(ops, "cpp_compiler", lambda: None)
+    with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
+        ops.choose_gamma("compile", CPU, F32, F32, 1)
+    assert ops.choose_gamma("auto", CPU, F32, F32, 1 << 20) == ("torch", "no C++ compiler was found")
+
+
+def interpreted() -> bool:
+    """Whether kernels run here: on a GPU, or interpreted (`conftest.py`)."""
+    pytest.importorskip("triton")
+    return ops._no_triton(CPU, F32) is None
+
+
+def test_the_layers_gradient_by_triton() -> None:
+    if not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    x, weights, state, ds, dm = oracle.problem(7, 3, 17, dtype=F32)
+    gradients = []
+    for backend in ("torch", "triton"):
+        s, m = rgc(x, *weights, state, backend=backend)
+        gradients.append(torch.autograd.grad((s * ds + m * dm).sum(), [x, *state, *weights]))
+    assert oracle.relative(gradients[1], gradients[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("form", "how", "every"),
+    [("step", "each", 1), ("chunk", "chunk", 4), ("chunk", "together", 4), ("history", "each", 1)],
+)
+@pytest.mark.parametrize("options", [{}, {"input_size": 3}, {"recurrence": "diagonal"}], ids=str)
+def test_the_learners_gradient_by_triton(form: str, how: str, every: int, options: dict[str, Any]) -> None:
+    if not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    layer = RGC(17, init="uniform", **options)
+    x, delta = torch.randn(9, 2, layer.fan_in), torch.randn(9, 2, 17)
+    resets = torch.rand(9, 2) < 0.2
+    results = []
+    for backend in ("torch", "triton"):
+        layer.zero_grad()
+        learner = OnlineLearner(layer, 2, form=form, update_every=every, backend=backend)
+        losses = []
+        for t in range(0, 9, every if how == "chunk" else 1):
+            if how == "chunk":
+                s = learner.chunk(x[t : t + every], resets[t : t + every])
+                (s * delta[t : t + every]).sum().backward()
+                continue
+            learner.reset(resets[t])
+            losses.append((learner.step(x[t]) * delta[t]).sum())
+            if how == "each" or len(losses) == every or t == 8:
+                torch.stack(losses).sum().backward()
+                losses = []
+        results.append([p.grad.clone() for p in layer.parameters()])
+    assert oracle.relative(results[1], results[0]) < 1e-5
+
+
+def test_a_kernel_that_can_not_launch_gives_way_to_torch_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    from triton.runtime.errors import OutOfResources
+
+    from rjepa_triton.kernels import reverse_scan
+
+    def refuse(*_: object) -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(reverse_scan, "reverse_scan", refuse)
+    monkeypatch.setattr(ops, "_failed", set())
+    m, delta = torch.randn(2, 2, 4, 1, 3), torch.randn(2, 4, 1, 3)
+    with pytest.warns(UserWarning, match="Triton kernel reverse_scan can't be launched.*shared memory"):
+        first = ops.reverse_scan(m, delta, backend="triton")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = ops.reverse_scan(m, delta, backend="triton")
+    torch.testing.assert_close(first, ops.reverse_scan(m, delta))
+    torch.testing.assert_close(first, again)
+
+
+def test_no_triton_is_a_clear_refusal() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, rjepa_triton\n"
+        "rjepa_triton.OnlineLearner(rjepa_triton.RGC(3), 1, backend='triton')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ValueError: backend='triton' can't run: triton is not installed" in done.stderr
