@@ -1,0 +1,217 @@
+"""Γ one step on, in place, and the gradient that the step reads from it: one pass over Γ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import check_gammas, check_runnable, check_tensor, vector_width
+
+
+# Only N and M set a layout: the rest shall not compile the kernel anew when it is 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["B", "K", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta"])
+def _gamma_step_kernel(
+    gamma0_ptr,  # [B, K, N, M]
+    gamma1_ptr,  # [B, K, N, M], or None for one state
+    m_ptr,  # [S, S, B, N]
+    phi_ptr,  # [S, B, K, N]
+    y_ptr,  # [B, K, M]
+    delta_ptr,  # [S, B, N], or None to advance only
+    grad_ptr,  # [K, N, M], or None where weight takes the step itself
+    weight_ptr,  # [K, N, M], or None
+    lr,
+    B,
+    K,
+    N,
+    M,
+    stride_m_to,
+    stride_m_from,
+    stride_phi,
+    stride_delta,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    VECTOR: tl.constexpr,  # a divisor of M: numbers of Γ that one access moves
+):
+    # One program: rows i and columns j of one matrix k, over the whole batch, so that the batch sum stays in
+    # registers. All matrices in one program would need K accumulators: it spills, and saves only loads of m.
+    M = M // VECTOR * VECTOR  # M itself, and the compiler sees that VECTOR divides it
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    i0 = (tl.program_id(0) // tiles_m) * BLOCK_N
+    j0 = (tl.program_id(0) % tiles_m) * BLOCK_M
+    k = tl.program_id(1).to(tl.int64)
+
+    row = tl.arange(0, BLOCK_N)
+    col = tl.arange(0, BLOCK_M)
+    in_n = i0 + row < N
+    in_m = j0 + col < M
+    inside = in_n[:, None] & in_m[None, :]
+
+    # 64 bits for what grows with B, K, N and M; the offset inside a tile fits in 32.
+    corner = (k * N + i0) * M + j0
+    tile = row[:, None] * M + col[None, :]
+    wide_k = tl.cast(K, tl.int64)
+    wide_n = tl.cast(N, tl.int64)
+
+    gamma0_ptr += corner
+    if gamma1_ptr is not None:
+        gamma1_ptr += corner
+    m_ptr += i0
+    phi_ptr += k * N + i0
+    y_ptr += k * M + j0
+    if delta_ptr is not None:
+        delta_ptr += i0
+
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for _ in range(B):
+        y = tl.load(y_ptr + col, mask=in_m, other=0.0)[None, :]
+        old0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+        m00 = tl.load(m_ptr + row, mask=in_n, other=0.0)[:, None]
+        phi0 = tl.load(phi_ptr + row, mask=in_n, other=0.0)[:, None]
+        new0 = m00 * old0 + phi0 * y
+        if gamma1_ptr is not None:
+            old1 = tl.load(gamma1_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+            m01 = tl.load(m_ptr + stride_m_from + row, mask=in_n, other=0.0)[:, None]
+            m10 = tl.load(m_ptr + stride_m_to + row, mask=in_n, other=0.0)[:, None]
+            m11 = tl.load(m_ptr + stride_m_to + stride_m_from + row, mask=in_n, other=0.0)[:, None]
+            phi1 = tl.load(phi_ptr + stride_phi + row, mask=in_n, other=0.0)[:, None]
+            new0 += m01 * old1
+            new1 = m10 * old0 + m11 * old1 + phi1 * y
+            tl.store(gamma1_ptr + tile, new1.to(gamma1_ptr.dtype.element_ty), mask=inside)
+        tl.store(gamma0_ptr + tile, new0.to(gamma0_ptr.dtype.element_ty), mask=inside)
+        if delta_ptr is not None:
+            # From the float32 values: rounding Γ to its own dtype doesn't touch this step's gradient.
+            total += tl.load(delta_ptr + row, mask=in_n, other=0.0)[:, None] * new0
+            if gamma1_ptr is not None:
+                total += tl.load(delta_ptr + stride_delta + row, mask=in_n, other=0.0)[:, None] * new1
+            delta_ptr += wide_n
+
+        gamma0_ptr += wide_k * N * M
+        if gamma1_ptr is not None:
+            gamma1_ptr += wide_k * N * M
+        m_ptr += wide_n
+        phi_ptr += wide_k * N
+        y_ptr += wide_k * M
+
+    if weight_ptr is not None:
+        weight_ptr += corner
+        weight = tl.load(weight_ptr + tile, mask=inside, other=0.0)
+        tl.store(weight_ptr + tile, weight - lr * total, mask=inside)
+    elif grad_ptr is not None:
+        tl.store(grad_ptr + corner + tile, total, mask=inside)
+
+
+class Config(NamedTuple):
+    """One program's tile of Γ, the numbers that one access moves, and warps."""
+
+    block_n: int
+    block_m: int
+    vector: int
+    num_warps: int
+
+
+def pick_config(N: int, M: int, dtype: torch.dtype) -> Config:
+    """The tile for Γ of (B, K, N, M). Pure, for a kernel that works in place can't be tuned.
+
+    A thread holds 16 numbers of each state: four 128-bit loads of float32 each, and registers for three or
+    more programs a multiprocessor, in either dtype. Twice as many spill. Rows of 64 are whole cache lines.
+    """
+    vector = vector_width(M, dtype)
+    if vector == 1:
+        # An address and a mask a number: half as many numbers a thread, or registers spill.
+        return Config(4, 64, vector, num_warps=1)
+    if triton.cdiv(N, 32) * triton.cdiv(M, 64) < 64:
+        # Too few programs to fill a GPU: smaller ones, of as many numbers a thread.
+        return Config(8, 64, vector, num_warps=1)
+    return Config(32, 64, vector, num_warps=4)
+
+
+def gamma_step_(
+    gammas: Sequence[Tensor],
+    m: Tensor,
+    phi: Tensor,
+    y: Tensor,
+    delta: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    lr: float = 0.0,
+) -> Tensor | None:
+    """Advance Γ in place by one step; with delta, read the gradient from it in the same pass (paper, eq. 14).
+
+        Γ^{ν,k} ← Σ_ν' M^{νν'} ⊙_rows Γ^{ν',k} + φ^{ν,k} y^kᵀ
+        G^k     = Σ_{b,ν} δ^ν ⊙_rows Γ^{ν,k}
+        W^k     ← W^k - lr · G^k                                 with weight, in the same pass
+
+    Arithmetic is in float32. Γ in bfloat16 is rounded to nearest, after the gradient has read it. The batch
+    is summed in order: two runs agree in every bit.
+
+    Args:
+        gammas: S tensors (B, K, N, M), S of 1 or 2, contiguous, float32 or bfloat16. Mutated. Fast where a
+            row is a multiple of 16 bytes.
+        m: (S, S, B, N) float32, first index the row ν.
+        phi: (S, B, K, N) float32, zero where a matrix does not enter a state.
+        y: (B, K, M) float32, contiguous.
+        delta: (S, B, N) float32, or None to advance only.
+        weight: (K, N, M) float32, contiguous, or None. Mutated. It needs delta.
+        lr: the learning rate of weight's step.
+
+    The indices before the batch of m, phi and delta may have any stride, so that one step of a sequence needs
+    no copy; what they index must be contiguous.
+
+    Returns:
+        The gradient (K, N, M) float32, or None without delta and with weight.
+
+    Raises:
+        TypeError: an argument that isn't a tensor, or a wrong dtype.
+        ValueError: a wrong shape, device or stride; weight without delta; lr without weight; tensors that
+            aren't on a GPU, where kernels aren't interpreted.
+    """
+    batch, matrices, units, fan_in = check_gammas(gammas)
+    gamma, states = gammas[0], len(gammas)
+    check_tensor("m", m, (states, states, batch, units), gamma, any_stride=2)
+    check_tensor("phi", phi, (states, batch, matrices, units), gamma, any_stride=1)
+    check_tensor("y", y, (batch, matrices, fan_in), gamma)
+    if delta is not None:
+        check_tensor("delta", delta, (states, batch, units), gamma, any_stride=1)
+    if weight is not None:
+        check_tensor("weight", weight, (matrices, units, fan_in), gamma)
+        if delta is None:
+            raise ValueError("delta must be given with weight, got None")
+    elif lr != 0.0:
+        raise ValueError(f"lr must be 0 without weight, got {lr}")
+    check_runnable(_gamma_step_kernel, "gammas", gamma)
+
+    gradient = None
+    if delta is not None and weight is None:
+        gradient = torch.empty(matrices, units, fan_in, dtype=torch.float32, device=gamma.device)
+    config = pick_config(units, fan_in, gamma.dtype)
+    grid = (triton.cdiv(units, config.block_n) * triton.cdiv(fan_in, config.block_m), matrices)
+    with torch.cuda.device_of(gamma):
+        _gamma_step_kernel[grid](
+            gamma,
+            gammas[1] if states == 2 else None,
+            m,
+            phi,
+            y,
+            delta,
+            gradient,
+            weight,
+            float(lr),
+            batch,
+            matrices,
+            units,
+            fan_in,
+            m.stride(0),
+            m.stride(1),
+            phi.stride(0),
+            0 if delta is None else delta.stride(0),
+            BLOCK_N=config.block_n,
+            BLOCK_M=config.block_m,
+            VECTOR=config.vector,
+            num_warps=config.num_warps,
+        )
+    return gradient

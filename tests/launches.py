@@ -1,0 +1,93 @@
+"""Launch every kernel in a process that imports triton without TRITON_INTERPRET, on a machine without a GPU.
+
+python launches.py refuse    each launcher must say that its CPU tensors need a GPU or the interpreter
+python launches.py compile   each launch goes as far as the machine code for sm_90, by a stand-in for a GPU
+                             driver: what the launcher passes is what the kernel takes, and it compiles
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import triton
+from torch import zeros
+
+from rjepa_triton.kernels import gamma_chunk, gamma_step, reverse_scan
+
+MODULES = (gamma_step, gamma_chunk, reverse_scan)
+REFUSAL = "Triton kernels need a GPU tensor, or TRITON_INTERPRET=1 set before triton is imported"
+
+
+def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], object]]:
+    gammas = [zeros(B, K, N, M) for _ in range(S)]
+    m, phi, y = zeros(S, S, T, B, N), zeros(S, T, B, K, N), zeros(T, B, K, M)
+    delta, carry, weight = zeros(S, T, B, N), zeros(S, B, N), zeros(K, N, M)
+    step = (gammas, m[:, :, 0], phi[:, 0], y[0])
+    chunk = (gammas, zeros(S, S, B, N), phi, y)
+    return [
+        lambda: gamma_step.gamma_step_(*step),
+        lambda: gamma_step.gamma_step_(*step, delta[:, 0]),
+        lambda: gamma_step.gamma_step_(*step, delta[:, 0], weight=weight, lr=0.1),
+        lambda: gamma_chunk.gamma_chunk_(*chunk),
+        lambda: gamma_chunk.gamma_chunk_(*chunk, carry, precision="tf32"),
+        lambda: reverse_scan.reverse_scan(m, delta),
+        lambda: reverse_scan.reverse_scan_entering(m, delta, phi, carry),
+        lambda: reverse_scan.suffix_products(m),
+        lambda: reverse_scan.arriving(m, phi),
+    ]
+
+
+def refuse() -> None:
+    for call in calls(1, 3, 1, 1, 2, 2):
+        with pytest.raises(ValueError, match=rf"^(gammas|m) must be on a GPU, got cpu: {REFUSAL}$"):
+            call()
+
+
+class _Driver:
+    """What triton asks of a driver before it launches."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> object:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+
+class _CompileOnly:
+    """A kernel whose launch stops before it runs."""
+
+    compiled = 0
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: object, **options: object) -> None:
+            assert "cubin" in self.kernel.warmup(*arguments, grid=grid, **options).asm
+            _CompileOnly.compiled += 1
+
+        return launch
+
+
+def compile_() -> None:
+    triton.runtime.driver.set_active(_Driver())
+    for module in MODULES:
+        module.check_runnable = lambda *_: None
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                setattr(module, name, _CompileOnly(value))
+    # Sizes that 16 divides, and sizes that are 1 or divide nothing.
+    for sizes in ((2, 64, 2, 4, 512, 512), (1, 1, 1, 1, 1, 1)):
+        for call in calls(*sizes):
+            call()
+    assert _CompileOnly.compiled == 18, _CompileOnly.compiled
+
+
+if __name__ == "__main__":
+    {"refuse": refuse, "compile": compile_}[sys.argv[1]]()

@@ -1,0 +1,172 @@
+"""Compile Triton kernels for GPUs that aren't there, and read what became of them from the machine code.
+
+Nothing here knows a kernel of this package. A kernel is only compiled in a process that imports triton
+without TRITON_INTERPRET; `compile_all` starts one: this file, which reads builds and writes facts as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+WARP = {target: size for target, (_, _, size) in TARGETS.items()}
+# Bytes of shared memory that one program may ask for.
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+# Matrix instructions: of a warp on sm_80, of a warp group on sm_90, of the newest unit on sm_100.
+TENSOR_CORE = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "sm_100": r"\bUTC\w*MMA\b"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """A kernel for one target, at one set of argument types, constants and options.
+
+    kernel     "module:name"
+    types      argument → Triton type ("*fp32", "i32", …), for at least those that aren't constants
+    constants  argument → compile-time value, None for a pointer that isn't given
+    divisible  integer arguments that are multiples of 16, as a launch would find; pointers always are
+    """
+
+    target: str
+    kernel: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    divisible: Sequence[str] = ()
+    options: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the machine code says. Wide accesses are of 128 bits, narrow ones of fewer."""
+
+    registers: int
+    spills: bool
+    shared: int
+    wide_loads: int
+    wide_stores: int
+    narrow_stores: int
+    tensor_core: int
+    bf16_rounded: int | None  # packed conversions to bfloat16 that round to nearest; None where not told
+
+
+def cuobjdump() -> Path | None:
+    """The disassembler that comes with triton, if it does."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return path if path.exists() else None
+
+
+def compile_all(builds: Sequence[Build]) -> list[Facts | str]:
+    """Facts of each build, or what its compilation raised; by as many processes as there are cores."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps([dataclasses.asdict(build) for build in builds]),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the compiling process failed:\n{done.stderr}")
+    results = json.loads(done.stdout.splitlines()[-1])
+    return [result if isinstance(result, str) else Facts(**result) for result in results]
+
+
+def _compile(build: Build) -> Facts | str:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = build.kernel.split(":")
+    kernel = getattr(importlib.import_module(module), name)
+    signature = {a: "constexpr" if a in build.constants else build.types[a] for a in kernel.arg_names}
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, (a, kind) in enumerate(signature.items())
+        if kind.startswith("*") or a in build.divisible
+    }
+    try:
+        compiled = triton.compile(
+            ASTSource(kernel, signature, dict(build.constants), aligned),
+            target=GPUTarget(*TARGETS[build.target]),
+            options=dict(build.options),
+        )
+    except Exception as error:  # whatever it is, it belongs to this build alone, and fails its test
+        return f"{type(error).__name__}: {error}"
+    return _amd_facts(compiled) if build.target.startswith("gfx") else _nvidia_facts(compiled, build.target)
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def _nvidia_facts(compiled: Any, target: str) -> Facts:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage, sass = (
+            subprocess.run(
+                [str(cuobjdump()), flag, cubin.name], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    registers, stack = map(int, found.groups())
+    return Facts(
+        registers=registers,
+        spills=stack > 0 or _count(r"\b(?:LDL|STL)\b", sass) > 0,
+        shared=compiled.metadata.shared,
+        # Straight to registers, or copied to shared memory behind the arithmetic's back.
+        wide_loads=_count(r"\b(?:LDG|LDGSTS)\.[\w.]*\b128\b", sass),
+        wide_stores=_count(r"\bSTG\.[\w.]*\b128\b", sass),
+        narrow_stores=_count(r"\bSTG\b(?!\.[\w.]*\b128\b)", sass),
+        tensor_core=_count(TENSOR_CORE[target], sass),
+        bf16_rounded=_count(r"\bF2FP\.BF16\.(?![\w.]*\bRZ\b)", sass),
+    )
+
+
+def _amd_facts(compiled: Any) -> Facts:
+    asm = compiled.asm["amdgcn"]
+
+    def of(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", asm)
+        assert found, name
+        return int(found[1])
+
+    return Facts(
+        registers=of("vgpr_count"),
+        spills=any(map(of, ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"))),
+        shared=compiled.metadata.shared,
+        wide_loads=_count(r"\b(?:buffer|global)_load_dwordx4\b", asm),
+        wide_stores=_count(r"\b(?:buffer|global)_store_dwordx4\b", asm),
+        narrow_stores=_count(r"\b(?:buffer|global)_store_(?!dwordx4)\w+", asm),
+        tensor_core=_count(r"\bv_mfma_\w+", asm),
+        bf16_rounded=None,
+    )
+
+
+if __name__ == "__main__":
+    wanted = [Build(**build) for build in json.load(sys.stdin)]
+    with ProcessPoolExecutor() as pool:
+        found = list(pool.map(_compile, wanted))
+    print(json.dumps([f if isinstance(f, str) else dataclasses.asdict(f) for f in found]))

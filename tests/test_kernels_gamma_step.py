@@ -1,0 +1,226 @@
+"""Γ's step kernel against the float64 reference: interpreted here, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rjepa_triton.reference import rfp
+
+pytest.importorskip("triton")
+
+from rjepa_triton.kernels import gamma_step
+from rjepa_triton.kernels.gamma_step import Config, gamma_step_, pick_config
+
+# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP32 = torch.float32
+# A few roundings of a sum of at most S + 1 products, then a batch of S products: each below 2⁻²⁴ of its terms.
+TOLERANCE = 1e-6
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+def _problem(
+    states: int, batch: int, matrices: int, units: int, fan_in: int, dtype: torch.dtype = FP32, seed: int = 0
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """gammas, m, phi, y, delta. Each matrix enters one state, as in an RGC."""
+    torch.manual_seed(seed)
+    gammas = [_random(batch, matrices, units, fan_in).to(dtype) for _ in range(states)]
+    phi = _random(states, batch, matrices, units)
+    if states == 2:
+        for k in range(matrices):
+            phi[(k + 1) % 2, :, k] = 0
+    m, y = _random(states, states, batch, units), _random(batch, matrices, fan_in)
+    return gammas, m, phi, y, _random(states, batch, units)
+
+
+def _reference(
+    gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    new = [g.double() for g in gammas]
+    wide = None if delta is None else delta.double()
+    gradient = rfp.gamma_step_(new, m.double(), phi.double(), y.double()[:, :, None], wide)
+    return new, gradient
+
+
+def _assert_near(got: Tensor, want: Tensor, relative: float, terms: int = 1) -> None:
+    """Every entry within `relative` of the size of what was summed: `terms` numbers of order `want`'s largest."""
+    assert got.shape == want.shape
+    error = (got.double() - want).abs().max().item()
+    assert error <= relative * math.sqrt(terms) * max(want.abs().max().item(), 1.0)
+
+
+SHAPES = [
+    # S, B, K, N, M: tails in each dimension, whole tiles, one program and several.
+    (1, 1, 1, 1, 1),
+    (2, 1, 2, 63, 65),
+    (2, 3, 4, 65, 63),
+    (1, 3, 3, 127, 1),
+    (2, 3, 1, 1, 127),
+    (2, 1, 4, 64, 64),
+    (1, 1, 2, 8, 130),
+    (2, 2, 2, 9, 132),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_advances_gamma_and_reads_the_gradient_of_the_reference(shape):
+    gammas, m, phi, y, delta = _problem(*shape)
+    want, want_gradient = _reference(gammas, m, phi, y, delta)
+    gradient = gamma_step_(gammas, m, phi, y, delta)
+    for got, expected in zip(gammas, want, strict=True):
+        _assert_near(got, expected, TOLERANCE)
+    _assert_near(gradient, want_gradient, TOLERANCE, terms=shape[1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    states=st.integers(1, 2),
+    batch=st.integers(1, 3),
+    matrices=st.integers(1, 4),
+    units=st.integers(1, 20),
+    fan_in=st.integers(1, 70),
+    with_delta=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_small_shape(states, batch, matrices, units, fan_in, with_delta, seed):
+    gammas, m, phi, y, delta = _problem(states, batch, matrices, units, fan_in, seed=seed)
+    given_delta = delta if with_delta else None
+    want, want_gradient = _reference(gammas, m, phi, y, given_delta)
+    gradient = gamma_step_(gammas, m, phi, y, given_delta)
+    for got, expected in zip(gammas, want, strict=True):
+        _assert_near(got, expected, TOLERANCE)
+    if with_delta:
+        _assert_near(gradient, want_gradient, TOLERANCE, terms=batch)
+    else:
+        assert gradient is None
+
+
+def test_large_tiles_agree(monkeypatch):
+    monkeypatch.setattr(gamma_step, "pick_config", lambda *_: Config(32, 64, 4, 4))
+    gammas, m, phi, y, delta = _problem(2, 2, 2, 65, 68)
+    want, want_gradient = _reference(gammas, m, phi, y, delta)
+    gradient = gamma_step_(gammas, m, phi, y, delta)
+    for got, expected in zip(gammas, want, strict=True):
+        _assert_near(got, expected, TOLERANCE)
+    _assert_near(gradient, want_gradient, TOLERANCE, terms=2)
+
+
+@pytest.mark.parametrize("states", [1, 2])
+def test_bfloat16_gamma_is_rounded_after_the_gradient_is_read(states):
+    gammas, m, phi, y, delta = _problem(states, 3, 2, 17, 66, torch.bfloat16)
+    want, want_gradient = _reference(gammas, m, phi, y, delta)
+    gradient = gamma_step_(gammas, m, phi, y, delta)
+    # One unit in the last of 8 bits: the interpreter cuts off where a GPU rounds to nearest.
+    for got, expected in zip(gammas, want, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert bool(((got.double() - expected).abs() <= 2**-7 * expected.abs() + TOLERANCE).all())
+    _assert_near(gradient, want_gradient, TOLERANCE, terms=3)
+
+
+def test_weight_takes_the_step_that_the_gradient_says():
+    gammas, m, phi, y, delta = _problem(2, 3, 3, 33, 65)
+    weight = _random(3, 33, 65)
+    before, twin = weight.clone(), [g.clone() for g in gammas]
+    gradient = gamma_step_(twin, m, phi, y, delta)
+    assert gamma_step_(gammas, m, phi, y, delta, weight=weight, lr=0.1) is None
+    torch.testing.assert_close(weight, before - 0.1 * gradient, rtol=0, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(gammas, twin, strict=True))
+
+
+def test_steps_of_a_sequence_are_views_and_add_up_to_the_dual_form():
+    """m[:, :, t], phi[:, t] and delta[:, t] are not contiguous; the sum over steps is Σ E yᵀ."""
+    states, steps, batch, matrices, units, fan_in = 2, 4, 2, 2, 9, 21
+    torch.manual_seed(1)
+    m = 0.5 * _random(states, states, steps, batch, units)
+    phi, delta = _random(states, steps, batch, matrices, units), _random(states, steps, batch, units)
+    y = _random(steps, batch, matrices, fan_in)
+    gammas = [torch.zeros(batch, matrices, units, fan_in, device=DEVICE) for _ in range(states)]
+    total = sum(gamma_step_(gammas, m[:, :, t], phi[:, t], y[t], delta[:, t]) for t in range(steps))
+
+    credit, _ = rfp.reverse_scan(m.double(), delta.double())
+    entering = torch.einsum("vtbn,vtbkn->tbkn", credit, phi.double())
+    _assert_near(total, torch.einsum("tbkn,tbkm->knm", entering, y.double()), TOLERANCE, terms=steps * batch)
+
+
+def test_two_runs_agree_in_every_bit_and_unwritten_memory_is_not_read(monkeypatch):
+    shape = (2, 3, 2, 33, 67)
+    gammas, m, phi, y, delta = _problem(*shape)
+    first, second = [g.clone() for g in gammas], [g.clone() for g in gammas]
+    gradient = gamma_step_(first, m, phi, y, delta)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    assert torch.equal(gradient, gamma_step_(second, m, phi, y, delta))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_writes_nothing_beyond_gamma():
+    """Γ is the middle of a larger buffer: what lies beside its tails keeps its NaN."""
+    shape = (3, 2, 9, 67)
+    numbers = math.prod(shape)
+    buffers = [torch.full((numbers + 128,), math.nan, device=DEVICE) for _ in range(2)]
+    gammas = [b[64:-64].view(shape).normal_() for b in buffers]
+    _, m, phi, y, delta = _problem(2, *shape)
+    gamma_step_(gammas, m, phi, y, delta)
+    for buffer in buffers:
+        assert buffer[:64].isnan().all()
+        assert buffer[-64:].isnan().all()
+        assert not buffer[64:-64].isnan().any()
+
+
+def test_pick_config():
+    fp32, bf16 = torch.float32, torch.bfloat16
+    assert pick_config(512, 512, fp32) == pick_config(4096, 1000, fp32) == Config(32, 64, 4, 4)
+    assert pick_config(512, 512, bf16) == pick_config(4096, 1000, bf16) == Config(32, 64, 8, 4)
+    assert pick_config(1, 4, fp32) == pick_config(128, 128, fp32) == Config(8, 64, 4, 1)
+    # Rows that aren't a multiple of 16 bytes: number by number.
+    assert pick_config(4096, 4095, fp32) == pick_config(4096, 1004, bf16) == Config(4, 64, 1, 1)
+
+
+def _valid() -> dict[str, object]:
+    gammas, m, phi, y, delta = _problem(2, 2, 3, 5, 7)
+    return {"gammas": gammas, "m": m, "phi": phi, "y": y, "delta": delta}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gammas": torch.zeros(1)}, TypeError, "gammas must be a tuple or a list of tensors, got Tensor"),
+        ({"gammas": []}, ValueError, r"gammas must hold one tensor a state, 1 or 2, got 0"),
+        ({"gammas": [torch.zeros(2, 3, 5)]}, ValueError, r"gammas\[0\] must have shape \(B, K, N, M\)"),
+        ({"gammas": [torch.zeros(2, 3, 0, 7)]}, ValueError, r"none of them 0, got \(2, 3, 0, 7\)"),
+        ({"gammas": [torch.zeros(2, 3, 5, 7).double()]}, TypeError, "torch.bfloat16, got torch.float64"),
+        ({"gammas": [torch.zeros(2, 3, 7, 5).mT]}, ValueError, r"gammas\[0\] must be contiguous"),
+        ({"m": torch.zeros(2, 2, 2, 4)}, ValueError, r"m must have shape \(2, 2, 2, 5\), got \(2, 2, 2, 4\)"),
+        ({"m": torch.zeros(2, 2, 5, 2).mT}, ValueError, "m must be contiguous beyond its first 2"),
+        ({"phi": None}, TypeError, "phi must be a torch.Tensor, got NoneType"),
+        ({"phi": torch.zeros(2, 2, 3, 5).double()}, TypeError, "phi must have dtype torch.float32"),
+        ({"y": torch.zeros(2, 3, 1, 7)}, ValueError, r"y must have shape \(2, 3, 7\)"),
+        ({"y": torch.zeros(2, 3, 7, device="meta")}, ValueError, "y must be on"),
+        ({"delta": torch.zeros(1, 2, 5)}, ValueError, r"delta must have shape \(2, 2, 5\)"),
+        ({"weight": torch.zeros(3, 5, 8)}, ValueError, r"weight must have shape \(3, 5, 7\)"),
+        ({"weight": torch.zeros(3, 5, 7), "delta": None}, ValueError, "delta must be given with weight"),
+        ({"lr": 0.1}, ValueError, "lr must be 0 without weight, got 0.1"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    moved = {k: v.to(DEVICE) if isinstance(v, Tensor) and v.is_cpu else v for k, v in change.items()}
+    with pytest.raises(error, match=message):
+        gamma_step_(**{**_valid(), **moved})
+
+
+def test_gammas_must_be_two_tensors():
+    arguments = _valid()
+    arguments["gammas"] = [arguments["gammas"][0]] * 2
+    with pytest.raises(ValueError, match=r"gammas must not share memory: gammas\[1\]"):
+        gamma_step_(**arguments)

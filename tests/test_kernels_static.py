@@ -1,0 +1,284 @@
+"""Every kernel, at every tile its launcher can pick, compiled for four GPUs: is the machine code what it should be?
+
+A GPU that isn't here can't time a kernel, but its compiler says whether registers were spilled, whether Γ goes
+through 128-bit accesses, and whether matrix products run on tensor cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from static_gate import SHARED_LIMIT, TARGETS, WARP, Build, Facts, compile_all, cuobjdump
+
+from rjepa_triton.kernels import gamma_chunk, gamma_step, reverse_scan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Config = gamma_step.Config | gamma_chunk.Config
+
+
+@dataclass(frozen=True)
+class Case:
+    """A build and what is asked of it.
+
+    registers    at most so many a thread on NVIDIA, where they decide how many programs share a multiprocessor
+    wide_loads   at least so many of 128 bits, and all stores of 128 bits; 0 where rows allow neither
+    tensor_core  whether there must be matrix instructions
+    rounded      whether there must be conversions to bfloat16 that round to nearest
+    """
+
+    build: Build
+    registers: int
+    wide_loads: int
+    tensor_core: bool = False
+    rounded: bool = False
+
+
+# Stores of fewer than 128 bits, by the start of a case's name, and why they are left so.
+NARROW_STORES = {
+    # A matrix product leaves four numbers in a row to a lane: 128 bits of float32, 64 of bfloat16.
+    "chunk-gfx942-64x32x32-bf16": 8,
+}
+
+
+def _gamma_types(dtype: str, pointers: Sequence[str], integers: Sequence[str]) -> dict[str, str]:
+    return {
+        "gamma0_ptr": f"*{dtype}",
+        "gamma1_ptr": f"*{dtype}",
+        **{f"{name}_ptr": "*fp32" for name in pointers},
+        **dict.fromkeys(integers, "i32"),
+    }
+
+
+def _step_build(
+    target: str, config: gamma_step.Config, dtype: str = "fp32", states: int = 2, mode: str = "gradient"
+) -> Build:
+    absent = {
+        "advance": ["delta_ptr", "grad_ptr", "weight_ptr"],
+        "gradient": ["weight_ptr"],
+        "weight": ["grad_ptr"],
+    }[mode]
+    if states == 1:
+        absent.append("gamma1_ptr")
+    tile = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "VECTOR": config.vector}
+    pointers = ("m", "phi", "y", "delta", "grad", "weight")
+    integers = ("B", "K", "N", "M", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta")
+    return Build(
+        target,
+        "rjepa_triton.kernels.gamma_step:_gamma_step_kernel",
+        types={**_gamma_types(dtype, pointers, integers), "lr": "fp32"},
+        constants={**dict.fromkeys(absent), **tile},
+        options={"num_warps": config.num_warps},
+    )
+
+
+def _chunk_build(target: str, config: gamma_chunk.Config, dtype: str = "fp32", states: int = 2) -> Build:
+    absent = ["gamma1_ptr"] if states == 1 else []
+    tile = {
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "BLOCK_C": config.block_c,
+        "VECTOR": config.vector,
+        "VECTOR_U": 4 if config.vector > 1 else 1,
+    }
+    return Build(
+        target,
+        "rjepa_triton.kernels.gamma_chunk:_gamma_chunk_kernel",
+        types=_gamma_types(dtype, ("whole", "u", "y", "credit", "grad"), "CBKNM"),
+        constants={**dict.fromkeys(absent), **tile},
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def _scan_build(target: str, scan: str, states: int, matrices: int) -> Build:
+    """scan: "reverse_scan" or "suffix"; without matrices there is no φ, nor what comes of it."""
+    pointers = {
+        "reverse_scan": ("m", "delta", "carry", "phi", "credit", "passed", "entering"),
+        "suffix": ("m", "phi", "suffix", "arriving", "whole"),
+    }[scan]
+    if matrices:
+        absent = {"reverse_scan": (), "suffix": ("suffix_ptr",)}[scan]
+    else:
+        absent = {"reverse_scan": ("phi_ptr", "entering_ptr"), "suffix": ("phi_ptr", "arriving_ptr")}[scan]
+    config = reverse_scan.pick_config(matrices, WARP[target])
+    return Build(
+        target,
+        f"rjepa_triton.kernels.reverse_scan:_{scan}_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in pointers},
+            **dict.fromkeys(["T", "C", "BN", "N"], "i32"),
+        },
+        constants={
+            **dict.fromkeys(absent),
+            "STATES": states,
+            "MATRICES": matrices,
+            "BLOCK": config.block,
+            "STAGES": config.stages,
+            "VECTOR": 4,
+        },
+        options={"num_warps": 1},
+    )
+
+
+def _configs(pick: Callable[..., Config], *choices: Iterable[object]) -> list[Config]:
+    """Everything `pick` can return over sizes, fan-ins and the choices."""
+    sizes = (1, 63, 64, 128, 256, 512, 1000, 4096)
+    return sorted({pick(*arguments) for arguments in itertools.product(sizes, sizes, *choices)})
+
+
+STEP_CONFIGS = {name: _configs(gamma_step.pick_config, [dtype]) for name, dtype in DTYPES.items()}
+CHUNK_CONFIGS = {
+    name: _configs(gamma_chunk.pick_config, (1, 31, 32, 100), [dtype], ("ieee", "tf32"))
+    for name, dtype in DTYPES.items()
+}
+
+
+def _cases() -> Iterator[tuple[str, Case]]:
+    """Two states on every target; what takes fewer registers, one state and less to do, on one of them.
+
+    At sizes that VECTOR divides and 16 doesn't: the least that the compiler is ever told of a wide row.
+    """
+
+    def vectors(config: Config) -> int:
+        """Loads of 128 bits that bring a batch row's tile of Γ to a thread."""
+        if config.vector == 1:
+            return 0
+        per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)
+        return states * per_thread // config.vector
+
+    for target in TARGETS:
+        for dtype, states in itertools.product(DTYPES, (2, 1) if target == "sm_90" else (2,)):
+            rounded = dtype == "bf16" and not target.startswith("gfx")
+            for config in STEP_CONFIGS[dtype]:
+                for mode in ("gradient", "advance", "weight") if target == "sm_90" else ("gradient",):
+                    build = _step_build(target, config, dtype, states, mode)
+                    name = f"step-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}-{mode}"
+                    # Three programs of four warps.
+                    yield name, Case(build, 168, vectors(config), rounded=rounded)
+            for config in CHUNK_CONFIGS[dtype]:
+                build, product = _chunk_build(target, config, dtype, states), config.block_c > 1
+                tile = f"{config.block_n}x{config.block_m}x{config.block_c}"
+                # A product's operands take registers: two programs of four warps on two targets.
+                limit = 255 if product and target in ("sm_80", "sm_100") else 168
+                case = Case(build, limit, vectors(config), tensor_core=product, rounded=rounded)
+                yield f"chunk-{target}-{tile}-{dtype}-S{states}", case
+                if product and dtype == "fp32" and states == 2:
+                    # Units in a number that 4 doesn't divide: U comes number by number, Γ doesn't.
+                    odd = dataclasses.replace(build, constants={**build.constants, "VECTOR_U": 1})
+                    yield (
+                        f"chunk-{target}-{tile}-odd-units",
+                        dataclasses.replace(case, build=odd, registers=255),
+                    )
+        for scan, (states, matrices) in itertools.product(
+            ("reverse_scan", "suffix"), ((2, 0), (2, 4), (2, 9), (1, 4))
+        ):
+            build = _scan_build(target, scan, states, matrices)
+            loads = states * states + states * matrices
+            yield f"{scan}-{target}-S{states}-K{matrices}", Case(build, 128, loads)
+
+
+CASES = dict(_cases())
+
+# Arguments that are 1 are constants to the compiler: that other form of each kernel must compile as well.
+OF_ONE = {
+    f"{name} of one": dataclasses.replace(
+        build, constants={**build.constants, **dict.fromkeys(units, 1), "VECTOR": 1}
+    )
+    for name, build, units in [
+        ("step", _step_build("sm_90", gamma_step.pick_config(1, 1, torch.float32)), ("N", "M")),
+        ("chunk", _chunk_build("sm_90", CHUNK_CONFIGS["fp32"][0]), ("N", "M")),
+        ("reverse_scan", _scan_build("sm_90", "reverse_scan", 2, 2), ("BN", "N")),
+        ("suffix", _scan_build("sm_90", "suffix", 2, 2), ("BN", "N")),
+    ]
+}
+
+# Builds that the gate must catch, by the complaint that it is to make: one that passes all would go unnoticed.
+CONTROLS = {
+    # Rows that don't start on 16 bytes, moved as if they might not.
+    "wide loads": Case(_step_build("sm_90", gamma_step.Config(8, 64, vector=1, num_warps=1)), 255, 8),
+    "narrow stores": Case(_step_build("gfx942", gamma_step.Config(8, 64, vector=1, num_warps=1)), 255, 8),
+    # Four times the numbers a thread, as all four matrices of an RGC in one program would have.
+    "spills": Case(_step_build("sm_90", gamma_step.Config(128, 64, vector=4, num_warps=4)), 255, 32),
+    # A warp group's product takes 64 rows: with 32 it falls back to a warp's.
+    "tensor-core": Case(
+        _chunk_build("sm_90", gamma_chunk.Config(32, 64, 32, vector=4, num_warps=4, num_stages=1)),
+        255,
+        8,
+        tensor_core=True,
+    ),
+    "registers": Case(_step_build("sm_90", gamma_step.Config(32, 64, vector=4, num_warps=4)), 64, 8),
+}
+
+
+def complaints(name: str, case: Case, facts: Facts) -> list[str]:
+    """What `facts` lacks of what `case` asks; empty if nothing."""
+    target = case.build.target
+    narrow = next((n for start, n in NARROW_STORES.items() if name.startswith(start)), 0)
+    found = {
+        "spills": facts.spills,
+        f"shared {facts.shared} > {SHARED_LIMIT[target]}": facts.shared > SHARED_LIMIT[target],
+        f"registers {facts.registers} > {case.registers}": (
+            not target.startswith("gfx") and facts.registers > case.registers
+        ),
+        f"wide loads {facts.wide_loads} < {case.wide_loads}": facts.wide_loads < case.wide_loads,
+        f"narrow stores {facts.narrow_stores} > {narrow}": case.wide_loads > 0
+        and facts.narrow_stores > narrow,
+        "no tensor-core instruction": case.tensor_core and facts.tensor_core == 0,
+        "no rounding to bfloat16": case.rounded and not facts.bf16_rounded,
+    }
+    return [what for what, is_so in found.items() if is_so]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Facts | str]:
+    if cuobjdump() is None:
+        pytest.skip("this triton comes without cuobjdump")
+    builds = {
+        **{name: case.build for name, case in CASES.items()},
+        **{f"control {name}": case.build for name, case in CONTROLS.items()},
+        **OF_ONE,
+    }
+    return dict(zip(builds, compile_all(list(builds.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_machine_code(compiled, name):
+    facts = compiled[name]
+    assert isinstance(facts, Facts), facts
+    assert complaints(name, CASES[name], facts) == [], facts
+
+
+@pytest.mark.parametrize("name", OF_ONE)
+def test_sizes_of_one_compile(compiled, name):
+    facts = compiled[name]
+    assert isinstance(facts, Facts), facts
+    assert not facts.spills
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_negative_controls_are_caught(compiled, name):
+    facts = compiled[f"control {name}"]
+    assert isinstance(facts, Facts), facts
+    assert any(name in complaint for complaint in complaints(name, CONTROLS[name], facts)), facts
+
+
+def test_what_does_not_compile_says_why():
+    build = CONTROLS["registers"].build
+    (result,) = compile_all([dataclasses.replace(build, constants={**build.constants, "BLOCK_N": 33})])
+    assert isinstance(result, str)
+    assert "power of 2" in result
+
+
+def test_every_configuration_is_built():
+    assert [len(configs) for configs in STEP_CONFIGS.values()] == [3, 3]
+    assert [len(configs) for configs in CHUNK_CONFIGS.values()] == [4, 4]
+    for target in TARGETS:
+        assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 6
+        assert sum(name.startswith(f"chunk-{target}") and "S2" in name for name in CASES) == 8
