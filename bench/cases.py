@@ -197,21 +197,24 @@ class RfpStep(_Online):
 
 
 class RfpStepGamma(_Online):
-    """Γ's advance and the gradient of one step, nothing else: what the form itself costs."""
+    """Γ's advance and the gradient of one step, from M, φ and y: what the recursion itself costs."""
 
     name, label = "rfp-step-gamma", "RFP, Γ alone"
     exact = None
+    covers = 1
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.covers = 1
-        self.step = self.advance(1)
+        lin, m, delta = self.advance(1)
+        (self.group,) = self.sensitivity.groups
+        self.step = [a.contiguous() for a in (m[:, :, 0], self.group.phi(lin)[:, 0])]
+        self.step += [self.group.y(lin, None)[0], delta[:, 0].contiguous()]
 
     def run(self) -> Sequence[Tensor]:
-        lin, m, delta = self.step
-        gradient = self.sensitivity.step_(lin, m, delta=delta)
+        m, phi, y, delta = self.step
+        gradient = ops.gamma_step_(self.group.gammas, m, phi, y, delta, backend=self.group.backend)
         assert gradient is not None
-        return gradient
+        return [gradient]
 
 
 class Copy(Case):

@@ -15,7 +15,7 @@ import importlib.util
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -132,19 +132,15 @@ def gamma_step_(
     y = y.unsqueeze(-1 if diagonal else -2)
     if backend != "compile":
         return rfp.gamma_step_(gammas, m, phi, y, delta)
-    if gammas[0].shape[0] == 1:
-        args = (list(gammas), m, phi, y)
-        return _compiled(_advance_row_)(*args) if delta is None else _compiled(_step_row_)(*args, delta)
     total: Tensor | None = None
-    for b in range(gammas[0].shape[0]):
-        row = slice(b, b + 1)
-        args = ([g[row] for g in gammas], m[:, :, row], phi[:, row], y[row])
+    per_row = [(m, 2), (phi, 1), (y, 0)] + ([] if delta is None else [(delta, 1)])
+    for block, arrays in _row_blocks(gammas, per_row):
         if delta is None:
-            _compiled(_advance_row_)(*args)
+            _compiled(_advance_)(block, *arrays)
         elif total is None:
-            total = _compiled(_step_row_)(*args, delta[:, row])
+            total = _compiled(_step_)(block, *arrays)
         else:
-            _compiled(_step_row_into_)(*args, delta[:, row], total)
+            _compiled(_step_into_)(block, *arrays, total)
     return total
 
 
@@ -174,13 +170,11 @@ def gamma_chunk_(
     if backend != "compile" or credit is None:
         return rfp.gamma_chunk_(gammas, suffix, whole, phi, y, credit, diagonal=diagonal)
     total: Tensor | None = None
-    for b in range(gammas[0].shape[0]):
-        row = slice(b, b + 1)
-        args = ([g[row] for g in gammas], whole[:, :, row], credit[:, row])
+    for block, arrays in _row_blocks(gammas, [(whole, 2), (credit, 1)]):
         if total is None:
-            total = _compiled(_fold_row_)(*args)
+            total = _compiled(_fold_)(block, *arrays)
         else:
-            _compiled(_fold_row_into_)(*args, total)
+            _compiled(_fold_into_)(block, *arrays, total)
     arriving = rfp.arriving(suffix, phi)
     for nu, gamma in enumerate(gammas):
         rfp.add_arriving_(gamma, arriving[nu], y, diagonal)
@@ -208,13 +202,37 @@ def _launched(name: str, launch: Callable[[], tuple[Any, ...]]) -> tuple[Any, ..
         return None
 
 
+# Numbers of Γ^ν that compiled code is given at once at the most, or one batch row. With several rows it sums
+# over them in a second pass, which is cheap while they are in cache.
+BLOCK = 1 << 18
+
+
+def _row_blocks(
+    gammas: Sequence[Tensor], per_row: Sequence[tuple[Tensor, int]]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Γ and the arrays of `per_row`, each with the dimension of its batch, by blocks of batch rows."""
+    batch = gammas[0].shape[0]
+    rows = max(1, BLOCK * batch // gammas[0].numel())
+    if rows >= batch:  # a slice costs a microsecond or two
+        yield list(gammas), [array for array, _ in per_row]
+        return
+    for b in range(0, batch, rows):
+        count = min(rows, batch - b)
+        yield [g.narrow(0, b, count) for g in gammas], [a.narrow(dim, b, count) for a, dim in per_row]
+
+
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-# In place on one batch row. For the compiler to write Γ where it read it, without a copy, its states must be
-# separate tensors, and the row must be indexed, not summed over.
+# In place on some batch rows. For the compiler to write Γ where it read it, without a copy, its states must
+# be separate tensors, and a single row must be indexed, not summed over.
+
+
+def _read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
+    rows = rfp.read_rows(gammas, credit)
+    return rows[0] if rows.shape[0] == 1 else rows.sum(0)
 
 
 def _write_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -222,31 +240,31 @@ def _write_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         target.copy_(value)
 
 
-def _advance_row_(gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor) -> None:
+def _advance_(gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor) -> None:
     _write_(gammas, rfp.advanced(gammas, m, phi, y))
 
 
-def _step_row_(gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+def _step_(gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor) -> Tensor:
     new = rfp.advanced(gammas, m, phi, y)
-    total = rfp.read_rows(new, delta)[0]
+    total = _read(new, delta)
     _write_(gammas, new)
     return total
 
 
-def _step_row_into_(
+def _step_into_(
     gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor, total: Tensor
 ) -> None:
     new = rfp.advanced(gammas, m, phi, y)
-    total.add_(rfp.read_rows(new, delta)[0])
+    total.add_(_read(new, delta))
     _write_(gammas, new)
 
 
-def _fold_row_(gammas: list[Tensor], whole: Tensor, credit: Tensor) -> Tensor:
-    total = rfp.read_rows(gammas, credit)[0]
+def _fold_(gammas: list[Tensor], whole: Tensor, credit: Tensor) -> Tensor:
+    total = _read(gammas, credit)
     _write_(gammas, rfp.carried(gammas, whole))
     return total
 
 
-def _fold_row_into_(gammas: list[Tensor], whole: Tensor, credit: Tensor, total: Tensor) -> None:
-    total.add_(rfp.read_rows(gammas, credit)[0])
+def _fold_into_(gammas: list[Tensor], whole: Tensor, credit: Tensor, total: Tensor) -> None:
+    total.add_(_read(gammas, credit))
     _write_(gammas, rfp.carried(gammas, whole))

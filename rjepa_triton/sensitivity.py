@@ -14,7 +14,7 @@ from .reference import rfp
 
 
 @dataclass
-class _Group:
+class Group:
     """Matrices of one shape whose Γ lies together: gammas S of (B, K, N, M)."""
 
     matrices: list[Matrix]
@@ -28,6 +28,17 @@ class _Group:
     def diagonal(self) -> bool:
         """One number a unit: diagonal recurrent weights, and biases."""
         return len(self.shape) == 1
+
+    def phi(self, lin: Linearization) -> Tensor:
+        """φ (S, T, B, K, N), zero where a matrix does not enter a state."""
+        zero = torch.zeros_like(lin.before[0])
+        entries = [lin.immediate(matrix) for matrix in self.matrices]
+        rows = [torch.stack([by.get(nu, zero) for by in entries], dim=2) for nu in range(len(lin.before))]
+        return torch.stack(rows)
+
+    def y(self, lin: Linearization, inputs: Tensor | None) -> Tensor:
+        """y (T, B, K, M), or (T, B, K, N) for a diagonal group. inputs (T, B, I): the layer's input."""
+        return torch.stack([rfp.signal(matrix, lin, inputs) for matrix in self.matrices], dim=2)
 
 
 class Sensitivity:
@@ -47,7 +58,7 @@ class Sensitivity:
         dtype: torch.dtype,
         backend: str = "auto",
     ) -> None:
-        self.groups: list[_Group] = []
+        self.groups: list[Group] = []
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, weight in enumerate(weights):
             by_shape.setdefault(tuple(weight.shape), []).append(index)
@@ -61,7 +72,7 @@ class Sensitivity:
                 torch.zeros(batch, len(indices), units, fan_in, dtype=dtype, device=device)
                 for _ in range(states)
             ]
-            self.groups.append(_Group([matrices[i] for i in indices], indices, shape, gammas, chosen, why))
+            self.groups.append(Group([matrices[i] for i in indices], indices, shape, gammas, chosen, why))
 
     @property
     def nbytes(self) -> int:
@@ -89,15 +100,15 @@ class Sensitivity:
         """
         totals = []
         for group in self.groups:
-            phi, y = self._phi(group, lin), self._y(group, lin, inputs)
+            phi, y = group.phi(lin), group.y(lin, inputs)
             total: Tensor | None = None
             for t in range(lin.steps):
                 part = ops.gamma_step_(
                     group.gammas,
-                    m[:, :, t],
-                    phi[:, t],
+                    m.select(2, t),
+                    phi.select(1, t),
                     y[t],
-                    None if delta is None else delta[:, t],
+                    None if delta is None else delta.select(1, t),
                     diagonal=group.diagonal,
                     backend=group.backend,
                 )
@@ -116,8 +127,8 @@ class Sensitivity:
             ops.gamma_chunk_(
                 group.gammas,
                 m,
-                self._phi(group, lin),
-                self._y(group, lin, inputs),
+                group.phi(lin),
+                group.y(lin, inputs),
                 credit,
                 diagonal=group.diagonal,
                 backend=group.backend,
@@ -137,18 +148,6 @@ class Sensitivity:
         found: dict[int, Tensor] = {}
         for group, total in zip(self.groups, totals, strict=True):
             if total is not None:
-                found.update(zip(group.indices, (g.view(group.shape) for g in total), strict=True))
+                gradients = total.flatten(1).unbind() if group.diagonal else total.unbind()
+                found.update(zip(group.indices, gradients, strict=True))
         return [found[index] for index in sorted(found)] or None
-
-    @staticmethod
-    def _phi(group: _Group, lin: Linearization) -> Tensor:
-        """φ (S, T, B, K, N)."""
-        zero = torch.zeros_like(lin.before[0])
-        entries = [lin.immediate(matrix) for matrix in group.matrices]
-        rows = [torch.stack([by.get(nu, zero) for by in entries], dim=2) for nu in range(len(lin.before))]
-        return torch.stack(rows)
-
-    @staticmethod
-    def _y(group: _Group, lin: Linearization, inputs: Tensor | None) -> Tensor:
-        """y (T, B, K, M), or (T, B, K, N) for a diagonal group."""
-        return torch.stack([rfp.signal(matrix, lin, inputs) for matrix in group.matrices], dim=2)
