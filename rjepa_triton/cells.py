@@ -235,20 +235,22 @@ class RGCCell(Cell):
 
     def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
         ss, ms, mm, sm = p
-        own_gate = torch.stack([ss, mm]).tanh()
-        cross_gate = torch.stack([sm, ms]).tanh()
-        return self._partials_from_gates(own_gate, cross_gate, torch.stack(tuple(c)), x[0])
+        gates = torch.stack([torch.stack([ss, sm]), torch.stack([mm, ms])]).tanh()
+        return self._partials_from_gates(gates.movedim(1, -2), torch.stack(tuple(c)), x[0])
 
     @staticmethod
-    def _partials_from_gates(own_gate: Tensor, cross_gate: Tensor, c: Tensor, x: Tensor) -> Partials:
-        """own_gate (2, …): tanh of ss, mm. cross_gate (2, …): tanh of sm, ms, i.e. by source s, m."""
-        from_own = torch.addcmul(c, own_gate.square(), c, value=-1)
-        from_cross = torch.addcmul(x.neg(), cross_gate.square(), x)
-        open_ = 1 - cross_gate
+    def _partials_from_gates(gates: Tensor, c: Tensor, x: Tensor) -> Partials:
+        """gates (2, …, 2, N): tanh of ss, sm by source s, then of mm, ms by source m; c (2, …, N)."""
+        own_gate, cross_gate = gates.unbind(-2)
+        own_square, cross_square = gates.square().unbind(-2)
+        from_ss, from_mm = torch.addcmul(c, own_square, c, value=-1).unbind(0)
+        from_sm, from_ms = torch.addcmul(x.neg(), cross_square, x).unbind(0)
+        open_m, open_s = (1 - cross_gate).unbind(0)
+        b_s, b_m = own_gate.unbind(0)
         return Partials(
-            own=[{0: own_gate[0]}, {1: own_gate[1]}],
-            gate=[{0: from_own[0]}, {0: from_cross[1]}, {1: from_own[1]}, {1: from_cross[0]}],
-            input=[{0: open_[1], 1: open_[0]}],
+            own=[{0: b_s}, {1: b_m}],
+            gate=[{0: from_ss}, {0: from_ms}, {1: from_mm}, {1: from_sm}],
+            input=[{0: open_s, 1: open_m}],
         )
 
     @torch.no_grad()
@@ -264,13 +266,15 @@ class RGCCell(Cell):
         saved[0, …, 0, :] is ss, saved[0, …, 1, :] sm, saved[1, …, 0, :] mm and saved[1, …, 1, :] ms: what
         one source drives lies together, so a step is one matrix product per source and four pointwise calls.
         """
-        (u,) = x
+        (u,) = x.unbind(0)
         steps, batch, units = u.shape
+        if steps == 1:
+            return self._one_step(x, u[0], weights, torch.stack(tuple(state)), resets)
         states = x.new_empty(2, steps + 1, batch, units)
         states[0, 0], states[1, 0] = state
         gates = x.new_empty(2, steps, batch, 2, units)
         drive = [
-            _SourceDrive(w_own, w_cross, gates[j], steps)
+            _SourceDrive(w_own, w_cross, gates[j])
             for j, (w_own, w_cross) in enumerate([(weights[0], weights[3]), (weights[2], weights[1])])
         ]
         reset_steps = _reset_steps(resets)
@@ -292,24 +296,43 @@ class RGCCell(Cell):
             m_at[t + 1].addcmul_(sm_at[t], u_at[t], value=-1)
         return Trajectory(x, states, gates, resets)
 
+    def _one_step(
+        self, x: Tensor, u: Tensor, weights: Sequence[Tensor], old: Tensor, resets: Tensor | None
+    ) -> Trajectory:
+        """`scan` of one step: fewer calls, since here they cost more than what they do."""
+        before = old if resets is None else old.masked_fill(resets[0, :, None], 0)
+        s, m = before.unbind(0)
+        gates = x.new_empty(2, 1, *u.shape[:1], 2, u.shape[1])
+        from_s, from_m = gates.squeeze(1).unbind(0)
+        (ss, sm), (mm, ms) = from_s.unbind(1), from_m.unbind(1)
+        for weight, signal, out in zip(weights, (s, m, m, s), (ss, ms, mm, sm), strict=True):
+            if weight.dim() == 1:
+                torch.mul(signal, weight, out=out)
+            else:
+                torch.mm(signal, weight.t(), out=out)
+        gates.tanh_()
+        new = torch.addcmul(u, gates.squeeze(1).select(2, 0), before)
+        new_s, new_m = new.unbind(0)
+        new_s.addcmul_(ms, u, value=-1)
+        new_m.addcmul_(sm, u, value=-1)
+        return Trajectory(x, torch.stack([old, new], dim=1), gates, resets)
+
     @torch.no_grad()
     def linearize(self, trajectory: Trajectory) -> Linearization:
-        gates, before = trajectory.saved, trajectory.before
-        partials = self._partials_from_gates(gates[..., 0, :], gates[..., 1, :], before, trajectory.x[0])
+        before = trajectory.before
+        partials = self._partials_from_gates(trajectory.saved, before, trajectory.x[0])
         return Linearization(partials, before, trajectory.resets)
 
 
 class _SourceDrive:
     """Writes both gates that one source drives: gates[t] = [signal W_ownᵀ, signal W_crossᵀ], (B, 2, N)."""
 
-    # A product with the joined matrix costs one call, not two; joining costs a copy, so not for few steps.
-    JOIN_FROM = 4
-
-    def __init__(self, w_own: Tensor, w_cross: Tensor, gates: Tensor, steps: int) -> None:
+    def __init__(self, w_own: Tensor, w_cross: Tensor, gates: Tensor) -> None:
         self.weights = (w_own, w_cross)
         self.out = gates.unbind(0)
         self.joined: Tensor | None = None
-        if steps >= self.JOIN_FROM and w_own.dim() == w_cross.dim() == 2:
+        if w_own.dim() == w_cross.dim() == 2:
+            # one product with the joined matrix is one call, not two
             self.joined = torch.cat(self.weights).t()
             self.out = gates.flatten(-2).unbind(0)
 

@@ -218,12 +218,14 @@ def _row_blocks(
         return
     for b in range(0, batch, rows):
         count = min(rows, batch - b)
-        yield [g.narrow(0, b, count) for g in gammas], [a.narrow(dim, b, count) for a, dim in per_row]
+        # small arrays are copied: strides and offsets that differ by block would have it compiled anew
+        small = [a.narrow(dim, b, count).clone(memory_format=torch.contiguous_format) for a, dim in per_row]
+        yield [g.narrow(0, b, count) for g in gammas], small
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True)
 
 
 # In place on some batch rows. For the compiler to write Γ where it read it, without a copy, its states must

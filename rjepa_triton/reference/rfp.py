@@ -42,9 +42,10 @@ def transition(lin: Linearization, matrices: Sequence[Matrix], weights: Sequence
         for nu, phi in lin.immediate(matrix).items():
             terms.setdefault((nu, state_read(matrix)), []).append((phi, diagonal))
     out = lin.before.new_empty(count, *lin.before.shape)
+    entries = iter(out.flatten(0, 1).unbind(0))
     for nu in range(count):
         for source in range(count):
-            entry, own = out[nu, source], lin.partials.own[source].get(nu)
+            entry, own = next(entries), lin.partials.own[source].get(nu)
             through = terms.get((nu, source), [])
             if own is not None and through:
                 torch.addcmul(own, *through.pop(0), out=entry)

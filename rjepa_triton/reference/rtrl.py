@@ -54,6 +54,7 @@ class ExactSensitivity:
         self.sizes = [w.numel() for w in weights]
         self.gamma = weights[0].new_zeros(batch, count * units, sum(self.sizes))
         self._spare = torch.empty_like(self.gamma)
+        self._own, self._spare_own = self._own_rows(self.gamma), self._own_rows(self._spare)
 
     @property
     def nbytes(self) -> int:
@@ -66,26 +67,27 @@ class ExactSensitivity:
         """γ ← J γ + R at step t of `lin`. Mutates γ."""
         torch.bmm(jacobian(lin, t, matrices, weights), self.gamma, out=self._spare)
         self.gamma, self._spare = self._spare, self.gamma
-        for matrix, block in zip(matrices, self._blocks(), strict=True):
+        self._own, self._spare_own = self._spare_own, self._own
+        for matrix, own in zip(matrices, self._own, strict=True):
             y = lin.before[state_read(matrix), t]
             for nu, phi in lin.immediate(matrix).items():
-                if block.dim() == 4:  # diagonal: (B, S, N, N), unit i by weight i
-                    block[:, nu].diagonal(dim1=1, dim2=2).addcmul_(phi[t], y)
-                else:  # (B, S, N, N, M), unit i by row i
-                    block[:, nu].diagonal(dim1=1, dim2=2).addcmul_(phi[t][:, None, :], y[:, :, None])
+                if own[nu].dim() == 2:
+                    own[nu].addcmul_(phi[t], y)
+                else:
+                    own[nu].addcmul_(phi[t][:, None, :], y[:, :, None])
 
     def read(self, delta: Tensor) -> list[Tensor]:
         """Σ_b δ · γ for each weight. delta (S, B, N)."""
-        credit = delta.transpose(0, 1).flatten(1)
-        total = torch.bmm(credit[:, None], self.gamma)[:, 0].sum(0)
+        total = torch.mv(self.gamma.flatten(0, 1).t(), delta.transpose(0, 1).flatten())
         return [g.view(shape) for g, shape in zip(total.split(self.sizes), self.shapes, strict=True)]
 
-    def _blocks(self) -> list[Tensor]:
-        """Views of γ by weight: (B, S, N, N, M), or (B, S, N, N) for a diagonal one."""
-        return [
-            part.unflatten(2, shape).unflatten(1, (self.count, self.units))
-            for part, shape in zip(self.gamma.split(self.sizes, dim=2), self.shapes, strict=True)
-        ]
+    def _own_rows(self, gamma: Tensor) -> list[list[Tensor]]:
+        """Views of γ where unit i meets row i, by weight, then state: (B, M, N), or (B, N) if diagonal."""
+        views = []
+        for part, shape in zip(gamma.split(self.sizes, dim=2), self.shapes, strict=True):
+            by_state = part.unflatten(2, shape).unflatten(1, (self.count, self.units))
+            views.append([block.diagonal(dim1=1, dim2=2) for block in by_state.unbind(1)])
+        return views
 
 
 def weight_gradients(
