@@ -35,31 +35,21 @@ def transition(lin: Linearization, matrices: Sequence[Matrix], weights: Sequence
 
     matrices and weights: the recurrent ones, (N, N) or (N,) each.
     """
-    count = lin.before.shape[0]
+    states = range(lin.before.shape[0])
     terms: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     for matrix, weight in zip(matrices, weights, strict=True):
         diagonal = weight if weight.dim() == 1 else weight.diagonal()
         for nu, phi in lin.immediate(matrix).items():
             terms.setdefault((nu, state_read(matrix)), []).append((phi, diagonal))
-    out = lin.before.new_empty(count, *lin.before.shape)
-    entries = iter(out.flatten(0, 1).unbind(0))
-    for nu in range(count):
-        for source in range(count):
-            entry, own = next(entries), lin.partials.own[source].get(nu)
-            through = terms.get((nu, source), [])
-            if own is not None and through:
-                torch.addcmul(own, *through.pop(0), out=entry)
-            elif own is not None:
-                entry.copy_(own)
-            elif through:
-                torch.mul(*through.pop(0), out=entry)
-            else:
-                entry.zero_()
-            for phi, diagonal in through:
-                entry.addcmul_(phi, diagonal)
-    if lin.resets is not None:
-        out.masked_fill_(lin.resets[..., None], 0)
-    return out
+    entries = []
+    for nu in states:
+        for source in states:
+            entry = lin.partials.own[source].get(nu)
+            for phi, diagonal in terms.get((nu, source), []):
+                entry = phi * diagonal if entry is None else torch.addcmul(entry, phi, diagonal)
+            entries.append(torch.zeros_like(lin.before[0]) if entry is None else entry)
+    m = torch.stack(entries).unflatten(0, (len(states), len(states)))
+    return m if lin.resets is None else m.masked_fill_(lin.resets[..., None], 0)
 
 
 def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
