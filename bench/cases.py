@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional, ops
-from .._tape import Block, Tape
+from .._tape import Block, Recorded, Tape
 from ..cells import Linearization, RGCCell
 from ..reference import rfp
 from ..reference.rtrl import ExactSensitivity
@@ -142,19 +142,24 @@ class _Stream(Case):
         self.cell = RGCCell()
         self.state: Sequence[Tensor] = problem.state
         self.position = 0
+        self.diagonals = [w.diagonal() for w in problem.weights]
         # the loss is on s alone: δ is zero on m
         self.delta = torch.stack([problem.delta, torch.zeros_like(problem.delta)])
 
-    def advance(self, steps: int) -> tuple[Linearization, Tensor, Tensor]:
-        """Run the layer on: linearisation, transition M and δ (S, C, B, N) of the next `steps` steps."""
+    def record(self, steps: int) -> tuple[Recorded, Tensor]:
+        """Run the layer on: the next `steps` steps, and their δ (S, C, B, N)."""
         begin = self.position
         x, delta = self.problem.x[begin : begin + steps], self.delta[:, begin : begin + steps]
         trajectory = self.cell.scan(x[None], self.problem.weights, self.state)
-        lin = self.cell.linearize(trajectory)
         self.state = trajectory.states[:, -1].unbind()
         # start over where fewer steps are left than a run takes: a stream has no end
         self.position = begin + steps if begin + 2 * steps <= self.problem.steps else 0
-        return lin, rfp.transition(lin, self.cell.matrices, self.problem.weights), delta
+        return Recorded(self.cell, trajectory, self.diagonals, None), delta
+
+    def advance(self, steps: int) -> tuple[Linearization, Tensor, Tensor]:
+        """Run the layer on: linearisation, transition M and δ (S, C, B, N) of the next `steps` steps."""
+        recorded, delta = self.record(steps)
+        return recorded.block.lin, recorded.block.m, delta
 
 
 class _Online(_Stream):
@@ -190,8 +195,10 @@ class RfpStep(_Online):
     covers = 1
 
     def run(self) -> Sequence[Tensor]:
-        lin, m, delta = self.advance(1)
-        gradient = self.sensitivity.step_(lin, m, delta=delta)
+        recorded, delta = self.record(1)
+        if self.sensitivity.learns_in_one_call:
+            return self.sensitivity.learn_step_(recorded, delta)[0]
+        gradient = self.sensitivity.step_(recorded.block.lin, recorded.block.m, delta=delta)
         assert gradient is not None
         return gradient
 
@@ -207,8 +214,8 @@ class RfpStepGamma(_Online):
         super().__init__(problem)
         lin, m, delta = self.advance(1)
         (self.group,) = self.sensitivity.groups
-        self.step = [a.contiguous() for a in (m[:, :, 0], self.group.phi(lin)[:, 0])]
-        self.step += [self.group.y(lin, None)[0], delta[:, 0].contiguous()]
+        self.step = [a.contiguous() for a in (m[:, :, 0], rfp.immediates(self.group.matrices, lin)[:, 0])]
+        self.step += [rfp.signals(self.group.matrices, lin, None)[0], delta[:, 0].contiguous()]
 
     def run(self) -> Sequence[Tensor]:
         m, phi, y, delta = self.step

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._tape import Block, Tape
+from ._tape import Block, Recorded, Tape
 from .cells import Matrix
 from .reference import rfp
 from .sensitivity import Sensitivity
@@ -30,9 +30,9 @@ class Record:
     linked: credit passes on to the call before it in its chunk, whose first call gives the gradients.
     """
 
-    def __init__(self, start: int, block: Block, linked: bool, epoch: object) -> None:
-        self.start, self.end = start, start + block.steps
-        self.block, self.linked, self.epoch = block, linked, epoch
+    def __init__(self, start: int, recorded: Recorded, linked: bool, epoch: object) -> None:
+        self.start, self.end = start, start + recorded.steps
+        self.recorded, self.linked, self.epoch = recorded, linked, epoch
         self.credit: Tensor
         self.received = False
 
@@ -73,10 +73,10 @@ class Past:
     def nbytes(self) -> int:
         return self._tape.nbytes + (0 if self.sensitivity is None else self.sensitivity.nbytes)
 
-    def add(self, block: Block, linked: bool) -> Record:
+    def add(self, recorded: Recorded, linked: bool) -> Record:
         """Put new steps on the window."""
-        record = Record(self.now, block, linked, self._epoch)
-        self._tape.append(block)
+        record = Record(self.now, recorded, linked, self._epoch)
+        self._tape.append(recorded)
         self.now = record.end
         if self.sensitivity is not None:
             self._ends.append(record.end)
@@ -105,33 +105,51 @@ class Past:
             self.sensitivity.forget_(forget)
 
     def gradients(
-        self, record: Record, weights: Sequence[Tensor], delta: Tensor, arrived: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Sequence[Tensor | None]]:
+        self,
+        record: Record,
+        weights: Sequence[Tensor],
+        delta: Tensor,
+        arrived: Tensor | None,
+        needs_input: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
         """Gradients from one call's steps. May fold them into Γ, where that saves a pass over it.
 
         delta (S, C, B, N): the loss's gradient with respect to the states; arrived (S, B, N): credit from the
-        chunk's later calls. Returns the credit that is due to the call's input (S, C, B, N), what a linked
-        call passes on (S, B, N), and the weights' gradients.
+        chunk's later calls. Returns the gradient of the call's per-unit inputs (J, C, B, N) if needs_input,
+        what a linked call passes on (S, B, N), and the weights' gradients.
 
         Raises RuntimeError if Γ has moved on, so that it can't give this gradient any more.
         """
         self._refuse_if_late(record)
-        block = record.block
+        recorded, sensitivity = record.recorded, self.sensitivity
+
+        def for_input(due: Tensor) -> Tensor | None:
+            lin = recorded.block.lin
+            return rfp.input_gradient(lin, due, len(recorded.cell.inputs)) if needs_input else None
+
         if record.end <= self.base:
-            assert self.sensitivity is not None
-            return delta, None, self.sensitivity.read(delta[:, 0])
+            assert sensitivity is not None
+            return for_input(delta), None, sensitivity.read(delta[:, 0])
 
         alone = record.start == self.base
         if self.form == "step" and alone and record.end <= self.now - self.lag:
-            assert self.sensitivity is not None
-            due = delta if block.steps == 1 else self._scan(block.m, delta)[0]
-            gradients = self.sensitivity.step_(block.lin, block.m, block.inputs, delta)
-            assert gradients is not None
+            assert sensitivity is not None
+            one_step = recorded.steps == 1
+            due: Tensor | None
+            if one_step and recorded.trajectory.resets is None and sensitivity.learns_in_one_call:
+                gradients, due = sensitivity.learn_step_(recorded, delta)
+            else:
+                block = recorded.block
+                due = for_input(delta if one_step else self._scan(block.m, delta)[0])
+                stepped = sensitivity.step_(block.lin, block.m, block.inputs, delta)
+                assert stepped is not None
+                gradients = stepped
             self._move_base(record.end)
             return due, None, gradients
 
+        block = recorded.block
         credit, passed = self._scan(block.m, delta, arrived)
-        due = delta if block.steps == 1 else credit
+        due = for_input(delta if recorded.steps == 1 else credit)
         record.received = arrived is not None
         if record.linked:
             record.credit = credit

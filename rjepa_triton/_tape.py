@@ -1,15 +1,17 @@
-"""Recorded steps, joined along time without copying a step more than a few times."""
+"""Recorded steps: linearised when needed, joined along time without copying a step more than a few times."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cells import Linearization, Partials
+from .cells import Cell, Linearization, Partials, Trajectory
+from .reference import rfp
 
 TIME = -3  # of every array below
 
@@ -66,13 +68,41 @@ class Block:
         return self.map(lambda t: t.narrow(TIME, start, stop - start))
 
 
+class Recorded:
+    """Steps as they were run, linearised when that is first asked for.
+
+    diagonals: of the recurrent weights at that time, (N,) each; inputs (T, B, I) or None. Owns its arrays.
+    """
+
+    def __init__(
+        self, cell: Cell, trajectory: Trajectory, diagonals: Sequence[Tensor], inputs: Tensor | None
+    ) -> None:
+        self.cell, self.trajectory, self.diagonals, self.inputs = cell, trajectory, diagonals, inputs
+
+    @property
+    def steps(self) -> int:
+        return self.trajectory.states.shape[1] - 1
+
+    @functools.cached_property
+    def block(self) -> Block:
+        lin = self.cell.linearize(self.trajectory)
+        m = rfp.transition(lin, self.cell.matrices, self.diagonals)
+        # M is all that is needed of the own-state path
+        kept = Partials((), lin.partials.gate, lin.partials.input)
+        return Block(Linearization(kept, lin.before), m, self.inputs)
+
+    @property
+    def nbytes(self) -> int:
+        return self.block.nbytes
+
+
 class Tape:
     """A run of recorded steps. Joining copies each step once, into a buffer that doubles when it is full."""
 
     def __init__(self) -> None:
         self._buffer: Block | None = None
         self._filled = 0
-        self._pending: list[Block] = []
+        self._pending: list[Block | Recorded] = []
 
     @property
     def steps(self) -> int:
@@ -84,8 +114,8 @@ class Tape:
         held = 0 if self._buffer is None else self._buffer.nbytes
         return held + sum(block.nbytes for block in self._pending)
 
-    def append(self, block: Block) -> None:
-        self._pending.append(block)
+    def append(self, steps: Block | Recorded) -> None:
+        self._pending.append(steps)
 
     def joined(self) -> Block | None:
         """All steps as one block, or None if there are none."""
@@ -94,18 +124,18 @@ class Tape:
         if self._filled:
             assert self._buffer is not None
             return self._buffer.narrow(0, self._filled)
-        return self._pending[0] if self._pending else None
+        return _block(self._pending[0]) if self._pending else None
 
     def _flush(self) -> None:
         total = self.steps
         if self._buffer is None or total > self._buffer.steps:
             room = max(total, 2 * self._filled)
-            new = self._pending[0].map(lambda t: _resized(t, room))
+            new = _block(self._pending[0]).map(lambda t: _resized(t, room))
             if self._buffer is not None:
                 for target, source in zip(new.tensors(), self._buffer.tensors(), strict=True):
                     target.narrow(TIME, 0, self._filled).copy_(source.narrow(TIME, 0, self._filled))
             self._buffer = new
-        for block in self._pending:
+        for block in map(_block, self._pending):
             for target, source in zip(self._buffer.tensors(), block.tensors(), strict=True):
                 target.narrow(TIME, self._filled, block.steps).copy_(source)
             self._filled += block.steps
@@ -121,6 +151,10 @@ class Tape:
             rest = block.narrow(steps, steps + left).map(Tensor.clone)
         self._buffer, self._filled = None, 0
         self._pending = [] if rest is None else [rest]
+
+
+def _block(steps: Block | Recorded) -> Block:
+    return steps.block if isinstance(steps, Recorded) else steps
 
 
 def _resized(like: Tensor, steps: int) -> Tensor:

@@ -11,11 +11,9 @@ from . import _checks as check
 from . import ops
 from ._device import available_bytes
 from ._past import Past, Record
-from ._tape import Block
-from .cells import Linearization, Partials
+from ._tape import Recorded
 from .cost import Problem, cheapest, form_costs, rates_of
 from .nn import TwoPointLayer
-from .reference import rfp
 from .sensitivity import Sensitivity
 
 Form = Literal["auto", "step", "chunk", "history"]
@@ -312,15 +310,13 @@ class _Steps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         cell = layer.cell
         recurrent = weights[: len(cell.matrices)]
+        x = x.clone()  # callers may write the next input where this one was
         trajectory = cell.scan(layer.drive(x), recurrent, state.unbind(0), resets)
-        lin = cell.linearize(trajectory)
-        m = rfp.transition(lin, cell.matrices, recurrent)
+        diagonals = torch.stack([w if w.dim() == 1 else w.diagonal() for w in recurrent]).unbind(0)
         readers = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
-        # M is all that is needed of the own-state path. x is copied: callers may write the next input there.
-        kept = Partials((), lin.partials.gate, lin.partials.input)
-        block = Block(Linearization(kept, lin.before), m, x.clone() if readers else None)
+        recorded = Recorded(cell, trajectory, diagonals, x if readers else None)
         ctx.past, ctx.layer = past, layer
-        ctx.record = past.add(block, linked=link is not None and link.requires_grad)
+        ctx.record = past.add(recorded, linked=link is not None and link.requires_grad)
         ctx.save_for_backward(*readers)
         ctx.set_materialize_grads(False)
         s = trajectory.after[0].clone()  # the caller's own: the window goes on reading the trajectory
@@ -338,14 +334,14 @@ class _Steps(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         layer: TwoPointLayer = ctx.layer
         record: Record = ctx.record
-        delta = torch.zeros_like(record.block.lin.before)
+        after = record.recorded.trajectory.after
+        delta = after.new_zeros(after.shape)
         if grad is not None:
             delta[0] = grad
-        due, passed, gradients = ctx.past.gradients(record, layer.weights(), delta, arrived)
         needs_x, _, *needs_weight = ctx.needs_input_grad[4:]
+        per_unit, passed, gradients = ctx.past.gradients(record, layer.weights(), delta, arrived, needs_x)
         for_x = None
         if needs_x:
-            per_unit = rfp.input_gradient(record.block.lin, due, len(layer.cell.inputs))
             for_x = layer.input_gradient(per_unit, ctx.saved_tensors)
         return (
             *(None,) * 4,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from .cells import Cell, Matrix, Trajectory
 from .reference import rfp
 
 BACKENDS = ("auto", "torch", "compile", "triton")
@@ -144,6 +145,32 @@ def gamma_step_(
     return total
 
 
+def learn_step_(
+    cell: Cell,
+    matrices: Sequence[Sequence[Matrix]],
+    gammas: Sequence[Sequence[Tensor]],
+    trajectory: Trajectory,
+    diagonals: Sequence[Tensor],
+    inputs: Tensor | None,
+    delta: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    """One step, compiled as one function: linearise it, advance Γ and read the gradients. Mutates gammas.
+
+    matrices and gammas: by group of one shape. trajectory: of one step, without resets. diagonals: of the
+    recurrent weights, (N,) each. inputs (1, B, I) or None; delta (S, 1, B, N).
+    Returns the groups' gradients (K, N, M), and that of the per-unit inputs (J, 1, B, N).
+    """
+    return _compiled(_learn_step_)(
+        cell,
+        [list(group) for group in matrices],
+        [list(group) for group in gammas],
+        (trajectory.x, trajectory.states, trajectory.saved),
+        list(diagonals),
+        inputs,
+        delta,
+    )
+
+
 def gamma_chunk_(
     gammas: Sequence[Tensor],
     m: Tensor,
@@ -207,15 +234,20 @@ def _launched(name: str, launch: Callable[[], tuple[Any, ...]]) -> tuple[Any, ..
 BLOCK = 1 << 18
 
 
+def is_one_block(gamma: Tensor) -> bool:
+    """Whether compiled code takes all batch rows of Γ^ν at once."""
+    return gamma.shape[0] == 1 or gamma.numel() <= BLOCK
+
+
 def _row_blocks(
     gammas: Sequence[Tensor], per_row: Sequence[tuple[Tensor, int]]
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Γ and the arrays of `per_row`, each with the dimension of its batch, by blocks of batch rows."""
-    batch = gammas[0].shape[0]
-    rows = max(1, BLOCK * batch // gammas[0].numel())
-    if rows >= batch:  # a slice costs a microsecond or two
+    if is_one_block(gammas[0]):  # a slice costs a microsecond or two
         yield list(gammas), [array for array, _ in per_row]
         return
+    batch = gammas[0].shape[0]
+    rows = max(1, BLOCK * batch // gammas[0].numel())
     for b in range(0, batch, rows):
         count = min(rows, batch - b)
         # small arrays are copied: strides and offsets that differ by block would have it compiled anew
@@ -270,3 +302,25 @@ def _fold_(gammas: list[Tensor], whole: Tensor, credit: Tensor) -> Tensor:
 def _fold_into_(gammas: list[Tensor], whole: Tensor, credit: Tensor, total: Tensor) -> None:
     total.add_(_read(gammas, credit))
     _write_(gammas, rfp.carried(gammas, whole))
+
+
+def _learn_step_(
+    cell: Cell,
+    matrices: list[list[Matrix]],
+    gammas: list[list[Tensor]],
+    trajectory: tuple[Tensor, Tensor, Tensor],
+    diagonals: list[Tensor],
+    inputs: Tensor | None,
+    delta: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    lin = cell.linearize(Trajectory(*trajectory))
+    m = rfp.transition(lin, cell.matrices, diagonals).select(2, 0)
+    totals = []
+    for group, states in zip(matrices, gammas, strict=True):
+        phi = rfp.immediates(group, lin).select(1, 0)
+        y = rfp.signals(group, lin, inputs)[0]
+        diagonal = states[0].shape[-1] == 1
+        new = rfp.advanced(states, m, phi, y.unsqueeze(-1 if diagonal else -2))
+        totals.append(_read(new, delta.select(1, 0)))
+        _write_(states, new)
+    return totals, rfp.input_gradient(lin, delta, len(cell.inputs))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._tape import Recorded
 from .cells import Linearization, Matrix
 from .reference import rfp
 
@@ -28,17 +29,6 @@ class Group:
     def diagonal(self) -> bool:
         """One number a unit: diagonal recurrent weights, and biases."""
         return len(self.shape) == 1
-
-    def phi(self, lin: Linearization) -> Tensor:
-        """φ (S, T, B, K, N), zero where a matrix does not enter a state."""
-        zero = torch.zeros_like(lin.before[0])
-        entries = [lin.immediate(matrix) for matrix in self.matrices]
-        rows = [torch.stack([by.get(nu, zero) for by in entries], dim=2) for nu in range(len(lin.before))]
-        return torch.stack(rows)
-
-    def y(self, lin: Linearization, inputs: Tensor | None) -> Tensor:
-        """y (T, B, K, M), or (T, B, K, N) for a diagonal group. inputs (T, B, I): the layer's input."""
-        return torch.stack([rfp.signal(matrix, lin, inputs) for matrix in self.matrices], dim=2)
 
 
 class Sensitivity:
@@ -100,7 +90,7 @@ class Sensitivity:
         """
         totals = []
         for group in self.groups:
-            phi, y = group.phi(lin), group.y(lin, inputs)
+            phi, y = rfp.immediates(group.matrices, lin), rfp.signals(group.matrices, lin, inputs)
             total: Tensor | None = None
             for t in range(lin.steps):
                 part = ops.gamma_step_(
@@ -116,6 +106,32 @@ class Sensitivity:
             totals.append(total)
         return self._by_matrix(totals)
 
+    @property
+    def learns_in_one_call(self) -> bool:
+        """Whether `learn_step_` is to be preferred for one step without resets."""
+        return any(group.backend == "compile" for group in self.groups) and all(
+            ops.is_one_block(group.gammas[0]) for group in self.groups
+        )
+
+    def learn_step_(self, recorded: Recorded, delta: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Linearise one recorded step and do what `step_` does, compiled as one function.
+
+        delta (S, 1, B, N). Returns the gradients by matrix, and that of the per-unit inputs (J, 1, B, N).
+        Mutates Γ.
+        """
+        totals, for_input = ops.learn_step_(
+            recorded.cell,
+            [group.matrices for group in self.groups],
+            [group.gammas for group in self.groups],
+            recorded.trajectory,
+            recorded.diagonals,
+            recorded.inputs,
+            delta,
+        )
+        gradients = self._by_matrix(totals)
+        assert gradients is not None
+        return gradients, for_input
+
     def chunk_(
         self, lin: Linearization, m: Tensor, inputs: Tensor | None = None, credit: Tensor | None = None
     ) -> list[Tensor] | None:
@@ -127,8 +143,8 @@ class Sensitivity:
             ops.gamma_chunk_(
                 group.gammas,
                 m,
-                group.phi(lin),
-                group.y(lin, inputs),
+                rfp.immediates(group.matrices, lin),
+                rfp.signals(group.matrices, lin, inputs),
                 credit,
                 diagonal=group.diagonal,
                 backend=group.backend,

@@ -263,12 +263,15 @@ def test_an_output_changed_in_place_does_not_touch_the_learner() -> None:
     torch.testing.assert_close(first.state, second.state)
 
 
+@pytest.mark.parametrize("input_size", [3, None])
 @pytest.mark.parametrize(("form", "how", "every"), WAYS)
-def test_the_input_may_be_overwritten_once_a_step_returned(form: str, how: str, every: int) -> None:
-    made = layer(input_size=3)
-    x, delta = torch.randn(8, 2, 3, dtype=F64), torch.randn(8, 2, 5, dtype=F64)
+def test_the_input_may_be_overwritten_once_a_step_returned(
+    form: str, how: str, every: int, input_size: int | None
+) -> None:
+    made = layer(input_size=input_size)
+    x, delta = torch.randn(8, 2, made.fan_in, dtype=F64), torch.randn(8, 2, 5, dtype=F64)
     learner = OnlineLearner(made, 2, form=form, update_every=every)
-    buffer = torch.empty(4 if how == "chunk" else 1, 2, 3, dtype=F64)
+    buffer = torch.empty(4 if how == "chunk" else 1, 2, made.fan_in, dtype=F64)
     losses = []
     for start in range(0, 8, len(buffer)):
         buffer.copy_(x[start : start + len(buffer)])
@@ -442,16 +445,39 @@ def test_a_gamma_that_does_not_fit_is_refused_with_what_would() -> None:
         OnlineLearner(RGC(1000), 1000, form="step")
 
 
-def test_the_compiled_step_and_chunk_are_the_same() -> None:
-    made = layer(17, dtype=torch.float32)
-    x, delta = torch.randn(6, 2, 17), torch.randn(6, 2, 17)
-    for form, how, every in (("step", "each", 1), ("chunk", "chunk", 3)):
+@pytest.mark.parametrize(("form", "how", "every"), [("step", "each", 1), ("chunk", "chunk", 3)])
+@pytest.mark.parametrize("options", [{}, {"input_size": 6}], ids=str)
+def test_compiled_code_gives_the_same(form: str, how: str, every: int, options: dict[str, Any]) -> None:
+    made = layer(17, dtype=torch.float32, **options)
+    x, delta = torch.randn(9, 2, made.fan_in, requires_grad=True), torch.randn(9, 2, 17)
+    for resets in (None, torch.rand(9, 2) < 0.2):
         results = []
         for backend in ("torch", "compile"):
             made.zero_grad()
-            run(made, x, delta, how, every=every, form=form, backend=backend)
-            results.append([g.clone() for g in gradients(made)])
+            x.grad = None
+            run(made, x, delta, how, every=every, form=form, backend=backend, resets=resets)
+            assert x.grad is not None
+            results.append([g.clone() for g in (*gradients(made), x.grad)])
         assert oracle.relative(results[1], results[0]) < 1e-5
+
+
+def test_a_compiled_step_uses_the_weights_it_ran_with() -> None:
+    made = layer(17, dtype=torch.float32)
+    x = torch.randn(4, 1, 17)
+    results = []
+    start = {name: p.clone() for name, p in made.state_dict().items()}
+    for backend in ("torch", "compile"):
+        made.load_state_dict(start)
+        made.zero_grad()
+        learner = OnlineLearner(made, 1, backend=backend)
+        for row in x[:3]:  # no loss: each is folded only when the next begins, after the weights changed
+            learner.step(row)
+            with torch.no_grad():
+                for p in made.parameters():
+                    p.mul_(0.5)
+        learner.step(x[3]).sum().backward()
+        results.append([g.clone() for g in gradients(made)])
+    assert oracle.relative(results[1], results[0]) < 1e-5
 
 
 @pytest.mark.parametrize(

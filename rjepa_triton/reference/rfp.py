@@ -115,6 +115,19 @@ def signal(matrix: Matrix, lin: Linearization, inputs: Tensor | None) -> Tensor:
     return inputs
 
 
+def immediates(matrices: Sequence[Matrix], lin: Linearization) -> Tensor:
+    """φ of some matrices as one array (S, T, B, K, N), zero where a matrix does not enter a state."""
+    zero = torch.zeros_like(lin.before[0])
+    entries = [lin.immediate(matrix) for matrix in matrices]
+    by_state = [torch.stack([by.get(nu, zero) for by in entries], dim=2) for nu in range(len(lin.before))]
+    return torch.stack(by_state)
+
+
+def signals(matrices: Sequence[Matrix], lin: Linearization, inputs: Tensor | None) -> Tensor:
+    """What some matrices of one fan-in read, (T, B, K, M)."""
+    return torch.stack([signal(matrix, lin, inputs) for matrix in matrices], dim=2)
+
+
 def entering_credit(matrix: Matrix, lin: Linearization, credit: Tensor) -> Tensor:
     """E^k = Σ_ν λ^ν φ^{ν,k} (T, B, N), contiguous."""
     out: Tensor | None = None
