@@ -54,14 +54,16 @@ def scaling_command(
     steps: Annotated[int, typer.Option(help="T.")] = 50,
     chunk: Annotated[int, typer.Option(help="C, steps a chunk of rfp-chunk.")] = 16,
     dtype: Annotated[str, typer.Option(help=", ".join(cases.DTYPES))] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<index>")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
+    ] = "auto",
     algorithms: Annotated[str, typer.Option(help=", ".join(cases.CASES))] = ",".join(cases.DEFAULT),
     input: Annotated[str, typer.Option(help=", ".join(inputs.INPUTS))] = "photo",
     scale: Annotated[float, typer.Option(help="c in W ~ c·N(0, 1)/√N.")] = 0.1,
     backend: Annotated[str, typer.Option(help=f"What runs Γ: {', '.join(ops.BACKENDS)}")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of inputs, weights and δ.")] = 0,
-    budget: Annotated[float, typer.Option(help="Seconds a case may take at a point, as predicted.")] = 20,
+    budget: Annotated[float, typer.Option(help="Seconds a case may take at a point, as predicted.")] = 30,
     sample: Annotated[float, typer.Option(help="Seconds that a case is sampled at a point.")] = 0.5,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of scaling.jsonl.")] = OUT,
@@ -79,7 +81,7 @@ def scaling_command(
             steps=steps,
             chunk=chunk,
             dtype=dtype,
-            device=device,
+            device=scaling.default_device() if device == "auto" else device,
             input=input,
             scale=scale,
             backend=backend,
@@ -93,7 +95,25 @@ def scaling_command(
             file.unlink(missing_ok=True)
         records = scaling.run(settings, file, Console(stderr=True))
         show(summary.tables(records))
-        typer.echo(f"records: {file}; draw them with: rjepa bench plot {file}")
+        typer.echo(f"records: {file}")
+        for batch in sorted({r.params["B"] for r in records}):
+            here = [r for r in records if r.params["B"] == batch]
+            for written in plot.draw(here, file.with_name(f"{file.stem}-B{batch}")):
+                typer.echo(f"plot:    {written}")
+
+
+@bench.command("table")
+def table_command(
+    file: Annotated[Path, typer.Argument(help="Records of `rjepa bench scaling`.")] = OUT / scaling.FILE,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+) -> None:
+    """Print the tables of a sweep: time, memory, ratios, fitted powers of N."""
+    with user_errors():
+        tables = summary.tables(record.latest([r for r in record.load(file) if r.benchmark == "scaling"]))
+        if markdown:
+            typer.echo("\n\n".join(map(summary.markdown, tables)))
+        else:
+            show(tables)
 
 
 @bench.command("plot")

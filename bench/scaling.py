@@ -50,7 +50,7 @@ class Settings:
     scale: float = 0.1
     backend: str = "auto"
     seed: int = 0
-    budget: float = 20.0
+    budget: float = 30.0
     case_seconds: float = 0.5
 
     def __post_init__(self) -> None:
@@ -90,6 +90,11 @@ def points(hidden: Sequence[int], batches: Sequence[int]) -> tuple[tuple[int, in
     if not hidden and not batches:
         return tuple((n, b) for b, sizes in DEFAULT_BATCHES.items() for n in sizes)
     return tuple((n, b) for b in batches or (1,) for n in hidden or DEFAULT_HIDDEN)
+
+
+def default_device() -> str:
+    """cuda where torch finds one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: str) -> None:

@@ -14,6 +14,7 @@ from .record import Record
 RATIOS = (
     ("bptt-autograd", "rfp-dual"),
     ("rtrl", "rfp-step"),
+    ("rtrl", "rfp-step-gamma"),
     ("rfp-step", "rfp-chunk"),
     ("rfp-step-gamma", "copy"),
 )
@@ -99,6 +100,13 @@ def tables(records: Sequence[Record]) -> list[Table]:
             )
     fitted = _slope_table(records, algorithms, batches)
     return [*out, fitted] if fitted.row_count else out
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, its title above it."""
+    rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
+    rows += zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    return "\n".join([f"**{table.title}**", "", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _by_size(title: str, columns: Sequence[str], cells: dict[tuple[int, str], str]) -> Table:

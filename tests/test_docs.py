@@ -1,11 +1,19 @@
-"""What the documentation counts is what the code keeps."""
+"""The documentation is what the code does: its examples run, its numbers are those of the committed records."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import pytest
 import torch
 
 from rjepa_triton import RGC, OnlineLearner
+from rjepa_triton.bench import exactness, record, summary
 from rjepa_triton.reference import rtrl
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 def test_bytes_of_learning_state() -> None:
@@ -14,3 +22,27 @@ def test_bytes_of_learning_state() -> None:
     assert learner.nbytes == 32 * batch * units**2 + 8 * batch * units
     weights = [torch.zeros(units, units) for _ in range(4)]
     assert rtrl.ExactSensitivity(2, batch, units, weights).nbytes == 32 * batch * units**3
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.splitlines()[-1].split("#")[0].strip())
+def test_the_readmes_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bench").symlink_to(ROOT / "bench")
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("range(1000)", "range(20)"), {})
+
+
+def test_the_tables_are_those_of_the_records() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for table in summary.tables(record.latest(record.load(RESULTS / "scaling-cpu.jsonl"))):
+        assert summary.markdown(table) in page
+    told = exactness.markdown(record.load(RESULTS / "exactness.jsonl"))
+    assert told in (ROOT / "docs" / "exactness.md").read_text()
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
