@@ -50,13 +50,13 @@ CROSSING = (("rtrl", "rfp-step"), ("rtrl", "bptt-autograd"), ("rfp-step", "bptt-
 GUIDES = {2: "N²", 3: "N³", 4: "N⁴"}
 
 
-def draw(records: Sequence[Record], path: Path) -> list[Path]:
+def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     """Write the plot as PNG (150 dpi) and SVG beside each other; `path` with either ending or none.
 
     records: of one benchmark "scaling", one device, B, T and dtype; else ValueError, saying which are mixed.
     Returns the two paths. Filled markers are measured, hollow ones predicted and not run.
     """
-    records = latest(records)
+    records, path = latest(records), Path(path)
     title = _title(records)
     style: dict[Any, Any] = {
         "font.size": 10,

@@ -192,13 +192,14 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def load(path: Path) -> list[Record]:
+def load(path: Path | str) -> list[Record]:
     """All records of a file, in order.
 
     A last line that an interrupted write broke is left out with a warning. Raises ValueError, naming file,
     line and fault, for a broken line elsewhere, another schema, or missing or unknown fields; OSError if
     unreadable.
     """
+    path = Path(path)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     records: list[Record] = []
     for number, line in enumerate(lines, 1):
