@@ -105,7 +105,8 @@ def tables(records: Sequence[Record]) -> list[Table]:
 def markdown(table: Table) -> str:
     """A table as Markdown, its title above it."""
     rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
-    rows += zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    cells = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    rows += [list(row) for row in cells]
     return "\n".join([f"**{table.title}**", "", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
