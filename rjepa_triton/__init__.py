@@ -8,6 +8,7 @@ if not (_HERE / "kernels").is_dir():
     __path__.append(str(_HERE.parent))
 
 from . import functional, nn  # noqa: E402
+from . import library as _library  # noqa: E402, F401  registers the operators
 from .nn import RGC  # noqa: E402
 from .online import OnlineLearner  # noqa: E402
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import ops
-from .cells import Cell, Linearization, RGCCell, Trajectory
+from .cells import Cell, RGCCell, Trajectory
 from .reference import bptt, rfp, rtrl
 
 Learning = Literal["rfp", "bptt", "rtrl"]
@@ -37,34 +37,49 @@ class _TwoPoint(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cell: Cell = ctx.cell
         x, states, saved, resets, *weights = ctx.saved_tensors
-        lin = cell.linearize(Trajectory(x, states, saved, resets))
         delta = torch.stack([torch.zeros_like(states[0, 1:]) if g is None else g for g in grads])
-
-        if ctx.learning == "rfp":
-            m = rfp.transition(lin, cell.matrices, weights)
-            credit, first = ops.reverse_scan(m, delta, backend=ctx.backend)
-        else:
-            credit, first = bptt.credits(lin, cell.matrices, weights, delta)
-
         needs_x, *needs = ctx.needs_input_grad[4:]
         needs_state, needs_weight = needs[: len(grads)], needs[len(grads) :]
-        by_weight: Sequence[Tensor | None] = [None] * len(weights)
-        if any(needs_weight):
-            by_weight = _weight_gradients(ctx.learning, cell, lin, weights, delta, credit)
+        for_x, first, by_weight = gradients(
+            cell, ctx.learning, ctx.backend, x, states, saved, resets, weights, delta, any(needs_weight)
+        )
         return (
             *(None,) * 4,
-            rfp.input_gradient(lin, credit, len(cell.inputs)) if needs_x else None,
+            for_x if needs_x else None,
             *(g if need else None for g, need in zip(first, needs_state, strict=True)),
             *(g if need else None for g, need in zip(by_weight, needs_weight, strict=True)),
         )
 
 
-def _weight_gradients(
-    learning: str, cell: Cell, lin: Linearization, weights: Sequence[Tensor], delta: Tensor, credit: Tensor
-) -> list[Tensor]:
-    if learning == "rtrl":
-        return rtrl.weight_gradients(lin, cell.matrices, weights, delta)
-    return rfp.weight_gradients(lin, cell.matrices, weights, credit)
+def gradients(
+    cell: Cell,
+    learning: str,
+    backend: str,
+    x: Tensor,
+    states: Tensor,
+    saved: Tensor,
+    resets: Tensor | None,
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    needs_weights: bool = True,
+) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """Gradients of x (J, T, B, N), of the initial state (S, B, N) and of the weights, by a learning rule.
+
+    states and saved: a trajectory's; delta (S, T, B, N). The weights' are left out if not needed.
+    """
+    lin = cell.linearize(Trajectory(x, states, saved, resets))
+    if learning == "rfp":
+        backend = ops.choose_scan(backend, x.device, x.dtype)
+        m = rfp.transition(lin, cell.matrices, weights)
+        credit, first = ops.reverse_scan(m, delta, backend=backend)
+    else:
+        credit, first = bptt.credits(lin, cell.matrices, weights, delta)
+    by_weight: Sequence[Tensor] = [delta.new_empty(0)] * len(weights)
+    if needs_weights and learning == "rtrl":
+        by_weight = rtrl.weight_gradients(lin, cell.matrices, weights, delta)
+    elif needs_weights:
+        by_weight = rfp.weight_gradients(lin, cell.matrices, weights, credit)
+    return rfp.input_gradient(lin, credit, len(cell.inputs)), first, by_weight
 
 
 def two_point(
@@ -82,7 +97,7 @@ def two_point(
     x (J, T, B, N): the cell's per-unit inputs; weights: K of (N, N) or (N,); state: S of (B, N);
     resets (T, B) bool or None. What the rules and backends do is said in `rgc`. Only backend is checked.
     """
-    backend = ops.choose_scan(backend, x.device, x.dtype)
+    ops.choose_scan(backend, x.device, x.dtype)  # refuses now what backward() would
     return _TwoPoint.apply(cell, learning, backend, resets, x, *state, *weights)
 
 
@@ -146,6 +161,11 @@ def rgc(
         initial_state(state, ("s0", "m0"), batch, units, x)
     if resets is not None:
         resets = check.mask("resets", resets, (steps, batch), x.device)
+    if torch.compiler.is_compiling():
+        states, _ = torch.ops.rjepa_triton.rgc(
+            x[None], state[0], state[1], list(weights.values()), resets, learning, backend
+        )
+        return states[0, 1:], states[1, 1:]
     s, m = two_point(
         RGCCell(), x[None], tuple(weights.values()), state, resets=resets, learning=learning, backend=backend
     )
@@ -159,7 +179,8 @@ def recurrent_weight(name: str, weight: Tensor, units: int, x: Tensor) -> None:
     else:
         check.shape(name, weight, (units, units), "or (N,) to match x")
     check.like(name, weight, "x", x)
-    check.finite(name, weight)
+    if not torch.compiler.is_compiling():  # a value can't steer a compiled graph
+        check.finite(name, weight)
 
 
 def initial_state(state: object, names: Sequence[str], batch: int, units: int, x: Tensor) -> None:
