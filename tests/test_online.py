@@ -343,7 +343,7 @@ def test_a_long_stream_stays_finite_in_constant_memory() -> None:
             sizes.add(learner.nbytes)
             objects.append(len(gc.get_objects()))
     assert len(sizes) == 1
-    assert max(objects) - min(objects) < 200
+    assert objects[-1] < objects[0] + 200  # one object a step would be 90,000
     assert all(bool(torch.isfinite(g).all()) for g in gradients(made))
 
 
