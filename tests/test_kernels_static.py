@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from static_gate import SHARED_LIMIT, TARGETS, WARP, Build, Facts, compile_all, cuobjdump
 
-from rjepa_triton.kernels import gamma_chunk, gamma_step, reverse_scan
+from rjepa_triton.kernels import gamma_chunk, gamma_step, reverse_scan, rgc_backward, rgc_forward, rtrl_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Config = gamma_step.Config | gamma_chunk.Config
@@ -45,6 +45,8 @@ class Case:
 NARROW_STORES = {
     # A matrix product leaves four numbers in a row to a lane: 128 bits of float32, 64 of bfloat16.
     "chunk-gfx942-64x32x32-bf16": 8,
+    # A row of N numbers for N lanes or more: the four gates and the two states of a step, number by number.
+    "rgc-small": 6,
 }
 
 
@@ -127,6 +129,72 @@ def _scan_build(target: str, scan: str, states: int, matrices: int) -> Build:
     )
 
 
+def _rgc_small_build(target: str, config: rgc_forward.SmallConfig) -> Build:
+    return Build(
+        target,
+        "rjepa_triton.kernels.rgc_forward:_rgc_small_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in ("x", "weight", "states", "gates")},
+            "resets_ptr": "*u8",
+            **dict.fromkeys("TBN", "i32"),
+        },
+        constants={"BLOCK": config.block},
+        options={"num_warps": config.num_warps},
+    )
+
+
+def _rgc_pointwise_build(target: str, vector: int) -> Build:
+    config = rgc_forward.pick_pointwise_config(512, WARP[target])
+    strides = [f"stride_{name}" for name in ("gates", "before", "after", "next")]
+    return Build(
+        target,
+        "rjepa_triton.kernels.rgc_forward:_rgc_pointwise_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in ("gates", "before", "u", "after", "next")},
+            "resets_ptr": "*u8",
+            **dict.fromkeys(["N", *strides], "i32"),
+        },
+        constants={"BLOCK": config.block, "VECTOR": vector},
+        options={"num_warps": 1},
+    )
+
+
+def _rgc_backward_build(target: str, vector: int, last: bool = False) -> Build:
+    config = rgc_backward.pick_config(512, WARP[target])
+    arrays = ("gates", "before", "delta", "credit", "entering", "passed")
+    return Build(
+        target,
+        "rjepa_triton.kernels.rgc_backward:_rgc_backward_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in (*arrays, "u")},
+            "resets_ptr": "*u8",
+            **dict.fromkeys(["N", *(f"stride_{name}" for name in arrays)], "i32"),
+        },
+        constants={"LAST": last, "BLOCK": config.block, "VECTOR": vector},
+        options={"num_warps": 1},
+    )
+
+
+def _rtrl_build(target: str, kernel: str, config: rtrl_step.Config) -> Build:
+    """kernel: "jacobian" or "immediate"."""
+    phi = ("phi_ss", "phi_ms", "phi_mm", "phi_sm")
+    pointers = {
+        "jacobian": ("own_s", "own_m", *phi, "ss", "ms", "mm", "sm", "jacobian"),
+        "immediate": ("gamma", *phi, "before"),
+    }[kernel]
+    return Build(
+        target,
+        f"rjepa_triton.kernels.rtrl_step:_rtrl_{kernel}_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in pointers},
+            "resets_ptr": "*u8",
+            **dict.fromkeys(["N", "stride_own_s", "stride_own_m", "stride_before"], "i32"),
+        },
+        constants={"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "VECTOR": config.vector},
+        options={"num_warps": config.num_warps},
+    )
+
+
 def _configs(pick: Callable[..., Config], *choices: Iterable[object]) -> list[Config]:
     """Everything `pick` can return over sizes, fan-ins and the choices."""
     sizes = (1, 63, 64, 128, 256, 512, 1000, 4096)
@@ -138,6 +206,9 @@ CHUNK_CONFIGS = {
     name: _configs(gamma_chunk.pick_config, (1, 31, 32, 100), [dtype], ("ieee", "tf32"))
     for name, dtype in DTYPES.items()
 }
+RGC_SMALL_CONFIGS = sorted({rgc_forward.pick_small_config(n) for n in range(1, rgc_forward.SMALL + 1)})
+
+RTRL_CONFIGS = sorted({rtrl_step.pick_config(n) for n in range(1, 257)})
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
@@ -182,6 +253,25 @@ def _cases() -> Iterator[tuple[str, Case]]:
             build = _scan_build(target, scan, states, matrices)
             loads = states * states + states * matrices
             yield f"{scan}-{target}-S{states}-K{matrices}", Case(build, 128, loads)
+        for config in RGC_SMALL_CONFIGS:
+            # The weights, 128 bits a load, once for all steps.
+            loads = 4 * config.block**2 // (WARP[target] * config.num_warps) // 4
+            yield f"rgc-small-{target}-{config.block}", Case(_rgc_small_build(target, config), 168, loads)
+        for vector, loads in ((4, 7), (1, 0)):
+            yield f"rgc-pointwise-{target}-{vector}", Case(_rgc_pointwise_build(target, vector), 64, loads)
+        for vector, last in itertools.product((4, 1), (False, True)):
+            # Gates, states, input and credits; what the step after passes, unless it is the last.
+            loads = 0 if vector == 1 else 9 if last else 11
+            build = _rgc_backward_build(target, vector, last)
+            yield f"rgc-backward-{target}-{vector}{'-last' * last}", Case(build, 96, loads)
+        for kernel, config in itertools.product(("jacobian", "immediate"), RTRL_CONFIGS):
+            # Tiles of four matrices.
+            per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)
+            loads = 0 if config.vector == 1 else 4 * per_thread // config.vector
+            yield (
+                f"rtrl-{kernel}-{target}-{config.vector}",
+                Case(_rtrl_build(target, kernel, config), 168, loads),
+            )
 
 
 CASES = dict(_cases())
@@ -196,6 +286,10 @@ OF_ONE = {
         ("chunk", _chunk_build("sm_90", CHUNK_CONFIGS["fp32"][0]), ("N", "M")),
         ("reverse_scan", _scan_build("sm_90", "reverse_scan", 2, 2), ("BN", "N")),
         ("suffix", _scan_build("sm_90", "suffix", 2, 2), ("BN", "N")),
+        ("rgc-pointwise", _rgc_pointwise_build("sm_90", 1), ("N",)),
+        ("rgc-backward", _rgc_backward_build("sm_90", 1), ("N",)),
+        ("rtrl-jacobian", _rtrl_build("sm_90", "jacobian", rtrl_step.pick_config(1)), ("N",)),
+        ("rtrl-immediate", _rtrl_build("sm_90", "immediate", rtrl_step.pick_config(1)), ("N",)),
     ]
 }
 
@@ -279,6 +373,7 @@ def test_what_does_not_compile_says_why():
 def test_every_configuration_is_built():
     assert [len(configs) for configs in STEP_CONFIGS.values()] == [3, 3]
     assert [len(configs) for configs in CHUNK_CONFIGS.values()] == [4, 4]
+    assert (len(RGC_SMALL_CONFIGS), len(RTRL_CONFIGS)) == (3, 2)
     for target in TARGETS:
         assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 6
         assert sum(name.startswith(f"chunk-{target}") and "S2" in name for name in CASES) == 8

@@ -1,0 +1,206 @@
+"""RGC backward in time with the full Jacobian: a pointwise pass and a product a step in the loop, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import check_dims, check_runnable, check_tensor, vector_width
+from .rgc_forward import joined_by_source, warp_size
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_gates",
+        "stride_before",
+        "stride_delta",
+        "stride_credit",
+        "stride_entering",
+        "stride_passed",
+    ]
+)
+def _rgc_backward_kernel(
+    gates_ptr,  # [2, B, 2, N]
+    before_ptr,  # [2, B, N]
+    u_ptr,  # [B, N]
+    delta_ptr,  # [2, B, N]
+    resets_ptr,  # [B]: of the step after, or None
+    credit_ptr,  # [2, B, N]
+    entering_ptr,  # [2, B, 2, N]
+    passed_ptr,  # [2, B, N]: what the step after passes back, then what passes no matrix of this one
+    N,
+    stride_gates,
+    stride_before,
+    stride_delta,
+    stride_credit,
+    stride_entering,
+    stride_passed,
+    LAST: tl.constexpr,  # whether no step is after
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,  # a divisor of N and of every stride: numbers that one access moves
+):
+    # One program: BLOCK units of one batch row.
+    N = N // VECTOR * VECTOR  # N itself and the strides, and the compiler sees what divides them
+    stride_gates = tl.cast(stride_gates, tl.int64) // VECTOR * VECTOR
+    stride_before = tl.cast(stride_before, tl.int64) // VECTOR * VECTOR
+    stride_delta = tl.cast(stride_delta, tl.int64) // VECTOR * VECTOR
+    stride_credit = tl.cast(stride_credit, tl.int64) // VECTOR * VECTOR
+    stride_entering = tl.cast(stride_entering, tl.int64) // VECTOR * VECTOR
+    stride_passed = tl.cast(stride_passed, tl.int64) // VECTOR * VECTOR
+    tiles = tl.cdiv(N, BLOCK)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    unit = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    mask = unit < N
+    at = b * N + unit
+    gates_ptr += b * 2 * N
+    entering_ptr += b * 2 * N
+
+    credit_s = tl.load(delta_ptr + at, mask=mask, other=0.0)
+    credit_m = tl.load(delta_ptr + stride_delta + at, mask=mask, other=0.0)
+    if not LAST:
+        from_s = tl.load(passed_ptr + at, mask=mask, other=0.0)
+        from_m = tl.load(passed_ptr + stride_passed + at, mask=mask, other=0.0)
+        if resets_ptr is not None:
+            keep = tl.load(resets_ptr + b) == 0
+            from_s = tl.where(keep, from_s, 0.0)
+            from_m = tl.where(keep, from_m, 0.0)
+        credit_s += from_s
+        credit_m += from_m
+    tl.store(credit_ptr + at, credit_s, mask=mask)
+    tl.store(credit_ptr + stride_credit + at, credit_m, mask=mask)
+
+    s = tl.load(before_ptr + at, mask=mask, other=0.0)
+    m = tl.load(before_ptr + stride_before + at, mask=mask, other=0.0)
+    u = tl.load(u_ptr + at, mask=mask, other=0.0)
+    ss = tl.load(gates_ptr + unit, mask=mask, other=0.0)
+    sm = tl.load(gates_ptr + N + unit, mask=mask, other=0.0)
+    mm = tl.load(gates_ptr + stride_gates + unit, mask=mask, other=0.0)
+    ms = tl.load(gates_ptr + stride_gates + N + unit, mask=mask, other=0.0)
+    tl.store(entering_ptr + unit, credit_s * (1.0 - ss * ss) * s, mask=mask)
+    tl.store(entering_ptr + N + unit, credit_m * (sm * sm - 1.0) * u, mask=mask)
+    tl.store(entering_ptr + stride_entering + unit, credit_m * (1.0 - mm * mm) * m, mask=mask)
+    tl.store(entering_ptr + stride_entering + N + unit, credit_s * (ms * ms - 1.0) * u, mask=mask)
+    tl.store(passed_ptr + at, ss * credit_s, mask=mask)
+    tl.store(passed_ptr + stride_passed + at, mm * credit_m, mask=mask)
+
+
+class Config(NamedTuple):
+    """Units of one program, which is one warp, and the numbers that one access moves."""
+
+    block: int
+    vector: int
+
+
+def pick_config(N: int, warp_size: int) -> Config:
+    """For a layer of N units. Pure.
+
+    Four units a lane make 128-bit accesses, and one warp makes as many programs as there can be.
+    """
+    return Config(4 * warp_size, vector_width(N, torch.float32))
+
+
+class Credits(NamedTuple):
+    """What `bptt_credits` returns.
+
+    credit    λ (2, T, B, N)
+    passed    the credit to the state before the first step, (2, B, N)
+    entering  E (2, T, B, 2, N): by the source that a matrix reads, then ss and sm, or mm and ms
+    """
+
+    credit: Tensor
+    passed: Tensor
+    entering: Tensor
+
+
+@torch.no_grad()
+def bptt_credits(
+    gates: Tensor,
+    before: Tensor,
+    u: Tensor,
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    resets: Tensor | None = None,
+) -> Credits:
+    """Exact credits of an RGC, backward in time: backpropagation through time, its matrices dense.
+
+        λ(t) = δ(t) + A(t+1)ᵀ λ(t+1) + Σ_k W^kᵀ E^k(t+1)        E^k into the state that matrix k reads
+        E^ss = λ^s (1 - ss²) s'        E^ms = -λ^s (1 - ms²) u        ss, ms, mm, sm: the gates' tanh
+        E^mm = λ^m (1 - mm²) m'        E^sm = -λ^m (1 - sm²) u        prime: the step before
+
+    From a step to the one before, no credit passes in rows that the step resets.
+    A step is one pointwise pass and one product for both sources, by torch and in torch's precision for
+    float32 products. Weight gradients are products apart: with y = before[j].flatten(0, 1),
+
+        entering[j].flatten(0, 1).flatten(1).T @ y        (2N, N), dW_ss above dW_sm, or dW_mm above dW_ms
+
+    Args:
+        gates: tanh by source, (2, T, B, 2, N) float32, contiguous: `rgc_forward`'s second result.
+        before: the states that the steps read, zero where reset, (2, T, B, N) float32. The first index may
+            have any stride, so that all states but the last need no copy.
+        u: the layer's per-unit input, (T, B, N) float32, contiguous.
+        weights: W_ss, W_ms, W_mm, W_sm, (N, N) float32 each, contiguous.
+        delta: instantaneous credits δ (2, T, B, N) float32, contiguous.
+        resets: (T, B) bool or uint8, contiguous: rows whose state was zeroed before that step. Or None.
+
+    Nothing is mutated, and nothing differentiated. Fast where four divides N.
+
+    Returns:
+        `Credits`, float32.
+
+    Raises:
+        TypeError: an argument that isn't a tensor, or a wrong dtype.
+        ValueError: a wrong shape (a size of 0 among them), device or stride; tensors that aren't on a GPU,
+            where kernels aren't interpreted.
+    """
+    steps, batch, units = check_dims("u", u, "TBN")
+    check_tensor("u", u, (steps, batch, units), u)
+    check_tensor("gates", gates, (2, steps, batch, 2, units), u)
+    check_tensor("before", before, (2, steps, batch, units), u, any_stride=1)
+    check_tensor("delta", delta, (2, steps, batch, units), u)
+    if len(weights) != 4:
+        raise ValueError(f"weights must hold 4 tensors, got {len(weights)}")
+    for index, weight in enumerate(weights):
+        check_tensor(f"weights[{index}]", weight, (units, units), u)
+    if resets is not None:
+        check_tensor("resets", resets, (steps, batch), u, (torch.bool, torch.uint8))
+        resets = resets.view(torch.uint8)
+    check_runnable(_rgc_backward_kernel, "u", u)
+
+    credit, entering = torch.empty_like(delta), torch.empty_like(gates)
+    passed = torch.empty_like(delta[:, 0], memory_format=torch.contiguous_format)
+    joined = joined_by_source(weights)
+    config = pick_config(units, warp_size(u))
+    strides = [a.stride(0) for a in (gates, before, delta, credit, entering, passed)]
+    vector = config.vector if all(stride % config.vector == 0 for stride in strides) else 1
+    grid = (batch * triton.cdiv(units, config.block),)
+    at = [a.unbind(1) for a in (gates, before, delta, credit, entering)]
+    left_at = entering.flatten(-2).unbind(1)
+    for t in range(steps - 1, -1, -1):
+        gates_t, before_t, delta_t, credit_t, entering_t = (a[t] for a in at)
+        last = t == steps - 1
+        with torch.cuda.device_of(u):
+            _rgc_backward_kernel[grid](
+                gates_t,
+                before_t,
+                u[t],
+                delta_t,
+                None if resets is None or last else resets[t + 1],
+                credit_t,
+                entering_t,
+                passed,
+                units,
+                *strides,
+                LAST=last,
+                BLOCK=config.block,
+                VECTOR=vector,
+                num_warps=1,
+            )
+        passed.baddbmm_(left_at[t], joined)
+    if resets is not None:
+        passed.masked_fill_(resets[0, :, None] != 0, 0)
+    return Credits(credit, passed, entering)

@@ -1,0 +1,230 @@
+"""RGC's forward kernels against the float64 cell: interpreted here, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rjepa_triton.cells import RGCCell, Trajectory
+
+pytest.importorskip("triton")
+
+from rjepa_triton.kernels import rgc_forward as kernels
+from rjepa_triton.kernels.rgc_forward import (
+    PointwiseConfig,
+    SmallConfig,
+    pick_pointwise_config,
+    pick_small_config,
+    rgc_forward,
+    rgc_forward_small,
+    rgc_pointwise_,
+)
+
+# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Numbers of order 1, five steps: a rounding of 2⁻²⁴ of each sum and tanh, twice or so as large a step later.
+TOLERANCE = 4e-6
+
+Problem = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+def _problem(steps: int, batch: int, units: int, with_resets: bool, seed: int = 0) -> Problem:
+    """x, weights, state, resets: the first, a middle and the last step of some row are reset."""
+    torch.manual_seed(seed)
+    weights = [_random(units, units) * (0.5 / math.sqrt(units)) for _ in range(4)]
+    resets = None
+    if with_resets:
+        resets = torch.rand(steps, batch, device=DEVICE) < 0.3
+        resets[0, 0] = resets[steps // 2, -1] = resets[-1, 0] = True
+    return _random(steps, batch, units), weights, [_random(batch, units) for _ in range(2)], resets
+
+
+def _reference(x: Tensor, weights: list[Tensor], state: list[Tensor], resets: Tensor | None) -> Trajectory:
+    return RGCCell().scan(
+        x.double()[None], [w.double() for w in weights], [s.double() for s in state], resets
+    )
+
+
+def _assert_near(got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE * max(1.0, want.abs().max().item()))
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+
+
+SHAPES = [(1, 1), (5, 3)]  # T, B
+
+
+@pytest.mark.parametrize("with_resets", [False, True])
+@pytest.mark.parametrize(("steps", "batch"), SHAPES)
+@pytest.mark.parametrize("units", [1, 17, 63, 64, 127, 130])
+def test_forward_is_that_of_the_cell(monkeypatch, units, steps, batch, with_resets):
+    problem = _problem(steps, batch, units, with_resets)
+    want = _reference(*problem)
+    _poison(monkeypatch)
+    states, gates = rgc_forward(*problem)
+    _assert_near(states, want.states)
+    _assert_near(gates, want.saved)
+
+
+@pytest.mark.parametrize("with_resets", [False, True])
+@pytest.mark.parametrize("units", [1, 17, 63])
+def test_steps_one_by_one_are_those_of_one_launch(monkeypatch, units, with_resets):
+    problem = _problem(5, 3, units, with_resets)
+    want = _reference(*problem)
+    _poison(monkeypatch)
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    states, gates = rgc_forward(*problem)
+    _assert_near(states, want.states)
+    _assert_near(gates, want.saved)
+
+
+@pytest.mark.parametrize("units", [17, 68])
+def test_gates_need_not_be_saved(monkeypatch, units):
+    problem = _problem(5, 3, units, True)
+    states, gates = rgc_forward(*problem)
+    _poison(monkeypatch)
+    again, none = rgc_forward(*problem, save_gates=False)
+    assert none is None
+    assert torch.equal(states, again)
+    # A product over all steps makes them again.
+    before = states[:, :-1].masked_fill(problem[3][..., None], 0)
+    product = before.flatten(1, 2) @ kernels.joined_by_source(problem[1]).mT
+    torch.testing.assert_close(product.tanh().view_as(gates), gates, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("units", [17, 68])
+def test_parameters_are_weights_and_nothing_is_differentiated(units):
+    x, weights, state, _ = _problem(2, 3, units, False)
+    states, gates = rgc_forward(x, [torch.nn.Parameter(w) for w in weights], state)
+    assert not states.requires_grad
+    assert not gates.requires_grad
+    assert torch.equal(states, rgc_forward(x, weights, state)[0])
+
+
+@pytest.mark.parametrize("units", [17, 68])
+def test_what_is_saved_linearises(units):
+    x, weights, state, resets = _problem(5, 2, units, True)
+    states, gates = rgc_forward(x, weights, state, resets)
+    cell, reference = RGCCell(), _reference(x, weights, state, resets)
+    got = cell.linearize(Trajectory(x[None], states, gates, resets))
+    want = cell.linearize(reference)
+    for k in range(4):
+        for nu, value in want.partials.gate[k].items():
+            _assert_near(got.partials.gate[k][nu], value)
+    _assert_near(got.before, want.before)
+
+
+@pytest.mark.parametrize("units", [63, 68])
+def test_state_carries_over_and_two_runs_agree_in_every_bit(units):
+    x, weights, state, resets = _problem(5, 3, units, True)
+    states, gates = rgc_forward(x, weights, state, resets)
+    again, gates_again = rgc_forward(x, weights, state, resets)
+    assert torch.equal(again, states)
+    assert torch.equal(gates_again, gates)
+    first, _ = rgc_forward(x[:2], weights, state, resets[:2])
+    rest, _ = rgc_forward(x[2:], weights, list(first[:, -1]), resets[2:].to(torch.uint8))
+    assert torch.equal(torch.cat([first, rest[:, 1:]], dim=1), states)
+
+
+# NumPy says that it overflows, which is what is meant to be harmless.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+def test_large_pre_activations_saturate():
+    x, weights, state, _ = _problem(1, 1, 17, False)
+    states, gates = rgc_forward(x, [1e3 * w for w in weights], state)
+    assert states.isfinite().all()
+    assert gates.abs().max() == 1
+
+
+@pytest.mark.parametrize("units", [1, 17, 64, 130])
+@pytest.mark.parametrize("resets_next", [False, True])
+def test_pointwise(units, resets_next):
+    """One step of strided arrays; the next step's input may take the place of this one's."""
+    batch = 3
+    # One number between the sources: no stride is a multiple of four.
+    gates = torch.full((2, 2 * batch * units + 1), math.nan, device=DEVICE)
+    pre = gates[:, : 2 * batch * units].view(2, batch, 2, units).normal_()
+    before, u = _random(2, batch, units), _random(batch, units)
+    after = torch.full((2, 4, batch, units), math.nan, device=DEVICE)
+    resets = torch.tensor([False, True, False], device=DEVICE)
+
+    want_gates = pre.double().tanh()
+    (ss, sm), (mm, ms) = want_gates[0].unbind(1), want_gates[1].unbind(1)
+    s, m = before.double()
+    want = torch.stack([(1 - ms) * u + ss * s, (1 - sm) * u + mm * m])
+    if resets_next:
+        rgc_pointwise_(pre, before, u, after[:, 1], resets, before)
+        _assert_near(before, want.masked_fill(resets[:, None], 0))
+    else:
+        kept = before.clone()
+        rgc_pointwise_(pre, before, u, after[:, 1])
+        assert torch.equal(before, kept)
+    _assert_near(pre, want_gates)
+    _assert_near(after[:, 1], want)
+    # Nothing beside them is written.
+    assert gates[:, -1].isnan().all()
+    assert after[:, [0, 2, 3]].isnan().all()
+
+
+def test_pick_config():
+    assert pick_small_config(1) == pick_small_config(16) == SmallConfig(16, 1)
+    assert pick_small_config(17) == pick_small_config(32) == SmallConfig(32, 4)
+    assert pick_small_config(33) == pick_small_config(64) == SmallConfig(64, 8)
+    assert pick_pointwise_config(512, 32) == PointwiseConfig(128, 4)
+    assert pick_pointwise_config(511, 64) == PointwiseConfig(256, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"x": torch.zeros(2, 3)},
+            ValueError,
+            r"x must have shape \(T, B, N\), none of them 0, got \(2, 3\)",
+        ),
+        ({"x": torch.zeros(2, 0, 5)}, ValueError, r"none of them 0, got \(2, 0, 5\)"),
+        (
+            {"x": torch.zeros(2, 3, 5).double()},
+            TypeError,
+            "x must have dtype torch.float32, got torch.float64",
+        ),
+        ({"weights": [torch.zeros(5, 5)] * 3}, ValueError, "weights must hold 4 tensors, got 3"),
+        ({"weights": [torch.zeros(5, 4)] * 4}, ValueError, r"weights\[0\] must have shape \(5, 5\)"),
+        ({"state": [torch.zeros(3, 5)]}, ValueError, "state must hold 2 tensors, got 1"),
+        ({"state": [torch.zeros(3, 5), torch.zeros(5, 3).mT]}, ValueError, r"state\[1\] must be contiguous"),
+        ({"resets": torch.zeros(2, 4).bool()}, ValueError, r"resets must have shape \(2, 3\)"),
+        ({"resets": torch.zeros(2, 3)}, TypeError, "resets must have dtype torch.bool or torch.uint8"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    x, weights, state, resets = _problem(2, 3, 5, True)
+    arguments = {"x": x, "weights": weights, "state": state, "resets": resets}
+    moved = {k: [a.to(DEVICE) for a in v] if isinstance(v, list) else v.to(DEVICE) for k, v in change.items()}
+    with pytest.raises(error, match=message):
+        rgc_forward(**{**arguments, **moved})
+
+
+def test_small_says_how_small():
+    with pytest.raises(ValueError, match="x must have at most 64 units, got 65"):
+        rgc_forward_small(*_problem(1, 1, 65, False))
+
+
+def test_pointwise_needs_both_or_neither():
+    pre, before, u = _random(2, 1, 2, 3), _random(2, 1, 3), _random(1, 3)
+    with pytest.raises(ValueError, match="next_resets and next_before must be given together"):
+        rgc_pointwise_(pre, before, u, torch.empty_like(before), next_before=before)
+    with pytest.raises(ValueError, match=r"pre must have shape \(2, 1, 2, 3\), got \(2, 1, 1, 3\)"):
+        rgc_pointwise_(pre[:, :, :1].contiguous(), before, u, before)
