@@ -87,21 +87,21 @@ def pass_back(m: Tensor, credit: Tensor) -> Tensor:
 
 def suffix_products(m: Tensor) -> tuple[Tensor, Tensor]:
     """R(t) = M(C) … M(t+1) for t = 1 … C, and R(0): (S, S, C, B, N) and (S, S, B, N)."""
-    count, steps = m.shape[1:3]
-    suffix = torch.empty_like(m)
-    suffix[:, :, -1] = torch.eye(count, dtype=m.dtype, device=m.device)[:, :, None, None]
-    for t in range(steps - 1, 0, -1):
-        _matmul(suffix[:, :, t], m[:, :, t], out=suffix[:, :, t - 1])
-    whole = torch.empty_like(m[:, :, 0])
-    _matmul(suffix[:, :, 0], m[:, :, 0], out=whole)
-    return suffix, whole
+    count = m.shape[1]
+    identity = torch.eye(count, dtype=m.dtype, device=m.device)[:, :, None, None]
+    products = [identity.expand_as(m[:, :, 0])]
+    for step in reversed(m.unbind(2)):
+        products.append(_matmul(products[-1], step))
+    whole = products.pop()
+    return torch.stack(products[::-1], dim=2), whole
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Per-unit product of S×S matrices, each (S, S, B, N)."""
-    torch.mul(a[:, :1], b[:1], out=out)
+    out = a[:, :1] * b[:1]
     for j in range(1, a.shape[1]):
-        out.addcmul_(a[:, j : j + 1], b[j : j + 1])
+        out = torch.addcmul(out, a[:, j : j + 1], b[j : j + 1])
+    return out
 
 
 def signal(matrix: Matrix, lin: Linearization, inputs: Tensor | None) -> Tensor:
