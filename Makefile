@@ -1,16 +1,21 @@
-# Everything on a fresh machine: each target makes .venv and installs what it needs first.
+# Everything on a fresh machine: each target but gpu-check makes .venv and installs what it needs first.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= bench-out
 
-.PHONY: bench test lint typecheck clean
+.PHONY: bench test gpu-check lint typecheck clean
 
 bench: $(VENV)/.bench
 	$(BIN)/rjepa bench scaling --out $(OUT)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU whose own python has torch, triton and what the extra `test` names: tests of what runs on
+# the GPU, kernels against the roofline, scaling, plots, in under nine minutes, into $(OUT). Exits 2 without a GPU.
+gpu-check:
+	$(PYTHON) -m rjepa_triton.bench.gpu_check --out $(OUT)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

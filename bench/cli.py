@@ -1,4 +1,4 @@
-"""`rjepa bench`: scaling, plot, compare, exactness."""
+"""`rjepa bench`: scaling, table, plot, compare, exactness, kernels, roofline, gpu-check."""
 
 from __future__ import annotations
 
@@ -14,7 +14,19 @@ from rich.table import Table
 
 from .. import _checks as check
 from .. import ops
-from . import cases, compare, exactness, inputs, plot, record, scaling, summary
+from . import (
+    cases,
+    compare,
+    exactness,
+    gpu_check,
+    inputs,
+    kernels,
+    plot,
+    record,
+    roofline,
+    scaling,
+    summary,
+)
 
 bench = typer.Typer(no_args_is_help=True, help="Time, memory and exactness of the learning rules.")
 OUT = Path("bench-out")
@@ -175,3 +187,85 @@ def exactness_command(
             typer.echo(exactness.markdown(records))
         else:
             show([exactness.table(records)])
+
+
+@bench.command("kernels")
+def kernels_command(
+    hidden: Annotated[
+        str, typer.Option(help="N, with commas between; the device's defaults if left out.")
+    ] = "",
+    batch: Annotated[str, typer.Option(help="B, with commas between; 1 if only --hidden is given.")] = "",
+    steps: Annotated[int, typer.Option(help="T of the scans.")] = 64,
+    names: Annotated[str, typer.Option("--kernels", help="Which, with commas between.")] = ",".join(
+        kernels.KERNELS
+    ),
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
+    ] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of what the kernels are given.")] = 0,
+    sample: Annotated[float, typer.Option(help="Seconds that each is sampled at a point.")] = 0.3,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of kernels.jsonl.")] = OUT,
+) -> None:
+    """Time of each kernel against the least that its bytes and FLOP allow on this device.
+
+    Goes on where an earlier run with the same options stopped; what it measured is kept.
+    """
+    with user_errors():
+        if check.integer("--threads", threads, 0):
+            torch.set_num_threads(threads)
+        where = scaling.default_device() if device == "auto" else device
+        scaling.check_device(where)
+        settings = kernels.Settings(
+            points=kernels.points(integers("hidden", hidden), integers("batch", batch), where),
+            kernels=tuple(name.strip() for name in names.split(",") if name.strip()),
+            steps=steps,
+            device=where,
+            seed=check.integer("--seed", seed, 0),
+            case_seconds=sample,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / kernels.FILE
+        if fresh:
+            file.unlink(missing_ok=True)
+        show([kernels.table(kernels.run(settings, file, Console(stderr=True)))])
+        typer.echo(f"records: {file}")
+
+
+@bench.command("roofline")
+def roofline_command(
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Compile for --gpu and predict; no GPU is needed.")
+    ] = False,
+    gpu: Annotated[str, typer.Option(help=f"With --predict: {', '.join(roofline.GPUS)}")] = "h100",
+    hidden: Annotated[str, typer.Option(help="With --predict: N, with commas between.")] = "",
+    batch: Annotated[str, typer.Option(help="With --predict: B, with commas between.")] = "",
+    steps: Annotated[int, typer.Option(help="With --predict: T of the scans.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder of kernels.jsonl, or of roofline.jsonl.")] = OUT,
+) -> None:
+    """Kernels against the roofline: what `rjepa bench kernels` measured, or with --predict a prediction."""
+    with user_errors():
+        if not predict:
+            if not (out / kernels.FILE).exists():
+                raise ValueError(
+                    f"{out / kernels.FILE} isn't there: run `rjepa bench kernels` first, or give --predict"
+                )
+            measured = record.latest(r for r in record.load(out / kernels.FILE) if r.benchmark == "kernels")
+            show([kernels.table([r for r in measured if r.device == name]) for name in
+                  sorted({r.device for r in measured})])  # fmt: skip
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        sizes = (integers("hidden", hidden), integers("batch", batch))
+        file = out / roofline.FILE
+        show(roofline.tables(roofline.run(file, gpu, roofline.points(*sizes), steps)))
+        typer.echo(f"records: {file}")
+
+
+@bench.command("gpu-check")
+def gpu_check_command(
+    out: Annotated[Path, typer.Option(help="Folder of logs, records, plots and summary.json.")] = OUT,
+) -> None:
+    """On a machine with a GPU, from a checkout: tests and benchmarks in under 9 minutes; 2 without a GPU."""
+    with user_errors():
+        raise typer.Exit(gpu_check.check(out))

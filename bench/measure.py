@@ -128,6 +128,15 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 def flop_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP per second of a large matrix product: what predictions of time divide by."""
-    a = torch.ones(1024, 1024, dtype=dtype, device=device)
-    b = torch.ones(1024, 2048, dtype=dtype, device=device)
-    return 2 * 1024 * 1024 * 2048 / min(seconds(lambda: a @ b, 1, device) for _ in range(4))
+    size = 8192 if device.type == "cuda" else 1024  # enough to fill a GPU
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    b = torch.ones(size, 2 * size, dtype=dtype, device=device)
+    return 2 * size * size * 2 * size / min(seconds(lambda: a @ b, 1, device) for _ in range(4))
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second of a large copy, read and written ones together: what traffic is held against."""
+    numbers = 1 << (28 if device.type == "cuda" else 25)  # beyond caches, so far as memory allows
+    source = torch.ones(numbers, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), 1, device) for _ in range(6))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -16,9 +16,19 @@ import torch
 
 pytest.importorskip("triton")
 
-from static_gate import SHARED_LIMIT, TARGETS, WARP, Build, Facts, compile_all, cuobjdump
-
-from rjepa_triton.kernels import gamma_chunk, gamma_step, reverse_scan, rgc_backward, rgc_forward, rtrl_step
+from rjepa_triton.bench.static import (
+    SHARED_LIMIT,
+    TARGETS,
+    WARP,
+    Build,
+    Facts,
+    chunk_build,
+    compile_all,
+    cuobjdump,
+    scan_build,
+    step_build,
+)
+from rjepa_triton.kernels import gamma_chunk, gamma_step, rgc_backward, rgc_forward, rtrl_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Config = gamma_step.Config | gamma_chunk.Config
@@ -48,85 +58,6 @@ NARROW_STORES = {
     # A row of N numbers for N lanes or more: the four gates and the two states of a step, number by number.
     "rgc-small": 6,
 }
-
-
-def _gamma_types(dtype: str, pointers: Sequence[str], integers: Sequence[str]) -> dict[str, str]:
-    return {
-        "gamma0_ptr": f"*{dtype}",
-        "gamma1_ptr": f"*{dtype}",
-        **{f"{name}_ptr": "*fp32" for name in pointers},
-        **dict.fromkeys(integers, "i32"),
-    }
-
-
-def _step_build(
-    target: str, config: gamma_step.Config, dtype: str = "fp32", states: int = 2, mode: str = "gradient"
-) -> Build:
-    absent = {
-        "advance": ["delta_ptr", "grad_ptr", "weight_ptr"],
-        "gradient": ["weight_ptr"],
-        "weight": ["grad_ptr"],
-    }[mode]
-    if states == 1:
-        absent.append("gamma1_ptr")
-    tile = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "VECTOR": config.vector}
-    pointers = ("m", "phi", "y", "delta", "grad", "weight")
-    integers = ("B", "K", "N", "M", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta")
-    return Build(
-        target,
-        "rjepa_triton.kernels.gamma_step:_gamma_step_kernel",
-        types={**_gamma_types(dtype, pointers, integers), "lr": "fp32"},
-        constants={**dict.fromkeys(absent), **tile},
-        options={"num_warps": config.num_warps},
-    )
-
-
-def _chunk_build(target: str, config: gamma_chunk.Config, dtype: str = "fp32", states: int = 2) -> Build:
-    absent = ["gamma1_ptr"] if states == 1 else []
-    tile = {
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "BLOCK_C": config.block_c,
-        "VECTOR": config.vector,
-        "VECTOR_U": 4 if config.vector > 1 else 1,
-    }
-    return Build(
-        target,
-        "rjepa_triton.kernels.gamma_chunk:_gamma_chunk_kernel",
-        types=_gamma_types(dtype, ("whole", "u", "y", "credit", "grad"), "CBKNM"),
-        constants={**dict.fromkeys(absent), **tile},
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )
-
-
-def _scan_build(target: str, scan: str, states: int, matrices: int) -> Build:
-    """scan: "reverse_scan" or "suffix"; without matrices there is no φ, nor what comes of it."""
-    pointers = {
-        "reverse_scan": ("m", "delta", "carry", "phi", "credit", "passed", "entering"),
-        "suffix": ("m", "phi", "suffix", "arriving", "whole"),
-    }[scan]
-    if matrices:
-        absent = {"reverse_scan": (), "suffix": ("suffix_ptr",)}[scan]
-    else:
-        absent = {"reverse_scan": ("phi_ptr", "entering_ptr"), "suffix": ("phi_ptr", "arriving_ptr")}[scan]
-    config = reverse_scan.pick_config(matrices, WARP[target])
-    return Build(
-        target,
-        f"rjepa_triton.kernels.reverse_scan:_{scan}_kernel",
-        types={
-            **{f"{name}_ptr": "*fp32" for name in pointers},
-            **dict.fromkeys(["T", "C", "BN", "N"], "i32"),
-        },
-        constants={
-            **dict.fromkeys(absent),
-            "STATES": states,
-            "MATRICES": matrices,
-            "BLOCK": config.block,
-            "STAGES": config.stages,
-            "VECTOR": 4,
-        },
-        options={"num_warps": 1},
-    )
 
 
 def _rgc_small_build(target: str, config: rgc_forward.SmallConfig) -> Build:
@@ -229,12 +160,12 @@ def _cases() -> Iterator[tuple[str, Case]]:
             rounded = dtype == "bf16" and not target.startswith("gfx")
             for config in STEP_CONFIGS[dtype]:
                 for mode in ("gradient", "advance", "weight") if target == "sm_90" else ("gradient",):
-                    build = _step_build(target, config, dtype, states, mode)
+                    build = step_build(target, config, dtype, states, mode)
                     name = f"step-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}-{mode}"
                     # Three programs of four warps.
                     yield name, Case(build, 168, vectors(config), rounded=rounded)
             for config in CHUNK_CONFIGS[dtype]:
-                build, product = _chunk_build(target, config, dtype, states), config.block_c > 1
+                build, product = chunk_build(target, config, dtype, states), config.block_c > 1
                 tile = f"{config.block_n}x{config.block_m}x{config.block_c}"
                 # A product's operands take registers: two programs of four warps on two targets.
                 limit = 255 if product and target in ("sm_80", "sm_100") else 168
@@ -250,7 +181,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
         for scan, (states, matrices) in itertools.product(
             ("reverse_scan", "suffix"), ((2, 0), (2, 4), (2, 9), (1, 4))
         ):
-            build = _scan_build(target, scan, states, matrices)
+            build = scan_build(target, scan, states, matrices)
             loads = states * states + states * matrices
             yield f"{scan}-{target}-S{states}-K{matrices}", Case(build, 128, loads)
         for config in RGC_SMALL_CONFIGS:
@@ -282,10 +213,10 @@ OF_ONE = {
         build, constants={**build.constants, **dict.fromkeys(units, 1), "VECTOR": 1}
     )
     for name, build, units in [
-        ("step", _step_build("sm_90", gamma_step.pick_config(1, 1, torch.float32)), ("N", "M")),
-        ("chunk", _chunk_build("sm_90", CHUNK_CONFIGS["fp32"][0]), ("N", "M")),
-        ("reverse_scan", _scan_build("sm_90", "reverse_scan", 2, 2), ("BN", "N")),
-        ("suffix", _scan_build("sm_90", "suffix", 2, 2), ("BN", "N")),
+        ("step", step_build("sm_90", gamma_step.pick_config(1, 1, torch.float32)), ("N", "M")),
+        ("chunk", chunk_build("sm_90", CHUNK_CONFIGS["fp32"][0]), ("N", "M")),
+        ("reverse_scan", scan_build("sm_90", "reverse_scan", 2, 2), ("BN", "N")),
+        ("suffix", scan_build("sm_90", "suffix", 2, 2), ("BN", "N")),
         ("rgc-pointwise", _rgc_pointwise_build("sm_90", 1), ("N",)),
         ("rgc-backward", _rgc_backward_build("sm_90", 1), ("N",)),
         ("rtrl-jacobian", _rtrl_build("sm_90", "jacobian", rtrl_step.pick_config(1)), ("N",)),
@@ -296,18 +227,18 @@ OF_ONE = {
 # Builds that the gate must catch, by the complaint that it is to make: one that passes all would go unnoticed.
 CONTROLS = {
     # Rows that don't start on 16 bytes, moved as if they might not.
-    "wide loads": Case(_step_build("sm_90", gamma_step.Config(8, 64, vector=1, num_warps=1)), 255, 8),
-    "narrow stores": Case(_step_build("gfx942", gamma_step.Config(8, 64, vector=1, num_warps=1)), 255, 8),
+    "wide loads": Case(step_build("sm_90", gamma_step.Config(8, 64, vector=1, num_warps=1)), 255, 8),
+    "narrow stores": Case(step_build("gfx942", gamma_step.Config(8, 64, vector=1, num_warps=1)), 255, 8),
     # Four times the numbers a thread, as all four matrices of an RGC in one program would have.
-    "spills": Case(_step_build("sm_90", gamma_step.Config(128, 64, vector=4, num_warps=4)), 255, 32),
+    "spills": Case(step_build("sm_90", gamma_step.Config(128, 64, vector=4, num_warps=4)), 255, 32),
     # A warp group's product takes 64 rows: with 32 it falls back to a warp's.
     "tensor-core": Case(
-        _chunk_build("sm_90", gamma_chunk.Config(32, 64, 32, vector=4, num_warps=4, num_stages=1)),
+        chunk_build("sm_90", gamma_chunk.Config(32, 64, 32, vector=4, num_warps=4, num_stages=1)),
         255,
         8,
         tensor_core=True,
     ),
-    "registers": Case(_step_build("sm_90", gamma_step.Config(32, 64, vector=4, num_warps=4)), 64, 8),
+    "registers": Case(step_build("sm_90", gamma_step.Config(32, 64, vector=4, num_warps=4)), 64, 8),
 }
 
 

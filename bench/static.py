@@ -1,7 +1,8 @@
 """Compile Triton kernels for GPUs that aren't there, and read what became of them from the machine code.
 
-Nothing here knows a kernel of this package. A kernel is only compiled in a process that imports triton
-without TRITON_INTERPRET; `compile_all` starts one: this file, which reads builds and writes facts as JSON.
+A kernel is only compiled in a process that imports triton without TRITON_INTERPRET; `compile_all` starts one:
+this module, which reads builds and writes facts as JSON. The last part says what this package's launchers
+would have compiled: `step_build`, `chunk_build`, `scan_build`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # triton need not be there to import this
+    from ..kernels import gamma_chunk, gamma_step
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -53,11 +57,15 @@ class Build:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the machine code says. Wide accesses are of 128 bits, narrow ones of fewer."""
+    """What the machine code says. Wide accesses are of 128 bits, narrow ones of fewer.
+
+    instructions: how many there are in the code, each once, however often it runs; no-operations not counted.
+    """
 
     registers: int
     spills: bool
     shared: int
+    instructions: int
     wide_loads: int
     wide_stores: int
     narrow_stores: int
@@ -76,10 +84,9 @@ def cuobjdump() -> Path | None:
 def compile_all(builds: Sequence[Build]) -> list[Facts | str]:
     """Facts of each build, or what its compilation raised; by as many processes as there are cores."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(Path(__file__).parent), *sys.path]
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, "-m", "rjepa_triton.bench.static"],
         input=json.dumps([dataclasses.asdict(build) for build in builds]),
         env=environment,
         capture_output=True,
@@ -110,7 +117,7 @@ def _compile(build: Build) -> Facts | str:
             target=GPUTarget(*TARGETS[build.target]),
             options=dict(build.options),
         )
-    except Exception as error:  # whatever it is, it belongs to this build alone, and fails its test
+    except Exception as error:  # whatever it is, it belongs to this build alone
         return f"{type(error).__name__}: {error}"
     return _amd_facts(compiled) if build.target.startswith("gfx") else _nvidia_facts(compiled, build.target)
 
@@ -136,6 +143,7 @@ def _nvidia_facts(compiled: Any, target: str) -> Facts:
         registers=registers,
         spills=stack > 0 or _count(r"\b(?:LDL|STL)\b", sass) > 0,
         shared=compiled.metadata.shared,
+        instructions=_count(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP\b)[@A-Z]", sass),
         # Straight to registers, or copied to shared memory behind the arithmetic's back.
         wide_loads=_count(r"\b(?:LDG|LDGSTS)\.[\w.]*\b128\b", sass),
         wide_stores=_count(r"\bSTG\.[\w.]*\b128\b", sass),
@@ -157,11 +165,112 @@ def _amd_facts(compiled: Any) -> Facts:
         registers=of("vgpr_count"),
         spills=any(map(of, ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"))),
         shared=compiled.metadata.shared,
+        instructions=_count(r"(?m)^\t[svdbg]\w*_(?!nop\b)", asm),
         wide_loads=_count(r"\b(?:buffer|global)_load_dwordx4\b", asm),
         wide_stores=_count(r"\b(?:buffer|global)_store_dwordx4\b", asm),
         narrow_stores=_count(r"\b(?:buffer|global)_store_(?!dwordx4)\w+", asm),
         tensor_core=_count(r"\bv_mfma_\w+", asm),
         bf16_rounded=None,
+    )
+
+
+def _gamma_types(dtype: str, pointers: Sequence[str], integers: Sequence[str]) -> dict[str, str]:
+    return {
+        "gamma0_ptr": f"*{dtype}",
+        "gamma1_ptr": f"*{dtype}",
+        **{f"{name}_ptr": "*fp32" for name in pointers},
+        **dict.fromkeys(integers, "i32"),
+    }
+
+
+def step_build(
+    target: str,
+    config: gamma_step.Config,
+    dtype: str = "fp32",
+    states: int = 2,
+    mode: str = "gradient",
+    divisible: Sequence[str] = (),
+) -> Build:
+    """Γ's step. mode: "advance", "gradient", or "weight", which takes the weights' step as well."""
+    absent = {
+        "advance": ["delta_ptr", "grad_ptr", "weight_ptr"],
+        "gradient": ["weight_ptr"],
+        "weight": ["grad_ptr"],
+    }[mode]
+    if states == 1:
+        absent.append("gamma1_ptr")
+    tile = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "VECTOR": config.vector}
+    pointers = ("m", "phi", "y", "delta", "grad", "weight")
+    integers = ("B", "K", "N", "M", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta")
+    return Build(
+        target,
+        "rjepa_triton.kernels.gamma_step:_gamma_step_kernel",
+        types={**_gamma_types(dtype, pointers, integers), "lr": "fp32"},
+        constants={**dict.fromkeys(absent), **tile},
+        divisible=divisible,
+        options={"num_warps": config.num_warps},
+    )
+
+
+def chunk_build(
+    target: str,
+    config: gamma_chunk.Config,
+    dtype: str = "fp32",
+    states: int = 2,
+    divisible: Sequence[str] = (),
+    vector_u: int | None = None,
+) -> Build:
+    """Γ's chunk, with credit. vector_u: numbers of U in one access; 4, or 1 where Γ has 1, if None."""
+    absent = ["gamma1_ptr"] if states == 1 else []
+    tile = {
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "BLOCK_C": config.block_c,
+        "VECTOR": config.vector,
+        "VECTOR_U": vector_u or (4 if config.vector > 1 else 1),
+    }
+    return Build(
+        target,
+        "rjepa_triton.kernels.gamma_chunk:_gamma_chunk_kernel",
+        types=_gamma_types(dtype, ("whole", "u", "y", "credit", "grad"), "CBKNM"),
+        constants={**dict.fromkeys(absent), **tile},
+        divisible=divisible,
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def scan_build(
+    target: str, scan: str, states: int, matrices: int, vector: int = 4, divisible: Sequence[str] = ()
+) -> Build:
+    """scan: "reverse_scan" or "suffix"; without matrices there is no φ, nor what comes of it."""
+    from ..kernels import reverse_scan
+
+    pointers = {
+        "reverse_scan": ("m", "delta", "carry", "phi", "credit", "passed", "entering"),
+        "suffix": ("m", "phi", "suffix", "arriving", "whole"),
+    }[scan]
+    if matrices:
+        absent = {"reverse_scan": (), "suffix": ("suffix_ptr",)}[scan]
+    else:
+        absent = {"reverse_scan": ("phi_ptr", "entering_ptr"), "suffix": ("phi_ptr", "arriving_ptr")}[scan]
+    config = reverse_scan.pick_config(matrices, WARP[target])
+    return Build(
+        target,
+        f"rjepa_triton.kernels.reverse_scan:_{scan}_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in pointers},
+            **dict.fromkeys(["T", "C", "BN", "N"], "i32"),
+        },
+        constants={
+            **dict.fromkeys(absent),
+            "STATES": states,
+            "MATRICES": matrices,
+            "BLOCK": config.block,
+            "STAGES": config.stages,
+            "VECTOR": vector,
+        },
+        divisible=divisible,
+        options={"num_warps": 1},
     )
 
 

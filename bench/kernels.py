@@ -1,0 +1,660 @@
+"""Each kernel against its floor: the bytes it must move and the arithmetic it must do at the device's rates.
+
+On a GPU the launchers of `kernels/` are timed, and the same function by eager torch and torch.compile; on
+the CPU the backends of `rjepa_triton.ops`. A floor is max(bytes / copy bandwidth, FLOP / GEMM rate), both
+rates measured on the device in the same run. Every kernel is of an RGC: S = 2 states, K = 4 matrices, M = N.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .. import _checks as check
+from .. import ops
+from ..reference import rfp
+from . import measure, record, scaling
+from .record import Record
+from .summary import bytes_text, seconds_text
+
+FILE = "kernels.jsonl"
+STATES, MATRICES = 2, 4
+# (N, B) by device. Γ in float32 takes 32·B·N² bytes: 67 MB to 2.1 GB on a GPU.
+POINTS = {
+    "cpu": ((256, 1), (1024, 1)),
+    "cuda": ((512, 8), (1024, 8), (1024, 64), (4096, 4)),
+}
+BY = ("triton", "torch", "compile")
+# Relative error, in norm, that rounding can't explain: of float32 sums, Γ kept in bfloat16, TF32 products.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8, "tf32": 2.0**-9}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel is given.
+
+    gammas S of (B, K, N, M), m (S, S, T, B, N), phi (S, T, B, K, N), y (T, B, K, M), delta (S, T, B, N),
+    credit (S, B, N); and made of m and φ: suffix as m, whole (S, S, B, N), arriving as φ.
+    """
+
+    gammas: list[Tensor]
+    m: Tensor
+    phi: Tensor
+    y: Tensor
+    delta: Tensor
+    credit: Tensor
+    suffix: Tensor
+    whole: Tensor
+    arriving: Tensor
+
+    def copy(self, dtype: torch.dtype | None = None) -> Problem:
+        """The same with a Γ of its own; all of it in `dtype` if given."""
+        if dtype is None:
+            return replace(self, gammas=[g.clone() for g in self.gammas])
+        others = {name: a.to(dtype) for name, a in vars(self).items() if isinstance(a, Tensor)}
+        return replace(self, gammas=[g.to(dtype, copy=True) for g in self.gammas], **others)
+
+
+Runner = Callable[[Problem], Sequence[Tensor]]
+
+
+class Kernel(ABC):
+    """One kernel: what it is given and must move, what it computes, and what runs it.
+
+    name    as in options and records
+    dtype   "float32" or "bfloat16": what Γ is kept in
+    rate    "float32" or "tf32": the GEMM rate that its arithmetic is held against
+    steps   of a chunk; None where the option says it
+    takes   names of the tensors of `Problem` that it reads, Γ not among them
+    """
+
+    name: str
+    takes: tuple[str, ...]
+    has_gamma = True
+    dtype: str = "float32"
+    rate: str = "float32"
+    steps: int | None = None
+
+    @abstractmethod
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        """Additions and multiplications of one call, S×S products per unit left out where there is a Γ."""
+
+    @abstractmethod
+    def written(self, units: int, batch: int, steps: int) -> int:
+        """Numbers that one call must write, Γ itself not counted. All are float32."""
+
+    @abstractmethod
+    def reference(self, problem: Problem) -> Sequence[Tensor]:
+        """What one call gives, in the problem's own dtype by `reference.rfp`: Γ's states first, if any."""
+
+    @abstractmethod
+    def runners(self, device: torch.device) -> dict[str, Runner]:
+        """What runs it on a device, by the names of `BY`. Each returns what `reference` does."""
+
+    def gamma_numbers(self, units: int, batch: int) -> int:
+        """Numbers of Γ, all states: S·K·B·N²."""
+        return STATES * MATRICES * batch * units**2 if self.has_gamma else 0
+
+    def bytes(self, units: int, batch: int, steps: int) -> int:
+        """Bytes that one call must move: Γ in and out, arrays in, results out, each once."""
+        sizes = shapes(units, batch, steps)
+        read = sum(torch.Size(sizes[name]).numel() for name in self.takes)
+        gamma = 2 * self.gamma_numbers(units, batch) * getattr(torch, self.dtype).itemsize
+        return gamma + 4 * (read + self.written(units, batch, steps))
+
+    def peak_bytes(self, units: int, batch: int, steps: int) -> int:
+        """About the most alive while it is checked: Γ, a copy, float64's, and the comparison's."""
+        numbers = sum(torch.Size(s).numel() for s in shapes(units, batch, steps).values())
+        return self.gamma_numbers(units, batch) * (8 + 4 * 8) + numbers * (4 + 3 * 8)
+
+
+def shapes(units: int, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of `Problem`, but Γ."""
+    return {
+        "m": (STATES, STATES, steps, batch, units),
+        "phi": (STATES, steps, batch, MATRICES, units),
+        "y": (steps, batch, MATRICES, units),
+        "delta": (STATES, steps, batch, units),
+        "credit": (STATES, batch, units),
+        "suffix": (STATES, STATES, steps, batch, units),
+        "whole": (STATES, STATES, batch, units),
+        "arriving": (STATES, steps, batch, MATRICES, units),
+    }
+
+
+def problem(kernel: Kernel, units: int, batch: int, steps: int, seed: int, device: torch.device) -> Problem:
+    """Draw a problem on the device. Γ stays bounded however often it is advanced: |M| is below 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    size = shapes(units, batch, steps)
+    # own path 0.6 to 0.85, cross path up to 0.1 either way
+    draw = torch.rand(size["m"], generator=generator, device=device)
+    own = torch.eye(STATES, device=device)[:, :, None, None, None]
+    m = own * (0.6 + 0.25 * draw) + (1 - own) * (0.2 * draw - 0.1)
+    phi = 0.3 * normal(*size["phi"])
+    for nu in range(STATES):  # a matrix of an RGC enters one state
+        phi[nu, :, :, [k for k in range(MATRICES) if k // 2 != nu]] = 0
+    suffix, whole = rfp.suffix_products(m)
+    gammas = []
+    if kernel.has_gamma:
+        shape, dtype = (batch, MATRICES, units, units), getattr(torch, kernel.dtype)
+        gammas = [normal(*shape).to(dtype) for _ in range(STATES)]
+    return Problem(
+        gammas=gammas,
+        m=m,
+        phi=phi,
+        y=normal(*size["y"]),
+        delta=normal(*size["delta"]),
+        credit=normal(*size["credit"]),
+        suffix=suffix,
+        whole=whole,
+        arriving=rfp.arriving(suffix, phi),
+    )
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+# The whole of Γ at once, for the compiler to cut up: `rfp`'s own functions go by blocks of batch rows.
+
+
+def _whole_step_(
+    gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor | None
+) -> Tensor | None:
+    new = rfp.advanced(gammas, m, phi, y)
+    total = None if delta is None else rfp.read_rows(new, delta).sum(0)
+    for target, value in zip(gammas, new, strict=True):
+        target.copy_(value)
+    return total
+
+
+def _whole_chunk_(gammas: list[Tensor], whole: Tensor, arriving: Tensor, y: Tensor, credit: Tensor) -> Tensor:
+    total = rfp.read_rows(gammas, credit).sum(0)
+    new = rfp.carried(gammas, whole)
+    for nu, (target, value) in enumerate(zip(gammas, new, strict=True)):
+        rfp.add_arriving_(value, arriving[nu], y, False)
+        target.copy_(value)
+    return total
+
+
+def _entering(phi: Tensor, credit: Tensor) -> Tensor:
+    """E (T, B, K, N)."""
+    return (credit[:, :, :, None] * phi).sum(0)
+
+
+def _scan_entering(m: Tensor, delta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    credit, passed = rfp.reverse_scan(m, delta)
+    return credit, passed, _entering(phi, credit)
+
+
+def _arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+    suffix, whole = rfp.suffix_products(m)
+    return rfp.arriving(suffix, phi), whole
+
+
+# For torch.compile, without the writes in place by which the eager functions save passes over memory.
+
+
+def _pure_scan(m: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    credits = [delta[:, -1]]
+    for t in range(delta.shape[1] - 1, 0, -1):
+        credits.append(delta[:, t - 1] + (m[:, :, t] * credits[-1][:, None]).sum(0))
+    return torch.stack(credits[::-1], 1), (m[:, :, 0] * credits[-1][:, None]).sum(0)
+
+
+def _pure_scan_entering(m: Tensor, delta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    credit, passed = _pure_scan(m, delta)
+    return credit, passed, _entering(phi, credit)
+
+
+def _pure_arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+    suffix, whole = rfp.suffix_products(m)
+    return (suffix[:, :, :, :, None] * phi).sum(1), whole
+
+
+class GammaStep(Kernel):
+    """Γ one step on, and with a gradient what the step reads from it."""
+
+    def __init__(self, dtype: str, gradient: bool) -> None:
+        self.dtype, self.gradient, self.steps = dtype, gradient, 1
+        short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+        self.name = f"step-{short}-{'gradient' if gradient else 'advance'}"
+        self.takes = ("m", "phi", "y", "delta") if gradient else ("m", "phi", "y")
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # a number of Γ: S products and S - 1 additions, φ y added; and in the gradient, a product added
+        each = 2 * STATES + 1 + 2 * self.gradient
+        return each * self.gamma_numbers(units, batch)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return self.gradient * MATRICES * units**2
+
+    def _arguments(self, p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return p.m[:, :, 0], p.phi[:, 0], p.y[0], p.delta[:, 0] if self.gradient else None
+
+    def _outputs(self, p: Problem, total: Tensor | None) -> Sequence[Tensor]:
+        return [*p.gammas, *([] if total is None else [total])]
+
+    def reference(self, problem: Problem) -> Sequence[Tensor]:
+        m, phi, y, delta = self._arguments(problem)
+        return self._outputs(problem, rfp.gamma_step_(problem.gammas, m, phi, y[:, :, None], delta))
+
+    def runners(self, device: torch.device) -> dict[str, Runner]:
+        def compiled(p: Problem) -> Sequence[Tensor]:
+            m, phi, y, delta = self._arguments(p)
+            return self._outputs(p, _compiled(_whole_step_)(p.gammas, m, phi, y[:, :, None], delta))
+
+        def by_ops(backend: str) -> Runner:
+            return lambda p: self._outputs(p, ops.gamma_step_(p.gammas, *self._arguments(p), backend=backend))
+
+        if device.type == "cuda":
+            from ..kernels import gamma_step
+
+            def launched(p: Problem) -> Sequence[Tensor]:
+                return self._outputs(p, gamma_step.gamma_step_(p.gammas, *self._arguments(p)))
+
+            return {"triton": launched, "torch": self.reference, "compile": compiled}
+        # compiled code of `ops` takes Γ in the dtype of the rest alone
+        backends = ("torch", "compile") if self.dtype == "float32" and ops.cpp_compiler() else ("torch",)
+        return {backend: by_ops(backend) for backend in backends}
+
+
+class GammaChunk(Kernel):
+    """Γ over C steps, and the past's part of the gradient; from U and R(0), on the CPU from φ and M."""
+
+    takes = ("whole", "arriving", "y", "credit")
+
+    def __init__(self, steps: int, precision: Literal["ieee", "tf32"]) -> None:
+        self.steps, self.precision = steps, precision
+        self.rate = "tf32" if precision == "tf32" else "float32"
+        self.name = f"chunk-C{steps}-{precision}"
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # a number of Γ: carried by S products and S - 1 additions, read once, C outer products added
+        return (2 * STATES - 1 + 2 + 2 * steps) * self.gamma_numbers(units, batch)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return MATRICES * units**2
+
+    def reference(self, problem: Problem) -> Sequence[Tensor]:
+        p = problem
+        total = rfp.gamma_chunk_(p.gammas, p.suffix, p.whole, p.phi, p.y, p.credit)
+        assert total is not None
+        return [*p.gammas, total]
+
+    def _allowed(self, runner: Runner) -> Runner:
+        """The same with torch's own products in this kernel's precision."""
+        if self.precision == "ieee":
+            return runner
+
+        def run(p: Problem) -> Sequence[Tensor]:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
+            try:
+                return runner(p)
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+        return run
+
+    def runners(self, device: torch.device) -> dict[str, Runner]:
+        def compiled(p: Problem) -> Sequence[Tensor]:
+            arguments = (p.gammas, p.whole, p.arriving, p.y, p.credit)
+            return [*p.gammas, _compiled(_whole_chunk_)(*arguments)]
+
+        def by_ops(backend: str) -> Runner:
+            def run(p: Problem) -> Sequence[Tensor]:
+                total = ops.gamma_chunk_(p.gammas, p.m, p.phi, p.y, p.credit, backend=backend)
+                assert total is not None
+                return [*p.gammas, total]
+
+            return run
+
+        if device.type == "cuda":
+            from ..kernels import gamma_chunk
+
+            def launched(p: Problem) -> Sequence[Tensor]:
+                total = gamma_chunk.gamma_chunk_(
+                    p.gammas, p.whole, p.arriving, p.y, p.credit, precision=self.precision
+                )
+                assert total is not None
+                return [*p.gammas, total]
+
+            return {
+                "triton": launched,
+                "torch": self._allowed(self.reference),
+                "compile": self._allowed(compiled),
+            }
+        if self.precision == "tf32":  # `ops` has one precision
+            return {}
+        backends = ("torch", "compile") if ops.cpp_compiler() else ("torch",)
+        return {backend: by_ops(backend) for backend in backends}
+
+
+class Scan(Kernel):
+    """A scan backward in time: credits λ or suffix products R, with or without what φ makes of each.
+
+    flop and written: of one unit and one step. function, pure: eager, and to be compiled. launcher: its name
+    in `kernels.reverse_scan`.
+    """
+
+    has_gamma = False
+
+    def __init__(
+        self,
+        name: str,
+        takes: tuple[str, ...],
+        flop: int,
+        written: int,
+        function: Callable[..., Sequence[Tensor]],
+        pure: Callable[..., Sequence[Tensor]],
+        launcher: str,
+    ) -> None:
+        self.name, self.takes, self.launcher = name, takes, launcher
+        self.function, self.pure = function, pure
+        self._flop, self._written = flop, written
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        return self._flop * units * batch * steps
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        # and after the last step, M(1)ᵀ λ(1) or R(0)
+        last = STATES if "delta" in self.takes else STATES**2
+        return (self._written * steps + last) * units * batch
+
+    def reference(self, problem: Problem) -> Sequence[Tensor]:
+        return self.function(*(getattr(problem, name) for name in self.takes))
+
+    def runners(self, device: torch.device) -> dict[str, Runner]:
+        def arguments(p: Problem) -> list[Tensor]:
+            return [getattr(p, name) for name in self.takes]
+
+        if device.type != "cuda":
+            return {"torch": self.reference}
+        from ..kernels import reverse_scan
+
+        launcher = getattr(reverse_scan, self.launcher)
+        return {
+            "triton": lambda p: launcher(*arguments(p)),
+            "torch": self.reference,
+            "compile": lambda p: _compiled(self.pure)(*arguments(p)),
+        }
+
+
+_KERNELS: tuple[Kernel, ...] = (
+    *(GammaStep(dtype, gradient) for dtype in ("float32", "bfloat16") for gradient in (True, False)),
+    GammaChunk(8, "ieee"),  # in "tf32" its launch is the same
+    GammaChunk(64, "ieee"),
+    GammaChunk(64, "tf32"),
+    # λ: δ added to Mᵀλ; E: S products and S - 1 additions a matrix; R: a product of S×S matrices; U: R φ
+    Scan("scan", ("m", "delta"), 8, 2, rfp.reverse_scan, _pure_scan, "reverse_scan"),
+    Scan("scan-entering", ("m", "delta", "phi"), 8 + 3 * MATRICES, 2 + MATRICES, _scan_entering,
+         _pure_scan_entering, "reverse_scan_entering"),
+    Scan("suffix", ("m",), 12, 4, rfp.suffix_products, rfp.suffix_products, "suffix_products"),
+    Scan("arriving", ("m", "phi"), 12 + 6 * MATRICES, 2 * MATRICES, _arriving, _pure_arriving, "arriving"),
+)  # fmt: skip
+KERNELS = {kernel.name: kernel for kernel in _KERNELS}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Kernels at points (N, B). steps: T of the scans; case_seconds: what each is sampled at least."""
+
+    points: tuple[tuple[int, int], ...]
+    kernels: tuple[str, ...] = tuple(KERNELS)
+    steps: int = 64
+    device: str = "cpu"
+    seed: int = 0
+    case_seconds: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not self.kernels:
+            raise ValueError(f"kernels must name at least one of {', '.join(KERNELS)}")
+        for name in self.kernels:
+            check.one_of("kernels", name, KERNELS)
+        for units, batch in self.points:
+            check.integer("hidden", units, 1)
+            check.integer("batch", batch, 1)
+        check.integer("steps", self.steps, 2)
+        if not self.case_seconds > 0:
+            raise ValueError(f"case_seconds must be above 0, got {self.case_seconds}")
+        scaling.check_device(self.device)
+
+    def params(self, kernel: Kernel, by: str, units: int, batch: int) -> dict[str, Any]:
+        """What identifies a measurement, as recorded."""
+        return {
+            "kernel": kernel.name,
+            "by": by,
+            "N": units,
+            "B": batch,
+            "S": STATES,
+            "K": MATRICES,
+            "T": kernel.steps or self.steps,
+            "dtype": kernel.dtype,
+            "device": torch.device(self.device).type,
+            "seed": self.seed,
+            "threads": torch.get_num_threads(),
+        }
+
+
+def points(hidden: Sequence[int], batches: Sequence[int], device: str) -> tuple[tuple[int, int], ...]:
+    """(N, B), every N at every B. Neither given: the device's defaults; B = 1 if only N is."""
+    defaults = POINTS[torch.device(device).type]
+    if not hidden and not batches:
+        return defaults
+    return tuple((n, b) for b in batches or (1,) for n in hidden or dict.fromkeys(n for n, _ in defaults))
+
+
+def floor(moved: float, flop: float, copy_rate: float, flop_rate: float) -> tuple[float, str]:
+    """Seconds that a call takes at least at these rates, and which of "bytes" and "flop" sets it."""
+    by_bytes, by_flop = moved / copy_rate, flop / flop_rate
+    return max(by_bytes, by_flop), "bytes" if by_bytes >= by_flop else "flop"
+
+
+def device_rates(device: torch.device) -> dict[str, float]:
+    """Measured: "copy" in bytes/s, "float32" and on a GPU "tf32" in FLOP/s."""
+    rates = {"copy": measure.copy_rate(device), "float32": measure.flop_rate(device, torch.float32)}
+    if device.type == "cuda":
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            rates["tf32"] = measure.flop_rate(device, torch.float32)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    return rates
+
+
+def verify(kernel: Kernel, run: Runner, given: Problem, want: Sequence[Tensor]) -> float:
+    """The largest relative error against float64; ArithmeticError where rounding can't be why."""
+    got = run(given.copy())
+    worst = 0.0
+    for index, (g, w) in enumerate(zip(got, want, strict=True)):
+        of_gamma = kernel.has_gamma and index < STATES
+        tolerance = TOLERANCE[kernel.rate if kernel.rate == "tf32" else kernel.dtype] if of_gamma else 1e-5
+        error = float((g.double() - w).norm() / w.norm())
+        if not error <= tolerance:
+            what = f"Γ of state {index}" if of_gamma else f"result {index}"
+            raise ArithmeticError(f"{what} differs from float64 by {error:.1e} (tolerance {tolerance:.0e})")
+        worst = max(worst, error)
+    return worst
+
+
+def measure_kernel(
+    kernel: Kernel, names: Sequence[str], units: int, batch: int, settings: Settings, rates: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    """What was found of a kernel at one point, by runner, as fields of its record."""
+    device, steps = torch.device(settings.device), kernel.steps or settings.steps
+    moved, flop = kernel.bytes(units, batch, steps), kernel.flop(units, batch, steps)
+    seconds, bound = floor(moved, flop, rates["copy"], rates[kernel.rate])
+    about = {
+        "bytes": moved,
+        "flop": flop,
+        "copy_bytes_per_second": rates["copy"],
+        "gemm_flop_per_second": rates[kernel.rate],
+        "floor_seconds": seconds,
+        "bound": bound,
+    }
+    found: dict[str, dict[str, Any]] = {
+        name: {"predicted_seconds": seconds, "payload": dict(about)} for name in names
+    }
+    needs, available = kernel.peak_bytes(units, batch, steps), measure.available_bytes(device)
+    if available is not None and needs > scaling.MEMORY_SHARE * available:
+        message = f"predicted: needs {bytes_text(needs)}, {bytes_text(available)} available"
+        for fields in found.values():
+            fields.update(status="oom", message=message)
+        return found
+    runs: dict[str, Callable[[], object]] = {}
+    try:
+        given = problem(kernel, units, batch, steps, settings.seed, device)
+        want = kernel.reference(given.copy(torch.float64))
+    except Exception as error:
+        for fields in found.values():
+            fields["status"], fields["message"] = scaling.failure(error)
+        return found
+    for name in names:
+        run = kernel.runners(device)[name]
+        begin = time.perf_counter()
+        try:
+            found[name]["payload"]["error"] = verify(kernel, run, given, want)
+        except Exception as error:
+            found[name]["status"], found[name]["message"] = scaling.failure(error)
+            continue
+        if name != "torch":
+            found[name]["compile_seconds"] = time.perf_counter() - begin
+        runs[name] = functools.partial(run, given)
+    del want
+    for name, timing in measure.interleave(runs, device, case_seconds=settings.case_seconds).items():
+        fields = found[name]
+        if isinstance(timing, Exception):
+            fields["status"], fields["message"] = scaling.failure(timing)
+            continue
+        fields.update(status="ok", timing=timing)
+        fields["payload"].update(
+            bytes_per_second=moved / timing.median,
+            flop_per_second=flop / timing.median,
+            fraction=seconds / timing.median,
+        )
+    return found
+
+
+def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = lambda made: None) -> int:
+    """Measure what the file at `path` lacks, and append it there; returns how many records were kept.
+
+    As `scaling.sweep`: what is measured ("ok") under the same key is kept, the rest is tried again.
+    """
+    device = torch.device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    shared: dict[str, Any] = {
+        "benchmark": "kernels",
+        "device": record.device_name(device),
+        "versions": record.versions(),
+        "git": record.git_revision(),
+        "run": record.now(),
+    }
+    earlier = record.latest(record.load(path)) if path.exists() else []
+    done = {record.key(r) for r in earlier if r.status == "ok"}
+    rates: dict[str, float] = {}
+    kept = 0
+    for name in settings.kernels:
+        kernel = KERNELS[name]
+        for units, batch in settings.points:
+            missing = {}
+            for by in kernel.runners(device):
+                params = settings.params(kernel, by, units, batch)
+                common = {**shared, "algorithm": f"{name}/{by}", "params": params}
+                if record.key(Record(status="ok", time="", **common)) in done:
+                    kept += 1
+                else:
+                    missing[by] = common
+            if not missing:
+                continue
+            rates = rates or device_rates(device)
+            found = measure_kernel(kernel, tuple(missing), units, batch, settings, rates)
+            for by, common in missing.items():
+                made = Record(time=record.now(), **common, **found[by])
+                record.append(path, made)
+                on_record(made)
+    return kept
+
+
+def run(settings: Settings, path: Path, console: Console) -> list[Record]:
+    """`sweep`, each record told on `console`; the file's records of these settings afterwards."""
+
+    def tell(made: Record) -> None:
+        at = f"{made.algorithm} N={made.params['N']} B={made.params['B']}"
+        said = made.status if made.timing is None else seconds_text(made.timing.median)
+        console.print(
+            f"{at}: {said}" + (f": {made.message}" if made.message else ""), highlight=False, soft_wrap=True
+        )
+
+    kept = sweep(settings, path, tell)
+    if kept:
+        console.print(f"kept {kept} records measured earlier; --fresh measures them again", highlight=False)
+    device = torch.device(settings.device)
+    wanted = [
+        settings.params(KERNELS[name], by, n, b)
+        for name in settings.kernels
+        for by in KERNELS[name].runners(device)
+        for n, b in settings.points
+    ]
+    name, version = record.device_name(device), torch.__version__
+    return [
+        r for r in record.latest(record.load(path))
+        if r.benchmark == "kernels" and r.params in wanted
+        and r.device == name and r.versions["torch"] == version
+    ]  # fmt: skip
+
+
+def rate_text(value: float, unit: str) -> str:
+    """A rate to three digits: 12.3 GB/s, 4.56 TFLOP/s (powers of 1000)."""
+    for prefix in ("", "k", "M", "G"):
+        if value < 999.5:
+            return f"{value:.3g} {prefix}{unit}/s"
+        value /= 1000
+    return f"{value:.3g} T{unit}/s"
+
+
+def table(records: Sequence[Record]) -> Table:
+    """By kernel and point: the floor and what sets it; of each runner time, bytes/s and part of the floor."""
+    runners = [by for by in BY if any(r.params["by"] == by for r in records)]
+    devices = ", ".join(sorted({r.device for r in records}))
+    out = Table(
+        title=f"one call on {devices}: time, rate at which the bytes it must move are moved, floor / time",
+        caption="floor: max(bytes / copy bandwidth, FLOP / GEMM rate), measured in the same run; "
+        "over 100 %: data stayed in a cache, or was written where it was read, unlike a copy's",
+    )
+    for heading in ("kernel", "N", "B", "T", "floor", "set by", *runners):
+        out.add_column(heading, justify="left" if heading == "kernel" else "right", no_wrap=True)
+    rows: dict[tuple[str, int, int, int], dict[str, Record]] = {}
+    for r in records:
+        rows.setdefault(tuple(r.params[name] for name in ("kernel", "N", "B", "T")), {})[r.params["by"]] = r
+    order = list(KERNELS)
+    for (name, *at), by in sorted(rows.items(), key=lambda row: (order.index(row[0][0]), row[0][1:])):
+        about = next(iter(by.values())).payload
+        cells = [_cell(by[runner]) if runner in by else "" for runner in runners]
+        numbers = (str(value) for value in at)
+        out.add_row(name, *numbers, seconds_text(about["floor_seconds"]), about["bound"], *cells)
+    return out
+
+
+def _cell(made: Record) -> str:
+    if made.timing is None:
+        return made.status
+    rate = rate_text(made.payload["bytes_per_second"], "B")
+    return f"{seconds_text(made.timing.median)}  {rate}  {made.payload['fraction']:4.0%}"

@@ -1,0 +1,296 @@
+"""Predicted, without a GPU: what a kernel's launch would be made of, and the time its bytes and FLOP set.
+
+Each kernel is compiled at the configuration that its launcher picks, and read from the machine code
+(`static`). The time is a floor, max(bytes / copy rate, FLOP / rate): launches, and how near a kernel
+comes to it, are not predicted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+
+from .. import _checks as check
+from . import record, static
+from .kernels import KERNELS, MATRICES, STATES, GammaChunk, GammaStep, Kernel, floor, rate_text
+from .record import Record
+from .summary import bytes_text, seconds_text
+
+FILE = "roofline.jsonl"
+DEFAULT_HIDDEN, DEFAULT_BATCHES = (256, 1001, 1024, 4096), (8,)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Bytes or FLOP per second, and where the number is from: "measured", "estimated", or "nominal"."""
+
+    value: float
+    basis: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: its rates, and what its multiprocessors share out among programs.
+
+    registers: 32-bit ones of each multiprocessor, a quarter to each of its four schedulers; shared: bytes.
+    """
+
+    name: str
+    target: str
+    copy: Rate
+    float32: Rate
+    tf32: Rate
+    bfloat16: Rate
+    multiprocessors: int
+    shared: int
+    registers: int = 65_536
+    warps: int = 64
+    programs: int = 32
+
+
+# "measured": copy and bf16 product on one H100 SXM; "nominal": the vendor's data sheet, dense.
+_HOPPER: dict[str, Any] = {
+    "target": "sm_90",
+    "float32": Rate(60e12, "estimated"),
+    "tf32": Rate(400e12, "estimated"),
+    "multiprocessors": 132,
+    "shared": 228 * 1024,
+}
+GPUS = {
+    "h100": Gpu("NVIDIA H100", copy=Rate(3.0e12, "measured"), bfloat16=Rate(790e12, "measured"), **_HOPPER),
+    "h200": Gpu("NVIDIA H200", copy=Rate(4.8e12, "nominal"), bfloat16=Rate(790e12, "as H100"), **_HOPPER),
+    "a100": Gpu(
+        "NVIDIA A100 80GB",
+        target="sm_80",
+        copy=Rate(2.039e12, "nominal"),
+        float32=Rate(19.5e12, "nominal"),
+        tf32=Rate(156e12, "nominal"),
+        bfloat16=Rate(312e12, "nominal"),
+        multiprocessors=108,
+        shared=164 * 1024,
+    ),
+}
+# How a multiprocessor hands out registers to a warp, and what shared memory a program costs beside its own.
+SCHEDULERS, REGISTERS_AT_ONCE, SHARED_PER_PROGRAM = 4, 256, 1024
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher would launch: a build, its configuration in words, programs, and numbers of a program.
+
+    numbers: of Γ, both states, in a program's tile; of a scan, its units.
+    """
+
+    build: static.Build
+    config: str
+    programs: int
+    numbers: int
+    warps: int
+
+
+def points(hidden: Sequence[int], batches: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(N, B), every N at every B, the defaults for what isn't given."""
+    return tuple((n, b) for b in batches or DEFAULT_BATCHES for n in hidden or DEFAULT_HIDDEN)
+
+
+def launch(kernel: Kernel, units: int, batch: int, target: str) -> Launch:
+    """What the launcher of a kernel would launch at (N, B) on a target. Needs triton."""
+    from ..kernels import gamma_chunk, gamma_step, reverse_scan
+    from ..kernels._launch import vector_width
+
+    dtype, short = getattr(torch, kernel.dtype), {"float32": "fp32", "bfloat16": "bf16"}[kernel.dtype]
+    if kernel.has_gamma:
+        aligned: tuple[str, ...] = ("N", "M") if units % 16 == 0 else ()
+        config: gamma_step.Config | gamma_chunk.Config
+        if isinstance(kernel, GammaStep):
+            config = step = gamma_step.pick_config(units, units, dtype)
+            mode = "gradient" if kernel.gradient else "advance"
+            build = static.step_build(target, step, short, STATES, mode, aligned)
+            words = f"{step.block_n}×{step.block_m}"
+        else:
+            assert isinstance(kernel, GammaChunk)
+            assert kernel.steps is not None
+            config = chunk = gamma_chunk.pick_config(units, units, kernel.steps, dtype, kernel.precision)
+            width = vector_width(units, torch.float32)
+            build = static.chunk_build(target, chunk, short, STATES, aligned, width)
+            words = f"{chunk.block_n}×{chunk.block_m}×{chunk.block_c}"
+        tiles = -(-units // config.block_n) * -(-units // config.block_m)
+        return Launch(
+            build,
+            f"{words} w{config.num_warps} v{config.vector}",
+            tiles * MATRICES,
+            STATES * config.block_n * config.block_m,
+            config.num_warps,
+        )
+    scan = "suffix" if kernel.name in ("suffix", "arriving") else "reverse_scan"
+    matrices = MATRICES if "phi" in kernel.takes else 0
+    total = batch * units
+    width = vector_width(units if matrices else total, torch.float32)
+    aligned = tuple(name for name, value in (("BN", total), ("N", units)) if value % 16 == 0)
+    picked = reverse_scan.pick_config(matrices, static.WARP[target])
+    # without a carry, as a sequence's last chunk is
+    build = static.scan_build(target, scan, STATES, matrices, width, aligned)
+    if scan == "reverse_scan":
+        build = dataclasses.replace(build, constants={**build.constants, "carry_ptr": None})
+    words = f"{picked.block} w1 v{width} s{picked.stages}"
+    return Launch(build, words, -(-total // picked.block), picked.block, 1)
+
+
+def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> tuple[int, str]:
+    """Programs that fit on a multiprocessor at once, and what limits them."""
+    per_warp = -(-registers * 32 // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
+    by_registers = gpu.registers // SCHEDULERS // per_warp * SCHEDULERS // warps
+    limits = {
+        "registers": by_registers,
+        "shared memory": gpu.shared // (shared + SHARED_PER_PROGRAM),
+        "warps": gpu.warps // warps,
+        "programs": gpu.programs,
+    }
+    limit = min(limits, key=lambda name: limits[name])
+    return limits[limit], limit
+
+
+def predict(
+    gpu: Gpu, kernel: Kernel, at: tuple[int, int], steps: int, made: Launch, facts: static.Facts
+) -> dict[str, Any]:
+    """All that is predicted of one kernel at one (N, B), as a record's payload."""
+    size = (*at, kernel.steps or steps)
+    moved, flop = kernel.bytes(*size), kernel.flop(*size)
+    rate: Rate = getattr(gpu, kernel.rate)
+    seconds, bound = floor(moved, flop, gpu.copy.value, rate.value)
+    fit, limit = occupancy(gpu, facts.registers, facts.shared, made.warps)
+    return {
+        "predicted": True,
+        "config": made.config,
+        **dataclasses.asdict(facts),
+        "static_instructions_per_number": facts.instructions * 32 * made.warps / made.numbers,
+        "programs": made.programs,
+        "programs_per_multiprocessor": fit,
+        "limited_by": limit,
+        "bytes": moved,
+        "flop": flop,
+        "copy_bytes_per_second": gpu.copy.value,
+        "copy_basis": gpu.copy.basis,
+        "flop_per_second": rate.value,
+        "flop_basis": rate.basis,
+        "seconds": seconds,
+        "bound": bound,
+    }
+
+
+def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 64) -> list[Record]:
+    """Predict every kernel at every (N, B), append a record of each to `path`, and return them.
+
+    Raises ValueError for an unknown GPU or size, and where triton or its disassembler is missing.
+    """
+    check.one_of("gpu", gpu_name, GPUS)
+    for units, batch in at:
+        check.integer("hidden", units, 1)
+        check.integer("batch", batch, 1)
+    check.integer("steps", steps, 2)
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "a prediction compiles the kernels, which needs triton: pip install 'rjepa-triton[triton]'"
+        )
+    if static.cuobjdump() is None:
+        raise ValueError("a prediction reads machine code by cuobjdump, and this triton comes without it")
+    gpu = GPUS[gpu_name]
+    launches = {
+        (name, *point): launch(kernel, *point, gpu.target) for name, kernel in KERNELS.items() for point in at
+    }
+    by_text = {_text(made.build): made.build for made in launches.values()}
+    compiled = dict(zip(by_text, static.compile_all(list(by_text.values())), strict=True))
+    shared: dict[str, Any] = {
+        "benchmark": "roofline",
+        "device": f"{gpu.name} (predicted)",
+        "versions": record.versions(),
+        "git": record.git_revision(),
+        "run": record.now(),
+    }
+    records = []
+    for (name, units, batch), made in launches.items():
+        kernel, facts = KERNELS[name], compiled[_text(made.build)]
+        params = {
+            "gpu": gpu_name, "N": units, "B": batch, "S": STATES, "K": MATRICES,
+            "T": kernel.steps or steps, "dtype": kernel.dtype,
+        }  # fmt: skip
+        about: dict[str, Any] = {**shared, "algorithm": name, "params": params, "time": record.now()}
+        if isinstance(facts, str):
+            records.append(Record(status="error", message=facts, **about))
+        else:
+            payload = predict(gpu, kernel, (units, batch), steps, made, facts)
+            records.append(
+                Record(status="ok", predicted_seconds=payload["seconds"], payload=payload, **about)
+            )
+        record.append(path, records[-1])
+    return records
+
+
+def _text(build: static.Build) -> str:
+    """What tells two builds apart."""
+    return json.dumps(dataclasses.asdict(build), sort_keys=True)
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """What was compiled, and the predicted time of a call, of one GPU's records."""
+    gpu = GPUS[records[0].params["gpu"]]
+    where = f"predicted for {gpu.name} ({gpu.target})"
+    code = Table(
+        title=f"{where}: the machine code at the configuration that is picked",
+        caption="w: warps, v: numbers in one access, s: stages of loads; static instr. / number: "
+        "instructions in the code, each once, times threads, by numbers of Γ in a tile (scans: by units); "
+        "programs: that fit on a multiprocessor at once, and what limits them",
+    )
+    numbers = (
+        "N", "B", "registers", "spills", "shared", "128-bit loads", "128-bit stores",
+        "static instr. / number", "programs",
+    )  # fmt: skip
+    for heading in ("kernel", "N", "B", "configuration", *numbers[2:], "limited by"):
+        justify: Literal["left", "right"] = "right" if heading in numbers else "left"
+        code.add_column(heading, justify=justify, no_wrap=heading in ("kernel", "configuration"))
+    rates = ", ".join(
+        f"{what} {rate_text(rate.value, unit)} {rate.basis}"
+        for what, rate, unit in (
+            ("copy", gpu.copy, "B"), ("fp32", gpu.float32, "FLOP"), ("TF32", gpu.tf32, "FLOP"),
+            ("bf16", gpu.bfloat16, "FLOP"),
+        )
+    )  # fmt: skip
+    times = Table(title=f"{where}: time of a call, max(bytes / copy rate, FLOP / rate)", caption=rates)
+    for heading in (
+        "kernel",
+        "N",
+        "B",
+        "T",
+        "programs launched",
+        "bytes",
+        "FLOP",
+        "predicted time",
+        "set by",
+    ):
+        times.add_column(
+            heading, justify="left" if heading in ("kernel", "set by") else "right", no_wrap=True
+        )
+    for r in records:
+        at = [r.algorithm, str(r.params["N"]), str(r.params["B"])]
+        if r.status != "ok":
+            code.add_row(*at, r.message.splitlines()[0])
+            continue
+        p = r.payload
+        code.add_row(
+            *at, p["config"], str(p["registers"]), "yes" if p["spills"] else "no", bytes_text(p["shared"]),
+            str(p["wide_loads"]), str(p["wide_stores"]), f"{p['static_instructions_per_number']:.1f}",
+            str(p["programs_per_multiprocessor"]), p["limited_by"],
+        )  # fmt: skip
+        times.add_row(
+            *at, str(r.params["T"]), str(p["programs"]), bytes_text(p["bytes"]), f"{p['flop']:.3g}",
+            seconds_text(p["seconds"]), p["bound"],
+        )  # fmt: skip
+    return [code, times]

@@ -1,0 +1,218 @@
+"""On a GPU only: layer and learner by Triton kernels against float64, repeatability, offsets beyond 2³¹, CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from rjepa_triton import RGC, OnlineLearner
+from rjepa_triton.functional import rgc
+from rjepa_triton.reference import rfp
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICE = "cuda"
+F32, F64 = torch.float32, torch.float64
+# float32 against float64: some dozen steps of sums of a few hundred terms, each rounded by 2⁻²⁴.
+TOLERANCE = 1e-5
+
+
+def leaves(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [t.detach().to(DEVICE, dtype).requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize(("steps", "batch", "units"), [(1, 1, 1), (7, 3, 63), (12, 2, 256)])
+def test_a_sequences_gradient_is_float64s(steps: int, batch: int, units: int, diagonal: bool) -> None:
+    x, weights, state, ds, dm = oracle.problem(steps, batch, units, diagonal=diagonal)
+    found = []
+    for dtype, backend in ((F64, "oracle"), (F32, "triton"), (F32, "triton")):
+        given = leaves([x, *weights, *state], dtype)
+        first, ws, initial = given[0], given[1:5], (given[5], given[6])
+        if backend == "oracle":
+            s, m = oracle.rgc(first, ws, initial, through="own")
+        else:
+            s, m = rgc(first, ws[0], ws[1], ws[2], ws[3], initial, backend=backend)
+        loss = (s * ds.to(s)).sum() + (m * dm.to(m)).sum()
+        found.append([s.detach(), m.detach(), *torch.autograd.grad(loss, given)])
+    assert oracle.relative(found[1], found[0]) < TOLERANCE
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[2], strict=True))
+
+
+FORMS: list[tuple[str, str, int]] = [
+    ("step", "each", 1),
+    ("chunk", "chunk", 4),
+    ("chunk", "chunk", 32),
+    ("chunk", "together", 4),
+    ("history", "each", 1),
+]
+
+
+def learned(
+    layer: RGC, x: Tensor, delta: Tensor, form: str, how: str, every: int, **options: Any
+) -> list[Tensor]:
+    """The layer's outputs and the gradients of a stream, as one list."""
+    layer.zero_grad()
+    learner = OnlineLearner(layer, x.shape[1], form=form, update_every=every, **options)  # type: ignore[arg-type]
+    steps, outputs, losses = x.shape[0], [], []
+    for t in range(0, steps, every if how == "chunk" else 1):
+        if how == "chunk":
+            s = learner.chunk(x[t : t + every])
+            (s * delta[t : t + every]).sum().backward()
+            outputs.append(s.detach())
+            continue
+        s = learner.step(x[t])
+        outputs.append(s.detach()[None])
+        losses.append((s * delta[t]).sum())
+        if how == "each" or len(losses) == every or t == steps - 1:
+            torch.stack(losses).sum().backward()
+            losses = []
+    grads = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    assert len(grads) == len(list(layer.parameters()))
+    return [torch.cat(outputs), *grads]
+
+
+@pytest.mark.parametrize(("form", "how", "every"), FORMS)
+@pytest.mark.parametrize(
+    "options", [{}, {"input_size": 5}, {"recurrence": "diagonal"}], ids=["dense", "input", "diagonal"]
+)
+@pytest.mark.parametrize("units", [33, 512])
+def test_the_learner_is_float64s_and_repeats_in_every_bit(
+    form: str, how: str, every: int, options: dict[str, Any], units: int
+) -> None:
+    layer = RGC(units, init="uniform", **options).to(DEVICE)
+    wide = RGC(units, **options).to(DEVICE, F64)
+    wide.load_state_dict(layer.state_dict())
+    x = torch.randn(35, 2, layer.fan_in, device=DEVICE)
+    delta = torch.randn(35, 2, units, device=DEVICE)
+    want = learned(wide, x.double(), delta.double(), form, how, every, backend="torch")
+    first = learned(layer, x, delta, form, how, every, backend="triton")
+    again = learned(layer, x, delta, form, how, every, backend="triton")
+    assert oracle.relative(first, want) < TOLERANCE
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_bfloat16_gamma_is_near_float64s() -> None:
+    layer, wide = RGC(256, init="uniform").to(DEVICE), RGC(256).to(DEVICE, F64)
+    wide.load_state_dict(layer.state_dict())
+    x, delta = torch.randn(20, 2, 256, device=DEVICE), torch.randn(20, 2, 256, device=DEVICE)
+    want = learned(wide, x.double(), delta.double(), "step", "each", 1, backend="torch")
+    got = learned(layer, x, delta, "step", "each", 1, backend="triton", gamma_dtype=torch.bfloat16)
+    # Γ is rounded by 2⁻⁹ a step, and forgets: a few roundings add up.
+    assert 1e-4 < oracle.relative(got, want) < 2.0**-6
+
+
+# --- the step's kernel alone -------------------------------------------------------------------------------
+
+
+def arrays(states: int, batch: int, matrices: int, units: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """m, phi, y, delta; m below 1, so that Γ stays bounded."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE)
+
+    m = 0.9 * torch.rand(states, states, batch, units, device=DEVICE) / states
+    return m, draw(states, batch, matrices, units), draw(batch, matrices, units), draw(states, batch, units)
+
+
+def test_gamma_of_more_than_2_to_the_31_numbers() -> None:
+    from rjepa_triton.kernels.gamma_step import gamma_step_
+
+    batch, units = 513, 2048
+    numbers = batch * units**2
+    assert numbers > 2**31
+    needs = 4 * numbers + (1 << 30)
+    if torch.cuda.mem_get_info()[0] < needs:
+        pytest.skip(f"needs {needs:,} free bytes")
+    gamma = torch.zeros(batch, 1, units, units, device=DEVICE)
+    m, phi, y, delta = arrays(1, batch, 1, units)
+    rows = [0, 511, 512]  # the last starts at 2³¹, the one before ends there
+    before = torch.randn(len(rows), 1, units, units, device=DEVICE)
+    gamma[rows] = before
+    gradient = gamma_step_([gamma], m, phi, y, delta)
+    assert gradient is not None
+
+    def wide(a: Tensor) -> Tensor:
+        return a.double()
+
+    (want,) = rfp.advanced([wide(before)], wide(m[:, :, rows]), wide(phi[:, rows]), wide(y[rows])[:, :, None])
+    assert oracle.relative([gamma[rows]], [want]) < TOLERANCE
+    # a row that was zero is φ yᵀ
+    outer = phi[0, 300, 0].double()[:, None] * y[300, 0].double()
+    assert oracle.relative([gamma[300, 0]], [outer]) < TOLERANCE
+    entering = wide(delta[0] * phi[0, :, 0]).T @ wide(y[:, 0])
+    carried = (wide(delta[0, rows] * m[0, 0, rows])[:, :, None] * wide(before[:, 0])).sum(0)
+    assert oracle.relative([gradient[0]], [entering + carried]) < TOLERANCE
+
+
+@pytest.mark.parametrize("with_delta", [False, True])
+def test_a_cuda_graph_of_the_step(with_delta: bool) -> None:
+    """Capturing runs nothing: Γ is as before. Each replay is one step, with what the inputs hold by then."""
+    from rjepa_triton.kernels.gamma_step import gamma_step_
+
+    states, batch, matrices, units, steps = 2, 3, 4, 132, 4
+    start = [torch.randn(batch, matrices, units, units, device=DEVICE) for _ in range(states)]
+    inputs = [arrays(states, batch, matrices, units) for _ in range(steps)]
+    gammas, held = [g.clone() for g in start], [a.clone() for a in inputs[0]]
+
+    def step(target: list[Tensor], given: Sequence[Tensor]) -> Tensor | None:
+        m, phi, y, delta = given
+        return gamma_step_(target, m, phi, y, delta if with_delta else None)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step([g.clone() for g in start], held)  # compiles, which must not happen in a capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gradient = step(gammas, held)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(gammas, start, strict=True))
+
+    plain = [g.clone() for g in start]
+    for given in inputs:
+        for target, value in zip(held, given, strict=True):
+            target.copy_(value)
+        graph.replay()
+        want = step(plain, given)
+        assert all(torch.equal(a, b) for a, b in zip(gammas, plain, strict=True))
+        if with_delta:
+            assert gradient is not None
+            assert want is not None
+            assert torch.equal(gradient, want)
+
+
+@pytest.mark.parametrize("family", ["step", "chunk", "scan"])
+def test_kernels_repeat_in_every_bit(family: str) -> None:
+    from rjepa_triton.kernels import gamma_chunk, gamma_step, reverse_scan
+
+    states, steps, batch, matrices, units = 2, 40, 3, 4, 512
+    parts = [arrays(states, batch, matrices, units) for _ in range(steps)]
+    m, phi, delta = (torch.stack([p[i] for p in parts], d).contiguous() for i, d in ((0, 2), (1, 1), (3, 1)))
+    y = torch.stack([p[2] for p in parts])
+    start = [torch.randn(batch, matrices, units, units, device=DEVICE) for _ in range(states)]
+
+    def by_step() -> list[Tensor | None]:
+        gammas = [g.clone() for g in start]
+        return [gamma_step.gamma_step_(gammas, *parts[0]), *gammas]
+
+    def by_chunk() -> list[Tensor | None]:
+        gammas = [g.clone() for g in start]
+        arriving, whole = reverse_scan.arriving(m, phi)
+        credit = delta[:, 0].contiguous()
+        total = gamma_chunk.gamma_chunk_(gammas, whole, arriving, y, credit, precision="tf32")
+        return [total, *gammas]
+
+    def by_scan() -> list[Tensor | None]:
+        return list(reverse_scan.reverse_scan_entering(m, delta, phi))
+
+    runs: dict[str, Callable[[], list[Tensor | None]]] = {"step": by_step, "chunk": by_chunk, "scan": by_scan}
+    for a, b in zip(runs[family](), runs[family](), strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
