@@ -44,7 +44,8 @@ class Past:
     sensitivity Γ, or None for form "history"
     lag         steps before the current one that a loss may still reach
     scan_backend  of the reverse scan (`ops.choose_scan`)
-    filling     True while a chunk is filled step by step: nothing is folded until it is complete
+    filling     True while losses of earlier steps are still due, in the middle of a chunk (or of the steps
+                between two updates): nothing is folded or forgotten
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Past:
 
     def begin(self, now: int) -> None:
         """Start an empty window at time `now`; backwards of earlier steps are too late from here on."""
-        self.now = self.base = now
+        self.now = self.base = self._episode = now  # _episode: when all rows were reset last
         self._tape = Tape()
         self._ends: list[int] = []  # of the calls whose steps are in the window
         self._records: list[Record] = []  # those calls, unless they came from a checkpoint
@@ -88,11 +89,17 @@ class Past:
 
         forget (B,) bool or None: rows that the next step resets; all_rows: known to be all of them.
         """
-        if all_rows and self.lag == 0:
-            if self.sensitivity is not None:
-                self.sensitivity.forget_(None)
+        if all_rows:
+            self._episode = self.now
+        if self.filling:
+            return
+        if self.sensitivity is None:
+            if self.base < self._episode <= self.now - self.lag:
+                self._move_base(self._episode)
+            return
+        if all_rows and self.lag == 0:  # nothing to carry over, and no loss left to serve
+            self.sensitivity.forget_(None)
             self.begin(self.now)
-        if self.sensitivity is None or self.filling:
             return
         foldable = [end for end in self._ends if end <= self.now - self.lag]
         if foldable:
@@ -230,6 +237,7 @@ class Past:
         return {
             "now": self.now,
             "base": self.base,
+            "episode": self._episode,
             "ends": list(self._ends),
             "filling": self.filling,
             "gamma": [] if self.sensitivity is None else self.sensitivity.tensors(),
@@ -244,5 +252,6 @@ class Past:
                 target.copy_(source)
         self.begin(state["now"])
         self.base, self._ends, self.filling = state["base"], list(state["ends"]), state["filling"]
+        self._episode = state["episode"]
         if window is not None:
             self._tape.append(window)

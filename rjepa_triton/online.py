@@ -115,7 +115,7 @@ class OnlineLearner:
         self._state = weights[0].detach().new_zeros(self._problem.states, batch_size, layer.hidden_size)
         self._forget: Tensor | None = None  # rows to forget when the next step begins, (B,) bool
         self._forget_all = False
-        self._position = 0  # steps of a chunk that step() has filled
+        self._position = 0  # steps that step() has made of the update_every between two updates
         self._versions: tuple[int, ...] = ()  # of the weights when that chunk began
         # The last step's credit port, for the next step of its chunk. Held here and not in `_past`, which
         # graphs refer to: a graph that reached itself would never be freed.
@@ -149,17 +149,18 @@ class OnlineLearner:
         """Advance one step. x (B, F) → s (B, N), F the layer's input features.
 
         Call backward() on a loss of s before the next step() (form "step"), or at the latest at the end of
-        the chunk that update_every sets (form "chunk"). Raises TypeError or ValueError for x; ValueError,
-        with nothing changed, if the weights changed inside a chunk.
+        the update_every steps it is of (forms "chunk", "history"). Raises TypeError or ValueError for x;
+        ValueError, with nothing changed, if the weights changed inside a chunk.
         """
         self._check_input(x, (self.batch_size,))
-        if self.form != "chunk":
+        if self.form == "step":
             return self._run(x[None], None, None)[0][0]
-        self._check_chunk_weights()
+        if self.form == "chunk":
+            self._check_chunk_weights()
         s, token = self._run(x[None], None, self._token)
         self._position = (self._position + 1) % self.update_every
         self._past.filling = self._position > 0
-        self._token = token if self._position else None
+        self._token = token if self._position and self.form == "chunk" else None
         return s[0]
 
     def chunk(self, x: Tensor, resets: Tensor | None = None) -> Tensor:

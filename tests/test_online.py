@@ -117,6 +117,40 @@ def test_any_size(way: tuple[str, str, int], steps: int, batch: int, units: int,
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("at", [4, 6])
+@pytest.mark.parametrize(("form", "how", "every"), [w for w in WAYS if w[1] != "chunk"])
+def test_a_reset_of_all_rows_keeps_what_its_chunk_still_owes(
+    form: str, how: str, every: int, at: int, lag: int
+) -> None:
+    made = layer(input_size=3)
+    x, delta = torch.randn(11, 2, 3, dtype=F64), torch.randn(11, 2, 5, dtype=F64)
+    learner = OnlineLearner(made, 2, form=form, update_every=every, lag=lag)
+    losses: list[Tensor] = []
+    for t in range(11):
+        if t == at:
+            learner.reset()
+        losses.append((learner.step(x[t]) * delta[t]).sum())
+        if how == "each" or len(losses) == every or t == 10:
+            torch.stack(losses).sum().backward()
+            losses = []
+    resets = torch.zeros(11, 2, dtype=torch.bool)
+    resets[at] = True
+    assert oracle.relative(gradients(made), oracle_gradients(made, x, delta, resets)) < 1e-12
+
+
+@pytest.mark.parametrize(("lag", "every"), [(0, 1), (1, 1), (0, 3)])
+def test_a_reset_of_all_rows_frees_the_history(lag: int, every: int) -> None:
+    learner = OnlineLearner(layer(), 2, form="history", lag=lag, update_every=every)
+    sizes = []
+    for _ in range(6):
+        for _ in range(7):
+            learner.step(torch.randn(2, 5, dtype=F64))
+        learner.reset()
+        sizes.append(learner.nbytes)
+    assert max(sizes) <= 3 * sizes[0]
+
+
 def test_rfp_online_equals_bptt_for_a_diagonal_layer() -> None:
     made = layer(recurrence="diagonal", input_size=3)
     exact = layer(recurrence="diagonal", input_size=3, learning="bptt")

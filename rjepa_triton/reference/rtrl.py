@@ -17,11 +17,6 @@ from torch import Tensor
 from ..cells import Linearization, Matrix, state_read
 
 
-def state_numbers(count: int, batch: int, units: int, weights: Sequence[Tensor]) -> int:
-    """Numbers in γ: S·B·N·P."""
-    return count * batch * units * sum(w.numel() for w in weights)
-
-
 def jacobian(lin: Linearization, t: int, matrices: Sequence[Matrix], weights: Sequence[Tensor]) -> Tensor:
     """J(t) (B, S·N, S·N) = ∂c(t)/∂c(t-1), zero for rows reset at t."""
     count, _, batch, units = lin.before.shape
