@@ -19,10 +19,11 @@ from torch import Tensor
 from .. import _checks as check
 from .. import functional, ops
 from .._tape import Block, Recorded, Tape
-from ..cells import Linearization, RGCCell
+from ..cells import RGCCell
 from ..reference import rfp
 from ..reference.rtrl import ExactSensitivity
-from ..sensitivity import Sensitivity
+from ..sensitivity import PerUnit
+from ..two_point import Linearization
 from . import inputs
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -47,7 +48,7 @@ class Problem:
     """What all cases of a point share.
 
     x, delta (T, B, N); state: (s0, m0), each (B, N); weights: ss, ms, mm, sm, each (N, N).
-    chunk: C. backend: what `Sensitivity` is asked for.
+    chunk: C. backend: what `PerUnit` is asked for.
     """
 
     x: Tensor
@@ -168,7 +169,7 @@ class _Online(_Stream):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         batch = problem.x.shape[1]
-        self.sensitivity = Sensitivity(
+        self.sensitivity = PerUnit(
             self.cell.matrices, problem.weights, 2, batch, problem.x.dtype, problem.backend
         )
         (group,) = self.sensitivity.groups
@@ -198,7 +199,7 @@ class RfpStep(_Online):
         recorded, delta = self.record(1)
         if self.sensitivity.learns_in_one_call:
             return self.sensitivity.learn_step_(recorded, delta)[0]
-        gradient = self.sensitivity.step_(recorded.block.lin, recorded.block.m, delta=delta)
+        gradient = self.sensitivity.step_(recorded.block, delta)
         assert gradient is not None
         return gradient
 
@@ -265,10 +266,11 @@ class RfpChunk(_Online):
         self.covers = problem.chunk
 
     def run(self) -> Sequence[Tensor]:
-        lin, m, delta = self.advance(self.covers)
-        credit, first = rfp.reverse_scan(m, delta)
-        past = self.sensitivity.chunk_(lin, m, credit=first)
-        own = rfp.weight_gradients(lin, self.cell.matrices, self.problem.weights, credit)
+        recorded, delta = self.record(self.covers)
+        block = recorded.block
+        credit, first = rfp.reverse_scan(block.m, delta)
+        past = self.sensitivity.chunk_(block, first)
+        own = rfp.weight_gradients(block.lin, self.cell.matrices, self.problem.weights, credit)
         assert past is not None
         return [a.add_(b) for a, b in zip(own, past, strict=True)]
 
@@ -297,8 +299,7 @@ class RfpHistory(_Stream):
         for _ in range(self.covers):
             lin, m, delta = self.advance(1)
             tape.append(Block(lin, m, None))
-            block = tape.joined()
-            assert block is not None
+            (block,) = tape.blocks()
             since = torch.zeros_like(block.lin.before)
             since[:, -1:] = delta
             credit, _ = rfp.reverse_scan(block.m, since)
@@ -406,14 +407,14 @@ class Rtrl(Case):
         self.cell = RGCCell()
         self.state: Sequence[Tensor] = problem.state
         self.position = 0
-        _, batch, units = problem.x.shape
-        self.sensitivity = ExactSensitivity(2, batch, units, problem.weights)
+        batch = problem.x.shape[1]
+        self.sensitivity = ExactSensitivity(self.cell.matrices, problem.weights, 2, batch)
         self.no_delta = torch.zeros_like(problem.delta[0])
 
     def run(self) -> Sequence[Tensor]:
         t = self.position
         trajectory = self.cell.scan(self.problem.x[None, t : t + 1], self.problem.weights, self.state)
-        self.sensitivity.step_(self.cell.linearize(trajectory), 0, self.cell.matrices, self.problem.weights)
+        self.sensitivity.step_(self.cell.linearize(trajectory), 0, self.problem.weights)
         self.state = trajectory.states[:, -1].unbind()
         self.position = (t + 1) % self.problem.steps
         return self.sensitivity.read(torch.stack([self.problem.delta[t], self.no_delta]))
@@ -524,5 +525,5 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError for a backend that Sensitivity doesn't have."""
+    """Raise ValueError for a backend that PerUnit doesn't have."""
     check.one_of("backend", backend, ops.BACKENDS)

@@ -187,7 +187,7 @@ def _whole_chunk_(gammas: list[Tensor], whole: Tensor, arriving: Tensor, y: Tens
     total = rfp.read_rows(gammas, credit).sum(0)
     new = rfp.carried(gammas, whole)
     for nu, (target, value) in enumerate(zip(gammas, new, strict=True)):
-        rfp.add_arriving_(value, arriving[nu], y, False)
+        rfp.add_arriving_(value, arriving[nu], y)
         target.copy_(value)
     return total
 
@@ -252,12 +252,12 @@ class GammaStep(Kernel):
 
     def reference(self, problem: Problem) -> Sequence[Tensor]:
         m, phi, y, delta = self._arguments(problem)
-        return self._outputs(problem, rfp.gamma_step_(problem.gammas, m, phi, y[:, :, None], delta))
+        return self._outputs(problem, rfp.gamma_step_(problem.gammas, m, phi, y, delta))
 
     def runners(self, device: torch.device) -> dict[str, Runner]:
         def compiled(p: Problem) -> Sequence[Tensor]:
             m, phi, y, delta = self._arguments(p)
-            return self._outputs(p, _compiled(_whole_step_)(p.gammas, m, phi, y[:, :, None], delta))
+            return self._outputs(p, _compiled(_whole_step_)(p.gammas, m, phi, y, delta))
 
         def by_ops(backend: str) -> Runner:
             return lambda p: self._outputs(p, ops.gamma_step_(p.gammas, *self._arguments(p), backend=backend))

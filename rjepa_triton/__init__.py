@@ -7,9 +7,28 @@ if not (_HERE / "kernels").is_dir():
     # In a checkout, kernels/ and bench/ lie beside this package, not in it as they do once installed.
     __path__.append(str(_HERE.parent))
 
-from . import functional, nn  # noqa: E402
+from . import cells, functional, nn  # noqa: E402
 from . import library as _library  # noqa: E402, F401  registers the operators
-from .nn import RGC  # noqa: E402
+from .nn import CTRNN, ELSTM, GRU, LRU, LSTM, RGC, RNN, IndRNN, TimeDecay, TwoPointRNN  # noqa: E402
 from .online import OnlineLearner  # noqa: E402
+from .two_point import Cell, Matrix, Partials  # noqa: E402
 
-__all__ = ["RGC", "OnlineLearner", "functional", "nn"]
+__all__ = [
+    "CTRNN",
+    "ELSTM",
+    "GRU",
+    "LRU",
+    "LSTM",
+    "RGC",
+    "RNN",
+    "Cell",
+    "IndRNN",
+    "Matrix",
+    "OnlineLearner",
+    "Partials",
+    "TimeDecay",
+    "TwoPointRNN",
+    "cells",
+    "functional",
+    "nn",
+]

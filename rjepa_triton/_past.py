@@ -1,27 +1,30 @@
-"""What an online learner keeps of the past: Γ at one time, the base, and the steps since, the window.
+"""What an online learner keeps of the past: sensitivities at one time, the base, and the steps since, the window.
 
-A gradient of the loss at any step of the window is carried back to the base by the per-unit scan, and meets Γ
-there (`reference.rfp`, the chunk's formula). Forms differ in when the window is folded into Γ:
+A gradient of the loss at any step of the window is carried back to the base, and meets there what is carried
+forward (`sensitivity.py`; for Γ, `reference.rfp`, the chunk's formula). Forms differ in when the window is folded
+into it:
 
     step     after every step: folding and the gradient are then one pass over Γ
     chunk    after every chunk, by a rank-C update
     history  never: Γ is zero at the base, the last reset, so there is none
+
+Rules differ in what is carried forward, and in how credit passes back within the window: by each unit's own M,
+or by the full Jacobian, which takes the weights that the steps ran with (`Block.weights`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import ops
 from ._tape import Block, Recorded, Tape
-from .cells import Matrix
 from .reference import rfp
-from .sensitivity import Sensitivity
+from .sensitivity import Carried, Nothing, PerUnit
+from .two_point import Matrix
 
 
 class Record:
@@ -37,13 +40,17 @@ class Record:
         self.received = False
 
 
+FullCredit = Callable[[Block, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
 class Past:
-    """Γ, the window, and the gradients they give.
+    """What is carried forward, the window, and the gradients they give.
 
     matrices    all of the layer's
-    sensitivity Γ, or None for form "history"
+    sensitivity what is carried forward, or None for form "history"
     lag         steps before the current one that a loss may still reach
     scan_backend  of the reverse scan (`ops.choose_scan`)
+    full_credit credits within steps that carry their weights: (block, delta, carry) → as `bptt.credits`
     filling     True while losses of earlier steps are still due, in the middle of a chunk (or of the steps
                 between two updates): nothing is folded or forgotten
     """
@@ -53,10 +60,12 @@ class Past:
         matrices: Sequence[Matrix],
         form: str,
         lag: int,
-        sensitivity: Sensitivity | None,
+        sensitivity: Carried | None,
         scan_backend: str = "torch",
+        full_credit: FullCredit | None = None,
     ) -> None:
         self.matrices, self.form, self.lag = matrices, form, lag
+        self._full_credit = full_credit
         self._scan = functools.partial(ops.reverse_scan, backend=scan_backend)
         self.sensitivity = sensitivity
         self.filling = False
@@ -103,9 +112,9 @@ class Past:
             return
         foldable = [end for end in self._ends if end <= self.now - self.lag]
         if foldable:
-            block = self._window(foldable[-1])
             fold = self.sensitivity.step_ if self.form == "step" else self.sensitivity.chunk_
-            fold(block.lin, block.m, block.inputs)
+            for block in self._tape.blocks(foldable[-1] - self.base):
+                fold(block)
             self._move_base(foldable[-1])
         if forget is not None and not self._ends:
             # M is zero there at the next step, but zero times an infinity isn't
@@ -143,19 +152,24 @@ class Past:
             assert sensitivity is not None
             one_step = recorded.steps == 1
             due: Tensor | None
-            if one_step and recorded.trajectory.resets is None and sensitivity.learns_in_one_call:
+            if (
+                one_step
+                and recorded.trajectory.resets is None
+                and isinstance(sensitivity, PerUnit)
+                and sensitivity.learns_in_one_call
+            ):
                 gradients, due = sensitivity.learn_step_(recorded, delta)
             else:
                 block = recorded.block
-                due = for_input(delta if one_step else self._scan(block.m, delta)[0])
-                stepped = sensitivity.step_(block.lin, block.m, block.inputs, delta)
+                due = for_input(delta if one_step else self._credit(block, delta)[0])
+                stepped = sensitivity.step_(block, delta)
                 assert stepped is not None
                 gradients = stepped
             self._move_base(record.end)
             return due, None, gradients
 
         block = recorded.block
-        credit, passed = self._scan(block.m, delta, arrived)
+        credit, passed = self._credit(block, delta, arrived)
         due = for_input(delta if recorded.steps == 1 else credit)
         record.received = arrived is not None
         if record.linked:
@@ -163,14 +177,15 @@ class Past:
             return due, passed, [None] * len(self.matrices)
 
         chain = self._chain(record)
+        parts = [(block, credit)]
         if chain or not alone:
-            block, credit, passed = self._with_window(record, chain, credit, passed)
-        gradients = rfp.weight_gradients(block.lin, self.matrices, weights, credit, block.inputs)
+            parts, passed = self._over_window(record, chain, credit, passed)
+        gradients = self._own_part(parts, weights)
         if self.sensitivity is None:
             return due, None, gradients
-        if self.form == "chunk" and alone and not self.filling and self.lag == 0:
-            window = self._window(self.now)
-            from_past = self.sensitivity.chunk_(window.lin, window.m, window.inputs, passed)
+        whole_window = self._tape.blocks()
+        if self.form == "chunk" and alone and not self.filling and self.lag == 0 and len(whole_window) == 1:
+            from_past = self.sensitivity.chunk_(whole_window[0], passed)
             self._move_base(self.now)
         else:
             from_past = self.sensitivity.read(passed)
@@ -180,7 +195,8 @@ class Past:
     def _refuse_if_late(self, record: Record) -> None:
         same = record.epoch is self._epoch
         one_step = record.end - record.start == 1
-        at_base = self.sensitivity is not None and one_step and record.end == self.base
+        carried = self.sensitivity is not None and not isinstance(self.sensitivity, Nothing)
+        at_base = carried and one_step and record.end == self.base
         if same and (record.start >= self.base or at_base):
             return
         steps = f"step {record.end}" if one_step else f"steps {record.start + 1} to {record.end}"
@@ -203,26 +219,43 @@ class Past:
                 last = record
         return chain
 
-    def _with_window(
+    def _credit(self, block: Block, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Credits (S, T, B, N) of a block's steps and what they pass on (S, B, N)."""
+        if block.weights is None:
+            return self._scan(block.m, delta, carry)
+        assert self._full_credit is not None
+        return self._full_credit(block, delta, carry)
+
+    def _over_window(
         self, record: Record, chain: Sequence[Record], credit: Tensor, passed: Tensor
-    ) -> tuple[Block, Tensor, Tensor]:
-        """The window from the base to the chain's end, its credits, and what they pass to the base."""
+    ) -> tuple[list[tuple[Block, Tensor]], Tensor]:
+        """The window's blocks from the base to the chain's end with their credits, and what passes to the base."""
         start = record.start - self.base
-        window = self._window(chain[-1].end if chain else record.end)
-        whole = torch.zeros_like(window.lin.before)
+        stop = (chain[-1].end if chain else record.end) - self.base
+        whole = credit.new_zeros(credit.shape[0], stop, *credit.shape[2:])
         whole[:, start : record.end - self.base] = credit
         for linked in chain:
             whole[:, linked.start - self.base : linked.end - self.base] = linked.credit
-        if start:
-            earlier, passed = self._scan(window.m[:, :, :start], whole[:, :start], passed)
-            whole[:, :start] = earlier
-        return window, whole, passed
+        blocks = self._tape.blocks(stop)
+        end = stop
+        for block in reversed(blocks):
+            begin = end - block.steps
+            before = min(end, start)  # steps of this block before the record's
+            if begin < before:
+                part = block if before == end else block.narrow(0, before - begin)
+                whole[:, begin:before], passed = self._credit(part, whole[:, begin:before], passed)
+            end = begin
+        credits = whole.split([block.steps for block in blocks], dim=1)
+        return list(zip(blocks, credits, strict=True)), passed
 
-    def _window(self, end: int) -> Block:
-        """The window's steps up to time `end`."""
-        block = self._tape.joined()
-        assert block is not None
-        return block.narrow(0, end - self.base) if end < self.now else block
+    def _own_part(self, parts: Sequence[tuple[Block, Tensor]], weights: Sequence[Tensor]) -> list[Tensor]:
+        """The window's own part of the gradients."""
+        total: list[Tensor] | None = None
+        for block, credit in parts:
+            part = rfp.weight_gradients(block.lin, self.matrices, weights, credit, block.inputs)
+            total = part if total is None else [a.add_(b) for a, b in zip(total, part, strict=True)]
+        assert total is not None
+        return total
 
     def _move_base(self, end: int) -> None:
         """Γ is that of time `end` now: drop the steps before it from the window."""
@@ -233,7 +266,6 @@ class Past:
 
     def state_dict(self) -> dict[str, Any]:
         """Γ and the window, as tensors, numbers and lists; shared, not copied."""
-        window = self._tape.joined()
         return {
             "now": self.now,
             "base": self.base,
@@ -241,17 +273,16 @@ class Past:
             "ends": list(self._ends),
             "filling": self.filling,
             "gamma": [] if self.sensitivity is None else self.sensitivity.tensors(),
-            "window": None if window is None else window.to_dict(),
+            "window": [block.to_dict() for block in self._tape.blocks()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state whose Γ has the shapes of this one's."""
-        window = None if state["window"] is None else Block.from_dict(state["window"]).map(Tensor.clone)
+        window = [Block.from_dict(saved).map(Tensor.clone) for saved in state["window"]]
         if self.sensitivity is not None:
-            for target, source in zip(self.sensitivity.tensors(), state["gamma"], strict=True):
-                target.copy_(source)
+            self.sensitivity.load_(state["gamma"])
         self.begin(state["now"])
         self.base, self._ends, self.filling = state["base"], list(state["ends"]), state["filling"]
         self._episode = state["episode"]
-        if window is not None:
-            self._tape.append(window)
+        for block in window:
+            self._tape.append(block)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cells import Cell, Linearization, Partials, Trajectory
 from .reference import rfp
+from .two_point import Cell, Linearization, Partials, Trajectory
 
 TIME = -3  # of every array below
 
@@ -20,22 +20,27 @@ TIME = -3  # of every array below
 class Block:
     """Steps in a row: gate and input partials, transitions M (S, S, T, B, N), and inputs (T, B, I) or None.
 
-    M is zero at a reset, so `lin.resets` is not kept.
+    weights: the recurrent weights that the steps ran with, for rules that need the full Jacobian: `lin` is
+    complete then, own-state partials and resets included. Else None: M is zero at a reset, and all that is
+    needed of the own-state path.
     """
 
     lin: Linearization
     m: Tensor
     inputs: Tensor | None
+    weights: tuple[Tensor, ...] | None = None
 
     @property
     def steps(self) -> int:
         return self.lin.steps
 
     def tensors(self) -> list[Tensor]:
-        """Every array, in a fixed order."""
+        """Every array along time, in a fixed order."""
         p = self.lin.partials
         arrays = [self.m, self.lin.before]
         arrays += [value for group in (p.own, p.gate, p.input) for by in group for value in by.values()]
+        if self.lin.resets is not None:
+            arrays.append(self.lin.resets[..., None])
         return arrays if self.inputs is None else [*arrays, self.inputs]
 
     @property
@@ -46,7 +51,9 @@ class Block:
         """The block as lists and tensors, for a checkpoint."""
         p = self.lin.partials
         keys = [[list(by) for by in group] for group in (p.own, p.gate, p.input)]
-        return {"keys": keys, "tensors": self.tensors()}
+        has = [self.lin.resets is not None, self.inputs is not None]
+        weights = None if self.weights is None else list(self.weights)
+        return {"keys": keys, "has": has, "tensors": self.tensors(), "weights": weights}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Block:
@@ -54,14 +61,16 @@ class Block:
         given = iter(saved["tensors"])
         m, before = next(given), next(given)
         groups = [[{nu: next(given) for nu in by} for by in group] for group in saved["keys"]]
-        return cls(Linearization(Partials(*groups), before), m, next(given, None))
-
-    def replaced(self, arrays: list[Tensor]) -> Block:
-        """A block of this structure with other arrays, in the order of `tensors`."""
-        return self.from_dict({**self.to_dict(), "tensors": arrays})
+        has_resets, has_inputs = saved["has"]
+        resets = next(given)[..., 0] if has_resets else None
+        inputs = next(given) if has_inputs else None
+        weights = None if saved["weights"] is None else tuple(saved["weights"])
+        return cls(Linearization(Partials(*groups), before, resets), m, inputs, weights)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Block:
-        return self.replaced([function(t) for t in self.tensors()])
+        """A block of this structure with other arrays; the weights are the same."""
+        saved = {**self.to_dict(), "tensors": [function(t) for t in self.tensors()]}
+        return replace(self.from_dict(saved), weights=self.weights)
 
     def narrow(self, start: int, stop: int) -> Block:
         """Steps start … stop - 1, without copying."""
@@ -71,13 +80,21 @@ class Block:
 class Recorded:
     """Steps as they were run, linearised when that is first asked for.
 
-    diagonals: of the recurrent weights at that time, (N,) each; inputs (T, B, I) or None. Owns its arrays.
+    diagonals: each unit's own part of the recurrent weights at that time, (N,) each; inputs (T, B, I) or
+    None; rule: what of M is kept (`rfp.transition`); weights: as in `Block`. Owns its arrays.
     """
 
     def __init__(
-        self, cell: Cell, trajectory: Trajectory, diagonals: Sequence[Tensor], inputs: Tensor | None
+        self,
+        cell: Cell,
+        trajectory: Trajectory,
+        diagonals: Sequence[Tensor],
+        inputs: Tensor | None,
+        rule: str = "rfp",
+        weights: tuple[Tensor, ...] | None = None,
     ) -> None:
         self.cell, self.trajectory, self.diagonals, self.inputs = cell, trajectory, diagonals, inputs
+        self.rule, self.weights = rule, weights
 
     @property
     def steps(self) -> int:
@@ -86,10 +103,14 @@ class Recorded:
     @functools.cached_property
     def block(self) -> Block:
         lin = self.cell.linearize(self.trajectory)
-        m = rfp.transition(lin, self.cell.matrices, self.diagonals)
-        # M is all that is needed of the own-state path
-        kept = Partials((), lin.partials.gate, lin.partials.input)
-        return Block(Linearization(kept, lin.before), m, self.inputs)
+        m = rfp.transition(lin, self.cell.matrices, self.diagonals, self.rule)
+        if self.weights is None:
+            kept = Partials((), lin.partials.gate, lin.partials.input)
+            return Block(Linearization(kept, lin.before), m, self.inputs)
+        resets = lin.resets
+        if resets is None:  # always there, so that blocks can be joined
+            resets = torch.zeros(lin.before.shape[1:3], dtype=torch.bool, device=lin.before.device)
+        return Block(Linearization(lin.partials, lin.before, resets), m, self.inputs, self.weights)
 
     @property
     def nbytes(self) -> int:
@@ -97,9 +118,50 @@ class Recorded:
 
 
 class Tape:
-    """A run of recorded steps. Joining copies each step once, into a buffer that doubles when it is full."""
+    """Recorded steps in a row, as runs of steps that ran with the same weights, where that matters."""
 
     def __init__(self) -> None:
+        self._runs: list[_Run] = []
+
+    @property
+    def steps(self) -> int:
+        return sum(run.steps for run in self._runs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, spare room in the buffers among them; without the weights."""
+        return sum(run.nbytes for run in self._runs)
+
+    def append(self, steps: Block | Recorded) -> None:
+        if not self._runs or self._runs[-1].weights is not steps.weights:
+            self._runs.append(_Run(steps.weights))
+        self._runs[-1].append(steps)
+
+    def blocks(self, stop: int | None = None) -> list[Block]:
+        """The runs as blocks, up to step `stop`."""
+        left = self.steps if stop is None else stop
+        blocks = []
+        for run in self._runs:
+            if left <= 0:
+                break
+            block = run.joined()
+            blocks.append(block if block.steps <= left else block.narrow(0, left))
+            left -= block.steps
+        return blocks
+
+    def drop_first(self, steps: int) -> None:
+        """Forget the first `steps` steps; the memory they took is kept only if others remain."""
+        while self._runs and steps >= self._runs[0].steps:
+            steps -= self._runs.pop(0).steps
+        if steps:
+            self._runs[0].drop_first(steps)
+
+
+class _Run:
+    """Steps of one kind. Joining copies each step once, into a buffer that doubles when it is full."""
+
+    def __init__(self, weights: tuple[Tensor, ...] | None) -> None:
+        self.weights = weights
         self._buffer: Block | None = None
         self._filled = 0
         self._pending: list[Block | Recorded] = []
@@ -110,21 +172,20 @@ class Tape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, spare room in the buffer among them."""
         held = 0 if self._buffer is None else self._buffer.nbytes
         return held + sum(block.nbytes for block in self._pending)
 
     def append(self, steps: Block | Recorded) -> None:
         self._pending.append(steps)
 
-    def joined(self) -> Block | None:
-        """All steps as one block, or None if there are none."""
+    def joined(self) -> Block:
+        """All steps as one block; there is at least one."""
         if self._pending and (self._filled or len(self._pending) > 1):
             self._flush()
         if self._filled:
             assert self._buffer is not None
             return self._buffer.narrow(0, self._filled)
-        return _block(self._pending[0]) if self._pending else None
+        return _block(self._pending[0])
 
     def _flush(self) -> None:
         total = self.steps
@@ -142,15 +203,8 @@ class Tape:
         self._pending = []
 
     def drop_first(self, steps: int) -> None:
-        """Forget the first `steps` steps; the memory they took is kept only if others remain."""
-        left = self.steps - steps
-        rest = None
-        if left:
-            block = self.joined()
-            assert block is not None
-            rest = block.narrow(steps, steps + left).map(Tensor.clone)
-        self._buffer, self._filled = None, 0
-        self._pending = [] if rest is None else [rest]
+        rest = self.joined().narrow(steps, self.steps).map(Tensor.clone)
+        self._buffer, self._filled, self._pending = None, 0, [rest]
 
 
 def _block(steps: Block | Recorded) -> Block:

@@ -1,208 +1,269 @@
-"""Two-point recurrent cells: one per-unit update, and everything that follows from it.
+"""The built-in two-point cells, each with its partials in closed form.
 
-A two-point cell (paper, Appendix D) updates each unit i from its own states, its own pre-activations and
-its own input:
+    ElmanCell      h = f(W h' + x); with a diagonal W an independently recurrent unit
+    LeakyCell      h = (1 - α) h' + α f(W h' + x)
+    LSTMCell, GRUCell   as torch.nn's
+    ELSTMCell      element-wise LSTM: forget gate and candidate
+    TimeDecayCell  c = τ c' + x
+    LRUCell        linear recurrent unit, recurrent trace unit: a complex decay a unit
+    RGCCell        reciprocal gated circuit, the paper's
 
-    c_i(t) = F(c_i(t-1), p_i(t), x_i(t)),        p^g_i(t) = Σ_{k into g} Σ_j W^k_ij y^k_j(t)
-
-where y^k is the state that matrix k reads, of the step before. A `Cell` says which states, gates
-(pre-activations), inputs and matrices there are, and gives F. From F alone follow the three per-unit
-partials that every learning rule here is made of:
-
-    own   A^{νν'} = ∂F_ν/∂c^{ν'}      the path through no matrix
-    gate  φ^{ν,g} = ∂F_ν/∂p^g         immediate sensitivity to what enters gate g
-    input X^{ν,j} = ∂F_ν/∂x^j         what is passed down to the layer's input
-
-Letters: T time, B batch, N units, S states per unit, K matrices, M fan-in. Arrays are time-major.
+A prime is the step before. How to write one: docs/cells.md.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-ByState = dict[int, Tensor]  # by the state ν that a partial is of; absent if zero by structure
+from . import _checks as check
+from . import weights as weight_ops
+from .two_point import Cell, Linearization, Matrix, Partials, Trajectory, reset_steps_of
+
+Nonlinearity = Literal["tanh", "relu"]
+NONLINEARITIES = ("tanh", "relu")
 
 
-Reads = int | Literal["input", "one"]
+def _apply(nonlinearity: str, value: Tensor) -> Tensor:
+    return torch.tanh(value) if nonlinearity == "tanh" else torch.relu(value)
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """One weight matrix of a layer: what it reads and what it enters.
-
-    into   ("gate", g): pre-activation g, or ("input", j): per-unit input j
-    reads  ν: state ν of the step before (a recurrent matrix); "input": the layer's input; "one": a bias
-    """
-
-    name: str
-    into: tuple[Literal["gate", "input"], int]
-    reads: Reads
+def _derivative(nonlinearity: str, result: Tensor) -> Tensor:
+    """f' from f's own result."""
+    return 1 - result.square() if nonlinearity == "tanh" else (result > 0).to(result.dtype)
 
 
-@dataclass(frozen=True)
-class Partials:
-    """Per-unit partials of F, by what they are with respect to, then by the state ν that they are of.
+class ElmanCell(Cell):
+    """h = f(W h' + x), f = tanh or relu (Elman 1990; torch.nn.RNN). With diagonal W: IndRNN (Li et al. 2018)."""
 
-    own[ν'][ν] = ∂F_ν/∂c^{ν'}, gate[g][ν] = ∂F_ν/∂p^g, input[j][ν] = ∂F_ν/∂x^j: tensors of the shape F was
-    evaluated at, e.g. (T, B, N). A ν that is absent stands for a partial that is zero by structure.
-    """
+    states = ("h",)
+    gates = ("hh",)
+    matrices = (Matrix("hh", ("gate", 0), 0),)
 
-    own: Sequence[ByState]
-    gate: Sequence[ByState]
-    input: Sequence[ByState]
+    def __init__(self, nonlinearity: Nonlinearity = "tanh") -> None:
+        check.one_of("nonlinearity", nonlinearity, NONLINEARITIES)
+        self.nonlinearity = nonlinearity
 
-
-@dataclass(frozen=True)
-class Trajectory:
-    """A forward pass and what its backward needs.
-
-    x       (J, T, B, N)   the layer's per-unit inputs
-    states  (S, T + 1, B, N)   state before the first step, then after each step
-    saved   what the cell keeps of its gates (private to the cell)
-    resets  (T, B) bool or None: rows whose state was zeroed before that step
-    """
-
-    x: Tensor
-    states: Tensor
-    saved: Tensor
-    resets: Tensor | None = None
-
-    @property
-    def after(self) -> Tensor:
-        """(S, T, B, N): the state after each step."""
-        return self.states[:, 1:]
-
-    @property
-    def before(self) -> Tensor:
-        """(S, T, B, N): the state that each step read, zero where it was reset."""
-        before = self.states[:, :-1]
-        return before if self.resets is None else before.masked_fill(self.resets[..., None], 0)
-
-
-@dataclass(frozen=True)
-class Linearization:
-    """The partials along a trajectory, with what the matrices read: all that a learning rule needs.
-
-    partials     each entry (T, B, N)
-    before       (S, T, B, N): the state that each step read
-    resets       (T, B) bool or None: no credit passes from that step to the one before it
-    """
-
-    partials: Partials
-    before: Tensor
-    resets: Tensor | None = None
-
-    @property
-    def steps(self) -> int:
-        return self.before.shape[1]
-
-    def immediate(self, matrix: Matrix) -> ByState:
-        """φ^{ν,k} = ∂F_ν/∂(what matrix k enters), by ν, each (T, B, N)."""
-        kind, index = matrix.into
-        return (self.partials.gate if kind == "gate" else self.partials.input)[index]
-
-
-class Cell(ABC):
-    """A two-point cell. Subclasses give the four names and `update`; the rest follows.
-
-    states    names of the S states of a unit
-    gates     names of the pre-activations p^g
-    inputs    names of the J per-unit inputs
-    matrices  the K recurrent matrices, each into a gate and reading a state; several may enter one gate
-    """
-
-    states: Sequence[str]
-    gates: Sequence[str]
-    inputs: Sequence[str] = ("x",)
-    matrices: Sequence[Matrix]
-
-    @abstractmethod
     def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """F: the S new states from S old states, the gates' pre-activations and the J inputs.
-
-        Every tensor has one shape, and F must act on each entry alone.
-        """
+        return (_apply(self.nonlinearity, p[0] + x[0]),)
 
     def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        """The partials of F at (c, p, x), in closed form where a cell has one."""
-        return self.automatic_partials(c, p, x)
+        slope = {0: _derivative(self.nonlinearity, self.update(c, p, x)[0])}
+        return Partials(own=[{}], gate=[slope], input=[slope])
 
-    def automatic_partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        """The partials of F by forward-mode differentiation.
 
-        F acts on each unit alone, so each partial is one Jacobian-vector product with a tangent of ones.
-        No entry is taken to be zero by structure.
-        """
-        groups = (tuple(c), tuple(p), tuple(x))
-        out: list[list[ByState]] = [[], [], []]
-        for which, group in enumerate(groups):
-            for j in range(len(group)):
-                tangents = tuple(
-                    tuple(
-                        torch.ones_like(a) if (w, i) == (which, j) else torch.zeros_like(a)
-                        for i, a in enumerate(g)
-                    )
-                    for w, g in enumerate(groups)
-                )
-                derivative = torch.func.jvp(self.update, groups, tangents)[1]
-                out[which].append(dict(enumerate(derivative)))
-        return Partials(*out)
+class LeakyCell(Cell):
+    """h = (1 - α) h' + α f(W h' + x): a leaky, or continuous-time, recurrent network by Euler's step α = dt/τ.
 
-    @torch.no_grad()
-    def scan(
+    0 < α ≤ 1; f = tanh or relu.
+    """
+
+    states = ("h",)
+    gates = ("hh",)
+    matrices = (Matrix("hh", ("gate", 0), 0),)
+
+    def __init__(self, alpha: float, nonlinearity: Nonlinearity = "tanh") -> None:
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1], got {alpha}")
+        check.one_of("nonlinearity", nonlinearity, NONLINEARITIES)
+        self.alpha, self.nonlinearity = alpha, nonlinearity
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return ((1 - self.alpha) * c[0] + self.alpha * _apply(self.nonlinearity, p[0] + x[0]),)
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        slope = {0: self.alpha * _derivative(self.nonlinearity, _apply(self.nonlinearity, p[0] + x[0]))}
+        return Partials(own=[{0: torch.full_like(c[0], 1 - self.alpha)}], gate=[slope], input=[slope])
+
+
+class LSTMCell(Cell):
+    """Long short-term memory (Hochreiter & Schmidhuber 1997), as torch.nn.LSTM has it.
+
+        i, f, o = σ(W h' + x), g = tanh(W_g h' + x_g);    c = f c' + i g;    h = o tanh(c)
+
+    The four gates' input parts are four per-unit inputs.
+    """
+
+    states = ("h", "c")
+    gates = ("i", "f", "g", "o")
+    inputs = ("i", "f", "g", "o")
+    matrices = tuple(Matrix(f"h{name}", ("gate", j), 0) for j, name in enumerate("ifgo"))
+
+    @staticmethod
+    def _gates(p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        i, f, g, o = (a + b for a, b in zip(p, x, strict=True))
+        return i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        i, f, g, o = self._gates(p, x)
+        cell = f * c[1] + i * g
+        return o * cell.tanh(), cell
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        i, f, g, o = self._gates(p, x)
+        shown = (f * c[1] + i * g).tanh()
+        to_h = o * (1 - shown.square())  # ∂h/∂c
+        into_c = [g * i * (1 - i), c[1] * f * (1 - f), i * (1 - g.square())]
+        gates = [{0: to_h * value, 1: value} for value in into_c] + [{0: shown * o * (1 - o)}]
+        return Partials(own=[{}, {0: to_h * f, 1: f}], gate=gates, input=gates)
+
+
+class GRUCell(Cell):
+    """Gated recurrent unit in torch.nn.GRU's variant (Cho et al. 2014, with the reset gate after the product).
+
+        r, z = σ(W h' + x);    n = tanh(x_n + r (W_hn h' + b_hn));    h = (1 - z) n + z h'
+
+    The variant with U(r ⊙ h') is not two-point: there one matrix reads what another has gated in the same step.
+    """
+
+    states = ("h",)
+    gates = ("r", "z", "n")
+    inputs = ("r", "z", "n")
+    matrices = tuple(Matrix(f"h{name}", ("gate", j), 0) for j, name in enumerate("rzn"))
+
+    def __init__(self, bias: bool = True) -> None:
+        self.parameters = ("bias_hn",) if bias else ()
+
+    @staticmethod
+    def _gates(p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r, z = (p[0] + x[0]).sigmoid(), (p[1] + x[1]).sigmoid()
+        recurrent = p[2] + x[3] if len(x) > 3 else p[2]
+        return r, z, recurrent, (x[2] + r * recurrent).tanh()
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        _, z, _, n = self._gates(p, x)
+        return ((1 - z) * n + z * c[0],)
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        r, z, recurrent, n = self._gates(p, x)
+        into_n = (1 - z) * (1 - n.square())
+        by_r = {0: into_n * recurrent * r * (1 - r)}
+        by_z = {0: (c[0] - n) * z * (1 - z)}
+        by_hn = {0: into_n * r}
+        inputs = [by_r, by_z, {0: into_n}, by_hn]
+        return Partials(own=[{0: z}], gate=[by_r, by_z, by_hn], input=inputs[: len(x)])
+
+
+class ELSTMCell(Cell):
+    """The recurrent part of eLSTM (Irie et al. 2024), element-wise: forget gate and candidate.
+
+        f = σ(w_f c' + x_f),    z = tanh(w_z c' + x_z),    c = f c' + (1 - f) z
+
+    Its output gate reads c(t) itself, so it is no part of the recurrence: `nn.ELSTM` puts it on top.
+    """
+
+    states = ("c",)
+    gates = ("f", "z")
+    inputs = ("f", "z")
+    matrices = (Matrix("cf", ("gate", 0), 0), Matrix("cz", ("gate", 1), 0))
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        f, z = (p[0] + x[0]).sigmoid(), (p[1] + x[1]).tanh()
+        return (f * c[0] + (1 - f) * z,)
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        f, z = (p[0] + x[0]).sigmoid(), (p[1] + x[1]).tanh()
+        gates = [{0: (c[0] - z) * f * (1 - f)}, {0: (1 - f) * (1 - z.square())}]
+        return Partials(own=[{0: f}], gate=gates, input=gates)
+
+
+class TimeDecayCell(Cell):
+    """Time-decay unit (paper, Appendix A.4): c = τ c' + x, with a decay τ a unit that is learned.
+
+    The paper's τ_l is one number a layer; here each unit has its own.
+    """
+
+    states = ("c",)
+    gates = ()
+    parameters = ("tau",)
+    matrices = ()
+
+    def initial_parameters(self, units: int) -> dict[str, Tensor]:
+        """τ ~ U(0, 1)."""
+        return {"tau": torch.rand(units)}
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (x[1] * c[0] + x[0],)
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        return Partials(own=[{0: x[1]}], gate=[], input=[{0: torch.ones_like(c[0])}, {0: c[0]}])
+
+
+class LRUCell(Cell):
+    """Linear recurrent unit (Orvieto et al. 2023), and recurrent trace unit (Elelimy et al. 2024).
+
+        z = λ z' + √(1 - |λ|²) x,    λ = exp(-exp(ν) + i exp(θ)),    z complex: two states, re and im
+
+    ν and θ are learned, a number a unit each. With a nonlinearity, f is applied to re and im: the
+    recurrent trace unit's nonlinear form. At first |λ| is uniform over the ring [r_min, r_max], the phase over
+    [0, max_phase].
+    """
+
+    states = ("re", "im")
+    gates = ()
+    inputs = ("re", "im")
+    parameters = ("nu", "theta")
+    matrices = ()
+    outputs = (0, 1)
+
+    def __init__(
         self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        state: Sequence[Tensor],
-        resets: Tensor | None = None,
-    ) -> Trajectory:
-        """Run the cell over time.
+        nonlinearity: Nonlinearity | None = None,
+        r_min: float = 0.9,
+        r_max: float = 0.999,
+        max_phase: float = 2 * math.pi,
+    ) -> None:
+        check.one_of("nonlinearity", nonlinearity, (None, *NONLINEARITIES))
+        if not 0 <= r_min < r_max < 1:
+            raise ValueError(f"r_min and r_max must be 0 ≤ r_min < r_max < 1, got {r_min} and {r_max}")
+        if not 0 < max_phase <= 2 * math.pi:
+            raise ValueError(f"max_phase must be in (0, 2π], got {max_phase}")
+        self.nonlinearity, self.r_min, self.r_max, self.max_phase = nonlinearity, r_min, r_max, max_phase
 
-        x (J, T, B, N); weights: K of (N, N), or (N,) for a diagonal one; state: S of (B, N);
-        resets (T, B) bool. Returns a `Trajectory` whose `saved` is the pre-activations, (G, T, B, N).
-        """
-        _, steps, batch, units = x.shape
-        states = x.new_empty(len(self.states), steps + 1, batch, units)
-        for nu, initial in enumerate(state):
-            states[nu, 0] = initial
-        saved = x.new_zeros(len(self.gates), steps, batch, units)
-        reset_steps = _reset_steps(resets)
-        for t in range(steps):
-            before = states[:, t]
-            if resets is not None and t in reset_steps:
-                before = before.masked_fill(resets[t, :, None], 0)
-            for matrix, weight in zip(self.matrices, weights, strict=True):
-                signal = before[state_read(matrix)]
-                saved[matrix.into[1], t] += signal * weight if weight.dim() == 1 else signal @ weight.mT
-            after = self.update(before.unbind(), saved[:, t].unbind(), x[:, t].unbind())
-            for nu, value in enumerate(after):
-                states[nu, t + 1] = value
-        return Trajectory(x, states, saved, resets)
+    def initial_parameters(self, units: int) -> dict[str, Tensor]:
+        """λ uniform over the ring."""
+        tiny = torch.finfo(torch.float32).tiny
+        square = self.r_min**2 + torch.rand(units) * (self.r_max**2 - self.r_min**2)
+        phase = (torch.rand(units) * self.max_phase).clamp_min(tiny)
+        return {"nu": (-0.5 * square.clamp_min(tiny).log()).log(), "theta": phase.log()}
 
-    @torch.no_grad()
-    def linearize(self, trajectory: Trajectory) -> Linearization:
-        """The partials along a trajectory that `scan` made."""
-        before = trajectory.before
-        partials = self.partials(before.unbind(), trajectory.saved.unbind(), trajectory.x.unbind())
-        return Linearization(partials, before, trajectory.resets)
+    @staticmethod
+    def _decay(x: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """λ's real and imaginary part, and √(1 - |λ|²)."""
+        rate, phase = x[2].exp(), x[3].exp()
+        modulus = (-rate).exp()
+        return modulus * phase.cos(), modulus * phase.sin(), (-torch.expm1(-2 * rate)).sqrt()
 
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        a, b, gain = self._decay(x)
+        re, im = a * c[0] - b * c[1] + gain * x[0], b * c[0] + a * c[1] + gain * x[1]
+        return (
+            (re, im)
+            if self.nonlinearity is None
+            else (_apply(self.nonlinearity, re), _apply(self.nonlinearity, im))
+        )
 
-def state_read(matrix: Matrix) -> int:
-    """The index of the state that a recurrent matrix reads."""
-    if not isinstance(matrix.reads, int):
-        raise ValueError(f"matrix {matrix.name!r} of a cell must read a state, got reads={matrix.reads!r}")
-    return matrix.reads
-
-
-def _reset_steps(resets: Tensor | None) -> frozenset[int]:
-    """The steps at which any row is reset."""
-    return frozenset() if resets is None else frozenset(resets.any(1).nonzero()[:, 0].tolist())
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        a, b, gain = self._decay(x)
+        rate, phase = x[2].exp(), x[3].exp()
+        # dλ/dν = -rate λ, dλ/dθ = i phase λ, d gain/dν = rate |λ|² / gain
+        gain_by_nu = rate * (a.square() + b.square()) / gain
+        turned_re, turned_im = a * c[0] - b * c[1], b * c[0] + a * c[1]
+        by_nu = {0: gain_by_nu * x[0] - rate * turned_re, 1: gain_by_nu * x[1] - rate * turned_im}
+        by_theta = {0: -phase * turned_im, 1: phase * turned_re}
+        own: list[dict[int, Tensor]] = [{0: a, 1: b}, {0: -b, 1: a}]
+        given: list[dict[int, Tensor]] = [{0: gain}, {1: gain}, by_nu, by_theta]
+        if self.nonlinearity is not None:
+            slopes = [_derivative(self.nonlinearity, value) for value in self.update(c, p, x)]
+            own, given = (
+                [{nu: slopes[nu] * value for nu, value in by.items()} for by in group]
+                for group in (own, given)
+            )
+        return Partials(own=own, gate=[], input=given)
 
 
 class RGCCell(Cell):
@@ -277,7 +338,7 @@ class RGCCell(Cell):
             _SourceDrive(w_own, w_cross, gates[j])
             for j, (w_own, w_cross) in enumerate([(weights[0], weights[3]), (weights[2], weights[1])])
         ]
-        reset_steps = _reset_steps(resets)
+        reset_steps = reset_steps_of(resets)
 
         at, u_at, gate_at = states.unbind(1), u.unbind(0), gates.unbind(1)
         s_at, m_at = states[0].unbind(0), states[1].unbind(0)
@@ -306,16 +367,25 @@ class RGCCell(Cell):
         from_s, from_m = gates.squeeze(1).unbind(0)
         (ss, sm), (mm, ms) = from_s.unbind(1), from_m.unbind(1)
         for weight, signal, out in zip(weights, (s, m, m, s), (ss, ms, mm, sm), strict=True):
-            if weight.dim() == 1:
-                torch.mul(signal, weight, out=out)
-            else:
-                torch.mm(signal, weight.t(), out=out)
+            _multiply_into(weight, signal, out)
         gates.tanh_()
         new = torch.addcmul(u, gates.squeeze(1).select(2, 0), before)
         new_s, new_m = new.unbind(0)
         new_s.addcmul_(ms, u, value=-1)
         new_m.addcmul_(sm, u, value=-1)
         return Trajectory(x, torch.stack([old, new], dim=1), gates, resets)
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, before: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        (u,) = x.unbind(0)
+        gates = x.new_empty(2, *u.shape[:2], 2, u.shape[2])
+        for weight, source, slot in zip(weights, (0, 1, 1, 0), (0, 1, 0, 1), strict=True):
+            gates[source, ..., slot, :] = weight_ops.multiply(weight, before[source])
+        gates.tanh_()
+        after = torch.addcmul(u, gates[..., 0, :], before)
+        after[0].addcmul_(gates[1, ..., 1, :], u, value=-1)
+        after[1].addcmul_(gates[0, ..., 1, :], u, value=-1)
+        return after, gates
 
     @torch.no_grad()
     def linearize(self, trajectory: Trajectory) -> Linearization:
@@ -342,7 +412,14 @@ class _SourceDrive:
             torch.mm(signal, self.joined, out=out)
             return
         for j, weight in enumerate(self.weights):
-            if weight.dim() == 1:
-                torch.mul(signal, weight, out=out[:, j])
-            else:
-                torch.mm(signal, weight.t(), out=out[:, j])
+            _multiply_into(weight, signal, out[:, j])
+
+
+def _multiply_into(weight: Tensor, signal: Tensor, out: Tensor) -> None:
+    """out ← W signal, (B, N) each."""
+    if weight.dim() == 1:
+        torch.mul(signal, weight, out=out)
+    elif weight.dim() == 2:
+        torch.mm(signal, weight.t(), out=out)
+    else:
+        out.copy_(weight_ops.multiply(weight, signal))

@@ -65,6 +65,14 @@ class Problem:
     def gamma_bytes(self) -> int:
         return self.states * self.batch * self.weight_numbers * self.gamma_item
 
+    def carried_bytes(self, learning: str, per_head: int) -> int:
+        """Bytes of what a learning rule carries forward; per_head b: units that meet within the step."""
+        if learning == "rtrl":  # γ and the buffer that the next is made in
+            return 2 * self.states * per_head * self.batch * self.weight_numbers * self.item
+        if learning == "uoro":
+            return self.batch * (self.states * self.units + self.weight_numbers) * self.item
+        return 0 if learning == "tbptt" else self.gamma_bytes
+
     def window_bytes(self, steps: int) -> int:
         """Bytes that `steps` recorded steps take: M, φ, the states read and ∂F/∂x."""
         numbers = self.states**2 + len(self.fan_ins) + 2 * self.states

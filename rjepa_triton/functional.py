@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,11 +11,38 @@ from torch import Tensor
 
 from . import _checks as check
 from . import ops
-from .cells import Cell, RGCCell, Trajectory
+from . import weights as weight_ops
+from .cells import RGCCell
 from .reference import bptt, rfp, rtrl
+from .reference import refine as refinement
+from .two_point import Cell, Trajectory
 
-Learning = Literal["rfp", "bptt", "rtrl"]
-LEARNING = ("rfp", "bptt", "rtrl")
+Learning = Literal["rfp", "bptt", "rtrl", "eprop", "rflo", "snap0"]
+LEARNING = ("rfp", "bptt", "rtrl", "eprop", "rflo", "snap0")
+# Rules that run online only, and what serves in their place on sequences.
+ONLINE_ONLY = {"uoro": "rtrl", "tbptt": "bptt"}
+
+
+def rule(name: str, learning: str, refine: object) -> int | None:
+    """Rounds of refinement, None for as many as it takes; raise unless the two can go together."""
+    if learning in ONLINE_ONLY:
+        raise ValueError(
+            f"{name}={learning!r} learns online only (OnlineLearner(layer, batch, learning={learning!r})); the nearest "
+            f"on sequences is {ONLINE_ONLY[learning]!r}"
+        )
+    check.one_of(name, learning, LEARNING)
+    if refine == "exact":
+        rounds = None
+    elif isinstance(refine, str):
+        raise ValueError(f"refine must be a number of rounds or 'exact', got {refine!r}")
+    else:
+        rounds = check.integer("refine", refine, 0)
+    if rounds != 0 and learning != "rfp":
+        exact = ", which is exact as it is" if learning in ("bptt", "rtrl") else ""
+        raise ValueError(
+            f"refine={refine!r} goes with learning='rfp', whose credits it refines, got learning={learning!r}{exact}"
+        )
+    return rounds
 
 
 class _TwoPoint(torch.autograd.Function):
@@ -22,12 +50,19 @@ class _TwoPoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, learning: str, backend: str, resets: Tensor | None, x: Tensor, *tensors: Tensor
+        ctx: Any,
+        cell: Cell,
+        learning: str,
+        rounds: int | None,
+        backend: str,
+        resets: Tensor | None,
+        x: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(cell.states)
         state, weights = tensors[:count], tensors[count:]
         trajectory = cell.scan(x, weights, state, resets)
-        ctx.cell, ctx.learning, ctx.backend = cell, learning, backend
+        ctx.cell, ctx.learning, ctx.rounds, ctx.backend = cell, learning, rounds, backend
         ctx.save_for_backward(x, trajectory.states, trajectory.saved, resets, *weights)
         ctx.set_materialize_grads(False)
         return trajectory.after.unbind(0)
@@ -38,13 +73,14 @@ class _TwoPoint(torch.autograd.Function):
         cell: Cell = ctx.cell
         x, states, saved, resets, *weights = ctx.saved_tensors
         delta = torch.stack([torch.zeros_like(states[0, 1:]) if g is None else g for g in grads])
-        needs_x, *needs = ctx.needs_input_grad[4:]
+        needs_x, *needs = ctx.needs_input_grad[5:]
         needs_state, needs_weight = needs[: len(grads)], needs[len(grads) :]
+        trajectory = Trajectory(x, states, saved, resets)
         for_x, first, by_weight = gradients(
-            cell, ctx.learning, ctx.backend, x, states, saved, resets, weights, delta, any(needs_weight)
+            cell, trajectory, weights, delta, ctx.learning, ctx.rounds, ctx.backend, any(needs_weight)
         )
         return (
-            *(None,) * 4,
+            *(None,) * 5,
             for_x if needs_x else None,
             *(g if need else None for g, need in zip(first, needs_state, strict=True)),
             *(g if need else None for g, need in zip(by_weight, needs_weight, strict=True)),
@@ -53,33 +89,38 @@ class _TwoPoint(torch.autograd.Function):
 
 def gradients(
     cell: Cell,
-    learning: str,
-    backend: str,
-    x: Tensor,
-    states: Tensor,
-    saved: Tensor,
-    resets: Tensor | None,
+    trajectory: Trajectory,
     weights: Sequence[Tensor],
     delta: Tensor,
+    learning: str,
+    rounds: int | None = 0,
+    backend: str = "auto",
     needs_weights: bool = True,
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """Gradients of x (J, T, B, N), of the initial state (S, B, N) and of the weights, by a learning rule.
 
-    states and saved: a trajectory's; delta (S, T, B, N). The weights' are left out if not needed.
+    delta (S, T, B, N); rounds as `rule` gives them. The weights' are left out if not needed.
     """
-    lin = cell.linearize(Trajectory(x, states, saved, resets))
-    if learning == "rfp":
-        backend = ops.choose_scan(backend, x.device, x.dtype)
-        m = rfp.transition(lin, cell.matrices, weights)
-        credit, first = ops.reverse_scan(m, delta, backend=backend)
+    lin = cell.linearize(trajectory)
+    if learning in rfp.RULES:
+        scan = functools.partial(
+            ops.reverse_scan, backend=ops.choose_scan(backend, delta.device, delta.dtype)
+        )
+        m = rfp.transition(lin, cell.matrices, weights, learning)
+        if rounds == 0:
+            credit, first = scan(m, delta)
+        else:
+            credit, first = refinement.credits(
+                lin, m, cell.matrices, weights, delta, rounds=rounds, scan=scan
+            )
     else:
         credit, first = bptt.credits(lin, cell.matrices, weights, delta)
     by_weight: Sequence[Tensor] = [delta.new_empty(0)] * len(weights)
-    if needs_weights and learning == "rtrl":
+    if needs_weights and learning == "rtrl" and weights:
         by_weight = rtrl.weight_gradients(lin, cell.matrices, weights, delta)
     elif needs_weights:
         by_weight = rfp.weight_gradients(lin, cell.matrices, weights, credit)
-    return rfp.input_gradient(lin, credit, len(cell.inputs)), first, by_weight
+    return rfp.input_gradient(lin, credit, len(cell.per_unit)), first, by_weight
 
 
 def two_point(
@@ -90,15 +131,59 @@ def two_point(
     *,
     resets: Tensor | None = None,
     learning: Learning = "rfp",
+    refine: int | Literal["exact"] = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Run any two-point cell over a sequence; the S states, each (T, B, N), differentiable by `learning`.
+    """Any two-point cell over a sequence; the S states, each (T, B, N), differentiable by `learning`.
 
-    x (J, T, B, N): the cell's per-unit inputs; weights: K of (N, N) or (N,); state: S of (B, N);
-    resets (T, B) bool or None. What the rules and backends do is said in `rgc`. Only backend is checked.
+    Args:
+        cell: the cell (`two_point.Cell`); its equations are its own.
+        x: (J, T, B, N), T ≥ 1: the cell's per-unit inputs, its parameters last; any floating dtype.
+        weights: the K recurrent ones, each (N, N), row i enters unit i; (H, b, b) with H·b = N, blocks along the
+            diagonal; or (N,), the diagonal. Dtype and device of x; finite.
+        state: S of (B, N).
+        resets: (T, B) bool. True starts a new episode at that step: state and sensitivities of that row are
+            forgotten before it.
+        learning: how gradients of the weights, x and state are found.
+            "rfp"   Recurrent Forward Propagation in its dual form. Equal to "bptt" if all weights are
+                    diagonal; for others an approximation (SnAp-1 with each unit's S×S block kept).
+            "bptt"  backpropagation through time: exact.
+            "rtrl"  weights by exact real-time recurrent learning, S·b·B·Σ_k N·M_k numbers, b the units of a
+                    head (b = N for dense weights); x and state, which forward sensitivities to the weights don't
+                    reach, as "bptt". Exact.
+            "eprop", "rflo", "snap0"   RFP with parts of M dropped, for comparison (`reference.rfp.transition`).
+        refine: with "rfp": r rounds that bring its credits towards the exact ones, each a product over (T, B)
+            and a scan; "exact": as many as it takes. Where they diverge, the exact sequential backward runs
+            instead, with a warning (`reference.refine.Divergence`).
+        backend: of RFP's reverse scan: "torch", "triton", or "auto", which takes Triton for float32 tensors
+            on a GPU.
+
+    Nothing is mutated.
+
+    Raises:
+        TypeError: a value that isn't a tensor, a dtype that isn't floating or differs from x's.
+        ValueError: a wrong shape (T = 0 among them), device, learning, refine or backend; a combination of
+            learning and refine that can't be; weights not finite; a backend that can't run here.
     """
-    ops.choose_scan(backend, x.device, x.dtype)  # refuses now what backward() would
-    return _TwoPoint.apply(cell, learning, backend, resets, x, *state, *weights)
+    check.shape("x", check.tensor("x", x), (len(cell.per_unit), "T", "B", "N"))
+    check.floating("x", x)
+    rounds = rule("learning", learning, refine)
+    _, steps, batch, units = x.shape
+    if len(weights) != len(cell.matrices):
+        raise ValueError(f"weights must be {len(cell.matrices)}, one a recurrent matrix, got {len(weights)}")
+    for matrix, weight in zip(cell.matrices, weights, strict=True):
+        recurrent_weight(f"weight_{matrix.name}", weight, units, x)
+    initial_state(state, cell.states, batch, units, x)
+    if resets is not None:
+        resets = check.mask("resets", resets, (steps, batch), x.device)
+    if not torch.compiler.is_compiling():
+        ops.choose_scan(backend, x.device, x.dtype)  # refuses now what backward() would
+    if torch.compiler.is_compiling() and isinstance(cell, RGCCell):
+        states, _ = torch.ops.rjepa_triton.rgc(
+            x, state[0], state[1], list(weights), resets, learning, rounds, backend
+        )
+        return states[0, 1:], states[1, 1:]
+    return _TwoPoint.apply(cell, learning, rounds, backend, resets, x, *state, *weights)
 
 
 def rgc(
@@ -111,6 +196,7 @@ def rgc(
     *,
     resets: Tensor | None = None,
     learning: Learning = "rfp",
+    refine: int | Literal["exact"] = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Reciprocal gated circuit over a sequence (paper, Section 2.2 and eq. 13; Nayebi et al. 2022).
@@ -120,19 +206,12 @@ def rgc(
 
     Args:
         x: (T, B, N), T ≥ 1, any floating dtype.
-        weight_ss, weight_ms, weight_mm, weight_sm: (N, N) each, row i enters unit i; or (N,) for a diagonal
-            one. Dtype and device of x; finite.
+        weight_ss, weight_ms, weight_mm, weight_sm: (N, N) each, row i enters unit i; (H, b, b) for a
+            block-diagonal or (N,) for a diagonal one. Dtype and device of x; finite.
         state: (s0, m0), each (B, N); zero if None.
         resets: (T, B) bool. True starts a new episode at that step: state and sensitivities of that row are
             forgotten before it.
-        learning: how gradients of the weights, x and state are found.
-            "rfp"   Recurrent Forward Propagation in its dual form. Equal to "bptt" if all four weights are
-                    diagonal; for dense ones an approximation (SnAp-1 with each unit's 2×2 block kept).
-            "bptt"  backpropagation through time: exact.
-            "rtrl"  weights by exact real-time recurrent learning, O(B·N³) memory and O(B·N⁴) time a step;
-                    x and state, which forward sensitivities to the weights don't reach, as "bptt". Exact.
-        backend: of RFP's reverse scan: "torch", "triton", or "auto", which takes Triton for float32 tensors
-            on a GPU.
+        learning, refine, backend: as in `two_point`.
 
     Returns:
         s, m: (T, B, N) each. Nothing is mutated.
@@ -143,52 +222,54 @@ def rgc(
             backend that can't run here.
     """
     check.shape("x", check.tensor("x", x), ("T", "B", "N"))
-    check.floating("x", x)
-    check.one_of("learning", learning, LEARNING)
-    steps, batch, units = x.shape
-    weights = {
-        "weight_ss": weight_ss,
-        "weight_ms": weight_ms,
-        "weight_mm": weight_mm,
-        "weight_sm": weight_sm,
-    }
-    for name, weight in weights.items():
-        recurrent_weight(name, weight, units, x)
     if state is None:
-        zero = x.new_zeros(batch, units)
+        zero = x.new_zeros(x.shape[1:])
         state = (zero, zero)
-    else:
-        initial_state(state, ("s0", "m0"), batch, units, x)
-    if resets is not None:
-        resets = check.mask("resets", resets, (steps, batch), x.device)
-    if torch.compiler.is_compiling():
-        states, _ = torch.ops.rjepa_triton.rgc(
-            x[None], state[0], state[1], list(weights.values()), resets, learning, backend
-        )
-        return states[0, 1:], states[1, 1:]
     s, m = two_point(
-        RGCCell(), x[None], tuple(weights.values()), state, resets=resets, learning=learning, backend=backend
+        RGCCell(),
+        x[None],
+        (weight_ss, weight_ms, weight_mm, weight_sm),
+        state,
+        resets=resets,
+        learning=learning,
+        refine=refine,
+        backend=backend,
     )
     return s, m
 
 
 def recurrent_weight(name: str, weight: Tensor, units: int, x: Tensor) -> None:
-    """Raise unless `weight` is a finite (N, N) or (N,) tensor of x's dtype and device."""
-    if check.tensor(name, weight).dim() == 1:
+    """Raise unless `weight` is a finite (N, N), (H, b, b) or (N,) tensor of x's dtype and device."""
+    dims = check.tensor(name, weight).dim()
+    if dims == 1:
         check.shape(name, weight, (units,), "to match x")
+    elif dims == 3:
+        size = weight.shape[-1]
+        check.shape(
+            name, weight, (units // max(size, 1), size, size), f"with {units} units in all to match x"
+        )
+        if weight_ops.own(weight).shape != (units,):
+            raise ValueError(
+                f"{name} must have blocks of {units} units in all, got shape {tuple(weight.shape)}"
+            )
     else:
-        check.shape(name, weight, (units, units), "or (N,) to match x")
+        check.shape(name, weight, (units, units), "or (H, b, b), or (N,), to match x")
     check.like(name, weight, "x", x)
     if not torch.compiler.is_compiling():  # a value can't steer a compiled graph
         check.finite(name, weight)
 
 
-def initial_state(state: object, names: Sequence[str], batch: int, units: int, x: Tensor) -> None:
-    """Raise unless `state` is a tuple of (B, N) tensors, one a name, of x's dtype and device."""
+def state_tuple(state: object, names: Sequence[str]) -> tuple[Tensor, ...]:
+    """`state` as a tuple of tensors, one a name; raise TypeError or ValueError if it is none."""
     if not isinstance(state, (tuple, list)):
         raise TypeError(f"state must be a tuple ({', '.join(names)}), got {type(state).__name__}")
     if len(state) != len(names):
         raise ValueError(f"state must be ({', '.join(names)}), got {len(state)} entries")
-    for name, value in zip(names, state, strict=True):
-        check.shape(f"state's {name}", check.tensor(f"state's {name}", value), (batch, units), "to match x")
+    return tuple(check.tensor(f"state's {name}", value) for name, value in zip(names, state, strict=True))
+
+
+def initial_state(state: object, names: Sequence[str], batch: int, units: int, x: Tensor) -> None:
+    """Raise unless `state` is a tuple of (B, N) tensors, one a name, of x's dtype and device."""
+    for name, value in zip(names, state_tuple(state, names), strict=True):
+        check.shape(f"state's {name}", value, (batch, units), "to match x")
         check.like(f"state's {name}", value, "x", x)

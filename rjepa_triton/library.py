@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import functional
 from .cells import RGCCell
+from .two_point import Trajectory
 
 
 @torch.library.custom_op("rjepa_triton::rgc", mutates_args=())
@@ -26,6 +27,7 @@ def rgc(
     weights: Sequence[Tensor],
     resets: Optional[Tensor],  # noqa: UP045
     learning: str,
+    rounds: Optional[int],  # noqa: UP045
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """x (1, T, B, N), s0, m0 (B, N), four weights → states (2, T + 1, B, N), saved (2, T, B, 2, N)."""
@@ -41,6 +43,7 @@ def _(
     weights: Sequence[Tensor],
     resets: Tensor | None,
     learning: str,
+    rounds: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     _, steps, batch, units = x.shape
@@ -56,11 +59,13 @@ def rgc_gradients(
     resets: Optional[Tensor],  # noqa: UP045
     grad_states: Tensor,
     learning: str,
+    rounds: Optional[int],  # noqa: UP045
     backend: str,
 ) -> list[Tensor]:
     """Gradients of x, s0, m0 and the weights from that of all states (2, T + 1, B, N)."""
+    trajectory = Trajectory(x, states, saved, resets)
     for_x, first, by_weight = functional.gradients(
-        RGCCell(), learning, backend, x, states, saved, resets, weights, grad_states[:, 1:].contiguous()
+        RGCCell(), trajectory, weights, grad_states[:, 1:].contiguous(), learning, rounds, backend
     )
     first = first + grad_states[:, 0]
     return [for_x, first[0].clone(), first[1].clone(), *(g.contiguous() for g in by_weight)]
@@ -75,6 +80,7 @@ def _(
     resets: Tensor | None,
     grad_states: Tensor,
     learning: str,
+    rounds: int | None,
     backend: str,
 ) -> list[Tensor]:
     return [torch.empty_like(x), *(torch.empty_like(states[0, 0]) for _ in range(2)),
@@ -82,7 +88,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, _, weights, resets, ctx.learning, ctx.backend = inputs
+    x, _, _, weights, resets, ctx.learning, ctx.rounds, ctx.backend = inputs
     states, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.save_for_backward(x, states, saved, resets, *weights)
@@ -91,9 +97,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad_states: Tensor, _: Any) -> tuple[Any, ...]:
     x, states, saved, resets, *weights = ctx.saved_tensors
     for_x, for_s0, for_m0, *by_weight = rgc_gradients(
-        x, states, saved, weights, resets, grad_states, ctx.learning, ctx.backend
+        x, states, saved, weights, resets, grad_states, ctx.learning, ctx.rounds, ctx.backend
     )
-    return for_x, for_s0, for_m0, by_weight, None, None, None
+    return for_x, for_s0, for_m0, by_weight, None, None, None, None
 
 
 rgc.register_autograd(_backward, setup_context=_save)

@@ -1,179 +1,224 @@
-"""Recurrent layers as modules."""
+"""Recurrent layers as modules, by name. Each is a `TwoPointRNN` of one cell; what they share is told there."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _checks as check
-from . import functional
-from .cells import Cell, Matrix, RGCCell
+from .cells import (
+    ElmanCell,
+    ELSTMCell,
+    GRUCell,
+    LeakyCell,
+    LRUCell,
+    LSTMCell,
+    Nonlinearity,
+    RGCCell,
+    TimeDecayCell,
+)
+from .layer import Init, TwoPointRNN
+
+__all__ = ["CTRNN", "ELSTM", "GRU", "LRU", "LSTM", "RGC", "RNN", "IndRNN", "TimeDecay", "TwoPointRNN"]
 
 
-class TwoPointLayer(nn.Module):
-    """What a learning rule needs to know of a recurrent layer, whatever its cell.
-
-    cell       the two-point cell
-    matrices   all of the layer's matrices: the cell's, then those that read the layer's input
-    """
-
-    cell: Cell
-    matrices: Sequence[Matrix]
-    hidden_size: int
-    input_size: int | None
-
-    @property
-    def fan_in(self) -> int:
-        """Features of the layer's input."""
-        return self.hidden_size if self.input_size is None else self.input_size
-
-    def weights(self) -> tuple[nn.Parameter, ...]:
-        """The parameters of `matrices`, in their order."""
-        return tuple(
-            getattr(self, matrix.name if matrix.reads == "one" else f"weight_{matrix.name}")
-            for matrix in self.matrices
-        )
-
-    def recurrent_weights(self) -> tuple[nn.Parameter, ...]:
-        """The parameters of the cell's matrices."""
-        return self.weights()[: len(self.cell.matrices)]
-
-    def drive(self, x: Tensor) -> Tensor:
-        """The cell's per-unit inputs (J, T, B, N) from the layer's input (T, B, fan_in)."""
-        raise NotImplementedError
-
-    def input_gradient(self, per_unit: Tensor, readers: Sequence[Tensor]) -> Tensor:
-        """Gradient of the layer's input (T, B, fan_in) from that of the per-unit inputs (J, T, B, N).
-
-        readers: the weights of the matrices that read the layer's input, in order; none if it is x itself.
-        """
-        if not readers:
-            return per_unit[0]
-        into = [matrix.into[1] for matrix in self.matrices if matrix.reads == "input"]
-        parts = [per_unit[j] @ weight for j, weight in zip(into, readers, strict=True)]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-
-
-class RGC(TwoPointLayer):
+class RGC(TwoPointRNN):
     """Reciprocal gated circuit: a recurrent layer with two states a unit (paper, Section 2.2).
 
         s(t) = (1 - tanh(W_ms m(t-1))) x(t) + tanh(W_ss s(t-1)) s(t-1)
         m(t) = (1 - tanh(W_sm s(t-1))) x(t) + tanh(W_mm m(t-1)) m(t-1)
 
-    x(t) is the layer's input, of N = hidden_size features, or W_in u(t) + b if input_size is given.
+    x(t) is the layer's input, of N = hidden_size features, or W_in u(t) + b if input_size is given. Output s,
+    state (s, m). init is "zeros", the paper's: no dynamics at first. Other arguments: `TwoPointRNN`.
 
-    Args:
-        hidden_size: N, units.
-        input_size: I, features of the input u; None: the input is x itself, N features.
-        recurrence: "dense", weights (N, N); or "diagonal", weights (N,), for which RFP is exact.
-        learning: "rfp" | "bptt" | "rtrl", as in `functional.rgc`.
-        init: of the recurrent weights: "zeros" (the paper's: no dynamics at first) or "uniform",
-            U(-1/√N, 1/√N). weight_in and bias start as in torch.nn.Linear.
-        batch_first: inputs and outputs are (B, T, ·) instead of (T, B, ·).
-        device, dtype: of the parameters.
+    Parameters: weight_ss, weight_ms, weight_mm, weight_sm; weight_in and bias with input_size.
+    """
 
-    Parameters: weight_ss, weight_ms, weight_mm, weight_sm; weight_in (N, I) and bias (N,) with input_size.
+    def __init__(self, hidden_size: int, *, init: Init = "zeros", **options: Any) -> None:
+        super().__init__(RGCCell(), hidden_size, init=init, **options)
 
-    Raises ValueError or TypeError for an argument out of its range, naming it.
+
+class _TorchWeights(TwoPointRNN):
+    """A layer that also loads the state_dict of torch.nn's layer of its kind, one layer, one direction."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        theirs = {
+            key: state_dict.pop(prefix + key)
+            for key in [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
+            if key.startswith(("weight_ih_l", "weight_hh_l", "bias_ih_l", "bias_hh_l"))
+        }
+        if theirs:
+            deeper = sorted(key for key in theirs if not key.endswith("_l0"))
+            if deeper:
+                raise ValueError(
+                    f"state_dict must be of one layer and one direction of torch.nn, got {', '.join(deeper)}; "
+                    "load each layer into its own"
+                )
+            for key, value in self._from_torch(theirs).items():
+                state_dict[prefix + key] = value
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _from_torch(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our parameters from torch.nn's: its gates are rows of joint weights, its two biases are one here."""
+        inputs, count = self.cell.inputs, len(self.cell.inputs)
+        suffixes = [f"_{name}" for name in inputs] if count > 1 else [""]
+        ours: dict[str, Tensor] = {}
+        for suffix, value in zip(suffixes, theirs["weight_ih_l0"].chunk(count), strict=True):
+            ours[f"weight_in{suffix}"] = value
+        for matrix, value in zip(self.cell.matrices, theirs["weight_hh_l0"].chunk(count), strict=True):
+            ours[f"weight_{matrix.name}"] = value
+        if "bias_ih_l0" in theirs:
+            for_input, recurrent = theirs["bias_ih_l0"].chunk(count), theirs["bias_hh_l0"].chunk(count)
+            for j, suffix in enumerate(suffixes):
+                ours[f"bias{suffix}"] = for_input[j] + recurrent[j]
+        return ours
+
+
+class RNN(_TorchWeights):
+    """Elman network, h = f(W_hh h' + W_in u + b), as torch.nn.RNN: f = "tanh" or "relu".
+
+    Output and state h. Loads the state_dict of a one-layer torch.nn.RNN. Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, nonlinearity: Nonlinearity = "tanh", **options: Any
+    ) -> None:
+        super().__init__(ElmanCell(nonlinearity), hidden_size, input_size=input_size, **options)
+
+
+class IndRNN(TwoPointRNN):
+    """Independently recurrent network (Li et al. 2018): h = f(w ⊙ h' + W_in u + b), f = "relu" or "tanh".
+
+    Diagonal, so RFP is exact. w starts from U(0, 1). Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, nonlinearity: Nonlinearity = "relu", **options: Any
+    ) -> None:
+        cell = ElmanCell(nonlinearity)
+        super().__init__(cell, hidden_size, input_size=input_size, recurrence="diagonal", **options)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.get_parameter("weight_hh").uniform_(0, 1)
+
+
+class CTRNN(TwoPointRNN):
+    """Leaky, or continuous-time, network by Euler's step α = dt/τ: h = (1 - α) h' + α f(W_hh h' + W_in u + b).
+
+    Output and state h. alpha in (0, 1]; f = "tanh" or "relu". Other arguments: `TwoPointRNN`.
     """
 
     def __init__(
         self,
+        input_size: int,
+        hidden_size: int,
+        alpha: float = 0.1,
+        nonlinearity: Nonlinearity = "tanh",
+        **options: Any,
+    ) -> None:
+        super().__init__(LeakyCell(alpha, nonlinearity), hidden_size, input_size=input_size, **options)
+
+
+class LSTM(_TorchWeights):
+    """Long short-term memory, as torch.nn.LSTM: output h, state (h, c).
+
+    Loads the state_dict of a one-layer torch.nn.LSTM, and then gives its outputs. weight_h<g> (N, N),
+    weight_in_<g> (N, I), bias_<g> (N,) for the gates g = i, f, g, o. Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
+        super().__init__(LSTMCell(), hidden_size, input_size=input_size, **options)
+
+
+class GRU(_TorchWeights):
+    """Gated recurrent unit, as torch.nn.GRU: output and state h.
+
+    Loads the state_dict of a one-layer torch.nn.GRU, and then gives its outputs. weight_h<g> (N, N),
+    weight_in_<g> (N, I), bias_<g> (N,) for g = r, z, n, and bias_hn (N,), which the reset gate multiplies.
+    Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, bias: bool = True, **options: Any) -> None:
+        super().__init__(GRUCell(bias), hidden_size, input_size=input_size, bias=bias, **options)
+
+    def _from_torch(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ours = super()._from_torch(theirs)
+        if "bias_ih_l0" in theirs:
+            ours["bias_n"], ours["bias_hn"] = (theirs[f"bias_{k}_l0"].chunk(3)[2] for k in ("ih", "hh"))
+        return ours
+
+
+class ELSTM(TwoPointRNN):
+    """Element-wise LSTM (Irie et al. 2024), with the same weights for the gates' inputs as an LSTM has:
+
+        f = σ(w_f c' + F u),    z = tanh(w_z c' + Z u),    c = f c' + (1 - f) z
+        o = σ(O u + W_o c),     output h = o c
+
+    Diagonal, so RFP is exact for what enters c; O and W_o lie outside the recurrence and learn by the step's own
+    gradient, which is exact. State c. Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
+        super().__init__(ELSTMCell(), hidden_size, input_size=input_size, recurrence="diagonal", **options)
+        like = self.get_parameter("weight_in_f")
+        factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        self.output_in = nn.Linear(input_size, hidden_size, **factory)
+        self.output_cell = nn.Linear(hidden_size, hidden_size, bias=False, **factory)
+
+    def readout(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
+        (c,) = states
+        return torch.sigmoid(self.output_in(x) + self.output_cell(c)) * c
+
+
+class TimeDecay(TwoPointRNN):
+    """Time-decay units (paper, Appendix A.4): c = τ c' + P u, each unit with a decay τ of its own that is learned.
+
+    Linear and without recurrent matrices, so RFP is exact. Output and state c. Parameters weight_in (P), bias,
+    tau (N,), from U(0, 1). Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(self, input_size: int | None, hidden_size: int, **options: Any) -> None:
+        super().__init__(TimeDecayCell(), hidden_size, input_size=input_size, **options)
+
+
+class LRU(TwoPointRNN):
+    """Linear recurrent unit (Orvieto et al. 2023); with a nonlinearity, recurrent trace units (Elelimy et al. 2024).
+
+        z = λ z' + √(1 - |λ|²) B u,    output y = Re(C z) + D u,    λ = exp(-exp(ν) + i exp(θ)) a unit
+
+    N complex units; B, C complex, D real; y has N features. Diagonal, so RFP is exact. State (re, im) of z.
+    r_min, r_max, max_phase: of λ at first. nonlinearity: None, "tanh" or "relu", of re and im.
+
+    Parameters: weight_in_re, weight_in_im, their biases, nu, theta; output_re, output_im, skip outside the
+    recurrence. Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
         hidden_size: int,
         *,
-        input_size: int | None = None,
-        recurrence: Literal["dense", "diagonal"] = "dense",
-        learning: functional.Learning = "rfp",
-        init: Literal["zeros", "uniform"] = "zeros",
-        batch_first: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        nonlinearity: Nonlinearity | None = None,
+        r_min: float = 0.9,
+        r_max: float = 0.999,
+        max_phase: float = 2 * math.pi,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.hidden_size = check.integer("hidden_size", hidden_size, 1)
-        self.input_size = None if input_size is None else check.integer("input_size", input_size, 1)
-        check.one_of("recurrence", recurrence, ("dense", "diagonal"))
-        check.one_of("learning", learning, functional.LEARNING)
-        check.one_of("init", init, ("zeros", "uniform"))
-        self.recurrence, self.learning, self.init = recurrence, learning, init
-        self.batch_first = batch_first
-        self.cell = RGCCell()
-        shape = (hidden_size, hidden_size) if recurrence == "dense" else (hidden_size,)
-        for matrix in self.cell.matrices:
-            weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            self.register_parameter(f"weight_{matrix.name}", weight)
-        self.matrices = self.cell.matrices
-        if input_size is not None:
-            self.weight_in = nn.Parameter(torch.empty(hidden_size, input_size, device=device, dtype=dtype))
-            self.bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-            read_input = (Matrix("in", ("input", 0), "input"), Matrix("bias", ("input", 0), "one"))
-            self.matrices = (*self.matrices, *read_input)
-        self.reset_parameters()
+        cell = LRUCell(nonlinearity, r_min, r_max, max_phase)
+        super().__init__(cell, hidden_size, input_size=input_size, **options)
+        like = self.get_parameter("nu")
+        factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        self.output_re = nn.Linear(hidden_size, hidden_size, bias=False, **factory)
+        self.output_im = nn.Linear(hidden_size, hidden_size, bias=False, **factory)
+        self.skip = nn.Linear(input_size, hidden_size, bias=False, **factory)
 
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew, as `init` says."""
-        with torch.no_grad():
-            for weight in self.recurrent_weights():
-                if self.init == "zeros":
-                    weight.zero_()
-                else:
-                    weight.uniform_(-1 / math.sqrt(self.hidden_size), 1 / math.sqrt(self.hidden_size))
-            if self.input_size is not None:
-                bound = 1 / math.sqrt(self.input_size)
-                self.weight_in.uniform_(-bound, bound)
-                self.bias.uniform_(-bound, bound)
-
-    def drive(self, x: Tensor) -> Tensor:
-        return (x if self.input_size is None else nn.functional.linear(x, self.weight_in, self.bias))[None]
-
-    def forward(
-        self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, resets: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run over a sequence, as torch.nn.LSTM does.
-
-        Args:
-            x: (T, B, F), or (B, T, F) with batch_first; or (T, F) without a batch. F is input_size or N.
-            state: (s0, m0), each (B, N), or (N,) without a batch; zero if None.
-            resets: bool, x's shape without F: a new episode starts at that step.
-
-        Returns:
-            output, of x's layout with N features: s; and (s_T, m_T), each (B, N), or (N,) without a batch.
-
-        Gradients of all parameters, x and state are by `learning`. Raises as `functional.rgc`.
-        """
-        x = check.tensor("x", x)
-        if x.dim() not in (2, 3):
-            raise ValueError(f"x must have 2 or 3 dimensions, got shape {tuple(x.shape)}")
-        check.shape("x", x, (*("T", "B")[: x.dim() - 1], self.fan_in), "to match the layer")
-        check.like("x", x, "the layer", self.weights()[0])
-        batched = x.dim() == 3
-        time_first = not (batched and self.batch_first)
-        if not batched:
-            x = x[:, None]
-            state = None if state is None else (state[0][None], state[1][None])
-            resets = None if resets is None else resets[:, None]
-        if not time_first:
-            x = x.transpose(0, 1)
-            resets = None if resets is None else resets.transpose(0, 1)
-        (u,) = self.drive(x)
-        ss, ms, mm, sm = self.recurrent_weights()
-        s, m = functional.rgc(u, ss, ms, mm, sm, state, resets=resets, learning=self.learning)
-        output = s if time_first else s.transpose(0, 1)
-        last = (s[-1], m[-1])
-        if not batched:
-            return output[:, 0], (last[0][0], last[1][0])
-        return output, last
-
-    def extra_repr(self) -> str:
-        """The arguments that differ from their defaults."""
-        parts = [str(self.hidden_size)]
-        if self.input_size is not None:
-            parts.append(f"input_size={self.input_size}")
-        parts += [f"recurrence={self.recurrence!r}", f"learning={self.learning!r}"]
-        if self.batch_first:
-            parts.append("batch_first=True")
-        return ", ".join(parts)
+    def readout(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
+        re, im = states
+        return self.output_re(re) - self.output_im(im) + self.skip(x)

@@ -1,7 +1,9 @@
-"""Online learning: a layer that runs step by step, or in chunks, and learns by RFP while it does."""
+"""Online learning: a layer that runs step by step, or in chunks, and learns while it does."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,20 +11,27 @@ from torch import Tensor
 
 from . import _checks as check
 from . import ops
+from . import weights as weight_ops
 from ._device import available_bytes
-from ._past import Past, Record
-from ._tape import Recorded
+from ._past import FullCredit, Past, Record
+from ._tape import Block, Recorded
 from .cost import Problem, cheapest, form_costs, rates_of
-from .nn import TwoPointLayer
-from .sensitivity import Sensitivity
+from .layer import TwoPointRNN
+from .reference import bptt, rfp, rtrl
+from .reference import refine as refinement
+from .sensitivity import Carried, Exact, Nothing, PerUnit, RankOne
 
 Form = Literal["auto", "step", "chunk", "history"]
 FORMS = ("auto", "step", "chunk", "history")
+Learning = Literal["rfp", "eprop", "rflo", "snap0", "rtrl", "uoro", "tbptt"]
+LEARNING = (*rfp.RULES, "rtrl", "uoro", "tbptt")
+# The one form of the rules that have only one.
+ONLY_FORM = {"rtrl": "step", "uoro": "step", "tbptt": "chunk"}
 GAMMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 class OnlineLearner:
-    """Runs a recurrent layer on a stream and gives its weights RFP's gradient in the loss's own backward().
+    """Runs a recurrent layer on a stream and gives its weights their gradient in the loss's own backward().
 
         learner = OnlineLearner(layer, batch_size)
         for x_t, target in stream:
@@ -30,10 +39,10 @@ class OnlineLearner:
             loss(s_t, target).backward()          # adds to layer.weight_ss.grad, …, and to what made x_t
             optimizer.step(); optimizer.zero_grad()
 
-    The gradient is Σ_{b,ν} δ^ν(t) ⊙_rows Γ^{ν,k}(t) (paper, eq. 4 and 14; `docs/math.md`): exact for a
+    RFP's gradient is Σ_{b,ν} δ^ν(t) ⊙_rows Γ^{ν,k}(t) (paper, eq. 4 and 14; `docs/math.md`): exact for a
     diagonal layer, an approximation for a dense one (`docs/exactness.md`). Weights may change after any
     backward() (with form "chunk", at a chunk's end): each step's Γ is advanced with the weights that step ran
-    with. All forms give one gradient.
+    with. All forms give one gradient; `learning`, `credit` and `refine` change it.
 
     What goes on to x is the step's instantaneous gradient or, within one chunk() call, the credit of that
     call's later steps as well. What earlier inputs did is in Γ, for the weights alone.
@@ -41,33 +50,51 @@ class OnlineLearner:
     Args:
         layer: the recurrent layer; its state is the learner's, zero at first.
         batch_size: B, rows that run side by side.
+        learning: what is carried forward of the past; None: the layer's own rule.
+            "rfp"    Γ, the sensitivity of the unit that a weight enters
+            "eprop", "rflo", "snap0"   the same with parts of M dropped (`reference.rfp.transition`)
+            "rtrl"   γ, of every unit of the weight's head: exact; S·b·B·Σ_k N·M_k numbers, b units a head
+            "uoro"   a random product that is γ on average (`sensitivity.RankOne`): unbiased, noisy
+            "tbptt"  nothing: BPTT truncated at the chunk's beginning
         update_every: C ≥ 1, steps between changes of the weights.
-        form: "step", "chunk" (needs update_every ≥ 2), "history" (memory grows until reset), or "auto".
+        form: "step", "chunk" (needs update_every ≥ 2, unless credit is "carry"), "history" (memory grows until
+            reset), or "auto". "rtrl" and "uoro" have "step" alone, "tbptt" "chunk".
+        credit: how credit passes back within a chunk. "own": by each unit's own M, as Γ is advanced. "carry",
+            with form "chunk": by the full Jacobian, from the chunk's steps to one another and to Γ: truncated
+            BPTT that doesn't forget what lies before the chunk.
+        refine: with credit "carry", rounds of refinement that find that credit in place of the exact
+            sequential backward, or "exact" (`reference.refine`); r ≥ 1 implies "carry".
         lag: 0, or 1 for losses that compare s(t-1) with s(t): how many steps before the current one a loss
             may still reach.
         gamma_dtype: what Γ is kept in, float32 or bfloat16; a float64 layer keeps float64 for float32.
         horizon: steps between resets, if known: lets "auto" consider "history".
         backend: of the Γ recursion: "torch", "compile" (CPU), "triton" (GPU), or "auto" (`ops.choose_gamma`).
+        seed: of the random signs of "uoro".
 
     step(), chunk(), reset() and backward() mutate the learner's state and Γ; nothing here changes weights.
 
     Raises:
-        TypeError, ValueError: an argument out of its range, naming it; a Γ that doesn't fit in memory.
+        TypeError, ValueError: an argument out of its range, naming it; a combination that can't be, naming the
+            nearest that can; sensitivities that don't fit in memory.
     """
 
     def __init__(
         self,
-        layer: TwoPointLayer,
+        layer: TwoPointRNN,
         batch_size: int,
         *,
+        learning: Learning | None = None,
         update_every: int = 1,
         form: Form = "auto",
+        credit: Literal["own", "carry"] = "own",
+        refine: int | Literal["exact"] = 0,
         lag: int = 0,
         gamma_dtype: torch.dtype = torch.float32,
         horizon: int | None = None,
         backend: str = "auto",
+        seed: int = 0,
     ) -> None:
-        if not isinstance(layer, TwoPointLayer):
+        if not isinstance(layer, TwoPointRNN):
             raise TypeError(f"layer must be a recurrent layer such as RGC, got {type(layer).__name__}")
         self.layer = layer
         self.batch_size = check.integer("batch_size", batch_size, 1)
@@ -79,11 +106,9 @@ class OnlineLearner:
         if gamma_dtype not in GAMMA_DTYPES:
             wanted = ", ".join(map(str, GAMMA_DTYPES))
             raise TypeError(f"gamma_dtype must be one of {wanted}, got {gamma_dtype}")
-        if form == "chunk" and update_every == 1:
-            raise ValueError(
-                "form='chunk' needs update_every ≥ 2, the steps for which the weights stay as they are, "
-                "got update_every=1; form='step' serves weights that change every step"
-            )
+        self.learning = _learning(layer, learning)
+        self.credit, self._rounds = _credit(self.learning, credit, refine)
+        form = _form(self.learning, self.credit, form, self.update_every)
         weights = layer.weights()
         check.floating("layer", weights[0], (torch.float64, torch.float32))
         for matrix, weight in zip(layer.matrices, weights, strict=True):
@@ -96,7 +121,7 @@ class OnlineLearner:
             states=len(layer.cell.states),
             batch=batch_size,
             units=layer.hidden_size,
-            fan_ins=[w.shape[1] if w.dim() == 2 else 1 for w in weights],
+            fan_ins=[weight_ops.fan_in(weight) for weight in weights],
             item=dtype.itemsize,
             gamma_item=gamma_dtype.itemsize,
         )
@@ -104,14 +129,26 @@ class OnlineLearner:
         self._costs = form_costs(self._problem, update_every, self.horizon, rates_of(device))
         self._asked = form
         self.form = cheapest(self._costs, self._available).form if form == "auto" else form
-        sensitivity = None
+        heads = rtrl.joint_heads([w.detach() for w in layer.recurrent_weights()], layer.hidden_size)
+        self._carried_bytes = self._problem.carried_bytes(self.learning, layer.hidden_size // heads)
+        sensitivity: Carried | None = None
         if self.form != "history":
             self._refuse_if_too_large(device)
-            sensitivity = Sensitivity(
-                layer.matrices, weights, self._problem.states, batch_size, gamma_dtype, backend
-            )
+            sizes = (layer.matrices, weights, self._problem.states, batch_size)
+            if self.learning == "rtrl":
+                sensitivity = Exact(*sizes)
+            elif self.learning == "uoro":
+                sensitivity = RankOne(*sizes, seed)
+            elif self.learning == "tbptt":
+                sensitivity = Nothing(weights)
+            else:
+                sensitivity = PerUnit(*sizes, gamma_dtype, backend)
         scan = ops.choose_scan("torch" if backend == "compile" else backend, device, dtype)
-        self._past = Past(layer.matrices, self.form, lag, sensitivity, scan)
+        self._full = self.credit == "carry" or self.learning in ONLY_FORM
+        full_credit = _full_credit(layer, self._rounds, scan) if self._full else None
+        self._past = Past(layer.matrices, self.form, lag, sensitivity, scan, full_credit)
+        # The recurrent weights of the chunk that runs, where credit takes the full Jacobian.
+        self._chunk_weights: tuple[Tensor, ...] | None = None
         self._state = weights[0].detach().new_zeros(self._problem.states, batch_size, layer.hidden_size)
         self._forget: Tensor | None = None  # rows to forget when the next step begins, (B,) bool
         self._forget_all = False
@@ -122,10 +159,11 @@ class OnlineLearner:
         self._token: Tensor | None = None
 
     def _refuse_if_too_large(self, device: torch.device) -> None:
-        need, per_step = self._problem.gamma_bytes, self._problem.window_bytes(1)
+        need, per_step = self._carried_bytes, self._problem.window_bytes(1)
         if self._available is not None and need > self._available:
             raise ValueError(
-                f"form={self.form!r} keeps a Γ of {need:,} bytes, and {device} has {self._available:,} left; "
+                f"learning={self.learning!r} in form={self.form!r} carries sensitivities of {need:,} bytes, and "
+                f"{device} has {self._available:,} left; with learning='rfp' "
                 f"form='history' takes {per_step:,} bytes for each step since reset, "
                 f"so up to {self._available // per_step:,} steps"
             )
@@ -146,7 +184,7 @@ class OnlineLearner:
         return self._past.nbytes + self._state.numel() * self._state.element_size()
 
     def step(self, x: Tensor) -> Tensor:
-        """Advance one step. x (B, F) → s (B, N), F the layer's input features.
+        """Advance one step. x (B, F) → the layer's output (B, N), F its input features.
 
         Call backward() on a loss of s before the next step() (form "step"), or at the latest at the end of
         the update_every steps it is of (forms "chunk", "history"). Raises TypeError or ValueError for x;
@@ -157,16 +195,16 @@ class OnlineLearner:
             return self._run(x[None], None, None)[0][0]
         if self.form == "chunk":
             self._check_chunk_weights()
-        s, token = self._run(x[None], None, self._token)
+        output, token = self._run(x[None], None, self._token)
         self._position = (self._position + 1) % self.update_every
         self._past.filling = self._position > 0
         self._token = token if self._position and self.form == "chunk" else None
-        return s[0]
+        return output[0]
 
     def chunk(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
-        """Advance C steps with the weights as they are. x (C, B, F) → s (C, B, N), any C ≥ 1.
+        """Advance C steps with the weights as they are. x (C, B, F) → outputs (C, B, N), any C ≥ 1.
 
-        resets (C, B) bool or None: a new episode starts at that step. Call backward() on one loss of s, or of
+        resets (C, B) bool or None: a new episode starts at that step. Call backward() on one loss of them, or of
         all its parts, before the next call. Raises TypeError or ValueError for x and resets.
         """
         self._check_input(x, ("C", self.batch_size))
@@ -191,16 +229,21 @@ class OnlineLearner:
         self._versions = versions
 
     def _run(self, x: Tensor, resets: Tensor | None, link: Tensor | None) -> tuple[Tensor, Tensor]:
-        """s (C, B, N) of x (C, B, F), and the port that credit from a later step of the chunk enters by."""
+        """Outputs (C, B, N) of x (C, B, F), and the port that credit from a later step of the chunk enters by."""
         self._past.make_room(self._forget, self._forget_all)
         if self._forget is not None:
             marks = x.new_zeros(x.shape[:2], dtype=torch.bool) if resets is None else resets.clone()
             marks[0] |= self._forget
             resets = marks
-        out = _Steps.apply(self.layer, self._past, self._state, resets, x, link, *self.layer.weights())
-        s, token, self._state = out
+        weights = self.layer.weights()
+        if self._full and (self.form == "step" or self._position == 0 or self._chunk_weights is None):
+            recurrent = weights[: len(self.layer.cell.matrices)]
+            self._chunk_weights = tuple(weight.detach().clone() for weight in recurrent)
+        token, self._state, *shown = _Steps.apply(
+            self.layer, self._past, self.learning, self._chunk_weights, self._state, resets, x, link, *weights
+        )
         self._forget, self._forget_all = None, False
-        return s, token
+        return self.layer.readout(shown, x), token
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Start a new episode at the next step in the rows where mask (B,) is True, or in all.
@@ -223,6 +266,8 @@ class OnlineLearner:
         """
         return {
             "form": self.form,
+            "learning": self.learning,
+            "credit": self.credit,
             "batch_size": self.batch_size,
             "state": self._state,
             "position": self._position,
@@ -241,7 +286,7 @@ class OnlineLearner:
         own = self.state_dict()
         if set(state) != set(own):
             raise ValueError(f"state must have the keys {sorted(own)}, got {sorted(map(str, state))}")
-        for name in ("form", "batch_size"):
+        for name in ("form", "learning", "credit", "batch_size"):
             if state[name] != own[name]:
                 raise ValueError(f"state's {name} must be the learner's, {own[name]!r}, got {state[name]!r}")
         if len(state["gamma"]) != len(own["gamma"]):
@@ -256,7 +301,7 @@ class OnlineLearner:
             check.like(f"state's {name}", got, "the learner", want)
         self._past.load_state_dict(state)
         self._state = state["state"].clone()
-        self._position, self._token = state["position"], None
+        self._position, self._token, self._chunk_weights = state["position"], None, None
         self._versions = tuple(weight._version for weight in self.layer.weights())
         self._forget = None if state["forget"] is None else state["forget"].clone()
         self._forget_all = state["forget_all"]
@@ -267,8 +312,13 @@ class OnlineLearner:
         print(
             f"{type(self.layer).__name__}: N = {problem.units}, B = {problem.batch}, "
             f"{len(problem.fan_ins)} matrices, update_every = {self.update_every}, "
-            f"horizon = {self.horizon or 'unbounded'}"
+            f"horizon = {self.horizon or 'unbounded'}, learning = {self.learning!r}, credit = {self.credit!r}"
         )
+        if self.learning in ONLY_FORM:
+            print(
+                f"carried: {self._carried_bytes:,} bytes; form = {self.form!r}, the only one of {self.learning!r}"
+            )
+            return
         print(
             f"predicted at {rates.bytes_per_second:.0e} bytes/s, {rates.flop_per_second:.0e} FLOP/s, "
             f"{rates.seconds_per_call * 1e6:.0f} µs a call, {rates.name}:"
@@ -279,7 +329,7 @@ class OnlineLearner:
                 f"{cost.because}"
             )
         print(f"form = {self.form!r}: {self._why()}")
-        if self._past.sensitivity is not None:
+        if isinstance(self._past.sensitivity, PerUnit):
             for group in self._past.sensitivity.groups:
                 names = ", ".join(matrix.name for matrix in group.matrices)
                 print(f"backend of {names}: {group.backend} ({group.why})")
@@ -295,57 +345,134 @@ class OnlineLearner:
         return "the fastest that fits in memory"
 
 
+def _learning(layer: TwoPointRNN, learning: str | None) -> str:
+    """The rule that runs; the layer's own if `learning` is None."""
+    name = "the layer's learning" if learning is None else "learning"
+    chosen = layer.learning if learning is None else learning
+    if chosen == "bptt":
+        raise ValueError(
+            f"{name}='bptt' needs the whole sequence, and a learner has none: the nearest online are learning='tbptt', "
+            "form='chunk' with credit='carry', and the exact 'rtrl'"
+        )
+    check.one_of(name, chosen, LEARNING)
+    return chosen
+
+
+def _credit(learning: str, credit: str, refine: object) -> tuple[str, int | None]:
+    """How credit passes within a chunk, and rounds of refinement: 0 for the sequential backward."""
+    check.one_of("credit", credit, ("own", "carry"))
+    if refine != "exact":
+        if isinstance(refine, str):
+            raise ValueError(f"refine must be a number of rounds or 'exact', got {refine!r}")
+        check.integer("refine", refine, 0)
+    if refine:
+        credit = "carry"
+    if credit == "carry" and learning != "rfp":
+        asked = f"refine={refine!r}" if refine else "credit='carry'"
+        raise ValueError(
+            f"{asked} goes with learning='rfp', whose Γ brings in the past, got learning={learning!r}"
+            + (", which is exact without" if learning == "rtrl" else "")
+        )
+    return credit, None if refine == "exact" else int(refine)  # type: ignore[call-overload]
+
+
+def _form(learning: str, credit: str, form: str, update_every: int) -> Form:
+    """The form asked for, or the only one that serves; raise where it can't."""
+    only = "chunk" if credit == "carry" else ONLY_FORM.get(learning)
+    if only is not None:
+        if form not in ("auto", only):
+            asked = "credit='carry'" if credit == "carry" else f"learning={learning!r}"
+            raise ValueError(f"{asked} has form={only!r} alone, got form={form!r}; form='auto' takes it")
+        return only  # type: ignore[return-value]
+    if form == "chunk" and update_every == 1:
+        raise ValueError(
+            "form='chunk' needs update_every ≥ 2, the steps for which the weights stay as they are, "
+            "got update_every=1; form='step' serves weights that change every step"
+        )
+    return form  # type: ignore[return-value]
+
+
+def _full_credit(layer: TwoPointRNN, rounds: int | None, scan: str) -> FullCredit:
+    """Credits by the full Jacobian: sequentially, or by rounds of refinement."""
+    matrices = layer.cell.matrices
+
+    def credits(block: Block, delta: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert block.weights is not None
+        if rounds == 0:
+            return bptt.credits(block.lin, matrices, block.weights, delta, carry)
+        return refinement.credits(
+            block.lin,
+            block.m,
+            matrices,
+            block.weights,
+            delta,
+            carry,
+            rounds=rounds,
+            scan=functools.partial(ops.reverse_scan, backend=scan),
+        )
+
+    return credits
+
+
 class _Steps(torch.autograd.Function):
-    """The node of one call: (s, token, state). Credit enters at the token and leaves at the link."""
+    """The node of one call: (token, state, the cell's outputs). Credit enters at the token and leaves at the link."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        layer: TwoPointLayer,
+        layer: TwoPointRNN,
         past: Past,
+        rule: str,
+        kept_weights: tuple[Tensor, ...] | None,
         state: Tensor,
         resets: Tensor | None,
         x: Tensor,
         link: Tensor | None,
         *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         cell = layer.cell
         recurrent = weights[: len(cell.matrices)]
         x = x.clone()  # callers may write the next input where this one was
         trajectory = cell.scan(layer.drive(x), recurrent, state.unbind(0), resets)
-        diagonals = torch.stack([w if w.dim() == 1 else w.diagonal() for w in recurrent]).unbind(0)
+        diagonals: Sequence[Tensor] = ()
+        if recurrent:
+            diagonals = torch.stack([weight_ops.own(weight) for weight in recurrent]).unbind(0)
         readers = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
-        recorded = Recorded(cell, trajectory, diagonals, x if readers else None)
+        inputs = x if readers else None
+        m_rule = rule if rule in rfp.RULES else "rfp"
+        recorded = Recorded(cell, trajectory, diagonals, inputs, m_rule, kept_weights)
         ctx.past, ctx.layer = past, layer
         ctx.record = past.add(recorded, linked=link is not None and link.requires_grad)
         ctx.save_for_backward(*readers)
         ctx.set_materialize_grads(False)
-        s = trajectory.after[0].clone()  # the caller's own: the window goes on reading the trajectory
-        token = s.new_zeros(1).expand_as(state)
+        # the caller's own: the window goes on reading the trajectory
+        shown = [trajectory.after[nu].clone() for nu in cell.outputs]
+        token = shown[0].new_zeros(1).expand_as(state)
         last = trajectory.states[:, -1].clone()
         ctx.mark_non_differentiable(last)
-        return s, token, last
+        return token, last, *shown
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, grad: Tensor | None, arrived: Tensor | None, _: Tensor | None
+        ctx: Any, arrived: Tensor | None, _: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if grad is None and arrived is None:
+        if arrived is None and all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        layer: TwoPointLayer = ctx.layer
+        layer: TwoPointRNN = ctx.layer
         record: Record = ctx.record
         after = record.recorded.trajectory.after
         delta = after.new_zeros(after.shape)
-        if grad is not None:
-            delta[0] = grad
-        needs_x, _, *needs_weight = ctx.needs_input_grad[4:]
+        for nu, grad in zip(layer.cell.outputs, grads, strict=True):
+            if grad is not None:
+                delta[nu] = grad
+        needs_x, _, *needs_weight = ctx.needs_input_grad[6:]
         per_unit, passed, gradients = ctx.past.gradients(record, layer.weights(), delta, arrived, needs_x)
         for_x = None
         if needs_x:
             for_x = layer.input_gradient(per_unit, ctx.saved_tensors)
         return (
-            *(None,) * 4,
+            *(None,) * 6,
             for_x,
             passed if record.linked else None,
             *(g if need else None for g, need in zip(gradients, needs_weight, strict=True)),

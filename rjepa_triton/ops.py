@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from .cells import Cell, Matrix, Trajectory
 from .reference import rfp
+from .two_point import Cell, Matrix, Trajectory
 
 BACKENDS = ("auto", "torch", "compile", "triton")
 # Numbers of Γ^ν a batch row from which one pass over it outweighs the cost of compiling (N = 128 for RGC).
@@ -120,17 +120,15 @@ def gamma_step_(
     y: Tensor,
     delta: Tensor | None = None,
     *,
-    diagonal: bool = False,
     backend: str = "torch",
 ) -> Tensor | None:
-    """`rfp.gamma_step_` by the chosen backend; y (B, K, M), or (B, K, N) if diagonal. Mutates gammas."""
+    """`rfp.gamma_step_` by the chosen backend. Mutates gammas."""
     if backend == "triton":
         from .kernels import gamma_step as kernels
 
         done = _launched("gamma_step", lambda: (kernels.gamma_step_(gammas, m, phi, y.contiguous(), delta),))
         if done is not None:
             return done[0]
-    y = y.unsqueeze(-1 if diagonal else -2)
     if backend != "compile":
         return rfp.gamma_step_(gammas, m, phi, y, delta)
     total: Tensor | None = None
@@ -153,11 +151,12 @@ def learn_step_(
     diagonals: Sequence[Tensor],
     inputs: Tensor | None,
     delta: Tensor,
+    rule: str = "rfp",
 ) -> tuple[list[Tensor], Tensor]:
     """One step, compiled as one function: linearise it, advance Γ and read the gradients. Mutates gammas.
 
     matrices and gammas: by group of one shape. trajectory: of one step, without resets. diagonals: of the
-    recurrent weights, (N,) each. inputs (1, B, I) or None; delta (S, 1, B, N).
+    recurrent weights, (N,) each. inputs (1, B, I) or None; delta (S, 1, B, N); rule as in `rfp.transition`.
     Returns the groups' gradients (K, N, M), and that of the per-unit inputs (J, 1, B, N).
     """
     return _compiled(_learn_step_)(
@@ -168,6 +167,7 @@ def learn_step_(
         list(diagonals),
         inputs,
         delta,
+        rule,
     )
 
 
@@ -178,7 +178,6 @@ def gamma_chunk_(
     y: Tensor,
     credit: Tensor | None = None,
     *,
-    diagonal: bool = False,
     backend: str = "torch",
 ) -> Tensor | None:
     """`rfp.gamma_chunk_` by the chosen backend, from M (S, S, C, B, N) itself. Mutates gammas."""
@@ -195,7 +194,7 @@ def gamma_chunk_(
             return done[0]
     suffix, whole = rfp.suffix_products(m)
     if backend != "compile" or credit is None:
-        return rfp.gamma_chunk_(gammas, suffix, whole, phi, y, credit, diagonal=diagonal)
+        return rfp.gamma_chunk_(gammas, suffix, whole, phi, y, credit)
     total: Tensor | None = None
     for block, arrays in _row_blocks(gammas, [(whole, 2), (credit, 1)]):
         if total is None:
@@ -204,7 +203,7 @@ def gamma_chunk_(
             _compiled(_fold_into_)(block, *arrays, total)
     arriving = rfp.arriving(suffix, phi)
     for nu, gamma in enumerate(gammas):
-        rfp.add_arriving_(gamma, arriving[nu], y, diagonal)
+        rfp.add_arriving_(gamma, arriving[nu], y)
     return total
 
 
@@ -312,15 +311,15 @@ def _learn_step_(
     diagonals: list[Tensor],
     inputs: Tensor | None,
     delta: Tensor,
+    rule: str,
 ) -> tuple[list[Tensor], Tensor]:
     lin = cell.linearize(Trajectory(*trajectory))
-    m = rfp.transition(lin, cell.matrices, diagonals).select(2, 0)
+    m = rfp.transition(lin, cell.matrices, diagonals, rule).select(2, 0)
     totals = []
     for group, states in zip(matrices, gammas, strict=True):
         phi = rfp.immediates(group, lin).select(1, 0)
         y = rfp.signals(group, lin, inputs)[0]
-        diagonal = states[0].shape[-1] == 1
-        new = rfp.advanced(states, m, phi, y.unsqueeze(-1 if diagonal else -2))
+        new = rfp.advanced(states, m, phi, y)
         totals.append(_read(new, delta.select(1, 0)))
         _write_(states, new)
     return totals, rfp.input_gradient(lin, delta, len(cell.inputs))

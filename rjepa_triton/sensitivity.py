@@ -1,7 +1,16 @@
-"""Γ of a layer: one tensor a state for each group of matrices of one shape."""
+"""What is carried forward of the past, so that a loss at any later step can meet it: one class a rule.
+
+    PerUnit   Γ, the sensitivity of the unit that a weight enters (RFP and the rules that drop parts of M)
+    Exact     γ, the sensitivity of every unit of the weight's head (exact RTRL)
+    RankOne   an unbiased random product in place of γ (UORO)
+    Nothing   truncated BPTT
+
+All are advanced in place over the steps of a `Block` and give Σ credit · sensitivity, one gradient a matrix.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,9 +18,45 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._tape import Recorded
-from .cells import Linearization, Matrix
-from .reference import rfp
+from . import weights as weight_ops
+from ._tape import Block, Recorded
+from .reference import rfp, rtrl
+from .two_point import Matrix, state_read
+
+
+class Carried(ABC):
+    """Sensitivities of all matrices of a layer, zero at first."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """All that is carried, in a fixed order: a checkpoint's contents."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes carried."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def load_(self, tensors: Sequence[Tensor]) -> None:
+        """Take up what `tensors` gave."""
+        for target, source in zip(self.tensors(), tensors, strict=True):
+            target.copy_(source)
+
+    @abstractmethod
+    def forget_(self, rows: Tensor | None) -> None:
+        """Forget the past of the batch rows where `rows` (B,) is True, or of all."""
+
+    @abstractmethod
+    def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
+        """Advance by each step in turn; with delta (S, T, B, N), return Σ_t δ(t) · sensitivity(t) a matrix."""
+
+    @abstractmethod
+    def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
+        """Advance over all steps; with credit (S, B, N) at the state before them, return credit · sensitivity
+        as it was then."""
+
+    @abstractmethod
+    def read(self, credit: Tensor) -> list[Tensor]:
+        """Σ_b credit · sensitivity a matrix, of its weight's shape. credit (S, B, N)."""
 
 
 @dataclass
@@ -25,18 +70,12 @@ class Group:
     backend: str
     why: str
 
-    @property
-    def diagonal(self) -> bool:
-        """One number a unit: diagonal recurrent weights, and biases."""
-        return len(self.shape) == 1
 
+class PerUnit(Carried):
+    """Γ^{ν,k} of all matrices of a layer, one tensor a state for each group of matrices of one shape.
 
-class Sensitivity:
-    """Γ^{ν,k} of all matrices of a layer, zero at first, advanced in place.
-
-    matrices, weights: all of the layer's, recurrent and input; weights (N, M), or (N,) for a diagonal one
-    or a bias. states S, batch B. dtype is what Γ is kept in; arithmetic is in the weights' dtype.
-    Bytes: S·B·(Σ_k N·M_k) numbers of dtype.
+    matrices, weights: all of the layer's, recurrent and input, of any shape (`weights.py`). states S, batch B.
+    dtype is what Γ is kept in; arithmetic is in the weights' dtype. Bytes: S·B·(Σ_k N·M_k) numbers of dtype.
     """
 
     def __init__(
@@ -53,44 +92,36 @@ class Sensitivity:
         for index, weight in enumerate(weights):
             by_shape.setdefault(tuple(weight.shape), []).append(index)
         for shape, indices in by_shape.items():
-            units, fan_in = (*shape, 1)[:2]
-            device, numbers = weights[0].device, len(indices) * units * fan_in
-            chosen, why = ops.choose_gamma(backend, device, weights[0].dtype, dtype, numbers)
+            first = weights[indices[0]]
+            fan_in = weight_ops.fan_in(first)
+            units = first.numel() // fan_in
+            numbers = len(indices) * first.numel()
+            chosen, why = ops.choose_gamma(backend, first.device, first.dtype, dtype, numbers)
             if len(shape) == 1:
                 chosen, why = "torch", "one number a unit"
+            elif len(shape) == 3 and chosen == "triton":
+                chosen, why = "torch", "kernels take dense matrices, not blocks"
             gammas = [
-                torch.zeros(batch, len(indices), units, fan_in, dtype=dtype, device=device)
+                torch.zeros(batch, len(indices), units, fan_in, dtype=dtype, device=first.device)
                 for _ in range(states)
             ]
             self.groups.append(Group([matrices[i] for i in indices], indices, shape, gammas, chosen, why))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of Γ."""
-        return sum(gamma.nbytes for group in self.groups for gamma in group.gammas)
-
     def tensors(self) -> list[Tensor]:
-        """Γ itself, in a fixed order: a checkpoint's contents."""
         return [gamma for group in self.groups for gamma in group.gammas]
 
     def forget_(self, rows: Tensor | None) -> None:
-        """Set Γ to zero for the batch rows where `rows` (B,) is True, or for all. Mutates Γ."""
         for gamma in self.tensors():
             if rows is None:
                 gamma.zero_()
             else:
                 gamma[rows] = 0
 
-    def step_(
-        self, lin: Linearization, m: Tensor, inputs: Tensor | None = None, delta: Tensor | None = None
-    ) -> list[Tensor] | None:
-        """Advance Γ by each step of `lin` in turn; with delta (S, T, B, N), return Σ δ ⊙ Γ a matrix.
-
-        m (S, S, T, B, N) is `rfp.transition`'s; inputs (T, B, I) what input matrices read. Mutates Γ.
-        """
+    def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
+        lin, m = block.lin, block.m
         totals = []
         for group in self.groups:
-            phi, y = rfp.immediates(group.matrices, lin), rfp.signals(group.matrices, lin, inputs)
+            phi, y = rfp.immediates(group.matrices, lin), rfp.signals(group.matrices, lin, block.inputs)
             total: Tensor | None = None
             for t in range(lin.steps):
                 part = ops.gamma_step_(
@@ -99,7 +130,6 @@ class Sensitivity:
                     phi.select(1, t),
                     y[t],
                     None if delta is None else delta.select(1, t),
-                    diagonal=group.diagonal,
                     backend=group.backend,
                 )
                 total = part if total is None or part is None else total.add_(part)
@@ -127,26 +157,20 @@ class Sensitivity:
             recorded.diagonals,
             recorded.inputs,
             delta,
+            recorded.rule,
         )
         gradients = self._by_matrix(totals)
         assert gradients is not None
         return gradients, for_input
 
-    def chunk_(
-        self, lin: Linearization, m: Tensor, inputs: Tensor | None = None, credit: Tensor | None = None
-    ) -> list[Tensor] | None:
-        """Advance Γ over all steps of `lin` at once; with credit M(1)ᵀλ(1) (S, B, N), return Σ credit ⊙ Γ₀.
-
-        Arguments as in `step_`. The steps' own part of the gradient is `rfp.weight_gradients`. Mutates Γ.
-        """
+    def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
         totals = [
             ops.gamma_chunk_(
                 group.gammas,
-                m,
-                rfp.immediates(group.matrices, lin),
-                rfp.signals(group.matrices, lin, inputs),
+                block.m,
+                rfp.immediates(group.matrices, block.lin),
+                rfp.signals(group.matrices, block.lin, block.inputs),
                 credit,
-                diagonal=group.diagonal,
                 backend=group.backend,
             )
             for group in self.groups
@@ -154,7 +178,6 @@ class Sensitivity:
         return self._by_matrix(totals)
 
     def read(self, credit: Tensor) -> list[Tensor]:
-        """Σ_b credit ⊙_rows Γ a matrix, of its weight's shape. credit (S, B, N)."""
         gradients = self._by_matrix([rfp.gamma_read(group.gammas, credit) for group in self.groups])
         assert gradients is not None
         return gradients
@@ -164,6 +187,166 @@ class Sensitivity:
         found: dict[int, Tensor] = {}
         for group, total in zip(self.groups, totals, strict=True):
             if total is not None:
-                gradients = total.flatten(1).unbind() if group.diagonal else total.unbind()
+                gradients = total.view(-1, *group.shape).unbind()
                 found.update(zip(group.indices, gradients, strict=True))
         return [found[index] for index in sorted(found)] or None
+
+
+class _StepByStep(Carried):
+    """What is advanced one step at a time and has no formula for a chunk."""
+
+    def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
+        totals: list[Tensor] | None = None
+        for t in range(block.steps):
+            self._advance(block, t)
+            if delta is not None:
+                parts = self.read(delta[:, t])
+                totals = parts if totals is None else [a.add_(b) for a, b in zip(totals, parts, strict=True)]
+        return totals
+
+    def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
+        gradients = None if credit is None else self.read(credit)
+        self.step_(block)
+        return gradients
+
+    @abstractmethod
+    def _advance(self, block: Block, t: int) -> None:
+        """Advance by step t of the block."""
+
+
+class Exact(_StepByStep):
+    """γ of exact RTRL (`reference.rtrl`); blocks carry the recurrent weights that their steps ran with."""
+
+    def __init__(
+        self, matrices: Sequence[Matrix], weights: Sequence[Tensor], states: int, batch: int
+    ) -> None:
+        self._gamma = rtrl.ExactSensitivity(matrices, weights, states, batch)
+
+    def tensors(self) -> list[Tensor]:
+        return self._gamma.gammas
+
+    def forget_(self, rows: Tensor | None) -> None:
+        for gamma in self.tensors():
+            if rows is None:
+                gamma.zero_()
+            else:
+                gamma[rows] = 0
+
+    def _advance(self, block: Block, t: int) -> None:
+        assert block.weights is not None
+        self._gamma.step_(block.lin, t, block.weights, block.inputs)
+
+    def read(self, credit: Tensor) -> list[Tensor]:
+        return self._gamma.read(credit)
+
+
+class RankOne(_StepByStep):
+    """Unbiased online recurrent optimization (UORO; Tallec & Ollivier 2018): γ ≈ c̃ θ̃ᵀ, a row of the batch each.
+
+        c̃ ← ρ₀ J c̃ + ρ₁ σ        θ̃ ← θ̃ / ρ₀ + Rᵀσ / ρ₁        σ random signs, (S, B, N)
+        ρ₀² = ‖θ̃‖ / ‖J c̃‖         ρ₁² = ‖Rᵀσ‖ / ‖σ‖
+
+    With weights that stay as they are E[c̃ θ̃ᵀ] = γ: the gradient is unbiased, and noisy. Numbers: B·(S·N +
+    Σ_k N·M_k). seed: of the signs, which are drawn on the CPU.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Matrix], weights: Sequence[Tensor], states: int, batch: int, seed: int
+    ) -> None:
+        first = weights[0]
+        units = first.numel() // weight_ops.fan_in(first)
+        self._matrices = list(matrices)
+        self._shapes = [tuple(weight.shape) for weight in weights]
+        self._c = first.new_zeros(states, batch, units)
+        self._theta = [first.new_zeros(batch, units, weight_ops.fan_in(weight)) for weight in weights]
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def tensors(self) -> list[Tensor]:
+        return [self._c, *self._theta, self._generator.get_state()]
+
+    def load_(self, tensors: Sequence[Tensor]) -> None:
+        *own, generator = tensors
+        for target, source in zip((self._c, *self._theta), own, strict=True):
+            target.copy_(source)
+        self._generator.set_state(generator.cpu())
+
+    def forget_(self, rows: Tensor | None) -> None:
+        keep = slice(None) if rows is None else rows
+        self._c[:, keep] = 0
+        for theta in self._theta:
+            theta[keep] = 0
+
+    def _advance(self, block: Block, t: int) -> None:
+        assert block.weights is not None
+        lin = block.lin
+        if lin.resets is not None:
+            self.forget_(lin.resets[t])
+        moved = self._through_jacobian(block, t)
+        signs = torch.randint(0, 2, self._c.shape, generator=self._generator) * 2 - 1
+        signs = signs.to(self._c)
+        entering = []
+        for matrix, theta in zip(self._matrices, self._theta, strict=True):
+            rows = torch.zeros_like(self._c[0])
+            for nu, phi in lin.immediate(matrix).items():
+                rows.addcmul_(signs[nu], phi[t])
+            y = rfp.signal(matrix, lin, block.inputs)[t]
+            read = rfp.rows_read(y[:, None], theta.shape[-1])[:, 0]
+            entering.append(rows[:, :, None] * read)
+        before, after = _ratio(_norm(self._theta), _norm([moved.transpose(0, 1)]))
+        drawn, given = _ratio(_norm(entering), _norm([signs.transpose(0, 1)]))
+        self._c = moved * before[:, None] + signs * drawn[:, None]
+        for theta, new in zip(self._theta, entering, strict=True):
+            theta.mul_(after[:, None, None]).add_(new * given[:, None, None])
+
+    def _through_jacobian(self, block: Block, t: int) -> Tensor:
+        """J(t) c̃ (S, B, N)."""
+        lin = block.lin
+        out = torch.zeros_like(self._c)
+        for source, entries in enumerate(lin.partials.own):
+            for nu, own in entries.items():
+                out[nu].addcmul_(own[t], self._c[source])
+        recurrent = self._matrices[: len(block.weights or ())]
+        for matrix, weight in zip(recurrent, block.weights or (), strict=True):
+            arrived = weight_ops.multiply(weight, self._c[state_read(matrix)])
+            for nu, phi in lin.immediate(matrix).items():
+                out[nu].addcmul_(phi[t], arrived)
+        return out
+
+    def read(self, credit: Tensor) -> list[Tensor]:
+        share = (credit * self._c).sum((0, 2))
+        totals = [torch.einsum("b,bnm->nm", share, theta) for theta in self._theta]
+        return [total.reshape(shape) for total, shape in zip(totals, self._shapes, strict=True)]
+
+
+def _norm(parts: Sequence[Tensor]) -> Tensor:
+    """Norm over all but the batch, (B,), of arrays (B, …) taken together."""
+    return torch.stack([part.flatten(1).square().sum(1) for part in parts]).sum(0).sqrt()
+
+
+def _ratio(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """√(a/b) and its inverse, (B,); 1 where either is zero, so that neither is lost."""
+    degenerate = (a == 0) | (b == 0)
+    ratio = torch.where(degenerate, torch.ones_like(a), (a / b).sqrt())
+    return ratio, 1 / ratio
+
+
+class Nothing(Carried):
+    """Truncated BPTT: what lies before the chunk counts for nothing."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._zeros = [torch.zeros_like(weight) for weight in weights]
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+    def forget_(self, rows: Tensor | None) -> None:
+        pass
+
+    def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
+        raise AssertionError("truncated BPTT has no step form")
+
+    def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
+        return None if credit is None else self._zeros
+
+    def read(self, credit: Tensor) -> list[Tensor]:
+        return self._zeros

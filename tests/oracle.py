@@ -2,7 +2,8 @@
 
 Nothing here is shared with the package but the argument order. `rgc` with through="full" is the network
 itself; through="own" is the graph whose exact gradient RFP's gradient is (docs/math.md): a matrix passes
-gradients to its weights, and to the state through its diagonal alone.
+gradients to its weights, and to the state through its diagonal alone; through="through nothing" is e-prop's: to its
+weights alone. A weight is (N, N), (H, b, b) along the diagonal, or (N,), the diagonal.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from torch import Tensor
 
 def matvec(weight: Tensor, c: Tensor, through: str) -> Tensor:
     if weight.dim() == 1:
-        return c * weight
+        return (c.detach() if through == "through nothing" else c) * weight
+    if weight.dim() == 3:
+        weight = torch.block_diag(*weight)
     if through == "full":
         return c @ weight.T
+    if through == "through nothing":
+        return c.detach() @ weight.T
     return c.detach() @ weight.T + weight.diagonal().detach() * (c - c.detach())
 
 

@@ -10,6 +10,7 @@ import torch
 
 from rjepa_triton import RGC, OnlineLearner
 from rjepa_triton.bench import exactness, record, summary
+from rjepa_triton.cells import RGCCell
 from rjepa_triton.reference import rtrl
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ def test_bytes_of_learning_state() -> None:
     learner = OnlineLearner(RGC(units), batch, form="step")
     assert learner.nbytes == 32 * batch * units**2 + 8 * batch * units
     weights = [torch.zeros(units, units) for _ in range(4)]
-    assert rtrl.ExactSensitivity(2, batch, units, weights).nbytes == 32 * batch * units**3
+    assert rtrl.ExactSensitivity(RGCCell().matrices, weights, 2, batch).nbytes == 32 * batch * units**3
 
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

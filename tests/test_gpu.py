@@ -139,7 +139,7 @@ def test_gamma_of_more_than_2_to_the_31_numbers() -> None:
     def wide(a: Tensor) -> Tensor:
         return a.double()
 
-    (want,) = rfp.advanced([wide(before)], wide(m[:, :, rows]), wide(phi[:, rows]), wide(y[rows])[:, :, None])
+    (want,) = rfp.advanced([wide(before)], wide(m[:, :, rows]), wide(phi[:, rows]), wide(y[rows]))
     assert oracle.relative([gamma[rows]], [want]) < TOLERANCE
     # a row that was zero is φ yᵀ
     outer = phi[0, 300, 0].double()[:, None] * y[300, 0].double()

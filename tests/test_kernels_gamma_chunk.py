@@ -56,7 +56,7 @@ def _reference(problem: dict) -> tuple[list[Tensor], Tensor]:
     old = [g.double() for g in problem["gammas"]]
     new = rfp.carried(old, problem["whole"].double())
     for nu, gamma in enumerate(new):
-        rfp.add_arriving_(gamma, problem["arriving"][nu].double(), problem["y"].double(), diagonal=False)
+        rfp.add_arriving_(gamma, problem["arriving"][nu].double(), problem["y"].double())
     return new, rfp.gamma_read(old, problem["credit"].double())
 
 
@@ -169,7 +169,7 @@ def test_a_chunk_is_its_steps_one_by_one():
             by_step,
             m[:, :, t].double(),
             phi[:, t].double(),
-            y[t].double().unsqueeze(-2),
+            y[t].double(),
             delta[:, t].double(),
         )
         for t in range(steps)

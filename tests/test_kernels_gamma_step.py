@@ -49,7 +49,7 @@ def _reference(
 ) -> tuple[list[Tensor], Tensor | None]:
     new = [g.double() for g in gammas]
     wide = None if delta is None else delta.double()
-    gradient = rfp.gamma_step_(new, m.double(), phi.double(), y.double()[:, :, None], wide)
+    gradient = rfp.gamma_step_(new, m.double(), phi.double(), y.double(), wide)
     return new, gradient
 
 

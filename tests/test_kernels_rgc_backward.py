@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton.cells import Linearization, RGCCell
+from rjepa_triton.cells import RGCCell
 from rjepa_triton.reference import bptt, rfp
+from rjepa_triton.two_point import Linearization
 
 pytest.importorskip("triton")
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton.cells import RGCCell, Trajectory
+from rjepa_triton.cells import RGCCell
+from rjepa_triton.two_point import Trajectory
 
 pytest.importorskip("triton")
 

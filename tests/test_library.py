@@ -21,8 +21,10 @@ def test_the_operators_keep_their_contract(learning: str, steps: int, diagonal: 
     x, weights, (s0, m0), _, _ = oracle.problem(steps, 2, 3, diagonal=diagonal)
     x = x.detach()[None].requires_grad_()
     resets = torch.rand(steps, 2) < 0.3
-    torch.library.opcheck(torch.ops.rjepa_triton.rgc.default, (x, s0, m0, weights, resets, learning, "torch"))
-    states, saved = torch.ops.rjepa_triton.rgc(x, s0, m0, weights, resets, learning, "torch")
+    torch.library.opcheck(
+        torch.ops.rjepa_triton.rgc.default, (x, s0, m0, weights, resets, learning, 0, "torch")
+    )
+    states, saved = torch.ops.rjepa_triton.rgc(x, s0, m0, weights, resets, learning, 0, "torch")
     plain = [w.detach() for w in weights]
     torch.library.opcheck(
         torch.ops.rjepa_triton.rgc_gradients.default,
@@ -34,6 +36,7 @@ def test_the_operators_keep_their_contract(learning: str, steps: int, diagonal: 
             resets,
             torch.randn_like(states),
             learning,
+            0,
             "torch",
         ),
     )

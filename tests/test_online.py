@@ -475,7 +475,9 @@ def test_auto_chooses_by_cost(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_gamma_that_does_not_fit_is_refused_with_what_would() -> None:
-    with pytest.raises(ValueError, match=r"keeps a Γ of 32,000,\d+,\d+ bytes.*form='history' takes"):
+    with pytest.raises(
+        ValueError, match=r"carries sensitivities of 32,000,\d+,\d+ bytes.*form='history' takes"
+    ):
         OnlineLearner(RGC(1000), 1000, form="step")
 
 

@@ -53,5 +53,6 @@ def test_bench_and_kernels_are_found_in_a_checkout() -> None:
 
 
 def test_what_is_exported() -> None:
-    assert set(rjepa_triton.__all__) == {"RGC", "OnlineLearner", "functional", "nn"}
+    assert all(hasattr(rjepa_triton, name) for name in rjepa_triton.__all__)
+    assert set(rjepa_triton.nn.__all__) <= set(rjepa_triton.__all__)
     assert (Path(rjepa_triton.__file__).parent / "py.typed").exists()

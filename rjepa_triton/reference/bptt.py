@@ -14,19 +14,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cells import Linearization, Matrix
+from .. import weights as weight_ops
+from ..two_point import Linearization, Matrix
 
 
 def credits(
-    lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor], delta: Tensor
+    lin: Linearization,
+    matrices: Sequence[Matrix],
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    carry: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact credits λ (S, T, B, N) for delta (S, T, B, N), and what they pass to the initial state (S, B, N).
 
-    matrices and weights: the recurrent ones, (N, N) or (N,) each.
+    matrices and weights: the recurrent ones, of any shape (`weights.py`); carry (S, B, N) or None: credit
+    that later steps pass to the last.
     """
     count, steps = delta.shape[:2]
     credit = torch.empty_like(delta)
-    credit[:, -1] = delta[:, -1]
+    credit[:, -1] = delta[:, -1] if carry is None else delta[:, -1] + carry
     by_source = [_Source(lin, nu, matrices, weights) for nu in range(count)]
     keep = None if lin.resets is None else (~lin.resets).to(delta.dtype)[..., None].unbind(0)
     credit_at, delta_at = credit.unbind(1), delta.unbind(1)
@@ -47,15 +53,15 @@ class _Source:
         self, lin: Linearization, source: int, matrices: Sequence[Matrix], weights: Sequence[Tensor]
     ) -> None:
         self.own = [(nu, a.unbind(0)) for nu, a in lin.partials.own[source].items()]
-        self.diagonal: list[tuple[dict[int, tuple[Tensor, ...]], Tensor]] = []
+        self.sparse: list[tuple[dict[int, tuple[Tensor, ...]], Tensor]] = []  # diagonal and block-diagonal
         self.dense: list[dict[int, tuple[Tensor, ...]]] = []
         dense_weights = []
         for matrix, weight in zip(matrices, weights, strict=True):
             if matrix.reads != source:
                 continue
             phi = {nu: value.unbind(0) for nu, value in lin.immediate(matrix).items()}
-            if weight.dim() == 1:
-                self.diagonal.append((phi, weight))
+            if weight.dim() != 2:
+                self.sparse.append((phi, weight))
             else:
                 self.dense.append(phi)
                 dense_weights.append(weight)
@@ -74,8 +80,9 @@ class _Source:
             out = self.entering.flatten(1) @ self.joined
         for nu, own in self.own:
             out.addcmul_(own[t], credit[nu])
-        for phi, weight in self.diagonal:
-            out.addcmul_(_entering(phi, t, credit, out=torch.empty_like(out)), weight)
+        for phi, weight in self.sparse:
+            entering = _entering(phi, t, credit, out=torch.empty_like(out))
+            out += weight_ops.multiply_transposed(weight, entering)
         return out
 
 

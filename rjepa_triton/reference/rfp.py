@@ -27,24 +27,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cells import Linearization, Matrix, state_read
+from .. import weights as weight_ops
+from ..two_point import Linearization, Matrix, state_read
+
+# Rules that are this recursion with more or less of M kept.
+RULES = ("rfp", "eprop", "rflo", "snap0")
 
 
-def transition(lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor]) -> Tensor:
+def transition(
+    lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor], rule: str = "rfp"
+) -> Tensor:
     """M (S, S, T, B, N): each unit's own S×S transition, zero where the state was reset.
 
-    matrices and weights: the recurrent ones, (N, N) or (N,) each.
+    matrices and weights: the recurrent ones, of any shape (`weights.py`), or their own parts (N,).
+    rule: what of M is kept.
+        "rfp"    all: SnAp-1 (Menick et al. 2021) with each unit's S×S block
+        "eprop"  A: the path through no matrix (e-prop's eligibility trace, Bellec et al. 2020)
+        "rflo"   A's diagonal: each state's own leak (random-feedback local online learning's trace, Murray
+                 2019; the feedback itself is the caller's)
+        "snap0"  nothing: the step's immediate sensitivity alone
     """
     states = range(lin.before.shape[0])
     terms: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-    for matrix, weight in zip(matrices, weights, strict=True):
-        diagonal = weight if weight.dim() == 1 else weight.diagonal()
-        for nu, phi in lin.immediate(matrix).items():
-            terms.setdefault((nu, state_read(matrix)), []).append((phi, diagonal))
+    if rule == "rfp":
+        for matrix, weight in zip(matrices, weights, strict=True):
+            for nu, phi in lin.immediate(matrix).items():
+                terms.setdefault((nu, state_read(matrix)), []).append((phi, weight_ops.own(weight)))
     entries = []
     for nu in states:
         for source in states:
-            entry = lin.partials.own[source].get(nu)
+            kept = rule in ("rfp", "eprop") or (rule == "rflo" and nu == source)
+            entry = lin.partials.own[source].get(nu) if kept else None
             for phi, diagonal in terms.get((nu, source), []):
                 entry = phi * diagonal if entry is None else torch.addcmul(entry, phi, diagonal)
             entries.append(torch.zeros_like(lin.before[0]) if entry is None else entry)
@@ -124,7 +137,7 @@ def immediates(matrices: Sequence[Matrix], lin: Linearization) -> Tensor:
 
 
 def signals(matrices: Sequence[Matrix], lin: Linearization, inputs: Tensor | None) -> Tensor:
-    """What some matrices of one fan-in read, (T, B, K, M)."""
+    """What some matrices of one shape read, (T, B, K, Y): see `rows_read` for Y."""
     return torch.stack([signal(matrix, lin, inputs) for matrix in matrices], dim=2)
 
 
@@ -136,13 +149,6 @@ def entering_credit(matrix: Matrix, lin: Linearization, credit: Tensor) -> Tenso
     return torch.zeros_like(credit[0]) if out is None else out
 
 
-def weight_gradient(entering: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Σ_{t,b} E(t) y(t)ᵀ, of the shape of `weight`: (N, M), or (N,) for a diagonal matrix or a bias."""
-    if weight.dim() == 1:
-        return (entering * y).flatten(0, -2).sum(0)
-    return entering.flatten(0, -2).mT @ y.flatten(0, -2)
-
-
 def weight_gradients(
     lin: Linearization,
     matrices: Sequence[Matrix],
@@ -152,7 +158,7 @@ def weight_gradients(
 ) -> list[Tensor]:
     """The dual form's last step: one product a matrix over all of (T, B). credit λ (S, T, B, N)."""
     return [
-        weight_gradient(entering_credit(matrix, lin, credit), signal(matrix, lin, inputs), weight)
+        weight_ops.outer(entering_credit(matrix, lin, credit), signal(matrix, lin, inputs), weight)
         for matrix, weight in zip(matrices, weights, strict=True)
     ]
 
@@ -188,12 +194,24 @@ def carried(gammas: Sequence[Tensor], m: Tensor) -> list[Tensor]:
     return out
 
 
-def advanced(gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor) -> list[Tensor]:
-    """Γ one step on, out of place: `carried` and φ yᵀ. phi (S, B, K, N).
+def rows_read(y: Tensor, fan_in: int) -> Tensor:
+    """y (B, K, Y) as it meets Γ (B, K, N, M), M = fan_in: what each row's unit reads.
 
-    y broadcasts against Γ: (B, K, 1, M) for dense matrices, (B, K, N, 1) for diagonal ones.
+    Y = M: all rows read the same, (B, K, 1, M). Else Y = N, and each row reads the M numbers of its head:
+    (B, K, N, M); a diagonal weight or a bias is the case M = 1.
     """
-    return [kept + phi[nu][..., None] * y for nu, kept in enumerate(carried(gammas, m))]
+    if y.shape[-1] == fan_in:
+        return y[..., None, :]
+    if fan_in == 1:
+        return y[..., None]
+    by_head = y.unflatten(-1, (-1, 1, fan_in))
+    return by_head.expand(*by_head.shape[:-2], fan_in, fan_in).flatten(-3, -2)
+
+
+def advanced(gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor) -> list[Tensor]:
+    """Γ one step on, out of place: `carried` and φ yᵀ. phi (S, B, K, N), y (B, K, Y)."""
+    read = rows_read(y, gammas[0].shape[-1])
+    return [kept + phi[nu][..., None] * read for nu, kept in enumerate(carried(gammas, m))]
 
 
 def read_rows(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
@@ -244,13 +262,11 @@ def gamma_chunk_(
     phi: Tensor,
     y: Tensor,
     credit: Tensor | None = None,
-    *,
-    diagonal: bool = False,
 ) -> Tensor | None:
     """Advance Γ in place by C steps; with credit M(1)ᵀλ(1) (S, B, N), return Σ_{b,ν} credit ⊙_rows Γ₀ too.
 
     suffix (S, S, C, B, N) and whole (S, S, B, N) as `suffix_products` returns them; phi (S, C, B, K, N);
-    y (C, B, K, M), or (C, B, K, N) with diagonal=True, where Γ's M is 1. Mutates gammas.
+    y (C, B, K, Y), Y as in `rows_read`. Mutates gammas.
     """
     entering = arriving(suffix, phi)
     rows = _rows(gammas)
@@ -263,7 +279,7 @@ def gamma_chunk_(
             total = part if total is None else total.add_(part)
         new = carried(old, whole[:, :, block])
         for nu, value in enumerate(new):
-            add_arriving_(value, entering[nu][:, block], y[:, block], diagonal)
+            add_arriving_(value, entering[nu][:, block], y[:, block])
         for target, value in zip(old, new, strict=True):
             target.copy_(value)
     return total
@@ -278,10 +294,14 @@ def arriving(suffix: Tensor, phi: Tensor) -> Tensor:
     return out
 
 
-def add_arriving_(gamma: Tensor, entering: Tensor, y: Tensor, diagonal: bool) -> None:
-    """Γ += Σ_t U(t) y(t)ᵀ: gamma (B, K, N, M), entering (C, B, K, N), y (C, B, K, M or N). Mutates gamma."""
-    if diagonal:
-        gamma.add_((entering * y).sum(0)[..., None])
-    else:
+def add_arriving_(gamma: Tensor, entering: Tensor, y: Tensor) -> None:
+    """Γ += Σ_t U(t) y(t)ᵀ: gamma (B, K, N, M), entering (C, B, K, N), y (C, B, K, Y). Mutates gamma."""
+    fan_in = gamma.shape[-1]
+    if y.shape[-1] == fan_in:
         left, right = entering.permute(1, 2, 3, 0), y.permute(1, 2, 0, 3)
         gamma.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
+    elif fan_in == 1:
+        gamma.add_((entering * y).sum(0)[..., None])
+    else:
+        by_head = (a.unflatten(-1, (-1, fan_in)) for a in (entering, y))
+        gamma.add_(torch.einsum("cbkhi,cbkhj->bkhij", *by_head).flatten(2, 3))

@@ -1,9 +1,12 @@
-"""Exact real-time recurrent learning (Williams & Zipser 1989; paper, eq. 15).
+"""Exact real-time recurrent learning (Williams & Zipser 1989; paper, eq. 15), head by head.
 
-    γ(t) = J(t) γ(t-1) + R(t)        γ ∈ R^{SN × P}, P the number of recurrent weights
+    γ(t) = J(t) γ(t-1) + R(t)        γ ∈ R^{SN × P}, P the number of weights
 
-J is the layer's full recurrent Jacobian and R the immediate term, R[(ν, i), (k, i, j)] = φ^{ν,k}_i y^k_j. For
-K dense matrices P = K·N², so γ takes S·K·B·N³ numbers and a step 2·B·(S·N)²·K·N² FLOP: 32·B·N⁴ for RGC.
+J is the layer's full recurrent Jacobian and R the immediate term, R[(ν, i), (k, i, j)] = φ^{ν,k}_i y^k_j. With
+recurrent weights that join units within H heads of b = N/H alone (`weights.py`), J is block-diagonal and a weight
+of unit i meets the states of i's head alone. So γ takes S·b·B·Σ_k N·M_k numbers, and a step
+2·B·(S·b)²·Σ_k N·M_k FLOP. For K dense matrices (H = 1, b = M = N) that is S·K·B·N³ numbers and 2·S²·K·B·N⁴
+FLOP (32·B·N⁴ for RGC); for recurrent blocks of b = M = √N it is S·K·B·N² numbers, as many as Γ of dense ones.
 The gradient is exact for any two-point cell.
 """
 
@@ -14,86 +17,131 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cells import Linearization, Matrix, state_read
+from .. import weights as weight_ops
+from ..two_point import Linearization, Matrix, state_read
+from . import rfp
 
 
-def jacobian(lin: Linearization, t: int, matrices: Sequence[Matrix], weights: Sequence[Tensor]) -> Tensor:
-    """J(t) (B, S·N, S·N) = ∂c(t)/∂c(t-1), zero for rows reset at t."""
+def joint_heads(weights: Sequence[Tensor], units: int) -> int:
+    """H: the finest division of the units that all recurrent weights keep to. N if there are none."""
+    return min((weight_ops.heads_of(weight) for weight in weights), default=units)
+
+
+def jacobian(
+    lin: Linearization, t: int, matrices: Sequence[Matrix], weights: Sequence[Tensor], heads: int = 1
+) -> Tensor:
+    """J(t) (B, H, S·b, S·b) = ∂c(t)/∂c(t-1) of each head, zero for rows reset at t.
+
+    matrices and weights: the recurrent ones.
+    """
     count, _, batch, units = lin.before.shape
-    out = lin.before.new_zeros(batch, count, units, count, units)
+    size = units // heads
+    out = lin.before.new_zeros(batch, heads, count, size, count, size)
     for source, entries in enumerate(lin.partials.own):
         for nu, own in entries.items():
-            out[:, nu, :, source].diagonal(dim1=1, dim2=2).add_(own[t])
+            diagonal = out[:, :, nu, :, source].diagonal(dim1=2, dim2=3)
+            diagonal.add_(own[t].unflatten(-1, (heads, size)))
     for matrix, weight in zip(matrices, weights, strict=True):
         for nu, phi in lin.immediate(matrix).items():
-            block = out[:, nu, :, state_read(matrix)]
+            block = out[:, :, nu, :, state_read(matrix)]
+            by_head = phi[t].unflatten(-1, (heads, size))
             if weight.dim() == 1:
-                block.diagonal(dim1=1, dim2=2).addcmul_(phi[t], weight)
+                block.diagonal(dim1=2, dim2=3).addcmul_(by_head, weight.view(heads, size))
             else:
-                block.addcmul_(phi[t][:, :, None], weight)
+                block.addcmul_(by_head[..., None], weight.view(heads, size, size))
     if lin.resets is not None:
-        out.masked_fill_(lin.resets[t][:, None, None, None, None], 0)
-    return out.flatten(3).flatten(1, 2)
+        out.masked_fill_(lin.resets[t].view(-1, *(1,) * 5), 0)
+    return out.flatten(4).flatten(2, 3)
 
 
 class ExactSensitivity:
-    """γ, advanced one step at a time.
+    """γ, zero at first, advanced one step at a time.
 
-    count S, batch B, units N; weights: the recurrent ones, whose shapes it keeps. Two buffers of γ's size,
-    since a product can't be made in place.
+    matrices, weights: all whose gradient is wanted; those that read a state are the recurrent ones, and make
+    J. states S, batch B. γ of the matrices of one shape lies together, (B, H, S, b, K, b, M). Two buffers of
+    γ's size, since a product can't be made in place.
     """
 
-    def __init__(self, count: int, batch: int, units: int, weights: Sequence[Tensor]) -> None:
-        self.count, self.units = count, units
-        self.shapes = [tuple(w.shape) for w in weights]
-        self.sizes = [w.numel() for w in weights]
-        self.gamma = weights[0].new_zeros(batch, count * units, sum(self.sizes))
-        self._spare = torch.empty_like(self.gamma)
-        self._own, self._spare_own = self._own_rows(self.gamma), self._own_rows(self._spare)
+    def __init__(
+        self, matrices: Sequence[Matrix], weights: Sequence[Tensor], states: int, batch: int
+    ) -> None:
+        self.states = states
+        self.recurrent = [i for i, matrix in enumerate(matrices) if isinstance(matrix.reads, int)]
+        self.matrices = list(matrices)
+        first = weights[0]
+        self.units = first.shape[0] if first.dim() < 3 else first.shape[0] * first.shape[1]
+        self.heads = joint_heads([weights[i] for i in self.recurrent], self.units)
+        size = self.units // self.heads
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, weight in enumerate(weights):
+            by_shape.setdefault(tuple(weight.shape), []).append(i)
+        self.groups = list(by_shape.items())
+        self.gammas = [
+            first.new_zeros(
+                batch, self.heads, states, size, len(indices), size, weight_ops.fan_in(weights[indices[0]])
+            )
+            for _, indices in self.groups
+        ]
+        self._spare = [torch.empty_like(gamma) for gamma in self.gammas]
 
     @property
     def nbytes(self) -> int:
         """Bytes of γ itself, without the second buffer."""
-        return self.gamma.nbytes
+        return sum(gamma.nbytes for gamma in self.gammas)
 
     def step_(
-        self, lin: Linearization, t: int, matrices: Sequence[Matrix], weights: Sequence[Tensor]
+        self, lin: Linearization, t: int, weights: Sequence[Tensor], inputs: Tensor | None = None
     ) -> None:
-        """γ ← J γ + R at step t of `lin`. Mutates γ."""
-        torch.bmm(jacobian(lin, t, matrices, weights), self.gamma, out=self._spare)
-        self.gamma, self._spare = self._spare, self.gamma
-        self._own, self._spare_own = self._spare_own, self._own
-        for matrix, own in zip(matrices, self._own, strict=True):
-            y = lin.before[state_read(matrix), t]
-            for nu, phi in lin.immediate(matrix).items():
-                if own[nu].dim() == 2:
-                    own[nu].addcmul_(phi[t], y)
-                else:
-                    own[nu].addcmul_(phi[t][:, None, :], y[:, :, None])
+        """γ ← J γ + R at step t of `lin`. weights: the recurrent ones; inputs (T, B, I) or None. Mutates γ."""
+        recurrent = [self.matrices[i] for i in self.recurrent]
+        step = jacobian(lin, t, recurrent, weights, self.heads).flatten(0, 1)
+        for g, (_, indices) in enumerate(self.groups):
+            old, new = self.gammas[g], self._spare[g]
+            torch.bmm(step, old.flatten(0, 1).flatten(1, 2).flatten(2), out=_rows(new))
+            self.gammas[g], self._spare[g] = new, old
+            for k, index in enumerate(indices):
+                matrix = self.matrices[index]
+                y = self._read(rfp.signal(matrix, lin, inputs)[t], new.shape[-1])
+                for nu, phi in lin.immediate(matrix).items():
+                    own = new[:, :, nu, :, k].diagonal(dim1=2, dim2=3)  # (B, H, M, b): unit i against row i
+                    own.addcmul_(self._by_head(phi[t])[:, :, None], y)
+
+    def _by_head(self, per_unit: Tensor) -> Tensor:
+        """(B, N) → (B, H, b)."""
+        return per_unit.unflatten(-1, (self.heads, -1))
+
+    def _read(self, y: Tensor, fan_in: int) -> Tensor:
+        """y (B, Y), Y as in `rfp.rows_read`, against a matrix's own rows (B, H, M, b)."""
+        if y.shape[-1] == fan_in:
+            return y[:, None, :, None]
+        return self._by_head(y)[:, :, None] if fan_in == 1 else self._by_head(y)[..., None]
 
     def read(self, delta: Tensor) -> list[Tensor]:
-        """Σ_b δ · γ for each weight. delta (S, B, N)."""
-        total = torch.mv(self.gamma.flatten(0, 1).t(), delta.transpose(0, 1).flatten())
-        return [g.view(shape) for g, shape in zip(total.split(self.sizes), self.shapes, strict=True)]
+        """Σ_b δ · γ for each weight, of its shape. delta (S, B, N)."""
+        batch = delta.shape[1]
+        by_head = delta.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3).reshape(batch * self.heads, 1, -1)
+        found: dict[int, Tensor] = {}
+        for (shape, indices), gamma in zip(self.groups, self.gammas, strict=True):
+            total = torch.bmm(by_head, _rows(gamma)).view(batch, self.heads, *gamma.shape[4:]).sum(0)
+            for k, index in enumerate(indices):
+                found[index] = total[:, k].reshape(shape)
+        return [found[index] for index in sorted(found)]
 
-    def _own_rows(self, gamma: Tensor) -> list[list[Tensor]]:
-        """Views of γ where unit i meets row i, by weight, then state: (B, M, N), or (B, N) if diagonal."""
-        views = []
-        for part, shape in zip(gamma.split(self.sizes, dim=2), self.shapes, strict=True):
-            by_state = part.unflatten(2, shape).unflatten(1, (self.count, self.units))
-            views.append([block.diagonal(dim1=1, dim2=2) for block in by_state.unbind(1)])
-        return views
+
+def _rows(gamma: Tensor) -> Tensor:
+    """γ (B, H, S, b, K, b, M) as (B·H, S·b, K·b·M)."""
+    return gamma.flatten(4).flatten(2, 3).flatten(0, 1)
 
 
 def weight_gradients(
     lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor], delta: Tensor
 ) -> list[Tensor]:
     """Exact gradients of the recurrent weights over a whole sequence, forward in time. delta (S, T, B, N)."""
-    count, steps, batch, units = delta.shape
-    sensitivity = ExactSensitivity(count, batch, units, weights)
+    count, steps, batch, _ = delta.shape
+    sensitivity = ExactSensitivity(matrices, weights, count, batch)
     total = [torch.zeros_like(w) for w in weights]
     for t in range(steps):
-        sensitivity.step_(lin, t, matrices, weights)
+        sensitivity.step_(lin, t, weights)
         for sum_, part in zip(total, sensitivity.read(delta[:, t]), strict=True):
             sum_.add_(part)
     return total

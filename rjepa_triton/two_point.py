@@ -1,0 +1,323 @@
+"""Two-point recurrent cells: one per-unit update, and everything that follows from it.
+
+A two-point cell (paper, Appendix D) updates each unit i from its own states, its own pre-activations and
+its own input:
+
+    c_i(t) = F(c_i(t-1), p_i(t), x_i(t)),        p^g_i(t) = Σ_{k into g} Σ_j W^k_ij y^k_j(t)
+
+where y^k is the state that matrix k reads, of the step before. A `Cell` says which states, gates
+(pre-activations), inputs and matrices there are, and gives F. From F alone follow the three per-unit
+partials that every learning rule here is made of:
+
+    own   A^{νν'} = ∂F_ν/∂c^{ν'}      the path through no matrix
+    gate  φ^{ν,g} = ∂F_ν/∂p^g         immediate sensitivity to what enters gate g
+    input X^{ν,j} = ∂F_ν/∂x^j         what is passed down to the layer's input
+
+A per-unit number that is learned, such as a decay or a bias inside a gate, is one more per-unit input: one
+that a "matrix" of shape (N,) enters which reads 1. The cells of this package are in `cells.py`.
+
+Letters: T time, B batch, N units, S states per unit, K matrices, M fan-in. Arrays are time-major.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import weights as weight_ops
+
+ByState = dict[int, Tensor]  # by the state ν that a partial is of; absent if zero by structure
+
+
+Reads = int | Literal["input", "one"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix of a layer: what it reads and what it enters.
+
+    into   ("gate", g): pre-activation g, or ("input", j): per-unit input j
+    reads  ν: state ν of the step before (a recurrent matrix); "input": the layer's input; "one": a bias
+    """
+
+    name: str
+    into: tuple[Literal["gate", "input"], int]
+    reads: Reads
+
+
+@dataclass(frozen=True)
+class Partials:
+    """Per-unit partials of F, by what they are with respect to, then by the state ν that they are of.
+
+    own[ν'][ν] = ∂F_ν/∂c^{ν'}, gate[g][ν] = ∂F_ν/∂p^g, input[j][ν] = ∂F_ν/∂x^j: tensors of the shape F was
+    evaluated at, e.g. (T, B, N). A ν that is absent stands for a partial that is zero by structure.
+    """
+
+    own: Sequence[ByState]
+    gate: Sequence[ByState]
+    input: Sequence[ByState]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A forward pass and what its backward needs.
+
+    x       (J, T, B, N)   the layer's per-unit inputs
+    states  (S, T + 1, B, N)   state before the first step, then after each step
+    saved   what the cell keeps of its gates (private to the cell)
+    resets  (T, B) bool or None: rows whose state was zeroed before that step
+    """
+
+    x: Tensor
+    states: Tensor
+    saved: Tensor
+    resets: Tensor | None = None
+
+    @property
+    def after(self) -> Tensor:
+        """(S, T, B, N): the state after each step."""
+        return self.states[:, 1:]
+
+    @property
+    def before(self) -> Tensor:
+        """(S, T, B, N): the state that each step read, zero where it was reset."""
+        before = self.states[:, :-1]
+        return before if self.resets is None else before.masked_fill(self.resets[..., None], 0)
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """The partials along a trajectory, with what the matrices read: all that a learning rule needs.
+
+    partials     each entry (T, B, N)
+    before       (S, T, B, N): the state that each step read
+    resets       (T, B) bool or None: no credit passes from that step to the one before it
+    """
+
+    partials: Partials
+    before: Tensor
+    resets: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.before.shape[1]
+
+    def immediate(self, matrix: Matrix) -> ByState:
+        """φ^{ν,k} = ∂F_ν/∂(what matrix k enters), by ν, each (T, B, N)."""
+        kind, index = matrix.into
+        return (self.partials.gate if kind == "gate" else self.partials.input)[index]
+
+
+class Cell(ABC):
+    """A two-point cell. Subclasses give the names and `update`; the rest follows.
+
+    states      names of the S states of a unit
+    gates       names of the pre-activations p^g
+    inputs      names of the per-unit inputs that the layer's input drives
+    parameters  names of further per-unit inputs, each a learned number a unit
+    matrices    the K recurrent matrices, each into a gate and reading a state; several may enter one gate
+    outputs     the states that a loss may reach
+    """
+
+    states: Sequence[str]
+    gates: Sequence[str]
+    inputs: Sequence[str] = ("x",)
+    parameters: Sequence[str] = ()
+    matrices: Sequence[Matrix]
+    outputs: Sequence[int] = (0,)
+
+    @property
+    def per_unit(self) -> tuple[str, ...]:
+        """Names of all J per-unit inputs: those driven, then the parameters."""
+        return (*self.inputs, *self.parameters)
+
+    def initial_parameters(self, units: int) -> dict[str, Tensor]:
+        """First values of `parameters`, (N,) each; zeros unless a cell says otherwise."""
+        return {name: torch.zeros(units) for name in self.parameters}
+
+    @abstractmethod
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """F: the S new states from S old states, the gates' pre-activations and the J inputs.
+
+        Every tensor has one shape, and F must act on each entry alone.
+        """
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        """The partials of F at (c, p, x), in closed form where a cell has one."""
+        return self.automatic_partials(c, p, x)
+
+    def automatic_partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        """The partials of F by forward-mode differentiation.
+
+        F acts on each unit alone, so each partial is one Jacobian-vector product with a tangent of ones.
+        No entry is taken to be zero by structure.
+        """
+        groups = (tuple(c), tuple(p), tuple(x))
+        out: list[list[ByState]] = [[], [], []]
+        for which, group in enumerate(groups):
+            for j in range(len(group)):
+                tangents = tuple(
+                    tuple(
+                        torch.ones_like(a) if (w, i) == (which, j) else torch.zeros_like(a)
+                        for i, a in enumerate(g)
+                    )
+                    for w, g in enumerate(groups)
+                )
+                derivative = torch.func.jvp(self.update, groups, tangents)[1]
+                out[which].append(dict(enumerate(derivative)))
+        return Partials(*out)
+
+    @torch.no_grad()
+    def scan(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        state: Sequence[Tensor],
+        resets: Tensor | None = None,
+    ) -> Trajectory:
+        """Run the cell over time.
+
+        x (J, T, B, N); weights: K of (N, N), (H, b, b) or (N,) (`weights.py`); state: S of (B, N);
+        resets (T, B) bool. Returns a `Trajectory` whose `saved` is the pre-activations, (G, T, B, N).
+        """
+        _, steps, batch, units = x.shape
+        states = x.new_empty(len(self.states), steps + 1, batch, units)
+        for nu, initial in enumerate(state):
+            states[nu, 0] = initial
+        saved = x.new_zeros(steps, batch, len(self.gates), units)
+        reset_steps = reset_steps_of(resets)
+        drive = _Drive(self, weights)
+        states_at, saved_at, x_at = states.unbind(1), saved.unbind(0), x.unbind(1)
+        for t in range(steps):
+            before = states_at[t]
+            if resets is not None and t in reset_steps:
+                before = before.masked_fill(resets[t, :, None], 0)
+            drive(before, saved_at[t])
+            after = self.update(before.unbind(), saved_at[t].unbind(1), x_at[t].unbind())
+            for target, value in zip(states_at[t + 1].unbind(), after, strict=True):
+                target.copy_(value)
+        return Trajectory(x, states, saved.movedim(2, 0), resets)
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, before: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """F at all steps at once, given the state that each step reads: one product a matrix over (T, B).
+
+        x (J, T, B, N), before (S, T, B, N). Returns the states after each step (S, T, B, N), and `saved` as
+        `scan` has it.
+        """
+        _, steps, batch, units = x.shape
+        saved = x.new_zeros(len(self.gates), steps, batch, units)
+        for matrix, weight in zip(self.matrices, weights, strict=True):
+            saved[matrix.into[1]] += weight_ops.multiply(weight, before[state_read(matrix)])
+        return torch.stack(self.update(before.unbind(), saved.unbind(), x.unbind())), saved
+
+    @torch.no_grad()
+    def linearize(self, trajectory: Trajectory) -> Linearization:
+        """The partials along a trajectory that `scan` made."""
+        before = trajectory.before
+        partials = self.partials(before.unbind(), trajectory.saved.unbind(), trajectory.x.unbind())
+        return Linearization(partials, before, trajectory.resets)
+
+
+def state_read(matrix: Matrix) -> int:
+    """The index of the state that a recurrent matrix reads."""
+    if not isinstance(matrix.reads, int):
+        raise ValueError(f"matrix {matrix.name!r} of a cell must read a state, got reads={matrix.reads!r}")
+    return matrix.reads
+
+
+def reset_steps_of(resets: Tensor | None) -> frozenset[int]:
+    """The steps at which any row is reset."""
+    return frozenset() if resets is None else frozenset(resets.any(1).nonzero()[:, 0].tolist())
+
+
+class _Drive:
+    """Writes the pre-activations of one step: all dense matrices that read one state as one product, if their
+    gates lie together and nothing else enters them."""
+
+    def __init__(self, cell: Cell, weights: Sequence[Tensor]) -> None:
+        entering = [matrix.into[1] for matrix in cell.matrices]
+        self.joined: list[tuple[int, int, int, Tensor]] = []  # state read, first gate, gates, weights
+        self.single: list[tuple[int, int, Tensor]] = []
+        for source in range(len(cell.states)):
+            readers = [
+                (matrix.into[1], weight)
+                for matrix, weight in zip(cell.matrices, weights, strict=True)
+                if state_read(matrix) == source
+            ]
+            gates = [gate for gate, _ in readers]
+            together = bool(gates) and gates == list(range(gates[0], gates[0] + len(gates)))
+            if (
+                together
+                and all(entering.count(gate) == 1 for gate in gates)
+                and all(weight.dim() == 2 for _, weight in readers)
+            ):
+                joined = torch.cat([weight for _, weight in readers]).t()
+                self.joined.append((source, gates[0], len(gates), joined))
+            else:
+                self.single += [(source, gate, weight) for gate, weight in readers]
+
+    def __call__(self, before: Tensor, out: Tensor) -> None:
+        """before (S, B, N); adds to out (B, G, N), zero at first."""
+        for source, first, count, weight in self.joined:
+            torch.mm(before[source], weight, out=out[:, first : first + count].flatten(1))
+        for source, gate, weight in self.single:
+            out[:, gate] += weight_ops.multiply(weight, before[source])
+
+
+def verify(cell: Cell) -> None:
+    """Raise ValueError, with the reason, unless `cell` is what it must be: two-point, with names that fit.
+
+    That F acts on each unit alone is checked numerically: with unit 0 of one array changed, no other unit's
+    new state may change.
+    """
+    name = type(cell).__name__
+    for matrix in cell.matrices:
+        into, gate = matrix.into
+        if into != "gate" or not 0 <= gate < len(cell.gates):
+            raise ValueError(
+                f"{name}'s matrix {matrix.name!r} must enter one of its {len(cell.gates)} gates, got {matrix.into}"
+            )
+        if not 0 <= state_read(matrix) < len(cell.states):
+            raise ValueError(
+                f"{name}'s matrix {matrix.name!r} must read one of its {len(cell.states)} states, got {matrix.reads}"
+            )
+    generator = torch.Generator().manual_seed(0)
+    groups = {"state": cell.states, "gate": cell.gates, "input": cell.per_unit}
+    point = [
+        [torch.randn(2, 4, dtype=torch.float64, generator=generator) for _ in names]
+        for names in groups.values()
+    ]
+    with torch.no_grad():
+        new = cell.update(*point)
+        shapes = [tuple(value.shape) for value in new]
+        if shapes != [(2, 4)] * len(cell.states):
+            raise ValueError(
+                f"{name}.update must give {len(cell.states)} states of the shape of what it gets, (2, 4), got {shapes}"
+            )
+        for which, (kind, names) in enumerate(groups.items()):
+            for j, changed in enumerate(names):
+                moved = [list(group) for group in point]
+                moved[which][j] = point[which][j].clone()
+                moved[which][j][:, 0] += 0.5
+                _refuse_mixing(name, cell.states, new, cell.update(*moved), f"{kind} {changed!r}")
+
+
+def _refuse_mixing(
+    name: str, states: Sequence[str], new: Sequence[Tensor], moved: Sequence[Tensor], changed: str
+) -> None:
+    """Raise ValueError if a new state of a unit other than 0 differs between `new` and `moved`."""
+    for state, before, after in zip(states, new, moved, strict=True):
+        others = (after != before)[:, 1:].any(0).nonzero()
+        if len(others):
+            raise ValueError(
+                f"{name} is not a two-point cell: new state {state!r} of unit {int(others[0]) + 1} depends on "
+                f"{changed} of unit 0 within the step. update() must act on each unit alone; units meet only in "
+                "matrices that read a state of the step before. A product with something computed in this step, "
+                "such as U(r ⊙ h), is none of these"
+            )
