@@ -9,8 +9,10 @@ if not (_HERE / "kernels").is_dir():
 
 from . import cells, functional, nn  # noqa: E402
 from . import library as _library  # noqa: E402, F401  registers the operators
+from .fidelity import fidelity  # noqa: E402
 from .nn import CTRNN, ELSTM, GRU, LRU, LSTM, RGC, RNN, IndRNN, TimeDecay, TwoPointRNN  # noqa: E402
 from .online import OnlineLearner  # noqa: E402
+from .stack import Stack, StackLearner  # noqa: E402
 from .two_point import Cell, Matrix, Partials  # noqa: E402
 
 __all__ = [
@@ -26,9 +28,12 @@ __all__ = [
     "Matrix",
     "OnlineLearner",
     "Partials",
+    "Stack",
+    "StackLearner",
     "TimeDecay",
     "TwoPointRNN",
     "cells",
+    "fidelity",
     "functional",
     "nn",
 ]

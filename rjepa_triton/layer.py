@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import functional
+from .exactness import Exactness, exactness
 from .two_point import Cell, Matrix, verify
 
 Recurrence = Literal["dense", "diagonal"]
@@ -233,6 +234,13 @@ class TwoPointRNN(nn.Module):
         if not batched:
             output, last = output[:, 0], tuple(value[0] for value in last)
         return output, last if len(last) > 1 else last[0]
+
+    def exactness(self) -> Exactness:
+        """Whether this layer's gradient is exact, and why or why not: print it, or use it as a condition.
+
+        Of recurrence and learning as they are; what an `OnlineLearner` runs, `OnlineLearner.exactness` tells.
+        """
+        return exactness(self.cell, self.recurrent_weights(), self.learning, self.refine)
 
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults."""

@@ -16,6 +16,7 @@ from ._device import available_bytes
 from ._past import FullCredit, Past, Record
 from ._tape import Block, Recorded
 from .cost import Problem, cheapest, form_costs, rates_of
+from .exactness import Exactness, exactness
 from .layer import TwoPointRNN
 from .reference import bptt, rfp, rtrl
 from .reference import refine as refinement
@@ -108,6 +109,7 @@ class OnlineLearner:
             raise TypeError(f"gamma_dtype must be one of {wanted}, got {gamma_dtype}")
         self.learning = _learning(layer, learning)
         self.credit, self._rounds = _credit(self.learning, credit, refine)
+        self._refine = refine
         form = _form(self.learning, self.credit, form, self.update_every)
         weights = layer.weights()
         check.floating("layer", weights[0], (torch.float64, torch.float32))
@@ -279,8 +281,18 @@ class OnlineLearner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where the learner that made `state` was.
 
-        Raises TypeError or ValueError, with nothing changed, if it is of another form, batch size or layer.
+        Raises TypeError or ValueError, with nothing changed, if it is of another form, rule, batch size or layer.
         """
+        self.refuse_foreign(state)
+        self._past.load_state_dict(state)
+        self._state = state["state"].clone()
+        self._position, self._token, self._chunk_weights = state["position"], None, None
+        self._versions = tuple(weight._version for weight in self.layer.weights())
+        self._forget = None if state["forget"] is None else state["forget"].clone()
+        self._forget_all = state["forget_all"]
+
+    def refuse_foreign(self, state: dict[str, Any]) -> None:
+        """Raise TypeError or ValueError if `load_state_dict` could not take `state`."""
         if not isinstance(state, dict):
             raise TypeError(f"state must be a dict from state_dict(), got {type(state).__name__}")
         own = self.state_dict()
@@ -299,12 +311,11 @@ class OnlineLearner:
         for name, (got, want) in pairs.items():
             check.shape(f"state's {name}", check.tensor(f"state's {name}", got), tuple(want.shape))
             check.like(f"state's {name}", got, "the learner", want)
-        self._past.load_state_dict(state)
-        self._state = state["state"].clone()
-        self._position, self._token, self._chunk_weights = state["position"], None, None
-        self._versions = tuple(weight._version for weight in self.layer.weights())
-        self._forget = None if state["forget"] is None else state["forget"].clone()
-        self._forget_all = state["forget_all"]
+
+    def exactness(self) -> Exactness:
+        """Whether the gradient is exact, and why or why not: print it, or use it as a condition."""
+        weights = self.layer.recurrent_weights()
+        return exactness(self.layer.cell, weights, self.learning, self._refine, self.credit)
 
     def explain(self) -> None:
         """Print what each form would cost by the cost model, and which one runs and why."""

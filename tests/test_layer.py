@@ -183,7 +183,7 @@ def test_weights_of_torch_give_torchs_outputs(ours: Any, theirs: Any, bias: bool
 
 
 def test_weights_of_a_deeper_torch_layer_are_refused() -> None:
-    with pytest.raises(ValueError, match="one layer and one direction of torch.nn, got bias_hh_l1"):
+    with pytest.raises(ValueError, match=r"one layer and one direction of torch\.nn, got bias_hh_l1"):
         LSTM(3, 6).load_state_dict(torch.nn.LSTM(3, 6, num_layers=2).state_dict())
 
 

@@ -164,9 +164,9 @@ def weight_gradients(
 
 
 def input_gradient(lin: Linearization, credit: Tensor, count: int) -> Tensor:
-    """Σ_ν λ^ν ∂F_ν/∂x^j, (J, T, B, N), for a cell of `count` = J per-unit inputs."""
+    """Σ_ν λ^ν ∂F_ν/∂x^j, (J, T, B, N), for the first `count` = J per-unit inputs."""
     out = credit.new_zeros(count, *credit.shape[1:])
-    for j, entries in enumerate(lin.partials.input):
+    for j, entries in enumerate(lin.partials.input[:count]):
         for nu, partial in entries.items():
             out[j].addcmul_(credit[nu], partial)
     return out
