@@ -9,9 +9,10 @@ Letters: T time, B batch, N units; RGC has S = 2 states (s, m) and K = 4 matrice
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +98,11 @@ class Case(ABC):
 
     @abstractmethod
     def __init__(self, problem: Problem) -> None: ...
+
+    @staticmethod
+    def entries(matrix: Tensor) -> Tensor:
+        """What of an (N, N) matrix the case's network has: all of it, or its blocks (H, b, b)."""
+        return matrix
 
     @abstractmethod
     def run(self) -> Sequence[Tensor]:
@@ -396,7 +402,7 @@ class BpttAutograd(_Sequence):
 
 
 class Rtrl(Case):
-    """Exact real-time recurrent learning: 8·B·N³ numbers, 32·B·N⁴ FLOP a step."""
+    """Exact real-time recurrent learning with dense weights: 8·B·N³ numbers, 32·B·N⁴ FLOP a step."""
 
     name, label = "rtrl", "RTRL, exact"
     exact = True
@@ -407,14 +413,14 @@ class Rtrl(Case):
         self.cell = RGCCell()
         self.state: Sequence[Tensor] = problem.state
         self.position = 0
-        batch = problem.x.shape[1]
-        self.sensitivity = ExactSensitivity(self.cell.matrices, problem.weights, 2, batch)
+        self.weights = [self.entries(weight).contiguous() for weight in problem.weights]
+        self.sensitivity = ExactSensitivity(self.cell.matrices, self.weights, 2, problem.x.shape[1])
         self.no_delta = torch.zeros_like(problem.delta[0])
 
     def run(self) -> Sequence[Tensor]:
         t = self.position
-        trajectory = self.cell.scan(self.problem.x[None, t : t + 1], self.problem.weights, self.state)
-        self.sensitivity.step_(self.cell.linearize(trajectory), 0, self.problem.weights)
+        trajectory = self.cell.scan(self.problem.x[None, t : t + 1], self.weights, self.state)
+        self.sensitivity.step_(self.cell.linearize(trajectory), 0, self.weights)
         self.state = trajectory.states[:, -1].unbind()
         self.position = (t + 1) % self.problem.steps
         return self.sensitivity.read(torch.stack([self.problem.delta[t], self.no_delta]))
@@ -433,8 +439,40 @@ class Rtrl(Case):
         return 32 * size.batch * size.units**4
 
 
+class RtrlHeads(Rtrl):
+    """Exact real-time recurrent learning with heads of b ≈ √N units: 8·B·N·b² numbers, 32·B·N·b³ FLOP a step."""
+
+    name, label = "rtrl-heads", "RTRL, heads of √N"
+
+    @staticmethod
+    def entries(matrix: Tensor) -> Tensor:
+        size = head_size(matrix.shape[0])
+        blocks = matrix.unflatten(1, (-1, size)).unflatten(0, (-1, size))  # (H, b, H, b)
+        return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+    @staticmethod
+    def state_bytes(size: Size) -> int:
+        return 8 * size.batch * size.units * head_size(size.units) ** 2 * size.itemsize
+
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        # γ and an eighth for the next, the Jacobian and its parts, and a gradient a row
+        head = head_size(size.units)
+        return 9 * cls.state_bytes(size) // 8 + (8 + 4) * size.batch * size.units * head * size.itemsize
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        return 32 * size.batch * size.units * head_size(size.units) ** 3
+
+
+def head_size(units: int) -> int:
+    """b, the divisor of N nearest to √N; the smaller of two that are as near."""
+    sizes = [b for b in range(1, units + 1) if units % b == 0]
+    return min(sizes, key=lambda b: abs(math.log(b * b / units)))
+
+
 _ALL: tuple[type[Case], ...] = (
-    RfpStep, RfpStepGamma, Copy, RfpChunk, RfpHistory, RfpDual, Bptt, BpttAutograd, Rtrl
+    RfpStep, RfpStepGamma, Copy, RfpChunk, RfpHistory, RfpDual, Bptt, BpttAutograd, Rtrl, RtrlHeads
 )  # fmt: skip
 CASES = {case.name: case for case in _ALL}
 
@@ -485,12 +523,15 @@ def verify(case: type[Case], problem: Problem) -> None:
     chunk = max(1, steps // 2)
     short = problem.first(steps - steps % chunk, chunk)
     built = case(short)
-    total = [torch.zeros_like(w, dtype=torch.float64) for w in problem.weights]
+    entries = [case.entries(w).double() for w in problem.weights]
+    total = [torch.zeros_like(part) for part in entries]
     for _ in range(short.steps // built.covers):
         for sum_, part in zip(total, built.run(), strict=True):
             sum_.add_(part)
     tolerance = TOLERANCE[problem.x.dtype]
-    for matrix, got, want in zip(RGCCell.matrices, total, oracle(short, case.exact), strict=True):
+    network = replace(short, weights=[w if w.dim() == 2 else torch.block_diag(*w) for w in entries])
+    for matrix, got, whole in zip(RGCCell.matrices, total, oracle(network, case.exact), strict=True):
+        want = case.entries(whole)
         error = float((got - want).norm() / want.norm())
         if not error <= tolerance:
             raise ArithmeticError(

@@ -1,4 +1,4 @@
-"""`rjepa bench`: scaling, table, plot, compare, exactness, kernels, roofline, gpu-check."""
+"""`rjepa bench`: scaling, table, plot, compare, fidelity, kernels, roofline, gpu-check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .. import ops
 from . import (
     cases,
     compare,
-    exactness,
+    fidelity,
     gpu_check,
     inputs,
     kernels,
@@ -28,7 +28,7 @@ from . import (
     summary,
 )
 
-bench = typer.Typer(no_args_is_help=True, help="Time, memory and exactness of the learning rules.")
+bench = typer.Typer(no_args_is_help=True, help="Time, memory and fidelity of the learning rules.")
 OUT = Path("bench-out")
 
 
@@ -171,22 +171,29 @@ def compare_command(
         )
 
 
-@bench.command("exactness")
-def exactness_command(
-    hidden: Annotated[int, typer.Option(help="N.")] = 120,
-    steps: Annotated[int, typer.Option(help="T.")] = 100,
-    seeds: Annotated[int, typer.Option(help="How many seeds the mean is of.")] = 5,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of exactness.jsonl.")] = OUT,
+@bench.command("fidelity")
+def fidelity_command(
+    sweeps: Annotated[
+        str, typer.Option(help="Which, with commas between: " + ", ".join(fidelity.SWEEPS))
+    ] = ",".join(fidelity.SWEEPS),
+    seeds: Annotated[int, typer.Option(help="Seeds a mean is of; each sweep's own if 0.")] = 0,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of fidelity.jsonl and the plot.")] = OUT,
 ) -> None:
-    """RFP's gradient against BPTT's of the same network: cosine ± deviation (relative error), by matrix."""
+    """Each learning rule's gradient against the exact one, and what it costs: tables and the frontier's plot."""
     with user_errors():
         out.mkdir(parents=True, exist_ok=True)
-        records = exactness.run(out / exactness.FILE, hidden, steps, seeds)
+        chosen = tuple(part.strip() for part in sweeps.split(",") if part.strip())
+        settings = fidelity.Settings(chosen, seeds or None)
+        progress = Console(stderr=True)
+        records = fidelity.run(settings, out / fidelity.FILE, progress.print)
         if markdown:
-            typer.echo(exactness.markdown(records))
+            for table in fidelity.all_rows(records):
+                typer.echo(f"{table[0]}\n\n{fidelity.markdown(table)}\n")
         else:
-            show([exactness.table(records)])
+            show(fidelity.tables(records))
+        if "frontier" in chosen:
+            fidelity.draw(records, out / "fidelity.png")
 
 
 @bench.command("kernels")

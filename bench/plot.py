@@ -44,6 +44,7 @@ LOOKS = {
     "bptt": Look("#E69F00", "^", (0, (4, 2))),
     "bptt-autograd": Look("#D55E00", "P"),
     "rtrl": Look("#000000", "*"),
+    "rtrl-heads": Look("#882255", "d", (0, (1, 1.5))),
 }
 # Curves whose crossing says which to use from which N on.
 CROSSING = (("rtrl", "rfp-step"), ("rtrl", "bptt-autograd"), ("rfp-step", "bptt-autograd"))

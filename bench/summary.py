@@ -24,7 +24,7 @@ NOISY = 0.3
 
 def place(made: Record) -> str:
     """What a record is of: rfp-step N=64 B=1, or the scale where that is what was swept."""
-    swept = ("N", "B", "recurrence", "scale") if made.benchmark == "exactness" else ("N", "B")
+    swept = ("cell", "N", "T", "B", "scale") if made.benchmark == "fidelity" else ("N", "B")
     return " ".join([made.algorithm, *(f"{name}={made.params.get(name)}" for name in swept)])
 
 

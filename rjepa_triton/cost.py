@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .reference import rtrl
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -67,8 +69,9 @@ class Problem:
 
     def carried_bytes(self, learning: str, per_head: int) -> int:
         """Bytes of what a learning rule carries forward; per_head b: units that meet within the step."""
-        if learning == "rtrl":  # γ and the buffer that the next is made in
-            return 2 * self.states * per_head * self.batch * self.weight_numbers * self.item
+        if learning == "rtrl":
+            gamma = self.states * per_head * self.batch * self.weight_numbers * self.item
+            return gamma + gamma * rtrl.rows_at_once(blocks := self.batch * self.units // per_head) // blocks
         if learning == "uoro":
             return self.batch * (self.states * self.units + self.weight_numbers) * self.item
         return 0 if learning == "tbptt" else self.gamma_bytes

@@ -1,4 +1,4 @@
-"""Whether a layer's gradient is exact by construction, in words. How far off it is: `fidelity.py`."""
+"""Whether a layer's gradient is exact by construction, in words. How far off it is: `comparison.py`."""
 
 from __future__ import annotations
 

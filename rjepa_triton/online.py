@@ -132,7 +132,7 @@ class OnlineLearner:
         self._asked = form
         self.form = cheapest(self._costs, self._available).form if form == "auto" else form
         heads = rtrl.joint_heads([w.detach() for w in layer.recurrent_weights()], layer.hidden_size)
-        self._carried_bytes = self._problem.carried_bytes(self.learning, layer.hidden_size // heads)
+        self.carried_bytes = self._problem.carried_bytes(self.learning, layer.hidden_size // heads)
         sensitivity: Carried | None = None
         if self.form != "history":
             self._refuse_if_too_large(device)
@@ -161,7 +161,7 @@ class OnlineLearner:
         self._token: Tensor | None = None
 
     def _refuse_if_too_large(self, device: torch.device) -> None:
-        need, per_step = self._carried_bytes, self._problem.window_bytes(1)
+        need, per_step = self.carried_bytes, self._problem.window_bytes(1)
         if self._available is not None and need > self._available:
             raise ValueError(
                 f"learning={self.learning!r} in form={self.form!r} carries sensitivities of {need:,} bytes, and "
@@ -327,7 +327,7 @@ class OnlineLearner:
         )
         if self.learning in ONLY_FORM:
             print(
-                f"carried: {self._carried_bytes:,} bytes; form = {self.form!r}, the only one of {self.learning!r}"
+                f"carried: {self.carried_bytes:,} bytes; form = {self.form!r}, the only one of {self.learning!r}"
             )
             return
         print(

@@ -222,6 +222,10 @@ class Exact(_StepByStep):
     ) -> None:
         self._gamma = rtrl.ExactSensitivity(matrices, weights, states, batch)
 
+    @property
+    def nbytes(self) -> int:
+        return self._gamma.nbytes + self._gamma.spare_nbytes
+
     def tensors(self) -> list[Tensor]:
         return self._gamma.gammas
 

@@ -76,6 +76,7 @@ def test_a_run_covers_the_steps_it_says() -> None:
         "bptt": 20,
         "bptt-autograd": 20,
         "rtrl": 1,
+        "rtrl-heads": 1,
     }
 
 

@@ -22,7 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_help_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "bench", "--help") == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("scaling", "plot", "compare", "exactness"))
+    assert all(name in shown for name in ("scaling", "plot", "compare", "fidelity"))
 
 
 def test_an_unknown_command_exits_2(

@@ -329,6 +329,21 @@ def test_combinations_that_cannot_be_are_named(
         OnlineLearner(LAYERS["rgc"](**layer), 2, **options)
 
 
+@pytest.mark.parametrize(("units", "heads", "batch"), [(16, None, 1), (16, None, 3), (16, 4, 1), (18, 6, 2)])
+def test_bytes_are_as_predicted(units: int, heads: int | None, batch: int) -> None:
+    layer = RGC(units, heads=heads)
+    learner = OnlineLearner(layer, batch, learning="rtrl")
+    learner.step(torch.randn(batch, units))
+    state_and_step = 2 * batch * units * 4 + learner._past._tape.nbytes
+    assert learner.nbytes - state_and_step == learner.carried_bytes
+
+
+def test_heads_of_the_root_cost_little_more_than_gamma() -> None:
+    """b = √N: γ takes as many numbers as the Γ of a dense layer, and an eighth for the second buffer."""
+    exact = OnlineLearner(RGC(256, heads=16), 1, learning="rtrl").carried_bytes
+    assert exact / OnlineLearner(RGC(256), 1).carried_bytes == 1.125
+
+
 def test_the_layers_own_rule_runs_if_none_is_given() -> None:
     assert OnlineLearner(LAYERS["rgc"](learning="eprop"), 2).learning == "eprop"
     assert OnlineLearner(LAYERS["rgc"](learning="rtrl"), 2).form == "step"
@@ -338,7 +353,7 @@ def test_explain_tells_what_is_carried(capsys: pytest.CaptureFixture[str]) -> No
     OnlineLearner(RGC(4), 2, learning="rtrl").explain()
     said = capsys.readouterr().out
     assert "learning = 'rtrl'" in said
-    assert f"carried: {2 * 8 * 2 * 4**3 * 4:,} bytes; form = 'step', the only one of 'rtrl'" in said
+    assert f"carried: {(2 + 1) * 8 * 4**3 * 4:,} bytes; form = 'step', the only one of 'rtrl'" in said
 
 
 def test_rtrl_that_does_not_fit_is_refused() -> None:

@@ -21,6 +21,14 @@ from .. import weights as weight_ops
 from ..two_point import Linearization, Matrix, state_read
 from . import rfp
 
+# γ is multiplied in as many pieces, where it has several heads or rows: what is left over of the second buffer.
+PIECES = 8
+
+
+def rows_at_once(blocks: int) -> int:
+    """How many of γ's B·H = `blocks` blocks are multiplied at once, and so the blocks of the second buffer."""
+    return -(-blocks // PIECES)
+
 
 def joint_heads(weights: Sequence[Tensor], units: int) -> int:
     """H: the finest division of the units that all recurrent weights keep to. N if there are none."""
@@ -58,8 +66,8 @@ class ExactSensitivity:
     """γ, zero at first, advanced one step at a time.
 
     matrices, weights: all whose gradient is wanted; those that read a state are the recurrent ones, and make
-    J. states S, batch B. γ of the matrices of one shape lies together, (B, H, S, b, K, b, M). Two buffers of
-    γ's size, since a product can't be made in place.
+    J. states S, batch B. γ of the matrices of one shape lies together, (B, H, S, b, K, b, M). A product can't be
+    made in place, so each has a second buffer: of γ's size if there is one head of one row, else of an eighth.
     """
 
     def __init__(
@@ -82,12 +90,36 @@ class ExactSensitivity:
             )
             for _, indices in self.groups
         ]
-        self._spare = [torch.empty_like(gamma) for gamma in self.gammas]
+        blocks = batch * self.heads
+        self._at_once = rows_at_once(blocks)
+        self._spare = [
+            torch.empty_like(gamma) if blocks == 1 else torch.empty_like(_rows(gamma)[: self._at_once])
+            for gamma in self.gammas
+        ]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of γ itself, without the second buffer."""
+        """Bytes of γ itself, without the second buffers."""
         return sum(gamma.nbytes for gamma in self.gammas)
+
+    @property
+    def spare_nbytes(self) -> int:
+        """Bytes of the second buffers."""
+        return sum(spare.nbytes for spare in self._spare)
+
+    def _multiply_(self, group: int, step: Tensor) -> None:
+        """γ ← J γ for one group; step (B·H, S·b, S·b)."""
+        gamma, spare = self.gammas[group], self._spare[group]
+        if len(step) == 1:
+            torch.bmm(step, _rows(gamma), out=_rows(spare))
+            self.gammas[group], self._spare[group] = spare, gamma
+            return
+        rows = _rows(gamma)
+        for start in range(0, len(step), self._at_once):
+            piece = slice(start, start + self._at_once)
+            made = spare[: len(rows[piece])]
+            torch.bmm(step[piece], rows[piece], out=made)
+            rows[piece].copy_(made)
 
     def step_(
         self, lin: Linearization, t: int, weights: Sequence[Tensor], inputs: Tensor | None = None
@@ -96,9 +128,8 @@ class ExactSensitivity:
         recurrent = [self.matrices[i] for i in self.recurrent]
         step = jacobian(lin, t, recurrent, weights, self.heads).flatten(0, 1)
         for g, (_, indices) in enumerate(self.groups):
-            old, new = self.gammas[g], self._spare[g]
-            torch.bmm(step, old.flatten(0, 1).flatten(1, 2).flatten(2), out=_rows(new))
-            self.gammas[g], self._spare[g] = new, old
+            self._multiply_(g, step)
+            new = self.gammas[g]
             for k, index in enumerate(indices):
                 matrix = self.matrices[index]
                 y = self._read(rfp.signal(matrix, lin, inputs)[t], new.shape[-1])

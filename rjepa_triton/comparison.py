@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _checks as check
 from . import functional
@@ -49,7 +49,7 @@ def fidelity(
 
     Args:
         layer: the layer; its parameters and their gradients are left as they are.
-        x: (T, B, F), as the layer takes it; batch_first is left aside.
+        x: (T, B, F); batch_first is left aside.
         grad_output: (T, B, N), ∂L/∂output of a loss Σ_t L(t); random normal numbers from a fixed seed if None.
         resets: (T, B) bool or None.
         learning, refine: the rule; the layer's own if None.
@@ -64,46 +64,43 @@ def fidelity(
         generator = torch.Generator().manual_seed(0)
         grad_output = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
     check.shape("grad_output", check.tensor("grad_output", grad_output), shape, "to match x")
+    estimate = gradients(layer, x, grad_output, resets, learning=learning, refine=refine, online=online)
+    return compare(estimate, gradients(layer, x, grad_output, resets, learning="bptt"))
+
+
+def gradients(
+    layer: TwoPointRNN,
+    x: Tensor,
+    grad_output: Tensor,
+    resets: Tensor | None = None,
+    *,
+    learning: str | None = None,
+    refine: Any = None,
+    online: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """A rule's gradient of each parameter, by name; arguments as in `fidelity`. The layer is left as it is."""
     if online is not None and not (learning is None and refine is None):
         raise ValueError("online must hold learning and refine too where it is given, got them beside it")
     kept = (layer.learning, layer.refine, layer.batch_first, [p.grad for p in layer.parameters()])
     try:
+        if learning is not None:
+            layer.learning, layer.refine = learning, 0
+        if refine is not None:
+            layer.refine = refine
         layer.batch_first = False
-        layer.learning, layer.refine = "bptt", 0
-        exact = _gradients(layer, lambda: _sequence(layer, x, resets, grad_output))
-        layer.learning, layer.refine = kept[:2]
-        if online is not None:
-            estimate = _gradients(layer, lambda: _stream(layer, x, resets, grad_output, online))
-        else:
-            if learning is not None:
-                layer.learning, layer.refine = learning, 0
-            if refine is not None:
-                layer.refine = refine
+        layer.zero_grad(set_to_none=True)
+        if online is None:
             functional.rule("learning", layer.learning, layer.refine)
-            estimate = _gradients(layer, lambda: _sequence(layer, x, resets, grad_output))
+            layer(x, resets=resets)[0].backward(grad_output)
+        else:
+            _stream(layer, x, resets, grad_output, online)
+        return {
+            name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in layer.named_parameters()
+        }
     finally:
         layer.learning, layer.refine, layer.batch_first = kept[:3]
         for parameter, grad in zip(layer.parameters(), kept[3], strict=True):
             parameter.grad = grad
-    names = [name for name, _ in layer.named_parameters()]
-    joint = [torch.cat([g.flatten() for g in grads]) for grads in (estimate, exact)]
-    return Fidelity(
-        cosine={n: _cosine(a, b) for n, a, b in zip(names, estimate, exact, strict=True)},
-        error={n: _error(a, b) for n, a, b in zip(names, estimate, exact, strict=True)},
-        total_cosine=_cosine(*joint),
-        total_error=_error(*joint),
-    )
-
-
-def _gradients(layer: nn.Module, run: Callable[[], None]) -> list[Tensor]:
-    """The parameters' gradients that `run` leaves."""
-    layer.zero_grad(set_to_none=True)
-    run()
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters()]
-
-
-def _sequence(layer: TwoPointRNN, x: Tensor, resets: Tensor | None, grad_output: Tensor) -> None:
-    layer(x, resets=resets)[0].backward(grad_output)
 
 
 def _stream(
@@ -119,6 +116,18 @@ def _stream(
         part = slice(start, start + every)
         output = learner.chunk(x[part], None if resets is None else resets[part])
         output.backward(grad_output[part])
+
+
+def compare(estimate: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Fidelity:
+    """An estimate of each parameter's gradient against the exact one."""
+    pairs = {name: (estimate[name].flatten(), exact[name].flatten()) for name in exact}
+    joint = [torch.cat([pair[i] for pair in pairs.values()]) for i in (0, 1)]
+    return Fidelity(
+        cosine={name: _cosine(*pair) for name, pair in pairs.items()},
+        error={name: _error(*pair) for name, pair in pairs.items()},
+        total_cosine=_cosine(*joint),
+        total_error=_error(*joint),
+    )
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
