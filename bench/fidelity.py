@@ -6,6 +6,7 @@ bytes of learning state, in float32. By rule, cell, size of the recurrent weight
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import comparison
+from ..functional import Learning
 from ..layer import TwoPointRNN
 from ..nn import LSTM, RGC
 from ..online import OnlineLearner
@@ -51,7 +53,7 @@ class Method:
     label: str
     kind: str
     online: Mapping[str, Any] | None = None
-    learning: str = "rfp"
+    learning: Learning = "rfp"
     refine: Any = 0
     shape: str = "dense"
 
@@ -212,7 +214,7 @@ def costs(point: Point, methods: Sequence[str], case_seconds: float) -> tuple[di
     x, delta = data_of(point, 0, torch.float32)
     layers = {name: layer_of(point, METHODS[name].shape, 0, torch.float32) for name in methods}
     runs: dict[str, Callable[[], object]] = {
-        name: (lambda name=name: _gradients(layers[name], METHODS[name], x, delta, 0)) for name in methods
+        name: functools.partial(_gradients, layers[name], METHODS[name], x, delta, 0) for name in methods
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Divergence)  # counted where gradients are compared

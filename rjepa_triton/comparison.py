@@ -74,7 +74,7 @@ def gradients(
     grad_output: Tensor,
     resets: Tensor | None = None,
     *,
-    learning: str | None = None,
+    learning: functional.Learning | None = None,
     refine: Any = None,
     online: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
