@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton import RGC, OnlineLearner
+from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, OnlineLearner, TwoPointRNN
 from rjepa_triton.functional import rgc
 from rjepa_triton.reference import rfp
 
@@ -216,3 +216,32 @@ def test_kernels_repeat_in_every_bit(family: str) -> None:
         assert a is not None
         assert b is not None
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", ["step", "chunk"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **o: LSTM(12, 96, **o),
+        lambda **o: GRU(12, 96, **o),
+        lambda **o: ELSTM(12, 96, **o),
+        lambda **o: LRU(12, 96, **o),
+        lambda **o: LSTM(12, 96, heads=6, learning="rtrl", **o),
+        lambda **o: RGC(96, init="uniform", heads=6, learning="rtrl", **o),
+    ],
+)
+def test_other_layers_gradients_are_float64s(make: Callable[..., TwoPointRNN], form: str) -> None:
+    wide, narrow = make(dtype=F64), make(device=DEVICE, dtype=F32)
+    if wide.learning == "rtrl" and form == "chunk":
+        pytest.skip("exact RTRL goes step by step")
+    narrow.load_state_dict(wide.state_dict())
+    x, delta = torch.randn(8, 2, wide.fan_in, dtype=F64), torch.randn(8, 2, 96, dtype=F64)
+    every = 4 if form == "chunk" else 1
+    for layer in (wide, narrow):
+        like = layer.weights()[0]
+        learner = OnlineLearner(layer, 2, form=form, update_every=every)  # type: ignore[arg-type]
+        for start in range(0, 8, every):
+            output = learner.chunk(x[start : start + every].to(like))
+            (output * delta[start : start + every].to(like)).sum().backward()
+    grads = [[p.grad.cpu() for p in layer.parameters() if p.grad is not None] for layer in (narrow, wide)]
+    assert oracle.relative(*grads) < 10 * TOLERANCE

@@ -296,3 +296,21 @@ def test_elstm_and_lru_by_their_own_equations() -> None:
         z = decay * z + torch.sqrt(1 - decay.abs() ** 2) * (x[t].to(z.dtype) @ b.T + bias)
     c = torch.complex(p["output_re.weight"], p["output_im.weight"])
     torch.testing.assert_close(layer(x)[0][-1], (z @ c.T).real + x[-1] @ p["skip.weight"].T)
+
+
+@by_layer
+@pytest.mark.parametrize(("form", "every"), [("step", 1), ("chunk", 4)])
+def test_triton_kernels_serve_every_layer(name: str, form: str, every: int) -> None:
+    """The kernels that CUDA tensors take, here under the interpreter, against float64."""
+    wide = make(name)
+    narrow = make(name, dtype=torch.float32)
+    narrow.load_state_dict(wide.state_dict())
+    x, delta = torch.randn(8, 2, 3, dtype=F64), torch.randn(8, 2, 6, dtype=F64)
+    for layer, backend in ((wide, "torch"), (narrow, "triton")):
+        like = layer.weights()[0]
+        learner = OnlineLearner(layer, 2, form=form, update_every=every, backend=backend)
+        for start in range(0, 8, every):
+            output = learner.chunk(x[start : start + every].to(like))
+            (output * delta[start : start + every].to(like)).sum().backward()
+    grads = [[p.grad for p in layer.parameters()] for layer in (narrow, wide)]
+    assert oracle.relative(*grads) < 1e-5
