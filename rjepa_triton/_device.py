@@ -1,4 +1,4 @@
-"""What a device has."""
+"""What a device has, and what is switched on for it."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ def available_bytes(device: torch.device) -> int | None:
     except FileNotFoundError:  # not Linux
         return None
     return None
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is enabled here for tensors of `device`."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A context in which autocast is off for tensors of `device`."""
+    return torch.autocast(device.type, enabled=False)

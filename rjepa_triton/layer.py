@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import functional
+from ._device import autocast_is_on, without_autocast
 from .exactness import Exactness, exactness
 from .two_point import Cell, Matrix, verify
 
@@ -195,9 +196,18 @@ class TwoPointRNN(nn.Module):
         Returns:
             output, of x's layout with N features; and the last state, in the form of `state`.
 
-        Gradients of all parameters, x and state are by `learning`. Raises as `functional.two_point`.
+        Gradients of all parameters, x and state are by `learning`. Under autocast all runs in the parameters'
+        own dtype: gates are sums over many units, and states over many steps. Raises as `functional.two_point`.
         """
         x = check.tensor("x", x)
+        if autocast_is_on(x.device):
+            with without_autocast(x.device):
+                dtype = self.weights()[0].dtype
+                if isinstance(state, Tensor):
+                    state = state.to(dtype)
+                elif state is not None:
+                    state = tuple(value.to(dtype) for value in state)
+                return self(x.to(dtype), state, resets)
         if x.dim() not in (2, 3):
             raise ValueError(f"x must have 2 or 3 dimensions, got shape {tuple(x.shape)}")
         check.shape("x", x, (*("T", "B")[: x.dim() - 1], self.fan_in), "to match the layer")

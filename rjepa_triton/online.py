@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _checks as check
 from . import ops
 from . import weights as weight_ops
-from ._device import available_bytes
+from ._device import autocast_is_on, available_bytes, without_autocast
 from ._past import FullCredit, Past, Record
 from ._tape import Block, Recorded
 from .cost import Problem, cheapest, form_costs, rates_of
@@ -71,6 +71,8 @@ class OnlineLearner:
         horizon: steps between resets, if known: lets "auto" consider "history".
         backend: of the Γ recursion: "torch", "compile" (CPU), "triton" (GPU), or "auto" (`ops.choose_gamma`).
         seed: of the random signs of "uoro".
+
+    Under autocast the layer and its learning run in the parameters' own dtype.
 
     step(), chunk(), reset() and backward() mutate the learner's state and Γ; nothing here changes weights.
 
@@ -192,6 +194,9 @@ class OnlineLearner:
         the update_every steps it is of (forms "chunk", "history"). Raises TypeError or ValueError for x;
         ValueError, with nothing changed, if the weights changed inside a chunk.
         """
+        if isinstance(x, Tensor) and autocast_is_on(x.device):
+            with without_autocast(x.device):
+                return self.step(x.to(self._state.dtype))
         self._check_input(x, (self.batch_size,))
         if self.form == "step":
             return self._run(x[None], None, None)[0][0]
@@ -209,6 +214,9 @@ class OnlineLearner:
         resets (C, B) bool or None: a new episode starts at that step. Call backward() on one loss of them, or of
         all its parts, before the next call. Raises TypeError or ValueError for x and resets.
         """
+        if isinstance(x, Tensor) and autocast_is_on(x.device):
+            with without_autocast(x.device):
+                return self.chunk(x.to(self._state.dtype), resets)
         self._check_input(x, ("C", self.batch_size))
         if resets is not None:
             resets = check.mask("resets", resets, tuple(x.shape[:2]), x.device)

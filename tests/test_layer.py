@@ -314,3 +314,27 @@ def test_triton_kernels_serve_every_layer(name: str, form: str, every: int) -> N
             (output * delta[start : start + every].to(like)).sum().backward()
     grads = [[p.grad for p in layer.parameters()] for layer in (narrow, wide)]
     assert oracle.relative(*grads) < 1e-5
+
+
+@by_layer
+def test_autocast_leaves_the_recurrence_in_its_own_dtype(name: str) -> None:
+    layer = make(name, dtype=torch.float32)
+    x = torch.randn(6, 2, 3)
+    want, _ = layer(x)
+    want.sum().backward()
+    grads = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        projected = torch.nn.functional.linear(x, torch.eye(3))  # bfloat16, as a layer before it would give
+        output, state = layer(projected)
+        again, _ = layer(projected, state)
+    assert projected.dtype == torch.bfloat16
+    assert output.dtype == again.dtype == torch.float32
+    rounded = x.bfloat16().float()
+    torch.testing.assert_close(output, layer(rounded)[0])
+    output.sum().backward()
+    assert oracle.relative([p.grad for p in layer.parameters()], grads) < 0.05
+    learner = OnlineLearner(layer, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step, chunk = learner.step(projected[0]), learner.chunk(projected[1:])
+    torch.testing.assert_close(torch.cat([step[None], chunk]), layer(rounded)[0])

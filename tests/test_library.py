@@ -82,3 +82,15 @@ def test_a_compiled_model_by_inductor() -> None:
     want = torch.autograd.grad(model(x), list(model.parameters()))
     got = torch.autograd.grad(torch.compile(model, fullgraph=True)(x), list(model.parameters()))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_a_compiled_model_under_autocast() -> None:
+    model = torch.nn.ModuleDict({"below": torch.nn.Linear(3, 4), "rgc": RGC(4, init="uniform")})
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return model["rgc"](model["below"](x))[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(compiled(x), run(x))
