@@ -13,6 +13,8 @@ from . import _checks as check
 from . import ops
 from . import weights as weight_ops
 from ._device import autocast_is_on, available_bytes, without_autocast
+from ._graph import Capture, Graphed, GraphedStep
+from ._graph import cuda_graph as capture_cuda_graph
 from ._past import FullCredit, Past, Record
 from ._tape import Block, Recorded
 from .cost import Problem, cheapest, form_costs, rates_of
@@ -71,6 +73,9 @@ class OnlineLearner:
         horizon: steps between resets, if known: lets "auto" consider "history".
         backend: of the Γ recursion: "torch", "compile" (CPU), "triton" (GPU), or "auto" (`ops.choose_gamma`).
         seed: of the random signs of "uoro".
+        cuda_graph: run each step, and its backward, as a CUDA graph, so that small layers don't wait for kernel
+            launches. For a layer on a GPU, form "step", lag 0, and rules that carry Γ; step by step (no chunk()),
+            one backward() a step, and the layer's parameters must keep their storage.
 
     Under autocast the layer and its learning run in the parameters' own dtype.
 
@@ -96,6 +101,7 @@ class OnlineLearner:
         horizon: int | None = None,
         backend: str = "auto",
         seed: int = 0,
+        cuda_graph: bool = False,
     ) -> None:
         if not isinstance(layer, TwoPointRNN):
             raise TypeError(f"layer must be a recurrent layer such as RGC, got {type(layer).__name__}")
@@ -158,9 +164,24 @@ class OnlineLearner:
         self._forget_all = False
         self._position = 0  # steps that step() has made of the update_every between two updates
         self._versions: tuple[int, ...] = ()  # of the weights when that chunk began
+        self._graph: GraphedStep | None = None
+        if cuda_graph:
+            if device.type != "cuda":
+                raise ValueError(f"cuda_graph=True needs a layer on a CUDA or ROCm device, got {device}")
+            self._graph = self._graphed(capture=capture_cuda_graph)
         # The last step's credit port, for the next step of its chunk. Held here and not in `_past`, which
         # graphs refer to: a graph that reached itself would never be freed.
         self._token: Tensor | None = None
+
+    def _graphed(self, capture: Capture) -> GraphedStep:
+        """The steps as graphs; raise where they can't be."""
+        carried = self._past.sensitivity
+        if self.form != "step" or self.lag or not isinstance(carried, PerUnit):
+            raise ValueError(
+                f"cuda_graph=True goes with form='step', lag=0 and a rule of {', '.join(rfp.RULES)}, "
+                f"got form={self.form!r}, lag={self.lag}, learning={self.learning!r}"
+            )
+        return GraphedStep(self.layer, carried, self._state, self.learning, capture)
 
     def _refuse_if_too_large(self, device: torch.device) -> None:
         need, per_step = self.carried_bytes, self._problem.window_bytes(1)
@@ -198,6 +219,10 @@ class OnlineLearner:
             with without_autocast(x.device):
                 return self.step(x.to(self._state.dtype))
         self._check_input(x, (self.batch_size,))
+        if self._graph is not None:
+            shown = Graphed.apply(self._graph, self._forget, x, *self.layer.weights())
+            self._forget, self._forget_all = None, False
+            return self.layer.readout(shown, x)
         if self.form == "step":
             return self._run(x[None], None, None)[0][0]
         if self.form == "chunk":
@@ -217,6 +242,8 @@ class OnlineLearner:
         if isinstance(x, Tensor) and autocast_is_on(x.device):
             with without_autocast(x.device):
                 return self.chunk(x.to(self._state.dtype), resets)
+        if self._graph is not None:
+            raise ValueError("chunk() can't go with cuda_graph=True, which captures one step: call step()")
         self._check_input(x, ("C", self.batch_size))
         if resets is not None:
             resets = check.mask("resets", resets, tuple(x.shape[:2]), x.device)
@@ -265,7 +292,12 @@ class OnlineLearner:
             rows = torch.ones(self.batch_size, dtype=torch.bool, device=self._state.device)
         else:
             rows = check.mask("mask", mask, (self.batch_size,), self._state.device)
-        self._state = self._state.masked_fill(rows[:, None], 0)
+        # in place for the graph, which reads it where it is
+        self._state = (
+            self._state.masked_fill(rows[:, None], 0)
+            if self._graph is None
+            else self._state.masked_fill_(rows[:, None], 0)
+        )
         self._forget = rows.clone() if self._forget is None else self._forget | rows
         self._forget_all |= mask is None
 
@@ -274,6 +306,8 @@ class OnlineLearner:
 
         Graphs are not kept: the backward() of a step made before can't be had from the resumed learner.
         """
+        if self._graph is not None:
+            self._graph.fold()
         return {
             "form": self.form,
             "learning": self.learning,
@@ -293,7 +327,10 @@ class OnlineLearner:
         """
         self.refuse_foreign(state)
         self._past.load_state_dict(state)
-        self._state = state["state"].clone()
+        if self._graph is None:
+            self._state = state["state"].clone()
+        else:
+            self._state.copy_(state["state"])
         self._position, self._token, self._chunk_weights = state["position"], None, None
         self._versions = tuple(weight._version for weight in self.layer.weights())
         self._forget = None if state["forget"] is None else state["forget"].clone()

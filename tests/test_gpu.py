@@ -245,3 +245,26 @@ def test_other_layers_gradients_are_float64s(make: Callable[..., TwoPointRNN], f
             (output * delta[start : start + every].to(like)).sum().backward()
     grads = [[p.grad.cpu() for p in layer.parameters() if p.grad is not None] for layer in (narrow, wide)]
     assert oracle.relative(*grads) < 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("units", [64, 256])
+def test_a_learner_by_cuda_graphs_is_the_plain_one(units: int) -> None:
+    layer = RGC(units, init="uniform", device=DEVICE)
+    x, delta = (torch.randn(12, 2, units, device=DEVICE) for _ in range(2))
+    found = []
+    for options in ({}, {"cuda_graph": True}):
+        layer.zero_grad()
+        learner = OnlineLearner(layer, 2, form="step", **options)  # type: ignore[arg-type]
+        outputs = []
+        for t in range(12):
+            if t == 7:
+                learner.reset(torch.tensor([True, False], device=DEVICE))
+            outputs.append(learner.step(x[t]))
+            (outputs[-1] * delta[t]).sum().backward()
+        found.append(
+            [
+                torch.stack(outputs).detach(),
+                *(p.grad.clone() for p in layer.parameters() if p.grad is not None),
+            ]
+        )
+    assert oracle.relative(found[1], found[0]) < TOLERANCE

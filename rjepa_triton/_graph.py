@@ -1,0 +1,161 @@
+"""One online step as two CUDA graphs: the layer's step, and its gradient with the advance of Γ.
+
+A small step costs its kernel launches, not its work; a graph launches them all at once. Every array lives at a fixed
+address: inputs are copied in, results copied out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import weights as weight_ops
+from ._tape import Recorded
+from .layer import TwoPointRNN
+from .reference import rfp
+from .sensitivity import Carried
+from .two_point import Trajectory
+
+# Takes a function of fixed arrays and gives what it returned and how to run it again, into the same arrays.
+Capture = Callable[[Callable[[], list[Tensor]]], tuple[list[Tensor], Callable[[], None]]]
+
+
+def cuda_graph(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+    """Capture `function` as a CUDA graph, after a few runs that compile kernels and fill caches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = function()
+    return made, graph.replay
+
+
+class GraphedStep:
+    """The steps of a learner of form "step" by graphs. Owns the layer's state and advances `carried`.
+
+    layer: its parameters keep their storage; state (S, B, N), zero; carried: what is carried forward, zero.
+    """
+
+    def __init__(
+        self,
+        layer: TwoPointRNN,
+        carried: Carried,
+        state: Tensor,
+        rule: str,
+        capture: Capture = cuda_graph,
+    ) -> None:
+        self._layer, self._carried, self.state = layer, carried, state
+        batch = state.shape[1]
+        self._x = state.new_zeros(1, batch, layer.fan_in)
+        self._resets = torch.zeros(1, batch, dtype=torch.bool, device=state.device)
+        self._delta = state.new_zeros(len(layer.cell.states), 1, batch, layer.hidden_size)
+        self._addresses = self._storage()
+        self._rule = rule
+        self._now, self._folded = 0, True  # steps made; whether Γ is that of the last
+        with torch.no_grad():
+            self._forward, self._replay_forward = capture(self._run_forward)
+            self._backward, self._replay_backward = capture(self._run_backward)
+            self.state.zero_()
+            carried.forget_(None)
+
+    def _storage(self) -> list[int]:
+        return [weight.data_ptr() for weight in self._layer.weights()]
+
+    def _run_forward(self) -> list[Tensor]:
+        layer, cell = self._layer, self._layer.cell
+        recurrent = [weight.detach() for weight in layer.recurrent_weights()]
+        drive = layer.drive(self._x)
+        trajectory = cell.scan(drive, recurrent, self.state.unbind(0), self._resets)
+        diagonals = [weight_ops.own(weight).clone() for weight in recurrent]
+        shown = [trajectory.after[nu, 0].clone() for nu in cell.outputs]
+        self.state.copy_(trajectory.states[:, -1])
+        return [trajectory.x, trajectory.states, trajectory.saved, self._x.clone(), *diagonals, *shown]
+
+    def _run_backward(self) -> list[Tensor]:
+        layer, cell = self._layer, self._layer.cell
+        x, states, saved, inputs, *rest = self._forward
+        readers = [
+            w.detach() for k, w in zip(layer.matrices, layer.weights(), strict=True) if k.reads == "input"
+        ]
+        trajectory = Trajectory(x, states, saved, self._resets)
+        diagonals = rest[: len(cell.matrices)]
+        block = Recorded(cell, trajectory, diagonals, inputs if readers else None, self._rule).block
+        per_unit = rfp.input_gradient(block.lin, self._delta, len(cell.inputs))
+        gradients = self._carried.step_(block, self._delta)
+        assert gradients is not None
+        return [layer.input_gradient(per_unit, readers)[0], *gradients]
+
+    def step(self, x: Tensor, forget: Tensor | None) -> list[Tensor]:
+        """x (B, F), rows to reset before it (B,) bool or None → the cell's outputs, (B, N) each."""
+        if self._storage() != self._addresses:
+            raise RuntimeError(
+                "a parameter of the layer has new storage, and the graph would read the old one: change parameters in "
+                "place, or make a new OnlineLearner"
+            )
+        self.fold()
+        if forget is not None:
+            self._carried.forget_(forget)  # M is zero there, but zero times an infinity isn't
+            self._resets.copy_(forget[None])
+        self._x.copy_(x[None])
+        self._replay_forward()
+        self._now, self._folded = self._now + 1, False
+        return [shown.clone() for shown in self._forward[4 + len(self._layer.cell.matrices) :]]
+
+    def fold(self) -> None:
+        """Advance Γ over the last step, if no backward has."""
+        if not self._folded:
+            self._delta.zero_()
+            self._advance()
+
+    def _advance(self) -> None:
+        self._replay_backward()
+        self._resets.zero_()
+        self._folded = True
+
+    @property
+    def now(self) -> int:
+        """Steps made so far."""
+        return self._now
+
+    def gradients(self, step: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Of the layer's input (B, F) and weights at step `step`, from those of the outputs. Advances Γ."""
+        if step != self._now or self._folded:
+            raise RuntimeError(
+                f"backward of step {step} comes too late: Γ is that of step {self._now} now. With cuda_graph=True, "
+                f"call backward() once, on the sum of the losses, before step {step + 1}"
+            )
+        self._delta.zero_()
+        for nu, grad in zip(self._layer.cell.outputs, grads, strict=True):
+            if grad is not None:
+                self._delta[nu, 0].copy_(grad)
+        self._advance()
+        return [made.clone() for made in self._backward]
+
+
+class Graphed(torch.autograd.Function):
+    """The node of one graphed step: the cell's outputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, graphed: GraphedStep, forget: Tensor | None, x: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        shown = graphed.step(x, forget)
+        ctx.graphed, ctx.step = graphed, graphed.now
+        ctx.set_materialize_grads(False)
+        return tuple(shown)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        gradients = ctx.graphed.gradients(ctx.step, grads)
+        needed = zip(gradients, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(g if needs else None for g, needs in needed)
