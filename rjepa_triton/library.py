@@ -1,9 +1,11 @@
-"""RGC over a sequence as torch.library operators: what torch.compile sees in place of the loops over time.
+"""torch.library operators: what torch.compile sees in place of the loops over time and a learner's own state.
 
-rjepa_triton::rgc            forward: (states, saved), as `RGCCell.scan` gives them
-rjepa_triton::rgc_gradients  its backward by a learning rule
+rjepa_triton::rgc                RGC over a sequence: (states, saved), as `RGCCell.scan` gives them
+rjepa_triton::rgc_gradients      its backward by a learning rule
+rjepa_triton::learner_steps      steps of an `OnlineLearner`, by its number
+rjepa_triton::learner_gradients  their backward
 
-Eager calls don't come through here: `functional` runs the same functions with less overhead.
+Eager calls don't come through here: `functional` and `online` run the same functions with less overhead.
 """
 
 # No `from __future__ import annotations`: torch reads the operators' schemas from the annotations themselves.
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from . import functional
 from .cells import RGCCell
+from .online import LEARNERS
 from .two_point import Trajectory
 
 
@@ -103,3 +106,61 @@ def _backward(ctx: Any, grad_states: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 rgc.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("rjepa_triton::learner_steps", mutates_args=())
+def learner_steps(
+    learner: int,
+    x: Tensor,
+    resets: Optional[Tensor],  # noqa: UP045
+    weights: Sequence[Tensor],
+    clock: Tensor,
+) -> list[Tensor]:
+    """x (C, B, F) → the cell's outputs (C, B, N) each, and the time of the last step, an int64 scalar.
+
+    Advances the learner: its state and sensitivities are its own, and not among the arguments. `clock` is the time that
+    the call before gave, so that two calls are never taken for one, nor put in another order. weights: the layer's,
+    for their gradients.
+    """
+    shown, time = LEARNERS[learner].operate(x, resets)
+    return [*shown, torch.tensor(time)]
+
+
+@learner_steps.register_fake
+def _(
+    learner: int, x: Tensor, resets: Tensor | None, weights: Sequence[Tensor], clock: Tensor
+) -> list[Tensor]:
+    layer = LEARNERS[learner].layer
+    shown = [x.new_empty(x.shape[0], x.shape[1], layer.hidden_size) for _ in layer.cell.outputs]
+    return [*shown, torch.empty((), dtype=torch.int64)]
+
+
+@torch.library.custom_op("rjepa_triton::learner_gradients", mutates_args=())
+def learner_gradients(
+    learner: int, time: Tensor, x: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of x (C, B, F) and of the weights, from those of the outputs of the steps that end at `time`."""
+    made = LEARNERS[learner].operator_gradients(int(time), grads)
+    return [gradient.clone(memory_format=torch.contiguous_format) for gradient in made]
+
+
+@learner_gradients.register_fake
+def _(
+    learner: int, time: Tensor, x: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    return [torch.empty_like(a, memory_format=torch.contiguous_format) for a in (x, *weights)]
+
+
+def _save_steps(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.learner, x, _, weights, _ = inputs
+    ctx.mark_non_differentiable(output[-1])
+    ctx.save_for_backward(output[-1], x, *weights)
+
+
+def _steps_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    time, x, *weights = ctx.saved_tensors
+    for_x, *by_weight = learner_gradients(ctx.learner, time, x, weights, list(grads[:-1]))
+    return None, for_x, None, by_weight, None
+
+
+learner_steps.register_autograd(_steps_backward, setup_context=_save_steps)

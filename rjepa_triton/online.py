@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +33,9 @@ Learning = Literal["rfp", "eprop", "rflo", "snap0", "rtrl", "uoro", "tbptt"]
 LEARNING = (*rfp.RULES, "rtrl", "uoro", "tbptt")
 # The one form of the rules that have only one.
 ONLY_FORM = {"rtrl": "step", "uoro": "step", "tbptt": "chunk"}
+# Learners by their numbers, for the operators that torch.compile sees.
+LEARNERS: weakref.WeakValueDictionary[int, OnlineLearner] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 GAMMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -164,6 +170,13 @@ class OnlineLearner:
         self._forget_all = False
         self._position = 0  # steps that step() has made of the update_every between two updates
         self._versions: tuple[int, ...] = ()  # of the weights when that chunk began
+        self.number = next(_numbers)
+        LEARNERS[self.number] = self
+        # Goes from each call of the operator to the next, so that torch.compile neither joins nor reorders two of them.
+        self._clock = torch.zeros((), dtype=torch.int64)
+        self._calls: dict[
+            int, _Call
+        ] = {}  # of operators, by time of their last step, while a loss may reach them
         self._graph: GraphedStep | None = None
         if cuda_graph:
             if device.type != "cuda":
@@ -219,6 +232,10 @@ class OnlineLearner:
             with without_autocast(x.device):
                 return self.step(x.to(self._state.dtype))
         self._check_input(x, (self.batch_size,))
+        if torch.compiler.is_compiling():
+            if self.form == "chunk":
+                raise ValueError("under torch.compile form='chunk' goes by chunk(), got step()")
+            return self._by_operator(x[None], None)[0]
         if self._graph is not None:
             shown = Graphed.apply(self._graph, self._forget, x, *self.layer.weights())
             self._forget, self._forget_all = None, False
@@ -247,6 +264,8 @@ class OnlineLearner:
         self._check_input(x, ("C", self.batch_size))
         if resets is not None:
             resets = check.mask("resets", resets, tuple(x.shape[:2]), x.device)
+        if torch.compiler.is_compiling():
+            return self._by_operator(x, resets)
         self._position, self._token, self._past.filling = 0, None, False
         return self._run(x, resets, None)[0]
 
@@ -267,20 +286,68 @@ class OnlineLearner:
 
     def _run(self, x: Tensor, resets: Tensor | None, link: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs (C, B, N) of x (C, B, F), and the port that credit from a later step of the chunk enters by."""
+        resets = self._prepare(x, resets)
+        token, self._state, *shown = _Steps.apply(
+            self.layer,
+            self._past,
+            self.learning,
+            self._chunk_weights,
+            self._state,
+            resets,
+            x,
+            link,
+            *self.layer.weights(),
+        )
+        return self.layer.readout(shown, x), token
+
+    def _prepare(self, x: Tensor, resets: Tensor | None) -> Tensor | None:
+        """Before new steps: make room for them, keep the weights if they are needed; resets with those due."""
         self._past.make_room(self._forget, self._forget_all)
         if self._forget is not None:
             marks = x.new_zeros(x.shape[:2], dtype=torch.bool) if resets is None else resets.clone()
             marks[0] |= self._forget
             resets = marks
-        weights = self.layer.weights()
         if self._full and (self.form == "step" or self._position == 0 or self._chunk_weights is None):
-            recurrent = weights[: len(self.layer.cell.matrices)]
-            self._chunk_weights = tuple(weight.detach().clone() for weight in recurrent)
-        token, self._state, *shown = _Steps.apply(
-            self.layer, self._past, self.learning, self._chunk_weights, self._state, resets, x, link, *weights
-        )
+            self._chunk_weights = tuple(weight.detach().clone() for weight in self.layer.recurrent_weights())
         self._forget, self._forget_all = None, False
-        return self.layer.readout(shown, x), token
+        return resets
+
+    def _by_operator(self, x: Tensor, resets: Tensor | None) -> Tensor:
+        """Outputs (C, B, N) of x (C, B, F) by the operator that torch.compile takes as it is."""
+        weights = list(self.layer.weights())
+        made = torch.ops.rjepa_triton.learner_steps(self.number, x, resets, weights, self._clock)
+        *shown, self._clock = made
+        return self.layer.readout(shown, x)
+
+    def operate(self, x: Tensor, resets: Tensor | None) -> tuple[list[Tensor], int]:
+        """What the operator `learner_steps` does: the cell's outputs (C, B, N) of x (C, B, F), and their time."""
+        self._position, self._token, self._past.filling = 0, None, False
+        resets = self._prepare(x, resets)
+        call, self._state, shown = _advance(
+            self.layer,
+            self._past,
+            self.learning,
+            self._chunk_weights,
+            self._state,
+            resets,
+            x,
+            False,
+            self.layer.weights(),
+        )
+        self._calls[call.record.end] = call
+        while len(self._calls) > 1 + self.lag:
+            del self._calls[next(iter(self._calls))]
+        return shown, call.record.end
+
+    def operator_gradients(self, time: int, grads: Sequence[Tensor]) -> list[Tensor]:
+        """What the operator `learner_gradients` does: of x (C, B, F) and of the weights."""
+        if time not in self._calls:
+            raise RuntimeError(
+                f"backward of step {time} comes too late: call backward() before the steps after it"
+            )
+        for_x, _, gradients = self._calls[time].gradients(grads, None, True)
+        assert for_x is not None
+        return [for_x, *(gradient for gradient in gradients if gradient is not None)]
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Start a new episode at the next step in the rows where mask (B,) is True, or in all.
@@ -470,6 +537,61 @@ def _full_credit(layer: TwoPointRNN, rounds: int | None, scan: str) -> FullCredi
     return credits
 
 
+@dataclass(frozen=True)
+class _Call:
+    """Steps that one call has run: their record, and the weights that read the layer's input, as they were."""
+
+    layer: TwoPointRNN
+    past: Past
+    record: Record
+    readers: Sequence[Tensor]
+
+    def gradients(
+        self, grads: Sequence[Tensor | None], arrived: Tensor | None, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
+        """Of the layer's input (C, B, F), what a linked call passes on, and of the weights.
+
+        grads: of the cell's outputs, (C, B, N) or None each; arrived (S, B, N): credit from the chunk's later calls.
+        """
+        after = self.record.recorded.trajectory.after
+        delta = after.new_zeros(after.shape)
+        for nu, grad in zip(self.layer.cell.outputs, grads, strict=True):
+            if grad is not None:
+                delta[nu] = grad
+        weights = self.layer.weights()
+        per_unit, passed, by_weight = self.past.gradients(self.record, weights, delta, arrived, needs_x)
+        for_x = self.layer.input_gradient(per_unit, self.readers) if per_unit is not None else None
+        return for_x, passed if self.record.linked else None, by_weight
+
+
+def _advance(
+    layer: TwoPointRNN,
+    past: Past,
+    rule: str,
+    kept_weights: tuple[Tensor, ...] | None,
+    state: Tensor,
+    resets: Tensor | None,
+    x: Tensor,
+    linked: bool,
+    weights: Sequence[Tensor],
+) -> tuple[_Call, Tensor, list[Tensor]]:
+    """Run steps and record them: the call, the last state (S, B, N), and the cell's outputs (C, B, N) each."""
+    cell = layer.cell
+    recurrent = weights[: len(cell.matrices)]
+    x = x.clone()  # callers may write the next input where this one was
+    trajectory = cell.scan(layer.drive(x), recurrent, state.unbind(0), resets)
+    diagonals: Sequence[Tensor] = ()
+    if recurrent:
+        diagonals = torch.stack([weight_ops.own(weight) for weight in recurrent]).unbind(0)
+    readers = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
+    inputs = x if readers else None
+    m_rule = rule if rule in rfp.RULES else "rfp"
+    record = past.add(Recorded(cell, trajectory, diagonals, inputs, m_rule, kept_weights), linked=linked)
+    # the caller's own: the window goes on reading the trajectory
+    shown = [trajectory.after[nu].clone() for nu in cell.outputs]
+    return _Call(layer, past, record, readers), trajectory.states[:, -1].clone(), shown
+
+
 class _Steps(torch.autograd.Function):
     """The node of one call: (token, state, the cell's outputs). Credit enters at the token and leaves at the link."""
 
@@ -486,25 +608,13 @@ class _Steps(torch.autograd.Function):
         link: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        cell = layer.cell
-        recurrent = weights[: len(cell.matrices)]
-        x = x.clone()  # callers may write the next input where this one was
-        trajectory = cell.scan(layer.drive(x), recurrent, state.unbind(0), resets)
-        diagonals: Sequence[Tensor] = ()
-        if recurrent:
-            diagonals = torch.stack([weight_ops.own(weight) for weight in recurrent]).unbind(0)
-        readers = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
-        inputs = x if readers else None
-        m_rule = rule if rule in rfp.RULES else "rfp"
-        recorded = Recorded(cell, trajectory, diagonals, inputs, m_rule, kept_weights)
-        ctx.past, ctx.layer = past, layer
-        ctx.record = past.add(recorded, linked=link is not None and link.requires_grad)
-        ctx.save_for_backward(*readers)
+        linked = link is not None and link.requires_grad
+        call, last, shown = _advance(layer, past, rule, kept_weights, state, resets, x, linked, weights)
+        # saved so that autograd notices if they change before the backward pass
+        ctx.call = replace(call, readers=())
+        ctx.save_for_backward(*call.readers)
         ctx.set_materialize_grads(False)
-        # the caller's own: the window goes on reading the trajectory
-        shown = [trajectory.after[nu].clone() for nu in cell.outputs]
         token = shown[0].new_zeros(1).expand_as(state)
-        last = trajectory.states[:, -1].clone()
         ctx.mark_non_differentiable(last)
         return token, last, *shown
 
@@ -515,21 +625,13 @@ class _Steps(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if arrived is None and all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        layer: TwoPointRNN = ctx.layer
-        record: Record = ctx.record
-        after = record.recorded.trajectory.after
-        delta = after.new_zeros(after.shape)
-        for nu, grad in zip(layer.cell.outputs, grads, strict=True):
-            if grad is not None:
-                delta[nu] = grad
         needs_x, _, *needs_weight = ctx.needs_input_grad[6:]
-        per_unit, passed, gradients = ctx.past.gradients(record, layer.weights(), delta, arrived, needs_x)
-        for_x = None
-        if needs_x:
-            for_x = layer.input_gradient(per_unit, ctx.saved_tensors)
+        # not looked at unless needed: a chunk's later backward comes here again, when they are freed
+        call = replace(ctx.call, readers=ctx.saved_tensors) if needs_x else ctx.call
+        for_x, passed, gradients = call.gradients(grads, arrived, needs_x)
         return (
             *(None,) * 6,
             for_x,
-            passed if record.linked else None,
+            passed,
             *(g if need else None for g, need in zip(gradients, needs_weight, strict=True)),
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rjepa_triton import RGC
+from rjepa_triton import LRU, RGC, OnlineLearner
 
 F64 = torch.float64
 
@@ -94,3 +94,77 @@ def test_a_compiled_model_under_autocast() -> None:
     x = torch.randn(5, 2, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(compiled(x), run(x))
+
+
+LEARNING: list[dict[str, Any]] = [
+    {"form": "step"},
+    {"form": "step", "learning": "rtrl"},
+    {"form": "history"},
+    {"form": "chunk", "update_every": 5},
+    {"credit": "carry", "update_every": 5},
+]
+
+
+@pytest.mark.parametrize("options", LEARNING, ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda: RGC(4, input_size=3, init="uniform", dtype=F64), lambda: LRU(3, 4, dtype=F64)]
+)
+def test_a_learners_steps_compile_as_one_graph(make: Any, options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layer = make()
+    readout = nn.Linear(4, 2, dtype=F64)
+    streams = [torch.randn(steps, 2, 3, dtype=F64) for steps in (5, 5, 3, 4, 2)]
+    parameters = [*layer.parameters(), *readout.parameters()]
+    results = []
+    for compiled in (False, True):
+        learner = OnlineLearner(layer, 2, **options)
+
+        def loss(x: Tensor, learner: OnlineLearner = learner) -> Tensor:
+            return readout(learner.chunk(x)).square().sum()
+
+        run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+        found = []
+        for i, x in enumerate(streams):
+            if i == 3:
+                learner.reset(torch.tensor([True, False]))
+            given = x.clone().requires_grad_()
+            value = run(given)
+            found += [value.detach(), *torch.autograd.grad(value, [given, *parameters])]
+        results.append(found)
+    assert oracle.relative(results[1], results[0]) < 1e-12
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_single_steps_compile_too() -> None:
+    torch._dynamo.reset()
+    layer = RGC(4, init="uniform", dtype=F64)
+    x = torch.randn(6, 2, 4, dtype=F64)
+    results = []
+    for compiled in (False, True):
+        layer.zero_grad()
+        learner = OnlineLearner(layer, 2)
+
+        def two(a: Tensor, b: Tensor, learner: OnlineLearner = learner) -> Tensor:
+            learner.step(a)
+            return learner.step(b).square().sum()
+
+        run = torch.compile(two, fullgraph=True) if compiled else two
+        with torch.no_grad():
+            learner.step(x[0])
+        value = run(x[1], x[1])  # two equal calls are two steps
+        value.backward()
+        results.append([value.detach(), torch.stack(learner.state), layer.weight_ss.grad.clone()])
+    assert oracle.relative(results[1], results[0]) < 1e-10
+    chunked = OnlineLearner(layer, 2, form="chunk", update_every=2)
+    with pytest.raises(Exception, match=r"form='chunk' goes by chunk\(\)"):
+        torch.compile(chunked.step, fullgraph=True, backend="eager")(x[0])
+
+
+def test_the_learners_operators_keep_their_contract() -> None:
+    layer = RGC(4, input_size=3, init="uniform")
+    learner = OnlineLearner(layer, 2)
+    clock = torch.zeros((), dtype=torch.int64)
+    arguments = (learner.number, torch.randn(3, 2, 3, requires_grad=True), None, list(layer.weights()), clock)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.rjepa_triton.learner_steps.default, arguments, test_utils=tests)
