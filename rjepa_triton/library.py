@@ -2,6 +2,8 @@
 
 rjepa_triton::rgc                RGC over a sequence: (states, saved), as `RGCCell.scan` gives them
 rjepa_triton::rgc_gradients      its backward by a learning rule
+rjepa_triton::gamma_step_        Γ one step on, in place, and the gradient (`ops.gamma_step_`)
+rjepa_triton::gamma_chunk_       Γ a chunk on, in place, and what a credit reads of it before (`ops.gamma_chunk_`)
 rjepa_triton::learner_steps      steps of an `OnlineLearner`, by its number
 rjepa_triton::learner_gradients  their backward
 
@@ -16,7 +18,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import functional
+from . import functional, ops
 from .cells import RGCCell
 from .online import LEARNERS
 from .two_point import Trajectory
@@ -106,6 +108,32 @@ def _backward(ctx: Any, grad_states: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 rgc.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("rjepa_triton::gamma_step_", mutates_args=("gammas",))
+def gamma_step_(
+    gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor, backend: str
+) -> Tensor:
+    """gammas S of (B, K, N, M), mutated; m (S, S, B, N), phi (S, B, K, N), y (B, K, Y), delta (S, B, N) → (K, N, M)."""
+    total = ops.gamma_step_(gammas, m, phi, y, delta, backend=backend)
+    assert total is not None
+    return total
+
+
+@torch.library.custom_op("rjepa_triton::gamma_chunk_", mutates_args=("gammas",))
+def gamma_chunk_(
+    gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor, credit: Tensor, backend: str
+) -> Tensor:
+    """As `gamma_step_`, over C steps: m (S, S, C, B, N), phi (S, C, B, K, N), y (C, B, K, Y), credit (S, B, N)."""
+    total = ops.gamma_chunk_(gammas, m, phi, y, credit, backend=backend)
+    assert total is not None
+    return total
+
+
+@gamma_step_.register_fake
+@gamma_chunk_.register_fake
+def _(gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor, credit: Tensor, backend: str) -> Tensor:
+    return credit.new_empty(gammas[0].shape[1:])
 
 
 @torch.library.custom_op("rjepa_triton::learner_steps", mutates_args=())

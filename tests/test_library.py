@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rjepa_triton import LRU, RGC, OnlineLearner
+from rjepa_triton.reference import rfp
 
 F64 = torch.float64
 
@@ -168,3 +169,25 @@ def test_the_learners_operators_keep_their_contract() -> None:
     arguments = (learner.number, torch.randn(3, 2, 3, requires_grad=True), None, list(layer.weights()), clock)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.rjepa_triton.learner_steps.default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("fan_in", [1, 3, 5])
+def test_gammas_operators_keep_their_contract(backend: str, fan_in: int) -> None:
+    states, batch, matrices, units, steps = 2, 2, 3, 5, 4
+    reads = units if fan_in == 1 else fan_in
+    gammas = [torch.randn(batch, matrices, units, fan_in) for _ in range(states)]
+    m, phi = (
+        torch.randn(states, states, steps, batch, units),
+        torch.randn(states, steps, batch, matrices, units),
+    )
+    y, credit = torch.randn(steps, batch, matrices, reads), torch.randn(states, batch, units)
+    if backend == "triton" and fan_in == 1:
+        pytest.skip("kernels take dense matrices")
+    step = (gammas, m[:, :, 0].clone(), phi[:, 0].clone(), y[0].clone(), credit, backend)
+    torch.library.opcheck(torch.ops.rjepa_triton.gamma_step_.default, step)
+    torch.library.opcheck(torch.ops.rjepa_triton.gamma_chunk_.default, (gammas, m, phi, y, credit, backend))
+    copies = [gamma.clone() for gamma in gammas]
+    got = torch.ops.rjepa_triton.gamma_step_(gammas, *step[1:])
+    want = rfp.gamma_step_(copies, *step[1:-1])
+    torch.testing.assert_close([got, *gammas], [want, *copies], rtol=1e-5, atol=1e-5)
