@@ -1,4 +1,4 @@
-"""`rjepa bench`: scaling, table, plot, compare, fidelity, kernels, roofline, gpu-check."""
+"""`rjepa bench`: scaling, table, plot, compare, fidelity, learn, kernels, roofline, gpu-check."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from .. import ops
 from . import (
     cases,
     compare,
+    curves,
     fidelity,
     gpu_check,
     inputs,
     kernels,
+    learn,
     plot,
     record,
     roofline,
     scaling,
     summary,
+    tasks,
 )
 
 bench = typer.Typer(no_args_is_help=True, help="Time, memory and fidelity of the learning rules.")
@@ -48,6 +51,11 @@ def integers(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ValueError(f"--{name} must be integers, such as 32,64, got {text!r}") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names of a text such as rfp,rtrl."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def show(tables: Sequence[Table]) -> None:
@@ -89,7 +97,7 @@ def scaling_command(
             torch.set_num_threads(threads)
         settings = scaling.Settings(
             points=scaling.points(integers("hidden", hidden), integers("batch", batch)),
-            algorithms=tuple(name.strip() for name in algorithms.split(",") if name.strip()),
+            algorithms=names(algorithms),
             steps=steps,
             chunk=chunk,
             dtype=dtype,
@@ -194,6 +202,50 @@ def fidelity_command(
             show(fidelity.tables(records))
         if "frontier" in chosen:
             fidelity.draw(records, out / "fidelity.png")
+
+
+@bench.command("learn")
+def learn_command(
+    which: Annotated[str, typer.Option("--tasks", help=", ".join(tasks.TASKS))] = ",".join(tasks.TASKS),
+    rules: Annotated[str, typer.Option(help=", ".join(learn.RULES))] = ",".join(learn.RULES),
+    seeds: Annotated[int, typer.Option(help="How many seeds the means are of, at least 2.")] = 5,
+    steps: Annotated[int, typer.Option(help=f"T, a multiple of {learn.WINDOWS} · C.")] = 2000,
+    hidden: Annotated[int, typer.Option(help=f"N, a multiple of {learn.HEADS}, the heads.")] = 16,
+    batch: Annotated[int, typer.Option(help="B, rows of the stream.")] = 8,
+    chunk: Annotated[int, typer.Option(help="C, steps between updates of the rules that take chunks.")] = 4,
+    jobs: Annotated[int, typer.Option(help="Processes, of one thread each; one a core if 0.")] = 0,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of learn.jsonl and the plot.")] = OUT,
+) -> None:
+    """What each rule learns online, on the CPU: loss curves, final losses with intervals over seeds.
+
+    Goes on where an earlier run with the same options stopped; what it made is kept.
+    """
+    with user_errors():
+        settings = learn.Settings(
+            tasks=names(which),
+            rules=names(rules),
+            seeds=seeds,
+            steps=steps,
+            hidden=hidden,
+            batch=batch,
+            chunk=chunk,
+            jobs=check.integer("--jobs", jobs, 0) or learn.default_jobs(),
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / learn.FILE
+        if fresh:
+            file.unlink(missing_ok=True)
+        records = learn.run(settings, file, Console(stderr=True))
+        found = learn.tables(records)
+        if markdown:
+            typer.echo("\n\n".join(map(summary.markdown, found)))
+        else:
+            show(found)
+        written = curves.draw(records, file)
+        for kind, path in (("records", file), *(("plot", path) for path in written)):
+            typer.echo(f"{kind + ':':8} {path}", err=markdown)
 
 
 @bench.command("kernels")

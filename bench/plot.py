@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from . import fit
@@ -24,6 +25,13 @@ from .summary import slopes
 
 Dashes = tuple[float, Sequence[float]]
 SOLID: Dashes = (0, ())
+DASHED: Dashes = (0, (4, 2))
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "rjepa-triton",  # the same records give the same file
+}
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,10 @@ LOOKS = {
     "rfp-step": Look("#0072B2", "o"),
     "rfp-step-gamma": Look("#56B4E9", "v"),
     "copy": Look("#999999", "x"),
-    "rfp-chunk": Look("#009E73", "s", (0, (4, 2))),
+    "rfp-chunk": Look("#009E73", "s", DASHED),
     "rfp-history": Look("#F0E442", "h"),
     "rfp-dual": Look("#CC79A7", "D"),
-    "bptt": Look("#E69F00", "^", (0, (4, 2))),
+    "bptt": Look("#E69F00", "^", DASHED),
     "bptt-autograd": Look("#D55E00", "P"),
     "rtrl": Look("#000000", "*"),
     "rtrl-heads": Look("#882255", "d", (0, (1, 1.5))),
@@ -59,25 +67,24 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     """
     records, path = latest(records), Path(path)
     title = _title(records)
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "rjepa-triton",  # the same records give the same file
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 8))
         figure.subplots_adjust(left=0.06, right=0.965, bottom=0.285, top=0.92, wspace=0.2)
         _time_panel(left, records)
         _memory_panel(right, records)
         figure.suptitle(title, fontsize=12.5)
-        stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
-        written = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
-        try:
-            for file in written:
-                figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
-        finally:
-            plt.close(figure)
+        return save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure as PNG and SVG beside each other, and close it; `path` with either ending or none."""
+    stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
+    written = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
+    try:
+        for file in written:
+            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    finally:
+        plt.close(figure)
     return written
 
 

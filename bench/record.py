@@ -43,8 +43,8 @@ class Timing:
 class Record:
     """One measurement of one algorithm at one point.
 
-    benchmark, algorithm    "scaling" and a case's name, "fidelity" and a method, "kernels" and
-                            kernel/runner, or "roofline" and a kernel
+    benchmark, algorithm    "scaling" and a case's name, "fidelity" and a method, "learn" and a learning rule,
+                            "kernels" and kernel/runner, or "roofline" and a kernel
     params                  what was asked for: N, B, T, C, dtype, device, input, scale, threads, …
     status, message         "ok"; or "oom", "error", "over_budget", and why
     timing                  seconds per time step, of "kernels" per call; None unless "ok"

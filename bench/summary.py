@@ -20,11 +20,13 @@ RATIOS = (
 )
 # A median whose samples spread by more than this part of it is marked: something else used the machine.
 NOISY = 0.3
+# What tells a benchmark's records of one algorithm apart, where it isn't N and B.
+SWEPT = {"fidelity": ("cell", "N", "T", "B", "scale"), "learn": ("task", "stage", "lr", "seed")}
 
 
 def place(made: Record) -> str:
-    """What a record is of: rfp-step N=64 B=1, or the scale where that is what was swept."""
-    swept = ("cell", "N", "T", "B", "scale") if made.benchmark == "fidelity" else ("N", "B")
+    """What a record is of: rfp-step N=64 B=1, or what else was swept in its benchmark."""
+    swept = SWEPT.get(made.benchmark, ("N", "B"))
     return " ".join([made.algorithm, *(f"{name}={made.params.get(name)}" for name in swept)])
 
 
