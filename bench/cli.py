@@ -209,7 +209,7 @@ def learn_command(
     which: Annotated[str, typer.Option("--tasks", help=", ".join(tasks.TASKS))] = ",".join(tasks.TASKS),
     rules: Annotated[str, typer.Option(help=", ".join(learn.RULES))] = ",".join(learn.RULES),
     seeds: Annotated[int, typer.Option(help="How many seeds the means are of, at least 2.")] = 5,
-    steps: Annotated[int, typer.Option(help=f"T, a multiple of {learn.WINDOWS} · C.")] = 2000,
+    steps: Annotated[int, typer.Option(help=f"T, a multiple of {learn.WINDOWS} · C.")] = 1600,
     hidden: Annotated[int, typer.Option(help=f"N, a multiple of {learn.HEADS}, the heads.")] = 16,
     batch: Annotated[int, typer.Option(help="B, rows of the stream.")] = 8,
     chunk: Annotated[int, typer.Option(help="C, steps between updates of the rules that take chunks.")] = 4,

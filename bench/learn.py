@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ FILE = "learn.jsonl"
 CELLS: dict[str, Callable[..., TwoPointRNN]] = {"LSTM": LSTM, "GRU": GRU, "RGC": RGC}
 CELL_OF = {"recall": "LSTM", "adding": "GRU", "lorenz": "RGC"}
 HEADS = 4
-LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
+LEARNING_RATES = (0.003, 0.01, 0.03)
 CLIP = 1.0  # the gradient's largest norm, all parameters together
 TUNING_SEEDS = (100, 101)
 # A run's losses are means over so many windows; a tuning run is the first half. The final loss is that of the
@@ -83,13 +84,14 @@ RULES = {
 class Settings:
     """Which tasks and rules, how many seeds, and the sizes that all runs share.
 
-    steps: T of the stream, a multiple of WINDOWS · chunk. jobs: processes, each of one thread.
+    steps: T of the stream, a multiple of WINDOWS · chunk, with a scored step in every window. jobs: processes, each of
+    one thread.
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
     rules: tuple[str, ...] = tuple(RULES)
     seeds: int = 5
-    steps: int = 2000
+    steps: int = 1600
     hidden: int = 16
     batch: int = 8
     chunk: int = 4
@@ -112,6 +114,10 @@ class Settings:
                 f"steps must be a multiple of {WINDOWS} windows × {self.chunk} steps a chunk, "
                 f"{WINDOWS * self.chunk}, got {self.steps}"
             )
+        least = max(WINDOWS * TASKS[task].period for task in self.tasks)
+        if self.steps < least:
+            raise ValueError(f"steps must be at least {least}, {WINDOWS} windows in which something is scored, "
+                             f"got {self.steps}")  # fmt: skip
         if self.hidden % HEADS:
             raise ValueError(f"hidden must be a multiple of {HEADS} heads, got {self.hidden}")
 
@@ -180,11 +186,11 @@ def layer(cell: str, features: int, units: int, heads: int, seed: int) -> TwoPoi
 def train(run: Run) -> dict[str, Any]:
     """Do one run, on one thread; what was found, as fields of its record.
 
-    payload: curve, the mean loss over what is scored in each window; final, that of the last `LAST` windows;
+    payload: cpu_seconds, of the whole run; curve, the mean loss over what is scored in each window; final, that of the last `LAST` windows;
     updates, how often the weights changed; fallbacks, how often refinement gave way to the exact credit. A run whose
     loss is not finite ends there, with status "error" and the curve up to there.
     """
-    threads = torch.get_num_threads()
+    begin, threads = time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -195,6 +201,7 @@ def train(run: Run) -> dict[str, Any]:
         torch.set_num_threads(threads)
     payload: dict[str, Any] = {
         "curve": [float(f"{value:.5g}") for value in curve if math.isfinite(value)],
+        "cpu_seconds": round(time.process_time() - begin, 3),
         "fallbacks": fallbacks,
         "updates": len(curve) * run.window // run.chunk,
     }
@@ -259,62 +266,66 @@ def measure(
         "git": record.git_revision(),
         "run": record.now(),
     }
-    pairs = [(task, rule) for task in settings.tasks for rule in settings.rules]
-    of = len(pairs) * (len(TUNING_SEEDS) * len(LEARNING_RATES) + settings.seeds)
+    runs_each = len(TUNING_SEEDS) * len(LEARNING_RATES) + settings.seeds
+    of = len(settings.tasks) * len(settings.rules) * runs_each
     kept = done = 0
 
     def blank(run: Run) -> Record:
         return Record(algorithm=run.rule, params=run.params, status="ok", time="", **common)
 
-    def make(runs: Sequence[Run]) -> dict[Run, Record]:
-        nonlocal kept, done
-        earlier = {record.key(r): r for r in record.load(path)} if path.exists() else {}
-        found = {run: earlier[record.key(blank(run))] for run in runs if record.key(blank(run)) in earlier}
-        kept, done = kept + len(found), done + len(found)
-        for run, result in _results([run for run in runs if run not in found], settings.jobs):
-            made = Record(algorithm=run.rule, params=run.params, time=record.now(), **common, **result)
-            record.append(path, made)
-            found[run], done = made, done + 1
-            on_record(made, done, of)
-        return found
-
-    tried = make(
-        [
-            settings.run(task, rule, seed, rate, tuning=True)
-            for task in settings.tasks
-            for seed in TUNING_SEEDS
-            for rule in settings.rules
-            for rate in LEARNING_RATES
-        ]
-    )
-    rates = {
-        pair: chosen_rate([r for run, r in tried.items() if (run.task, run.rule) == pair]) for pair in pairs
-    }
-    counted = [
-        settings.run(task, rule, seed, rates[task, rule], tuning=False)
+    tuning = [
+        settings.run(task, rule, seed, rate, tuning=True)
         for task in settings.tasks
-        for seed in range(settings.seeds)
+        for seed in TUNING_SEEDS
         for rule in settings.rules
+        for rate in LEARNING_RATES
     ]
-    found = make(counted)
+    with _workers(settings.jobs) as results:
+
+        def make(runs: Sequence[Run]) -> dict[Run, Record]:
+            nonlocal kept, done
+            earlier = {record.key(r): r for r in record.load(path)} if path.exists() else {}
+            keys = {run: record.key(blank(run)) for run in runs}
+            found = {run: earlier[key] for run, key in keys.items() if key in earlier}
+            kept, done = kept + len(found), done + len(found)
+            for run, result in results([run for run in runs if run not in found]):
+                made = Record(algorithm=run.rule, params=run.params, time=record.now(), **common, **result)
+                record.append(path, made)
+                found[run], done = made, done + 1
+                on_record(made, done, of)
+            return found
+
+        tried: dict[tuple[str, str], list[Record]] = {}
+        for run, made in make(tuning).items():
+            tried.setdefault((run.task, run.rule), []).append(made)
+        counted = [
+            settings.run(task, rule, seed, chosen_rate(tried[task, rule]), tuning=False)
+            for task in settings.tasks
+            for seed in range(settings.seeds)
+            for rule in settings.rules
+        ]
+        found = make(counted)
     return [found[run] for run in counted], kept
 
 
-def _results(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """(run, what `train` found) as runs end; in this process if jobs is 1."""
-    if jobs == 1 or len(runs) < 2:
-        for run in runs:
-            yield run, train(run)
+@contextmanager
+def _workers(jobs: int) -> Iterator[Callable[[Sequence[Run]], Iterator[tuple[Run, dict[str, Any]]]]]:
+    """A function of runs that gives (run, what `train` found) as they end; in this process if jobs is 1."""
+    if jobs == 1:
+        yield lambda runs: ((run, train(run)) for run in runs)
         return
     # forked workers would share this process's OpenMP state, which may hang
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+    def results(runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
         futures = {pool.submit(train, run): run for run in runs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+    try:
+        yield results
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def chosen_rate(records: Sequence[Record]) -> float:

@@ -47,7 +47,8 @@ class Stream:
 class Task:
     """make(steps, batch, seed) gives a `Stream`; chance and best are mean losses over what is scored.
 
-    chance is that of the best answer which doesn't look at the stream. features, outputs: of the network.
+    chance is that of the best answer which doesn't look at the stream. features, outputs: of the network. period: in
+    so many steps in a row a step is scored.
     """
 
     make: Callable[[int, int, int], Stream]
@@ -56,6 +57,7 @@ class Task:
     outputs: int
     chance: float
     best: float
+    period: int
 
     def losses(self, answer: Tensor, target: Tensor) -> Tensor:
         """Loss of each step and row, of target's shape. answer (…, outputs)."""
@@ -158,7 +160,7 @@ def lorenz(steps: int, batch: int, seed: int) -> Stream:
 
 
 TASKS = {
-    "recall": Task(recall, "cross-entropy", SYMBOLS + 2, SYMBOLS, math.log(SYMBOLS), 0.0),
-    "adding": Task(adding, "squared error", 3, 1, 1 / 6, 0.0),
-    "lorenz": Task(lorenz, "squared error", 1, 1, 1.0, 0.0),
+    "recall": Task(recall, "cross-entropy", SYMBOLS + 2, SYMBOLS, math.log(SYMBOLS), 0.0, 2 * SHOWN + DELAY),
+    "adding": Task(adding, "squared error", 3, 1, 1 / 6, 0.0, WINDOW),
+    "lorenz": Task(lorenz, "squared error", 1, 1, 1.0, 0.0, 1),
 }
