@@ -116,8 +116,9 @@ class Settings:
             )
         least = max(WINDOWS * TASKS[task].period for task in self.tasks)
         if self.steps < least:
-            raise ValueError(f"steps must be at least {least}, {WINDOWS} windows in which something is scored, "
-                             f"got {self.steps}")  # fmt: skip
+            raise ValueError(
+                f"steps must be at least {least}, {WINDOWS} windows in which something is scored, got {self.steps}"
+            )
         if self.hidden % HEADS:
             raise ValueError(f"hidden must be a multiple of {HEADS} heads, got {self.hidden}")
 
@@ -186,9 +187,9 @@ def layer(cell: str, features: int, units: int, heads: int, seed: int) -> TwoPoi
 def train(run: Run) -> dict[str, Any]:
     """Do one run, on one thread; what was found, as fields of its record.
 
-    payload: cpu_seconds, of the whole run; curve, the mean loss over what is scored in each window; final, that of the last `LAST` windows;
-    updates, how often the weights changed; fallbacks, how often refinement gave way to the exact credit. A run whose
-    loss is not finite ends there, with status "error" and the curve up to there.
+    payload: curve, the mean loss over what is scored in each window; final, that of the last `LAST` windows;
+    updates, how often the weights changed; fallbacks, how often refinement gave way to the exact credit;
+    cpu_seconds, of all of it. A run whose loss is not finite ends there, with status "error" and the curve so far.
     """
     begin, threads = time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)
