@@ -67,6 +67,14 @@ def show(tables: Sequence[Table]) -> None:
         console.print(table)
 
 
+def print_tables(tables: Sequence[Table], markdown: bool) -> None:
+    """Tables on stdout, as Markdown or for a terminal."""
+    if markdown:
+        typer.echo("\n\n".join(map(summary.markdown, tables)))
+    else:
+        show(tables)
+
+
 @bench.command("scaling")
 def scaling_command(
     hidden: Annotated[str, typer.Option(help="N, with commas between; a default sweep if left out.")] = "",
@@ -124,27 +132,30 @@ def scaling_command(
 
 @bench.command("table")
 def table_command(
-    file: Annotated[Path, typer.Argument(help="Records of `rjepa bench scaling`.")] = OUT / scaling.FILE,
+    file: Annotated[
+        Path, typer.Argument(help="Records of `rjepa bench scaling` or `rjepa bench learn`.")
+    ] = OUT / scaling.FILE,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
 ) -> None:
-    """Print the tables of a sweep: time, memory, ratios, fitted powers of N."""
+    """Print the tables of a sweep: time, memory, ratios, fitted powers of N; or of what was learnt online."""
     with user_errors():
-        tables = summary.tables(record.latest([r for r in record.load(file) if r.benchmark == "scaling"]))
-        if markdown:
-            typer.echo("\n\n".join(map(summary.markdown, tables)))
-        else:
-            show(tables)
+        records = record.latest(record.load(file))
+        found = summary.tables([r for r in records if r.benchmark == "scaling"])
+        print_tables([*found, *learn.tables(records)], markdown)
 
 
 @bench.command("plot")
 def plot_command(
-    file: Annotated[Path, typer.Argument(help="Records of `rjepa bench scaling`.")] = OUT / scaling.FILE,
+    file: Annotated[
+        Path, typer.Argument(help="Records of `rjepa bench scaling` or `rjepa bench learn`.")
+    ] = OUT / scaling.FILE,
     batch: Annotated[int, typer.Option(help="B to draw; the one with most N if 0.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to; beside the records if left out.")] = None,
 ) -> None:
-    """Draw time per step and memory against N, as PNG and SVG."""
+    """Draw time per step and memory against N, or what was learnt online, as PNG and SVG."""
     with user_errors():
-        records = [r for r in record.load(file) if r.benchmark == "scaling"]
+        loaded = record.latest(record.load(file))
+        records = [r for r in loaded if r.benchmark == "scaling"]
         sizes: dict[int, set[int]] = {}
         for r in records:
             sizes.setdefault(r.params["B"], set()).add(r.params["N"])
@@ -154,7 +165,11 @@ def plot_command(
             check.one_of("--batch", batch, sorted(sizes))
         target = file.with_suffix("") if out is None else out
         target.parent.mkdir(parents=True, exist_ok=True)
-        for written in plot.draw([r for r in records if r.params["B"] == batch], target):
+        if any(r.benchmark == "learn" for r in loaded):
+            drawn = curves.draw(loaded, target)
+        else:
+            drawn = plot.draw([r for r in records if r.params["B"] == batch], target)
+        for written in drawn:
             typer.echo(written)
 
 
@@ -238,11 +253,7 @@ def learn_command(
         if fresh:
             file.unlink(missing_ok=True)
         records = learn.run(settings, file, Console(stderr=True))
-        found = learn.tables(records)
-        if markdown:
-            typer.echo("\n\n".join(map(summary.markdown, found)))
-        else:
-            show(found)
+        print_tables(learn.tables(records), markdown)
         written = curves.draw(records, file)
         for kind, path in (("records", file), *(("plot", path) for path in written)):
             typer.echo(f"{kind + ':':8} {path}", err=markdown)

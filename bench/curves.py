@@ -15,7 +15,7 @@ from .plot import DASHED, SOLID, STYLE, Look, save
 from .record import Record
 from .tasks import TASKS
 
-# Okabe and Ito's colours. Rules with the same one differ in dashes: solid ones change weights every step.
+# Okabe and Ito's colours, dashed for rules that take chunks; dotted lines can lie on others, as rflo's does.
 DOTTED = (0, (1, 1.4))
 LOOKS = {
     "rtrl": Look("#000000", "*"),
@@ -30,7 +30,6 @@ LOOKS = {
     "snap0": Look("#CC79A7", "d", SOLID),
     "uoro": Look("#F0E442", "<", SOLID),
 }
-LEAST = 1e-3  # of chance: below it a loss is drawn at the panel's bottom
 
 
 def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
@@ -49,18 +48,20 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     rules = [name for name in learn.RULES if any(r.algorithm == name for r in records)]
     p, seeds = records[0].params, {r.params["seed"] for r in records}
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks) + 1, 6.2), squeeze=False)
-        figure.subplots_adjust(left=0.06, right=0.985, bottom=0.24, top=0.88, wspace=0.2)
+        figure, panels = plt.subplots(
+            1, len(tasks), figsize=(max(11, 5 * len(tasks) + 1), 6.4), squeeze=False
+        )
+        figure.subplots_adjust(left=0.05, right=0.99, bottom=0.25, top=0.88, wspace=0.17)
         for axes, task in zip(panels[0], tasks, strict=True):
             _panel(axes, task, [r for r in records if r.params["task"] == task])
         chunk = max(r.params["C"] for r in records)
         figure.legend(
             handles=[_handle(rule) for rule in rules],
             loc="lower center",
-            ncols=min(6, len(rules)),
+            ncols=6 if len(tasks) > 2 else 4,
             frameon=False,
-            title=f"mean and 95 % t-interval over {len(seeds)} seeds; solid: weights change every step, "
-            f"dashed: every {chunk} steps; dotted lines lie on others where rules coincide",
+            title=f"mean and 95 % t-interval over {len(seeds)} seeds; chunks: weights change every {chunk} steps, "
+            "of the other rules every step",
             title_fontsize=9,
             handlelength=3.2,
         )
@@ -73,6 +74,7 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
 
 def _panel(axes: Axes, task: str, records: Sequence[Record]) -> None:
     chance = TASKS[task].chance
+    top = chance
     for rank, rule in enumerate(learn.RULES):
         mine = [r for r in records if r.algorithm == rule]
         if not mine:
@@ -81,8 +83,10 @@ def _panel(axes: Axes, task: str, records: Sequence[Record]) -> None:
         found = [learn.interval(list(losses)) for losses in zip(*map(learn.curve, mine), strict=True)]
         mean, half = np.array(found).T
         steps = window * np.arange(1, len(mean) + 1)
-        low = np.maximum(mean - half, LEAST * chance)
-        axes.fill_between(steps, low, mean + half, color=look.colour, alpha=0.13, linewidth=0)
+        axes.fill_between(
+            steps, np.maximum(mean - half, 0), mean + half, color=look.colour, alpha=0.1, linewidth=0
+        )
+        top = max(top, mean.max())
         axes.plot(
             steps, mean, color=look.colour, linestyle=look.line, linewidth=1.7, marker=look.marker, markersize=5.5,
             markevery=(rank % 4, 4),
@@ -92,8 +96,7 @@ def _panel(axes: Axes, task: str, records: Sequence[Record]) -> None:
         "chance", (1, chance), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points",
         ha="right", color="0.35", fontsize=9,
     )  # fmt: skip
-    axes.set_yscale("log")
-    axes.set_ylim(top=learn.CAP * chance)
+    axes.set_ylim(0, 1.08 * top)
     axes.set_title(f"{task}, {records[0].params['cell']}")
     axes.set_xlabel("steps of the stream")
     axes.set_ylabel(f"loss: {TASKS[task].loss}" + (" [nats]" if TASKS[task].loss == "cross-entropy" else ""))

@@ -37,7 +37,7 @@ from ..online import OnlineLearner
 from ..reference.refine import Divergence
 from . import fit, record
 from .record import Record, Timing
-from .summary import place, seconds_text
+from .summary import place
 from .tasks import TASKS
 
 FILE = "learn.jsonl"
@@ -369,8 +369,8 @@ def default_jobs() -> int:
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """Per task: final losses with intervals over seeds, differences from RFP's on the same seeds, and times."""
-    counted = [r for r in records if r.params["stage"] == "learning"]
+    """Per task: final losses with intervals over seeds, and differences from RFP's on the same seeds."""
+    counted = [r for r in records if r.benchmark == "learn" and r.params["stage"] == "learning"]
     out = []
     for task in [name for name in TASKS if any(r.params["task"] == name for r in counted)]:
         mine = [r for r in counted if r.params["task"] == task]
@@ -379,34 +379,32 @@ def tables(records: Sequence[Record]) -> list[Table]:
             title=f"{task}: {TASKS[task].loss}, {p['cell']}, N = {p['N']}, B = {p['B']}, "
             f"T = {max(r.params['T'] for r in mine)}, {len({r.params['seed'] for r in mine})} seeds"
         )
-        for heading in ("rule", "C", "lr", "final loss", f"less {BASELINE}'s", "blown up", "time per step"):
+        for heading in ("rule", "C", "lr", "final loss", f"less {BASELINE}'s", "blown up"):
             table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
         by_seed = {rule: {r.params["seed"]: r for r in mine if r.algorithm == rule} for rule in RULES}
         for rule, runs in by_seed.items():
             if runs:
                 table.add_row(rule, *_cells(runs, by_seed[BASELINE] if rule != BASELINE else {}))
-        table.add_row("chance", "", "", f"{TASKS[task].chance:.4f}", "", "", "")
-        table.add_row("best possible", "", "", f"{TASKS[task].best:.4f}", "", "", "")
+        table.add_row("chance", "", "", f"{TASKS[task].chance:.4f}", "", "")
+        table.add_row("best possible", "", "", f"{TASKS[task].best:.4f}", "", "")
         out.append(table)
     return out
 
 
 def _cells(runs: dict[int, Record], baseline: dict[int, Record]) -> list[str]:
-    """C, learning rate, final loss, its difference from the baseline on the same seeds, median time per step."""
+    """C, learning rate, final loss, its difference from the baseline on the same seeds, how many runs blew up."""
     first = next(iter(runs.values()))
     losses = {seed: final(r) for seed, r in runs.items()}
     against = ""
     if baseline.keys() == runs.keys():
         change, width = interval([losses[seed] - final(r) for seed, r in baseline.items()])
         against = f"{change:+.4f} ± {width:.4f}"
-    times = [r.timing.median for r in runs.values() if r.timing]
     return [
         str(first.params["C"]),
         f"{first.params['lr']:g}",
         "{:.4f} ± {:.4f}".format(*interval(list(losses.values()))),
         against,
         str(sum(map(blew_up, runs.values())) or ""),
-        seconds_text(statistics.median(times)) if times else "",
     ]
 
 

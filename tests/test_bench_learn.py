@@ -131,7 +131,7 @@ def test_every_rule_runs_through_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(bench, [*arguments, "--markdown"])
     assert result.exit_code == 0, result.output
     assert "**lorenz: squared error, RGC, N = 4, B = 2, T = 40, 2 seeds**" in result.stdout
-    assert "| chance |  |  | 1.0000 |  |  |  |" in result.stdout
+    assert "| chance |  |  | 1.0000 |  |  |" in result.stdout
     assert (tmp_path / "learn.png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in (tmp_path / "learn.svg").read_text()
 
@@ -153,6 +153,12 @@ def test_every_rule_runs_through_the_command(tmp_path: Path) -> None:
     again = CliRunner().invoke(bench, arguments)
     assert f"kept {len(records)} runs made earlier" in again.output
     assert len(record.load(tmp_path / "learn.jsonl")) == len(records)
+
+    file = str(tmp_path / "learn.jsonl")
+    assert CliRunner().invoke(bench, ["table", file, "--markdown"]).stdout == result.stdout
+    drawn = CliRunner().invoke(bench, ["plot", file, "--out", str(tmp_path / "new" / "drawn")])
+    assert drawn.exit_code == 0, drawn.output
+    assert (tmp_path / "new" / "drawn.svg").read_bytes() == (tmp_path / "learn.svg").read_bytes()
 
 
 @pytest.mark.parametrize(
