@@ -94,7 +94,8 @@ def _panel(axes: Axes, task: str, records: Sequence[Record]) -> None:
     axes.axhline(chance, color="0.35", linestyle=(0, (6, 4)), linewidth=1)
     axes.annotate(
         "chance", (1, chance), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points",
-        ha="right", color="0.35", fontsize=9,
+        ha="right", color="0.25", fontsize=9,
+        bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
     )  # fmt: skip
     axes.set_ylim(0, 1.08 * top)
     axes.set_title(f"{task}, {records[0].params['cell']}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rjepa_triton import RGC, OnlineLearner
-from rjepa_triton.bench import fidelity, record, summary
+from rjepa_triton.bench import fidelity, learn, record, summary
 from rjepa_triton.cells import RGCCell
 from rjepa_triton.reference import rtrl
 
@@ -42,6 +42,13 @@ def test_the_tables_are_those_of_the_records() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     for table in summary.tables(record.latest(record.load(RESULTS / "scaling-cpu.jsonl"))):
         assert summary.markdown(table) in page
+    learnt = record.load(RESULTS / "learn-cpu.jsonl")
+    tables = learn.tables(learnt)
+    assert len(tables) == len(learn.TASKS)
+    for table in tables:
+        assert summary.markdown(table) in page
+    seconds = sum(r.payload["cpu_seconds"] for r in learnt)
+    assert f"{len(learnt)} runs took {seconds:.0f} s of processor time" in page.replace("\n", " ")
     page = (ROOT / "docs" / "exactness.md").read_text()
     told = fidelity.all_rows(record.load(RESULTS / "fidelity-cpu.jsonl"))
     assert len(told) == 6
