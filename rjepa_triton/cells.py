@@ -181,6 +181,7 @@ class TimeDecayCell(Cell):
     gates = ()
     parameters = ("tau",)
     matrices = ()
+    affine = True
 
     def initial_parameters(self, units: int) -> dict[str, Tensor]:
         """τ ~ U(0, 1)."""
@@ -223,6 +224,7 @@ class LRUCell(Cell):
         if not 0 < max_phase <= 2 * math.pi:
             raise ValueError(f"max_phase must be in (0, 2π], got {max_phase}")
         self.nonlinearity, self.r_min, self.r_max, self.max_phase = nonlinearity, r_min, r_max, max_phase
+        self.affine = nonlinearity is None
 
     def initial_parameters(self, units: int) -> dict[str, Tensor]:
         """λ uniform over the ring."""
@@ -334,10 +336,7 @@ class RGCCell(Cell):
         states = x.new_empty(2, steps + 1, batch, units)
         states[0, 0], states[1, 0] = state
         gates = x.new_empty(2, steps, batch, 2, units)
-        drive = [
-            _SourceDrive(w_own, w_cross, gates[j])
-            for j, (w_own, w_cross) in enumerate([(weights[0], weights[3]), (weights[2], weights[1])])
-        ]
+        drive = [_SourceDrive(*pair, gates[j]) for j, pair in enumerate(_by_source(weights))]
         reset_steps = reset_steps_of(resets)
 
         at, u_at, gate_at = states.unbind(1), u.unbind(0), gates.unbind(1)
@@ -379,8 +378,13 @@ class RGCCell(Cell):
     def evaluate(self, x: Tensor, before: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         (u,) = x.unbind(0)
         gates = x.new_empty(2, *u.shape[:2], 2, u.shape[2])
-        for weight, source, slot in zip(weights, (0, 1, 1, 0), (0, 1, 0, 1), strict=True):
-            gates[source, ..., slot, :] = weight_ops.multiply(weight, before[source])
+        for j, (w_own, w_cross) in enumerate(_by_source(weights)):
+            if w_own.dim() == w_cross.dim() == 2:
+                rows, out = before[j].flatten(0, -2), gates[j].flatten(0, -3).flatten(1)
+                torch.mm(rows, torch.cat([w_own, w_cross]).t(), out=out)
+            else:
+                gates[j, ..., 0, :] = weight_ops.multiply(w_own, before[j])
+                gates[j, ..., 1, :] = weight_ops.multiply(w_cross, before[j])
         gates.tanh_()
         after = torch.addcmul(u, gates[..., 0, :], before)
         after[0].addcmul_(gates[1, ..., 1, :], u, value=-1)
@@ -392,6 +396,12 @@ class RGCCell(Cell):
         before = trajectory.before
         partials = self._partials_from_gates(trajectory.saved, before, trajectory.x[0])
         return Linearization(partials, before, trajectory.resets)
+
+
+def _by_source(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """RGC's weights that read s, then m: into the gate on the state itself, and on the other's input."""
+    ss, ms, mm, sm = weights
+    return (ss, sm), (mm, ms)
 
 
 class _SourceDrive:

@@ -1,4 +1,4 @@
-"""What a form of Recurrent Forward Propagation costs a step: bytes, FLOP and seconds, before it is run.
+"""What a form of Recurrent Forward Propagation, or of the forward pass, costs: bytes, FLOP and seconds, before it runs.
 
 Counted for the layer's dense matrices, N×M_k each, S states a unit and batch B; Γ has g = S·B·Σ_k N·M_k
 numbers of `gamma_bytes` each, W and its gradient w = Σ_k N·M_k of `item` bytes each.
@@ -7,30 +7,43 @@ numbers of `gamma_bytes` each, W and its gradient w = Σ_k N·M_k of `item` byte
     chunk     the same twice a chunk of C steps (Γ is read for the fold and for the rank-C update), and
               2·C·g + 2·C·B·w FLOP: its rank-C update and its own part of the gradient
     history   a reverse scan and a product over the t steps since reset: 2·B·t·w FLOP, S²·B·N·t numbers read
+
+The forward pass over T steps, with calls and bytes of the pointwise work counted on a small problem (`counted`):
+
+    sequential   T steps: calls, 2·B·w FLOP, w·item bytes of weights and the pointwise work's, each
+    parallel     rounds of as many FLOP over T steps in few calls, w·item bytes, and an affine scan
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from .reference import rtrl
+from .reference import rfp, rtrl
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A device's rates as the model assumes them; not measured here."""
+    """A device's rates as the model assumes them; not measured here.
+
+    seconds_per_scan_step: of a scan's kernel, which takes its steps one after the other.
+    """
 
     name: str
     bytes_per_second: float
     flop_per_second: float
     seconds_per_call: float
+    seconds_per_scan_step: float = 0.0
 
 
 CPU = Rates("CPU (assumed)", 2e10, 1e11, 2e-6)
-GPU = Rates("GPU (assumed)", 2e12, 3e13, 5e-6)
+GPU = Rates("GPU (assumed)", 2e12, 3e13, 5e-6, 2e-7)
 
 
 def rates_of(device: torch.device) -> Rates:
@@ -137,3 +150,138 @@ def cheapest(costs: Sequence[FormCost], available_bytes: int | None) -> FormCost
     if fitting:
         return min(fitting, key=lambda c: c.seconds)
     return min(costs, key=lambda c: c.state_bytes)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What something costs: calls that launch something, FLOP of products, bytes, dependent steps of scan kernels."""
+
+    calls: float = 0.0
+    flop: float = 0.0
+    bytes: float = 0.0
+    scan_steps: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.calls + other.calls,
+            self.flop + other.flop,
+            self.bytes + other.bytes,
+            self.scan_steps + other.scan_steps,
+        )
+
+    def __mul__(self, count: float) -> Work:
+        return Work(self.calls * count, self.flop * count, self.bytes * count, self.scan_steps * count)
+
+    def seconds(self, rates: Rates) -> float:
+        """Predicted, as if nothing overlapped."""
+        return (
+            self.calls * rates.seconds_per_call
+            + self.flop / rates.flop_per_second
+            + self.bytes / rates.bytes_per_second
+            + self.scan_steps * rates.seconds_per_scan_step
+        )
+
+
+# What launches nothing: memory without a value, and names for what is there.
+_NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach", "aten::alias")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
+class _Counter(TorchDispatchMode):
+    """Counts what torch is called for: every call but those of `_NO_LAUNCH` and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = Work()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else the first call imports all of torch.compile, which takes seconds; nothing compiled is counted.
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name()
+        if not func.is_view and not name.startswith(_NO_LAUNCH):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            moved = 0 if name.startswith(_PRODUCTS) else sum(tensor.nbytes for tensor in tensors)
+            self.work += Work(calls=1, bytes=moved)
+        return out
+
+
+def counted(function: Callable[[], object]) -> Work:
+    """Calls that one call of `function` makes of torch, and bytes that they move but for matrix products."""
+    with _Counter() as counter:
+        function()
+    return counter.work
+
+
+def scan_level(states: int, steps: int, numbers: int, item: int) -> Work:
+    """One halving of `rfp.affine_scan` from T = `steps` to T/2, `numbers` of B·N."""
+    planes = states**2 * (states + 1) + states * (3 * states + 1) + 2 * states
+    return Work(calls=3 * states + 3, bytes=float(planes * steps * numbers * item))
+
+
+def scan_halvings(states: int, steps: int, numbers: int, item: int, rates: Rates) -> int:
+    """Halvings that are worth their calls and bytes before a kernel goes through the steps that are left."""
+    count = 0
+    while (left := steps >> count) > 1:
+        if scan_level(states, left, numbers, item).seconds(rates) >= left / 2 * rates.seconds_per_scan_step:
+            break
+        count += 1
+    return count
+
+
+def scan_work(states: int, steps: int, numbers: int, item: int, rates: Rates, kernel: bool) -> Work:
+    """Of `ops.affine_scan` over T = `steps`, S = `states`, `numbers` of B·N; kernel: whether Triton's."""
+    total, left = Work(), steps
+    until = steps >> scan_halvings(states, steps, numbers, item, rates) if kernel else rfp.SERIAL_STEPS
+    while left > max(1, until):
+        total += scan_level(states, left, numbers, item)
+        left //= 2
+    moved = float(left * numbers * item * states * (states + 2))  # M and r in, c out
+    if kernel:  # M and r are turned round before, c after
+        return total + Work(calls=6, bytes=3 * moved, scan_steps=left)
+    return total + Work(calls=(left - 1) * states + 1, bytes=2 * moved)
+
+
+@dataclass(frozen=True)
+class ForwardProblem:
+    """S, B, N, T; the numbers of all recurrent weights; bytes of a number; and what was counted of the cell.
+
+    step     of the loop: calls of one step, and bytes that they move for one unit and row, products left out
+    round    of the parallel pass: calls of one round, and bytes for one unit, row and step, without the scan
+    kernel   whether a Triton kernel ends the scan
+    """
+
+    states: int
+    batch: int
+    units: int
+    steps: int
+    weight_numbers: int
+    item: int
+    step: Work
+    round: Work
+    kernel: bool
+
+    @property
+    def _products(self) -> float:
+        """FLOP of a step's matrix products."""
+        return 2.0 * self.batch * self.weight_numbers
+
+    def sequential(self) -> Work:
+        """The loop over all T steps, which reads the weights on each."""
+        moved = self.step.bytes * self.batch * self.units + self.weight_numbers * self.item
+        return Work(self.step.calls, self._products, moved) * self.steps
+
+    def one_round(self, rates: Rates) -> Work:
+        """One round of the parallel pass over all T steps, which reads the weights once."""
+        numbers = self.batch * self.units
+        moved = self.round.bytes * numbers * self.steps + self.weight_numbers * self.item
+        round_ = Work(self.round.calls, self._products * self.steps, moved)
+        return round_ + scan_work(self.states, self.steps, numbers, self.item, rates, self.kernel)
+
+
+def forward_seconds(problem: ForwardProblem, rounds: int, rates: Rates) -> tuple[float, float]:
+    """Predicted seconds of the forward pass: sequential, and in parallel by so many rounds."""
+    return problem.sequential().seconds(rates), problem.one_round(rates).seconds(rates) * rounds

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import ops
+from . import ops, parallel
 from . import weights as weight_ops
 from .cells import RGCCell
 from .reference import bptt, rfp, rtrl
@@ -55,13 +55,14 @@ class _TwoPoint(torch.autograd.Function):
         learning: str,
         rounds: int | None,
         backend: str,
+        mode: parallel.Forward,
         resets: Tensor | None,
         x: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(cell.states)
         state, weights = tensors[:count], tensors[count:]
-        trajectory = cell.scan(x, weights, state, resets)
+        trajectory = parallel.forward(cell, x, weights, state, resets, mode=mode, backend=backend)
         ctx.cell, ctx.learning, ctx.rounds, ctx.backend = cell, learning, rounds, backend
         ctx.save_for_backward(x, trajectory.states, trajectory.saved, resets, *weights)
         ctx.set_materialize_grads(False)
@@ -73,14 +74,14 @@ class _TwoPoint(torch.autograd.Function):
         cell: Cell = ctx.cell
         x, states, saved, resets, *weights = ctx.saved_tensors
         delta = torch.stack([torch.zeros_like(states[0, 1:]) if g is None else g for g in grads])
-        needs_x, *needs = ctx.needs_input_grad[5:]
+        needs_x, *needs = ctx.needs_input_grad[6:]
         needs_state, needs_weight = needs[: len(grads)], needs[len(grads) :]
         trajectory = Trajectory(x, states, saved, resets)
         for_x, first, by_weight = gradients(
             cell, trajectory, weights, delta, ctx.learning, ctx.rounds, ctx.backend, any(needs_weight)
         )
         return (
-            *(None,) * 5,
+            *(None,) * 6,
             for_x if needs_x else None,
             *(g if need else None for g, need in zip(first, needs_state, strict=True)),
             *(g if need else None for g, need in zip(by_weight, needs_weight, strict=True)),
@@ -132,6 +133,7 @@ def two_point(
     resets: Tensor | None = None,
     learning: Learning = "rfp",
     refine: int | Literal["exact"] = 0,
+    forward: parallel.Forward = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Any two-point cell over a sequence; the S states, each (T, B, N), differentiable by `learning`.
@@ -155,19 +157,27 @@ def two_point(
         refine: with "rfp": r rounds that bring its credits towards the exact ones, each a product over (T, B)
             and a scan; "exact": as many as it takes. Where they diverge, the exact sequential backward runs
             instead, with a warning (`reference.refine.Divergence`).
-        backend: of RFP's reverse scan: "torch", "triton", or "auto", which takes Triton for float32 tensors
-            on a GPU.
+        forward: how the states are found; they are the same to the tolerance of `parallel.attempt`, and so is the
+            gradient.
+            "sequential"   a loop over time. Under torch.compile always.
+            "parallel"     all steps at once, in rounds (`parallel`). Where they diverge, the loop runs instead, with
+                           a warning (`parallel.Divergence`).
+            "auto"         in parallel where that is predicted to pay: for long sequences of a small layer on a GPU,
+                           and on the CPU, with one thread, of an affine cell. Else, and where it diverges, the loop.
+        backend: of the scans, RFP's backward one and that of the forward pass in parallel: "torch", "triton", or
+            "auto", which takes Triton for float32 tensors on a GPU.
 
     Nothing is mutated.
 
     Raises:
         TypeError: a value that isn't a tensor, a dtype that isn't floating or differs from x's.
-        ValueError: a wrong shape (T = 0 among them), device, learning, refine or backend; a combination of
+        ValueError: a wrong shape (T = 0 among them), device, learning, refine, forward or backend; a combination of
             learning and refine that can't be; weights not finite; a backend that can't run here.
     """
     check.shape("x", check.tensor("x", x), (len(cell.per_unit), "T", "B", "N"))
     check.floating("x", x)
     rounds = rule("learning", learning, refine)
+    check.one_of("forward", forward, parallel.FORWARD)
     _, steps, batch, units = x.shape
     if len(weights) != len(cell.matrices):
         raise ValueError(f"weights must be {len(cell.matrices)}, one a recurrent matrix, got {len(weights)}")
@@ -176,14 +186,18 @@ def two_point(
     initial_state(state, cell.states, batch, units, x)
     if resets is not None:
         resets = check.mask("resets", resets, (steps, batch), x.device)
-    if not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
         ops.choose_scan(backend, x.device, x.dtype)  # refuses now what backward() would
-    if torch.compiler.is_compiling() and isinstance(cell, RGCCell):
+    if compiling and isinstance(cell, RGCCell):
         states, _ = torch.ops.rjepa_triton.rgc(
             x, state[0], state[1], list(weights), resets, learning, rounds, backend
         )
         return states[0, 1:], states[1, 1:]
-    return _TwoPoint.apply(cell, learning, rounds, backend, resets, x, *state, *weights)
+    mode: parallel.Forward = (
+        "sequential" if compiling else forward
+    )  # rounds end by a value, which no graph has
+    return _TwoPoint.apply(cell, learning, rounds, backend, mode, resets, x, *state, *weights)
 
 
 def rgc(
@@ -197,6 +211,7 @@ def rgc(
     resets: Tensor | None = None,
     learning: Learning = "rfp",
     refine: int | Literal["exact"] = 0,
+    forward: parallel.Forward = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Reciprocal gated circuit over a sequence (paper, Section 2.2 and eq. 13; Nayebi et al. 2022).
@@ -211,14 +226,14 @@ def rgc(
         state: (s0, m0), each (B, N); zero if None.
         resets: (T, B) bool. True starts a new episode at that step: state and sensitivities of that row are
             forgotten before it.
-        learning, refine, backend: as in `two_point`.
+        learning, refine, forward, backend: as in `two_point`.
 
     Returns:
         s, m: (T, B, N) each. Nothing is mutated.
 
     Raises:
         TypeError: a value that isn't a tensor, a dtype that isn't floating or differs from x's.
-        ValueError: a wrong shape (T = 0 among them), device, learning or backend; weights not finite; a
+        ValueError: a wrong shape (T = 0 among them), device, learning, forward or backend; weights not finite; a
             backend that can't run here.
     """
     check.shape("x", check.tensor("x", x), ("T", "B", "N"))
@@ -233,6 +248,7 @@ def rgc(
         resets=resets,
         learning=learning,
         refine=refine,
+        forward=forward,
         backend=backend,
     )
     return s, m

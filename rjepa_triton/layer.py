@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from . import functional
+from . import functional, parallel
 from ._device import autocast_is_on, without_autocast
 from .exactness import Exactness, exactness
 from .two_point import Cell, Matrix, verify
@@ -36,6 +36,8 @@ class TwoPointRNN(nn.Module):
         learning: how gradients are found, "rfp" | "bptt" | "rtrl" | "eprop" | "rflo" | "snap0", as
             `functional.two_point` says.
         refine: rounds of refinement of RFP's credits, 0 for none, or "exact".
+        forward: how the states of a sequence are found, "auto" | "sequential" | "parallel" in time, as
+            `functional.two_point` says.
         init: of the recurrent weights: "uniform", U(-1/√N, 1/√N), or "zeros".
         bias: with input_size, whether a bias enters each of the cell's inputs.
         batch_first: inputs and outputs are (B, T, ·) instead of (T, B, ·).
@@ -58,6 +60,7 @@ class TwoPointRNN(nn.Module):
         heads: int | None = None,
         learning: functional.Learning = "rfp",
         refine: int | Literal["exact"] = 0,
+        forward: parallel.Forward = "auto",
         init: Init = "uniform",
         bias: bool = True,
         batch_first: bool = False,
@@ -78,6 +81,8 @@ class TwoPointRNN(nn.Module):
         check.one_of("init", init, ("zeros", "uniform"))
         self.heads = None if heads is None else _heads(heads, hidden_size, recurrence)
         functional.rule("learning", learning, refine)
+        check.one_of("forward", forward, parallel.FORWARD)
+        self.forward_mode = forward  # `forward` is the module's method
         self.recurrence, self.learning, self.refine = recurrence, learning, refine
         self.init, self.batch_first, self.cell = init, batch_first, cell
 
@@ -237,6 +242,7 @@ class TwoPointRNN(nn.Module):
             resets=resets,
             learning=self.learning,
             refine=self.refine,
+            forward=self.forward_mode,
         )
         output = self.readout([states[nu] for nu in self.cell.outputs], x)
         output = output if time_first else output.transpose(0, 1)
@@ -262,6 +268,8 @@ class TwoPointRNN(nn.Module):
         parts += [f"recurrence={self.recurrence!r}", f"learning={self.learning!r}"]
         if self.refine:
             parts.append(f"refine={self.refine!r}")
+        if self.forward_mode != "auto":
+            parts.append(f"forward={self.forward_mode!r}")
         if self.batch_first:
             parts.append("batch_first=True")
         return ", ".join(parts)

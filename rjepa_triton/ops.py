@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from .cost import rates_of, scan_halvings
 from .reference import rfp
 from .two_point import Cell, Matrix, Trajectory
 
@@ -111,6 +112,26 @@ def reverse_scan(
         if done is not None:
             return done
     return rfp.reverse_scan(m, delta, carry)
+
+
+def affine_scan(m: Tensor, r: Tensor, *, backend: str = "torch") -> Tensor:
+    """`rfp.affine_scan` by the chosen backend, a serial kernel for the last of its halvings.
+
+    A scan forward in time is one backward with time turned round and M transposed: λ(t') = c(T + 1 - t') for
+    t' = 1 … T, where what M(t' + 1)ᵀ does to credit is what M(T + 1 - t') does to c.
+    """
+    states, steps, batch, units = r.shape
+    if backend != "triton" or states > 2:
+        return rfp.affine_scan(m, r)
+    halvings = scan_halvings(states, steps, batch * units, r.element_size(), rates_of(r.device))
+
+    def serial(m: Tensor, r: Tensor) -> Tensor:
+        count = r.shape[1]
+        order = torch.arange(count, 0, -1, device=r.device) % count
+        turned = m.transpose(0, 1).index_select(2, order)
+        return reverse_scan(turned, r.flip(1), backend=backend)[0].flip(1)
+
+    return rfp.affine_scan(m, r, serial=serial, until=steps >> halvings)
 
 
 def gamma_step_(

@@ -122,6 +122,8 @@ class Cell(ABC):
     parameters  names of further per-unit inputs, each a learned number a unit
     matrices    the K recurrent matrices, each into a gate and reading a state; several may enter one gate
     outputs     the states that a loss may reach
+    affine      whether F is affine in the states, so that the forward pass in parallel takes one round; a wrong answer
+                costs time alone
     """
 
     states: Sequence[str]
@@ -130,6 +132,7 @@ class Cell(ABC):
     parameters: Sequence[str] = ()
     matrices: Sequence[Matrix]
     outputs: Sequence[int] = (0,)
+    affine: bool = False
 
     @property
     def per_unit(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ state, (B, K, N, M), for K matrices of one shape, where M is 1 for diagonal matr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,6 +95,65 @@ def pass_back(m: Tensor, credit: Tensor) -> Tensor:
     out = m[0] * credit[0]
     for nu in range(1, m.shape[0]):
         out.addcmul_(m[nu], credit[nu])
+    return out
+
+
+SERIAL_STEPS = 16  # up to which one by one takes fewer calls than halving them
+
+
+def affine_scan(
+    m: Tensor,
+    r: Tensor,
+    *,
+    serial: Callable[[Tensor, Tensor], Tensor] | None = None,
+    until: int = SERIAL_STEPS,
+) -> Tensor:
+    """c(t) = M(t) c(t-1) + r(t) from c(0) = 0: unit by unit, in about log₂ T passes that each halve the steps.
+
+    Two steps are one: c(2k) = M(2k) M(2k-1) c(2k-2) + M(2k) r(2k-1) + r(2k), whose solution is every second c;
+    one more product gives those between (odd-even reduction: O(T) work).
+
+    m (S, S, T, B, N), whose first step meets c(0) and is not read; r (S, T, B, N), T ≥ 1. Returns c (S, T, B, N).
+    serial: what solves the at most `until` steps that are left, one by one if None.
+    """
+    steps = r.shape[1]
+    if steps <= max(1, until):
+        return (_affine_steps if serial is None else serial)(m, r)
+    paired = steps // 2 * 2
+    early, late = slice(0, paired, 2), slice(1, paired, 2)
+    c_late = affine_scan(
+        _matmul(m[:, :, late], m[:, :, early]),
+        _advanced(m[:, :, late], r[:, early], r[:, late]),
+        serial=serial,
+        until=until,
+    )
+    c = torch.empty_like(r)
+    c[:, late] = c_late
+    c[:, 0] = r[:, 0]
+    between = slice(2, None, 2)
+    c[:, between] = _advanced(m[:, :, between], c_late[:, : (steps - 1) // 2], r[:, between])
+    return c
+
+
+def _affine_steps(m: Tensor, r: Tensor) -> Tensor:
+    """`affine_scan` step by step."""
+    c = torch.empty_like(r)
+    columns = [m[:, nu].unbind(1) for nu in range(r.shape[0])]
+    c_at, r_at = c.unbind(1), r.unbind(1)
+    c_at[0].copy_(r_at[0])
+    for t in range(1, r.shape[1]):
+        now, before = c_at[t], c_at[t - 1]
+        torch.addcmul(r_at[t], columns[0][t], before[0], out=now)
+        for nu in range(1, len(columns)):
+            now.addcmul_(columns[nu][t], before[nu])
+    return c
+
+
+def _advanced(m: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    """M c + r, of any number of steps: m (S, S, …), c and r (S, …)."""
+    out = torch.addcmul(r, m[:, 0], c[0])
+    for nu in range(1, m.shape[1]):
+        out.addcmul_(m[:, nu], c[nu])
     return out
 
 
