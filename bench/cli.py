@@ -1,4 +1,4 @@
-"""`rjepa bench`: scaling, table, plot, compare, fidelity, learn, kernels, roofline, gpu-check."""
+"""`rjepa bench`: scaling, table, plot, compare, fidelity, learn, forward, kernels, roofline, gpu-check."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from . import (
     compare,
     curves,
     fidelity,
+    forward,
     gpu_check,
     inputs,
     kernels,
@@ -257,6 +258,51 @@ def learn_command(
         written = curves.draw(records, file)
         for kind, path in (("records", file), *(("plot", path) for path in written)):
             typer.echo(f"{kind + ':':8} {path}", err=markdown)
+
+
+@bench.command("forward")
+def forward_command(
+    hidden: Annotated[str, typer.Option(help="N, with commas between.")] = "64,256",
+    batch: Annotated[str, typer.Option(help="B, with commas between.")] = "1,8",
+    steps: Annotated[str, typer.Option(help="T, with commas between.")] = "1024,4096",
+    cells: Annotated[str, typer.Option(help="Which, with commas between.")] = ",".join(forward.CELLS),
+    scale: Annotated[float, typer.Option(help="c in W ~ c·N(0, 1)/√N.")] = 0.1,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
+    ] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of inputs and weights.")] = 0,
+    budget: Annotated[
+        float, typer.Option(help="Seconds a call may take; one that takes longer isn't timed.")
+    ] = 3,
+    sample: Annotated[float, typer.Option(help="Seconds that each is sampled at a point.")] = 0.2,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of forward.jsonl.")] = OUT,
+) -> None:
+    """The forward pass in parallel in time against the loop, timed here; and a training step predicted for a GPU."""
+    with user_errors():
+        if check.integer("--threads", threads, 0):
+            torch.set_num_threads(threads)
+        settings = forward.Settings(
+            hidden=integers("hidden", hidden),
+            batches=integers("batch", batch),
+            steps=integers("steps", steps),
+            cells=tuple(name.strip() for name in cells.split(",") if name.strip()),
+            scale=scale,
+            device=scaling.default_device() if device == "auto" else device,
+            seed=check.integer("--seed", seed, 0),
+            budget=budget,
+            case_seconds=sample,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / forward.FILE
+        records = forward.run(file, settings)
+        predicted = forward.record_prediction(file, scale, seed)
+        if markdown:
+            typer.echo(f"{forward.markdown(records)}\n\n{forward.predicted_markdown(predicted)}")
+        else:
+            show([forward.table(records), forward.predicted_table(predicted)])
+        typer.echo(f"records: {file}", err=markdown)
 
 
 @bench.command("kernels")

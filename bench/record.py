@@ -44,14 +44,15 @@ class Record:
     """One measurement of one algorithm at one point.
 
     benchmark, algorithm    "scaling" and a case's name, "fidelity" and a method, "learn" and a learning rule,
-                            "kernels" and kernel/runner, or "roofline" and a kernel
+                            "kernels" and kernel/runner, "roofline" and a kernel, "forward" and a mode, or
+                            "forward-predicted" and a way to take a training step
     params                  what was asked for: N, B, T, C, dtype, device, input, scale, threads, …
     status, message         "ok"; or "oom", "error", "over_budget", and why
-    timing                  seconds per time step, of "kernels" per call; None unless "ok"
+    timing                  seconds per time step, of "kernels" and "forward" per call; None unless "ok"
     state_bytes             bytes of learning state, as counted from its formula
     peak_bytes              peak bytes as measured: see `measure.peak_bytes`
     predicted_peak_bytes    and predicted_seconds (a time step): known before anything is built; of a call
-                            in "kernels" and "roofline"
+                            in "kernels" and "roofline", of a training step in "forward-predicted"
     compile_seconds         wall time of the first call where something was compiled, that call included
     backend                 what ran the Γ recursion, and why; None for a case that has none
     device                  name of the processor or GPU

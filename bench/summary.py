@@ -21,7 +21,12 @@ RATIOS = (
 # A median whose samples spread by more than this part of it is marked: something else used the machine.
 NOISY = 0.3
 # What tells a benchmark's records of one algorithm apart, where it isn't N and B.
-SWEPT = {"fidelity": ("cell", "N", "T", "B", "scale"), "learn": ("task", "stage", "lr", "seed")}
+SWEPT = {
+    "fidelity": ("cell", "N", "T", "B", "scale"),
+    "learn": ("task", "stage", "lr", "seed"),
+    "forward": ("cell", "N", "B", "T"),
+    "forward-predicted": ("N", "B", "T"),
+}
 
 
 def place(made: Record) -> str:
