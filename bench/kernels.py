@@ -45,6 +45,7 @@ class Problem:
 
     gammas S of (B, K, N, M), m (S, S, T, B, N), phi (S, T, B, K, N), y (T, B, K, M), delta (S, T, B, N),
     credit (S, B, N); and made of m and φ: suffix as m, whole (S, S, B, N), arriving as φ.
+    partials (K + S, T, B, N): φ of each matrix in the one state that it enters, and ∂F_ν/∂x of each state.
     """
 
     gammas: list[Tensor]
@@ -56,6 +57,7 @@ class Problem:
     suffix: Tensor
     whole: Tensor
     arriving: Tensor
+    partials: Tensor
 
     def copy(self, dtype: torch.dtype | None = None) -> Problem:
         """The same with a Γ of its own; all of it in `dtype` if given."""
@@ -129,6 +131,7 @@ def shapes(units: int, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
         "suffix": (STATES, STATES, steps, batch, units),
         "whole": (STATES, STATES, batch, units),
         "arriving": (STATES, steps, batch, MATRICES, units),
+        "partials": (MATRICES + STATES, steps, batch, units),
     }
 
 
@@ -145,8 +148,9 @@ def problem(kernel: Kernel, units: int, batch: int, steps: int, seed: int, devic
     own = torch.eye(STATES, device=device)[:, :, None, None, None]
     m = own * (0.6 + 0.25 * draw) + (1 - own) * (0.2 * draw - 0.1)
     phi = 0.3 * normal(*size["phi"])
-    for nu in range(STATES):  # a matrix of an RGC enters one state
-        phi[nu, :, :, [k for k in range(MATRICES) if k // 2 != nu]] = 0
+    for nu in range(STATES):
+        phi[nu, :, :, [k for k in range(MATRICES) if entered(k) != nu]] = 0
+    entering = [phi[entered(k), :, :, k] for k in range(MATRICES)]
     suffix, whole = rfp.suffix_products(m)
     gammas = []
     if kernel.has_gamma:
@@ -162,7 +166,13 @@ def problem(kernel: Kernel, units: int, batch: int, steps: int, seed: int, devic
         suffix=suffix,
         whole=whole,
         arriving=rfp.arriving(suffix, phi),
+        partials=torch.stack([*entering, *normal(STATES, steps, batch, units)]),
     )
+
+
+def entered(k: int) -> int:
+    """The one state that matrix k of an RGC enters."""
+    return k // 2
 
 
 @functools.cache
@@ -192,14 +202,34 @@ def _whole_chunk_(gammas: list[Tensor], whole: Tensor, arriving: Tensor, y: Tens
     return total
 
 
-def _entering(phi: Tensor, credit: Tensor) -> Tensor:
-    """E (T, B, K, N)."""
-    return (credit[:, :, :, None] * phi).sum(0)
+def _outputs(credit: Tensor, partials: Tensor) -> tuple[Tensor, Tensor]:
+    """E (K, T, B, N) and ∂E/∂x (1, T, B, N)."""
+    entering = torch.stack([credit[entered(k)] * partials[k] for k in range(MATRICES)])
+    return entering, (credit * partials[MATRICES:]).sum(0, keepdim=True)
 
 
-def _scan_entering(m: Tensor, delta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _scan_entering(m: Tensor, delta: Tensor, partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     credit, passed = rfp.reverse_scan(m, delta)
-    return credit, passed, _entering(phi, credit)
+    return *_outputs(credit, partials), passed
+
+
+def _launch_entering(m: Tensor, delta: Tensor, partials: Tensor) -> Sequence[Tensor]:
+    from ..kernels import reverse_scan
+
+    matrices = [{entered(k): partials[k]} for k in range(MATRICES)]
+    by_state = dict(enumerate(partials[MATRICES:].unbind(0)))
+    return reverse_scan.reverse_scan_entering(m, delta, matrices, [by_state])
+
+
+def _launch(launcher: str) -> Callable[..., Sequence[Tensor]]:
+    """A launcher of `kernels.reverse_scan` by its name, found when it is called: it needs triton."""
+
+    def launch(*arguments: Tensor) -> Sequence[Tensor]:
+        from ..kernels import reverse_scan
+
+        return getattr(reverse_scan, launcher)(*arguments)
+
+    return launch
 
 
 def _arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,9 +247,9 @@ def _pure_scan(m: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(credits[::-1], 1), (m[:, :, 0] * credits[-1][:, None]).sum(0)
 
 
-def _pure_scan_entering(m: Tensor, delta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pure_scan_entering(m: Tensor, delta: Tensor, partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     credit, passed = _pure_scan(m, delta)
-    return credit, passed, _entering(phi, credit)
+    return *_outputs(credit, partials), passed
 
 
 def _pure_arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,10 +377,9 @@ class GammaChunk(Kernel):
 
 
 class Scan(Kernel):
-    """A scan backward in time: credits λ or suffix products R, with or without what φ makes of each.
+    """A scan backward in time: credits λ or suffix products R, or what partials make of them in their place.
 
-    flop and written: of one unit and one step. function, pure: eager, and to be compiled. launcher: its name
-    in `kernels.reverse_scan`.
+    flop and written: of one unit and one step. function, pure: eager, and to be compiled. launch: by Triton.
     """
 
     has_gamma = False
@@ -363,9 +392,9 @@ class Scan(Kernel):
         written: int,
         function: Callable[..., Sequence[Tensor]],
         pure: Callable[..., Sequence[Tensor]],
-        launcher: str,
+        launch: Callable[..., Sequence[Tensor]],
     ) -> None:
-        self.name, self.takes, self.launcher = name, takes, launcher
+        self.name, self.takes, self.launch = name, takes, launch
         self.function, self.pure = function, pure
         self._flop, self._written = flop, written
 
@@ -386,11 +415,8 @@ class Scan(Kernel):
 
         if device.type != "cuda":
             return {"torch": self.reference}
-        from ..kernels import reverse_scan
-
-        launcher = getattr(reverse_scan, self.launcher)
         return {
-            "triton": lambda p: launcher(*arguments(p)),
+            "triton": lambda p: self.launch(*arguments(p)),
             "torch": self.reference,
             "compile": lambda p: _compiled(self.pure)(*arguments(p)),
         }
@@ -401,12 +427,13 @@ _KERNELS: tuple[Kernel, ...] = (
     GammaChunk(8, "ieee"),  # in "tf32" its launch is the same
     GammaChunk(64, "ieee"),
     GammaChunk(64, "tf32"),
-    # λ: δ added to Mᵀλ; E: S products and S - 1 additions a matrix; R: a product of S×S matrices; U: R φ
-    Scan("scan", ("m", "delta"), 8, 2, rfp.reverse_scan, _pure_scan, "reverse_scan"),
-    Scan("scan-entering", ("m", "delta", "phi"), 8 + 3 * MATRICES, 2 + MATRICES, _scan_entering,
-         _pure_scan_entering, "reverse_scan_entering"),
-    Scan("suffix", ("m",), 12, 4, rfp.suffix_products, rfp.suffix_products, "suffix_products"),
-    Scan("arriving", ("m", "phi"), 12 + 6 * MATRICES, 2 * MATRICES, _arriving, _pure_arriving, "arriving"),
+    # λ: δ added to Mᵀλ; E: a product a matrix, and S and S - 1 additions for x; R: a product of S×S matrices; U: R φ
+    Scan("scan", ("m", "delta"), 8, 2, rfp.reverse_scan, _pure_scan, _launch("reverse_scan")),
+    Scan("scan-entering", ("m", "delta", "partials"), 8 + MATRICES + 2 * STATES - 1, MATRICES + 1,
+         _scan_entering, _pure_scan_entering, _launch_entering),
+    Scan("suffix", ("m",), 12, 4, rfp.suffix_products, rfp.suffix_products, _launch("suffix_products")),
+    Scan("arriving", ("m", "phi"), 12 + 6 * MATRICES, 2 * MATRICES, _arriving, _pure_arriving,
+         _launch("arriving")),
 )  # fmt: skip
 KERNELS = {kernel.name: kernel for kernel in _KERNELS}
 

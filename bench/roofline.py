@@ -1,8 +1,9 @@
 """Predicted, without a GPU: what a kernel's launch would be made of, and the time its bytes and FLOP set.
 
 Each kernel is compiled at the configuration that its launcher picks, and read from the machine code
-(`static`). The time is a floor, max(bytes / copy rate, FLOP / rate): launches, and how near a kernel
-comes to it, are not predicted.
+(`static`). The time is a floor, max(bytes / copy rate, FLOP / rate, waits): launches, and how near a kernel
+comes to it, are not predicted. A scan waits for memory step after step, whatever it moves: that is a load's
+latency for as many steps as have their loads under way at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from .. import _checks as check
 from . import record, static
-from .kernels import KERNELS, MATRICES, STATES, GammaChunk, GammaStep, Kernel, floor, rate_text
+from .kernels import KERNELS, MATRICES, STATES, GammaChunk, GammaStep, Kernel, entered, floor, rate_text
 from .record import Record
 from .summary import bytes_text, seconds_text
 
@@ -30,7 +31,7 @@ DEFAULT_HIDDEN, DEFAULT_BATCHES = (256, 1001, 1024, 4096), (8,)
 
 @dataclass(frozen=True)
 class Rate:
-    """Bytes or FLOP per second, and where the number is from: "measured", "estimated", or "nominal"."""
+    """Bytes or FLOP per second, or seconds, and where the number is from: "measured", "estimated", or "nominal"."""
 
     value: float
     basis: str
@@ -41,6 +42,7 @@ class Gpu:
     """A GPU: its rates, and what its multiprocessors share out among programs.
 
     registers: 32-bit ones of each multiprocessor, a quarter to each of its four schedulers; shared: bytes.
+    latency: seconds from a load to its use, the arithmetic of a step of a scan included.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Gpu:
     registers: int = 65_536
     warps: int = 64
     programs: int = 32
+    latency: Rate = Rate(600e-9, "estimated")
 
 
 # "measured": copy and bf16 product on one H100 SXM; "nominal": the vendor's data sheet, dense.
@@ -87,6 +90,8 @@ class Launch:
     """What a launcher would launch: a build, its configuration in words, programs, and numbers of a program.
 
     numbers: of Γ, both states, in a program's tile; of a scan, its units.
+    waits: of a scan, loads that a call waits for, one after the other.
+    again: bytes moved beside those that a call must move: blocks of time are read twice, and summarised.
     """
 
     build: static.Build
@@ -94,6 +99,8 @@ class Launch:
     programs: int
     numbers: int
     warps: int
+    waits: float = 0
+    again: int = 0
 
 
 def points(hidden: Sequence[int], batches: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -101,11 +108,12 @@ def points(hidden: Sequence[int], batches: Sequence[int]) -> tuple[tuple[int, in
     return tuple((n, b) for b in batches or DEFAULT_BATCHES for n in hidden or DEFAULT_HIDDEN)
 
 
-def launch(kernel: Kernel, units: int, batch: int, target: str) -> Launch:
-    """What the launcher of a kernel would launch at (N, B) on a target. Needs triton."""
+def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Launch:
+    """What the launcher of a kernel would launch at (N, B), and T of a scan, on a GPU. Needs triton."""
     from ..kernels import gamma_chunk, gamma_step, reverse_scan
     from ..kernels._launch import vector_width
 
+    target = gpu.target
     dtype, short = getattr(torch, kernel.dtype), {"float32": "fp32", "bfloat16": "bf16"}[kernel.dtype]
     if kernel.has_gamma:
         aligned: tuple[str, ...] = ("N", "M") if units % 16 == 0 else ()
@@ -130,18 +138,52 @@ def launch(kernel: Kernel, units: int, batch: int, target: str) -> Launch:
             STATES * config.block_n * config.block_m,
             config.num_warps,
         )
-    scan = "suffix" if kernel.name in ("suffix", "arriving") else "reverse_scan"
-    matrices = MATRICES if "phi" in kernel.takes else 0
     total = batch * units
-    width = vector_width(units if matrices else total, torch.float32)
     aligned = tuple(name for name, value in (("BN", total), ("N", units)) if value % 16 == 0)
+    if "delta" in kernel.takes:
+        return scan_launch(kernel, total, steps, gpu, gpu.multiprocessors)
+    matrices = MATRICES if "phi" in kernel.takes else 0
+    width = vector_width(units if matrices else total, torch.float32)
     picked = reverse_scan.pick_config(matrices, static.WARP[target])
-    # without a carry, as a sequence's last chunk is
-    build = static.scan_build(target, scan, STATES, matrices, width, aligned)
-    if scan == "reverse_scan":
-        build = dataclasses.replace(build, constants={**build.constants, "carry_ptr": None})
+    build = static.suffix_build(target, STATES, matrices, width, aligned)
     words = f"{picked.block} w1 v{width} s{picked.stages}"
-    return Launch(build, words, -(-total // picked.block), picked.block, 1)
+    waits = steps / max(1, picked.stages - 1)
+    return Launch(build, words, -(-total // picked.block), picked.block, 1, waits)
+
+
+def scan_launch(kernel: Kernel, total: int, steps: int, gpu: Gpu, multiprocessors: int) -> Launch:
+    """Of credits of B·N = `total` units: `launch`, by what is picked for so many multiprocessors.
+
+    For none, that is one pass over all steps. Without a carry, as a sequence's last chunk is.
+    """
+    from ..kernels import reverse_scan
+    from ..kernels._launch import vector_width
+
+    warp, width = static.WARP[gpu.target], vector_width(total, torch.float32)
+    partials: list[list[int]] = []
+    if "partials" in kernel.takes:
+        partials = [*([entered(k)] for k in range(MATRICES)), list(range(STATES))]
+    count, written = sum(map(len, partials)), len(partials) or STATES
+    picked = reverse_scan.pick_scan_config(steps, total, STATES, count, written, warp, multiprocessors)
+    build = static.scan_build(
+        gpu.target,
+        STATES,
+        partials,
+        steps=steps,
+        units=total,
+        multiprocessors=multiprocessors,
+        carry=False,
+        vector=width,
+        divisible=("BN",) if total % 16 == 0 else (),
+    )[-1]
+    tiles, blocks = -(-total // picked.block), -(-steps // picked.steps)
+    words, under_way = f"{picked.block} w1 v{width} s{picked.stages}", max(1, picked.stages - 1)
+    if blocks == 1:
+        return Launch(build, words, tiles, picked.block, 1, steps / under_way)
+    # M and δ of all blocks but the first; and a summary of each, written once and read again
+    again = 4 * total * (STATES**2 + STATES) * (steps - picked.steps + 2 * (blocks - 1))
+    waits = (2 * picked.steps + blocks - 1) / under_way
+    return Launch(build, f"{words} t{picked.steps}", tiles * blocks, picked.block, 1, waits, again)
 
 
 def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> tuple[int, str]:
@@ -163,9 +205,12 @@ def predict(
 ) -> dict[str, Any]:
     """All that is predicted of one kernel at one (N, B), as a record's payload."""
     size = (*at, kernel.steps or steps)
-    moved, flop = kernel.bytes(*size), kernel.flop(*size)
+    moved, flop = kernel.bytes(*size) + made.again, kernel.flop(*size)
     rate: Rate = getattr(gpu, kernel.rate)
     seconds, bound = floor(moved, flop, gpu.copy.value, rate.value)
+    waiting = made.waits * gpu.latency.value
+    if waiting > seconds:
+        seconds, bound = waiting, "waits"
     fit, limit = occupancy(gpu, facts.registers, facts.shared, made.warps)
     return {
         "predicted": True,
@@ -181,6 +226,9 @@ def predict(
         "copy_basis": gpu.copy.basis,
         "flop_per_second": rate.value,
         "flop_basis": rate.basis,
+        "waits": made.waits,
+        "latency_seconds": gpu.latency.value,
+        "latency_basis": gpu.latency.basis,
         "seconds": seconds,
         "bound": bound,
     }
@@ -188,6 +236,8 @@ def predict(
 
 def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 64) -> list[Record]:
     """Predict every kernel at every (N, B), append a record of each to `path`, and return them.
+
+    Where credits would be scanned by blocks of time, one pass is predicted as well: "scan-one-pass" and so on.
 
     Raises ValueError for an unknown GPU or size, and where triton or its disassembler is missing.
     """
@@ -203,9 +253,14 @@ def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 6
     if static.cuobjdump() is None:
         raise ValueError("a prediction reads machine code by cuobjdump, and this triton comes without it")
     gpu = GPUS[gpu_name]
-    launches = {
-        (name, *point): launch(kernel, *point, gpu.target) for name, kernel in KERNELS.items() for point in at
-    }
+    launches: dict[tuple[str, str, int, int], Launch] = {}
+    for name, kernel in KERNELS.items():
+        for units, batch in at:
+            made = launch(kernel, units, batch, steps, gpu)
+            launches[name, name, units, batch] = made
+            if made.again:
+                one_pass = scan_launch(kernel, units * batch, steps, gpu, 0)
+                launches[f"{name}-one-pass", name, units, batch] = one_pass
     by_text = {_text(made.build): made.build for made in launches.values()}
     compiled = dict(zip(by_text, static.compile_all(list(by_text.values())), strict=True))
     shared: dict[str, Any] = {
@@ -216,13 +271,13 @@ def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 6
         "run": record.now(),
     }
     records = []
-    for (name, units, batch), made in launches.items():
+    for (algorithm, name, units, batch), made in launches.items():
         kernel, facts = KERNELS[name], compiled[_text(made.build)]
         params = {
             "gpu": gpu_name, "N": units, "B": batch, "S": STATES, "K": MATRICES,
             "T": kernel.steps or steps, "dtype": kernel.dtype,
         }  # fmt: skip
-        about: dict[str, Any] = {**shared, "algorithm": name, "params": params, "time": record.now()}
+        about: dict[str, Any] = {**shared, "algorithm": algorithm, "params": params, "time": record.now()}
         if isinstance(facts, str):
             records.append(Record(status="error", message=facts, **about))
         else:
@@ -245,9 +300,9 @@ def tables(records: Sequence[Record]) -> list[Table]:
     where = f"predicted for {gpu.name} ({gpu.target})"
     code = Table(
         title=f"{where}: the machine code at the configuration that is picked",
-        caption="w: warps, v: numbers in one access, s: stages of loads; static instr. / number: "
-        "instructions in the code, each once, times threads, by numbers of Γ in a tile (scans: by units); "
-        "programs: that fit on a multiprocessor at once, and what limits them",
+        caption="w: warps, v: numbers in one access, s: stages of loads, t: steps of a block of time; "
+        "static instr. / number: instructions in the code, each once, times threads, by numbers of Γ in a tile "
+        "(scans: by units); programs: that fit on a multiprocessor at once, and what limits them",
     )
     numbers = (
         "N", "B", "registers", "spills", "shared", "128-bit loads", "128-bit stores",
@@ -256,6 +311,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
     for heading in ("kernel", "N", "B", "configuration", *numbers[2:], "limited by"):
         justify: Literal["left", "right"] = "right" if heading in numbers else "left"
         code.add_column(heading, justify=justify, no_wrap=heading in ("kernel", "configuration"))
+    latency = f"latency {seconds_text(gpu.latency.value)} {gpu.latency.basis}"
     rates = ", ".join(
         f"{what} {rate_text(rate.value, unit)} {rate.basis}"
         for what, rate, unit in (
@@ -263,7 +319,10 @@ def tables(records: Sequence[Record]) -> list[Table]:
             ("bf16", gpu.bfloat16, "FLOP"),
         )
     )  # fmt: skip
-    times = Table(title=f"{where}: time of a call, max(bytes / copy rate, FLOP / rate)", caption=rates)
+    times = Table(
+        title=f"{where}: time of a call, max(bytes / copy rate, FLOP / rate, waits · latency)",
+        caption=f"{rates}, {latency}",
+    )
     for heading in (
         "kernel",
         "N",

@@ -2,7 +2,7 @@
 
 A kernel is only compiled in a process that imports triton without TRITON_INTERPRET; `compile_all` starts one:
 this module, which reads builds and writes facts as JSON. The last part says what this package's launchers
-would have compiled: `step_build`, `chunk_build`, `scan_build`.
+would have compiled: `step_build`, `chunk_build`, `scan_build`, `suffix_build`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,14 +42,15 @@ class Build:
     """A kernel for one target, at one set of argument types, constants and options.
 
     kernel     "module:name"
-    types      argument → Triton type ("*fp32", "i32", …), for at least those that aren't constants
+    types      argument → Triton type ("*fp32", "i32", …), for at least those that aren't constants; of a tuple, the
+               types of its items, None for a pointer that isn't given
     constants  argument → compile-time value, None for a pointer that isn't given
     divisible  integer arguments that are multiples of 16, as a launch would find; pointers always are
     """
 
     target: str
     kernel: str
-    types: dict[str, str]
+    types: Mapping[str, str | Sequence[str | None]]
     constants: dict[str, Any]
     divisible: Sequence[str] = ()
     options: dict[str, int] = field(default_factory=dict)
@@ -105,15 +106,24 @@ def _compile(build: Build) -> Facts | str:
 
     module, name = build.kernel.split(":")
     kernel = getattr(importlib.import_module(module), name)
-    signature = {a: "constexpr" if a in build.constants else build.types[a] for a in kernel.arg_names}
-    aligned = {
-        (position,): [["tt.divisibility", 16]]
-        for position, (a, kind) in enumerate(signature.items())
-        if kind.startswith("*") or a in build.divisible
-    }
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = dict(build.constants)
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for position, a in enumerate(kernel.arg_names):
+        kind = "constexpr" if a in build.constants else build.types[a]
+        at: dict[tuple[int, ...], str]
+        if isinstance(kind, str):
+            signature[a], at = kind, {(position,): kind}
+        else:
+            signature[a] = tuple(item or "constexpr" for item in kind)
+            at = {(position, index): item for index, item in enumerate(signature[a])}
+            constants |= {(position, index): None for index, item in enumerate(kind) if item is None}
+        for path, item in at.items():
+            if item.startswith("*") or a in build.divisible:
+                aligned[path] = [["tt.divisibility", 16]]
     try:
         compiled = triton.compile(
-            ASTSource(kernel, signature, dict(build.constants), aligned),
+            ASTSource(kernel, signature, constants, aligned),
             target=GPUTarget(*TARGETS[build.target]),
             options=dict(build.options),
         )
@@ -240,29 +250,67 @@ def chunk_build(
 
 
 def scan_build(
-    target: str, scan: str, states: int, matrices: int, vector: int = 4, divisible: Sequence[str] = ()
-) -> Build:
-    """scan: "reverse_scan" or "suffix"; without matrices there is no φ, nor what comes of it."""
+    target: str,
+    states: int,
+    partials: Sequence[Sequence[int]] = (),
+    *,
+    steps: int = 64,
+    units: int = 1024,
+    multiprocessors: int = 132,
+    carry: bool = True,
+    vector: int = 4,
+    divisible: Sequence[str] = (),
+) -> list[Build]:
+    """Credits of `steps` steps of `units` units, B·N: λ, or if there are partials, an output each instead.
+
+    partials: the states that each output has partials of. One build, or where blocks of time are scanned side by
+    side, their summary's and the scan's.
+    """
     from ..kernels import reverse_scan
 
-    pointers = {
-        "reverse_scan": ("m", "delta", "carry", "phi", "credit", "passed", "entering"),
-        "suffix": ("m", "phi", "suffix", "arriving", "whole"),
-    }[scan]
-    if matrices:
-        absent = {"reverse_scan": (), "suffix": ("suffix_ptr",)}[scan]
-    else:
-        absent = {"reverse_scan": ("phi_ptr", "entering_ptr"), "suffix": ("phi_ptr", "arriving_ptr")}[scan]
+    count = sum(map(len, partials))
+    written = len(partials) or states
+    config = reverse_scan.pick_scan_config(
+        steps, units, states, count, written, WARP[target], multiprocessors
+    )
+    tile = {"STATES": states, "BLOCK": config.block, "STAGES": config.stages, "VECTOR": vector}
+    pointers = ("m", "delta", "carry", "product", "local", "credit", "passed")
+    types: dict[str, str | Sequence[str | None]] = {
+        **{f"{name}_ptr": "*fp32" for name in pointers},
+        **dict.fromkeys(("T", "block_steps", "BN"), "i32"),
+        "partial_ptrs": ["*fp32" if nu in of else None for of in partials for nu in range(states)],
+        "output_ptrs": ["*fp32"] * len(partials),
+    }
+    absent = ["credit_ptr"] if partials else []
+    if not carry:
+        absent.append("carry_ptr")
+    module, options = "rjepa_triton.kernels.reverse_scan", {"num_warps": 1}
+    if config.steps == steps:
+        absent += ["product_ptr", "local_ptr"]
+    scan = Build(
+        target, f"{module}:_reverse_scan_kernel", types, {**dict.fromkeys(absent), **tile}, divisible, options
+    )
+    if config.steps == steps:
+        return [scan]
+    return [Build(target, f"{module}:_block_summary_kernel", types, tile, divisible, options), scan]
+
+
+def suffix_build(
+    target: str, states: int, matrices: int, vector: int = 4, divisible: Sequence[str] = ()
+) -> Build:
+    """Suffix products, or if there are matrices, what they make of φ instead."""
+    from ..kernels import reverse_scan
+
     config = reverse_scan.pick_config(matrices, WARP[target])
     return Build(
         target,
-        f"rjepa_triton.kernels.reverse_scan:_{scan}_kernel",
+        "rjepa_triton.kernels.reverse_scan:_suffix_kernel",
         types={
-            **{f"{name}_ptr": "*fp32" for name in pointers},
-            **dict.fromkeys(["T", "C", "BN", "N"], "i32"),
+            **{f"{name}_ptr": "*fp32" for name in ("m", "phi", "suffix", "arriving", "whole")},
+            **dict.fromkeys(["C", "BN", "N"], "i32"),
         },
         constants={
-            **dict.fromkeys(absent),
+            **dict.fromkeys(["suffix_ptr"] if matrices else ["phi_ptr", "arriving_ptr"]),
             "STATES": states,
             "MATRICES": matrices,
             "BLOCK": config.block,

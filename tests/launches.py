@@ -25,6 +25,7 @@ def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], o
     gammas = [zeros(B, K, N, M) for _ in range(S)]
     m, phi, y = zeros(S, S, T, B, N), zeros(S, T, B, K, N), zeros(T, B, K, M)
     delta, carry, weight = zeros(S, T, B, N), zeros(S, B, N), zeros(K, N, M)
+    partial, long = zeros(T, B, N), 8 * T
     step = (gammas, m[:, :, 0], phi[:, 0], y[0])
     chunk = (gammas, zeros(S, S, B, N), phi, y)
     return [
@@ -34,7 +35,11 @@ def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], o
         lambda: gamma_chunk.gamma_chunk_(*chunk),
         lambda: gamma_chunk.gamma_chunk_(*chunk, carry, precision="tf32"),
         lambda: reverse_scan.reverse_scan(m, delta),
-        lambda: reverse_scan.reverse_scan_entering(m, delta, phi, carry),
+        # by blocks of time where T is 64: two kernels
+        lambda: reverse_scan.reverse_scan(zeros(S, S, long, B, N), zeros(S, long, B, N), carry),
+        lambda: reverse_scan.reverse_scan_entering(
+            m, delta, [{S - 1: partial}, {}], [dict.fromkeys(range(S), partial)], carry
+        ),
         lambda: reverse_scan.suffix_products(m),
         lambda: reverse_scan.arriving(m, phi),
     ]
@@ -86,7 +91,7 @@ def compile_() -> None:
     for sizes in ((2, 64, 2, 4, 512, 512), (1, 1, 1, 1, 1, 1)):
         for call in calls(*sizes):
             call()
-    assert _CompileOnly.compiled == 18, _CompileOnly.compiled
+    assert _CompileOnly.compiled == 21, _CompileOnly.compiled
 
 
 if __name__ == "__main__":

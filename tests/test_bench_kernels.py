@@ -29,6 +29,8 @@ CPU = torch.device("cpu")
         ("chunk-C8-ieee", 64 * 3 * 100 + 4 * (6 + 12 * 8) * 30 + 16 * 100, (5 + 16) * 8 * 3 * 100),
         # M 4, δ 2, λ 2 a step; and 2 at the end
         ("scan", 4 * (8 * 20 + 2) * 30, 8 * 20 * 30),
+        # M 4, δ 2, φ 4, ∂F/∂x 2, E 4, ∂E/∂x 1 a step; and 2 at the end
+        ("scan-entering", 4 * (17 * 20 + 2) * 30, (8 + 4 + 3) * 20 * 30),
         # M 4, φ 8, U 8 a step; and R(0)
         ("arriving", 4 * (20 * 20 + 4) * 30, (12 + 24) * 20 * 30),
     ],
@@ -258,6 +260,25 @@ def test_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "copy 4.8 TB/s nominal" in str(roofline.tables(made)[1].caption)
 
 
+def test_a_prediction_of_a_long_scan_of_few_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By blocks of time, and by one pass: each waits for memory longer than it moves bytes."""
+    pytest.importorskip("triton")
+    if roofline.static.cuobjdump() is None:
+        pytest.skip("this triton comes without cuobjdump")
+    monkeypatch.setattr(roofline, "KERNELS", {"scan": KERNELS["scan"]})
+    blocks, one = roofline.run(tmp_path / roofline.FILE, "h100", ((64, 1),), 4096)
+    assert (blocks.algorithm, one.algorithm) == ("scan", "scan-one-pass")
+    assert blocks.payload["bound"] == one.payload["bound"] == "waits"
+    assert (blocks.payload["config"], blocks.payload["programs"]) == ("128 w1 v4 s4 t46", 90)
+    assert (one.payload["config"], one.payload["programs"]) == ("128 w1 v4 s4", 1)
+    assert one.payload["bytes"] == 4 * 64 * (8 * 4096 + 2)
+    # all but 46 steps twice, and 89 summaries written and read
+    again = 4 * 64 * 6 * (4096 - 46 + 2 * 89)
+    assert blocks.payload["bytes"] == one.payload["bytes"] + again
+    assert blocks.predicted_seconds == pytest.approx((2 * 46 + 89) / 3 * 600e-9)
+    assert one.predicted_seconds == pytest.approx(4096 / 3 * 600e-9)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("units", [63, 256, 1024])
 def test_a_prediction_compiles_what_the_launcher_launches(
@@ -287,13 +308,17 @@ def test_a_prediction_compiles_what_the_launcher_launches(
     given = kernels.problem(kernel, units, 2, kernel.steps or 3, 0, CPU)
     kernel.runners(torch.device("cuda"))["triton"](given)
     ((grid, arguments),) = passed
-    made = roofline.launch(kernel, units, 2, "sm_90")
+    made = roofline.launch(kernel, units, 2, kernel.steps or 3, roofline.GPUS["h100"])
     programs = 1
     for size in grid:  # type: ignore[attr-defined]
         programs *= size
     assert programs == made.programs
     for constant, value in made.build.constants.items():
         assert arguments[constant] == value, constant
+    for argument, kinds in made.build.types.items():
+        if not isinstance(kinds, str):
+            given_kinds = [None if item is None else "*fp32" for item in arguments[argument]]  # type: ignore[attr-defined]
+            assert given_kinds == kinds, argument
     for option, number in made.build.options.items():
         assert arguments[option] == number, option
     for argument in ("N", "M", "BN"):

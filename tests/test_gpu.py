@@ -209,7 +209,13 @@ def test_kernels_repeat_in_every_bit(family: str) -> None:
         return [total, *gammas]
 
     def by_scan() -> list[Tensor | None]:
-        return list(reverse_scan.reverse_scan_entering(m, delta, phi))
+        entries = [phi[nu, :, :, k].contiguous() for nu in range(states) for k in range(matrices)]
+        by_state = [{0: entries[k], 1: entries[matrices + k]} for k in range(matrices)]
+        long_m, long_delta = (a.repeat_interleave(16, dim=-3)[..., :1, :].contiguous() for a in (m, delta))
+        return [
+            *reverse_scan.reverse_scan_entering(m, delta, by_state[:3], by_state[3:]),
+            *reverse_scan.reverse_scan(long_m, long_delta),
+        ]
 
     runs: dict[str, Callable[[], list[Tensor | None]]] = {"step": by_step, "chunk": by_chunk, "scan": by_scan}
     for a, b in zip(runs[family](), runs[family](), strict=True):

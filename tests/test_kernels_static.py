@@ -27,6 +27,7 @@ from rjepa_triton.bench.static import (
     cuobjdump,
     scan_build,
     step_build,
+    suffix_build,
 )
 from rjepa_triton.kernels import gamma_chunk, gamma_step, rgc_backward, rgc_forward, rtrl_step
 
@@ -141,6 +142,16 @@ RGC_SMALL_CONFIGS = sorted({rgc_forward.pick_small_config(n) for n in range(1, r
 
 RTRL_CONFIGS = sorted({rtrl_step.pick_config(n) for n in range(1, 257)})
 
+# Credits alone, and what cells make of them: states, and those that each output has partials of.
+SCANS: dict[str, tuple[int, list[list[int]]]] = {
+    "S1": (1, []),
+    "S2": (2, []),
+    "rgc": (2, [[0], [0], [1], [1], [0, 1]]),
+    "lstm": (2, [[0, 1], [0, 1], [0, 1], [0]]),
+    "gru": (1, [[0], [0], [0], [0]]),
+    "many": (2, [[0, 1]] * 10),
+}
+
 
 def _cases() -> Iterator[tuple[str, Case]]:
     """Two states on every target; what takes fewer registers, one state and less to do, on one of them.
@@ -178,12 +189,20 @@ def _cases() -> Iterator[tuple[str, Case]]:
                         f"chunk-{target}-{tile}-odd-units",
                         dataclasses.replace(case, build=odd, registers=255),
                     )
-        for scan, (states, matrices) in itertools.product(
-            ("reverse_scan", "suffix"), ((2, 0), (2, 4), (2, 9), (1, 4))
-        ):
-            build = scan_build(target, scan, states, matrices)
+        for states, matrices in ((2, 0), (2, 4), (2, 9), (1, 4)):
+            build = suffix_build(target, states, matrices)
             loads = states * states + states * matrices
-            yield f"{scan}-{target}-S{states}-K{matrices}", Case(build, 128, loads)
+            yield f"suffix-{target}-S{states}-K{matrices}", Case(build, 128, loads)
+        for (cell, (states, partials)), steps in itertools.product(SCANS.items(), (64, 4096)):
+            # The last of two launches, or the one: the steps' arrays, and what blocks of time are summarised as.
+            *summary, build = scan_build(target, states, partials, steps=steps, units=64)
+            assert len(summary) == (steps == 4096)
+            loads = (1 + len(summary)) * (states * states + states) + sum(map(len, partials))
+            by = "blocks" if summary else "one-pass"
+            yield f"reverse-scan-{target}-{cell}-{by}", Case(build, 96, loads)
+        for states in (1, 2):
+            build = scan_build(target, states, steps=4096, units=64)[0]
+            yield f"block-summary-{target}-S{states}", Case(build, 96, states * states + states)
         for config in RGC_SMALL_CONFIGS:
             # The weights, 128 bits a load, once for all steps.
             loads = 4 * config.block**2 // (WARP[target] * config.num_warps) // 4
@@ -215,8 +234,9 @@ OF_ONE = {
     for name, build, units in [
         ("step", step_build("sm_90", gamma_step.pick_config(1, 1, torch.float32)), ("N", "M")),
         ("chunk", chunk_build("sm_90", CHUNK_CONFIGS["fp32"][0]), ("N", "M")),
-        ("reverse_scan", scan_build("sm_90", "reverse_scan", 2, 2), ("BN", "N")),
-        ("suffix", scan_build("sm_90", "suffix", 2, 2), ("BN", "N")),
+        ("reverse_scan", scan_build("sm_90", 2, [[0], [0, 1], []])[0], ("BN",)),
+        ("block_summary", scan_build("sm_90", 2, steps=4096, units=1)[0], ("BN",)),
+        ("suffix", suffix_build("sm_90", 2, 2), ("BN", "N")),
         ("rgc-pointwise", _rgc_pointwise_build("sm_90", 1), ("N",)),
         ("rgc-backward", _rgc_backward_build("sm_90", 1), ("N",)),
         ("rtrl-jacobian", _rtrl_build("sm_90", "jacobian", rtrl_step.pick_config(1)), ("N",)),
