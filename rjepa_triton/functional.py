@@ -103,20 +103,20 @@ def gradients(
     delta (S, T, B, N); rounds as `rule` gives them. The weights' are left out if not needed.
     """
     lin = cell.linearize(trajectory)
+    by_weight: Sequence[Tensor] = [delta.new_empty(0)] * len(weights)
     if learning in rfp.RULES:
-        scan = functools.partial(
-            ops.reverse_scan, backend=ops.choose_scan(backend, delta.device, delta.dtype)
-        )
+        runs = ops.choose_scan(backend, delta.device, delta.dtype)
         m = rfp.transition(lin, cell.matrices, weights, learning)
         if rounds == 0:
-            credit, first = scan(m, delta)
-        else:
-            credit, first = refinement.credits(
-                lin, m, cell.matrices, weights, delta, rounds=rounds, scan=scan
-            )
+            matrices = cell.matrices if needs_weights else ()
+            entering, for_x, first = ops.dual(lin, m, delta, matrices, len(cell.per_unit), backend=runs)
+            if needs_weights:
+                by_weight = rfp.outer_products(lin, matrices, weights, entering)
+            return for_x, first, by_weight
+        scan = functools.partial(ops.reverse_scan, backend=runs)
+        credit, first = refinement.credits(lin, m, cell.matrices, weights, delta, rounds=rounds, scan=scan)
     else:
         credit, first = bptt.credits(lin, cell.matrices, weights, delta)
-    by_weight: Sequence[Tensor] = [delta.new_empty(0)] * len(weights)
     if needs_weights and learning == "rtrl" and weights:
         by_weight = rtrl.weight_gradients(lin, cell.matrices, weights, delta)
     elif needs_weights:

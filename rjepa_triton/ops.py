@@ -15,7 +15,7 @@ import importlib.util
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +24,12 @@ from torch import Tensor
 from . import _checks as check
 from .cost import rates_of, scan_halvings
 from .reference import rfp
-from .two_point import Cell, Matrix, Trajectory
+from .two_point import ByState, Cell, Linearization, Matrix, Trajectory
 
 BACKENDS = ("auto", "torch", "compile", "triton")
 # Numbers of Γ^ν a batch row from which one pass over it outweighs the cost of compiling (N = 128 for RGC).
 COMPILE_FROM = 1 << 16
+SCAN_STATES = 2  # states a unit that kernels scan; more are torch's
 
 
 @functools.cache
@@ -103,7 +104,7 @@ def reverse_scan(
     m: Tensor, delta: Tensor, carry: Tensor | None = None, *, backend: str = "torch"
 ) -> tuple[Tensor, Tensor]:
     """`rfp.reverse_scan` by the chosen backend; one step is two products, which torch does."""
-    if backend == "triton" and delta.shape[1] > 1:
+    if backend == "triton" and delta.shape[1] > 1 and delta.shape[0] <= SCAN_STATES:
         from .kernels import reverse_scan as kernels
 
         m, delta = m.contiguous(), delta.contiguous()
@@ -132,6 +133,51 @@ def affine_scan(m: Tensor, r: Tensor, *, backend: str = "torch") -> Tensor:
         return reverse_scan(turned, r.flip(1), backend=backend)[0].flip(1)
 
     return rfp.affine_scan(m, r, serial=serial, until=steps >> halvings)
+
+
+def dual(
+    lin: Linearization,
+    m: Tensor,
+    delta: Tensor,
+    matrices: Sequence[Matrix],
+    inputs: int,
+    *,
+    backend: str = "torch",
+) -> tuple[Iterable[Tensor], Tensor, Tensor]:
+    """From δ to all that the dual form's gradients are made of, by the chosen backend ("torch" or "triton").
+
+    m (S, S, T, B, N), delta (S, T, B, N). Returns the credit that enters each matrix, E^k (T, B, N), to be taken one
+    after the other; the gradient of the first `inputs` = J per-unit inputs (J, T, B, N); and M(1)ᵀ λ(1) (S, B, N).
+    Torch makes λ, and of λ these. Triton makes them in one pass, once what a matrix and an input share, and λ not at
+    all.
+    """
+    if backend == "triton" and delta.shape[0] <= SCAN_STATES:
+        from .kernels import reverse_scan as kernels
+
+        given = [_all_contiguous(by_state) for by_state in lin.partials.input[:inputs]]
+        # by what a matrix enters: several may enter one gate, and what drives a gate may be an input as well
+        place = {id(by_state): j for j, by_state in enumerate(lin.partials.input[:inputs])}
+        apart: list[ByState] = []
+        for matrix in matrices:
+            by_state = lin.immediate(matrix)
+            if id(by_state) not in place:
+                place[id(by_state)] = inputs + len(apart)
+                apart.append(_all_contiguous(by_state))
+        done = _launched(
+            "reverse_scan_entering",
+            lambda: kernels.reverse_scan_entering(m.contiguous(), delta.contiguous(), apart, given),
+        )
+        if done is not None:
+            entering, for_inputs, first = done
+            found = [*for_inputs.unbind(0), *entering.unbind(0)]
+            return [found[place[id(lin.immediate(matrix))]] for matrix in matrices], for_inputs, first
+    credit, first = reverse_scan(m, delta, backend=backend)
+    in_turn = (rfp.entering_credit(matrix, lin, credit) for matrix in matrices)
+    return in_turn, rfp.input_gradient(lin, credit, inputs), first
+
+
+def _all_contiguous(by_state: ByState) -> ByState:
+    return {nu: partial.contiguous() for nu, partial in by_state.items()}
 
 
 def gamma_step_(

@@ -25,6 +25,7 @@ from rjepa_triton import (
     TimeDecay,
     TwoPointRNN,
     functional,
+    ops,
 )
 from rjepa_triton.cells import ElmanCell, LSTMCell, TimeDecayCell
 
@@ -338,3 +339,23 @@ def test_autocast_leaves_the_recurrence_in_its_own_dtype(name: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         step, chunk = learner.step(projected[0]), learner.chunk(projected[1:])
     torch.testing.assert_close(torch.cat([step[None], chunk]), layer(rounded)[0])
+
+
+@by_layer
+@pytest.mark.parametrize("learning", ["rfp", "eprop", "snap0"])
+def test_triton_kernels_give_every_layers_sequence_gradient(
+    name: str, learning: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of x and all parameters: E and the input's gradient from one launch, against float64 by torch."""
+    monkeypatch.setattr(ops, "choose_scan", lambda _, __, dtype: "torch" if dtype == F64 else "triton")
+    wide = make(name, learning=learning)
+    narrow = make(name, dtype=torch.float32, learning=learning)
+    narrow.load_state_dict(wide.state_dict())
+    x, delta = torch.randn(8, 2, 3, dtype=F64), torch.randn(8, 2, 6, dtype=F64)
+    resets = torch.rand(8, 2) < 0.2
+    grads = []
+    for layer in (narrow, wide):
+        given = x.to(layer.weights()[0]).requires_grad_()
+        (layer(given, resets=resets)[0] * delta.to(given)).sum().backward()
+        grads.append([given.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    assert oracle.relative(*grads) < 1e-5

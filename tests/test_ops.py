@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import oracle
 import pytest
 import torch
+from torch import Tensor
 
-from rjepa_triton import RGC, OnlineLearner, ops
+from rjepa_triton import RGC, Cell, Matrix, OnlineLearner, ops
+from rjepa_triton.cells import GRUCell, LSTMCell, RGCCell
 from rjepa_triton.functional import rgc
+from rjepa_triton.reference import rfp
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -121,6 +125,52 @@ def test_a_kernel_that_can_not_launch_gives_way_to_torch_with_one_warning(
         again = ops.reverse_scan(m, delta, backend="triton")
     torch.testing.assert_close(first, ops.reverse_scan(m, delta))
     torch.testing.assert_close(first, again)
+
+
+class ThreeStates(Cell):
+    """Leaky copies of what one matrix gives; its partials are found automatically."""
+
+    states = ("a", "b", "c")
+    gates = ("a",)
+    matrices = (Matrix("aa", ("gate", 0), 0),)
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.tanh(p[0] + x[0]), 0.5 * c[1] + 0.5 * c[0], 0.9 * c[2] + c[1] * x[0])
+
+
+@pytest.mark.parametrize(
+    ("cell", "arrays"),
+    # E of a matrix whose gate an input drives is that input's gradient
+    [(RGCCell(), 5), (LSTMCell(), 4), (GRUCell(), 4), (GRUCell(bias=False), 4), (ThreeStates(), 0)],
+)
+def test_the_dual_forms_parts_by_triton(cell: Cell, arrays: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    from rjepa_triton.kernels import reverse_scan
+
+    written: list[int] = []
+    launch = reverse_scan.reverse_scan_entering
+
+    def counted(*arguments: Any) -> Any:
+        entering, for_inputs, passed = launch(*arguments)
+        written.append(len(entering) + len(for_inputs))
+        return entering, for_inputs, passed
+
+    monkeypatch.setattr(reverse_scan, "reverse_scan_entering", counted)
+    states, inputs = len(cell.states), len(cell.per_unit)
+    for steps in (1, 6):
+        weights = [torch.randn(7, 7) / 3 for _ in cell.matrices]
+        start = [torch.randn(2, 7) for _ in range(states)]
+        trajectory = cell.scan(torch.randn(inputs, steps, 2, 7), weights, start)
+        lin = cell.linearize(trajectory)
+        m, delta = rfp.transition(lin, cell.matrices, weights), torch.randn(states, steps, 2, 7)
+        found = []
+        for backend in ("torch", "triton"):
+            entering, for_inputs, first = ops.dual(lin, m, delta, cell.matrices, inputs, backend=backend)
+            found.append([*entering, for_inputs, first])
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert written == ([arrays] * 2 if arrays else [])
 
 
 def test_no_triton_is_a_clear_refusal() -> None:

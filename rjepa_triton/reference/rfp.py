@@ -22,7 +22,7 @@ state, (B, K, N, M), for K matrices of one shape, where M is 1 for diagonal matr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -216,9 +216,21 @@ def weight_gradients(
     inputs: Tensor | None = None,
 ) -> list[Tensor]:
     """The dual form's last step: one product a matrix over all of (T, B). credit λ (S, T, B, N)."""
+    entering = (entering_credit(matrix, lin, credit) for matrix in matrices)
+    return outer_products(lin, matrices, weights, entering, inputs)
+
+
+def outer_products(
+    lin: Linearization,
+    matrices: Sequence[Matrix],
+    weights: Sequence[Tensor],
+    entering: Iterable[Tensor],
+    inputs: Tensor | None = None,
+) -> list[Tensor]:
+    """Σ_{t,b} E^k(t) y^k(t)ᵀ of each matrix, its E^k (T, B, N) taken when its turn comes."""
     return [
-        weight_ops.outer(entering_credit(matrix, lin, credit), signal(matrix, lin, inputs), weight)
-        for matrix, weight in zip(matrices, weights, strict=True)
+        weight_ops.outer(credit, signal(matrix, lin, inputs), weight)
+        for matrix, weight, credit in zip(matrices, weights, entering, strict=True)
     ]
 
 
