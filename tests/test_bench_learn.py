@@ -124,7 +124,8 @@ def test_heads_start_from_the_dense_layers_blocks(cell: str) -> None:
             assert torch.equal(a, b)
 
 
-def test_every_rule_runs_through_the_command(tmp_path: Path) -> None:
+def test_every_rule_runs_through_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learn, "LEARNING_RATES", (0.01,))
     sizes = {"--seeds": 2, "--steps": 40, "--hidden": 4, "--batch": 2, "--chunk": 2, "--jobs": 1}
     arguments = ["learn", "--tasks", "lorenz", "--out", str(tmp_path)]
     arguments += [text for option, size in sizes.items() for text in (option, str(size))]
