@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from . import weights as weight_ops
 from ._tape import Recorded
 from .layer import TwoPointRNN
@@ -40,7 +41,8 @@ def cuda_graph(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Call
 class GraphedStep:
     """The steps of a learner of form "step" by graphs. Owns the layer's state and advances `carried`.
 
-    layer: its parameters keep their storage; state (S, B, N), zero; carried: what is carried forward, zero.
+    layer: its parameters keep their storage; state (S, B, N), zero; carried: what is carried forward, zero;
+    backend: of `ops.scan`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class GraphedStep:
         carried: Carried,
         state: Tensor,
         rule: str,
+        backend: str,
         capture: Capture = cuda_graph,
     ) -> None:
         self._layer, self._carried, self.state = layer, carried, state
@@ -57,7 +60,7 @@ class GraphedStep:
         self._resets = torch.zeros(1, batch, dtype=torch.bool, device=state.device)
         self._delta = state.new_zeros(len(layer.cell.states), 1, batch, layer.hidden_size)
         self._addresses = self._storage()
-        self._rule = rule
+        self._rule, self._backend_of_scan = rule, backend
         self._now, self._folded = 0, True  # steps made; whether Γ is that of the last
         with torch.no_grad():
             self._forward, self._replay_forward = capture(self._run_forward)
@@ -72,7 +75,8 @@ class GraphedStep:
         layer, cell = self._layer, self._layer.cell
         recurrent = [weight.detach() for weight in layer.recurrent_weights()]
         drive = layer.drive(self._x)
-        trajectory = cell.scan(drive, recurrent, self.state.unbind(0), self._resets)
+        state = self.state.unbind(0)
+        trajectory = ops.scan(cell, drive, recurrent, state, self._resets, backend=self._backend_of_scan)
         diagonals = [weight_ops.own(weight).clone() for weight in recurrent]
         shown = [trajectory.after[nu, 0].clone() for nu in cell.outputs]
         self.state.copy_(trajectory.states[:, -1])

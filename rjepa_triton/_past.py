@@ -49,7 +49,7 @@ class Past:
     matrices    all of the layer's
     sensitivity what is carried forward, or None for form "history"
     lag         steps before the current one that a loss may still reach
-    scan_backend  of the reverse scan (`ops.choose_scan`)
+    scan_backend  of the scans, backward and forward (`ops.choose_scan`)
     full_credit credits within steps that carry their weights: (block, delta, carry) → as `bptt.credits`
     filling     True while losses of earlier steps are still due, in the middle of a chunk (or of the steps
                 between two updates): nothing is folded or forgotten
@@ -66,6 +66,7 @@ class Past:
     ) -> None:
         self.matrices, self.form, self.lag = matrices, form, lag
         self._full_credit = full_credit
+        self.scan_backend = scan_backend
         self._scan = functools.partial(ops.reverse_scan, backend=scan_backend)
         self.sensitivity = sensitivity
         self.filling = False

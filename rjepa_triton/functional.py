@@ -13,8 +13,8 @@ from . import _checks as check
 from . import ops, parallel
 from . import weights as weight_ops
 from .cells import RGCCell
-from .reference import bptt, rfp, rtrl
 from .reference import refine as refinement
+from .reference import rfp, rtrl
 from .two_point import Cell, Trajectory
 
 Learning = Literal["rfp", "bptt", "rtrl", "eprop", "rflo", "snap0"]
@@ -103,25 +103,28 @@ def gradients(
     delta (S, T, B, N); rounds as `rule` gives them. The weights' are left out if not needed.
     """
     lin = cell.linearize(trajectory)
+    runs = ops.choose_scan(backend, delta.device, delta.dtype)
+    inputs = len(cell.per_unit)
     by_weight: Sequence[Tensor] = [delta.new_empty(0)] * len(weights)
-    if learning in rfp.RULES:
-        runs = ops.choose_scan(backend, delta.device, delta.dtype)
-        m = rfp.transition(lin, cell.matrices, weights, learning)
-        if rounds == 0:
-            matrices = cell.matrices if needs_weights else ()
-            entering, for_x, first = ops.dual(lin, m, delta, matrices, len(cell.per_unit), backend=runs)
-            if needs_weights:
-                by_weight = rfp.outer_products(lin, matrices, weights, entering)
-            return for_x, first, by_weight
-        scan = functools.partial(ops.reverse_scan, backend=runs)
-        credit, first = refinement.credits(lin, m, cell.matrices, weights, delta, rounds=rounds, scan=scan)
-    else:
-        credit, first = bptt.credits(lin, cell.matrices, weights, delta)
-    if needs_weights and learning == "rtrl" and weights:
-        by_weight = rtrl.weight_gradients(lin, cell.matrices, weights, delta)
-    elif needs_weights:
+    if learning not in rfp.RULES:
+        entering, for_x, first = ops.exact(cell, trajectory, lin, weights, delta, backend=runs)
+        if needs_weights and learning == "rtrl" and weights:
+            by_weight = rtrl.weight_gradients(lin, cell.matrices, weights, delta)
+        elif needs_weights:
+            by_weight = rfp.outer_products(lin, cell.matrices, weights, entering)
+        return for_x, first, by_weight
+    m = rfp.transition(lin, cell.matrices, weights, learning)
+    if rounds == 0:
+        matrices = cell.matrices if needs_weights else ()
+        entering, for_x, first = ops.dual(lin, m, delta, matrices, inputs, backend=runs)
+        if needs_weights:
+            by_weight = rfp.outer_products(lin, matrices, weights, entering)
+        return for_x, first, by_weight
+    scan = functools.partial(ops.reverse_scan, backend=runs)
+    credit, first = refinement.credits(lin, m, cell.matrices, weights, delta, rounds=rounds, scan=scan)
+    if needs_weights:
         by_weight = rfp.weight_gradients(lin, cell.matrices, weights, credit)
-    return rfp.input_gradient(lin, credit, len(cell.per_unit)), first, by_weight
+    return rfp.input_gradient(lin, credit, inputs), first, by_weight
 
 
 def two_point(

@@ -36,7 +36,8 @@ def rgc(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """x (1, T, B, N), s0, m0 (B, N), four weights → states (2, T + 1, B, N), saved (2, T, B, 2, N)."""
-    trajectory = RGCCell().scan(x, weights, (s0, m0), resets)
+    runs = ops.choose_scan(backend, x.device, x.dtype)
+    trajectory = ops.scan(RGCCell(), x, weights, (s0, m0), resets, backend=runs)
     return trajectory.states, trajectory.saved
 
 

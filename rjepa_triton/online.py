@@ -194,7 +194,7 @@ class OnlineLearner:
                 f"cuda_graph=True goes with form='step', lag=0 and a rule of {', '.join(rfp.RULES)}, "
                 f"got form={self.form!r}, lag={self.lag}, learning={self.learning!r}"
             )
-        return GraphedStep(self.layer, carried, self._state, self.learning, capture)
+        return GraphedStep(self.layer, carried, self._state, self.learning, self._past.scan_backend, capture)
 
     def _refuse_if_too_large(self, device: torch.device) -> None:
         need, per_step = self.carried_bytes, self._problem.window_bytes(1)
@@ -579,7 +579,7 @@ def _advance(
     cell = layer.cell
     recurrent = weights[: len(cell.matrices)]
     x = x.clone()  # callers may write the next input where this one was
-    trajectory = cell.scan(layer.drive(x), recurrent, state.unbind(0), resets)
+    trajectory = ops.scan(cell, layer.drive(x), recurrent, state.unbind(0), resets, backend=past.scan_backend)
     diagonals: Sequence[Tensor] = ()
     if recurrent:
         diagonals = torch.stack([weight_ops.own(weight) for weight in recurrent]).unbind(0)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from .cells import RGCCell
 from .cost import rates_of, scan_halvings
-from .reference import rfp
+from .reference import bptt, rfp
 from .two_point import ByState, Cell, Linearization, Matrix, Trajectory
 
 BACKENDS = ("auto", "torch", "compile", "triton")
@@ -98,6 +99,72 @@ def choose_gamma(
     if row_numbers < COMPILE_FROM:
         return "torch", f"Γ has {row_numbers:,} numbers a row and state, compiled from {COMPILE_FROM:,}"
     return "compile", f"Γ has {row_numbers:,} numbers a row and state: one pass over it a step"
+
+
+def scan(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    resets: Tensor | None = None,
+    *,
+    backend: str = "torch",
+) -> Trajectory:
+    """`cell.scan` by the chosen backend ("torch" or "triton"); kernels run RGC with dense weights."""
+    if backend == "triton" and _has_kernels(cell, weights):
+        from .kernels import rgc_forward as kernels
+
+        def launch() -> tuple[Any, ...]:
+            given = [[a.contiguous() for a in group] for group in (weights, state)]
+            return kernels.rgc_forward(
+                x[0].contiguous(), *given, None if resets is None else resets.contiguous()
+            )
+
+        done = _launched("rgc_forward", launch)
+        if done is not None:
+            states, gates = done
+            return Trajectory(x, states, gates, resets)
+    return cell.scan(x, weights, state, resets)
+
+
+def _has_kernels(cell: Cell, weights: Sequence[Tensor]) -> bool:
+    return isinstance(cell, RGCCell) and all(weight.dim() == 2 for weight in weights)
+
+
+def exact(
+    cell: Cell,
+    trajectory: Trajectory,
+    lin: Linearization,
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    *,
+    backend: str = "torch",
+) -> tuple[Iterable[Tensor], Tensor, Tensor]:
+    """What `dual` returns, of all matrices and inputs, by the exact credits of backpropagation through time.
+
+    lin: `trajectory` linearised; delta (S, T, B, N). Kernels run RGC with dense weights.
+    """
+    if backend == "triton" and _has_kernels(cell, weights):
+        from .kernels import rgc_backward as kernels
+
+        def launch() -> tuple[Any, ...]:
+            return kernels.bptt_credits(
+                trajectory.saved.contiguous(),
+                lin.before,
+                trajectory.x[0].contiguous(),
+                [weight.contiguous() for weight in weights],
+                delta.contiguous(),
+                None if trajectory.resets is None else trajectory.resets.contiguous(),
+            )
+
+        done = _launched("rgc_backward", launch)
+        if done is not None:
+            credit, first, entering = done
+            (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in entering.unbind(0))
+            return (ss, ms, mm, sm), rfp.input_gradient(lin, credit, len(cell.per_unit)), first
+    credit, first = bptt.credits(lin, cell.matrices, weights, delta)
+    in_turn = (rfp.entering_credit(matrix, lin, credit) for matrix in cell.matrices)
+    return in_turn, rfp.input_gradient(lin, credit, len(cell.per_unit)), first
 
 
 def reverse_scan(

@@ -234,10 +234,8 @@ def forward(
     warning. "auto": what `rounds_worth` says, without a warning.
     backend: of the scan, as `ops.choose_scan` takes it.
     """
-    rounds = 0
-    if mode != "sequential":
-        chosen = ops.choose_scan(backend, x.device, x.dtype)
-        rounds = MAX_ROUNDS
+    chosen = ops.choose_scan(backend, x.device, x.dtype)
+    rounds = 0 if mode == "sequential" else MAX_ROUNDS
     if mode == "auto":
         sizes = (x.shape[1], x.shape[2], x.shape[3])
         rounds = rounds_worth(cell, weights, sizes, x.device, x.dtype, chosen == "triton")
@@ -254,4 +252,4 @@ def forward(
                 Divergence,
                 stacklevel=2,
             )
-    return cell.scan(x, weights, state, resets)
+    return ops.scan(cell, x, weights, state, resets, backend=chosen)

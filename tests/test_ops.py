@@ -181,3 +181,23 @@ def test_no_triton_is_a_clear_refusal() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ValueError: backend='triton' can't run: triton is not installed" in done.stderr
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("units", [5, 68])
+@pytest.mark.parametrize("learning", ["bptt", "rtrl", "rfp"])
+def test_rgc_by_its_own_kernels(units: int, reset: bool, learning: str) -> None:
+    """Forward pass and exact backward pass, on chip and a step at a time, against float64."""
+    if learning == "rtrl" and units > 5:
+        pytest.skip("RTRL's weights are torch's")
+    x, weights, state, delta, delta_m = oracle.problem(6, 2, units)
+    resets = torch.rand(6, 2) < 0.3 if reset else None
+    found = []
+    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "triton")):
+        given = [t.detach().to(dtype).requires_grad_() for t in (x, *weights, *state)]
+        s, m = rgc(
+            given[0], *given[1:5], (given[5], given[6]), resets=resets, learning=learning, backend=backend
+        )
+        loss = (s * delta.to(s)).sum() + (m * delta_m.to(m)).sum()
+        found.append([s.detach(), m.detach(), *torch.autograd.grad(loss, given)])
+    assert oracle.relative(found[1], found[0]) < 1e-5
