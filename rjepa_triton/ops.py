@@ -115,10 +115,9 @@ def scan(
         from .kernels import rgc_forward as kernels
 
         def launch() -> tuple[Any, ...]:
-            given = [[a.contiguous() for a in group] for group in (weights, state)]
-            return kernels.rgc_forward(
-                x[0].contiguous(), *given, None if resets is None else resets.contiguous()
-            )
+            given, initial = ([a.contiguous() for a in group] for group in (weights, state))
+            marks = None if resets is None else resets.contiguous()
+            return kernels.rgc_forward(x[0].contiguous(), given, initial, marks)
 
         done = _launched("rgc_forward", launch)
         if done is not None:
