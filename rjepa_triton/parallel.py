@@ -35,6 +35,7 @@ Forward = Literal["auto", "sequential", "parallel"]
 FORWARD = ("auto", "sequential", "parallel")
 
 MAX_ROUNDS = 100  # before the loop is run instead
+WINDOW = 1 << 17  # numbers of T·B·N that are corrected at once on the CPU
 GROWTH = 10.0  # that a correction may grow beyond the first, or the states' own size: early ones fluctuate
 # What a guess may miss F by, in eps relative to max(1, |c|), to be right within rounding. Where units don't meet, the
 # correction that it is then given is Newton's, and what is left of the order of its square.
@@ -56,8 +57,8 @@ class Attempt:
     """How the rounds went.
 
     trajectory   as `Cell.scan` gives it; None where they didn't converge
-    rounds       how many there were
-    change       the largest correction of the last, relative to max(1, |c|); `first`: of the first
+    rounds       how many there were, in the window of time that took most
+    change       the largest correction of its last, relative to max(1, |c|); `first`: of its first
     """
 
     trajectory: Trajectory | None
@@ -81,7 +82,8 @@ def attempt(
     """Rounds from F of a zero state until they converge: no correction above `tolerance`, relative to max(1, |c|).
 
     Or until every step is F of the one before within rounding, which is all that a loop could say: with a long memory,
-    corrections made of rounding alone may be larger than the tolerance.
+    corrections made of rounding alone may be larger than the tolerance. On the CPU one window of time after the other,
+    so that what a round moves stays in cache.
 
     x, weights, state, resets: as for `Cell.scan`; nothing is mutated. tolerance: 1e-10 in float64, else 1e-6, if None.
     scan: what solves the recursion of d, as `rfp.affine_scan`. They end without a trajectory after max_rounds,
@@ -91,12 +93,45 @@ def attempt(
     """
     if tolerance is None:
         tolerance = 1e-10 if x.dtype == torch.float64 else 1e-6
-    states = x.new_empty(len(cell.states), x.shape[1] + 1, *x.shape[2:])
+    _, steps, batch, units = x.shape
+    states = x.new_empty(len(cell.states), steps + 1, batch, units)
     states[:, 0] = torch.stack(tuple(state))
-    after = states[:, 1:]
+    length = max(1, WINDOW // (batch * units)) if x.device.type == "cpu" else steps
+    saved, worst = [], Attempt(None, 0, 0.0, 0.0)
+    for start in range(0, steps, length):
+        window = slice(start, min(start + length, steps))
+        made = _converge(
+            cell,
+            x[:, window],
+            weights,
+            states[:, window.start : window.stop + 1],
+            None if resets is None else resets[window],
+            tolerance,
+            max_rounds,
+            scan,
+        )
+        if made.trajectory is None:
+            return made
+        saved.append(made.trajectory.saved)
+        worst = max(worst, made, key=lambda one: one.rounds)
+    whole = saved[0] if len(saved) == 1 else torch.cat(saved, dim=1)
+    return replace(worst, trajectory=Trajectory(x, states, whole, resets))
+
+
+def _converge(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: Tensor,
+    resets: Tensor | None,
+    tolerance: float,
+    max_rounds: int,
+    scan: Callable[[Tensor, Tensor], Tensor],
+) -> Attempt:
+    """`attempt` of one window, after the state in states[:, 0]; what follows it in states is mutated."""
     zero = torch.zeros_like(x[0])
     guess = cell.update([zero] * len(cell.states), [zero] * len(cell.gates), x.unbind())
-    for target, value in zip(after, guess, strict=True):
+    for target, value in zip(states[:, 1:], guess, strict=True):
         target.copy_(value)
     eps = torch.finfo(x.dtype).eps
     rounding = eps * (ROUNDING if any(weight.dim() > 1 for weight in weights) else ROUNDING_ALONE)

@@ -132,6 +132,32 @@ def test_where_units_do_not_meet_convergence_is_quadratic() -> None:
     assert parallel.attempt(CELLS["lstm"], x.detach(), weights, state).rounds <= 5
 
 
+@pytest.mark.parametrize("reset", [False, True])
+def test_windows_of_time_make_one_trajectory(reset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weights, state = circuit(0.1, 50, units=6)
+    state = [torch.randn(4, 6, dtype=F64) for _ in state]
+    resets = torch.rand(50, 4) < 0.1 if reset else None
+    monkeypatch.setattr(parallel, "WINDOW", 24 * 7 + 5)
+    lengths = []
+    one_round = parallel.one_round
+
+    def watched(*args: Any) -> Any:
+        lengths.append(args[1].shape[1])
+        return one_round(*args)
+
+    monkeypatch.setattr(parallel, "one_round", watched)
+    for cell in (RGCCell(), SharedGate(), LRUCell("tanh")):
+        given = (x.expand(len(cell.per_unit), -1, -1, -1), weights[: len(cell.matrices)], state)
+        made, want = parallel.attempt(cell, *given, resets), cell.scan(*given, resets)
+        assert made.trajectory is not None
+        torch.testing.assert_close(made.trajectory.states, want.states, rtol=NEAR, atol=NEAR)
+        torch.testing.assert_close(made.trajectory.saved, want.saved, rtol=NEAR, atol=NEAR)
+        assert made.rounds < 25
+    assert set(lengths) == {7, 1}
+    monkeypatch.setattr(parallel, "WINDOW", 1)  # less than a step has
+    assert parallel.attempt(RGCCell(), x, weights, state, resets).rounds <= 2
+
+
 def test_float32_is_as_near_to_float64_as_the_loop() -> None:
     x, weights, state = circuit(0.1, 300)
     want = RGCCell().scan(x, weights, state).states
