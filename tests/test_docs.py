@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rjepa_triton import RGC, OnlineLearner
-from rjepa_triton.bench import fidelity, learn, record, summary
+from rjepa_triton.bench import fidelity, forward, learn, record, summary
 from rjepa_triton.cells import RGCCell
 from rjepa_triton.reference import rtrl
 
@@ -58,6 +58,13 @@ def test_the_tables_of_learning_are_those_of_the_records() -> None:
         assert summary.markdown(table) in page
     seconds = sum(r.payload["cpu_seconds"] for r in learnt)
     assert f"{len(learnt)} runs took {seconds:.0f} s of processor time" in page.replace("\n", " ")
+
+
+def test_the_tables_of_the_forward_pass_are_those_of_the_record() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    *timed, predicted = record.load(RESULTS / "forward-cpu.jsonl")
+    assert forward.markdown(timed) in page
+    assert forward.predicted_markdown(predicted) in page
 
 
 def test_links_lead_somewhere() -> None:
