@@ -148,18 +148,18 @@ class OnlineLearner:
         heads = rtrl.joint_heads([w.detach() for w in layer.recurrent_weights()], layer.hidden_size)
         self.carried_bytes = self._problem.carried_bytes(self.learning, layer.hidden_size // heads)
         sensitivity: Carried | None = None
+        scan = ops.choose_scan("torch" if backend == "compile" else backend, device, dtype)
         if self.form != "history":
             self._refuse_if_too_large(device)
             sizes = (layer.matrices, weights, self._problem.states, batch_size)
             if self.learning == "rtrl":
-                sensitivity = Exact(*sizes)
+                sensitivity = Exact(*sizes, scan)
             elif self.learning == "uoro":
                 sensitivity = RankOne(*sizes, seed)
             elif self.learning == "tbptt":
                 sensitivity = Nothing(weights)
             else:
                 sensitivity = PerUnit(*sizes, gamma_dtype, backend)
-        scan = ops.choose_scan("torch" if backend == "compile" else backend, device, dtype)
         self._full = self.credit == "carry" or self.learning in ONLY_FORM
         full_credit = _full_credit(layer, self._rounds, scan) if self._full else None
         self._past = Past(layer.matrices, self.form, lag, sensitivity, scan, full_credit)

@@ -30,6 +30,7 @@ from .two_point import ByState, Cell, Linearization, Matrix, Trajectory
 BACKENDS = ("auto", "torch", "compile", "triton")
 # Numbers of Γ^ν a batch row from which one pass over it outweighs the cost of compiling (N = 128 for RGC).
 COMPILE_FROM = 1 << 16
+HEAD_UNITS = 64  # of a head, that the exact kernel takes
 SCAN_STATES = 2  # states a unit that kernels scan; more are torch's
 
 
@@ -274,6 +275,16 @@ def gamma_step_(
         else:
             _compiled(_step_into_)(block, *arrays, total)
     return total
+
+
+def rtrl_heads_(
+    gamma: Tensor, jacobian: Tensor, phi: Tensor, y: Tensor, delta: Tensor | None
+) -> tuple[Tensor | None] | None:
+    """`kernels.rtrl_heads.rtrl_heads_`: a tuple of the gradient or None; None if the kernel can't be launched, and
+    nothing done. Mutates gamma."""
+    from .kernels import rtrl_heads as kernels
+
+    return _launched("rtrl_heads", lambda: (kernels.rtrl_heads_(gamma, jacobian, phi, y, delta),))
 
 
 def learn_step_(

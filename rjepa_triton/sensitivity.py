@@ -215,12 +215,29 @@ class _StepByStep(Carried):
 
 
 class Exact(_StepByStep):
-    """γ of exact RTRL (`reference.rtrl`); blocks carry the recurrent weights that their steps ran with."""
+    """γ of exact RTRL (`reference.rtrl`); blocks carry the recurrent weights that their steps ran with.
+
+    backend: "torch", or "triton", which takes a step and its gradient in one pass over γ, for heads of at most 64
+    units (`kernels.rtrl_heads`).
+    """
 
     def __init__(
-        self, matrices: Sequence[Matrix], weights: Sequence[Tensor], states: int, batch: int
+        self,
+        matrices: Sequence[Matrix],
+        weights: Sequence[Tensor],
+        states: int,
+        batch: int,
+        backend: str = "torch",
     ) -> None:
         self._gamma = rtrl.ExactSensitivity(matrices, weights, states, batch)
+        size = self._gamma.units // self._gamma.heads
+        # what each unit reads of its own has no place in the kernel, but where a head is a unit
+        per_unit = any(
+            weight.dim() == 1 and isinstance(k.reads, int)
+            for k, weight in zip(matrices, weights, strict=True)
+        )
+        fits = size <= ops.HEAD_UNITS and states <= ops.SCAN_STATES and not (per_unit and size > 1)
+        self._one_pass = backend == "triton" and fits
 
     @property
     def nbytes(self) -> int:
@@ -235,6 +252,37 @@ class Exact(_StepByStep):
                 gamma.zero_()
             else:
                 gamma[rows] = 0
+
+    def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
+        if not self._one_pass:
+            return super().step_(block, delta)
+        totals: list[Tensor] | None = None
+        for t in range(block.steps):
+            parts = self._step_by_kernel(block, t, None if delta is None else delta[:, t])
+            totals = parts if totals is None else [a.add_(b) for a, b in zip(totals, parts, strict=True)]
+        return None if delta is None else totals
+
+    def _step_by_kernel(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
+        """Advance by step t of the block; gradients by matrix with delta (S, B, N), else none."""
+        gamma, lin = self._gamma, block.lin
+        assert block.weights is not None
+        step = gamma.jacobian(lin, t, block.weights).contiguous()
+        totals = []
+        for group, (_, indices) in enumerate(gamma.groups):
+            matrices = [gamma.matrices[i] for i in indices]
+            fan_in = gamma.gammas[group].shape[-1]
+            y = rfp.signals(matrices, lin, block.inputs)[t]
+            if y.shape[-1] != fan_in:  # heads each read their own units; a bias reads 1
+                biases = fan_in == 1 and gamma.heads < gamma.units
+                y = y[..., :1] if biases else y.unflatten(-1, (gamma.heads, fan_in))
+            phi = rfp.immediates(matrices, lin).select(1, t)
+            done = ops.rtrl_heads_(gamma.gammas[group], step, phi, y.contiguous(), delta)
+            if done is None:
+                gamma.advance_(group, step, lin, t, block.inputs)
+                done = (None if delta is None else gamma.read_group(group, delta),)
+            if done[0] is not None:
+                totals.append(done[0])
+        return gamma.by_matrix(totals) if totals else []
 
     def _advance(self, block: Block, t: int) -> None:
         assert block.weights is not None

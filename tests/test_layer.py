@@ -359,3 +359,31 @@ def test_triton_kernels_give_every_layers_sequence_gradient(
         (layer(given, resets=resets)[0] * delta.to(given)).sum().backward()
         grads.append([given.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
     assert oracle.relative(*grads) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda **o: LSTM(3, 6, heads=3, **o),
+        lambda **o: RGC(6, input_size=3, init="uniform", heads=2, **o),
+        lambda **o: GRU(3, 6, **o),
+        lambda **o: RNN(3, 6, recurrence="diagonal", **o),
+        lambda **o: LRU(3, 6, **o),
+    ],
+)
+def test_rtrl_by_its_kernel(layer: Any) -> None:
+    """γ of heads in one pass a step, resets among them, under the interpreter against float64."""
+    wide, narrow = layer(dtype=F64, learning="rtrl"), layer(dtype=torch.float32, learning="rtrl")
+    narrow.load_state_dict(wide.state_dict())
+    x, delta = torch.randn(7, 2, 3, dtype=F64), torch.randn(7, 2, 6, dtype=F64)
+    for made, backend in ((wide, "torch"), (narrow, "triton")):
+        like = made.weights()[0]
+        learner = OnlineLearner(made, 2, backend=backend)
+        for t in range(7):
+            if t == 4:
+                learner.reset(torch.tensor([True, False]))
+            output = learner.step(x[t].to(like))
+            if t != 2:  # a step without a loss advances γ too
+                (output * delta[t].to(like)).sum().backward()
+    grads = [[p.grad for p in made.parameters()] for made in (narrow, wide)]
+    assert oracle.relative(*grads) < 1e-5

@@ -125,17 +125,25 @@ class ExactSensitivity:
         self, lin: Linearization, t: int, weights: Sequence[Tensor], inputs: Tensor | None = None
     ) -> None:
         """γ ← J γ + R at step t of `lin`. weights: the recurrent ones; inputs (T, B, I) or None. Mutates γ."""
+        step = self.jacobian(lin, t, weights)
+        for group in range(len(self.groups)):
+            self.advance_(group, step, lin, t, inputs)
+
+    def jacobian(self, lin: Linearization, t: int, weights: Sequence[Tensor]) -> Tensor:
+        """J(t) (B, H, S·b, S·b)."""
         recurrent = [self.matrices[i] for i in self.recurrent]
-        step = jacobian(lin, t, recurrent, weights, self.heads).flatten(0, 1)
-        for g, (_, indices) in enumerate(self.groups):
-            self._multiply_(g, step)
-            new = self.gammas[g]
-            for k, index in enumerate(indices):
-                matrix = self.matrices[index]
-                y = self._read(rfp.signal(matrix, lin, inputs)[t], new.shape[-1])
-                for nu, phi in lin.immediate(matrix).items():
-                    own = new[:, :, nu, :, k].diagonal(dim1=2, dim2=3)  # (B, H, M, b): unit i against row i
-                    own.addcmul_(self._by_head(phi[t])[:, :, None], y)
+        return jacobian(lin, t, recurrent, weights, self.heads)
+
+    def advance_(self, group: int, step: Tensor, lin: Linearization, t: int, inputs: Tensor | None) -> None:
+        """`step_` of one group; step (B, H, S·b, S·b) is J."""
+        self._multiply_(group, step.flatten(0, 1))
+        new = self.gammas[group]
+        for k, index in enumerate(self.groups[group][1]):
+            matrix = self.matrices[index]
+            y = self._read(rfp.signal(matrix, lin, inputs)[t], new.shape[-1])
+            for nu, phi in lin.immediate(matrix).items():
+                own = new[:, :, nu, :, k].diagonal(dim1=2, dim2=3)  # (B, H, M, b): unit i against row i
+                own.addcmul_(self._by_head(phi[t])[:, :, None], y)
 
     def _by_head(self, per_unit: Tensor) -> Tensor:
         """(B, N) → (B, H, b)."""
@@ -149,11 +157,18 @@ class ExactSensitivity:
 
     def read(self, delta: Tensor) -> list[Tensor]:
         """Σ_b δ · γ for each weight, of its shape. delta (S, B, N)."""
-        batch = delta.shape[1]
+        return self.by_matrix([self.read_group(group, delta) for group in range(len(self.groups))])
+
+    def read_group(self, group: int, delta: Tensor) -> Tensor:
+        """Σ_b δ · γ of one group, (H, K, b, M)."""
+        gamma, batch = self.gammas[group], delta.shape[1]
         by_head = delta.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3).reshape(batch * self.heads, 1, -1)
+        return torch.bmm(by_head, _rows(gamma)).view(batch, self.heads, *gamma.shape[4:]).sum(0)
+
+    def by_matrix(self, totals: Sequence[Tensor]) -> list[Tensor]:
+        """The groups' (H, K, b, M) as one gradient a weight, of its shape."""
         found: dict[int, Tensor] = {}
-        for (shape, indices), gamma in zip(self.groups, self.gammas, strict=True):
-            total = torch.bmm(by_head, _rows(gamma)).view(batch, self.heads, *gamma.shape[4:]).sum(0)
+        for (shape, indices), total in zip(self.groups, totals, strict=True):
             for k, index in enumerate(indices):
                 found[index] = total[:, k].reshape(shape)
         return [found[index] for index in sorted(found)]
