@@ -111,9 +111,9 @@ def points(hidden: Sequence[int], batches: Sequence[int]) -> tuple[tuple[int, in
 def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Launch:
     """What the launcher of a kernel would launch at (N, B), and T of a scan, on a GPU. Needs triton."""
     from ..kernels import gamma_chunk, gamma_step, reverse_scan
-    from ..kernels._launch import vector_width
+    from ..kernels._launch import split_rows, vector_width
 
-    target = gpu.target
+    target, parts = gpu.target, 1
     dtype, short = getattr(torch, kernel.dtype), {"float32": "fp32", "bfloat16": "bf16"}[kernel.dtype]
     if kernel.has_gamma:
         aligned: tuple[str, ...] = ("N", "M") if units % 16 == 0 else ()
@@ -123,6 +123,8 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
             mode = "gradient" if kernel.gradient else "advance"
             build = static.step_build(target, step, short, STATES, mode, aligned)
             words = f"{step.block_n}×{step.block_m}"
+            row_bytes = kernel.gamma_numbers(units, 1) * dtype.itemsize
+            parts = batch // split_rows(row_bytes, batch, gpu.multiprocessors)
         else:
             assert isinstance(kernel, GammaChunk)
             assert kernel.steps is not None
@@ -134,7 +136,7 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
         return Launch(
             build,
             f"{words} w{config.num_warps} v{config.vector}",
-            tiles * MATRICES,
+            tiles * MATRICES * parts,
             STATES * config.block_n * config.block_m,
             config.num_warps,
         )

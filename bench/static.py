@@ -211,7 +211,7 @@ def step_build(
         absent.append("gamma1_ptr")
     tile = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "VECTOR": config.vector}
     pointers = ("m", "phi", "y", "delta", "grad", "weight")
-    integers = ("B", "K", "N", "M", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta")
+    integers = ("ROWS", "K", "N", "M", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta")
     return Build(
         target,
         "rjepa_triton.kernels.gamma_step:_gamma_step_kernel",

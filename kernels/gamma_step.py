@@ -10,11 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_gammas, check_runnable, check_tensor, vector_width
+from ._launch import (
+    check_gammas,
+    check_runnable,
+    check_tensor,
+    multiprocessors,
+    split_rows,
+    vector_width,
+)
 
 
 # Only N and M set a layout: the rest shall not compile the kernel anew when it is 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["B", "K", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta"])
+@triton.jit(do_not_specialize=["ROWS", "K", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta"])
 def _gamma_step_kernel(
     gamma0_ptr,  # [B, K, N, M]
     gamma1_ptr,  # [B, K, N, M], or None for one state
@@ -22,10 +29,10 @@ def _gamma_step_kernel(
     phi_ptr,  # [S, B, K, N]
     y_ptr,  # [B, K, M]
     delta_ptr,  # [S, B, N], or None to advance only
-    grad_ptr,  # [K, N, M], or None where weight takes the step itself
+    grad_ptr,  # [parts, K, N, M], or None where weight takes the step itself
     weight_ptr,  # [K, N, M], or None
     lr,
-    B,
+    ROWS,  # of the batch in one part, B = parts · ROWS
     K,
     N,
     M,
@@ -37,13 +44,15 @@ def _gamma_step_kernel(
     BLOCK_M: tl.constexpr,
     VECTOR: tl.constexpr,  # a divisor of M: numbers of Γ that one access moves
 ):
-    # One program: rows i and columns j of one matrix k, over the whole batch, so that the batch sum stays in
+    # One program: rows i and columns j of one matrix k, over its part of the batch, whose sum stays in
     # registers. All matrices in one program would need K accumulators: it spills, and saves only loads of m.
     M = M // VECTOR * VECTOR  # M itself, and the compiler sees that VECTOR divides it
     tiles_m = tl.cdiv(M, BLOCK_M)
     i0 = (tl.program_id(0) // tiles_m) * BLOCK_N
     j0 = (tl.program_id(0) % tiles_m) * BLOCK_M
     k = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2).to(tl.int64)
+    b0 = part * ROWS
 
     row = tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_M)
@@ -57,17 +66,17 @@ def _gamma_step_kernel(
     wide_k = tl.cast(K, tl.int64)
     wide_n = tl.cast(N, tl.int64)
 
-    gamma0_ptr += corner
+    gamma0_ptr += b0 * K * N * M + corner
     if gamma1_ptr is not None:
-        gamma1_ptr += corner
-    m_ptr += i0
-    phi_ptr += k * N + i0
-    y_ptr += k * M + j0
+        gamma1_ptr += b0 * K * N * M + corner
+    m_ptr += b0 * N + i0
+    phi_ptr += (b0 * K + k) * N + i0
+    y_ptr += (b0 * K + k) * M + j0
     if delta_ptr is not None:
-        delta_ptr += i0
+        delta_ptr += b0 * N + i0
 
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for _ in range(B):
+    for _ in range(ROWS):
         y = tl.load(y_ptr + col, mask=in_m, other=0.0)[None, :]
         old0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         m00 = tl.load(m_ptr + row, mask=in_n, other=0.0)[:, None]
@@ -102,7 +111,7 @@ def _gamma_step_kernel(
         weight = tl.load(weight_ptr + tile, mask=inside, other=0.0)
         tl.store(weight_ptr + tile, weight - lr * total, mask=inside)
     elif grad_ptr is not None:
-        tl.store(grad_ptr + corner + tile, total, mask=inside)
+        tl.store(grad_ptr + part * wide_k * N * M + corner + tile, total, mask=inside)
 
 
 class Config(NamedTuple):
@@ -147,7 +156,8 @@ def gamma_step_(
         W^k     ← W^k - lr · G^k                                 with weight, in the same pass
 
     Arithmetic is in float32. Γ in bfloat16 is rounded to nearest, after the gradient has read it. The batch
-    is summed in order: two runs agree in every bit.
+    is summed in order; where Γ is too small to fill the GPU and the batch is large, by parts, whose sums a
+    second pass adds up, and weight then takes its step after it. Two runs on one GPU agree in every bit.
 
     Args:
         gammas: S tensors (B, K, N, M), S of 1 or 2, contiguous, float32 or bfloat16. Mutated. Fast where a
@@ -185,23 +195,26 @@ def gamma_step_(
         raise ValueError(f"lr must be 0 without weight, got {lr}")
     check_runnable(_gamma_step_kernel, "gammas", gamma)
 
-    gradient = None
-    if delta is not None and weight is None:
-        gradient = torch.empty(matrices, units, fan_in, dtype=torch.float32, device=gamma.device)
+    rows = split_rows(states * gamma.nbytes // batch, batch, multiprocessors(gamma))
+    parts = batch // rows
+    gradients = None
+    if delta is not None and (weight is None or parts > 1):
+        shape = (parts, matrices, units, fan_in)
+        gradients = torch.empty(shape, dtype=torch.float32, device=gamma.device)
     config = pick_config(units, fan_in, gamma.dtype)
-    grid = (triton.cdiv(units, config.block_n) * triton.cdiv(fan_in, config.block_m), matrices)
+    tiles = triton.cdiv(units, config.block_n) * triton.cdiv(fan_in, config.block_m)
     with torch.cuda.device_of(gamma):
-        _gamma_step_kernel[grid](
+        _gamma_step_kernel[(tiles, matrices, parts)](
             gamma,
             gammas[1] if states == 2 else None,
             m,
             phi,
             y,
             delta,
-            gradient,
-            weight,
+            gradients,
+            weight if parts == 1 else None,
             float(lr),
-            batch,
+            rows,
             matrices,
             units,
             fan_in,
@@ -214,4 +227,10 @@ def gamma_step_(
             VECTOR=config.vector,
             num_warps=config.num_warps,
         )
-    return gradient
+    if gradients is None:
+        return None
+    gradient = gradients[0] if parts == 1 else gradients.sum(0)
+    if weight is None:
+        return gradient
+    weight.sub_(gradient, alpha=lr)
+    return None

@@ -280,9 +280,9 @@ def test_a_prediction_of_a_long_scan_of_few_units(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("units", [63, 256, 1024])
+@pytest.mark.parametrize(("units", "batch"), [(63, 2), (63, 32), (256, 2), (1024, 2)])
 def test_a_prediction_compiles_what_the_launcher_launches(
-    name: str, units: int, monkeypatch: pytest.MonkeyPatch
+    name: str, units: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Constants, grid and options of the build are those that the launcher passes."""
     pytest.importorskip("triton")
@@ -305,10 +305,10 @@ def test_a_prediction_compiles_what_the_launcher_launches(
             if attribute.endswith("_kernel"):
                 monkeypatch.setattr(module, attribute, Stub(value))
     kernel = KERNELS[name]
-    given = kernels.problem(kernel, units, 2, kernel.steps or 3, 0, CPU)
+    given = kernels.problem(kernel, units, batch, kernel.steps or 3, 0, CPU)
     kernel.runners(torch.device("cuda"))["triton"](given)
     ((grid, arguments),) = passed
-    made = roofline.launch(kernel, units, 2, kernel.steps or 3, roofline.GPUS["h100"])
+    made = roofline.launch(kernel, units, batch, kernel.steps or 3, roofline.GPUS["h100"])
     programs = 1
     for size in grid:  # type: ignore[attr-defined]
         programs *= size

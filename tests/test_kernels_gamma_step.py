@@ -138,6 +138,51 @@ def test_weight_takes_the_step_that_the_gradient_says():
     assert all(torch.equal(a, b) for a, b in zip(gammas, twin, strict=True))
 
 
+@pytest.mark.parametrize(("batch", "rows"), [(6, 3), (3, 1), (16, None)])  # None: what a launcher picks
+@pytest.mark.parametrize("states", [1, 2])
+def test_a_split_batch(states, batch, rows, monkeypatch):
+    """Γ is that of one part in every bit; the gradient is the reference's."""
+    gammas, m, phi, y, delta = _problem(states, batch, 2, 9, 67)
+    want, want_gradient = _reference(gammas, m, phi, y, delta)
+    twins = [[g.clone() for g in gammas] for _ in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(gamma_step, "split_rows", lambda *_: batch)
+        gamma_step_(twins[0], m, phi, y)
+    if rows is not None:
+        monkeypatch.setattr(gamma_step, "split_rows", lambda *_: rows)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    gradient = gamma_step_(gammas, m, phi, y, delta)
+    _assert_near(gradient, want_gradient, TOLERANCE, terms=batch)
+    for got, expected in zip(gammas, want, strict=True):
+        _assert_near(got, expected, TOLERANCE)
+    assert torch.equal(gradient, gamma_step_(twins[1], m, phi, y, delta))
+    weight = _random(2, 9, 67)
+    before = weight.clone()
+    assert gamma_step_(twins[2], m, phi, y, delta, weight=weight, lr=0.1) is None
+    torch.testing.assert_close(weight, before - 0.1 * gradient, rtol=0, atol=1e-6)
+    for twin in twins:
+        assert all(torch.equal(a, b) for a, b in zip(twin, gammas, strict=True))
+
+
+def test_what_a_launcher_splits(monkeypatch):
+    """A Γ that leaves most of a GPU idle and a large batch are split as `split_rows` says."""
+    grids = []
+
+    class Stub:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(gamma_step, "check_runnable", lambda *_: None)
+    monkeypatch.setattr(gamma_step, "_gamma_step_kernel", Stub())
+    monkeypatch.setattr(gamma_step, "multiprocessors", lambda _: 132)
+    for batch, units in ((15, 64), (16, 64), (64, 64), (8, 256)):
+        gammas, m, phi, y, delta = _problem(2, batch, 4, units, units)
+        gamma_step_(gammas, m, phi, y, delta)
+    assert [grid[2] for grid in grids] == [1, 2, 8, 1]
+
+
 def test_steps_of_a_sequence_are_views_and_add_up_to_the_dual_form():
     """m[:, :, t], phi[:, t] and delta[:, t] are not contiguous; the sum over steps is Σ E yᵀ."""
     states, steps, batch, matrices, units, fan_in = 2, 4, 2, 2, 9, 21

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from rjepa_triton.kernels import _launch
-from rjepa_triton.kernels._launch import vector_width
+from rjepa_triton.kernels._launch import multiprocessors, split_rows, vector_width
 
 KERNELS = sorted(Path(_launch.__file__).parent.glob("*.py"))
 
@@ -53,3 +53,32 @@ def test_kernels_import_torch_and_triton_only(path):
 )
 def test_vector_width(size, dtype, width):
     assert vector_width(size, dtype) == width
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "batch", "gpu", "rows"),
+    [
+        # RGC in float32, 32·N² bytes a row of Γ: 64 units, 128, 256 and 4,096, on 132 multiprocessors.
+        (32 * 64**2, 64, 132, 8),
+        (32 * 128**2, 64, 132, 16),
+        (32 * 128**2, 30, 132, 10),
+        (32 * 128**2, 28, 132, 14),
+        (32 * 256**2, 64, 132, 64),
+        (32 * 4096**2, 64, 132, 64),
+        # In bfloat16, and on more multiprocessors, a larger Γ is split.
+        (16 * 256**2, 64, 132, 32),
+        (32 * 256**2, 64, 304, 32),
+        # A small batch isn't, nor one that nothing divides.
+        (8, 15, 132, 15),
+        (8, 31, 132, 31),
+        (8, 16, 132, 8),
+        (8, 1, 132, 1),
+    ],
+)
+def test_split_rows(row_bytes, batch, gpu, rows):
+    assert split_rows(row_bytes, batch, gpu) == rows
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU says how many it has")
+def test_interpreted_kernels_split_as_on_an_h100():
+    assert multiprocessors(torch.zeros(1)) == 132
