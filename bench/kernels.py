@@ -193,6 +193,10 @@ def _whole_step_(
     return total
 
 
+def _whole_read(gammas: list[Tensor], credit: Tensor) -> Tensor:
+    return rfp.read_rows(gammas, credit).sum(0)
+
+
 def _whole_chunk_(gammas: list[Tensor], whole: Tensor, arriving: Tensor, y: Tensor, credit: Tensor) -> Tensor:
     total = rfp.read_rows(gammas, credit).sum(0)
     new = rfp.carried(gammas, whole)
@@ -302,6 +306,40 @@ class GammaStep(Kernel):
         # compiled code of `ops` takes Γ in the dtype of the rest alone
         backends = ("torch", "compile") if self.dtype == "float32" and ops.cpp_compiler() else ("torch",)
         return {backend: by_ops(backend) for backend in backends}
+
+
+class GammaRead(Kernel):
+    """What a credit reads from Γ, which stays as it is."""
+
+    takes = ("credit",)
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype, self.steps = dtype, 1
+        self.name = f"read-{'fp32' if dtype == 'float32' else 'bf16'}"
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        return 2 * self.gamma_numbers(units, batch)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return MATRICES * units**2
+
+    def bytes(self, units: int, batch: int, steps: int) -> int:
+        not_written = self.gamma_numbers(units, batch) * getattr(torch, self.dtype).itemsize
+        return super().bytes(units, batch, steps) - not_written
+
+    def reference(self, problem: Problem) -> Sequence[Tensor]:
+        return [*problem.gammas, rfp.gamma_read(problem.gammas, problem.credit)]
+
+    def runners(self, device: torch.device) -> dict[str, Runner]:
+        if device.type != "cuda":
+            return {"torch": self.reference}
+        from ..kernels import gamma_read
+
+        return {
+            "triton": lambda p: [*p.gammas, gamma_read.gamma_read(p.gammas, p.credit)],
+            "torch": self.reference,
+            "compile": lambda p: [*p.gammas, _compiled(_whole_read)(p.gammas, p.credit)],
+        }
 
 
 class GammaChunk(Kernel):
@@ -424,6 +462,7 @@ class Scan(Kernel):
 
 _KERNELS: tuple[Kernel, ...] = (
     *(GammaStep(dtype, gradient) for dtype in ("float32", "bfloat16") for gradient in (True, False)),
+    *map(GammaRead, ("float32", "bfloat16")),
     GammaChunk(8, "ieee"),  # in "tf32" its launch is the same
     GammaChunk(64, "ieee"),
     GammaChunk(64, "tf32"),

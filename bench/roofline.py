@@ -21,7 +21,18 @@ from rich.table import Table
 
 from .. import _checks as check
 from . import record, static
-from .kernels import KERNELS, MATRICES, STATES, GammaChunk, GammaStep, Kernel, entered, floor, rate_text
+from .kernels import (
+    KERNELS,
+    MATRICES,
+    STATES,
+    GammaChunk,
+    GammaRead,
+    GammaStep,
+    Kernel,
+    entered,
+    floor,
+    rate_text,
+)
 from .record import Record
 from .summary import bytes_text, seconds_text
 
@@ -118,10 +129,13 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
     if kernel.has_gamma:
         aligned: tuple[str, ...] = ("N", "M") if units % 16 == 0 else ()
         config: gamma_step.Config | gamma_chunk.Config
-        if isinstance(kernel, GammaStep):
+        if isinstance(kernel, (GammaStep, GammaRead)):
             config = step = gamma_step.pick_config(units, units, dtype)
-            mode = "gradient" if kernel.gradient else "advance"
-            build = static.step_build(target, step, short, STATES, mode, aligned)
+            if isinstance(kernel, GammaRead):
+                build = static.read_build(target, step, short, STATES, aligned)
+            else:
+                mode = "gradient" if kernel.gradient else "advance"
+                build = static.step_build(target, step, short, STATES, mode, aligned)
             words = f"{step.block_n}×{step.block_m}"
             row_bytes = kernel.gamma_numbers(units, 1) * dtype.itemsize
             parts = batch // split_rows(row_bytes, batch, gpu.multiprocessors)

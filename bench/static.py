@@ -2,7 +2,7 @@
 
 A kernel is only compiled in a process that imports triton without TRITON_INTERPRET; `compile_all` starts one:
 this module, which reads builds and writes facts as JSON. The last part says what this package's launchers
-would have compiled: `step_build`, `chunk_build`, `scan_build`, `suffix_build`.
+would have compiled: `step_build`, `read_build`, `chunk_build`, `scan_build`, `suffix_build`.
 """
 
 from __future__ import annotations
@@ -216,6 +216,27 @@ def step_build(
         target,
         "rjepa_triton.kernels.gamma_step:_gamma_step_kernel",
         types={**_gamma_types(dtype, pointers, integers), "lr": "fp32"},
+        constants={**dict.fromkeys(absent), **tile},
+        divisible=divisible,
+        options={"num_warps": config.num_warps},
+    )
+
+
+def read_build(
+    target: str,
+    config: gamma_step.Config,
+    dtype: str = "fp32",
+    states: int = 2,
+    divisible: Sequence[str] = (),
+) -> Build:
+    """What a credit reads from Γ, in the step's tiles."""
+    absent = ["gamma1_ptr"] if states == 1 else []
+    tile = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "VECTOR": config.vector}
+    integers = ("ROWS", "K", "N", "M", "stride_credit")
+    return Build(
+        target,
+        "rjepa_triton.kernels.gamma_read:_gamma_read_kernel",
+        types=_gamma_types(dtype, ("credit", "grad"), integers),
         constants={**dict.fromkeys(absent), **tile},
         divisible=divisible,
         options={"num_warps": config.num_warps},

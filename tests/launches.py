@@ -15,9 +15,9 @@ import pytest
 import triton
 from torch import zeros
 
-from rjepa_triton.kernels import gamma_chunk, gamma_step, reverse_scan
+from rjepa_triton.kernels import gamma_chunk, gamma_read, gamma_step, reverse_scan
 
-MODULES = (gamma_step, gamma_chunk, reverse_scan)
+MODULES = (gamma_step, gamma_read, gamma_chunk, reverse_scan)
 REFUSAL = "Triton kernels need a GPU tensor, or TRITON_INTERPRET=1 set before triton is imported"
 
 
@@ -32,6 +32,7 @@ def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], o
         lambda: gamma_step.gamma_step_(*step),
         lambda: gamma_step.gamma_step_(*step, delta[:, 0]),
         lambda: gamma_step.gamma_step_(*step, delta[:, 0], weight=weight, lr=0.1),
+        lambda: gamma_read.gamma_read(gammas, carry),
         lambda: gamma_chunk.gamma_chunk_(*chunk),
         lambda: gamma_chunk.gamma_chunk_(*chunk, carry, precision="tf32"),
         lambda: reverse_scan.reverse_scan(m, delta),
@@ -91,7 +92,7 @@ def compile_() -> None:
     for sizes in ((2, 64, 2, 4, 512, 512), (1, 1, 1, 1, 1, 1)):
         for call in calls(*sizes):
             call()
-    assert _CompileOnly.compiled == 21, _CompileOnly.compiled
+    assert _CompileOnly.compiled == 23, _CompileOnly.compiled
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ CPU = torch.device("cpu")
         ("step-fp32-gradient", 64 * 3 * 100 + 4 * 18 * 30 + 16 * 100, 7 * 8 * 3 * 100),
         ("step-fp32-advance", 64 * 3 * 100 + 4 * 16 * 30, 5 * 8 * 3 * 100),
         ("step-bf16-gradient", 32 * 3 * 100 + 4 * 18 * 30 + 16 * 100, 7 * 8 * 3 * 100),
+        # Γ once, credit 2BN
+        ("read-fp32", 32 * 3 * 100 + 4 * 2 * 30 + 16 * 100, 2 * 8 * 3 * 100),
+        ("read-bf16", 16 * 3 * 100 + 4 * 2 * 30 + 16 * 100, 2 * 8 * 3 * 100),
         # R(0) 4BN, U 8CBN, y 4CBN, credit 2BN. FLOP: 3 carried, 2 read, 2C added.
         ("chunk-C8-ieee", 64 * 3 * 100 + 4 * (6 + 12 * 8) * 30 + 16 * 100, (5 + 16) * 8 * 3 * 100),
         # M 4, δ 2, λ 2 a step; and 2 at the end
@@ -286,7 +289,7 @@ def test_a_prediction_compiles_what_the_launcher_launches(
 ) -> None:
     """Constants, grid and options of the build are those that the launcher passes."""
     pytest.importorskip("triton")
-    from rjepa_triton.kernels import gamma_chunk, gamma_step, reverse_scan
+    from rjepa_triton.kernels import gamma_chunk, gamma_read, gamma_step, reverse_scan
 
     passed: list[tuple[object, dict[str, object]]] = []
 
@@ -300,7 +303,7 @@ def test_a_prediction_compiles_what_the_launcher_launches(
 
             return launch
 
-    for module in (gamma_step, gamma_chunk, reverse_scan):
+    for module in (gamma_step, gamma_read, gamma_chunk, reverse_scan):
         for attribute, value in list(vars(module).items()):
             if attribute.endswith("_kernel"):
                 monkeypatch.setattr(module, attribute, Stub(value))

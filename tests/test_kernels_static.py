@@ -25,6 +25,7 @@ from rjepa_triton.bench.static import (
     chunk_build,
     compile_all,
     cuobjdump,
+    read_build,
     scan_build,
     step_build,
     suffix_build,
@@ -175,6 +176,11 @@ def _cases() -> Iterator[tuple[str, Case]]:
                     name = f"step-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}-{mode}"
                     # Three programs of four warps.
                     yield name, Case(build, 168, vectors(config), rounded=rounded)
+            for config in STEP_CONFIGS[dtype]:
+                build = read_build(target, config, dtype, states)
+                name = f"read-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}"
+                # Six programs of four warps.
+                yield name, Case(build, 80, vectors(config))
             for config in CHUNK_CONFIGS[dtype]:
                 build, product = chunk_build(target, config, dtype, states), config.block_c > 1
                 tile = f"{config.block_n}x{config.block_m}x{config.block_c}"
@@ -233,6 +239,7 @@ OF_ONE = {
     )
     for name, build, units in [
         ("step", step_build("sm_90", gamma_step.pick_config(1, 1, torch.float32)), ("N", "M")),
+        ("read", read_build("sm_90", gamma_step.pick_config(1, 1, torch.float32)), ("N", "M")),
         ("chunk", chunk_build("sm_90", CHUNK_CONFIGS["fp32"][0]), ("N", "M")),
         ("reverse_scan", scan_build("sm_90", 2, [[0], [0, 1], []])[0], ("BN",)),
         ("block_summary", scan_build("sm_90", 2, steps=4096, units=1)[0], ("BN",)),
@@ -327,4 +334,5 @@ def test_every_configuration_is_built():
     assert (len(RGC_SMALL_CONFIGS), len(RTRL_CONFIGS)) == (3, 2)
     for target in TARGETS:
         assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 6
+        assert sum(name.startswith(f"read-{target}") and "S2" in name for name in CASES) == 6
         assert sum(name.startswith(f"chunk-{target}") and "S2" in name for name in CASES) == 8
