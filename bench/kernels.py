@@ -262,12 +262,15 @@ def _pure_arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class GammaStep(Kernel):
-    """Γ one step on, and with a gradient what the step reads from it."""
+    """Γ one step on, and with a gradient what the step reads from it. Torch rounds to nearest in any case."""
 
-    def __init__(self, dtype: str, gradient: bool) -> None:
-        self.dtype, self.gradient, self.steps = dtype, gradient, 1
+    def __init__(
+        self, dtype: str, gradient: bool, rounding: Literal["nearest", "stochastic"] = "nearest"
+    ) -> None:
+        self.dtype, self.gradient, self.rounding, self.steps = dtype, gradient, rounding, 1
         short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
-        self.name = f"step-{short}-{'gradient' if gradient else 'advance'}"
+        mode = "gradient" if gradient else "advance"
+        self.name = f"step-{short}-{mode if rounding == 'nearest' else rounding}"
         self.takes = ("m", "phi", "y", "delta") if gradient else ("m", "phi", "y")
 
     def flop(self, units: int, batch: int, steps: int) -> float:
@@ -300,7 +303,8 @@ class GammaStep(Kernel):
             from ..kernels import gamma_step
 
             def launched(p: Problem) -> Sequence[Tensor]:
-                return self._outputs(p, gamma_step.gamma_step_(p.gammas, *self._arguments(p)))
+                total = gamma_step.gamma_step_(p.gammas, *self._arguments(p), rounding=self.rounding)
+                return self._outputs(p, total)
 
             return {"triton": launched, "torch": self.reference, "compile": compiled}
         # compiled code of `ops` takes Γ in the dtype of the rest alone
@@ -462,6 +466,7 @@ class Scan(Kernel):
 
 _KERNELS: tuple[Kernel, ...] = (
     *(GammaStep(dtype, gradient) for dtype in ("float32", "bfloat16") for gradient in (True, False)),
+    GammaStep("bfloat16", True, "stochastic"),
     *map(GammaRead, ("float32", "bfloat16")),
     GammaChunk(8, "ieee"),  # in "tf32" its launch is the same
     GammaChunk(64, "ieee"),

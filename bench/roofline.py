@@ -135,7 +135,7 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
                 build = static.read_build(target, step, short, STATES, aligned)
             else:
                 mode = "gradient" if kernel.gradient else "advance"
-                build = static.step_build(target, step, short, STATES, mode, aligned)
+                build = static.step_build(target, step, short, STATES, mode, aligned, kernel.rounding)
             words = f"{step.block_n}×{step.block_m}"
             row_bytes = kernel.gamma_numbers(units, 1) * dtype.itemsize
             parts = batch // split_rows(row_bytes, batch, gpu.multiprocessors)

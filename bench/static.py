@@ -200,6 +200,7 @@ def step_build(
     states: int = 2,
     mode: str = "gradient",
     divisible: Sequence[str] = (),
+    rounding: str = "nearest",
 ) -> Build:
     """Γ's step. mode: "advance", "gradient", or "weight", which takes the weights' step as well."""
     absent = {
@@ -209,13 +210,18 @@ def step_build(
     }[mode]
     if states == 1:
         absent.append("gamma1_ptr")
-    tile = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "VECTOR": config.vector}
+    tile: dict[str, Any] = {
+        "STOCHASTIC": rounding == "stochastic",
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "VECTOR": config.vector,
+    }
     pointers = ("m", "phi", "y", "delta", "grad", "weight")
     integers = ("ROWS", "K", "N", "M", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta")
     return Build(
         target,
         "rjepa_triton.kernels.gamma_step:_gamma_step_kernel",
-        types={**_gamma_types(dtype, pointers, integers), "lr": "fp32"},
+        types={**_gamma_types(dtype, pointers, integers), "lr": "fp32", "seed": "i64", "step": "i64"},
         constants={**dict.fromkeys(absent), **tile},
         divisible=divisible,
         options={"num_warps": config.num_warps},

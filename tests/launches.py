@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import triton
@@ -32,6 +32,7 @@ def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], o
         lambda: gamma_step.gamma_step_(*step),
         lambda: gamma_step.gamma_step_(*step, delta[:, 0]),
         lambda: gamma_step.gamma_step_(*step, delta[:, 0], weight=weight, lr=0.1),
+        lambda: gamma_step.gamma_step_([g.bfloat16() for g in gammas], *step[1:], rounding="stochastic"),
         lambda: gamma_read.gamma_read(gammas, carry),
         lambda: gamma_chunk.gamma_chunk_(*chunk),
         lambda: gamma_chunk.gamma_chunk_(*chunk, carry, precision="tf32"),
@@ -66,17 +67,17 @@ class _Driver:
 
 
 class _CompileOnly:
-    """A kernel whose launch stops before it runs."""
+    """A kernel whose launch stops before it runs. made: what each launch would have run."""
 
-    compiled = 0
+    made: ClassVar[list[Any]] = []
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: object, **options: object) -> None:
-            assert "cubin" in self.kernel.warmup(*arguments, grid=grid, **options).asm
-            _CompileOnly.compiled += 1
+            self.made.append(self.kernel.warmup(*arguments, grid=grid, **options))
+            assert "cubin" in self.made[-1].asm
 
         return launch
 
@@ -92,7 +93,15 @@ def compile_() -> None:
     for sizes in ((2, 64, 2, 4, 512, 512), (1, 1, 1, 1, 1, 1)):
         for call in calls(*sizes):
             call()
-    assert _CompileOnly.compiled == 23, _CompileOnly.compiled
+    assert len(_CompileOnly.made) == 25, len(_CompileOnly.made)
+
+    # A step or a seed is no reason to compile anew.
+    gamma, per_unit = zeros(1, 1, 2, 8).bfloat16(), zeros(1, 1, 1, 2)
+    for seed, step in ((0, 0), (1, 1), (16, 2**40)):
+        gamma_step.gamma_step_(
+            [gamma], per_unit, per_unit, zeros(1, 1, 8), rounding="stochastic", seed=seed, step=step
+        )
+    assert len(set(map(id, _CompileOnly.made[-3:]))) == 1
 
 
 if __name__ == "__main__":

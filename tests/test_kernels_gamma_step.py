@@ -128,6 +128,103 @@ def test_bfloat16_gamma_is_rounded_after_the_gradient_is_read(states):
     _assert_near(gradient, want_gradient, TOLERANCE, terms=3)
 
 
+def _floor(value: Tensor) -> Tensor:
+    """The bfloat16 number nearest to `value` on zero's side."""
+    return (value.view(torch.int32) & ~0xFFFF).view(torch.float32)
+
+
+def test_stochastic_rounding_is_unbiased():
+    """Each result is one of two neighbours, the upper one as often as it should be, and drawn by itself."""
+    states, batch, matrices, units, fan_in, draws = 2, 1, 1, 8, 64, 200
+    m = torch.zeros(states, states, batch, units, device=DEVICE)
+    phi, y = _random(states, batch, matrices, units), _random(batch, matrices, fan_in)
+    exact = phi[..., None] * y[None, :, :, None]
+    below = _floor(exact)
+    gap = _floor(below * (1 + 2**-7)) - below
+    share = (exact.double() - below) / gap
+    errors = []
+    for step in range(draws):
+        gammas = [
+            torch.zeros(batch, matrices, units, fan_in, dtype=torch.bfloat16, device=DEVICE)
+            for _ in range(states)
+        ]
+        gamma_step_(gammas, m, phi, y, rounding="stochastic", seed=7, step=step)
+        up = (torch.stack(gammas).double() - below) / gap
+        assert bool(((up == 0) | (up == 1)).all())
+        errors.append((up - share) / (share * (1 - share)).sqrt().clamp(min=0.1))
+    z = torch.stack(errors)
+    count = z[0].numel()
+    # By number, over draws: a mean of 0 and a variance of 1, clamped numbers aside; and no two that agree.
+    free = (share > 0.05) & (share < 0.95)
+    assert abs(z[:, free].mean().item()) < 4 / math.sqrt(draws * count)
+    assert abs((z[:, free].mean(0) ** 2).mean().item() * draws - 1) < 6 * math.sqrt(2 / count)
+    pairs = [
+        (z[..., 1:], z[..., :-1]),
+        (z[..., 1:, :], z[..., :-1, :]),
+        (z[:, :1], z[:, 1:]),
+        (z[1:], z[:-1]),
+    ]
+    for left, right in pairs:
+        assert abs((left * right).mean().item()) < 5 / math.sqrt((left * right).numel())
+
+
+def test_stochastic_rounding_leaves_what_needs_none():
+    """bfloat16 numbers, zeros, infinities and NaN of either sign; the largest float32 may become infinite."""
+    largest = torch.finfo(torch.float32).max
+    kept = torch.tensor([1.0, -1.0078125, 0.0, -0.0, 2.0**-126, math.inf, -math.inf, math.nan, -math.nan])
+    gamma = kept.bfloat16().reshape(1, 1, 1, -1).to(DEVICE)
+    want = gamma.clone()
+    one, nothing = torch.ones(1, 1, 1, 1, device=DEVICE), torch.zeros(1, 1, 1, 1, device=DEVICE)
+    y = torch.zeros(1, 1, kept.numel(), device=DEVICE)
+    for step in range(5):
+        gamma_step_([gamma], one, nothing, y, rounding="stochastic", step=step)
+        torch.testing.assert_close(gamma, want, rtol=0, atol=0, equal_nan=True)
+    gamma = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16, device=DEVICE)
+    gamma_step_([gamma], one, one * largest, torch.ones(1, 1, 1, device=DEVICE), rounding="stochastic")
+    assert gamma.item() in (_floor(torch.tensor(largest)).item(), math.inf)
+
+
+def test_random_bits_are_of_seed_step_and_place(monkeypatch):
+    """Neither tiles nor parts of the batch change them; seed and step do, in their upper halves too."""
+    problem = _problem(2, 2, 2, 9, 24, torch.bfloat16)
+
+    def stepped(seed: int = 3, step: int = 5) -> Tensor:
+        gammas = [g.clone() for g in problem[0]]
+        gamma_step_(gammas, *problem[1:4], rounding="stochastic", seed=seed, step=step)
+        return torch.stack(gammas)
+
+    first = stepped()
+    assert torch.equal(first, stepped())
+    for other in ({"seed": 4}, {"step": 6}, {"seed": 3 + 2**40}, {"step": 5 + 2**32}, {"seed": 5, "step": 3}):
+        assert 0.2 < (stepped(**other) != first).float().mean().item() < 0.5
+    for config in (Config(4, 64, 1, 1), Config(32, 64, 8, 4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(gamma_step, "pick_config", lambda *_, config=config: config)
+            assert torch.equal(first, stepped())
+    monkeypatch.setattr(gamma_step, "split_rows", lambda *_: 1)
+    assert torch.equal(first, stepped())
+
+
+def test_long_memory_is_better_rounded_stochastically():
+    """Inputs with a mean, a decay of 0.999: to nearest, most of what a step adds and forgets is lost."""
+    steps, units, fan_in = 1000, 8, 64
+    m = torch.full((1, 1, 1, units), 0.999, device=DEVICE)
+    exact = [torch.zeros(1, 1, units, fan_in, dtype=torch.float64, device=DEVICE)]
+    nearest, stochastic = ([exact[0].bfloat16()] for _ in range(2))
+    for step in range(steps):
+        phi = 0.5 + torch.rand(1, 1, 1, units, device=DEVICE)
+        y = 1 + 0.3 * _random(1, 1, fan_in)
+        rfp.gamma_step_(exact, m.double(), phi.double(), y.double())
+        rfp.gamma_step_(nearest, m, phi, y)
+        gamma_step_(stochastic, m, phi, y, rounding="stochastic", seed=1, step=step)
+
+    def error(got: list[Tensor]) -> float:
+        return float((got[0].double() - exact[0]).norm() / exact[0].norm())
+
+    # Σ 0.999²ⁿ = 500 roundings at most, of neighbours 2⁻⁷ apart or less, with a variance of a sixth of that squared.
+    assert error(stochastic) < math.sqrt(500 / 6) * 2**-7 < error(nearest)
+
+
 def test_weight_takes_the_step_that_the_gradient_says():
     gammas, m, phi, y, delta = _problem(2, 3, 3, 33, 65)
     weight = _random(3, 33, 65)
@@ -237,6 +334,12 @@ def _valid() -> dict[str, object]:
     return {"gammas": gammas, "m": m, "phi": phi, "y": y, "delta": delta}
 
 
+BFLOAT16 = {
+    "gammas": [torch.zeros(2, 3, 5, 7, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)],
+    "rounding": "stochastic",
+}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -256,6 +359,17 @@ def _valid() -> dict[str, object]:
         ({"weight": torch.zeros(3, 5, 8)}, ValueError, r"weight must have shape \(3, 5, 7\)"),
         ({"weight": torch.zeros(3, 5, 7), "delta": None}, ValueError, "delta must be given with weight"),
         ({"lr": 0.1}, ValueError, "lr must be 0 without weight, got 0.1"),
+        ({"rounding": "up"}, ValueError, "rounding must be 'nearest' or 'stochastic', got 'up'"),
+        (
+            {"rounding": "stochastic"},
+            ValueError,
+            "'nearest' where gammas are torch.float32, got 'stochastic'",
+        ),
+        ({"seed": 1}, ValueError, "seed must be 0 where rounding is 'nearest', got 1"),
+        ({"step": 1}, ValueError, "step must be 0 where rounding is 'nearest', got 1"),
+        ({"seed": 1.0}, TypeError, "seed must be an int, got float"),
+        ({**BFLOAT16, "step": -1}, ValueError, r"step must be from 0 to 2\*\*63 - 1, got -1"),
+        ({**BFLOAT16, "seed": 2**63}, ValueError, r"seed must be from 0 to 2\*\*63 - 1, got 9"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

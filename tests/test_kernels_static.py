@@ -176,6 +176,10 @@ def _cases() -> Iterator[tuple[str, Case]]:
                     name = f"step-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}-{mode}"
                     # Three programs of four warps.
                     yield name, Case(build, 168, vectors(config), rounded=rounded)
+                if dtype == "bf16":
+                    build = step_build(target, config, dtype, states, rounding="stochastic")
+                    name = f"step-{target}-{config.block_n}x{config.block_m}-stochastic-S{states}"
+                    yield name, Case(build, 168, vectors(config))
             for config in STEP_CONFIGS[dtype]:
                 build = read_build(target, config, dtype, states)
                 name = f"read-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}"
@@ -239,6 +243,11 @@ OF_ONE = {
     )
     for name, build, units in [
         ("step", step_build("sm_90", gamma_step.pick_config(1, 1, torch.float32)), ("N", "M")),
+        (
+            "step-stochastic",
+            step_build("sm_90", gamma_step.Config(4, 64, 1, 1), "bf16", rounding="stochastic"),
+            ("N", "M"),
+        ),
         ("read", read_build("sm_90", gamma_step.pick_config(1, 1, torch.float32)), ("N", "M")),
         ("chunk", chunk_build("sm_90", CHUNK_CONFIGS["fp32"][0]), ("N", "M")),
         ("reverse_scan", scan_build("sm_90", 2, [[0], [0, 1], []])[0], ("BN",)),
@@ -334,5 +343,6 @@ def test_every_configuration_is_built():
     assert (len(RGC_SMALL_CONFIGS), len(RTRL_CONFIGS)) == (3, 2)
     for target in TARGETS:
         assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 6
+        assert sum(name.startswith(f"step-{target}") and "stochastic-S2" in name for name in CASES) == 3
         assert sum(name.startswith(f"read-{target}") and "S2" in name for name in CASES) == 6
         assert sum(name.startswith(f"chunk-{target}") and "S2" in name for name in CASES) == 8
