@@ -45,13 +45,14 @@ INPUTS = ("stream", "noise")
 class Method:
     """A way to a gradient.
 
-    kind    what it is told apart by in the plot
+    kind    what it is told apart by in the plot, and short its label there
     shape   options of the layer's recurrence; `heads` with b ≈ √N if "heads"
     online  options of an `OnlineLearner`; or None, for a sequence by `learning` and `refine`
     """
 
     label: str
     kind: str
+    short: str
     online: Mapping[str, Any] | None = None
     learning: Learning = "rfp"
     refine: Any = 0
@@ -60,27 +61,31 @@ class Method:
 
 def _methods() -> dict[str, Method]:
     found = {
-        "snap0": Method("SnAp-0", "parts of M", {"learning": "snap0", "form": "step"}),
-        "rflo": Method("RFLO", "parts of M", {"learning": "rflo", "form": "step"}),
-        "eprop": Method("e-prop", "parts of M", {"learning": "eprop", "form": "step"}),
-        "rfp": Method("RFP", "RFP", {"learning": "rfp", "form": "step"}),
-        "uoro": Method("UORO", "UORO", {"learning": "uoro"}),
+        "snap0": Method("SnAp-0", "parts of M", "SnAp-0", {"learning": "snap0", "form": "step"}),
+        "rflo": Method("RFLO", "parts of M", "RFLO", {"learning": "rflo", "form": "step"}),
+        "eprop": Method("e-prop", "parts of M", "e-prop", {"learning": "eprop", "form": "step"}),
+        "rfp": Method("RFP", "RFP", "RFP", {"learning": "rfp", "form": "step"}),
+        "uoro": Method("UORO", "UORO", "UORO", {"learning": "uoro"}),
     }
     for c in (1, 5, 10, 20):
-        found[f"tbptt-{c}"] = Method(f"TBPTT, C = {c}", "TBPTT", {"learning": "tbptt", "update_every": c})
+        options: dict[str, Any] = {"learning": "tbptt", "update_every": c}
+        found[f"tbptt-{c}"] = Method(f"TBPTT, C = {c}", "TBPTT", f"C={c}", options)
     for c in (1, 5, 10, 20):
         options = {"learning": "rfp", "credit": "carry", "update_every": c}
-        found[f"carry-{c}"] = Method(f"carry, C = {c}", "carry", options)
-    found["carry-20-refined"] = Method(
-        "carry, C = 20, 2 rounds", "carry", {"learning": "rfp", "refine": 2, "update_every": 20}
-    )
+        found[f"carry-{c}"] = Method(f"carry, C = {c}", "carry", f"C={c}", options)
+    options = {"learning": "rfp", "refine": 2, "update_every": 20}
+    found["carry-20-refined"] = Method("carry, C = 20, 2 rounds", "carry", "C=20, r=2", options)
     for r in (1, 2, 4):
-        found[f"refine-{r}"] = Method(f"RFP, {r} round{'s' * (r > 1)}", "refined", refine=r)
-    found["refine-exact"] = Method("RFP, refined to the end", "refined", refine="exact")
-    found["rtrl"] = Method("RTRL", "exact", {"learning": "rtrl"})
-    found["bptt"] = Method("BPTT", "exact", learning="bptt")
-    found["heads"] = Method("RTRL, heads of √N", "other network", {"learning": "rtrl"}, shape="heads")
-    found["diagonal"] = Method("RFP, diagonal", "other network", {"learning": "rfp"}, shape="diagonal")
+        found[f"refine-{r}"] = Method(f"RFP, {r} round{'s' * (r > 1)}", "refined", f"r={r}", refine=r)
+    found["refine-exact"] = Method("RFP, refined to the end", "refined", "to the end", refine="exact")
+    found["rtrl"] = Method("RTRL", "exact", "RTRL", {"learning": "rtrl"})
+    found["bptt"] = Method("BPTT", "exact", "BPTT", learning="bptt")
+    found["heads"] = Method(
+        "RTRL, heads of √N", "other network", "heads", {"learning": "rtrl"}, shape="heads"
+    )
+    found["diagonal"] = Method(
+        "RFP, diagonal", "other network", "diagonal", {"learning": "rfp"}, shape="diagonal"
+    )
     return found
 
 
@@ -508,14 +513,32 @@ def _panel(axes: Any, records: Sequence[Record], what: str) -> None:
         method = METHODS[made.algorithm]
         colour, marker = LOOKS[method.kind]
         axes.plot(cost, distance, marker=marker, color=colour, markersize=8, markeredgecolor="black", mew=0.5)
-        placed.append((cost, distance, method.label))
+        placed.append((cost, distance, method.short))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(FLOOR / 2, 3)
     axes.axhline(FLOOR, color="#BBBBBB", linewidth=0.8, linestyle=":")
     axes.set_xlabel("µs a time step, forward pass included" if what == "time" else "bytes of learning state")
     axes.set_ylabel("1 - cosine with the exact gradient")
-    for cost, distance, label in placed:
+    for cost, distance, label in _merged(placed):
         axes.annotate(
-            label, (cost, distance), xytext=(5, 4), textcoords="offset points", fontsize=7, color="#333333"
+            label, (cost, distance), xytext=(6, 4), textcoords="offset points", fontsize=7, color="#333333"
         )
+
+
+def _merged(placed: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Labels of points that lie so near to each other that they would overlap as one, at the rightmost of them."""
+    costs, distances = ([math.log10(point[i]) for point in placed] for i in (0, 1))
+    wide, high = 0.16 * (max(costs) - min(costs)), 0.035 * (math.log10(3) - math.log10(FLOOR))
+    groups: list[list[int]] = []
+    for i in sorted(range(len(placed)), key=lambda i: costs[i]):
+        near = [
+            g
+            for g in groups
+            if costs[i] - costs[g[-1]] < wide and abs(distances[i] - distances[g[-1]]) < high
+        ]
+        if near:
+            near[0].append(i)
+        else:
+            groups.append([i])
+    return [(placed[g[-1]][0], placed[g[-1]][1], " · ".join(placed[i][2] for i in g)) for g in groups]

@@ -30,7 +30,7 @@ from rjepa_triton.bench.static import (
     step_build,
     suffix_build,
 )
-from rjepa_triton.kernels import gamma_chunk, gamma_step, rgc_backward, rgc_forward, rtrl_step
+from rjepa_triton.kernels import gamma_chunk, gamma_step, rgc_backward, rgc_forward, rtrl_heads, rtrl_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Config = gamma_step.Config | gamma_chunk.Config
@@ -59,6 +59,8 @@ NARROW_STORES = {
     "chunk-gfx942-64x32x32-bf16": 8,
     # A row of N numbers for N lanes or more: the four gates and the two states of a step, number by number.
     "rgc-small": 6,
+    # φ y goes to one row a state of each column, and a column has one gradient: number by number.
+    "rtrl-heads": 3,
 }
 
 
@@ -128,6 +130,37 @@ def _rtrl_build(target: str, kernel: str, config: rtrl_step.Config) -> Build:
     )
 
 
+def _heads_build(
+    target: str, config: rtrl_heads.Config, precision: str = "ieee", *, gradient: bool = True, states: int = 2
+) -> Build:
+    """Exact RTRL of heads, each reading its own units."""
+    absent = [] if gradient else ["delta_ptr", "grad_ptr"]
+    return Build(
+        target,
+        "rjepa_triton.kernels.rtrl_heads:_rtrl_heads_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in ("gamma", "jacobian", "phi", "y", "delta", "grad")},
+            **dict.fromkeys(("B", "H", "b", "K", "M", "stride_phi", "stride_delta"), "i32"),
+        },
+        constants={
+            **dict.fromkeys(absent),
+            "S": states,
+            "PER_HEAD": True,
+            "PRECISION": precision,
+            "BLOCK_R": config.block_r,
+            "BLOCK_P": config.block_p,
+            "BLOCK_K": config.block_k,
+            "VECTOR": config.vector,
+            "VECTOR_J": config.vector_j,
+        },
+        options={
+            "num_warps": config.num_warps,
+            "num_stages": 1,
+            **({} if target.startswith("gfx") else {"maxnreg": config.registers}),
+        },
+    )
+
+
 def _configs(pick: Callable[..., Config], *choices: Iterable[object]) -> list[Config]:
     """Everything `pick` can return over sizes, fan-ins and the choices."""
     sizes = (1, 63, 64, 128, 256, 512, 1000, 4096)
@@ -142,6 +175,17 @@ CHUNK_CONFIGS = {
 RGC_SMALL_CONFIGS = sorted({rgc_forward.pick_small_config(n) for n in range(1, rgc_forward.SMALL + 1)})
 
 RTRL_CONFIGS = sorted({rtrl_step.pick_config(n) for n in range(1, 257)})
+
+HEADS_CONFIGS = {
+    precision: sorted(
+        {
+            rtrl_heads.pick_config(rows, columns, precision)
+            for rows in range(1, 129)
+            for columns in (1, 6, 16, 1024)
+        }
+    )
+    for precision in rtrl_heads.PRECISIONS
+}
 
 # Credits alone, and what cells make of them: states, and those that each output has partials of.
 SCANS: dict[str, tuple[int, list[list[int]]]] = {
@@ -167,6 +211,17 @@ def _cases() -> Iterator[tuple[str, Case]]:
         per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)
         return states * per_thread // config.vector
 
+    for target, (precision, configs) in itertools.product(TARGETS, HEADS_CONFIGS.items()):
+        if precision == "tf32x3" and target.startswith("gfx"):
+            continue  # NVIDIA's alone
+        for config in configs:
+            # γ's rows of one product, 128 bits a load.
+            tile = config.block_k * config.block_p // (WARP[target] * config.num_warps)
+            name = f"rtrl-heads-{target}-{config.block_r}x{config.block_p}-v{config.vector}{config.vector_j}-{precision}"
+            for gradient in (True, False) if target == "sm_90" else (True,):
+                build = _heads_build(target, config, precision, gradient=gradient)
+                loads = tile // 4 if config.vector == 4 else 0
+                yield name + "-gradient" * gradient, Case(build, config.registers, loads)
     for target in TARGETS:
         for dtype, states in itertools.product(DTYPES, (2, 1) if target == "sm_90" else (2,)):
             rounded = dtype == "bf16" and not target.startswith("gfx")
