@@ -528,7 +528,8 @@ def _panel(axes: Any, records: Sequence[Record], what: str) -> None:
 
 def _merged(placed: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
     """Labels of points that lie so near to each other that they would overlap as one, at the rightmost of them."""
-    costs, distances = ([math.log10(point[i]) for point in placed] for i in (0, 1))
+    costs = [math.log10(point[0]) for point in placed]
+    distances = [math.log10(point[1]) for point in placed]
     wide, high = 0.16 * (max(costs) - min(costs)), 0.035 * (math.log10(3) - math.log10(FLOOR))
     groups: list[list[int]] = []
     for i in sorted(range(len(placed)), key=lambda i: costs[i]):
