@@ -174,12 +174,13 @@ def test_a_chunk_is_its_steps_one_by_one():
         )
         for t in range(steps)
     )
-    _, passed, entering = reverse_scan_entering(m, delta, phi)
+    by_matrix = [{nu: phi[nu, :, :, k].contiguous() for nu in range(states)} for k in range(matrices)]
+    entering, _, passed = reverse_scan_entering(m, delta, by_matrix, [])
     adds, whole = arriving(m, phi)
     past = gamma_chunk_(gammas, whole, adds, y, passed)
     for got, want in zip(gammas, by_step, strict=True):
         _assert_near(got, want, TOLERANCE)
-    _assert_near(past + torch.einsum("tbkn,tbkm->knm", entering, y), total, 5 * TOLERANCE)
+    _assert_near(past + torch.einsum("ktbn,tbkm->knm", entering, y), total, 5 * TOLERANCE)
 
 
 @pytest.mark.parametrize("config", [SMALL, PRODUCTS], ids=["registers", "products"])
