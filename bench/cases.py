@@ -9,7 +9,6 @@ Letters: T time, B batch, N units; RGC has S = 2 states (s, m) and K = 4 matrice
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -468,7 +467,7 @@ class RtrlHeads(Rtrl):
 def head_size(units: int) -> int:
     """b, the divisor of N nearest to √N; the smaller of two that are as near."""
     sizes = [b for b in range(1, units + 1) if units % b == 0]
-    return min(sizes, key=lambda b: abs(math.log(b * b / units)))
+    return min(sizes, key=lambda b: max(b * b / units, units / (b * b)))
 
 
 _ALL: tuple[type[Case], ...] = (

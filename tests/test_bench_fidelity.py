@@ -73,7 +73,7 @@ def test_an_interval_holds_the_mean_of_its_distribution() -> None:
 
 
 def test_heads_are_about_the_root_of_the_units() -> None:
-    assert [cases.head_size(n) for n in (64, 100, 256, 24)] == [8, 10, 16, 4]
+    assert [cases.head_size(n) for n in (64, 100, 256, 24, 12)] == [8, 10, 16, 4, 3]
     layer = fidelity.layer_of(Point(units=64), "heads", 0, torch.float64)
     assert layer.weight_ss.shape == (8, 8, 8)
 
