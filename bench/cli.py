@@ -20,6 +20,7 @@ from . import (
     curves,
     fidelity,
     forward,
+    frontier,
     gpu_check,
     inputs,
     kernels,
@@ -134,26 +135,26 @@ def scaling_command(
 @bench.command("table")
 def table_command(
     file: Annotated[
-        Path, typer.Argument(help="Records of `rjepa bench scaling` or `rjepa bench learn`.")
+        Path, typer.Argument(help="Records of `rjepa bench scaling`, `fidelity` or `learn`.")
     ] = OUT / scaling.FILE,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
 ) -> None:
-    """Print the tables of a sweep: time, memory, ratios, fitted powers of N; or of what was learnt online."""
+    """Print the tables of a run: time, memory, ratios and fitted powers of N; fidelity; or what was learnt online."""
     with user_errors():
         records = record.latest(record.load(file))
         found = summary.tables([r for r in records if r.benchmark == "scaling"])
-        print_tables([*found, *learn.tables(records)], markdown)
+        print_tables([*found, *fidelity.tables(records), *learn.tables(records)], markdown)
 
 
 @bench.command("plot")
 def plot_command(
     file: Annotated[
-        Path, typer.Argument(help="Records of `rjepa bench scaling` or `rjepa bench learn`.")
+        Path, typer.Argument(help="Records of `rjepa bench scaling`, `fidelity` or `learn`.")
     ] = OUT / scaling.FILE,
     batch: Annotated[int, typer.Option(help="B to draw; the one with most N if 0.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to; beside the records if left out.")] = None,
 ) -> None:
-    """Draw time per step and memory against N, or what was learnt online, as PNG and SVG."""
+    """Draw time per step and memory against N, the frontier, or what was learnt online, as PNG and SVG."""
     with user_errors():
         loaded = record.latest(record.load(file))
         records = [r for r in loaded if r.benchmark == "scaling"]
@@ -166,8 +167,11 @@ def plot_command(
             check.one_of("--batch", batch, sorted(sizes))
         target = file.with_suffix("") if out is None else out
         target.parent.mkdir(parents=True, exist_ok=True)
-        if any(r.benchmark == "learn" for r in loaded):
+        kinds = {r.benchmark for r in loaded}
+        if "learn" in kinds:
             drawn = curves.draw(loaded, target)
+        elif "fidelity" in kinds:
+            drawn = frontier.draw(loaded, target)
         else:
             drawn = plot.draw([r for r in records if r.params["B"] == batch], target)
         for written in drawn:
@@ -217,7 +221,7 @@ def fidelity_command(
         else:
             show(fidelity.tables(records))
         if "frontier" in chosen:
-            fidelity.draw(records, out / "fidelity.png")
+            frontier.draw(records, out / "fidelity.png")
 
 
 @bench.command("learn")

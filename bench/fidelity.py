@@ -14,13 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from rich.table import Table
 from torch import Tensor
 
@@ -328,7 +323,8 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 # --- tables ------------------------------------------------------------------------------------------------
 
 
-def _select(records: Sequence[Record], sweep: str) -> list[Record]:
+def select(records: Sequence[Record], sweep: str) -> list[Record]:
+    """The latest records of one sweep."""
     return [r for r in record.latest(records) if r.benchmark == "fidelity" and r.params["sweep"] == sweep]
 
 
@@ -343,7 +339,7 @@ Rows = tuple[str, list[str], list[list[str]]]
 
 def frontier_rows(records: Sequence[Record], cell: str) -> Rows:
     """By method: total cosine at each scale, time a step and bytes."""
-    mine = [r for r in _select(records, "frontier") if r.params["cell"] == cell]
+    mine = [r for r in select(records, "frontier") if r.params["cell"] == cell]
     scales = sorted({r.params["scale"] for r in mine})
     by = {(r.algorithm, r.params["scale"]): r for r in mine}
     rows = []
@@ -364,7 +360,7 @@ def frontier_rows(records: Sequence[Record], cell: str) -> Rows:
 
 def carry_rows(records: Sequence[Record], cell: str) -> Rows:
     """By C and scale: TBPTT's total cosine, carry's, and the seeds in which carry's is higher."""
-    mine = [r for r in _select(records, "carry") if r.params["cell"] == cell]
+    mine = [r for r in select(records, "carry") if r.params["cell"] == cell]
     by = {(r.algorithm, r.params["scale"]): r for r in mine}
     scales = sorted({r.params["scale"] for r in mine})
     rows = []
@@ -391,7 +387,7 @@ def carry_rows(records: Sequence[Record], cell: str) -> Rows:
 
 def matrix_rows(records: Sequence[Record]) -> Rows:
     """RGC by weight matrix: cosine (relative error), by scale and rounds."""
-    mine = _select(records, "matrices")
+    mine = select(records, "matrices")
     names = [f"weight_{name}" for name in ("ss", "ms", "mm", "sm")]
     rows = []
     for made in mine:
@@ -407,7 +403,7 @@ def matrix_rows(records: Sequence[Record]) -> Rows:
 
 def size_rows(records: Sequence[Record]) -> Rows:
     """Total cosine against N and T."""
-    mine = _select(records, "sizes")
+    mine = select(records, "sizes")
     names = list(dict.fromkeys(r.algorithm for r in mine))
     by: dict[tuple[int, int], dict[str, Record]] = {}
     for made in mine:
@@ -438,108 +434,3 @@ def tables(records: Sequence[Record]) -> list[Table]:
         for row in rows:
             out[-1].add_row(*row)
     return out
-
-
-# --- plot --------------------------------------------------------------------------------------------------
-
-# Okabe and Ito's colours, and a marker each for grey prints.
-LOOKS = {
-    "parts of M": ("#999999", "v"),
-    "RFP": ("#0072B2", "o"),
-    "UORO": ("#F0E442", "h"),
-    "TBPTT": ("#E69F00", "^"),
-    "carry": ("#009E73", "s"),
-    "refined": ("#CC79A7", "D"),
-    "exact": ("#000000", "*"),
-    "other network": ("#56B4E9", "P"),
-}
-FLOOR = 1e-6  # of 1 - cosine in the plot: exact gradients lie on it
-
-
-def draw(records: Sequence[Record], path: Path | str, scale: float = 0.3) -> list[Path]:
-    """The frontier as PNG (150 dpi) and SVG: 1 - cosine against time a step and bytes, a row of panels a cell.
-
-    records: with the sweep "frontier" at `scale`, of one device; else ValueError. Returns the two paths.
-    """
-    mine = [r for r in _select(records, "frontier") if r.params["scale"] == scale and r.timing]
-    if not mine:
-        raise ValueError(f"there are no timed records of the frontier at scale {scale:g} to draw")
-    devices = {r.device for r in mine}
-    if len(devices) > 1:
-        raise ValueError(f"one plot can't mix devices, got {', '.join(sorted(devices))}")
-    cells = [cell for cell in CELLS if any(r.params["cell"] == cell for r in mine)]
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "rjepa-triton",
-    }
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(len(cells), 2, figsize=(13, 5.2 * len(cells)), squeeze=False)
-        for row, cell in zip(axes, cells, strict=True):
-            here = [r for r in mine if r.params["cell"] == cell]
-            for panel, what in zip(row, ("time", "bytes"), strict=True):
-                _panel(panel, here, what)
-            row[0].set_title(f"{cell.upper()}", loc="left", fontweight="bold")
-        params = mine[0].params
-        figure.suptitle(
-            f"How far from the exact gradient, at what cost  ·  {mine[0].device}, {params['threads']} threads  ·  "
-            f"N = {params['N']}, T = {params['T']}, B = {params['B']}, W ~ {scale:g}/√N",
-            fontsize=12.5,
-        )
-        handles = [
-            plt.Line2D([], [], color=colour, marker=marker, linestyle="", label=kind)
-            for kind, (colour, marker) in LOOKS.items()
-        ]
-        figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)
-        figure.subplots_adjust(left=0.07, right=0.98, top=0.92, bottom=0.1, hspace=0.3, wspace=0.16)
-        stem = Path(path)
-        stem = stem.with_suffix("") if stem.suffix in (".png", ".svg") else stem
-        written = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
-        try:
-            for file in written:
-                figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
-        finally:
-            plt.close(figure)
-    return written
-
-
-def _panel(axes: Any, records: Sequence[Record], what: str) -> None:
-    placed: list[tuple[float, float, str]] = []
-    for made in records:
-        assert made.timing is not None
-        cost = made.timing.median * 1e6 if what == "time" else float(made.state_bytes or 0)
-        distance = max(FLOOR, 1 - interval(made.payload["cosines"])[0])
-        method = METHODS[made.algorithm]
-        colour, marker = LOOKS[method.kind]
-        axes.plot(cost, distance, marker=marker, color=colour, markersize=8, markeredgecolor="black", mew=0.5)
-        placed.append((cost, distance, method.short))
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_ylim(FLOOR / 2, 3)
-    axes.axhline(FLOOR, color="#BBBBBB", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("µs a time step, forward pass included" if what == "time" else "bytes of learning state")
-    axes.set_ylabel("1 - cosine with the exact gradient")
-    for cost, distance, label in _merged(placed):
-        axes.annotate(
-            label, (cost, distance), xytext=(6, 4), textcoords="offset points", fontsize=7, color="#333333"
-        )
-
-
-def _merged(placed: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """Labels of points that lie so near to each other that they would overlap as one, at the rightmost of them."""
-    costs = [math.log10(point[0]) for point in placed]
-    distances = [math.log10(point[1]) for point in placed]
-    wide, high = 0.16 * (max(costs) - min(costs)), 0.035 * (math.log10(3) - math.log10(FLOOR))
-    groups: list[list[int]] = []
-    for i in sorted(range(len(placed)), key=lambda i: costs[i]):
-        near = [
-            g
-            for g in groups
-            if costs[i] - costs[g[-1]] < wide and abs(distances[i] - distances[g[-1]]) < high
-        ]
-        if near:
-            near[0].append(i)
-        else:
-            groups.append([i])
-    return [(placed[g[-1]][0], placed[g[-1]][1], " · ".join(placed[i][2] for i in g)) for g in groups]

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from rjepa_triton import comparison
-from rjepa_triton.bench import cases, fidelity, record
+from rjepa_triton.bench import cases, fidelity, frontier, record
 from rjepa_triton.bench.cli import bench
 from rjepa_triton.bench.fidelity import Point, Settings, Sweep
 
@@ -117,10 +117,10 @@ def test_divergence_is_counted() -> None:
 
 
 def test_plot(records: list[record.Record], tmp_path: Path) -> None:
-    for file in fidelity.draw(records, tmp_path / "frontier.png", scale=0.2):
+    for file in frontier.draw(records, tmp_path / "frontier.png", scale=0.2):
         assert file.stat().st_size > 10_000
     with pytest.raises(ValueError, match=r"no timed records of the frontier at scale 0\.9"):
-        fidelity.draw(records, tmp_path / "frontier.png", scale=0.9)
+        frontier.draw(records, tmp_path / "frontier.png", scale=0.9)
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
