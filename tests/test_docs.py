@@ -40,8 +40,9 @@ def test_the_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_tables_are_those_of_the_records() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
-    for table in summary.tables(record.latest(record.load(RESULTS / "scaling-cpu.jsonl"))):
-        assert summary.markdown(table) in page
+    for file in ("scaling-cpu.jsonl", "heads-cpu.jsonl"):
+        for table in summary.tables(record.latest(record.load(RESULTS / file))):
+            assert summary.markdown(table) in page
     page = (ROOT / "docs" / "exactness.md").read_text()
     told = fidelity.all_rows(record.load(RESULTS / "fidelity-cpu.jsonl"))
     assert len(told) == 6
