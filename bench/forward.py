@@ -280,11 +280,14 @@ def predict(units: int, batch: int, steps: int, scale: float, seed: int) -> tupl
         return backward(length, "rfp") + scan * -1.0
 
     numbers = steps * batch * units * about.item
-    scan = Work(calls=1, bytes=numbers * about.states * (about.states + 2), scan_steps=steps)
+    scan = Work(
+        calls=2, bytes=2.0 * numbers * about.states * (about.states + 2), scan_steps=cost.kernel_steps(steps)
+    )
     outer = products * steps  # the gradients of the weights
     of_dual = _at(dual, steps) + scan + outer
     of_bptt = _at(lambda length: backward(length, "bptt"), steps) + outer + (products + reading) * steps
-    of_loop, of_rounds = about.sequential(), about.one_round(cost.GPU) * rounds
+    of_loop, of_rounds = replace(about, launch=False).sequential(), about.one_round() * rounds
+    of_launch = replace(about, launch=True).sequential()
 
     def way(name: str, **parts: tuple[Work, cost.Rates]) -> Prediction:
         return Prediction(name, {part: (work, work.seconds(rates)) for part, (work, rates) in parts.items()})
@@ -292,6 +295,7 @@ def predict(units: int, batch: int, steps: int, scale: float, seed: int) -> tupl
     return [
         way("loop, BPTT; CUDA graph", forward=(of_loop, GRAPH), backward=(of_bptt, GRAPH)),
         way("loop, dual; CUDA graph", forward=(of_loop, GRAPH), backward=(of_dual, GRAPH)),
+        way("one launch, dual; eager", forward=(of_launch, cost.GPU), backward=(of_dual, cost.GPU)),
         way("rounds, dual; eager", forward=(of_rounds, cost.GPU), backward=(of_dual, cost.GPU)),
     ], rounds
 

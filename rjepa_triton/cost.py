@@ -16,6 +16,7 @@ The forward pass over T steps, with calls and bytes of the pointwise work counte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,9 @@ class Rates:
 
 CPU = Rates("CPU (assumed)", 2e10, 1e11, 2e-6)
 GPU = Rates("GPU (assumed)", 2e12, 3e13, 5e-6, 2e-7)
+# A step of a loop in one launch, in steps of a scan's kernel; assumed. Its products are summed over the lanes of a warp
+# and its states go round through shared memory, where a scan's step waits for one load.
+ON_CHIP_STEP = 5
 
 
 def rates_of(device: torch.device) -> Rates:
@@ -222,27 +226,24 @@ def scan_level(states: int, steps: int, numbers: int, item: int) -> Work:
     return Work(calls=3 * states + 3, bytes=float(planes * steps * numbers * item))
 
 
-def scan_halvings(states: int, steps: int, numbers: int, item: int, rates: Rates) -> int:
-    """Halvings that are worth their calls and bytes before a kernel goes through the steps that are left."""
-    count = 0
-    while (left := steps >> count) > 1:
-        if scan_level(states, left, numbers, item).seconds(rates) >= left / 2 * rates.seconds_per_scan_step:
-            break
-        count += 1
-    return count
+def kernel_steps(steps: int) -> int:
+    """Dependent steps of Triton's scan over T = `steps` of few units: all, or those of √(2T) blocks of time.
+
+    As `kernels.reverse_scan.pick_scan_config` cuts it: a block of √(T/2) steps twice, and a summary a block.
+    """
+    return steps if steps < 256 else round(2 * math.sqrt(2 * steps))
 
 
-def scan_work(states: int, steps: int, numbers: int, item: int, rates: Rates, kernel: bool) -> Work:
+def scan_work(states: int, steps: int, numbers: int, item: int, kernel: bool) -> Work:
     """Of `ops.affine_scan` over T = `steps`, S = `states`, `numbers` of B·N; kernel: whether Triton's."""
+    moved = float(numbers * item * states * (states + 2))  # of a step: M and r in, c out
+    if kernel:  # M and r are turned round before, c after; two launches, each of which reads M and r
+        return Work(calls=7, bytes=5 * steps * moved, scan_steps=kernel_steps(steps))
     total, left = Work(), steps
-    until = steps >> scan_halvings(states, steps, numbers, item, rates) if kernel else rfp.SERIAL_STEPS
-    while left > max(1, until):
+    while left > max(1, rfp.SERIAL_STEPS):
         total += scan_level(states, left, numbers, item)
         left //= 2
-    moved = float(left * numbers * item * states * (states + 2))  # M and r in, c out
-    if kernel:  # M and r are turned round before, c after
-        return total + Work(calls=6, bytes=3 * moved, scan_steps=left)
-    return total + Work(calls=(left - 1) * states + 1, bytes=2 * moved)
+    return total + Work(calls=(left - 1) * states + 1, bytes=2 * left * moved)
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,8 @@ class ForwardProblem:
 
     step     of the loop: calls of one step, and bytes that they move for one unit and row, products left out
     round    of the parallel pass: calls of one round, and bytes for one unit, row and step, without the scan
-    kernel   whether a Triton kernel ends the scan
+    kernel   whether a Triton kernel does the scan
+    launch   whether the loop is one launch, with the weights on chip (`kernels.rgc_forward`)
     """
 
     states: int
@@ -263,6 +265,7 @@ class ForwardProblem:
     step: Work
     round: Work
     kernel: bool
+    launch: bool = False
 
     @property
     def _products(self) -> float:
@@ -270,18 +273,22 @@ class ForwardProblem:
         return 2.0 * self.batch * self.weight_numbers
 
     def sequential(self) -> Work:
-        """The loop over all T steps, which reads the weights on each."""
+        """The loop over all T steps, which reads the weights on each, or once where all is one launch."""
+        if self.launch:  # the input in, the states and gates out
+            moved = 4.0 * self.states * self.batch * self.units * self.item * self.steps
+            flop = self._products * self.steps
+            return Work(1, flop, moved + self.weight_numbers * self.item, ON_CHIP_STEP * self.steps)
         moved = self.step.bytes * self.batch * self.units + self.weight_numbers * self.item
         return Work(self.step.calls, self._products, moved) * self.steps
 
-    def one_round(self, rates: Rates) -> Work:
+    def one_round(self) -> Work:
         """One round of the parallel pass over all T steps, which reads the weights once."""
         numbers = self.batch * self.units
         moved = self.round.bytes * numbers * self.steps + self.weight_numbers * self.item
         round_ = Work(self.round.calls, self._products * self.steps, moved)
-        return round_ + scan_work(self.states, self.steps, numbers, self.item, rates, self.kernel)
+        return round_ + scan_work(self.states, self.steps, numbers, self.item, self.kernel)
 
 
 def forward_seconds(problem: ForwardProblem, rounds: int, rates: Rates) -> tuple[float, float]:
     """Predicted seconds of the forward pass: sequential, and in parallel by so many rounds."""
-    return problem.sequential().seconds(rates), problem.one_round(rates).seconds(rates) * rounds
+    return problem.sequential().seconds(rates), problem.one_round().seconds(rates) * rounds

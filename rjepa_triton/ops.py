@@ -23,7 +23,6 @@ from torch import Tensor
 
 from . import _checks as check
 from .cells import RGCCell
-from .cost import rates_of, scan_halvings
 from .reference import bptt, rfp
 from .two_point import ByState, Cell, Linearization, Matrix, Trajectory
 
@@ -31,6 +30,7 @@ BACKENDS = ("auto", "torch", "compile", "triton")
 # Numbers of Γ^ν a batch row from which one pass over it outweighs the cost of compiling (N = 128 for RGC).
 COMPILE_FROM = 1 << 16
 HEAD_UNITS = 64  # of a head, that the exact kernel takes
+ON_CHIP_UNITS = 64  # of an RGC, up to which one launch runs all steps of its loop
 SCAN_STATES = 2  # states a unit that kernels scan; more are torch's
 
 
@@ -127,6 +127,11 @@ def scan(
     return cell.scan(x, weights, state, resets)
 
 
+def one_launch(cell: Cell, weights: Sequence[Tensor]) -> bool:
+    """Whether Triton's loop is one launch for all steps, with the weights on chip."""
+    return _has_kernels(cell, weights) and weights[0].shape[0] <= ON_CHIP_UNITS
+
+
 def _has_kernels(cell: Cell, weights: Sequence[Tensor]) -> bool:
     return isinstance(cell, RGCCell) and all(weight.dim() == 2 for weight in weights)
 
@@ -183,23 +188,17 @@ def reverse_scan(
 
 
 def affine_scan(m: Tensor, r: Tensor, *, backend: str = "torch") -> Tensor:
-    """`rfp.affine_scan` by the chosen backend, a serial kernel for the last of its halvings.
+    """`rfp.affine_scan` by the chosen backend.
 
     A scan forward in time is one backward with time turned round and M transposed: λ(t') = c(T + 1 - t') for
     t' = 1 … T, where what M(t' + 1)ᵀ does to credit is what M(T + 1 - t') does to c.
     """
-    states, steps, batch, units = r.shape
-    if backend != "triton" or states > 2:
+    if backend != "triton" or r.shape[0] > SCAN_STATES:
         return rfp.affine_scan(m, r)
-    halvings = scan_halvings(states, steps, batch * units, r.element_size(), rates_of(r.device))
-
-    def serial(m: Tensor, r: Tensor) -> Tensor:
-        count = r.shape[1]
-        order = torch.arange(count, 0, -1, device=r.device) % count
-        turned = m.transpose(0, 1).index_select(2, order)
-        return reverse_scan(turned, r.flip(1), backend=backend)[0].flip(1)
-
-    return rfp.affine_scan(m, r, serial=serial, until=steps >> halvings)
+    steps = r.shape[1]
+    order = torch.arange(steps, 0, -1, device=r.device) % steps
+    turned = m.transpose(0, 1).index_select(2, order)
+    return reverse_scan(turned, r.flip(1), backend=backend)[0].flip(1)
 
 
 def dual(

@@ -185,7 +185,8 @@ def rounds_worth(
     As many as `cost.forward_seconds` predicts to take SHARE of the loop's time (AFFINE_SHARE of an affine cell's), if
     those are what the cell may be expected to need, ASSUMED_ROUNDS (AFFINE_ROUNDS). On the CPU of an affine cell alone,
     and with one thread alone: elsewhere a round isn't certain to pay, since it moves many times the bytes of the loop,
-    in passes at the end of which each thread waits for all.
+    in passes at the end of which each thread waits for all. Where the loop is one launch (`ops.one_launch`), rounds
+    rarely pay.
 
     weights: of any device, shapes alone count. sizes: T, B, N. kernel: whether Triton serves the scan.
     """
@@ -217,6 +218,7 @@ def forward_problem(
         step=replace(step, bytes=step.bytes * scale),
         round=replace(round_, bytes=round_.bytes * scale),
         kernel=kernel,
+        launch=kernel and ops.one_launch(cell, weights),
     )
 
 

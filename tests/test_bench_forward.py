@@ -72,7 +72,7 @@ def test_a_call_over_budget_is_not_timed_and_divergence_is_an_error(tmp_path: Pa
 def test_a_prediction_is_of_what_is_counted() -> None:
     units, batch, steps = 8, 2, 64
     ways, rounds = forward.predict(units, batch, steps, 0.1, 0)
-    loop, dual, eager = ways
+    loop, dual, launch, eager = ways
     (forward_, _), (bptt, seconds) = loop.parts["forward"], loop.parts["backward"]
     assert forward_.calls == 6 * steps
     assert forward_.flop == steps * 8 * batch * units**2
@@ -80,14 +80,17 @@ def test_a_prediction_is_of_what_is_counted() -> None:
     assert bptt.calls > 6 * steps
     assert seconds == pytest.approx(bptt.seconds(forward.GRAPH))
     assert dual.parts["forward"] == loop.parts["forward"]
-    assert dual.parts["backward"][0].scan_steps == steps
+    assert dual.parts["backward"][0].scan_steps == cost.kernel_steps(steps)
     assert dual.parts["backward"][0].calls < 40
-    assert eager.parts["backward"][0] == dual.parts["backward"][0]
+    assert eager.parts["backward"][0] == launch.parts["backward"][0] == dual.parts["backward"][0]
+    on_chip = launch.parts["forward"][0]
+    assert (on_chip.calls, on_chip.flop) == (1, forward_.flop)
+    assert on_chip.scan_steps == cost.ON_CHIP_STEP * steps
     in_rounds = eager.parts["forward"][0]
     about = parallel.forward_problem(
         RGCCell(), [torch.empty(units, units)] * 4, (steps, batch, units), torch.float32, True
     )
-    assert in_rounds.calls == about.one_round(cost.GPU).calls * rounds
+    assert in_rounds.calls == about.one_round().calls * rounds
     assert in_rounds.flop == forward_.flop * rounds
     assert eager.work.calls == in_rounds.calls + dual.parts["backward"][0].calls
     assert eager.seconds == pytest.approx(sum(spent for _, spent in eager.parts.values()))

@@ -201,3 +201,10 @@ def test_rgc_by_its_own_kernels(units: int, reset: bool, learning: str) -> None:
         loss = (s * delta.to(s)).sum() + (m * delta_m.to(m)).sum()
         found.append([s.detach(), m.detach(), *torch.autograd.grad(loss, given)])
     assert oracle.relative(found[1], found[0]) < 1e-5
+
+
+def test_limits_are_those_of_the_kernels() -> None:
+    heads = pytest.importorskip("rjepa_triton.kernels.rtrl_heads")
+    forward = pytest.importorskip("rjepa_triton.kernels.rgc_forward")
+    assert (ops.SCAN_STATES, ops.HEAD_UNITS) == (heads.MAX_STATES, heads.MAX_UNITS)
+    assert ops.ON_CHIP_UNITS == forward.SMALL

@@ -22,7 +22,7 @@ state, (B, K, N, M), for K matrices of one shape, where M is 1 for diagonal matr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -101,30 +101,23 @@ def pass_back(m: Tensor, credit: Tensor) -> Tensor:
 SERIAL_STEPS = 16  # up to which one by one takes fewer calls than halving them
 
 
-def affine_scan(
-    m: Tensor,
-    r: Tensor,
-    *,
-    serial: Callable[[Tensor, Tensor], Tensor] | None = None,
-    until: int = SERIAL_STEPS,
-) -> Tensor:
+def affine_scan(m: Tensor, r: Tensor, *, until: int = SERIAL_STEPS) -> Tensor:
     """c(t) = M(t) c(t-1) + r(t) from c(0) = 0: unit by unit, in about log₂ T passes that each halve the steps.
 
     Two steps are one: c(2k) = M(2k) M(2k-1) c(2k-2) + M(2k) r(2k-1) + r(2k), whose solution is every second c;
     one more product gives those between (odd-even reduction: O(T) work).
 
     m (S, S, T, B, N), whose first step meets c(0) and is not read; r (S, T, B, N), T ≥ 1. Returns c (S, T, B, N).
-    serial: what solves the at most `until` steps that are left, one by one if None.
+    The at most `until` steps that are left are solved one by one.
     """
     steps = r.shape[1]
     if steps <= max(1, until):
-        return (_affine_steps if serial is None else serial)(m, r)
+        return _affine_steps(m, r)
     paired = steps // 2 * 2
     early, late = slice(0, paired, 2), slice(1, paired, 2)
     c_late = affine_scan(
         _matmul(m[:, :, late], m[:, :, early]),
         _advanced(m[:, :, late], r[:, early], r[:, late]),
-        serial=serial,
         until=until,
     )
     c = torch.empty_like(r)
