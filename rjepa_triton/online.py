@@ -287,18 +287,31 @@ class OnlineLearner:
     def _run(self, x: Tensor, resets: Tensor | None, link: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs (C, B, N) of x (C, B, F), and the port that credit from a later step of the chunk enters by."""
         resets = self._prepare(x, resets)
-        token, self._state, *shown = _Steps.apply(
-            self.layer,
-            self._past,
-            self.learning,
-            self._chunk_weights,
-            self._state,
-            resets,
-            x,
-            link,
-            *self.layer.weights(),
-        )
+        token, self._state, *shown = _Steps.apply(self, resets, x, link, *self.layer.weights())
         return self.layer.readout(shown, x), token
+
+    def advance(
+        self, x: Tensor, resets: Tensor | None, linked: bool, weights: Sequence[Tensor]
+    ) -> tuple[_Call, Tensor, list[Tensor]]:
+        """Run steps from the state and record them; the state isn't changed.
+
+        Returns the call, the state after it (S, B, N), and the cell's outputs (C, B, N) each.
+        """
+        layer, past, cell = self.layer, self._past, self.layer.cell
+        recurrent = weights[: len(cell.matrices)]
+        x = x.clone()  # callers may write the next input where this one was
+        state = self._state.unbind(0)
+        trajectory = ops.scan(cell, layer.drive(x), recurrent, state, resets, backend=past.scan_backend)
+        diagonals: Sequence[Tensor] = ()
+        if recurrent:
+            diagonals = torch.stack([weight_ops.own(weight) for weight in recurrent]).unbind(0)
+        readers = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
+        rule = self.learning if self.learning in rfp.RULES else "rfp"
+        steps = Recorded(cell, trajectory, diagonals, x if readers else None, rule, self._chunk_weights)
+        record = past.add(steps, linked=linked)
+        # the caller's own: the window goes on reading the trajectory
+        shown = [trajectory.after[nu].clone() for nu in cell.outputs]
+        return _Call(layer, past, record, readers), trajectory.states[:, -1].clone(), shown
 
     def _prepare(self, x: Tensor, resets: Tensor | None) -> Tensor | None:
         """Before new steps: make room for them, keep the weights if they are needed; resets with those due."""
@@ -323,17 +336,7 @@ class OnlineLearner:
         """What the operator `learner_steps` does: the cell's outputs (C, B, N) of x (C, B, F), and their time."""
         self._position, self._token, self._past.filling = 0, None, False
         resets = self._prepare(x, resets)
-        call, self._state, shown = _advance(
-            self.layer,
-            self._past,
-            self.learning,
-            self._chunk_weights,
-            self._state,
-            resets,
-            x,
-            False,
-            self.layer.weights(),
-        )
+        call, self._state, shown = self.advance(x, resets, False, self.layer.weights())
         self._calls[call.record.end] = call
         while len(self._calls) > 1 + self.lag:
             del self._calls[next(iter(self._calls))]
@@ -564,57 +567,25 @@ class _Call:
         return for_x, passed if self.record.linked else None, by_weight
 
 
-def _advance(
-    layer: TwoPointRNN,
-    past: Past,
-    rule: str,
-    kept_weights: tuple[Tensor, ...] | None,
-    state: Tensor,
-    resets: Tensor | None,
-    x: Tensor,
-    linked: bool,
-    weights: Sequence[Tensor],
-) -> tuple[_Call, Tensor, list[Tensor]]:
-    """Run steps and record them: the call, the last state (S, B, N), and the cell's outputs (C, B, N) each."""
-    cell = layer.cell
-    recurrent = weights[: len(cell.matrices)]
-    x = x.clone()  # callers may write the next input where this one was
-    trajectory = ops.scan(cell, layer.drive(x), recurrent, state.unbind(0), resets, backend=past.scan_backend)
-    diagonals: Sequence[Tensor] = ()
-    if recurrent:
-        diagonals = torch.stack([weight_ops.own(weight) for weight in recurrent]).unbind(0)
-    readers = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
-    inputs = x if readers else None
-    m_rule = rule if rule in rfp.RULES else "rfp"
-    record = past.add(Recorded(cell, trajectory, diagonals, inputs, m_rule, kept_weights), linked=linked)
-    # the caller's own: the window goes on reading the trajectory
-    shown = [trajectory.after[nu].clone() for nu in cell.outputs]
-    return _Call(layer, past, record, readers), trajectory.states[:, -1].clone(), shown
-
-
 class _Steps(torch.autograd.Function):
     """The node of one call: (token, state, the cell's outputs). Credit enters at the token and leaves at the link."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        layer: TwoPointRNN,
-        past: Past,
-        rule: str,
-        kept_weights: tuple[Tensor, ...] | None,
-        state: Tensor,
+        learner: OnlineLearner,
         resets: Tensor | None,
         x: Tensor,
         link: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         linked = link is not None and link.requires_grad
-        call, last, shown = _advance(layer, past, rule, kept_weights, state, resets, x, linked, weights)
+        call, last, shown = learner.advance(x, resets, linked, weights)
         # saved so that autograd notices if they change before the backward pass
         ctx.call = replace(call, readers=())
         ctx.save_for_backward(*call.readers)
         ctx.set_materialize_grads(False)
-        token = shown[0].new_zeros(1).expand_as(state)
+        token = shown[0].new_zeros(1).expand_as(last)
         ctx.mark_non_differentiable(last)
         return token, last, *shown
 
@@ -625,12 +596,13 @@ class _Steps(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if arrived is None and all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        needs_x, _, *needs_weight = ctx.needs_input_grad[6:]
+        needs_x, _, *needs_weight = ctx.needs_input_grad[2:]
         # not looked at unless needed: a chunk's later backward comes here again, when they are freed
         call = replace(ctx.call, readers=ctx.saved_tensors) if needs_x else ctx.call
         for_x, passed, gradients = call.gradients(grads, arrived, needs_x)
         return (
-            *(None,) * 6,
+            None,
+            None,
             for_x,
             passed,
             *(g if need else None for g, need in zip(gradients, needs_weight, strict=True)),

@@ -41,9 +41,13 @@ class Carried(ABC):
         for target, source in zip(self.tensors(), tensors, strict=True):
             target.copy_(source)
 
-    @abstractmethod
     def forget_(self, rows: Tensor | None) -> None:
-        """Forget the past of the batch rows where `rows` (B,) is True, or of all."""
+        """Forget the past of the batch rows where `rows` (B,) is True, or of all; each of `tensors` is (B, …)."""
+        for tensor in self.tensors():
+            if rows is None:
+                tensor.zero_()
+            else:
+                tensor[rows] = 0
 
     @abstractmethod
     def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
@@ -109,13 +113,6 @@ class PerUnit(Carried):
 
     def tensors(self) -> list[Tensor]:
         return [gamma for group in self.groups for gamma in group.gammas]
-
-    def forget_(self, rows: Tensor | None) -> None:
-        for gamma in self.tensors():
-            if rows is None:
-                gamma.zero_()
-            else:
-                gamma[rows] = 0
 
     def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
         lin, m = block.lin, block.m
@@ -245,13 +242,6 @@ class Exact(_StepByStep):
 
     def tensors(self) -> list[Tensor]:
         return self._gamma.gammas
-
-    def forget_(self, rows: Tensor | None) -> None:
-        for gamma in self.tensors():
-            if rows is None:
-                gamma.zero_()
-            else:
-                gamma[rows] = 0
 
     def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
         if not self._one_pass:
@@ -390,9 +380,6 @@ class Nothing(Carried):
 
     def tensors(self) -> list[Tensor]:
         return []
-
-    def forget_(self, rows: Tensor | None) -> None:
-        pass
 
     def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
         raise AssertionError("truncated BPTT has no step form")
