@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from .. import _checks as check
 from .. import ops
+from .._command import user_errors
 from . import (
     cases,
     compare,
@@ -35,16 +35,6 @@ from . import (
 
 bench = typer.Typer(no_args_is_help=True, help="Time, memory and fidelity of the learning rules.")
 OUT = Path("bench-out")
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """What the user can cause ends with its message on stderr and exit code 2, without a traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def integers(name: str, text: str) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ def main() -> None:
         import typer
 
         from .bench.cli import bench
+        from .rjepa.cli import add_to
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA:
@@ -31,4 +32,5 @@ def main() -> None:
         help="Recurrent layers that learn while they run.",
     )
     app.add_typer(bench, name="bench")
+    add_to(app)
     app()

@@ -1,0 +1,1 @@
+"""R-JEPA: a recurrent encoder of fixated image patches that learns by predicting the next one (paper, Section 2)."""
