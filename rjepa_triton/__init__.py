@@ -10,6 +10,7 @@ if not (_HERE / "kernels").is_dir():
 from . import cells, functional, nn  # noqa: E402
 from . import library as _library  # noqa: E402, F401  registers the operators
 from .comparison import fidelity  # noqa: E402
+from .conv import ConvRGC  # noqa: E402
 from .nn import CTRNN, ELSTM, GRU, LRU, LSTM, RGC, RNN, IndRNN, TimeDecay, TwoPointRNN  # noqa: E402
 from .online import OnlineLearner  # noqa: E402
 from .stack import Stack, StackLearner  # noqa: E402
@@ -24,6 +25,7 @@ __all__ = [
     "RGC",
     "RNN",
     "Cell",
+    "ConvRGC",
     "IndRNN",
     "Matrix",
     "OnlineLearner",
