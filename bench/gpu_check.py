@@ -100,7 +100,7 @@ def _run(stage: Stage, limit: float, out: Path, result: Result) -> None:
         try:
             process = subprocess.Popen(
                 stage.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_heed_interrupts,
             )  # fmt: skip
         except OSError as error:
             result.status, result.tail = "failed", [str(error)]
@@ -117,6 +117,11 @@ def _run(stage: Stage, limit: float, out: Path, result: Result) -> None:
     result.seconds = round(time.monotonic() - begin, 1)
     result.tail = log.read_text(errors="replace").splitlines()[-15:]
     result.counts = counts(out / f"{stage.name}.xml")
+
+
+def _heed_interrupts() -> None:
+    """A shell starts what it runs in the background with interrupts ignored, and so would every stage."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,8 +75,14 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("must_finish", [False, True])
-def test_a_stage_out_of_time_is_interrupted(tmp_path: Path, must_finish: bool) -> None:
-    code, found = run([python("slow", INTERRUPTED, 1.2, must_finish), python("next", "pass")], tmp_path)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_stage_out_of_time_is_interrupted(tmp_path: Path, must_finish: bool, ignored: bool) -> None:
+    """Where interrupts are ignored too, as of a command that a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        code, found = run([python("slow", INTERRUPTED, 1.2, must_finish), python("next", "pass")], tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == int(must_finish)
     assert found["slow"]["status"] == "cut off"
     assert found["slow"]["tail"] == ["began", "wrote what it had"]
