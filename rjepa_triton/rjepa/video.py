@@ -1,0 +1,342 @@
+"""Films and pictures as arrays of frames, decoded once into a cache that a crash can't spoil.
+
+An entry of the cache is a folder: frames.npy, times.npy and film.json. It is filled under another name, synced,
+and renamed as a whole, so an entry that has its name is complete.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from PIL import Image, UnidentifiedImageError
+
+from .. import _checks as check
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two processes may both decode a film, and one entry is kept
+    fcntl = None  # type: ignore[assignment]
+
+IMAGES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+LAYOUT = 1  # of an entry of the cache; entries of another layout have other keys
+HASHED = 2**20  # bytes at each end of a file that tell it from another of the same size and time
+
+
+class VideoError(ValueError):
+    """A film or picture that is missing, empty or broken; the message begins with its file."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a file says of itself before it is decoded.
+
+    width, height   of a frame, in square pixels: as it is shown, which isn't as it is stored where pixels
+                    are stored with another aspect
+    duration        seconds; infinite for a picture, None where the file doesn't say
+    frames          how many; None where the file doesn't say
+    """
+
+    width: int
+    height: int
+    duration: float | None
+    frames: int | None
+
+
+@dataclass(frozen=True)
+class Film:
+    """A decoded film; a picture is a film of one frame that is shown for ever.
+
+    frames   (n, H, W, 3) uint8, RGB, a read-only memory map
+    times    (n,) float64, seconds after the first frame at which each is first shown; times[0] = 0
+    end      seconds at which the last one is no longer shown
+    size     (width, height) of a frame before it was resized, in square pixels
+
+    It pickles as its place in the cache, so every worker process maps the frames for itself.
+    """
+
+    file: Path
+    folder: Path
+    size: tuple[int, int]
+    end: float
+    times: np.ndarray = field(repr=False)
+
+    @functools.cached_property
+    def frames(self) -> np.ndarray:
+        return np.load(self.folder / "frames.npy", mmap_mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "frames"}
+
+    def index(self, seconds: np.ndarray) -> np.ndarray:
+        """Which frame is shown at each of `seconds`, int64 of the same shape.
+
+        Raises ValueError for a time before the first frame or from `end` on.
+        """
+        seconds = np.asarray(seconds, dtype=np.float64)
+        outside = ~((seconds >= 0) & (seconds < self.end))
+        if outside.any():
+            raise ValueError(
+                f"{self.file}: it is shown from 0 s to {self.end:g} s, got {seconds[outside].ravel()[0]:g} s"
+            )
+        return np.searchsorted(self.times, seconds, side="right") - 1
+
+    def at_rate(self, fps: float) -> Film:
+        """The same frames shown at a constant rate, frames/s, whatever times the file gives them."""
+        if not (math.isfinite(fps) and fps > 0):
+            raise ValueError(f"fps must be a positive number, got {fps}")
+        if not math.isfinite(self.end):
+            return self
+        times = np.arange(len(self.times)) / fps
+        return Film(self.file, self.folder, self.size, len(times) / fps, times)
+
+
+def there_and_back(seconds: np.ndarray, end: float) -> np.ndarray:
+    """Times in a film of length `end` that is played forward, backward, forward, … without a pause.
+
+    Played so, a short film has no cut in it, and a scan path of any length can be laid over it.
+    """
+    if not math.isfinite(end):
+        return np.zeros_like(seconds)
+    phase = np.mod(seconds, 2 * end)
+    return np.minimum(np.minimum(phase, 2 * end - phase), np.nextafter(end, 0))
+
+
+def default_cache() -> Path:
+    """$RJEPA_CACHE, else rjepa-triton in the user's folder of caches."""
+    named = os.environ.get("RJEPA_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rjepa-triton"
+
+
+def probe(file: str | Path) -> Info:
+    """Size and duration from the head of the file. Raises VideoError for one that is missing or broken."""
+    file = _existing(file)
+    if file.suffix.lower() in IMAGES:
+        with _image(file) as image:
+            return Info(image.width, image.height, math.inf, 1)
+    with _video(file) as (container, stream):
+        duration = None
+        if stream.duration is not None and stream.time_base is not None:
+            duration = float(stream.duration * stream.time_base)
+        elif container.duration is not None:
+            duration = container.duration / av.time_base
+        return Info(*_shown_size(stream), duration, stream.frames or None)
+
+
+def decode(file: str | Path, cache: str | Path | None = None, *, width: int | None = None) -> Film:
+    """The film or picture `file`, decoded now, or earlier into the folder `cache` (`default_cache()` if None).
+
+    width: pixels a frame is resized to; its height follows. The frames take n·H·W·3 bytes of disk. An entry of
+    the cache is found by the file's size, time of change and content at both ends, and by `width`. Of several
+    processes that ask for one film, one decodes it and the others wait.
+
+    Raises VideoError for a file that is missing, empty, truncated or broken, or whose frames have no time stamps;
+    OSError where the disk has no room.
+    """
+    file = _existing(file)
+    if width is not None:
+        check.integer("width", width, 1)
+    cache = default_cache() if cache is None else Path(cache)
+    folder = cache / _key(file, width)
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"{folder.name}.lock"):
+            if not folder.exists():
+                _fill(folder, file, width)
+    head = json.loads((folder / "film.json").read_text())
+    return Film(file, folder, tuple(head["size"]), float(head["end"]), np.load(folder / "times.npy"))
+
+
+def _existing(file: str | Path) -> Path:
+    file = Path(file)
+    if not file.is_file():
+        raise VideoError(f"{file}: no such file")
+    if not file.stat().st_size:
+        raise VideoError(f"{file}: the file is empty")
+    return file
+
+
+def _key(file: Path, width: int | None) -> str:
+    status = file.stat()
+    digest = hashlib.sha256(f"{LAYOUT} {status.st_size} {status.st_mtime_ns} {width}".encode())
+    with file.open("rb") as body:
+        digest.update(body.read(HASHED))
+        body.seek(max(0, status.st_size - HASHED))
+        digest.update(body.read(HASHED))
+    return f"{file.stem[:40]}-{digest.hexdigest()[:24]}"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the system gives back when this process ends, however it ends."""
+    with path.open("w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _fill(folder: Path, file: Path, width: int | None) -> None:
+    """Decode into `folder`, which is there whole or not at all. The caller holds its lock."""
+    if fcntl is not None:
+        for left in folder.parent.glob(f"{folder.name}.*.part"):  # by a process that ended while it decoded
+            shutil.rmtree(left, ignore_errors=True)
+    part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
+    part.mkdir()
+    try:
+        _write(part, file, width)
+        _sync(part)
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write(folder: Path, file: Path, width: int | None) -> None:
+    info = probe(file)
+    size = (info.width, info.height)
+    to = size if width is None else (width, max(1, round(width * info.height / info.width)))
+    _check_room(folder.parent, file, to, info.frames)
+    times: list[float] = []
+    end = math.inf
+    with (folder / "frames.npy").open("wb") as out:
+        header = _write_header(out, 0, to)
+        for frame, time, until in _frames(file, to):
+            out.write(np.ascontiguousarray(frame).data)
+            times.append(time)
+            end = until
+        if not times:
+            raise VideoError(f"{file}: it has no frames")
+        out.seek(0)
+        if _write_header(out, len(times), to) != header:  # numpy leaves room for the count to grow
+            raise RuntimeError(f"{file}: the header of {len(times)} frames isn't as long as that of none")
+        _flush(out)
+    with (folder / "times.npy").open("wb") as out:
+        np.save(out, np.asarray(times))
+        _flush(out)
+    with (folder / "film.json").open("wb") as out:
+        out.write(json.dumps({"file": str(file), "size": size, "end": str(end)}).encode())
+        _flush(out)
+
+
+def _write_header(out: BinaryIO, count: int, size: tuple[int, int]) -> int:
+    """Write the header of an array of `count` frames, and return where it ends."""
+    shape = (count, size[1], size[0], 3)
+    np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return out.tell()
+
+
+def _flush(out: BinaryIO) -> None:
+    out.flush()
+    os.fsync(out.fileno())
+
+
+def _check_room(cache: Path, file: Path, size: tuple[int, int], frames: int | None) -> None:
+    need = (frames or 0) * size[0] * size[1] * 3
+    free = shutil.disk_usage(cache).free
+    if need > free:
+        raise OSError(
+            f"{file}: {frames} frames of {size[0]} × {size[1]} pixels need {need / 1e9:.1f} GB, and {cache} has "
+            f"{free / 1e9:.1f} GB free; decode to a smaller width, or set another folder of caches in RJEPA_CACHE"
+        )
+
+
+def _frames(file: Path, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, float, float]]:
+    """Each frame (H, W, 3) with the seconds at which it is first shown and is no longer shown."""
+    if file.suffix.lower() in IMAGES:
+        with _image(file) as image:
+            yield np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)), 0.0, math.inf
+        return
+    with _video(file) as (container, stream):
+        first: float | None = None
+        last = -math.inf
+        count = 0
+        step = 1 / float(stream.average_rate) if stream.average_rate else 0.04
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise VideoError(f"{file}: frame {count} is corrupt")
+            if frame.rotation:
+                raise VideoError(f"{file}: it is stored turned by {frame.rotation}°; encode it upright")
+            if frame.time is None:
+                raise VideoError(
+                    f"{file}: frame {count} has no time stamp; put it in a container that has, as mp4"
+                )
+            first = frame.time if first is None else first
+            time = frame.time - first
+            if time <= last:
+                raise VideoError(
+                    f"{file}: frame {count} is shown at {time:g} s, not after the one at {last:g} s"
+                )
+            if count:
+                step = time - last
+            shown = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else step
+            yield _rgb(frame, size), time, time + shown
+            last = time
+            count += 1
+        if stream.frames and count < stream.frames - 1 / step:
+            raise VideoError(
+                f"{file}: {count} of its {stream.frames} frames are there; it is truncated or corrupt"
+            )
+
+
+def _rgb(frame: VideoFrame, size: tuple[int, int]) -> np.ndarray:
+    shrinks = size[0] < frame.width
+    scaled = frame.reformat(
+        width=size[0], height=size[1], format="rgb24", interpolation="AREA" if shrinks else "BICUBIC"
+    )
+    return scaled.to_ndarray()
+
+
+def _shown_size(stream: VideoStream) -> tuple[int, int]:
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return round(stream.width * aspect), stream.height
+
+
+@contextmanager
+def _image(file: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
+        raise VideoError(f"{file}: not a picture that can be read: {error}") from error
+
+
+@contextmanager
+def _video(file: Path) -> Iterator[tuple[Any, VideoStream]]:
+    try:
+        with av.open(str(file)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{file}: it has no video")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except av.FFmpegError as error:
+        raise VideoError(f"{file}: not a film that can be decoded: {error.strerror or error}") from error
