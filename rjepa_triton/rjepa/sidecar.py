@@ -1,0 +1,230 @@
+"""What a table of fixations doesn't say itself: units, where on the screen the movie was, when it began."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .video import probe
+
+UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}  # seconds in one of each
+PER_MOVIE = ("px_per_degree", "screen", "frame_size", "movie_start", "fps")
+STRETCH = (
+    0.02  # how far a frame may be stretched on the screen for one px_per_degree to hold in both directions
+)
+
+
+@dataclass(frozen=True)
+class Movie:
+    """A movie as it was shown.
+
+    size            (width, height) of the frame in which fixations are given, pixels
+    px_per_degree   pixels of that frame per degree of visual angle
+    file            its film or picture, if known
+    fps             frames/s at which it was shown; None: at the times that the file gives
+    end             seconds it lasts; infinite where that isn't known
+    """
+
+    name: str
+    size: tuple[int, int]
+    px_per_degree: float
+    file: Path | None = None
+    fps: float | None = None
+    end: float = math.inf
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A movie, and how times and positions of a table become its own.
+
+    seconds = (time - start) · unit, frame position = (position - offset) · scale; start: one number, or one per
+    participant.
+    """
+
+    movie: Movie
+    offset: tuple[float, float]
+    scale: tuple[float, float]
+    start: float | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """The checked content of a sidecar; `source` is its name in messages, files are relative to `folder`."""
+
+    source: str
+    folder: Path
+    time_unit: str | None
+    common: Mapping[str, Any] = field(repr=False)
+    movies: Mapping[str, Mapping[str, Any]] | None = field(repr=False)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Sidecar:
+        """Read a YAML file. Raises ValueError naming the file and the key that is wrong, FileNotFoundError."""
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a YAML file that can be read: {error}") from error
+        return cls.from_dict(content, source=str(path), folder=path.parent)
+
+    @classmethod
+    def from_dict(cls, content: object, source: str = "sidecar", folder: str | Path = ".") -> Sidecar:
+        """Check what a sidecar says; keys as in docs/data.md. Raises ValueError naming the key that is wrong."""
+        content = _mapping(content, source)
+        _known(content, ("time_unit", "movies", *PER_MOVIE), source)
+        unit = content.get("time_unit")
+        if unit is not None and unit not in UNITS:
+            raise ValueError(f"{source}: time_unit must be one of {', '.join(UNITS)}, got {unit!r}")
+        movies: dict[str, Mapping[str, Any]] | None = None
+        if "movies" in content:
+            movies = {}
+            for name, entry in _mapping(content["movies"], f"{source}: movies").items():
+                where = f"{source}: movies.{name}"
+                entry = {"file": entry} if isinstance(entry, str) else _mapping(entry, where)
+                _known(entry, ("file", *PER_MOVIE), where)
+                movies[str(name)] = entry
+        common = {key: value for key, value in content.items() if key in PER_MOVIE}
+        return cls(source, Path(folder), unit, common, movies)
+
+    def unit(self, given: str | None = None) -> float:
+        """Seconds in the table's unit of time; `given`: the one that the kind of table always has."""
+        if given is not None and self.time_unit not in (None, given):
+            raise ValueError(
+                f"{self.source}: time_unit must be {given} for such a table, got {self.time_unit}"
+            )
+        named = given or self.time_unit
+        if named is None:
+            raise ValueError(f"{self.source}: time_unit is missing: one of {', '.join(UNITS)}")
+        return UNITS[named]
+
+    def shown(self, name: str) -> Shown | None:
+        """How the movie `name` was shown; None if the sidecar lists movies and it isn't among them.
+
+        Raises ValueError for what is missing or wrong, `VideoError` for a film whose head can't be read.
+        """
+        own: Mapping[str, Any] = {}
+        if self.movies is not None:
+            if name not in self.movies:
+                return None
+            own = self.movies[name]
+        said = {**self.common, **own}
+
+        def where(key: str) -> str:
+            return f"{self.source}: movies.{name}.{key}" if key in own else f"{self.source}: {key}"
+
+        if "px_per_degree" not in said:
+            raise ValueError(f"{self.source}: px_per_degree is missing")
+        per_degree = _positive(said["px_per_degree"], where("px_per_degree"))
+        fps = _positive(said["fps"], where("fps")) if "fps" in said else None
+        file, size, end = None, None, math.inf
+        if "file" in said:
+            if not isinstance(said["file"], str):
+                raise ValueError(f"{where('file')} must be the name of a file, got {said['file']!r}")
+            file = self.folder / said["file"]
+        if "frame_size" in said:
+            width, height = _pair(said["frame_size"], where("frame_size"))
+            if not (width >= 1 and height >= 1 and width.is_integer() and height.is_integer()):
+                raise ValueError(
+                    f"{where('frame_size')} must be [width, height] in pixels, got {said['frame_size']}"
+                )
+            size = (int(width), int(height))
+        elif file is not None:
+            info = probe(file)
+            size = (info.width, info.height)
+            if info.duration is not None and fps is None:
+                end = info.duration
+        else:
+            raise ValueError(f"{self.source}: give the file of movie {name!r} under movies, or frame_size")
+        offset, scale = _transform(said.get("screen"), size, where("screen"))
+        stretch = abs(scale[0] / scale[1] - 1)
+        if stretch > STRETCH:
+            raise ValueError(
+                f"{where('screen')} stretches the frame by {stretch:.0%} in one direction; px_per_degree holds for "
+                f"both only up to {STRETCH:.0%}: check the rectangle, or give a film with square pixels"
+            )
+        start = _start(said.get("movie_start", 0), where("movie_start"), name)
+        degree = per_degree * (scale[0] * scale[1]) ** 0.5
+        return Shown(Movie(name, size, degree, file, fps, end), offset, scale, start)
+
+
+def _transform(
+    screen: object, size: tuple[int, int], where: str
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Offset and scale: from those, or from the rectangle on the screen that the frame filled."""
+    if screen is None:
+        return (0.0, 0.0), (1.0, 1.0)
+    screen = _mapping(screen, where)
+    _known(screen, ("offset", "scale", "size", "frame"), where)
+    if "frame" not in screen:
+        if "size" in screen:
+            raise ValueError(f"{where}.size is of use only with {where}.frame, which is missing")
+        scale = screen.get("scale", 1)
+        pair = (scale, scale) if isinstance(scale, int | float) else scale
+        sx, sy = _pair(pair, f"{where}.scale")
+        return _pair(screen.get("offset", (0, 0)), f"{where}.offset"), (
+            _positive(sx, f"{where}.scale"),
+            _positive(sy, f"{where}.scale"),
+        )
+    if "offset" in screen or "scale" in screen:
+        raise ValueError(f"{where} must have either frame, or offset and scale, got both")
+    rectangle = screen["frame"]
+    if not (isinstance(rectangle, list | tuple) and len(rectangle) == 4 and all(map(_number, rectangle))):
+        raise ValueError(f"{where}.frame must be [left, top, width, height] on the screen, got {rectangle!r}")
+    left, top, width, height = map(float, rectangle)
+    if width <= 0 or height <= 0:
+        raise ValueError(f"{where}.frame must have a positive width and height, got {rectangle}")
+    if "size" in screen:
+        right, bottom = _pair(screen["size"], f"{where}.size")
+        if left < 0 or top < 0 or left + width > right or top + height > bottom:
+            raise ValueError(
+                f"{where}.frame {rectangle} must lie on the screen of {right:g} × {bottom:g} pixels"
+            )
+    return (left, top), (size[0] / width, size[1] / height)
+
+
+def _start(start: object, where: str, movie: str) -> float | dict[str, float]:
+    """A number, or one per participant; a mapping may name movies first."""
+    if isinstance(start, Mapping) and movie in start:
+        start, where = start[movie], f"{where}.{movie}"
+    if _number(start):
+        return float(start)  # type: ignore[arg-type]
+    if not isinstance(start, Mapping):
+        raise ValueError(f"{where} must be a time, or times by movie or participant, got {start!r}")
+    times = {str(who): time for who, time in start.items() if not isinstance(time, Mapping)}
+    for who, time in times.items():
+        if not _number(time):
+            raise ValueError(f"{where}.{who} must be a time, got {time!r}")
+    return {who: float(time) for who, time in times.items()}
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value: Any, where: str) -> float:
+    if not (_number(value) and value > 0):
+        raise ValueError(f"{where} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _pair(value: Any, where: str) -> tuple[float, float]:
+    if not (isinstance(value, list | tuple) and len(value) == 2 and all(map(_number, value))):
+        raise ValueError(f"{where} must be two numbers, [x, y], got {value!r}")
+    return float(value[0]), float(value[1])
+
+
+def _mapping(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a mapping of names to values, got {type(value).__name__}")
+    return value
+
+
+def _known(content: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    unknown = [str(key) for key in content if key not in keys]
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; those that mean something: {', '.join(keys)}")
