@@ -1,0 +1,212 @@
+"""What a training run is told: dataclasses, read from YAML and from overrides such as train.epochs=3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import _checks as check
+from .encoder import LEARNING, PRESETS
+from .model import ACTIONS, DISTANCES, PSI
+
+
+@dataclass
+class DataConfig:
+    """Fixation sequences (docs/data.md).
+
+    source           "demo", pictures that installed packages carry; "pictures", scan paths simulated over `files`;
+                     "table", a lab's own fixations, with `table`, its sidecar and movies
+    steps            T of a sequence
+    train, test      sequences over each source of a side, for simulated scan paths
+    split            of a table: by "movie", "participant", or "both"; simulated paths are split by source
+    held_out         names of the test set; if empty the demo's own, the last of `files`, a fifth of a table's
+    policy           what becomes of bad rows of a table: "refuse" or "skip"
+    seed             of scan paths
+    """
+
+    source: str = "demo"
+    files: list[str] = field(default_factory=list)
+    table: str = ""
+    sidecar: str = ""
+    px_per_degree: float = 10.0
+    steps: int = 100
+    train: int = 43
+    test: int = 50
+    split: str = "movie"
+    held_out: list[str] = field(default_factory=list)
+    policy: str = "refuse"
+    seed: int = 0
+
+
+@dataclass
+class ModelConfig:
+    """The model (`encoder.Encoder`, `model.RJEPA`); backbone as `backbone.load` takes it."""
+
+    backbone: str = "gabor"
+    preset: str = "initial"
+    units: int = 120
+    hidden: int = 512
+    embedding: int = 0
+    kernel_size: int = 3
+    depthwise: bool = False
+    delay: bool = False
+    distance: str = "cosine"
+    predictor_hidden: int = 240
+    actions: str = "none"
+    train_head: bool = False
+    train_backbone: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """How it learns.
+
+    learning       "rfp", "bptt" or "rtrl", of the circuits
+    updates        steps between updates: 1 or more, online; 0: one for each batch of whole sequences
+    psi            how losses of the steps add up where a sequence is one update: "mean", "last", "time"
+    lr_recurrent   of circuits, feedback and whatever else of the encoder learns; lr_predictor: of G and A
+    accelerator, devices, precision   as Lightning Fabric takes them
+    """
+
+    learning: str = "rfp"
+    updates: int = 0
+    psi: str = "mean"
+    epochs: int = 12
+    batch: int = 25
+    lr_recurrent: float = 1e-4
+    lr_predictor: float = 3e-3
+    weight_decay: float = 0.0
+    seed: int = 0
+    accelerator: str = "cpu"
+    devices: int = 1
+    precision: str = "32-true"
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def read(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, with what a YAML file and then overrides "section.key=value" say.
+
+    Raises ValueError for an unknown key, a value of another type or out of its range, naming it; FileNotFoundError.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    where = "overrides"
+    try:
+        merged = OmegaConf.structured(Config)
+        if file is not None:
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"there is no configuration {file}")
+            where = str(file)
+            merged = OmegaConf.merge(merged, OmegaConf.load(file))
+        where = "overrides"
+        for override in overrides:
+            if "=" not in override:
+                raise ValueError(f"an override must be section.key=value, got {override!r}")
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    _check(config)
+    return config
+
+
+def text(config: Config) -> str:
+    """As YAML, all keys."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(a: str, b: str) -> list[str]:
+    """What two texts differ in: "section.key: x against y"."""
+    from omegaconf import OmegaConf
+
+    left, right = (_flat(OmegaConf.to_container(OmegaConf.create(one))) for one in (a, b))
+    return [
+        f"{key}: {left.get(key)!r} against {right.get(key)!r}"
+        for key in sorted(set(left) | set(right))
+        if left.get(key) != right.get(key)
+    ]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        name: value
+        for key, branch in tree.items()
+        for name, value in _flat(branch, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _check(config: Config) -> None:
+    data, model, train = config.data, config.model, config.train
+    check.one_of("data.source", data.source, ("demo", "pictures", "table"))
+    check.one_of("data.policy", data.policy, ("refuse", "skip"))
+    check.one_of("data.split", data.split, ("movie", "participant", "both"))
+    check.one_of("model.preset", model.preset, PRESETS)
+    check.one_of("model.distance", model.distance, DISTANCES)
+    check.one_of("model.actions", model.actions, ACTIONS)
+    check.one_of("train.learning", train.learning, LEARNING)
+    check.one_of("train.psi", train.psi, PSI)
+    for name, value, least in (
+        ("data.steps", data.steps, 2),
+        ("data.train", data.train, 1),
+        ("data.test", data.test, 2),
+        ("model.units", model.units, 1),
+        ("model.hidden", model.hidden, 1),
+        ("model.embedding", model.embedding, 0),
+        ("model.predictor_hidden", model.predictor_hidden, 1),
+        ("train.updates", train.updates, 0),
+        ("train.epochs", train.epochs, 0),
+        ("train.batch", train.batch, 1),
+        ("train.devices", train.devices, 1),
+    ):
+        check.integer(name, value, least)
+    for name, rate in (
+        ("data.px_per_degree", data.px_per_degree),
+        ("train.lr_recurrent", train.lr_recurrent),
+        ("train.lr_predictor", train.lr_predictor),
+    ):
+        if not rate > 0:
+            raise ValueError(f"{name} must be above 0, got {rate}")
+    if train.weight_decay < 0:
+        raise ValueError(f"train.weight_decay must be at least 0, got {train.weight_decay}")
+    if train.updates:
+        _check_online(config)
+
+
+def _check_online(config: Config) -> None:
+    """What can't learn while it runs."""
+    for name, value, only in (
+        ("model.preset", config.model.preset, "initial"),
+        ("model.train_head", config.model.train_head, False),
+        ("model.train_backbone", config.model.train_backbone, False),
+        ("model.actions", config.model.actions, "none"),
+        ("model.embedding", config.model.embedding, 0),
+        ("train.psi", config.train.psi, "mean"),
+        ("train.devices", config.train.devices, 1),
+    ):
+        if value != only:
+            raise ValueError(
+                f"train.updates={config.train.updates} (online) goes with {name}={only!r}, got {value!r}; the nearest "
+                "is train.updates=0, one update for each batch of sequences"
+            )
+    if config.train.learning == "bptt":
+        raise ValueError(
+            f"train.updates={config.train.updates} (online) goes with train.learning='rfp' or 'rtrl', got 'bptt', "
+            "which needs whole sequences"
+        )

@@ -1,0 +1,74 @@
+"""The two sides of a run's data, as its configuration names them (docs/data.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import demo, fixations
+from .config import DataConfig
+from .patches import FixationSequences, Source
+from .split import split
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Training and test sequences, which share no source and, of recorded fixations, nobody; names held out."""
+
+    train: FixationSequences
+    test: FixationSequences
+    held_out: tuple[str, ...]
+
+
+def datasets(settings: DataConfig) -> Sides:
+    """Read, simulate and split.
+
+    Raises ValueError, naming the key, for what is missing or contradicts; and what `fixations.read`,
+    `FixationSequences` and `split` raise.
+    """
+    if settings.source == "demo":
+        return _demo(settings)
+    if settings.source == "pictures":
+        return _pictures(settings)
+    if not settings.table:
+        raise ValueError("data.table must name a CSV or parquet file for data.source='table'")
+    read = fixations.read(settings.table, settings.sidecar or None, policy=settings.policy)
+    whole = FixationSequences.from_fixations(read, steps=settings.steps, policy=settings.policy)
+    sides = split(whole, settings.split, test=settings.held_out or 0.2, seed=settings.seed)
+    return Sides(sides.train, sides.test, _names(sides.test))
+
+
+def _demo(settings: DataConfig) -> Sides:
+    held = tuple(settings.held_out) or demo.TEST
+    unknown = sorted(set(held) - set(demo.FILES))
+    if unknown or len(held) == len(demo.FILES):
+        raise ValueError(
+            f"data.held_out must be some, not all, of the demo's sources {', '.join(demo.FILES)}, got {', '.join(held)}"
+        )
+    return _simulated(settings, [demo.source(name) for name in demo.FILES], held)
+
+
+def _pictures(settings: DataConfig) -> Sides:
+    if len(settings.files) < 2:
+        raise ValueError(
+            f"data.files must name at least 2 pictures or films, one of them to hold out, got {len(settings.files)}"
+        )
+    sources = [Source(Path(file).stem, Path(file), settings.px_per_degree) for file in settings.files]
+    names = [source.name for source in sources]
+    held = tuple(settings.held_out) or (names[-1],)
+    unknown = sorted(set(held) - set(names))
+    if unknown or len(set(held)) == len(names):
+        raise ValueError(f"data.held_out must be some, not all, of {', '.join(names)}, got {', '.join(held)}")
+    return _simulated(settings, sources, held)
+
+
+def _simulated(settings: DataConfig, sources: list[Source], held: tuple[str, ...]) -> Sides:
+    def side(wanted: bool, count: int) -> FixationSequences:
+        chosen = [source for source in sources if (source.name in held) == wanted]
+        return FixationSequences.simulated(chosen, sequences=count, steps=settings.steps, seed=settings.seed)
+
+    return Sides(side(False, settings.train), side(True, settings.test), held)
+
+
+def _names(side: FixationSequences) -> tuple[str, ...]:
+    return tuple(sorted({*side.movie.tolist(), *side.participant.tolist()}))

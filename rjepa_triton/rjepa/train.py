@@ -1,0 +1,427 @@
+"""Train R-JEPA from a configuration: `rjepa train`.
+
+A run's folder holds config.yaml; checkpoint.pt, written whole after each epoch, from which an interrupted run goes on
+and ends bitwise as an uninterrupted one does on the CPU; metrics.csv and tensorboard/, every diagnostic of every epoch;
+weights.safetensors; and evaluation.json, of before and after training. A second predictor learns beside the model's on
+what the circuit is given, x^High: the control that shows what recurrence adds.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..online import OnlineLearner
+from . import backbone, config, diagnostics
+from .config import Config
+from .data import datasets
+from .encoder import Encoder
+from .model import PSI, RJEPA, Predictor, distance
+
+CHECKPOINT, METRICS, WEIGHTS, EVALUATION, CONFIG = (
+    "checkpoint.pt",
+    "metrics.csv",
+    "weights.safetensors",
+    "evaluation.json",
+    "config.yaml",
+)
+SAMPLE = 500  # training sequences at most that the head is calibrated on and the probes' components are of
+PROBE_FROM = 20  # the first step that probes look at: h has gathered by then what it will
+
+
+def build(settings: Config) -> RJEPA:
+    """The model of a configuration, with its first weights, drawn from train.seed."""
+    m, t = settings.model, settings.train
+    torch.manual_seed(t.seed)
+    encoder = Encoder(
+        backbone.load(m.backbone, m.train_backbone),
+        preset=m.preset,  # type: ignore[arg-type]
+        units=m.units,
+        hidden=m.hidden,
+        learning=t.learning,  # type: ignore[arg-type]
+        embedding=m.embedding or None,
+        kernel_size=m.kernel_size,
+        depthwise=m.depthwise,
+        delay=m.delay,
+        train_head=m.train_head,
+    )
+    return RJEPA(encoder, kind=m.distance, hidden=m.predictor_hidden, actions=m.actions)  # type: ignore[arg-type]
+
+
+@dataclass
+class Sequences:
+    """What a model is trained or tested on.
+
+    x           (T, n, N): x^High, made beforehand where backbone and head are frozen; else None
+    features    (T, n, D): the backbone's, where it is frozen and recurs nowhere, but the head learns; else None
+    patches     the sequences themselves
+    targets     (T, n, Q): components of the features, which probes are asked for
+    actions     (T, n, 2) or None
+    """
+
+    x: Tensor | None
+    features: Tensor | None
+    patches: Dataset[Any]
+    targets: Tensor
+    actions: Tensor | None
+
+    def __len__(self) -> int:
+        return self.targets.shape[1]
+
+
+@dataclass
+class Data:
+    """Both sides of a split, with names of what is held out."""
+
+    train: Sequences
+    test: Sequences
+    held_out: Sequence[str]
+
+
+def _batches(patches: Dataset[Any], size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
+    """Patches (T, B, 3, P, P) and actions (T, B, 2) of all sequences in order."""
+    for batch in DataLoader(patches, batch_size=size):
+        yield batch["patches"].transpose(0, 1), batch["actions"].transpose(0, 1).float()
+
+
+@torch.no_grad()
+def prepare(settings: Config, model: RJEPA) -> Data:
+    """Read the data; calibrate the model's head, which is mutated, on training features; make what stays the same."""
+    encoder = model.encoder
+    sides = datasets(settings.data)
+    found: list[tuple[Tensor, Tensor]] = []
+    for side in (sides.train, sides.test):
+        parts = [
+            (encoder.backbone(patches.flatten(0, 1)).unflatten(0, patches.shape[:2]), actions)
+            for patches, actions in _batches(side)
+        ]
+        features, actions = (torch.cat(group, dim=1) for group in zip(*parts, strict=True))
+        found.append((features, actions))
+    sample = found[0][0][:, :SAMPLE]
+    encoder.head.calibrate_(sample)
+    components = diagnostics.Components.of((sample - encoder.head.mean) / encoder.head.std)
+    made = []
+    for (features, actions), patches in zip(found, (sides.train, sides.test), strict=True):
+        targets = components((features - encoder.head.mean) / encoder.head.std)
+        frozen = encoder.preset == "initial" and not settings.model.train_backbone
+        made.append(
+            Sequences(
+                x=encoder.head(features) if frozen and not settings.model.train_head else None,
+                features=features if frozen and settings.model.train_head else None,
+                patches=patches,
+                targets=targets,
+                actions=None if settings.model.actions == "none" else actions,
+            )
+        )
+    return Data(made[0], made[1], sides.held_out)
+
+
+class Trainer:
+    """A run: the model, its control, their optimisers, and the epochs done.
+
+    folder: where the run is written; with a checkpoint in it, the run goes on from there.
+
+    Raises ValueError where the folder is another configuration's, naming what differs, or where its checkpoint can't be
+    read.
+    """
+
+    def __init__(self, settings: Config, folder: Path, say: Callable[[str], None] = print) -> None:
+        from lightning.fabric import Fabric
+
+        self.settings, self.folder, self.say = settings, Path(folder), say
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim_folder()
+        t = settings.train
+        self.fabric = Fabric(accelerator=t.accelerator, devices=t.devices, precision=t.precision)  # type: ignore[arg-type]
+        self.fabric.launch()
+        model = build(settings)
+        self.data = prepare(settings, model)
+        control = Predictor(model.encoder.circuit.hidden_size, settings.model.predictor_hidden)
+        predictors = [model.predictor, *([model.action_predictor] if model.action_predictor else [])]
+        groups = [
+            {"params": [p for p in model.encoder.parameters() if p.requires_grad], "lr": t.lr_recurrent},
+            {"params": [p for one in predictors for p in one.parameters()], "lr": t.lr_predictor},
+        ]
+        adam = {"weight_decay": t.weight_decay}
+        self.model, self.optimizer = self.fabric.setup(model, torch.optim.Adam(groups, **adam))
+        self.control, self.control_optimizer = self.fabric.setup(
+            control, torch.optim.Adam(control.parameters(), lr=t.lr_predictor, **adam)
+        )
+        for method in ("from_inputs", "losses"):
+            self.model.mark_forward_method(method)
+        self.done = 0  # epochs
+        self.history: list[dict[str, float]] = []
+        self.before: dict[str, Any] = {}
+        self._resume()
+
+    # --- a run's folder ------------------------------------------------------------------------------------
+
+    def _claim_folder(self) -> None:
+        """Write the configuration, or see that the one there is the same but for the number of epochs."""
+        file, now = self.folder / CONFIG, config.text(self.settings)
+        if file.exists():
+            other = [
+                d for d in config.differences(file.read_text(), now) if not d.startswith("train.epochs:")
+            ]
+            if other:
+                raise ValueError(f"{self.folder} is a run of another configuration: {'; '.join(other)}")
+        _write(file, lambda temporary: temporary.write_text(now))
+
+    def _resume(self) -> None:
+        file = self.folder / CHECKPOINT
+        if not file.exists():
+            self.before = self.evaluate()
+            self.history = [{"epoch": 0.0, **_scalars(self.before)}]
+            self._save()
+            return
+        state = backbone.unpickled(file)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.control.load_state_dict(state["control"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.control_optimizer.load_state_dict(state["control_optimizer"])
+            self.done, self.history = state["epochs"], state["history"]
+            self.before = json.loads(state["before"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} isn't a checkpoint of this run: {str(error).splitlines()[0]}") from None
+        self.say(f"going on after epoch {self.done} of {self.folder}")
+
+    def _save(self) -> None:
+        if not self.fabric.is_global_zero:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "control": self.control.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "control_optimizer": self.control_optimizer.state_dict(),
+            "epochs": self.done,
+            "history": self.history,
+            "before": json.dumps(self.before),
+        }
+        _write(self.folder / CHECKPOINT, lambda temporary: torch.save(state, temporary))
+        _write(self.folder / METRICS, self._write_metrics)
+
+    def _write_metrics(self, file: Path) -> None:
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, list(self.history[0]), restval="")
+            writer.writeheader()
+            writer.writerows(self.history)
+
+    # --- learning ------------------------------------------------------------------------------------------
+
+    def run(self, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Train the epochs that are missing, write what the folder holds, and return the evaluation of both ends.
+
+        advance: called after each batch.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        logs = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.done + 1)
+        try:
+            for epoch in range(self.done, self.settings.train.epochs):
+                for batch in self._order(epoch):
+                    self._learn(batch)
+                    advance()
+                found = self.evaluate()
+                row = {"epoch": float(epoch + 1), **_scalars(found)}
+                self.done = epoch + 1
+                self.history.append(row)
+                for name, value in row.items():
+                    logs.add_scalar(name, value, epoch + 1)
+                self._save()
+        finally:
+            logs.close()
+        both = {"before": self.before, "after": self.evaluate(), "config": config.text(self.settings)}
+        both["held_out"] = list(self.data.held_out)
+        if self.fabric.is_global_zero:
+            from safetensors.torch import save_file
+
+            _write(self.folder / EVALUATION, lambda temporary: temporary.write_text(json.dumps(both)))
+            tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+            _write(self.folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+        return both
+
+    @property
+    def batches(self) -> int:
+        """Of an epoch."""
+        return math.ceil(len(self.data.train) / self.settings.train.batch)
+
+    def _order(self, epoch: int) -> list[Tensor]:
+        """The epoch's batches of indices, from the seed and the epoch alone; of this process's share."""
+        generator = torch.Generator().manual_seed(self.settings.train.seed * 100_003 + epoch)
+        drawn = torch.randperm(len(self.data.train), generator=generator).split(self.settings.train.batch)
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        return [mine for batch in drawn if len(mine := batch[rank::world])]
+
+    def _learn(self, batch: Tensor) -> None:
+        data, train = self.data.train, self.settings.train
+        self.model.train()
+        if train.updates:
+            assert data.x is not None
+            x = self._here(data.x[:, batch])
+            self._learn_online(x)
+        else:
+            actions = None if data.actions is None else self._here(data.actions[:, batch])
+            losses, x = self._losses(data, batch, actions)
+            self._update(losses.total(PSI[train.psi]))
+        control = distance(self.settings.model.distance, self.control(x[:-1]), x[1:])  # type: ignore[arg-type]
+        self.control_optimizer.zero_grad()
+        self.fabric.backward(control.mean())
+        self.control_optimizer.step()
+
+    def _update(self, loss: Tensor) -> None:
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _losses(self, data: Sequences, batch: Tensor, actions: Tensor | None) -> tuple[Any, Tensor]:
+        """Losses of whole sequences, and what the control is given, without a gradient."""
+        encoder = self.model.encoder
+        if data.x is not None:
+            x = self._here(data.x[:, batch])
+            return self.model.from_inputs(x, actions), x
+        if data.features is not None:
+            x = encoder.head(self._here(data.features[:, batch]))
+            return self.model.from_inputs(x, actions), x.detach()
+        patches = torch.stack([data.patches[int(i)]["patches"] for i in batch], dim=1)
+        patches = self._here(patches)
+        with torch.no_grad():
+            x = encoder.without_recurrence(patches)
+        return self.model(patches, actions), x
+
+    def _learn_online(self, x: Tensor) -> None:
+        """A batch of sequences as streams: an update every `updates` steps, in memory that doesn't grow with T.
+
+        Sensitivities are carried (`OnlineLearner`). A loss meets h(t-1), so with updates of one step the learner keeps
+        one step more. Within chunks, the loss across a boundary reaches the predictor alone.
+        """
+        every, steps = self.settings.train.updates, len(x)
+        circuit, predictor = self.model.encoder.circuit, self.model.predictor
+        kind = self.settings.model.distance
+        learner = OnlineLearner(circuit, x.shape[1], update_every=every, lag=int(every == 1))
+        before: Tensor | None = None
+        for start in range(0, steps, every):
+            if every == 1:
+                h = learner.step(x[start])[None]
+            else:
+                h = learner.chunk(x[start : start + every])
+            joined = h if before is None else torch.cat([before[None], h])
+            if len(joined) > 1:
+                self._update(distance(kind, predictor(joined[:-1]), joined[1:]).mean())  # type: ignore[arg-type]
+            before = h[-1] if every == 1 else h[-1].detach()
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.fabric.device)
+
+    # --- diagnostics ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Every diagnostic on the test sequences: by step (lists), spectra, and single figures (docs/rjepa.md)."""
+        self.model.eval()
+        return evaluate(self.model, self.control, self.data, self.settings.model.distance, self.fabric.device)
+
+
+def _encoded(
+    model: Any, data: Sequences, device: torch.device, size: int = 64
+) -> tuple[dict[str, Tensor], Tensor]:
+    """h, x^High as given to the circuit, s, m, and x^High without recurrence, of all sequences; (T - 1, n) losses."""
+    parts: list[dict[str, Tensor]] = []
+    encoder = model.encoder
+    for batch in torch.arange(len(data)).split(size):
+        actions = None if data.actions is None else data.actions[:, batch].to(device)
+        if data.x is not None or data.features is not None:
+            given = (
+                data.x[:, batch].to(device)
+                if data.x is not None
+                else encoder.head(data.features[:, batch].to(device))
+            )
+            losses, plain = model.from_inputs(given, actions), given
+        else:
+            patches = torch.stack([data.patches[int(i)]["patches"] for i in batch], dim=1).to(device)
+            losses, plain = model(patches, actions), encoder.without_recurrence(patches)
+        made = losses.encoding
+        parts.append({"h": made.h, "x": made.x, "m": made.m, "plain": plain, "loss": losses.representation})
+    whole = {name: torch.cat([part[name] for part in parts], dim=1).cpu() for name in parts[0]}
+    return whole, whole.pop("loss")
+
+
+def evaluate(model: Any, control: nn.Module, data: Data, kind: Any, device: torch.device) -> dict[str, Any]:
+    """See `Trainer.evaluate`."""
+    train, _ = _encoded(model, data.train, device)
+    test, losses = _encoded(model, data.test, device)
+    h, plain = test["h"], test["plain"]
+    control_loss = distance(kind, control(plain[:-1].to(device)).cpu(), plain[1:]).mean(1)
+    w_ms = model.encoder.circuit.weights()[1].cpu()
+    before = torch.cat([torch.zeros_like(test["m"][:1]), test["m"][:-1]])
+    gain = 1 - torch.tanh(before @ w_ms.T)
+    loss = losses.mean(1)
+    constant, constant_x = (diagnostics.constant_loss(kind, one)[1:] for one in (h, plain))
+
+    def rows(tensor: Tensor, steps: slice) -> Tensor:
+        return tensor[steps].flatten(0, 1)
+
+    steps = len(h)
+    first = min(PROBE_FROM, steps - 2)
+    seen, coming = slice(first, steps - 1), slice(first + 1, steps)
+
+    def explained(name: str, target: slice) -> float:
+        pairs = [
+            (rows(side[name], seen), rows(sequences.targets, target))
+            for side, sequences in ((train, data.train), (test, data.test))
+        ]
+        return diagnostics.explained(pairs[0], pairs[1])
+
+    centred = h - h.mean((0, 1))
+    axes = torch.linalg.eigh(centred.flatten(0, 1).T @ centred.flatten(0, 1)).eigenvectors.flip(1)[:, :2]
+    return {
+        "loss": loss.tolist(),
+        "normalised": (loss / constant).tolist(),
+        "control": control_loss.tolist(),
+        "control_normalised": (control_loss / constant_x).tolist(),
+        "variance": h.var(1, correction=0).mean(-1).tolist(),
+        "input_gain": gain.mean((1, 2)).tolist(),
+        "spectrum": diagnostics.spectrum(h).tolist(),
+        "correlation_spectrum": diagnostics.spectrum(h, correlation=True).tolist(),
+        "participation_ratio": diagnostics.participation_ratio(h),
+        "correlation_participation_ratio": diagnostics.participation_ratio(h, correlation=True),
+        "next_from_h": explained("h", coming),
+        "next_from_x": explained("plain", coming),
+        "current_from_h": explained("h", seen),
+        "current_from_x": explained("plain", seen),
+        "trajectories": (centred[:, :4] @ axes).transpose(0, 1).tolist(),
+    }
+
+
+def _scalars(found: dict[str, Any]) -> dict[str, float]:
+    """One figure for each diagnostic: curves as their mean over the steps from PROBE_FROM on."""
+    out = {}
+    for name, value in found.items():
+        if isinstance(value, float):
+            out[name] = value
+        elif name in ("loss", "normalised", "control", "control_normalised", "variance", "input_gain"):
+            late = value[min(PROBE_FROM, len(value) - 1) :]
+            out[name] = sum(late) / len(late)
+    return out
+
+
+def _write(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as opened:
+            os.fsync(opened.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
