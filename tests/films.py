@@ -1,4 +1,8 @@
-"""Small films for the tests: each frame has one colour, so that which one a patch was cut from can be told."""
+"""Small films, pictures and tables for the tests.
+
+Each frame of a film has one grey level and each pixel of a picture one colour, so that where a patch was cut from
+can be told.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,11 @@ from pathlib import Path
 
 import av
 import numpy as np
+import yaml
+from PIL import Image
+
+from rjepa_triton.rjepa import fixations
+from rjepa_triton.rjepa.fixations import Fixations
 
 
 def level(frame: int) -> int:
@@ -44,3 +53,23 @@ def write(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return file
+
+
+def picture(folder: Path, size: tuple[int, int] = (200, 150), name: str = "m.png") -> Path:
+    """A picture whose pixels tell where they are: red is x, green is y."""
+    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    Image.fromarray(np.stack([x, y, 7 + 0 * x], 2).astype(np.uint8)).save(folder / name)
+    return folder / name
+
+
+def table(folder: Path, rows: list[str], movies: dict[str, object], **side: object) -> Fixations:
+    """Fixations read from a table, in ms and at 10 pixels per degree."""
+    (folder / "fix.csv").write_text("\n".join(["participant,movie,onset,duration,x,y", *rows]) + "\n")
+    content = {"time_unit": "ms", "px_per_degree": 10, "movies": movies, **side}
+    (folder / "fix.csv.yaml").write_text(yaml.safe_dump(content))
+    return fixations.read(folder / "fix.csv")
+
+
+def looking(count: int, who: str = "p", movie: str = "m", gap: int = 300) -> list[str]:
+    """Rows of a table: fixations of 200 ms, one every `gap` ms."""
+    return [f"{who},{movie},{k * gap},200,{30 + 9 * k % 100},{40 + 5 * k % 50}" for k in range(count)]
