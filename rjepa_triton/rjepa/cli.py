@@ -2,8 +2,167 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+
+from .._command import needs, user_errors
+
+if TYPE_CHECKING:
+    from .fixations import Fixations
+    from .patches import FixationSequences
+
+# What these commands need beyond torch, by the extra that installs it.
+PACKAGES = ("av", "pyarrow", "yaml", "matplotlib", "PIL", "torchvision", "lightning", "safetensors")
+FORMATS = ("table", "eyelink")
+
+fixations = typer.Typer(no_args_is_help=True, help="Eye movements: check a table, look at a scan path.")
+
+Sidecar = Annotated[
+    Path | None, typer.Option(help="YAML file beside the table; TABLE.yaml if left out (docs/data.md).")
+]
+Format = Annotated[str, typer.Option("--format", help=f"Of the table: {', '.join(FORMATS)}")]
+MovieColumn = Annotated[str, typer.Option(help="With --format eyelink: the column that names the movie.")]
+Eye = Annotated[str, typer.Option(help="Which eye to take from a table of both: left or right.")]
+Policy = Annotated[str, typer.Option(help="Of bad rows and films: refuse or skip.")]
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to `app`."""
+    app.add_typer(fixations, name="fixations")
+
+
+@fixations.command("check")
+def check_command(
+    table: Annotated[Path, typer.Argument(help="Table of fixations, CSV or parquet, or an EyeLink report.")],
+    sidecar: Sidecar = None,
+    format: Format = "table",
+    movie_column: MovieColumn = "movie",
+    eye: Eye = "",
+    policy: Policy = "refuse",
+    rows: Annotated[int, typer.Option(help="How many bad rows to tell one by one; 0: all.")] = 20,
+) -> None:
+    """Read a table of fixations and report every kind of problem with its rows; 2 if the table is refused."""
+    with user_errors(), needs("rjepa", PACKAGES):
+        from .. import _checks as check
+        from .fixations import FixationError
+
+        limit = check.integer("--rows", rows, 0) or None
+        error: FixationError | None = None
+        try:
+            got = _read(table, sidecar, format, movie_column, eye, policy)
+            report = got.report
+            typer.echo(report)
+            typer.echo(f"  {len(got.pairs())} participant–movie pairs, {len(got.movies)} movies")
+        except FixationError as refused:
+            error = refused
+            if refused.report is None:
+                raise
+            report = refused.report
+            typer.echo(report)
+        for problem in report.problems[:limit]:
+            typer.echo(f"  row {problem.row}: {problem.detail}")
+        if limit is not None and len(report.problems) > limit:
+            typer.echo(f"  … {len(report.problems) - limit} more")
+        if error is not None:
+            raise error
+
+
+@fixations.command("preview")
+def preview_command(
+    table: Annotated[Path | None, typer.Option(help="Table of fixations to draw one pair of.")] = None,
+    sidecar: Sidecar = None,
+    format: Format = "table",
+    movie_column: MovieColumn = "movie",
+    eye: Eye = "",
+    policy: Policy = "refuse",
+    movie: Annotated[str, typer.Option(help="Of the table; the first if left out.")] = "",
+    participant: Annotated[str, typer.Option(help="Of the table; the first if left out.")] = "",
+    image: Annotated[Path | None, typer.Option(help="Picture to simulate a scan path over.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Film to simulate a scan path over.")] = None,
+    demo: Annotated[str, typer.Option(help="Demo source to simulate a scan path over, as china.")] = "",
+    px_per_degree: Annotated[
+        float, typer.Option(help="Of --image or --video, pixels of its frame; 0: as wide as 40°.")
+    ] = 0,
+    start: Annotated[int, typer.Option(help="First fixation to draw, from 0.")] = 0,
+    steps: Annotated[int, typer.Option(help="How many fixations to draw.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of a simulated scan path.")] = 0,
+    edge: Annotated[str, typer.Option(help="Patches that stick out: shift, pad or refuse.")] = "shift",
+    cache: Annotated[Path | None, typer.Option(help="Folder of decoded films.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("fixations.png"),
+) -> None:
+    """Draw a scan path on its frame, and the strip of patches: a table's, or a simulated one."""
+    with user_errors(), needs("demo" if demo else "rjepa", (*PACKAGES, "skimage", "sklearn", "skvideo")):
+        from .. import _checks as check
+        from . import preview
+
+        check.integer("--steps", steps, 1)
+        check.integer("--start", start, 0)
+        given = {"--table": table, "--image": image, "--video": video, "--demo": demo}
+        if sum(bool(value) for value in given.values()) != 1:
+            told = ", ".join(name for name, value in given.items() if value) or "none"
+            raise ValueError(f"give one of {', '.join(given)}, got {told}")
+        if table is not None:
+            got = _read(table, sidecar, format, movie_column, eye, policy)
+            if got.report.problems or got.report.left_out:
+                typer.echo(got.report, err=True)
+            sequences = _of_pair(got, participant, movie, start + steps, edge, policy, cache)
+        else:
+            sequences = _simulated(image or video, demo, px_per_degree, start + steps, seed, cache)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        typer.echo(f"picture: {preview.draw(sequences, 0, out, start=start, steps=steps)}")
+
+
+def _read(
+    table: Path, sidecar: Path | None, format: str, movie_column: str, eye: str, policy: str
+) -> Fixations:
+    from .. import _checks as check
+    from .fixations import from_eyelink, read
+
+    check.one_of("--format", format, FORMATS)
+    if format == "eyelink":
+        return from_eyelink(table, sidecar, movie=movie_column, policy=policy, eye=eye or None)
+    return read(table, sidecar, policy=policy, eye=eye or None)
+
+
+def _of_pair(
+    got: Fixations, participant: str, movie: str, length: int, edge: str, policy: str, cache: Path | None
+) -> FixationSequences:
+    """The first `length` fixations of one participant in one movie, as one sequence."""
+    from .patches import FixationSequences
+
+    pairs = got.pairs()
+    asked = [
+        (who, what)
+        for who, what in pairs
+        if (not participant or who == participant) and (not movie or what == movie)
+    ]
+    if not asked:
+        there = ", ".join(f"{who} in {what}" for who, what in list(pairs)[:8])
+        raise ValueError(
+            f"no fixations of participant {participant or '(any)'} in movie {movie or '(any)'}; there are {there}"
+        )
+    who, what = asked[0]
+    if len(asked) > 1:
+        typer.echo(
+            f"{who} in {what}, the first of {len(asked)} pairs; --participant and --movie pick one", err=True
+        )
+    pair = got.select((got.participant == who) & (got.movie == what))
+    return FixationSequences.from_fixations(
+        pair, steps=min(length, len(pair)), edge=edge, policy=policy, cache=cache
+    )
+
+
+def _simulated(
+    file: Path | None, demo: str, px_per_degree: float, length: int, seed: int, cache: Path | None
+) -> FixationSequences:
+    from . import demo as demos
+    from .patches import FixationSequences, Source
+    from .video import probe
+
+    if file is None:
+        source = demos.source(demo)
+    else:
+        source = Source(file.stem, file, px_per_degree or probe(file).width / demos.WIDTH_DEGREES)
+    return FixationSequences.simulated([source], sequences=1, steps=length, seed=seed, cache=cache)
