@@ -622,7 +622,7 @@ def _check_places(
     candidates = state.good.copy()
     if not candidates.any():
         return
-    outside = ~((x >= 0) & (x < sizes[:, 0]) & (y >= 0) & (y < sizes[:, 1]))
+    outside = ~((x >= 0) & (x <= sizes[:, 0]) & (y >= 0) & (y <= sizes[:, 1]))
     found = state.mark(
         outside,
         "outside the frame",

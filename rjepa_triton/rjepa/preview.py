@@ -93,12 +93,11 @@ def _draw_path(
     axes.imshow(frame, extent=(0, frame.shape[1], frame.shape[0], 0), interpolation="antialiased")
     squares = [Rectangle((x, y), patch, patch) for x, y in corner]
     axes.add_collection(PatchCollection(squares, facecolor="none", edgecolor=colours, linewidth=1, alpha=0.8))
-    saccades = np.stack([place[:-1], place[1:]], 1)
+    saccades = list(np.stack([place[:-1], place[1:]], 1))
     axes.add_collection(LineCollection(saccades, colors="black", linewidths=2.6, alpha=0.5))
     axes.add_collection(LineCollection(saccades, colors=colours[1:], linewidths=1.3))
-    axes.scatter(
-        *place.T, s=AREA * view.path.duration[which], c=colours, edgecolors="white", linewidths=0.8, zorder=3
-    )
+    area = AREA * view.path.duration[which]
+    axes.scatter(place[:, 0], place[:, 1], s=area, c=colours, edgecolors="white", linewidths=0.8, zorder=3)
     points = axes.get_position().width * WIDTH * 72 / frame.shape[1]
     for k, (x, y) in zip(shown, _label_places(place * points, len(str(shown[-1]))) / points, strict=True):
         axes.text(x, y, str(k), **LABEL, ha="center", va="center", zorder=4)
