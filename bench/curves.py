@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from . import learn
+from . import fit, learn
 from .plot import DASHED, SOLID, STYLE, Look, save
 from .record import Record
 from .tasks import TASKS
@@ -80,7 +80,7 @@ def _panel(axes: Axes, task: str, records: Sequence[Record]) -> None:
         if not mine:
             continue
         look, window = LOOKS[rule], mine[0].params["window"]
-        found = [learn.interval(list(losses)) for losses in zip(*map(learn.curve, mine), strict=True)]
+        found = [fit.interval(list(losses)) for losses in zip(*map(learn.curve, mine), strict=True)]
         mean, half = np.array(found).T
         steps = window * np.arange(1, len(mean) + 1)
         axes.fill_between(

@@ -1,9 +1,10 @@
-"""Slopes and crossovers of curves on log-log axes."""
+"""Slopes and crossovers of curves on log-log axes; intervals of means."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,3 +71,10 @@ def crossovers(a: dict[int, float], b: dict[int, float]) -> list[tuple[float, fl
             part = gap_low / (gap_low - gap_high)
             found.append((low * (high / low) ** part, a[low] * (a[high] / a[low]) ** part))
     return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % t-interval over seeds: t · s/√n. Two values at least."""
+    freedom = len(values) - 1
+    t = T_95[min(freedom, len(T_95)) - 1]
+    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))

@@ -356,13 +356,6 @@ def curve(made: Record) -> np.ndarray:
     return np.minimum(out, cap)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % t-interval over seeds: t · s/√n. Two values at least."""
-    freedom = len(values) - 1
-    t = fit.T_95[min(freedom, len(fit.T_95)) - 1]
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def default_jobs() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -397,12 +390,12 @@ def _cells(runs: dict[int, Record], baseline: dict[int, Record]) -> list[str]:
     losses = {seed: final(r) for seed, r in runs.items()}
     against = ""
     if baseline.keys() == runs.keys():
-        change, width = interval([losses[seed] - final(r) for seed, r in baseline.items()])
+        change, width = fit.interval([losses[seed] - final(r) for seed, r in baseline.items()])
         against = f"{change:+.4f} ± {width:.4f}"
     return [
         str(first.params["C"]),
         f"{first.params['lr']:g}",
-        "{:.4f} ± {:.4f}".format(*interval(list(losses.values()))),
+        "{:.4f} ± {:.4f}".format(*fit.interval(list(losses.values()))),
         against,
         str(sum(map(blew_up, runs.values())) or ""),
     ]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 from . import _checks as check
 from . import ops
@@ -192,7 +193,7 @@ class _Dual(torch.autograd.Function):
             entering, (lin.before[j] for j in (0, 1, 1, 0)), weights, strict=True
         ):
             by_weight.append(
-                torch.nn.grad.conv2d_weight(
+                conv2d_weight(
                     signal.reshape(-1, *maps),
                     weight.shape,
                     credit.reshape(-1, *maps),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rjepa_triton.bench import curves, learn, record, tasks
+from rjepa_triton.bench import curves, fit, learn, record, tasks
 from rjepa_triton.bench.cli import bench
 from rjepa_triton.bench.learn import RULES, Settings
 from rjepa_triton.bench.record import Record
@@ -219,7 +219,7 @@ def test_the_rate_of_the_least_mean_loss_is_chosen() -> None:
 
 
 def test_interval_is_students() -> None:
-    mean, half = learn.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, half = fit.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     # s = √2.5, and 2.776 is t's 97.5 % quantile for 4 degrees of freedom
     assert (mean, half) == (3.0, pytest.approx(2.776 * math.sqrt(2.5 / 5)))
 

@@ -106,3 +106,12 @@ def test_arguments() -> None:
         simulate(rng, 3, (400, 300), 0)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         simulate(rng, 0, (400, 300), 10)
+
+
+def test_a_path_from_a_later_fixation_on() -> None:
+    whole = simulate(np.random.default_rng(4), 30, (400, 300), 10)
+    later = whole.since(10)
+    assert later.onset[0] == 0
+    np.testing.assert_allclose(np.diff(later.onset), np.diff(whole.onset[10:]))
+    assert (later.x == whole.x[10:]).all()
+    assert (later.duration == whole.duration[10:]).all()

@@ -38,6 +38,9 @@ class Backbone(nn.Module):
     Parameters are frozen and normalisation layers keep their statistics, unless `trainable` is set.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         stages: list[nn.Module],
@@ -86,6 +89,8 @@ class GaborBank(nn.Module):
     """
 
     WAVELENGTH, ORIENTATIONS, LEVELS, GRID, SIZE, GAIN = 4, 6, 3, 3, 13, 20.0
+
+    filters: Tensor
 
     def __init__(self) -> None:
         super().__init__()

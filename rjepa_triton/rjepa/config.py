@@ -130,6 +130,13 @@ def text(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def value(written: str, key: str) -> Any:
+    """What `text` has under a key such as train.seed."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.select(OmegaConf.create(written), key)
+
+
 def differences(a: str, b: str) -> list[str]:
     """What two texts differ in: "section.key: x against y"."""
     from omegaconf import OmegaConf

@@ -39,6 +39,9 @@ class Head(nn.Module):
     batch while training.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, features: int, units: int, hidden: int = 512, trainable: bool = False) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(features, hidden), nn.Linear(hidden, units)
@@ -150,16 +153,17 @@ class Encoder(nn.Module):
         if delay and preset != "full":
             raise ValueError("delay is for preset='full', whose low areas recur, got preset='initial'")
         self.preset, self.delay, self.backbone = preset, delay, backbone
-        self.areas, self.feedback = nn.ModuleList(), nn.ModuleList()
+        self.areas, self.feedback = nn.ModuleList(), nn.ModuleList()  # none for "initial"
         if isinstance(backbone, Backbone) and preset == "full":
             for level, width in enumerate(backbone.widths):
-                rule = "bptt" if learning == "bptt" else "rfp"
+                rule: Literal["rfp", "bptt"] = "bptt" if learning == "bptt" else "rfp"
                 self.areas.append(ConvRGC(width, kernel_size=kernel_size, depthwise=depthwise, learning=rule))
                 above = sum(backbone.widths[level + 1 :])
                 if above:
                     below = backbone.widths[level - 1] if level else 3
-                    self.feedback.append(nn.Conv2d(above, below, 1, bias=False))
-                    nn.init.zeros_(self.feedback[-1].weight)
+                    joined = nn.Conv2d(above, below, 1, bias=False)
+                    nn.init.zeros_(joined.weight)
+                    self.feedback.append(joined)
         self.head = Head(backbone.features, units, hidden, train_head)
         self.circuit = RGC(units, learning=learning, init="zeros")
         self.learning = learning
@@ -195,7 +199,8 @@ class Encoder(nn.Module):
     def encode(self, x: Tensor, state: State | None = None) -> Encoding:
         """The top area alone, given x^High (T, B, N)."""
         given = (x.new_zeros(x.shape[1:]),) * 2 if state is None else state.top
-        s, m = rgc(x, *self.circuit.weights(), given, learning=self.learning)
+        ss, ms, mm, sm = self.circuit.weights()
+        s, m = rgc(x, ss, ms, mm, sm, given, learning=self.learning)
         return Encoding(self.embedding(s), x, s, m, State((), (s[-1], m[-1])))
 
     def _low(self, patches: Tensor, states: Sequence[Pair]) -> tuple[Tensor, tuple[Pair, ...]]:
@@ -207,6 +212,7 @@ class Encoder(nn.Module):
             before, below = list(now), frame
             for level, (stage, area) in enumerate(zip(self.backbone.stages, self.areas, strict=True)):
                 x = stage(below + self._from_above(level, below, before))
+                assert isinstance(area, ConvRGC)
                 s, now[level] = area.step(x, before[level])
                 below = _passed_on(s, before[level]) if self.delay else s
             pooled.append(s.mean((-2, -1)))

@@ -26,6 +26,9 @@ from .video import Film, VideoError, decode, probe, there_and_back
 EDGES = ("shift", "pad", "refuse")
 PATCH, DEGREES = 50, 5.0  # pixels a side, and the angle they cover: the paper's (Section 3.2)
 STEPS = 100  # fixations a sequence: the paper's (Section 4.2)
+# Fixations that are drawn before a simulated sequence and left out: the paper's sequences begin anywhere in a film, and
+# a scan path's first fixations are at the frame's centre.
+WARM_UP = 20
 ASPECT = 0.02  # how far a film's aspect may be from that of the frame in which fixations are given
 
 
@@ -371,9 +374,10 @@ class _Simulated:
         name = str(self.movie[item])
         size, px_per_degree, end = self.frames[name]
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode()), item % self.sequences])
+        steps = self.steps + WARM_UP
         path = simulate(
-            rng, self.steps, size, px_per_degree, patch_degrees=self.degrees, statistics=self.statistics
-        )
+            rng, steps, size, px_per_degree, patch_degrees=self.degrees, statistics=self.statistics
+        ).since(WARM_UP)
         onset = path.onset + (rng.uniform(0, 2 * end) if math.isfinite(end) else 0.0)
         return ScanPath(onset, path.duration, path.x, path.y), there_and_back(onset + path.duration / 2, end)
 

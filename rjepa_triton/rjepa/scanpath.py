@@ -80,6 +80,11 @@ class ScanPath:
     x: np.ndarray
     y: np.ndarray
 
+    def since(self, first: int) -> ScanPath:
+        """From fixation `first` on, whose onset is then 0."""
+        onset = self.onset[first:] - self.onset[first]
+        return ScanPath(onset, self.duration[first:], self.x[first:], self.y[first:])
+
 
 def simulate(
     rng: np.random.Generator,

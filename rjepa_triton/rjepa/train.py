@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from ..online import OnlineLearner
 from . import backbone, config, diagnostics
 from .config import Config
-from .data import datasets
+from .data import Sides, datasets
 from .encoder import Encoder
-from .model import PSI, RJEPA, Predictor, distance
+from .model import PSI, RJEPA, Losses, Predictor, distance
+from .patches import FixationSequences
 
 CHECKPOINT, METRICS, WEIGHTS, EVALUATION, CONFIG = (
     "checkpoint.pt",
@@ -88,6 +89,19 @@ class Data:
     held_out: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Features:
+    """What a frozen backbone makes of a run's data, the same for all seeds and rules.
+
+    sides          the data sets
+    train, test    (T, n, D) each, and actions (T, n, 2) each
+    """
+
+    sides: Sides
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
 def _batches(patches: Dataset[Any], size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
     """Patches (T, B, 3, P, P) and actions (T, B, 2) of all sequences in order."""
     for batch in DataLoader(patches, batch_size=size):
@@ -95,29 +109,45 @@ def _batches(patches: Dataset[Any], size: int = 16) -> Iterator[tuple[Tensor, Te
 
 
 @torch.no_grad()
-def prepare(settings: Config, model: RJEPA) -> Data:
-    """Read the data; calibrate the model's head, which is mutated, on training features; make what stays the same."""
-    encoder = model.encoder
+def features(
+    settings: Config, network: nn.Module, advance: Callable[[int], None] = lambda _: None
+) -> Features:
+    """Read the data and run the backbone, `network`, on all of it; advance: called with the sequences just done."""
     sides = datasets(settings.data)
-    found: list[tuple[Tensor, Tensor]] = []
-    for side in (sides.train, sides.test):
-        parts = [
-            (encoder.backbone(patches.flatten(0, 1)).unflatten(0, patches.shape[:2]), actions)
-            for patches, actions in _batches(side)
-        ]
-        features, actions = (torch.cat(group, dim=1) for group in zip(*parts, strict=True))
-        found.append((features, actions))
-    sample = found[0][0][:, :SAMPLE]
-    encoder.head.calibrate_(sample)
+
+    def made(side: FixationSequences) -> tuple[Tensor, Tensor]:
+        parts = []
+        for patches, actions in _batches(side):
+            flat = torch.cat([network(part) for part in patches.flatten(0, 1).split(512)])
+            parts.append((flat.unflatten(0, patches.shape[:2]), actions))
+            advance(patches.shape[1])
+        values, actions = (torch.cat(group, dim=1) for group in zip(*parts, strict=True))
+        return values, actions
+
+    return Features(sides, made(sides.train), made(sides.test))
+
+
+@torch.no_grad()
+def prepare(settings: Config, model: RJEPA, known: Features | None = None, *, calibrate: bool = True) -> Data:
+    """The data as the model takes it; with `calibrate` its head, which is mutated, takes training features' statistics.
+
+    known: `features` of the same data and backbone, so as not to make them again.
+    """
+    encoder = model.encoder
+    known = features(settings, encoder.backbone) if known is None else known
+    sides, found = known.sides, (known.train, known.test)
+    sample = known.train[0][:, :SAMPLE]
+    if calibrate:
+        encoder.head.calibrate_(sample)
     components = diagnostics.Components.of((sample - encoder.head.mean) / encoder.head.std)
     made = []
-    for (features, actions), patches in zip(found, (sides.train, sides.test), strict=True):
-        targets = components((features - encoder.head.mean) / encoder.head.std)
+    for (values, actions), patches in zip(found, (sides.train, sides.test), strict=True):
+        targets = components((values - encoder.head.mean) / encoder.head.std)
         frozen = encoder.preset == "initial" and not settings.model.train_backbone
         made.append(
             Sequences(
-                x=encoder.head(features) if frozen and not settings.model.train_head else None,
-                features=features if frozen and settings.model.train_head else None,
+                x=encoder.head(values) if frozen and not settings.model.train_head else None,
+                features=values if frozen and settings.model.train_head else None,
                 patches=patches,
                 targets=targets,
                 actions=None if settings.model.actions == "none" else actions,
@@ -129,13 +159,19 @@ def prepare(settings: Config, model: RJEPA) -> Data:
 class Trainer:
     """A run: the model, its control, their optimisers, and the epochs done.
 
-    folder: where the run is written; with a checkpoint in it, the run goes on from there.
+    folder: where the run is written; with a checkpoint in it, the run goes on from there. known: as for `prepare`.
 
     Raises ValueError where the folder is another configuration's, naming what differs, or where its checkpoint can't be
     read.
     """
 
-    def __init__(self, settings: Config, folder: Path, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        settings: Config,
+        folder: Path,
+        say: Callable[[str], None] = print,
+        known: Features | None = None,
+    ) -> None:
         from lightning.fabric import Fabric
 
         self.settings, self.folder, self.say = settings, Path(folder), say
@@ -145,17 +181,18 @@ class Trainer:
         self.fabric = Fabric(accelerator=t.accelerator, devices=t.devices, precision=t.precision)  # type: ignore[arg-type]
         self.fabric.launch()
         model = build(settings)
-        self.data = prepare(settings, model)
+        self.data = prepare(settings, model, known)
         control = Predictor(model.encoder.circuit.hidden_size, settings.model.predictor_hidden)
         predictors = [model.predictor, *([model.action_predictor] if model.action_predictor else [])]
         groups = [
             {"params": [p for p in model.encoder.parameters() if p.requires_grad], "lr": t.lr_recurrent},
             {"params": [p for one in predictors for p in one.parameters()], "lr": t.lr_predictor},
         ]
-        adam = {"weight_decay": t.weight_decay}
-        self.model, self.optimizer = self.fabric.setup(model, torch.optim.Adam(groups, **adam))
+        self.model, self.optimizer = self.fabric.setup(
+            model, torch.optim.Adam(groups, weight_decay=t.weight_decay)
+        )
         self.control, self.control_optimizer = self.fabric.setup(
-            control, torch.optim.Adam(control.parameters(), lr=t.lr_predictor, **adam)
+            control, torch.optim.Adam(control.parameters(), lr=t.lr_predictor, weight_decay=t.weight_decay)
         )
         for method in ("from_inputs", "losses"):
             self.model.mark_forward_method(method)
@@ -175,13 +212,13 @@ class Trainer:
             ]
             if other:
                 raise ValueError(f"{self.folder} is a run of another configuration: {'; '.join(other)}")
-        _write(file, lambda temporary: temporary.write_text(now))
+        write_whole(file, lambda temporary: temporary.write_text(now))
 
     def _resume(self) -> None:
         file = self.folder / CHECKPOINT
         if not file.exists():
             self.before = self.evaluate()
-            self.history = [{"epoch": 0.0, **_scalars(self.before)}]
+            self.history = [{"epoch": 0.0, **scalars(self.before)}]
             self._save()
             return
         state = backbone.unpickled(file)
@@ -208,8 +245,8 @@ class Trainer:
             "history": self.history,
             "before": json.dumps(self.before),
         }
-        _write(self.folder / CHECKPOINT, lambda temporary: torch.save(state, temporary))
-        _write(self.folder / METRICS, self._write_metrics)
+        write_whole(self.folder / CHECKPOINT, lambda temporary: torch.save(state, temporary))
+        write_whole(self.folder / METRICS, self._write_metrics)
 
     def _write_metrics(self, file: Path) -> None:
         with file.open("w", newline="") as opened:
@@ -233,7 +270,7 @@ class Trainer:
                     self._learn(batch)
                     advance()
                 found = self.evaluate()
-                row = {"epoch": float(epoch + 1), **_scalars(found)}
+                row = {"epoch": float(epoch + 1), **scalars(found)}
                 self.done = epoch + 1
                 self.history.append(row)
                 for name, value in row.items():
@@ -246,9 +283,9 @@ class Trainer:
         if self.fabric.is_global_zero:
             from safetensors.torch import save_file
 
-            _write(self.folder / EVALUATION, lambda temporary: temporary.write_text(json.dumps(both)))
+            write_whole(self.folder / EVALUATION, lambda temporary: temporary.write_text(json.dumps(both)))
             tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-            _write(self.folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+            write_whole(self.folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
         return both
 
     @property
@@ -271,8 +308,7 @@ class Trainer:
             x = self._here(data.x[:, batch])
             self._learn_online(x)
         else:
-            actions = None if data.actions is None else self._here(data.actions[:, batch])
-            losses, x = self._losses(data, batch, actions)
+            losses, x = _losses(self.model, data, batch, self.fabric.device)
             self._update(losses.total(PSI[train.psi]))
         control = distance(self.settings.model.distance, self.control(x[:-1]), x[1:])  # type: ignore[arg-type]
         self.control_optimizer.zero_grad()
@@ -283,21 +319,6 @@ class Trainer:
         self.fabric.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def _losses(self, data: Sequences, batch: Tensor, actions: Tensor | None) -> tuple[Any, Tensor]:
-        """Losses of whole sequences, and what the control is given, without a gradient."""
-        encoder = self.model.encoder
-        if data.x is not None:
-            x = self._here(data.x[:, batch])
-            return self.model.from_inputs(x, actions), x
-        if data.features is not None:
-            x = encoder.head(self._here(data.features[:, batch]))
-            return self.model.from_inputs(x, actions), x.detach()
-        patches = torch.stack([data.patches[int(i)]["patches"] for i in batch], dim=1)
-        patches = self._here(patches)
-        with torch.no_grad():
-            x = encoder.without_recurrence(patches)
-        return self.model(patches, actions), x
 
     def _learn_online(self, x: Tensor) -> None:
         """A batch of sequences as streams: an update every `updates` steps, in memory that doesn't grow with T.
@@ -332,40 +353,41 @@ class Trainer:
         return evaluate(self.model, self.control, self.data, self.settings.model.distance, self.fabric.device)
 
 
-def _encoded(
-    model: Any, data: Sequences, device: torch.device, size: int = 64
-) -> tuple[dict[str, Tensor], Tensor]:
-    """h, x^High as given to the circuit, s, m, and x^High without recurrence, of all sequences; (T - 1, n) losses."""
-    parts: list[dict[str, Tensor]] = []
+def _losses(model: Any, data: Sequences, batch: Tensor, device: torch.device) -> tuple[Losses, Tensor]:
+    """Losses of the sequences `batch`, and x^High without recurrence and gradient, which the control is given."""
     encoder = model.encoder
+    actions = None if data.actions is None else data.actions[:, batch].to(device)
+    if data.x is not None:
+        x = data.x[:, batch].to(device)
+        return model.from_inputs(x, actions), x
+    if data.features is not None:
+        x = encoder.head(data.features[:, batch].to(device))
+        return model.from_inputs(x, actions), x.detach()
+    patches = torch.stack([data.patches[int(i)]["patches"] for i in batch], dim=1).to(device)
+    with torch.no_grad():
+        x = encoder.without_recurrence(patches)
+    return model(patches, actions), x
+
+
+def _encoded(model: Any, data: Sequences, device: torch.device, size: int = 64) -> dict[str, Tensor]:
+    """Of all sequences: h, m and x^High without recurrence ("plain"), (T, n, ·), and the losses (T - 1, n)."""
+    parts = []
     for batch in torch.arange(len(data)).split(size):
-        actions = None if data.actions is None else data.actions[:, batch].to(device)
-        if data.x is not None or data.features is not None:
-            given = (
-                data.x[:, batch].to(device)
-                if data.x is not None
-                else encoder.head(data.features[:, batch].to(device))
-            )
-            losses, plain = model.from_inputs(given, actions), given
-        else:
-            patches = torch.stack([data.patches[int(i)]["patches"] for i in batch], dim=1).to(device)
-            losses, plain = model(patches, actions), encoder.without_recurrence(patches)
+        losses, plain = _losses(model, data, batch, device)
         made = losses.encoding
-        parts.append({"h": made.h, "x": made.x, "m": made.m, "plain": plain, "loss": losses.representation})
-    whole = {name: torch.cat([part[name] for part in parts], dim=1).cpu() for name in parts[0]}
-    return whole, whole.pop("loss")
+        parts.append({"h": made.h, "m": made.m, "plain": plain, "loss": losses.representation})
+    return {name: torch.cat([part[name] for part in parts], dim=1).cpu() for name in parts[0]}
 
 
 def evaluate(model: Any, control: nn.Module, data: Data, kind: Any, device: torch.device) -> dict[str, Any]:
     """See `Trainer.evaluate`."""
-    train, _ = _encoded(model, data.train, device)
-    test, losses = _encoded(model, data.test, device)
+    train, test = _encoded(model, data.train, device), _encoded(model, data.test, device)
     h, plain = test["h"], test["plain"]
     control_loss = distance(kind, control(plain[:-1].to(device)).cpu(), plain[1:]).mean(1)
     w_ms = model.encoder.circuit.weights()[1].cpu()
     before = torch.cat([torch.zeros_like(test["m"][:1]), test["m"][:-1]])
     gain = 1 - torch.tanh(before @ w_ms.T)
-    loss = losses.mean(1)
+    loss = test["loss"].mean(1)
     constant, constant_x = (diagnostics.constant_loss(kind, one)[1:] for one in (h, plain))
 
     def rows(tensor: Tensor, steps: slice) -> Tensor:
@@ -403,7 +425,7 @@ def evaluate(model: Any, control: nn.Module, data: Data, kind: Any, device: torc
     }
 
 
-def _scalars(found: dict[str, Any]) -> dict[str, float]:
+def scalars(found: dict[str, Any]) -> dict[str, float]:
     """One figure for each diagnostic: curves as their mean over the steps from PROBE_FROM on."""
     out = {}
     for name, value in found.items():
@@ -415,7 +437,36 @@ def _scalars(found: dict[str, Any]) -> dict[str, float]:
     return out
 
 
-def _write(file: Path, write: Callable[[Path], Any]) -> None:
+def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """`Trainer.evaluate` of a finished run's weights, on its own test data or what overrides "data.…" make of it.
+
+    The head stays as it was calibrated in training. Raises FileNotFoundError for a run that isn't finished, ValueError
+    for other overrides, and for weights that aren't this configuration's.
+    """
+    for file in (CONFIG, WEIGHTS, CHECKPOINT):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} isn't a finished run: there is no {file} in it")
+    other = [override for override in overrides if not override.startswith("data.")]
+    if other:
+        raise ValueError(f"overrides of an evaluation must be of data, got {', '.join(other)}")
+    settings = config.read(folder / CONFIG, overrides)
+    model = build(settings)
+    control = Predictor(model.encoder.circuit.hidden_size, settings.model.predictor_hidden)
+    weights = backbone.read(folder / WEIGHTS)
+    known = features(settings, model.encoder.backbone)
+    try:
+        model.load_state_dict(weights)
+        control.load_state_dict(backbone.unpickled(folder / CHECKPOINT)["control"])
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} isn't of {folder / CONFIG}: {str(error).splitlines()[0]}"
+        ) from None
+    data = prepare(settings, model.eval(), known, calibrate=False)
+    with torch.no_grad():
+        return evaluate(model, control.eval(), data, settings.model.distance, torch.device("cpu"))
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file whole or not at all."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:

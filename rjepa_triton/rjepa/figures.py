@@ -1,0 +1,205 @@
+"""The paper's figures 3 and 4 from runs' evaluations, with what a raw loss can't show beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from ..bench.fit import interval
+from ..bench.plot import STYLE, save
+from . import config
+from .train import EVALUATION, PROBE_FROM
+
+COLOURS = {"rfp": "#0072B2", "bptt": "#E69F00", "rtrl": "#000000"}
+CONTROL = "#777777"
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def load(folders: Sequence[Path | str]) -> Runs:
+    """Evaluations of finished runs by learning rule, one a seed.
+
+    Raises FileNotFoundError for a run that isn't finished, ValueError for runs that differ in more than rule, rate and
+    seed, or where there is none.
+    """
+    runs: Runs = {}
+    first: str | None = None
+    for folder in map(Path, folders):
+        file = folder / EVALUATION
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} isn't a finished run: there is no {EVALUATION} in it")
+        found = json.loads(file.read_text())
+        first = found["config"] if first is None else first
+        free = ("train.learning:", "train.seed:", "train.lr_recurrent:")
+        other = [d for d in config.differences(first, found["config"]) if not d.startswith(free)]
+        if other:
+            raise ValueError(f"{folder} can't be averaged with the others: {'; '.join(other)}")
+        rule = str(config.value(found["config"], "train.learning"))
+        runs.setdefault(rule, []).append(found)
+    if not runs:
+        raise ValueError("folders must name at least one run")
+    return runs
+
+
+def draw(runs: Runs, folder: Path) -> list[Path]:
+    """Write fig3 and fig4, each as PNG and SVG, into `folder`; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [*_collapse(runs, folder / "fig3"), *_over_time(runs, folder / "fig4")]
+
+
+def _collapse(runs: Runs, path: Path) -> list[Path]:
+    """Fig. 3: trajectories on two principal components; spectra of covariance and correlation, before and after."""
+    with plt.rc_context(STYLE):
+        figure, (trajectory, covariance, correlation) = plt.subplots(1, 3, figsize=(15, 4.8))
+        figure.subplots_adjust(left=0.05, right=0.985, top=0.86, bottom=0.13, wspace=0.24)
+        rule = next(iter(runs))
+        for k, points in enumerate(np.array(runs[rule][0]["after"]["trajectories"])):
+            line = trajectory.plot(*points.T, "-o", markersize=2.5, linewidth=0.6, alpha=0.8)[0]
+            trajectory.plot(*points[0], "s", color=line.get_color(), markersize=7, label=f"sequence {k + 1}")
+        trajectory.set_title(f"h(t) of test sequences, {rule.upper()}, first step □")
+        trajectory.set_xlabel("first principal component")
+        trajectory.set_ylabel("second")
+        for axes, name, title in (
+            (covariance, "spectrum", "eigenvalues of h's covariance"),
+            (correlation, "correlation_spectrum", "eigenvalues of h's correlation matrix"),
+        ):
+            ratio = "participation_ratio" if name == "spectrum" else "correlation_participation_ratio"
+            stages = [("before", rule, CONTROL)] + [("after", r, COLOURS[r]) for r in runs]
+            for when, r, colour in stages:
+                values = np.array([one[when][name] for one in runs[r]])
+                ratios = [one[when][ratio] for one in runs[r]]
+                label = "before training" if when == "before" else f"after, {r.upper()}"
+                axes.plot(
+                    np.arange(1, values.shape[1] + 1),
+                    np.maximum(values.mean(0), 1e-12),
+                    color=colour,
+                    linestyle="--" if when == "before" else "-",
+                    label=f"{label}: participation ratio {np.mean(ratios):.1f}",
+                )
+            axes.set_yscale("log")
+            axes.set_ylim(1e-5 * axes.get_ylim()[1], None)
+            axes.set_title(title)
+            axes.set_xlabel("rank")
+            axes.legend(frameon=False, fontsize=9)
+        figure.suptitle(_told(runs), fontsize=11)
+        return save(figure, path)
+
+
+def _over_time(runs: Runs, path: Path) -> list[Path]:
+    """Fig. 4: loss, normalised loss, and how far that is below the control's, by time step; a column a rule."""
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            3, len(runs), figsize=(1.5 + 6 * len(runs), 11), squeeze=False, sharex=True, sharey="row"
+        )
+        figure.subplots_adjust(left=0.09, right=0.98, top=0.92, bottom=0.06, hspace=0.16, wspace=0.06)
+        for column, (rule, found) in zip(panels.T, runs.items(), strict=True):
+            colour = COLOURS[rule]
+            for axes, own, control in (
+                (column[0], "loss", "control"),
+                (column[1], "normalised", "control_normalised"),
+            ):
+                _curve(axes, [one["before"][own] for one in found], "#BBBBBB", "before training")
+                _curve(
+                    axes, [one["after"][control] for one in found], CONTROL, "control: predictor alone", "--"
+                )
+                _curve(axes, [one["after"][own] for one in found], colour, f"after, {rule.upper()}")
+            below = [
+                np.array(one["after"]["normalised"]) - np.array(one["after"]["control_normalised"])
+                for one in found
+            ]
+            _curve(column[2], below, colour, f"{rule.upper()} less control")
+            column[2].axhline(0, color=CONTROL, linewidth=1, linestyle="--")
+            column[0].set_title(rule.upper())
+            column[2].set_xlabel("time step")
+            for axes in column:
+                axes.legend(frameon=False, fontsize=9)
+        for axes, label in zip(
+            panels[:, 0],
+            ("prediction loss", "loss / that of the best constant", "difference of normalised losses"),
+            strict=True,
+        ):
+            axes.set_ylabel(label)
+        figure.suptitle(f"{_told(runs)}\nmean and 95 % interval over seeds", fontsize=11)
+        return save(figure, path)
+
+
+def _curve(axes: Axes, curves: Sequence[Sequence[float]], colour: str, label: str, line: str = "-") -> None:
+    values = np.array(curves)
+    steps = np.arange(2, values.shape[1] + 2)  # the first prediction is of step 2
+    middle = values.mean(0)
+    axes.plot(steps, middle, color=colour, linestyle=line, linewidth=1.4, label=label)
+    if len(values) > 1:
+        half = np.array([interval(list(column))[1] for column in values.T])
+        axes.fill_between(steps, middle - half, middle + half, color=colour, alpha=0.18, linewidth=0)
+
+
+def _told(runs: Runs) -> str:
+    one = next(iter(runs.values()))[0]
+    seeds = " and ".join(f"{len(found)} of {rule.upper()}" for rule, found in runs.items())
+    held = ", ".join(one["held_out"])
+    held = held if len(held) < 60 else f"{len(one['held_out'])} sources"
+    return f"R-JEPA, held-out {held}; {seeds} seeds"
+
+
+def summary(runs: Runs) -> list[list[str]]:
+    """Rows of what training came to: mean ± half a 95 % t-interval over seeds, under SUMMARY."""
+    rows = []
+    for rule, found in runs.items():
+        after, before = [one["after"] for one in found], [one["before"] for one in found]
+        kept = [
+            a["participation_ratio"] / b["participation_ratio"] for a, b in zip(after, before, strict=True)
+        ]
+        rows.append(
+            [
+                rule,
+                _mean([_late(a["normalised"]) for a in after]),
+                _mean([_late(a["control_normalised"]) for a in after]),
+                _mean([_late(a["normalised"]) - _late(a["control_normalised"]) for a in after]),
+                _mean([_gap(a, slice(PROBE_FROM, None)) - _gap(a, slice(0, 3)) for a in after]),
+                _mean([a["next_from_h"] for a in after]),
+                _mean([a["next_from_h"] - a["next_from_x"] for a in after]),
+                _mean(
+                    [
+                        a["participation_ratio"] / b["participation_ratio"]
+                        for a, b in zip(after, before, strict=True)
+                    ]
+                ),
+                _mean([_late(a["input_gain"]) for a in after]),
+            ]
+        )
+    return rows
+
+
+SUMMARY = (
+    "rule",
+    "normalised loss, late",
+    "control's",
+    "less control's",
+    "that, late less first 3 steps",
+    "next-patch R² from h",
+    "less that from x",
+    "participation ratio, of before",
+    "input gain",
+)
+
+
+def _gap(after: Mapping[str, Any], steps: slice) -> float:
+    """Normalised loss less the control's, mean over some steps."""
+    own, control = (np.array(after[name])[steps] for name in ("normalised", "control_normalised"))
+    return float((own - control).mean())
+
+
+def _late(curve: Sequence[float]) -> float:
+    return float(np.mean(curve[min(PROBE_FROM, len(curve) - 1) :]))
+
+
+def _mean(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    middle, half = interval(list(values))
+    return f"{middle:.4f} ± {half:.4f}"

@@ -1,0 +1,81 @@
+"""`rjepa demo`: data, training by several rules and seeds, evaluation and figures, end to end."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import backbone, config, figures, train
+from .config import Config
+
+# Each rule's own rate of the circuit, by a sweep on the demo's data with seed 0 (docs/rjepa.md).
+RATES = {"rfp": 5e-5, "bptt": 2e-5}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a demo runs: rules × seeds, each of the same data."""
+
+    rules: Sequence[str] = tuple(RATES)
+    seeds: int = 5
+    overrides: Sequence[str] = ()
+
+    def settings(self, rule: str, seed: int) -> Config:
+        """Of one run; overrides last."""
+        own = (f"train.learning={rule}", f"train.seed={seed}", f"train.lr_recurrent={RATES[rule]}")
+        return config.read(None, [*own, *self.overrides])
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        return [(rule, seed) for seed in range(self.seeds) for rule in self.rules]
+
+
+def run(
+    plan: Plan, out: Path, advance: Callable[[int, int], None], jobs: int = 0
+) -> tuple[figures.Runs, list[Path]]:
+    """Make what is missing in `out`: features.pt, a folder a run, fig3 and fig4. Returns evaluations and files.
+
+    advance: called with what is done and what there is to do. jobs: processes, of one thread each; one a core if 0.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    settings = plan.settings(*plan.runs[0])
+    total = len(plan.runs) + 1
+    advance(0, total)
+    cache = out / "features.pt"
+    if not cache.exists():
+        made = train.features(settings, backbone.load(settings.model.backbone))
+        train.write_whole(cache, lambda file: torch.save({"train": made.train, "test": made.test}, file))
+    advance(1, total)
+    count = min(jobs or len(os.sched_getaffinity(0)), len(plan.runs))
+    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
+    with concurrent.futures.ProcessPoolExecutor(count, mp_context=context) as pool:
+        work = functools.partial(_one, plan, out)
+        for done, _ in enumerate(pool.map(work, plan.runs), start=2):
+            advance(done, total)
+    runs = figures.load([out / name(rule, seed) for rule, seed in plan.runs])
+    return runs, figures.draw(runs, out)
+
+
+def name(rule: str, seed: int) -> str:
+    """Of a run's folder."""
+    return f"{rule}-{seed}"
+
+
+def _one(plan: Plan, out: Path, which: tuple[str, int]) -> None:
+    """One run, unless it is finished; in a process of its own, with one thread."""
+    folder = out / name(*which)
+    if (folder / train.EVALUATION).exists():
+        return
+    torch.set_num_threads(1)
+    settings = plan.settings(*which)
+    kept = torch.load(out / "features.pt", weights_only=True)
+    sides = train.datasets(settings.data)
+    known = train.Features(sides, kept["train"], kept["test"])
+    train.Trainer(settings, folder, lambda _: None, known).run()
