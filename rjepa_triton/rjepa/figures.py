@@ -18,6 +18,7 @@ from .train import EVALUATION, PROBE_FROM
 
 COLOURS = {"rfp": "#0072B2", "bptt": "#E69F00", "rtrl": "#000000"}
 CONTROL = "#777777"
+FIRST = 3  # steps that a sequence's beginning is the mean of
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -160,15 +161,11 @@ def summary(runs: Runs) -> list[list[str]]:
                 _mean([_late(a["normalised"]) for a in after]),
                 _mean([_late(a["control_normalised"]) for a in after]),
                 _mean([_late(a["normalised"]) - _late(a["control_normalised"]) for a in after]),
-                _mean([_gap(a, slice(PROBE_FROM, None)) - _gap(a, slice(0, 3)) for a in after]),
+                _mean([_late(a["normalised"]) - float(np.mean(a["normalised"][:FIRST])) for a in after]),
+                _mean([_gap(a, slice(PROBE_FROM, None)) - _gap(a, slice(0, FIRST)) for a in after]),
                 _mean([a["next_from_h"] for a in after]),
                 _mean([a["next_from_h"] - a["next_from_x"] for a in after]),
-                _mean(
-                    [
-                        a["participation_ratio"] / b["participation_ratio"]
-                        for a, b in zip(after, before, strict=True)
-                    ]
-                ),
+                _mean(kept),
                 _mean([_late(a["input_gain"]) for a in after]),
             ]
         )
@@ -180,7 +177,8 @@ SUMMARY = (
     "normalised loss, late",
     "control's",
     "less control's",
-    "that, late less first 3 steps",
+    "own, late less first steps",
+    "difference, late less first steps",
     "next-patch R² from h",
     "less that from x",
     "participation ratio, of before",

@@ -12,7 +12,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -425,7 +425,7 @@ def evaluate(model: Any, control: nn.Module, data: Data, kind: Any, device: torc
     }
 
 
-def scalars(found: dict[str, Any]) -> dict[str, float]:
+def scalars(found: Mapping[str, Any]) -> dict[str, float]:
     """One figure for each diagnostic: curves as their mean over the steps from PROBE_FROM on."""
     out = {}
     for name, value in found.items():
