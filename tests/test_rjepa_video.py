@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rjepa_triton.rjepa import video
+from rjepa_triton.rjepa import demo, video
 from rjepa_triton.rjepa.video import VideoError, decode, there_and_back
 
 
@@ -71,6 +71,14 @@ def test_a_picture_is_a_film_of_one_frame_without_end(tmp_path: Path, mode: str)
     assert np.all(film.frames == 204)
     assert film.index(np.array([0.0, 1e6])).tolist() == [0, 0]
     assert film.at_rate(5) is film
+
+
+def test_a_picture_is_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by 90°
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert video.probe(tmp_path / "a.jpg").width == 20
+    assert decode(tmp_path / "a.jpg", tmp_path / "cache").frames.shape == (1, 30, 20, 3)
 
 
 def test_decoded_once_and_again_when_the_file_changes(
@@ -176,6 +184,14 @@ def test_what_cannot_be_decoded_is_named(tmp_path: Path) -> None:
             decode(file, tmp_path / "cache")
     cache = tmp_path / "cache"
     assert not cache.exists() or entries(cache) == []
+
+
+def test_a_corrupt_frame_is_noticed(tmp_path: Path) -> None:
+    body = demo.source("bigbuckbunny").file.read_bytes()
+    (tmp_path / "a.mp4").write_bytes(body[:400_000] + bytes(200) + body[400_200:])
+    with pytest.raises(VideoError, match=r"a\.mp4: frame \d+ is corrupt"):
+        decode(tmp_path / "a.mp4", tmp_path / "cache", width=40)
+    assert entries(tmp_path / "cache") == []
 
 
 def test_frames_that_are_missing_are_noticed(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .. import _checks as check
 
@@ -324,8 +324,12 @@ def _shown_size(stream: VideoStream) -> tuple[int, int]:
 def _image(file: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
-            yield image
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
+            yield ImageOps.exif_transpose(image)  # cameras store pictures as held, and say which way is up
+    except (
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # SyntaxError: of Pillow's PNG reader
         raise VideoError(f"{file}: not a picture that can be read: {error}") from error
 
 
