@@ -206,6 +206,12 @@ def test_movie_start_by_movie_and_participant(tmp_path: Path) -> None:
         fixations.read(write(tmp_path, GOOD, movie_start={"m": {"p1": 0}}))
 
 
+def test_names_that_yaml_reads_as_numbers(tmp_path: Path) -> None:
+    rows = ["1,2,30,200,10,10", "3,2,50,200,20,20"]
+    got = fixations.read(write(tmp_path, rows, movie_start={2: {1: 30, 3: 40}}, movies={2: {"fps": 25}}))
+    assert got.onset.tolist() == pytest.approx([0, 0.01])
+
+
 def test_a_skipped_row_is_not_what_the_next_is_held_against(tmp_path: Path) -> None:
     # row 4 overlaps row 3 and reaches over row 5, which follows row 3 well
     rows = ["p,m,0,200,9,9", "p,m,210,200,9,9", "p,m,300,500,9,9", "p,m,450,200,9,9", "p,m,449,100,9,9"]

@@ -46,6 +46,9 @@ def test_what_an_item_holds(tmp_path: Path) -> None:
     assert item["durations"].tolist() == pytest.approx([0.2, 0.25, 0.1])
     assert (item["participant"], item["movie"]) == ("p", "m")
     assert data.unused == {"in runs shorter than a sequence": 2}
+    copied = pickle.loads(pickle.dumps(data))
+    assert same(copied[0], item)
+    assert not copied.paths.fixations.x.flags.writeable
     with pytest.raises(IndexError, match="index must be below 1, got 1"):
         data[1]
 

@@ -102,6 +102,10 @@ class Fixations:
         for array in self._arrays().values():
             array.setflags(write=False)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # arrays come out of a pickle writable
+
     def __len__(self) -> int:
         return len(self.onset)
 

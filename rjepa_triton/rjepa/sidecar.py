@@ -189,8 +189,10 @@ def _transform(
 
 def _start(start: object, where: str, movie: str) -> float | dict[str, float]:
     """A number, or one per participant; a mapping may name movies first."""
-    if isinstance(start, Mapping) and movie in start:
-        start, where = start[movie], f"{where}.{movie}"
+    if isinstance(start, Mapping):
+        start = {str(name): time for name, time in start.items()}  # YAML reads a name such as 12 as a number
+        if movie in start:
+            start, where = start[movie], f"{where}.{movie}"
     if _number(start):
         return float(start)  # type: ignore[arg-type]
     if not isinstance(start, Mapping):
