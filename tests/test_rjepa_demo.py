@@ -19,6 +19,17 @@ def test_demo_sources_are_there_and_nothing_heavy_is_imported() -> None:
     assert "skvideo" not in sys.modules
 
 
+def test_the_table_of_sources_is_the_code() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    told = {}
+    for line in page[page.index("## The demo") :].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 4 and cells[3] in demo.SIDES:
+            told.update(dict.fromkeys(cells[0].split(", "), (cells[1], cells[3])))
+    sides = {name: side for side, names in demo.SIDES.items() for name in names}
+    assert told == {name: (distribution, sides[name]) for name, (distribution, _, _) in demo.FILES.items()}
+
+
 def test_demo_sequences(tmp_path: Path) -> None:
     data = demo.sequences("test", sequences=2, cache=tmp_path)
     assert data.movie.tolist() == ["bikes"] * 2 + ["chelsea"] * 2 + ["flower"] * 2
