@@ -76,7 +76,7 @@ class Head(nn.Module):
         self.norm.running_var.copy_(x.var(0))
 
 
-@dataclass(frozen=True)
+@dataclass
 class State:
     """What goes on from one step to the next: (s, m) of each low area, (B, C, H, W) each, and of the top, (B, N)."""
 
@@ -91,7 +91,7 @@ class State:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoding:
     """h (T, B, E), the embeddings; x, s, m (T, B, N), what the top circuit was given and its states; the last state."""
 

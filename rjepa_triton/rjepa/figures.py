@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from .train import EVALUATION, PROBE_FROM
 
 COLOURS = {"rfp": "#0072B2", "bptt": "#E69F00", "rtrl": "#000000"}
 CONTROL = "#777777"
-FIRST = 3  # steps that a sequence's beginning is the mean of
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -152,6 +151,10 @@ def summary(runs: Runs) -> list[list[str]]:
     rows = []
     for rule, found in runs.items():
         after, before = [one["after"] for one in found], [one["before"] for one in found]
+        gaps = [
+            [own - control for own, control in zip(a["normalised"], a["control_normalised"], strict=True)]
+            for a in after
+        ]
         kept = [
             a["participation_ratio"] / b["participation_ratio"] for a, b in zip(after, before, strict=True)
         ]
@@ -160,9 +163,9 @@ def summary(runs: Runs) -> list[list[str]]:
                 rule,
                 _mean([_late(a["normalised"]) for a in after]),
                 _mean([_late(a["control_normalised"]) for a in after]),
-                _mean([_late(a["normalised"]) - _late(a["control_normalised"]) for a in after]),
-                _mean([_late(a["normalised"]) - float(np.mean(a["normalised"][:FIRST])) for a in after]),
-                _mean([_gap(a, slice(PROBE_FROM, None)) - _gap(a, slice(0, FIRST)) for a in after]),
+                _mean([_late(gap) for gap in gaps]),
+                _mean([_late(a["normalised"]) - a["normalised"][0] for a in after]),
+                _mean([_late(gap) - gap[0] for gap in gaps]),
                 _mean([a["next_from_h"] for a in after]),
                 _mean([a["next_from_h"] - a["next_from_x"] for a in after]),
                 _mean(kept),
@@ -177,19 +180,13 @@ SUMMARY = (
     "normalised loss, late",
     "control's",
     "less control's",
-    "own, late less first steps",
-    "difference, late less first steps",
+    "own, late less first",
+    "difference, late less first",
     "next-patch R² from h",
     "less that from x",
     "participation ratio, of before",
     "input gain",
 )
-
-
-def _gap(after: Mapping[str, Any], steps: slice) -> float:
-    """Normalised loss less the control's, mean over some steps."""
-    own, control = (np.array(after[name])[steps] for name in ("normalised", "control_normalised"))
-    return float((own - control).mean())
 
 
 def _late(curve: Sequence[float]) -> float:

@@ -76,7 +76,7 @@ def weighted_by_time(losses: Tensor) -> Tensor:
 PSI: dict[str, Psi] = {"mean": mean_over_time, "last": last_only, "time": weighted_by_time}
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning Fabric rebuilds what a model gives
 class Losses:
     """representation (T - 1, B): L_R(t) of t = 2 … T; action (T - 1, B) or None: L_A; the encoding they are of."""
 

@@ -1,0 +1,66 @@
+"""Configurations: files, overrides, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rjepa_triton.rjepa import config
+
+
+def test_a_file_then_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {units: 30}\ntrain:\n  epochs: 2\n  lr_recurrent: 1e-5\n")
+    made = config.read(file, ["train.epochs=5", "data.held_out=[a,b]"])
+    assert (made.model.units, made.train.epochs, made.train.lr_recurrent) == (30, 5, 1e-5)
+    assert made.data.held_out == ["a", "b"]
+    written = config.text(made)
+    file.write_text(written)
+    assert config.read(file) == made
+    assert config.differences(written, config.text(config.read(file, ["train.seed=3"]))) == [
+        "train.seed: 0 against 3"
+    ]
+    assert config.value(written, "train.epochs") == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.epoch=1", "Key 'epoch' not in 'TrainConfig'"),
+        ("train.epochs=many", "Value 'many'"),
+        ("train.epochs=-1", "train.epochs must be at least 0, got -1"),
+        ("train.epochs", "must be section.key=value, got 'train.epochs'"),
+        ("model.preset=half", "model.preset must be one of 'initial', 'full', got 'half'"),
+        ("train.lr_predictor=0", r"train.lr_predictor must be above 0, got 0"),
+        ("data.steps=1", "data.steps must be at least 2, got 1"),
+    ],
+)
+def test_bad_values_are_named(override: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        config.read(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.preset=full", "goes with model.preset='initial', got 'full'.*nearest is train.updates=0"),
+        ("train.learning=bptt", "needs whole sequences"),
+        ("model.actions=given", "goes with model.actions='none'"),
+        ("train.devices=2", "goes with train.devices=1, got 2"),
+    ],
+)
+def test_what_cannot_learn_online(override: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        config.read(None, ["train.updates=1", override])
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no configuration"):
+        config.read(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("train: {epochs: [1")
+    with pytest.raises(ValueError, match=r"bad\.yaml"):
+        config.read(tmp_path / "bad.yaml")
+    (tmp_path / "other.yaml").write_text("training: {epochs: 1}\n")
+    with pytest.raises(ValueError, match=r"other\.yaml: Key 'training'"):
+        config.read(tmp_path / "other.yaml")

@@ -1,0 +1,275 @@
+"""Training runs: resume, online and whole-sequence updates, presets, evaluation, and folders that don't fit."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from rjepa_triton.rjepa import backbone, cli, config, figures, train
+from rjepa_triton.rjepa.train import Trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three pictures of smooth noise."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    files = []
+    for k in range(3):
+        small = Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8))
+        files.append(str(folder / f"picture{k}.png"))
+        small.resize((160, 120), Image.Resampling.BICUBIC).save(files[-1])
+    return files
+
+
+@pytest.fixture
+def settings(pictures: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def make(*overrides: str) -> config.Config:
+        small = [
+            "data.steps=8",
+            "data.train=4",
+            "data.test=3",
+            "model.units=6",
+            "model.hidden=8",
+            "train.batch=3",
+        ]
+        own = [
+            "data.source=pictures",
+            f"data.files=[{','.join(pictures)}]",
+            "train.epochs=2",
+            "train.lr_recurrent=1e-3",
+        ]
+        return config.read(None, [*own, *small, *overrides])
+
+    return make
+
+
+def run(settings: config.Config, folder: Path) -> Trainer:
+    trainer = Trainer(settings, folder, lambda _: None)
+    trainer.run()
+    return trainer
+
+
+def parameters(trainer: Trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in (*trainer.model.parameters(), *trainer.control.parameters())]
+
+
+def test_a_run_writes_what_it_says(settings: Any, tmp_path: Path) -> None:
+    trainer = run(settings(), tmp_path / "run")
+    folder = tmp_path / "run"
+    with (folder / "metrics.csv").open() as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["epoch"] for row in rows] == ["0.0", "1.0", "2.0"]
+    named = {
+        "loss",
+        "normalised",
+        "control",
+        "control_normalised",
+        "variance",
+        "input_gain",
+        "participation_ratio",
+    }
+    named |= {
+        "correlation_participation_ratio",
+        "next_from_h",
+        "next_from_x",
+        "current_from_h",
+        "current_from_x",
+    }
+    assert named | {"epoch"} == set(rows[0])
+    assert list((folder / "tensorboard").glob("events*"))
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert set(found) == {"before", "after", "config", "held_out"}
+    assert found["held_out"] == ["picture2"]
+    assert len(found["after"]["loss"]) == 7
+    assert found["before"]["loss"] == pytest.approx(found["before"]["control"])  # nothing recurs yet
+    weights = load_file(folder / "weights.safetensors")
+    torch.testing.assert_close(
+        weights["encoder.circuit.weight_ss"], trainer.model.encoder.circuit.weight_ss.detach()
+    )
+    assert trainer.model.encoder.circuit.weight_ss.abs().max() > 0
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_interrupted_and_whole_runs_end_alike(settings: Any, tmp_path: Path, updates: int) -> None:
+    whole = run(settings(f"train.updates={updates}"), tmp_path / "whole")
+    first = Trainer(settings(f"train.updates={updates}"), tmp_path / "cut", lambda _: None)
+    done = 0
+
+    def stop_in_the_second_epoch() -> None:
+        nonlocal done
+        done += 1
+        if done == first.batches + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.run(stop_in_the_second_epoch)
+    said: list[str] = []
+    second = Trainer(settings(f"train.updates={updates}"), tmp_path / "cut", said.append)
+    assert said == [f"going on after epoch 1 of {tmp_path / 'cut'}"]
+    second.run()
+    for a, b in zip(parameters(second), parameters(whole), strict=True):
+        assert torch.equal(a, b)
+    assert (tmp_path / "cut" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+    assert (tmp_path / "cut" / "evaluation.json").read_text() == (
+        tmp_path / "whole" / "evaluation.json"
+    ).read_text()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.preset=full", "model.backbone=small:2"],
+        ["model.preset=full", "model.backbone=small:2", "train.learning=bptt", "model.train_backbone=true"],
+        ["model.preset=full", "model.backbone=small:2", "model.delay=true", "model.depthwise=true"],
+        ["model.train_head=true", "model.distance=square"],
+        ["model.actions=given", "model.embedding=4"],
+        ["model.actions=predicted", "train.psi=time"],
+        ["train.learning=rtrl", "train.psi=last"],
+        ["train.learning=rtrl", "train.updates=1"],
+    ],
+    ids=" ".join,
+)
+def test_every_way_trains(settings: Any, tmp_path: Path, overrides: list[str]) -> None:
+    trainer = Trainer(settings("train.epochs=1", *overrides), tmp_path / "run", lambda _: None)
+    before = parameters(trainer)
+    found = trainer.run()
+    assert all(np.isfinite(found["after"]["loss"]))
+    moved = {
+        name
+        for (name, _), old, new in zip(
+            trainer.model.named_parameters(), before, parameters(trainer), strict=False
+        )
+        if not torch.equal(old, new)
+    }
+    assert any("circuit" in name for name in moved)
+    assert any("predictor.second" in name for name in moved)
+    frozen = "model.train_backbone=true" not in overrides
+    assert any("backbone" in name for name in moved) != frozen
+    assert any(".head." in name for name in moved) == ("model.train_head=true" in overrides)
+
+
+def test_one_step_at_a_time_is_the_sum_of_a_sequences_gradient(settings: Any, tmp_path: Path) -> None:
+    """With weights that hardly move, online updates add up to the one of the whole sequence."""
+    small = ["train.lr_recurrent=1e-9", "train.lr_predictor=1e-9", "train.learning=rfp"]
+    found = []
+    for updates in (0, 1):
+        trainer = Trainer(
+            settings(*small, f"train.updates={updates}"), tmp_path / str(updates), lambda _: None
+        )
+        with torch.no_grad():
+            for weight in trainer.model.encoder.circuit.parameters():
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+            torch.nn.init.normal_(
+                trainer.model.predictor.second.weight, generator=torch.Generator().manual_seed(2)
+            )
+        total = [torch.zeros_like(p) for p in trainer.model.encoder.circuit.parameters()]
+
+        def add(*_: Any, total: list[torch.Tensor] = total, trainer: Trainer = trainer, **__: Any) -> None:
+            for into, p in zip(total, trainer.model.encoder.circuit.parameters(), strict=True):
+                into += p.grad
+
+        trainer.optimizer.step = add
+        trainer._learn(torch.arange(3))
+        found.append(torch.cat([t.flatten() for t in total]))
+    steps = 7
+    torch.testing.assert_close(found[1] / steps, found[0], rtol=2e-4, atol=1e-7)
+
+
+def test_an_evaluation_is_the_runs_own(settings: Any, tmp_path: Path) -> None:
+    run(settings(), tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]
+    again = train.evaluate_run(tmp_path / "run")
+    for name, value in found.items():
+        if name != "trajectories":  # up to the sign of a component
+            np.testing.assert_allclose(again[name], value, rtol=1e-4, atol=1e-6)
+    other = train.evaluate_run(tmp_path / "run", ["data.seed=5"])
+    assert other["loss"] != again["loss"]
+
+
+def test_folders_that_do_not_fit(settings: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match=r"isn't a finished run: there is no config\.yaml"):
+        train.evaluate_run(folder)
+    run(settings(), folder)
+    with pytest.raises(ValueError, match=r"is a run of another configuration: model\.units: 6 against 5"):
+        Trainer(settings("model.units=5"), folder)
+    with pytest.raises(ValueError, match=r"overrides of an evaluation must be of data, got train\.seed=1"):
+        train.evaluate_run(folder, ["train.seed=1"])
+    state = backbone.unpickled(folder / "checkpoint.pt")
+    state["model"]["encoder.circuit.weight_ss"] = torch.zeros(2, 2)
+    torch.save(state, folder / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt isn't a checkpoint of this run"):
+        Trainer(settings(), folder)
+    (folder / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="can't be read with weights_only=True"):
+        Trainer(settings(), folder)
+    save_file({"a": torch.zeros(1)}, folder / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"weights\.safetensors isn't of"):
+        train.evaluate_run(folder)
+
+
+def test_more_epochs_go_on(settings: Any, tmp_path: Path) -> None:
+    run(settings("train.epochs=1"), tmp_path / "run")
+    whole = run(settings("train.epochs=2"), tmp_path / "whole")
+    longer = run(settings("train.epochs=2"), tmp_path / "run")
+    for a, b in zip(parameters(longer), parameters(whole), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_figures_and_commands(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for rule in ("rfp", "bptt"):
+        for seed in range(2):
+            runs.append(tmp_path / f"{rule}-{seed}")
+            run(settings(f"train.learning={rule}", f"train.seed={seed}", "train.epochs=1"), runs[-1])
+    found = figures.load(runs)
+    assert {rule: len(some) for rule, some in found.items()} == {"rfp": 2, "bptt": 2}
+    for file in figures.draw(found, tmp_path / "figures"):
+        assert file.stat().st_size > 10_000
+    assert all(len(row) == len(figures.SUMMARY) for row in figures.summary(found))
+    with pytest.raises(FileNotFoundError, match="isn't a finished run"):
+        figures.load([tmp_path / "none"])
+    run(settings("train.epochs=1", "model.units=5"), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"can't be averaged with the others: model\.units: 6 against 5"):
+        figures.load([*runs, tmp_path / "other"])
+
+    app = typer.Typer()
+    cli.add_to(app)
+    shown = CliRunner().invoke(
+        app, ["figures", *map(str, runs), "--out", str(tmp_path / "out"), "--markdown"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "| rfp |" in shown.output
+    assert (tmp_path / "out" / "fig4.png").exists()
+    shown = CliRunner().invoke(app, ["evaluate", str(runs[0])])
+    assert shown.exit_code == 0, shown.output
+    assert "participation ratio" in shown.output
+    again = [
+        f"data.files=[{','.join(settings().data.files)}]",
+        "data.source=pictures",
+        "data.steps=8",
+        "data.train=2",
+    ]
+    again += ["data.test=2", "model.units=4", "train.epochs=1"]
+    shown = CliRunner().invoke(app, ["train", *again, "--out", str(tmp_path / "by-command")])
+    assert shown.exit_code == 0, shown.output
+    assert (tmp_path / "by-command" / "weights.safetensors").exists()
+    shown = CliRunner().invoke(app, ["train", "train.epoch=1", "--out", str(tmp_path / "x")])
+    assert shown.exit_code == 2
+    assert "Key 'epoch'" in shown.output
