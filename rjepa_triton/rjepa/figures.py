@@ -27,20 +27,25 @@ def load(folders: Sequence[Path | str]) -> Runs:
     Raises FileNotFoundError for a run that isn't finished, ValueError for runs that differ in more than rule, rate and
     seed, or where there is none.
     """
-    runs: Runs = {}
-    first: str | None = None
+    evaluations = []
     for folder in map(Path, folders):
         file = folder / EVALUATION
         if not file.is_file():
             raise FileNotFoundError(f"{folder} isn't a finished run: there is no {EVALUATION} in it")
-        found = json.loads(file.read_text())
-        first = found["config"] if first is None else first
-        free = ("train.learning:", "train.seed:", "train.lr_recurrent:")
-        other = [d for d in config.differences(first, found["config"]) if not d.startswith(free)]
+        evaluations.append((str(folder), json.loads(file.read_text())))
+    return by_rule(evaluations)
+
+
+def by_rule(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> Runs:
+    """Evaluations, each with the name of its run, by learning rule. Raises ValueError as `load` does."""
+    runs: Runs = {}
+    free = ("train.learning:", "train.seed:", "train.lr_recurrent:")
+    for where, found in evaluations:
+        differences = config.differences(evaluations[0][1]["config"], found["config"])
+        other = [difference for difference in differences if not difference.startswith(free)]
         if other:
-            raise ValueError(f"{folder} can't be averaged with the others: {'; '.join(other)}")
-        rule = str(config.value(found["config"], "train.learning"))
-        runs.setdefault(rule, []).append(found)
+            raise ValueError(f"{where} can't be averaged with the others: {'; '.join(other)}")
+        runs.setdefault(str(config.value(found["config"], "train.learning")), []).append(found)
     if not runs:
         raise ValueError("folders must name at least one run")
     return runs

@@ -17,6 +17,7 @@ from .config import Config
 
 # Each rule's own rate of the circuit, by a sweep on the demo's data with seed 0 (docs/rjepa.md).
 RATES = {"rfp": 5e-5, "bptt": 2e-5}
+EVALUATIONS = "evaluations.jsonl"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Plan:
 def run(
     plan: Plan, out: Path, advance: Callable[[int, int], None], jobs: int = 0
 ) -> tuple[figures.Runs, list[Path]]:
-    """Make what is missing in `out`: features.pt, a folder a run, fig3 and fig4. Returns evaluations and files.
+    """Make what is missing in `out`: features.pt, a folder a run, evaluations.jsonl of all of them, fig3 and fig4.
+
+    Returns evaluations and files.
 
     advance: called with what is done and what there is to do. jobs: processes, of one thread each; one a core if 0.
     """
@@ -59,8 +62,11 @@ def run(
         work = functools.partial(_one, plan, out)
         for done, _ in enumerate(pool.map(work, plan.runs), start=2):
             advance(done, total)
-    runs = figures.load([out / name(rule, seed) for rule, seed in plan.runs])
-    return runs, figures.draw(runs, out)
+    folders = [out / name(rule, seed) for rule, seed in plan.runs]
+    runs = figures.load(folders)
+    lines = "".join((folder / train.EVALUATION).read_text() + "\n" for folder in folders)
+    train.write_whole(out / EVALUATIONS, lambda file: file.write_text(lines))
+    return runs, [out / EVALUATIONS, *figures.draw(runs, out)]
 
 
 def name(rule: str, seed: int) -> str:
