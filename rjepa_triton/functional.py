@@ -102,8 +102,11 @@ def gradients(
 
     delta (S, T, B, N); rounds as `rule` gives them. The weights' are left out if not needed.
     """
-    lin = cell.linearize(trajectory)
     runs = ops.choose_scan(backend, delta.device, delta.dtype)
+    large = delta.device.type == "cpu" and delta[0].numel() > LARGE
+    if learning in rfp.RULES and rounds == 0 and runs == "torch" and large:
+        return _dual_by_windows(cell, trajectory, weights, delta, learning, needs_weights)
+    lin = cell.linearize(trajectory)
     inputs = len(cell.per_unit)
     by_weight: Sequence[Tensor] = [delta.new_empty(0)] * len(weights)
     if learning not in rfp.RULES:
@@ -125,6 +128,44 @@ def gradients(
     if needs_weights:
         by_weight = rfp.weight_gradients(lin, cell.matrices, weights, credit)
     return rfp.input_gradient(lin, credit, inputs), first, by_weight
+
+
+# Numbers of T·B·N beyond which the dual form on the CPU takes windows of time, and numbers of a window: what some twenty
+# arrays of them take stays in cache, where whole sequences' don't.
+LARGE, WINDOW = 1 << 18, 1 << 16
+
+
+def _dual_by_windows(
+    cell: Cell,
+    trajectory: Trajectory,
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    learning: str,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """`gradients` by the dual form, a window of time after the other, the last one first.
+
+    Credit passes from each window to the one before; the partials of one window are forgotten before the next.
+    """
+    _, steps, batch, units = delta.shape
+    inputs = len(cell.per_unit)
+    length = max(1, WINDOW // (batch * units))
+    for_x = delta.new_empty(inputs, *delta.shape[1:])
+    by_weight: Sequence[Tensor] | None = None
+    passed: Tensor | None = None
+    for stop in range(steps, 0, -length):
+        start = max(0, stop - length)
+        lin = cell.linearize(trajectory.window(start, stop))
+        m = rfp.transition(lin, cell.matrices, weights, learning)
+        credit, passed = rfp.reverse_scan(m, delta[:, start:stop], passed)
+        for_x[:, start:stop] = rfp.input_gradient(lin, credit, inputs)
+        if needs_weights:
+            found = rfp.weight_gradients(lin, cell.matrices, weights, credit)
+            by_weight = (
+                found if by_weight is None else [a.add_(b) for a, b in zip(by_weight, found, strict=True)]
+            )
+    assert passed is not None
+    return for_x, passed, [delta.new_empty(0)] * len(weights) if by_weight is None else by_weight
 
 
 def two_point(

@@ -69,7 +69,7 @@ class Trajectory:
 
     x       (J, T, B, N)   the layer's per-unit inputs
     states  (S, T + 1, B, N)   state before the first step, then after each step
-    saved   what the cell keeps of its gates (private to the cell)
+    saved   what the cell keeps of its gates, (·, T, …) (private to the cell)
     resets  (T, B) bool or None: rows whose state was zeroed before that step
     """
 
@@ -88,6 +88,12 @@ class Trajectory:
         """(S, T, B, N): the state that each step read, zero where it was reset."""
         before = self.states[:, :-1]
         return before if self.resets is None else before.masked_fill(self.resets[..., None], 0)
+
+    def window(self, start: int, stop: int) -> Trajectory:
+        """Steps start … stop - 1, as views."""
+        resets = None if self.resets is None else self.resets[start:stop]
+        steps = slice(start, stop)
+        return Trajectory(self.x[:, steps], self.states[:, start : stop + 1], self.saved[:, steps], resets)
 
 
 @dataclass(frozen=True)

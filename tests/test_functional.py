@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rjepa_triton import functional
+from rjepa_triton.cells import LSTMCell, RGCCell
 from rjepa_triton.functional import rgc
 
 F64 = torch.float64
@@ -179,3 +183,23 @@ def test_bad_input_is_named(change: dict[str, object], error: type[Exception], s
     arguments: dict[str, object] = {"x": torch.zeros(4, 2, 3), **GOOD, **change}
     with pytest.raises(error, match=says):
         rgc(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("cell", [RGCCell(), LSTMCell()], ids=["rgc", "lstm"])
+def test_windows_of_time_give_the_whole_gradient(
+    cell: Any, reset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(len(cell.per_unit), 11, 2, 3, dtype=torch.float64)
+    weights = [torch.randn(3, 3, dtype=torch.float64) for _ in cell.matrices]
+    state = [torch.randn(2, 3, dtype=torch.float64) for _ in cell.states]
+    resets = torch.rand(11, 2) < 0.3 if reset else None
+    trajectory = cell.scan(x, weights, state, resets)
+    delta = torch.randn_like(trajectory.after)
+    want = functional.gradients(cell, trajectory, weights, delta, "rfp")
+    monkeypatch.setattr(functional, "LARGE", 0)
+    monkeypatch.setattr(functional, "WINDOW", 4 * 2 * 3)  # windows of 4, 4 and 3 steps
+    got = functional.gradients(cell, trajectory, weights, delta, "rfp")
+    for a, b in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
