@@ -130,7 +130,7 @@ def gradients(
     return rfp.input_gradient(lin, credit, inputs), first, by_weight
 
 
-# Numbers of T·B·N beyond which the dual form on the CPU takes windows of time, and numbers of a window: what some twenty
+# Numbers of T·B·N beyond which the dual form on the CPU takes windows of time, and those of a window: what some twenty
 # arrays of them take stays in cache, where whole sequences' don't.
 LARGE, WINDOW = 1 << 18, 1 << 16
 
