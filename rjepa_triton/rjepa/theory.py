@@ -1,0 +1,261 @@
+"""Linear R-JEPA in expectation: Theorem 1 (paper, Section 3.1, Appendix A), in float64.
+
+The encoder is a stack of Time Decay Units, c_l(t) = τ_l c_l(t-1) + P_l c_{l-1}(t) with c_0 = x and h = c_N (paper,
+A.4), with one τ an area. Since a number commutes with every matrix, h(t) = P z(t) with P = P_N … P_1 and z the input
+decayed by each area in turn. So the expected loss and its gradients need only two covariances of z, and learning is a
+flow without sampling noise. docs/theory.md has the derivations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPE = torch.float64
+
+
+class Process(NamedTuple):
+    """A stationary Gaussian input: x(t) = A x(t-1) + e(t), E[e eᵀ] = Q.
+
+    transition  A [d, d], of spectral radius < 1
+    noise       Q [d, d]
+    """
+
+    transition: Tensor
+    noise: Tensor
+
+
+def white(size: int, seed: int) -> Process:
+    """E[x xᵀ] = I, and the same correlation, .8, between steps in every direction."""
+    return Process(0.8 * torch.eye(size, dtype=DTYPE), 0.36 * torch.eye(size, dtype=DTYPE))
+
+
+def white_uneven(size: int, seed: int) -> Process:
+    """E[x xᵀ] = I; correlations from .5 to .95 in random directions, so that decay colours it."""
+    turn = _rotation(size, seed)
+    transition = turn * torch.linspace(0.5, 0.95, size, dtype=DTYPE) @ turn.mT
+    return Process(transition, torch.eye(size, dtype=DTYPE) - transition @ transition.mT)
+
+
+def coloured(size: int, seed: int) -> Process:
+    """Variances over a decade in random directions, correlation .8 in all: covariances at all lags commute."""
+    turn = _rotation(size, seed)
+    return Process(0.8 * torch.eye(size, dtype=DTYPE), 0.36 * turn * _decade(size) @ turn.mT)
+
+
+def coloured_rotating(size: int, seed: int) -> Process:
+    """Coloured noise through a random A of spectral radius .85: covariances at lags 0 and 1 don't commute."""
+    turn = _rotation(size, seed)
+    drive = torch.randn(size, size, dtype=DTYPE, generator=torch.Generator().manual_seed(seed + 1000))
+    transition = 0.85 * drive / torch.linalg.eigvals(drive).abs().max()
+    return Process(transition, turn * _decade(size) @ turn.mT)
+
+
+INPUTS: dict[str, Callable[[int, int], Process]] = {
+    "white": white,
+    "white, uneven rates": white_uneven,
+    "coloured": coloured,
+    "coloured, non-commuting": coloured_rotating,
+}
+
+
+def _rotation(size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(size, size, dtype=DTYPE, generator=generator))[0]
+
+
+def _decade(size: int) -> Tensor:
+    return torch.logspace(0, -1, size, dtype=DTYPE)
+
+
+def stationary(transition: Tensor, noise: Tensor) -> Tensor:
+    """X = A X Aᵀ + Q by the linear solve (I - A⊗A) vec(X) = vec(Q). A, Q and X: [n, n]."""
+    n = len(transition)
+    system = torch.eye(n * n, dtype=transition.dtype) - torch.kron(transition, transition)
+    return torch.linalg.solve(system, noise.reshape(-1)).reshape(n, n)
+
+
+class Covariances(NamedTuple):
+    """Of the decayed input z, all [..., d, d]; q is what the gradient pairs ∂E/∂h(t) with.
+
+    now, next          Σ₀ = E[z(t) z(t)ᵀ], Σ₁ = E[z(t+1) z(t)ᵀ]
+    credit, credit_next    E[z(t) q(t)ᵀ], E[z(t+1) q(t)ᵀ]: q = z for the whole gradient, the input itself for the
+                           "first-order approximation of BPTT" (paper, A.4)
+    """
+
+    now: Tensor
+    next: Tensor
+    credit: Tensor
+    credit_next: Tensor
+
+
+def covariances(process: Process, decays: Sequence[float], first_order: bool = False) -> Covariances:
+    """Exact covariances of the input after areas of these τ_l, scaled to tr Σ₀ = d.
+
+    The chain (x, z_1, …, z_N) is one linear process: z_l(t) = τ_l z_l(t-1) + z_{l-1}(t). `first_order` is defined
+    here for one area; ValueError for more.
+    """
+    if first_order and len(decays) != 1:
+        raise ValueError(f"the first-order gradient is for one area, got {len(decays)}")
+    size, levels = len(process.noise), 1 + len(decays)
+    chain = torch.zeros(levels, size, levels, size, dtype=DTYPE)
+    chain[0, :, 0] = process.transition
+    for level, decay in enumerate(decays, 1):
+        chain[level] = chain[level - 1]
+        chain[level, :, level] += decay * torch.eye(size, dtype=DTYPE)
+    joint = chain.reshape(levels * size, levels * size)
+    now = stationary(joint, process.noise.repeat(levels, levels))
+    now = now * size / now[-size:, -size:].trace()
+    following = joint @ now
+    q = slice(0, size) if first_order else slice((levels - 1) * size, None)
+    return Covariances(now[-size:, -size:], following[-size:, -size:], now[-size:, q], following[-size:, q])
+
+
+def stack(several: Sequence[Covariances]) -> Covariances:
+    """Covariances of several inputs as one batch, [B, d, d]."""
+    return Covariances(*(torch.stack(parts) for parts in zip(*several, strict=True)))
+
+
+class Weights(NamedTuple):
+    """Of a batch of linear R-JEPAs.
+
+    predictor  W [B, m, m]
+    areas      P_1 [B, n_1, d], …, P_N [B, m, n_{N-1}]
+    """
+
+    predictor: Tensor
+    areas: tuple[Tensor, ...]
+
+    @property
+    def encoder(self) -> Tensor:
+        """P = P_N … P_1, [B, m, d]: h = P z."""
+        product = self.areas[0]
+        for area in self.areas[1:]:
+            product = area @ product
+        return product
+
+    def plus(self, other: Weights, factor: float) -> Weights:
+        """These weights plus `factor` times others."""
+        areas = tuple(a + factor * b for a, b in zip(self.areas, other.areas, strict=True))
+        return Weights(self.predictor + factor * other.predictor, areas)
+
+
+def ordinary(size: int, hidden: int, areas: int, seed: int, scale: float = 1.0) -> Weights:
+    """Gaussian weights of variance scale²/fan-in, a batch of one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        drawn = torch.randn(1, rows, columns, dtype=DTYPE, generator=generator)
+        return drawn * scale / columns**0.5
+
+    predictor = matrix(hidden, hidden)
+    return Weights(predictor, tuple(matrix(hidden, size if not n else hidden) for n in range(areas)))
+
+
+def velocity(weights: Weights, z: Covariances, decay: Tensor, stop_gradient: bool = True) -> Weights:
+    """dW/ds and dP_l/ds of gradient flow with weight decay η (paper, eqs. 5-7), s = learning rate × steps.
+
+        E = ½ E_t ‖stop[h(t+1)] - W h(t)‖²,   G = E_t[(h(t+1) - W h(t)) q(t)ᵀ]
+        dW/ds = G Pᵀ - η W,   dP/ds = Wᵀ G - η P   (of P = P_N … P_1, then by the chain rule of each P_l)
+
+    decay: η [B, 1, 1]. Without `stop_gradient` -E_t[(h(t+1) - W h(t)) z(t+1)ᵀ] is added to dP/ds.
+    """
+    w, p = weights.predictor, weights.encoder
+    error = p @ z.next - w @ (p @ z.now)
+    credit = w.mT @ (p @ z.credit_next - w @ (p @ z.credit))
+    if not stop_gradient:
+        credit = credit - (p @ z.now - w @ (p @ z.next.mT))
+    areas: list[Tensor] = []
+    above = credit
+    for n in range(len(weights.areas) - 1, -1, -1):
+        below = above
+        for earlier in reversed(weights.areas[:n]):
+            below = below @ earlier.mT
+        areas.insert(0, below - decay * weights.areas[n])
+        above = weights.areas[n].mT @ above
+    return Weights(error @ p.mT - decay * w, tuple(areas))
+
+
+def flow(
+    weights: Weights,
+    z: Covariances,
+    decay: Tensor,
+    times: Sequence[float],
+    stop_gradient: bool = True,
+    tolerance: float = 1e-7,
+) -> list[Weights]:
+    """Weights at each of the increasing learning times s, from s = 0.
+
+    By the Runge-Kutta pair of Bogacki and Shampine, the same step for the whole batch; `tolerance` bounds the
+    estimated error of any weight in a step.
+    """
+
+    def rate(at: Weights) -> Weights:
+        return velocity(at, z, decay, stop_gradient)
+
+    now, step, found = 0.0, 1e-3, []
+    k1 = rate(weights)
+    for until in times:
+        while now < until:
+            dt = min(step, until - now)
+            k2 = rate(weights.plus(k1, dt / 2))
+            k3 = rate(weights.plus(k2, 3 * dt / 4))
+            after = weights.plus(k1, 2 * dt / 9).plus(k2, dt / 3).plus(k3, 4 * dt / 9)
+            k4 = rate(after)
+            error = max(
+                float((-5 * a / 72 + b / 12 + c / 9 - d / 8).abs().max()) * dt
+                for a, b, c, d in zip(_flat(k1), _flat(k2), _flat(k3), _flat(k4), strict=True)
+            )
+            if error <= tolerance:
+                now = until if dt == until - now else now + dt
+                weights, k1 = after, k4
+            grown = dt * min(3.0, max(0.2, 0.9 * (tolerance / max(error, 1e-30)) ** (1 / 3)))
+            # a step cut short to meet `until` says nothing against the longer one
+            step = max(step, grown) if error <= tolerance and dt < step else grown
+        found.append(weights)
+    return found
+
+
+def _flat(weights: Weights) -> tuple[Tensor, ...]:
+    return weights.predictor, *weights.areas
+
+
+def gram(weights: Weights) -> tuple[Tensor, Tensor]:
+    """WᵀW and P_N P_Nᵀ, [B, m, m]: what weight decay makes equal."""
+    last = weights.areas[-1]
+    return weights.predictor.mT @ weights.predictor, last @ last.mT
+
+
+def representation(weights: Weights, z: Covariances) -> Tensor:
+    """HHᵀ = E_t[h hᵀ] = P Σ₀ Pᵀ, [B, m, m]."""
+    p = weights.encoder
+    return p @ z.now @ p.mT
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ / ‖a‖‖b‖ of matrices [B, m, m]; [B]. 1 if and only if one is a positive multiple of the other."""
+    return (a * b).sum((-2, -1)) / (a.norm(dim=(-2, -1)) * b.norm(dim=(-2, -1)))
+
+
+def surviving(correlation: float, decay: float, variance: float = 1.0) -> tuple[float, float] | None:
+    """Singular values of W and P where learning can rest, one area: (ρ ± √(ρ² - 4η/σ))/2, larger first.
+
+    Of a direction of z with variance σ and correlation ρ between steps. The larger attracts, the smaller parts its
+    basin from that of zero. None where η > σρ²/4: only zero is left.
+    """
+    root = correlation**2 - 4 * decay / variance
+    if root < 0:
+        return None
+    return (correlation + root**0.5) / 2, (correlation - root**0.5) / 2
+
+
+def collapse_rate(z: Covariances) -> Tensor:
+    """λ: without stop-gradient tr PPᵀ ≤ exp(-2(λ + η)s) of its start. [...], of one area.
+
+    The smallest eigenvalue of Σ₀ - Σ₁ Σ₀⁻¹ Σ₁ᵀ, the covariance of what no linear predictor can tell of z(t+1).
+    """
+    unpredictable = z.now - z.next @ torch.linalg.solve(z.now, z.next.mT)
+    return torch.linalg.eigvalsh(unpredictable)[..., 0]
