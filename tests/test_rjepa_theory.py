@@ -1,4 +1,4 @@
-"""Linear R-JEPA: every formula against autograd or truncated sums."""
+"""Linear R-JEPA and Appendix B's moments: every formula against autograd, truncated sums or simulation."""
 
 from __future__ import annotations
 
@@ -237,3 +237,58 @@ def test_without_stop_gradient_the_representation_collapses(name: str, eta: floa
     covariances = [theory.representation(w, z)[0].trace() for w in (weights, kept)]
     assert covariances[0] < 1e-4
     assert covariances[1] > 0.5
+
+
+COLOUR = torch.tensor([[1.0, 0.5, 0.2], [0.5, 0.8, -0.3], [0.2, -0.3, 0.6]], dtype=DTYPE)
+RATES = torch.tensor([1.0, 0.8, 0.6], dtype=DTYPE)
+
+
+def lagged_by_wick(recurrence: Tensor, lags: tuple[int, int, int, int]) -> Tensor:
+    """E[c_i(t-l₁) c_j(t-l₂) c_m(t-l₃) c_n(t-l₄)] of a Gaussian process: the sum over pairings."""
+    now = theory.stationary(recurrence, COLOUR)
+
+    def pair(a: int, b: int) -> Tensor:
+        power = torch.linalg.matrix_power(recurrence, abs(lags[b] - lags[a]))
+        return power @ now if lags[a] <= lags[b] else (power @ now).mT
+
+    return (
+        torch.einsum("ij,mn->ijmn", pair(0, 1), pair(2, 3))
+        + torch.einsum("im,jn->ijmn", pair(0, 2), pair(1, 3))
+        + torch.einsum("in,jm->ijmn", pair(0, 3), pair(1, 2))
+    )
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_fourth_moments_are_those_of_a_gaussian_process(full: bool) -> None:
+    recurrence = 0.4 * torch.diag(RATES)
+    if full:
+        recurrence = recurrence + 0.2 * torch.randn(
+            3, 3, dtype=DTYPE, generator=torch.Generator().manual_seed(0)
+        )
+    found = theory.fourth_moments(recurrence, COLOUR)
+    for moment, lags in zip(found, ((0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 2, 2)), strict=True):
+        torch.testing.assert_close(moment, lagged_by_wick(recurrence, lags))
+
+
+def test_orders_in_the_decay() -> None:
+    """log₂ of the ratio of norms at τ and τ/2 is the order: 0 and 1 whole, 2 and 3 connected."""
+    whole, linked = [], []
+    for decay in (0.02, 0.01):
+        recurrence = decay * torch.diag(RATES)
+        moments = theory.fourth_moments(recurrence, COLOUR)
+        whole.append([float(m.norm()) for m in moments])
+        linked.append([float(m.norm()) for m in theory.connected(moments, recurrence, COLOUR)])
+    for norms, orders in ((whole, (0, 0, 1)), (linked, (0, 2, 3))):
+        for upper, lower, order in zip(*norms, orders, strict=True):
+            assert torch.tensor(upper / lower).log2().item() == pytest.approx(order, abs=0.01)
+
+
+def test_sampled_moments_agree_with_the_exact_ones_and_not_with_the_papers() -> None:
+    recurrence, entry, samples = 0.4 * torch.diag(RATES), (0, 0, 1, 1), 200_000
+    drawn = theory.sampled_fourth_moments(recurrence, COLOUR, entry, samples, seed=0)
+    exact = theory.fourth_moments(recurrence, COLOUR)
+    paper = theory.papers_fourth_moments(recurrence, COLOUR)
+    for values, right, wrong in zip(drawn, exact, paper, strict=True):
+        half = 2.576 * float(values.std()) / samples**0.5
+        assert abs(float(values.mean() - right[entry])) < half
+        assert abs(float(values.mean() - wrong[entry])) > 5 * half

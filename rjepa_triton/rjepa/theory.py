@@ -1,4 +1,4 @@
-"""Linear R-JEPA in expectation: Theorem 1 (paper, Section 3.1, Appendix A), in float64.
+"""Linear R-JEPA in expectation: Theorem 1 (paper, Section 3.1, Appendix A) and Appendix B's moments, in float64.
 
 The encoder is a stack of Time Decay Units, c_l(t) = τ_l c_l(t-1) + P_l c_{l-1}(t) with c_0 = x and h = c_N (paper,
 A.4), with one τ an area. Since a number commutes with every matrix, h(t) = P z(t) with P = P_N … P_1 and z the input
@@ -259,3 +259,86 @@ def collapse_rate(z: Covariances) -> Tensor:
     """
     unpredictable = z.now - z.next @ torch.linalg.solve(z.now, z.next.mT)
     return torch.linalg.eigvalsh(unpredictable)[..., 0]
+
+
+class FourthMoments(NamedTuple):
+    """E[c_i(t) c_j(t-Δ₁) c_m(t-Δ₂) c_n(t-Δ₃)] for Δ = (0, 0, 0), (0, 1, 1) and (1, 2, 2); each [n, n, n, n]."""
+
+    t000: Tensor
+    t011: Tensor
+    t122: Tensor
+
+
+def gaussian_fourth(covariance: Tensor) -> Tensor:
+    """E[b_i b_j b_m b_n] = Σ_ij Σ_mn + Σ_im Σ_jn + Σ_in Σ_jm (paper, Appendix B). [n, n] to [n, n, n, n]."""
+    s = covariance
+    return _pairs("ij,mn", s, s) + _pairs("im,jn", s, s) + _pairs("in,jm", s, s)
+
+
+def fourth_moments(recurrence: Tensor, noise: Tensor) -> FourthMoments:
+    """Exact moments of c(t) = U c(t-1) + b(t), b Gaussian of covariance Σ and independent in time (paper, eq. 9).
+
+        vec T(0,0,0) = (I - U⊗U⊗U⊗U)⁻¹ vec(T^B + X)        X: the six terms E[(Uc)(Uc)] E[bb]
+        T(0,1,1) = (U⊗U⊗I⊗I) T(0,0,0) + Σ ⊗ R₀              R₀ = E[c cᵀ]
+        T(1,2,2) = (U⊗I⊗I⊗I) T(0,1,1)
+
+    recurrence, noise: U, Σ [n, n]. X and Σ ⊗ R₀ are missing from the paper's equations 10-12.
+    """
+    now = stationary(recurrence, noise)
+    passed = recurrence @ now @ recurrence.mT
+    cross = sum(
+        _pairs(p, a, b) for p in ("ij,mn", "im,jn", "in,jm") for a, b in ((passed, noise), (noise, passed))
+    )
+    t000 = _solve_fourth(recurrence, gaussian_fourth(noise) + cross)
+    t011 = torch.einsum("ik,jl,klmn->ijmn", recurrence, recurrence, t000) + _pairs("ij,mn", noise, now)
+    return FourthMoments(t000, t011, torch.einsum("ik,kjmn->ijmn", recurrence, t011))
+
+
+def papers_fourth_moments(recurrence: Tensor, noise: Tensor) -> FourthMoments:
+    """The same by the paper's equations 10, 11 and 12."""
+    t000 = _solve_fourth(recurrence, gaussian_fourth(noise))
+    t011 = torch.einsum("ik,jl,klmn->ijmn", recurrence, recurrence, t000)
+    return FourthMoments(t000, t011, torch.einsum("ik,kjmn->ijmn", recurrence, t011))
+
+
+def connected(moments: FourthMoments, recurrence: Tensor, noise: Tensor) -> FourthMoments:
+    """Moments less E[c_i c_j] E[c_m c_n] at the same lags: what the two pairs of factors have to do with each other."""
+    now = stationary(recurrence, noise)
+    same, lagged = _pairs("ij,mn", now, now), _pairs("ij,mn", recurrence @ now, now)
+    return FourthMoments(moments.t000 - same, moments.t011 - same, moments.t122 - lagged)
+
+
+def sampled_fourth_moments(
+    recurrence: Tensor,
+    noise: Tensor,
+    entry: tuple[int, int, int, int],
+    samples: int,
+    seed: int,
+    burn_in: int = 20,
+) -> Tensor:
+    """One entry of each of the three moments in independent chains started from zero: [3, samples]."""
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.linalg.cholesky(noise)
+    chain = [torch.zeros(samples, len(noise), dtype=DTYPE)]
+    for _ in range(burn_in + 3):
+        fresh = torch.randn(samples, len(noise), dtype=DTYPE, generator=generator)
+        chain = [*chain[-2:], chain[-1] @ recurrence.mT + fresh @ root.mT]
+    i, j, m, n = entry
+    before, last, now = chain
+    return torch.stack(
+        [
+            now[:, i] * now[:, j] * now[:, m] * now[:, n],
+            now[:, i] * now[:, j] * last[:, m] * last[:, n],
+            now[:, i] * last[:, j] * before[:, m] * before[:, n],
+        ]
+    )
+
+
+def _pairs(indices: str, a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum(f"{indices}->ijmn", a, b)
+
+
+def _solve_fourth(recurrence: Tensor, right: Tensor) -> Tensor:
+    twice = torch.kron(recurrence, recurrence)
+    system = torch.eye(right.numel(), dtype=right.dtype) - torch.kron(twice, twice)
+    return torch.linalg.solve(system, right.reshape(-1)).reshape(right.shape)
