@@ -181,6 +181,25 @@ def test_without_weight_decay_the_gap_stays() -> None:
     assert float(theory.cosine(*theory.gram(small))) < 0.9
 
 
+def test_the_first_order_gradient_lets_the_encoder_grow() -> None:
+    """White input: once W rests at ρ, ln ‖P‖ grows at ρ (E[z(t+1) x] - ρ E[z x]) - η, with the paper's A.4 gradient."""
+    eta, decay, alpha = 0.01, 0.7, 0.8
+    z = at("white", (decay,), first_order=True)
+    middle, end = theory.flow(theory.ordinary(SIZE, HIDDEN, 1, 0), z, rate(eta), (150.0, 160.0))
+    correlation = (alpha + decay) / (1 + alpha * decay)
+    now = (1 - decay**2) / (1 + alpha * decay)
+    growth = correlation * now * (alpha + decay - alpha**2 * decay - correlation) - eta
+    assert growth > 0
+    found = float((end.encoder.norm() / middle.encoder.norm()).log()) / 10
+    assert found == pytest.approx(growth, rel=0.05)
+    assert float(theory.cosine(*theory.gram(end))) < 0.99
+
+
+def test_weights_that_grow_without_bound_are_reported() -> None:
+    with pytest.raises(ArithmeticError, match="grow without bound"):
+        theory.flow(theory.ordinary(SIZE, HIDDEN, 1, 0), at("white", (0.0,)), rate(-1e9), (1.0,))
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.6])
 def test_surviving_singular_values(decay: float) -> None:
     z = at("white", (decay,))

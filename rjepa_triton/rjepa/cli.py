@@ -50,6 +50,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("evaluate")(evaluate_command)
     app.command("figures")(figures_command)
     app.command("demo")(demo_command)
+    app.command("theory")(theory_command)
 
 
 @fixations.command("check")
@@ -302,3 +303,26 @@ def _show_summary(runs: Runs, markdown: bool) -> None:
         typer.echo(as_markdown(table))
     else:
         Console().print(table)
+
+
+def theory_command(
+    seeds: Annotated[int, typer.Option(help="Draws of input and weights, at least 2.")] = 5,
+    samples: Annotated[
+        int, typer.Option(help="Chains that Appendix B's moments are sampled from.")
+    ] = 400_000,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of theory.jsonl and the plot.")] = Path("bench-out"),
+) -> None:
+    """Theorem 1 and Appendix B of the paper, as they hold: tables, a plot and the numbers, in half a minute."""
+    from rich.console import Console
+
+    from ..bench.cli import print_tables
+    from . import theory_plot, theory_runs
+
+    with user_errors():
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / theory_runs.FILE
+        records = theory_runs.run(file, seeds, samples, Console(stderr=True).print)
+        print_tables(theory_runs.tables(records), markdown)
+        for kind, path in (("records", file), *(("plot", p) for p in theory_plot.draw(records, file))):
+            typer.echo(f"{kind + ':':8} {path}", err=markdown)

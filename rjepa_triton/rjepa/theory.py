@@ -190,7 +190,7 @@ def flow(
     """Weights at each of the increasing learning times s, from s = 0.
 
     By the Runge-Kutta pair of Bogacki and Shampine, the same step for the whole batch; `tolerance` bounds the
-    estimated error of any weight in a step.
+    estimated error of any weight in a step. Raises ArithmeticError where some weight grows without bound.
     """
 
     def rate(at: Weights) -> Weights:
@@ -212,6 +212,8 @@ def flow(
             if error <= tolerance:
                 now = until if dt == until - now else now + dt
                 weights, k1 = after, k4
+            if not error < float("inf") or dt < 1e-9:
+                raise ArithmeticError(f"the weights grow without bound at s = {now:g}")
             grown = dt * min(3.0, max(0.2, 0.9 * (tolerance / max(error, 1e-30)) ** (1 / 3)))
             # a step cut short to meet `until` says nothing against the longer one
             step = max(step, grown) if error <= tolerance and dt < step else grown
