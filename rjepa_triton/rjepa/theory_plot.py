@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -26,7 +27,7 @@ STARTS = {
     (0.0, 1.0): ("#D55E00", "η = 0, ordinary first weights"),
 }
 MOMENT_LOOKS = (Look("#0072B2", "o"), Look("#E69F00", "s"), Look("#CC79A7", "D"))
-PREDICTED = {"color": "black", "linestyle": DASHED, "linewidth": 1.3}
+PREDICTED: dict[str, Any] = {"color": "black", "linestyle": DASHED, "linewidth": 1.3}
 
 
 def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
