@@ -12,6 +12,7 @@ from rjepa_triton import RGC, OnlineLearner
 from rjepa_triton.bench import fidelity, forward, learn, record, summary
 from rjepa_triton.cells import RGCCell
 from rjepa_triton.reference import rtrl
+from rjepa_triton.rjepa import theory_runs
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -66,6 +67,12 @@ def test_the_tables_of_the_forward_pass_are_those_of_the_record() -> None:
     *timed, predicted = record.load(RESULTS / "forward-cpu.jsonl")
     assert forward.markdown(timed) in page
     assert forward.predicted_markdown(predicted) in page
+
+
+def test_the_tables_of_the_theory_are_those_of_the_record() -> None:
+    page = (ROOT / "docs" / "theory.md").read_text()
+    for table in theory_runs.tables(record.load(RESULTS / "theory.jsonl")):
+        assert summary.markdown(table) in page
 
 
 def test_links_lead_somewhere() -> None:

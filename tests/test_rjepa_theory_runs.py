@@ -1,7 +1,8 @@
-"""`rjepa theory`: its records, tables, plot and command."""
+"""`rjepa theory`: its records, tables, plot and command; and the committed record reaches what it must."""
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from rjepa_triton import cli
 from rjepa_triton.bench import record, summary
-from rjepa_triton.rjepa import theory_plot, theory_runs
+from rjepa_triton.rjepa import theory, theory_plot, theory_runs
 
 RECORDS = Path(__file__).parent.parent / "bench" / "results" / "theory.jsonl"
 
@@ -57,3 +58,23 @@ def test_records_of_another_benchmark_are_refused(tmp_path: Path) -> None:
         theory_runs.tables(other)
     with pytest.raises(ValueError, match="no records of 'balance'"):
         theory_plot.draw(other, tmp_path / "theory")
+
+
+def test_the_committed_record_reaches_its_bars() -> None:
+    records = record.load(RECORDS)
+    for r in theory_runs.select(records, "balance"):
+        assert min(r.payload["cosine_end"]) >= 0.999
+        assert r.payload["rate"] == pytest.approx([1.0] * r.params["seeds"], abs=1e-4)
+    for r in theory_runs.select(records, "values"):
+        roots = theory.surviving(theory_runs.CORRELATION, r.params["eta"])
+        living = theory_runs.alive(r)
+        assert bool(living) is (roots is not None)
+        assert all(abs(value - roots[0]) < 1e-3 for value in living if roots)
+    for r in theory_runs.select(records, "stop-gradient"):
+        assert (r.payload["trace"][-1] > 1) is r.params["stop_gradient"]
+        assert math.isfinite(r.payload["trace"][-1])
+    for r in theory_runs.select(records, "moments"):
+        found = r.payload
+        for exact, sampled, half in zip(found["exact"], found["sampled"], found["interval"], strict=True):
+            assert abs(exact - sampled) < half
+        assert all(abs(found["paper"][n] - found["sampled"][n]) > 5 * found["interval"][n] for n in (1, 2))
