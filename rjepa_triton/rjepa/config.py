@@ -32,8 +32,8 @@ class DataConfig:
     sidecar: str = ""
     px_per_degree: float = 10.0
     steps: int = 100
-    train: int = 43
-    test: int = 50
+    train: int = 100
+    test: int = 150
     split: str = "movie"
     held_out: list[str] = field(default_factory=list)
     policy: str = "refuse"
@@ -74,8 +74,8 @@ class TrainConfig:
     updates: int = 0
     psi: str = "mean"
     epochs: int = 12
-    batch: int = 25
-    lr_recurrent: float = 1e-4
+    batch: int = 50
+    lr_recurrent: float = 3e-5
     lr_predictor: float = 3e-3
     weight_decay: float = 0.0
     seed: int = 0
