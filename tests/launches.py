@@ -15,9 +15,27 @@ import pytest
 import triton
 from torch import zeros
 
-from rjepa_triton.kernels import gamma_chunk, gamma_read, gamma_step, reverse_scan
+from rjepa_triton.kernels import (
+    gamma_chunk,
+    gamma_read,
+    gamma_step,
+    reverse_scan,
+    rgc_backward,
+    rgc_forward,
+    rtrl_heads,
+    rtrl_step,
+)
 
-MODULES = (gamma_step, gamma_read, gamma_chunk, reverse_scan)
+MODULES = (
+    gamma_step,
+    gamma_read,
+    gamma_chunk,
+    reverse_scan,
+    rgc_backward,
+    rgc_forward,
+    rtrl_heads,
+    rtrl_step,
+)
 REFUSAL = "Triton kernels need a GPU tensor, or TRITON_INTERPRET=1 set before triton is imported"
 
 
@@ -44,12 +62,34 @@ def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], o
         ),
         lambda: reverse_scan.suffix_products(m),
         lambda: reverse_scan.arriving(m, phi),
+        *rgc_calls(B, N),
+    ]
+
+
+def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
+    """Of what is an RGC's own: S = 2 and K = 4. Exact sensitivities are of 64 units at most, to fit in memory."""
+    x, resets, square, n = zeros(2, B, N), zeros(2, B).bool(), zeros(N, N), min(N, 64)
+    weights, gates, both = [square] * 4, zeros(2, 2, B, 2, N), zeros(2, 2, B, N)
+    small = (x[..., :n].contiguous(), [zeros(n, n)] * 4, [zeros(B, n)] * 2)
+    phi, head = [zeros(B, n)] * 4, (zeros(B, 1, 2, n, 4, n, n), zeros(B, 1, 2 * n, 2 * n), zeros(2, B, 4, n))
+    return [
+        lambda: rgc_forward.rgc_forward_small(*small),
+        lambda: rgc_forward.rgc_forward_small(*small, resets, save_gates=False),
+        # a step and no more: the next would be the same launch
+        lambda: rgc_forward.rgc_pointwise_(gates[:, 0], both[:, 0], x[0], both[:, 1]),
+        lambda: rgc_forward.rgc_pointwise_(gates[:, 0], both[:, 0], x[0], both[:, 1], resets[0], both[:, 0]),
+        # two: the last of a sequence, and one with a step after it
+        lambda: rgc_backward.bptt_credits(gates, both, x, weights, both, resets),
+        lambda: rtrl_heads.rtrl_heads_(*head, zeros(B, 4, 1, n), zeros(2, B, n)),
+        lambda: rtrl_heads.rtrl_heads_(*head, zeros(B, 4, n)),
+        lambda: rtrl_step.rtrl_jacobian([x[0]] * 2, [x[0]] * 4, weights, resets[0]),
+        lambda: rtrl_step.rtrl_immediate_(zeros(B, 2 * n, 4 * n * n), phi, zeros(2, B, n)),
     ]
 
 
 def refuse() -> None:
     for call in calls(1, 3, 1, 1, 2, 2):
-        with pytest.raises(ValueError, match=rf"^(gammas|m) must be on a GPU, got cpu: {REFUSAL}$"):
+        with pytest.raises(ValueError, match=rf"^[a-z]+(\[0\])? must be on a GPU, got cpu: {REFUSAL}$"):
             call()
 
 
@@ -93,7 +133,7 @@ def compile_() -> None:
     for sizes in ((2, 64, 2, 4, 512, 512), (1, 1, 1, 1, 1, 1)):
         for call in calls(*sizes):
             call()
-    assert len(_CompileOnly.made) == 25, len(_CompileOnly.made)
+    assert len(_CompileOnly.made) == 45, len(_CompileOnly.made)
 
     # A step or a seed is no reason to compile anew.
     gamma, per_unit = zeros(1, 1, 2, 8).bfloat16(), zeros(1, 1, 1, 2)
