@@ -2,12 +2,14 @@
 
 On a GPU the launchers of `kernels/` are timed, and the same function by eager torch and torch.compile; on
 the CPU the backends of `rjepa_triton.ops`. A floor is max(bytes / copy bandwidth, FLOP / GEMM rate), both
-rates measured on the device in the same run. Every kernel is of an RGC: S = 2 states, K = 4 matrices, M = N.
+rates measured on the device in the same run. Every kernel is of an RGC: S = 2 states, K = 4 matrices, M = N, or in
+heads M = b units.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,7 +24,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import ops
-from ..reference import rfp
+from ..cells import RGCCell
+from ..reference import bptt, rfp
+from ..two_point import Trajectory
 from . import measure, record, scaling
 from .record import Record
 from .summary import bytes_text, seconds_text
@@ -40,15 +44,28 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8, "tf32": 2.0**-9}
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What a kernel is given.
+class Given:
+    """What a kernel is given: a tensor of Γ or γ for each that it advances, none of them or more."""
+
+    gammas: list[Tensor]
+
+    def copy(self, dtype: torch.dtype | None = None) -> Any:
+        """The same with a Γ of its own; all of it in `dtype` if given."""
+        if dtype is None:
+            return replace(self, gammas=[g.clone() for g in self.gammas])
+        others = {name: a.to(dtype) for name, a in vars(self).items() if isinstance(a, Tensor)}
+        return replace(self, gammas=[g.to(dtype, copy=True) for g in self.gammas], **others)
+
+
+@dataclass(frozen=True)
+class Problem(Given):
+    """What Γ's kernels and scans are given.
 
     gammas S of (B, K, N, M), m (S, S, T, B, N), phi (S, T, B, K, N), y (T, B, K, M), delta (S, T, B, N),
     credit (S, B, N); and made of m and φ: suffix as m, whole (S, S, B, N), arriving as φ.
     partials (K + S, T, B, N): φ of each matrix in the one state that it enters, and ∂F_ν/∂x of each state.
     """
 
-    gammas: list[Tensor]
     m: Tensor
     phi: Tensor
     y: Tensor
@@ -59,15 +76,37 @@ class Problem:
     arriving: Tensor
     partials: Tensor
 
-    def copy(self, dtype: torch.dtype | None = None) -> Problem:
-        """The same with a Γ of its own; all of it in `dtype` if given."""
-        if dtype is None:
-            return replace(self, gammas=[g.clone() for g in self.gammas])
-        others = {name: a.to(dtype) for name, a in vars(self).items() if isinstance(a, Tensor)}
-        return replace(self, gammas=[g.to(dtype, copy=True) for g in self.gammas], **others)
+
+@dataclass(frozen=True)
+class Circuit(Given):
+    """What an RGC's own kernels are given.
+
+    x (T, B, N), weights (4, N, N), state (2, B, N), gates (2, T, B, 2, N), before and delta (2, T, B, N); and of
+    one step, own (2, B, N) and phi (4, B, N).
+    """
+
+    x: Tensor
+    weights: Tensor
+    state: Tensor
+    gates: Tensor
+    before: Tensor
+    delta: Tensor
+    own: Tensor
+    phi: Tensor
 
 
-Runner = Callable[[Problem], Sequence[Tensor]]
+@dataclass(frozen=True)
+class HeadsStep(Given):
+    """What exact RTRL by heads is given: one γ (B, H, S, b, K, b, b), and of a step, jacobian (B, H, S·b, S·b), phi
+    (S, B, K, N), y (B, K, H, b), delta (S, B, N)."""
+
+    jacobian: Tensor
+    phi: Tensor
+    y: Tensor
+    delta: Tensor
+
+
+Runner = Callable[[Any], Sequence[Tensor]]
 
 
 class Kernel(ABC):
@@ -77,7 +116,7 @@ class Kernel(ABC):
     dtype   "float32" or "bfloat16": what Γ is kept in
     rate    "float32" or "tf32": the GEMM rate that its arithmetic is held against
     steps   of a chunk; None where the option says it
-    takes   names of the tensors of `Problem` that it reads, Γ not among them
+    takes   names of the tensors that it reads of what it is given, Γ not among them
     """
 
     name: str
@@ -96,8 +135,8 @@ class Kernel(ABC):
         """Numbers that one call must write, Γ itself not counted. All are float32."""
 
     @abstractmethod
-    def reference(self, problem: Problem) -> Sequence[Tensor]:
-        """What one call gives, in the problem's own dtype by `reference.rfp`: Γ's states first, if any."""
+    def reference(self, problem: Any) -> Sequence[Tensor]:
+        """What one call gives, in the problem's own dtype by `reference`: Γ's states first, if any."""
 
     @abstractmethod
     def runners(self, device: torch.device) -> dict[str, Runner]:
@@ -107,16 +146,26 @@ class Kernel(ABC):
         """Numbers of Γ, all states: S·K·B·N²."""
         return STATES * MATRICES * batch * units**2 if self.has_gamma else 0
 
+    def shapes(self, units: int, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of all that it is given, but Γ."""
+        return shapes(units, batch, steps)
+
+    def draw(
+        self, units: int, batch: int, steps: int, generator: torch.Generator, device: torch.device
+    ) -> Given:
+        """Given at random. Γ stays bounded however often it is advanced."""
+        return _problem(self, units, batch, steps, generator, device)
+
     def bytes(self, units: int, batch: int, steps: int) -> int:
         """Bytes that one call must move: Γ in and out, arrays in, results out, each once."""
-        sizes = shapes(units, batch, steps)
+        sizes = self.shapes(units, batch, steps)
         read = sum(torch.Size(sizes[name]).numel() for name in self.takes)
         gamma = 2 * self.gamma_numbers(units, batch) * getattr(torch, self.dtype).itemsize
         return gamma + 4 * (read + self.written(units, batch, steps))
 
     def peak_bytes(self, units: int, batch: int, steps: int) -> int:
         """About the most alive while it is checked: Γ, a copy, float64's, and the comparison's."""
-        numbers = sum(torch.Size(s).numel() for s in shapes(units, batch, steps).values())
+        numbers = sum(torch.Size(s).numel() for s in self.shapes(units, batch, steps).values())
         return self.gamma_numbers(units, batch) * (8 + 4 * 8) + numbers * (4 + 3 * 8)
 
 
@@ -135,9 +184,15 @@ def shapes(units: int, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def problem(kernel: Kernel, units: int, batch: int, steps: int, seed: int, device: torch.device) -> Problem:
-    """Draw a problem on the device. Γ stays bounded however often it is advanced: |M| is below 1."""
-    generator = torch.Generator(device).manual_seed(seed)
+def problem(kernel: Kernel, units: int, batch: int, steps: int, seed: int, device: torch.device) -> Any:
+    """Draw on the device what a kernel is given."""
+    return kernel.draw(units, batch, steps, torch.Generator(device).manual_seed(seed), device)
+
+
+def _problem(
+    kernel: Kernel, units: int, batch: int, steps: int, generator: torch.Generator, device: torch.device
+) -> Problem:
+    """|M| is below 1."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
@@ -287,7 +342,7 @@ class GammaStep(Kernel):
     def _outputs(self, p: Problem, total: Tensor | None) -> Sequence[Tensor]:
         return [*p.gammas, *([] if total is None else [total])]
 
-    def reference(self, problem: Problem) -> Sequence[Tensor]:
+    def reference(self, problem: Any) -> Sequence[Tensor]:
         m, phi, y, delta = self._arguments(problem)
         return self._outputs(problem, rfp.gamma_step_(problem.gammas, m, phi, y, delta))
 
@@ -331,7 +386,7 @@ class GammaRead(Kernel):
         not_written = self.gamma_numbers(units, batch) * getattr(torch, self.dtype).itemsize
         return super().bytes(units, batch, steps) - not_written
 
-    def reference(self, problem: Problem) -> Sequence[Tensor]:
+    def reference(self, problem: Any) -> Sequence[Tensor]:
         return [*problem.gammas, rfp.gamma_read(problem.gammas, problem.credit)]
 
     def runners(self, device: torch.device) -> dict[str, Runner]:
@@ -363,7 +418,7 @@ class GammaChunk(Kernel):
     def written(self, units: int, batch: int, steps: int) -> int:
         return MATRICES * units**2
 
-    def reference(self, problem: Problem) -> Sequence[Tensor]:
+    def reference(self, problem: Any) -> Sequence[Tensor]:
         p = problem
         total = rfp.gamma_chunk_(p.gammas, p.suffix, p.whole, p.phi, p.y, p.credit)
         assert total is not None
@@ -448,7 +503,7 @@ class Scan(Kernel):
         last = STATES if "delta" in self.takes else STATES**2
         return (self._written * steps + last) * units * batch
 
-    def reference(self, problem: Problem) -> Sequence[Tensor]:
+    def reference(self, problem: Any) -> Sequence[Tensor]:
         return self.function(*(getattr(problem, name) for name in self.takes))
 
     def runners(self, device: torch.device) -> dict[str, Runner]:
@@ -462,6 +517,257 @@ class Scan(Kernel):
             "torch": self.reference,
             "compile": lambda p: _compiled(self.pure)(*arguments(p)),
         }
+
+
+def _circuit_shapes(units: int, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of `Circuit`."""
+    return {
+        "x": (steps, batch, units),
+        "weights": (MATRICES, units, units),
+        "state": (STATES, batch, units),
+        "gates": (2, steps, batch, 2, units),
+        "before": (STATES, steps, batch, units),
+        "delta": (STATES, steps, batch, units),
+        "own": (STATES, batch, units),
+        "phi": (MATRICES, batch, units),
+    }
+
+
+class OfCircuit(Kernel):
+    """A kernel of an RGC that has no Γ. function and pure: eager, and to be compiled; launch: by Triton."""
+
+    has_gamma = False
+
+    def __init__(
+        self,
+        name: str,
+        takes: tuple[str, ...],
+        function: Callable[..., Sequence[Tensor]],
+        pure: Callable[..., Sequence[Tensor]],
+        launch: Callable[..., Sequence[Tensor]],
+    ) -> None:
+        self.name, self.takes, self.function, self.pure, self.launch = name, takes, function, pure, launch
+
+    def shapes(self, units: int, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
+        return _circuit_shapes(units, batch, steps)
+
+    def draw(
+        self, units: int, batch: int, steps: int, generator: torch.Generator, device: torch.device
+    ) -> Circuit:
+        size = self.shapes(units, batch, steps)
+        drawn = {name: torch.randn(size[name], generator=generator, device=device) for name in size}
+        drawn["weights"] *= 0.3 / math.sqrt(units)
+        drawn["gates"].tanh_()
+        return Circuit(gammas=[], **drawn)
+
+    def reference(self, problem: Any) -> Sequence[Tensor]:
+        return self.function(*(getattr(problem, name) for name in self.takes))
+
+    def runners(self, device: torch.device) -> dict[str, Runner]:
+        def arguments(p: Circuit) -> list[Tensor]:
+            return [getattr(p, name) for name in self.takes]
+
+        if device.type != "cuda":
+            return {"torch": self.reference}
+        return {
+            "triton": lambda p: self.launch(*arguments(p)),
+            "torch": self.reference,
+            "compile": lambda p: _compiled(self.pure)(*arguments(p)),
+        }
+
+
+class RGCForward(OfCircuit):
+    """All steps of an RGC; a product a step and a pass beside it, or one launch for all steps of few units."""
+
+    def __init__(self) -> None:
+        super().__init__("rgc-forward", ("x", "weights", "state"), _forward, _pure_forward, _launch_forward)
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # a unit: four products with N numbers; four tanh of five operations each, and eight
+        return batch * steps * units * (8 * units + 28)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return (STATES * (steps + 1) + MATRICES * steps) * batch * units
+
+
+class RGCBackward(OfCircuit):
+    """Exact credits of an RGC, backward in time, and what enters each matrix."""
+
+    def __init__(self) -> None:
+        takes = ("gates", "before", "x", "weights", "delta")
+        super().__init__("rgc-backward", takes, _backward, _pure_backward, _launch_backward)
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # a unit: four products with N numbers; credits added, E of four matrices, two own paths
+        return batch * steps * units * (8 * units + 2 + 4 * MATRICES + 2)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return (STATES * (steps + 1) + MATRICES * steps) * batch * units
+
+
+class RTRLJacobian(OfCircuit):
+    """J of one step, dense: what exact RTRL multiplies γ by."""
+
+    steps = 1
+
+    def __init__(self) -> None:
+        super().__init__("rtrl-jacobian", ("own", "phi", "weights"), _jacobian, _jacobian, _launch_jacobian)
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        return MATRICES * batch * units**2 + STATES * batch * units
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return STATES**2 * batch * units**2
+
+
+def _forward(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    made = RGCCell().scan(x[None], weights.unbind(0), state.unbind(0))
+    return made.states, made.saved
+
+
+def _pure_forward(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    ss, ms, mm, sm = weights.mT
+    (s, m), states, gates = state.unbind(0), [state], []
+    for u in x:
+        by_s, by_m = [(s @ ss).tanh(), (s @ sm).tanh()], [(m @ mm).tanh(), (m @ ms).tanh()]
+        s, m = (1 - by_m[1]) * u + by_s[0] * s, (1 - by_s[1]) * u + by_m[0] * m
+        states.append(torch.stack([s, m]))
+        gates.append(torch.stack([torch.stack(by_s, -2), torch.stack(by_m, -2)]))
+    return torch.stack(states, 1), torch.stack(gates, 1)
+
+
+def _launch_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
+    from ..kernels import rgc_forward
+
+    states, gates = rgc_forward.rgc_forward(x, weights.unbind(0), state.unbind(0))
+    assert gates is not None
+    return states, gates
+
+
+def _backward(
+    gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    cell = RGCCell()
+    states = torch.cat([before, before[:, -1:]], 1)  # the last is read by no step
+    lin = cell.linearize(Trajectory(x[None], states, gates))
+    credit, passed = bptt.credits(lin, cell.matrices, weights.unbind(0), delta)
+    ss, ms, mm, sm = (rfp.entering_credit(matrix, lin, credit) for matrix in cell.matrices)
+    return credit, passed, torch.stack([torch.stack([ss, sm], -2), torch.stack([mm, ms], -2)])
+
+
+def _pure_backward(
+    gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    w_ss, w_ms, w_mm, w_sm = weights
+    passed = torch.zeros_like(delta[:, 0])
+    credits, entering = [], []
+    for t in range(x.shape[0] - 1, -1, -1):
+        (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in gates[:, t])
+        (s, m), credit = before[:, t], delta[:, t] + passed
+        from_ss, from_ms = credit[0] * (1 - ss * ss) * s, credit[0] * (ms * ms - 1) * x[t]
+        from_mm, from_sm = credit[1] * (1 - mm * mm) * m, credit[1] * (sm * sm - 1) * x[t]
+        to_s = ss * credit[0] + from_ss @ w_ss + from_sm @ w_sm
+        to_m = mm * credit[1] + from_mm @ w_mm + from_ms @ w_ms
+        passed = torch.stack([to_s, to_m])
+        credits.append(credit)
+        entering.append(
+            torch.stack([torch.stack([from_ss, from_sm], -2), torch.stack([from_mm, from_ms], -2)])
+        )
+    return torch.stack(credits[::-1], 1), passed, torch.stack(entering[::-1], 1)
+
+
+def _launch_backward(
+    gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor
+) -> Sequence[Tensor]:
+    from ..kernels import rgc_backward
+
+    return rgc_backward.bptt_credits(gates, before, x, weights.unbind(0), delta)
+
+
+def _jacobian(own: Tensor, phi: Tensor, weights: Tensor) -> tuple[Tensor]:
+    ss, ms, mm, sm = phi[:, :, :, None] * weights[:, None]
+    of_s = torch.cat([ss + torch.diag_embed(own[0]), ms], 2)
+    return (torch.cat([of_s, torch.cat([sm, mm + torch.diag_embed(own[1])], 2)], 1),)
+
+
+def _launch_jacobian(own: Tensor, phi: Tensor, weights: Tensor) -> Sequence[Tensor]:
+    from ..kernels import rtrl_step
+
+    return (rtrl_step.rtrl_jacobian(own.unbind(0), phi.unbind(0), weights.unbind(0)),)
+
+
+def head_units(units: int) -> int:
+    """b of the heads that N units are cut into: the largest divisor of N that is at most √N, and 64."""
+    return next(b for b in range(min(math.isqrt(units), ops.HEAD_UNITS), 0, -1) if units % b == 0)
+
+
+class RTRLHeads(Kernel):
+    """γ of exact RTRL one step on, of heads of `head_units` units, and the gradient: as many numbers as Γ's at √N."""
+
+    name, takes, steps = "rtrl-heads", ("jacobian", "phi", "y", "delta"), 1
+
+    def shapes(self, units: int, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
+        size = head_units(units)
+        return {
+            "jacobian": (batch, units // size, STATES * size, STATES * size),
+            "phi": (STATES, batch, MATRICES, units),
+            "y": (batch, MATRICES, units // size, size),
+            "delta": (STATES, batch, units),
+        }
+
+    def gamma_numbers(self, units: int, batch: int) -> int:
+        return STATES * MATRICES * batch * units * head_units(units) ** 2
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # a number of γ: a row of J times a column, and a product added to the gradient; φ y added to N·b of each
+        own = STATES * MATRICES * batch * units * head_units(units)
+        return (2 * STATES * head_units(units) + 2) * self.gamma_numbers(units, batch) + 2 * own
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return MATRICES * units * head_units(units)
+
+    def draw(
+        self, units: int, batch: int, steps: int, generator: torch.Generator, device: torch.device
+    ) -> HeadsStep:
+        b = head_units(units)
+        size = {**self.shapes(units, batch, steps), "gamma": (batch, units // b, STATES, b, MATRICES, b, b)}
+        drawn = {name: torch.randn(size[name], generator=generator, device=device) for name in size}
+        drawn["jacobian"] *= 0.3 / math.sqrt(STATES * b)
+        return HeadsStep(gammas=[drawn.pop("gamma")], **drawn)
+
+    def _arguments(self, p: HeadsStep) -> tuple[Tensor, ...]:
+        return p.gammas[0], p.jacobian, p.phi, p.y, p.delta
+
+    def reference(self, problem: Any) -> Sequence[Tensor]:
+        return [problem.gammas[0], _heads_step_(*self._arguments(problem))]
+
+    def runners(self, device: torch.device) -> dict[str, Runner]:
+        if device.type != "cuda":
+            return {"torch": self.reference}
+        from ..kernels import rtrl_heads
+
+        def launched(p: HeadsStep) -> Sequence[Tensor]:
+            gradient = rtrl_heads.rtrl_heads_(*self._arguments(p))
+            assert gradient is not None
+            return [p.gammas[0], gradient]
+
+        return {
+            "triton": launched,
+            "torch": self.reference,
+            "compile": lambda p: [p.gammas[0], _compiled(_heads_step_)(*self._arguments(p))],
+        }
+
+
+def _heads_step_(gamma: Tensor, jacobian: Tensor, phi: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+    """γ ← J γ + R and its gradient (H, K, b, M)."""
+    batch, heads, states, b, matrices = gamma.shape[:5]
+    new = (jacobian @ gamma.flatten(4).flatten(2, 3)).view(gamma.shape)
+    own = new.diagonal(dim1=3, dim2=5)  # (B, H, S, K, M, b)
+    entering = phi.view(states, batch, matrices, heads, b).permute(1, 3, 0, 2, 4)[..., None, :]
+    own += entering * y.permute(0, 2, 1, 3)[:, :, None, :, :, None]
+    gamma.copy_(new)
+    by_head = delta.view(states, batch, heads, b)
+    return torch.einsum("sbhr,bhsrkij->hkij", by_head, new)
 
 
 _KERNELS: tuple[Kernel, ...] = (
@@ -478,6 +784,10 @@ _KERNELS: tuple[Kernel, ...] = (
     Scan("suffix", ("m",), 12, 4, rfp.suffix_products, rfp.suffix_products, _launch("suffix_products")),
     Scan("arriving", ("m", "phi"), 12 + 6 * MATRICES, 2 * MATRICES, _arriving, _pure_arriving,
          _launch("arriving")),
+    RGCForward(),
+    RGCBackward(),
+    RTRLJacobian(),
+    RTRLHeads(),
 )  # fmt: skip
 KERNELS = {kernel.name: kernel for kernel in _KERNELS}
 
@@ -550,12 +860,12 @@ def device_rates(device: torch.device) -> dict[str, float]:
     return rates
 
 
-def verify(kernel: Kernel, run: Runner, given: Problem, want: Sequence[Tensor]) -> float:
+def verify(kernel: Kernel, run: Runner, given: Given, want: Sequence[Tensor]) -> float:
     """The largest relative error against float64; ArithmeticError where rounding can't be why."""
     got = run(given.copy())
     worst = 0.0
     for index, (g, w) in enumerate(zip(got, want, strict=True)):
-        of_gamma = kernel.has_gamma and index < STATES
+        of_gamma = index < len(given.gammas)
         tolerance = TOLERANCE[kernel.rate if kernel.rate == "tf32" else kernel.dtype] if of_gamma else 1e-5
         error = float((g.double() - w).norm() / w.norm())
         if not error <= tolerance:

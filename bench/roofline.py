@@ -29,15 +29,18 @@ from .kernels import (
     GammaRead,
     GammaStep,
     Kernel,
+    OfCircuit,
+    RTRLHeads,
     entered,
     floor,
+    head_units,
     rate_text,
 )
 from .record import Record
 from .summary import bytes_text, seconds_text
 
 FILE = "roofline.jsonl"
-DEFAULT_HIDDEN, DEFAULT_BATCHES = (256, 1001, 1024, 4096), (8,)
+DEFAULT_HIDDEN, DEFAULT_BATCHES = (64, 256, 1001, 1024, 4096), (8,)
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ SCHEDULERS, REGISTERS_AT_ONCE, SHARED_PER_PROGRAM = 4, 256, 1024
 class Launch:
     """What a launcher would launch: a build, its configuration in words, programs, and numbers of a program.
 
-    numbers: of Γ, both states, in a program's tile; of a scan, its units.
-    waits: of a scan, loads that a call waits for, one after the other.
+    numbers: of Γ, both states, in a program's tile, or of J; of a scan or a loop, its units.
+    waits: of a scan or a loop, loads that a call waits for, one after the other.
     again: bytes moved beside those that a call must move: blocks of time are read twice, and summarised.
     """
 
@@ -125,6 +128,10 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
     from ..kernels._launch import split_rows, vector_width
 
     target, parts = gpu.target, 1
+    if isinstance(kernel, RTRLHeads):
+        return heads_launch(units, target)
+    if isinstance(kernel, OfCircuit):
+        return circuit_launch(kernel.name, units, batch, steps, target)
     dtype, short = getattr(torch, kernel.dtype), {"float32": "fp32", "bfloat16": "bf16"}[kernel.dtype]
     if kernel.has_gamma:
         aligned: tuple[str, ...] = ("N", "M") if units % 16 == 0 else ()
@@ -200,6 +207,51 @@ def scan_launch(kernel: Kernel, total: int, steps: int, gpu: Gpu, multiprocessor
     again = 4 * total * (STATES**2 + STATES) * (steps - picked.steps + 2 * (blocks - 1))
     waits = (2 * picked.steps + blocks - 1) / under_way
     return Launch(build, f"{words} t{picked.steps}", tiles * blocks, picked.block, 1, waits, again)
+
+
+def heads_launch(units: int, target: str) -> Launch:
+    """Of exact RTRL by heads: `launch`."""
+    from ..kernels import rtrl_heads
+
+    b = head_units(units)
+    columns = MATRICES * b * b
+    config = rtrl_heads.pick_config(STATES * b, columns, "ieee")
+    words = f"{config.block_r}×{config.block_p} w{config.num_warps} v{config.vector}"
+    programs = units // b * -(-columns // config.block_p)
+    numbers = config.block_r * config.block_p
+    return Launch(static.heads_build(target, config), words, programs, numbers, config.num_warps)
+
+
+def circuit_launch(name: str, units: int, batch: int, steps: int, target: str) -> Launch:
+    """Of an RGC's own kernels: `launch`, of a step where each step is a launch.
+
+    Such a step waits for its product, which isn't compiled here, and then for its pass; a step on chip for its input.
+    """
+    from ..kernels import rgc_backward, rgc_forward, rtrl_step
+
+    divisible = ("N",) if units % 16 == 0 else ()
+    if name == "rtrl-jacobian":
+        square = rtrl_step.pick_config(units)
+        build = static.rtrl_build(target, "jacobian", square, resets=False, divisible=divisible)
+        tiles = -(-units // square.block_n) * -(-units // square.block_m)
+        words = f"{square.block_n}×{square.block_m} w{square.num_warps} v{square.vector}"
+        numbers = MATRICES * square.block_n * square.block_m
+        return Launch(build, words, batch * tiles, numbers, square.num_warps)
+    if name == "rgc-forward" and units <= rgc_forward.SMALL:
+        small = rgc_forward.pick_small_config(units)
+        build = static.rgc_small_build(target, small, resets=False)
+        return Launch(build, f"{small.block} w{small.num_warps}", batch, small.block, small.num_warps, steps)
+    config: rgc_forward.PointwiseConfig | rgc_backward.Config
+    if name == "rgc-forward":
+        config = rgc_forward.pick_pointwise_config(units, static.WARP[target])
+        build = static.rgc_pointwise_build(target, config.vector, resets=False, divisible=divisible)
+    else:
+        config = rgc_backward.pick_config(units, static.WARP[target])
+        build = static.rgc_backward_build(
+            target, config.vector, steps == 1, resets=False, divisible=divisible
+        )
+    programs = batch * -(-units // config.block)
+    return Launch(build, f"{config.block} w1 v{config.vector}", programs, config.block, 1, 2 * steps)
 
 
 def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> tuple[int, str]:

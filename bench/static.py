@@ -2,7 +2,8 @@
 
 A kernel is only compiled in a process that imports triton without TRITON_INTERPRET; `compile_all` starts one:
 this module, which reads builds and writes facts as JSON. The last part says what this package's launchers
-would have compiled: `step_build`, `read_build`, `chunk_build`, `scan_build`, `suffix_build`.
+would have compiled: `step_build`, `read_build`, `chunk_build`, `scan_build`, `suffix_build`, `rgc_small_build`,
+`rgc_pointwise_build`, `rgc_backward_build`, `rtrl_build`, `heads_build`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # triton need not be there to import this
-    from ..kernels import gamma_chunk, gamma_step
+    from ..kernels import gamma_chunk, gamma_step, rgc_forward, rtrl_heads, rtrl_step
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -346,6 +347,131 @@ def suffix_build(
         },
         divisible=divisible,
         options={"num_warps": 1},
+    )
+
+
+def rgc_small_build(target: str, config: rgc_forward.SmallConfig, *, resets: bool = True) -> Build:
+    """All steps of an RGC whose weights are on chip."""
+    return Build(
+        target,
+        "rjepa_triton.kernels.rgc_forward:_rgc_small_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in ("x", "weight", "states", "gates")},
+            "resets_ptr": "*u8",
+            **dict.fromkeys("TBN", "i32"),
+        },
+        constants={**dict.fromkeys([] if resets else ["resets_ptr"]), "BLOCK": config.block},
+        options={"num_warps": config.num_warps},
+    )
+
+
+def rgc_pointwise_build(
+    target: str, vector: int, *, resets: bool = True, divisible: Sequence[str] = ()
+) -> Build:
+    """What an RGC's step does beside its products."""
+    from ..kernels import rgc_forward
+
+    config = rgc_forward.pick_pointwise_config(512, WARP[target])
+    strides = [f"stride_{name}" for name in ("gates", "before", "after", "next")]
+    absent = [] if resets else ["resets_ptr", "next_ptr"]
+    return Build(
+        target,
+        "rjepa_triton.kernels.rgc_forward:_rgc_pointwise_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in ("gates", "before", "u", "after", "next")},
+            "resets_ptr": "*u8",
+            **dict.fromkeys(["N", *strides], "i32"),
+        },
+        constants={**dict.fromkeys(absent), "BLOCK": config.block, "VECTOR": vector},
+        divisible=divisible,
+        options={"num_warps": 1},
+    )
+
+
+def rgc_backward_build(
+    target: str, vector: int, last: bool = False, *, resets: bool = True, divisible: Sequence[str] = ()
+) -> Build:
+    """What an RGC's step backward does beside its product. last: no step is after it."""
+    from ..kernels import rgc_backward
+
+    config = rgc_backward.pick_config(512, WARP[target])
+    arrays = ("gates", "before", "delta", "credit", "entering", "passed")
+    absent = [] if resets else ["resets_ptr"]
+    return Build(
+        target,
+        "rjepa_triton.kernels.rgc_backward:_rgc_backward_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in (*arrays, "u")},
+            "resets_ptr": "*u8",
+            **dict.fromkeys(["N", *(f"stride_{name}" for name in arrays)], "i32"),
+        },
+        constants={**dict.fromkeys(absent), "LAST": last, "BLOCK": config.block, "VECTOR": vector},
+        divisible=divisible,
+        options={"num_warps": 1},
+    )
+
+
+def rtrl_build(
+    target: str,
+    kernel: str,
+    config: rtrl_step.Config,
+    *,
+    resets: bool = True,
+    divisible: Sequence[str] = (),
+) -> Build:
+    """Exact RTRL's "jacobian" or "immediate" term of a dense RGC."""
+    phi = ("phi_ss", "phi_ms", "phi_mm", "phi_sm")
+    pointers, strides = {
+        "jacobian": (("own_s", "own_m", *phi, "ss", "ms", "mm", "sm", "jacobian"), ("own_s", "own_m")),
+        "immediate": (("gamma", *phi, "before"), ("before",)),
+    }[kernel]
+    return Build(
+        target,
+        f"rjepa_triton.kernels.rtrl_step:_rtrl_{kernel}_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in pointers},
+            **({"resets_ptr": "*u8"} if kernel == "jacobian" else {}),
+            **dict.fromkeys(["N", *(f"stride_{name}" for name in strides)], "i32"),
+        },
+        constants={
+            **dict.fromkeys([] if resets else ["resets_ptr"]),
+            "BLOCK_N": config.block_n,
+            "BLOCK_M": config.block_m,
+            "VECTOR": config.vector,
+        },
+        divisible=divisible,
+        options={"num_warps": config.num_warps},
+    )
+
+
+def heads_build(
+    target: str, config: rtrl_heads.Config, precision: str = "ieee", *, gradient: bool = True, states: int = 2
+) -> Build:
+    """Exact RTRL of heads, each reading its own units."""
+    absent = [] if gradient else ["delta_ptr", "grad_ptr"]
+    return Build(
+        target,
+        "rjepa_triton.kernels.rtrl_heads:_rtrl_heads_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in ("gamma", "jacobian", "phi", "y", "delta", "grad")},
+            **dict.fromkeys(("B", "H", "b", "K", "M", "stride_phi", "stride_delta"), "i32"),
+        },
+        constants={
+            **dict.fromkeys(absent),
+            "S": states,
+            "PER_HEAD": True,
+            "PRECISION": precision,
+            "BLOCK_R": config.block_r,
+            "BLOCK_P": config.block_p,
+            "BLOCK_K": config.block_k,
+            "VECTOR": config.vector,
+            "VECTOR_J": config.vector_j,
+        },
+        options={
+            "num_warps": config.num_warps,
+            "num_stages": 1,
+            **({} if target.startswith("gfx") else {"maxnreg": config.registers}),
+        },
     )
 
 

@@ -37,6 +37,14 @@ CPU = torch.device("cpu")
         ("scan-entering", 4 * (17 * 20 + 2) * 30, (8 + 4 + 3) * 20 * 30),
         # M 4, φ 8, U 8 a step; and R(0)
         ("arriving", 4 * (20 * 20 + 4) * 30, (12 + 24) * 20 * 30),
+        # x 1, gates 4, states 2 a step; the state given and once more written, four weights
+        ("rgc-forward", 4 * ((7 * 20 + 4) * 30 + 400), (80 + 28) * 20 * 30),
+        # gates 4, states 2, x 1, δ 2, λ 2, E 4 a step; what passes on, four weights
+        ("rgc-backward", 4 * ((15 * 20 + 2) * 30 + 400), (80 + 20) * 20 * 30),
+        # own 2BN, φ 4BN, four weights, J 4BN²
+        ("rtrl-jacobian", 4 * (6 * 30 + 400 + 400 * 3), 4 * 300 + 2 * 30),
+        # five heads of two: γ 8BN·4, in and out; J 5·4·4B, φ 8BN, y 4BN, δ 2BN; the gradient 4N·2
+        ("rtrl-heads", 4 * (2 * 32 * 30 + 80 * 3 + 14 * 30 + 80), (8 + 2) * 32 * 30 + 2 * 16 * 30),
     ],
 )
 def test_bytes_and_flop(name: str, moved: int, flop: int) -> None:
@@ -56,10 +64,11 @@ def test_what_is_written_and_read_is_what_the_formula_counts(name: str) -> None:
     kernel = KERNELS[name]
     steps = kernel.steps or 5
     given = kernels.problem(kernel, 6, 2, steps, 0, CPU)
-    for attribute, shape in kernels.shapes(6, 2, steps).items():
+    for attribute, shape in kernel.shapes(6, 2, steps).items():
         assert tuple(getattr(given, attribute).shape) == shape
     outputs = kernel.reference(given)
-    states = kernels.STATES if kernel.has_gamma else 0
+    states = len(given.gammas)
+    assert (states > 0) == kernel.has_gamma
     assert sum(g.numel() for g in outputs[:states]) == kernel.gamma_numbers(6, 2)
     assert sum(out.numel() for out in outputs[states:]) == kernel.written(6, 2, steps)
 
@@ -290,7 +299,16 @@ def test_a_prediction_compiles_what_the_launcher_launches(
 ) -> None:
     """Constants, grid and options of the build are those that the launcher passes."""
     pytest.importorskip("triton")
-    from rjepa_triton.kernels import gamma_chunk, gamma_read, gamma_step, reverse_scan
+    from rjepa_triton.kernels import (
+        gamma_chunk,
+        gamma_read,
+        gamma_step,
+        reverse_scan,
+        rgc_backward,
+        rgc_forward,
+        rtrl_heads,
+        rtrl_step,
+    )
 
     passed: list[tuple[object, dict[str, object]]] = []
 
@@ -304,14 +322,20 @@ def test_a_prediction_compiles_what_the_launcher_launches(
 
             return launch
 
-    for module in (gamma_step, gamma_read, gamma_chunk, reverse_scan):
+    modules = (
+        *(gamma_step, gamma_read, gamma_chunk, reverse_scan),
+        *(rgc_backward, rgc_forward, rtrl_heads, rtrl_step),
+    )
+    for module in modules:
         for attribute, value in list(vars(module).items()):
             if attribute.endswith("_kernel"):
                 monkeypatch.setattr(module, attribute, Stub(value))
     kernel = KERNELS[name]
     given = kernels.problem(kernel, units, batch, kernel.steps or 3, 0, CPU)
     kernel.runners(torch.device("cuda"))["triton"](given)
-    ((grid, arguments),) = passed
+    by_step = name == "rgc-backward" or (name == "rgc-forward" and units > 64)
+    assert len(passed) == (3 if by_step else 1)
+    grid, arguments = passed[1 if name == "rgc-backward" else 0]  # its first has no step after it
     made = roofline.launch(kernel, units, batch, kernel.steps or 3, roofline.GPUS["h100"])
     programs = 1
     for size in grid:  # type: ignore[attr-defined]
@@ -325,6 +349,7 @@ def test_a_prediction_compiles_what_the_launcher_launches(
             assert given_kinds == kinds, argument
     for option, number in made.build.options.items():
         assert arguments[option] == number, option
-    for argument in ("N", "M", "BN"):
+    specialized = () if name == "rtrl-heads" or "small" in made.build.kernel else ("N", "M", "BN")
+    for argument in specialized:
         if argument in arguments:
             assert (argument in made.build.divisible) == (arguments[argument] % 16 == 0)  # type: ignore[operator]

@@ -25,12 +25,17 @@ from rjepa_triton.bench.static import (
     chunk_build,
     compile_all,
     cuobjdump,
+    heads_build,
     read_build,
+    rgc_backward_build,
+    rgc_pointwise_build,
+    rgc_small_build,
+    rtrl_build,
     scan_build,
     step_build,
     suffix_build,
 )
-from rjepa_triton.kernels import gamma_chunk, gamma_step, rgc_backward, rgc_forward, rtrl_heads, rtrl_step
+from rjepa_triton.kernels import gamma_chunk, gamma_step, rgc_forward, rtrl_heads, rtrl_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Config = gamma_step.Config | gamma_chunk.Config
@@ -62,103 +67,6 @@ NARROW_STORES = {
     # φ y goes to one row a state of each column, and a column has one gradient: number by number.
     "rtrl-heads": 3,
 }
-
-
-def _rgc_small_build(target: str, config: rgc_forward.SmallConfig) -> Build:
-    return Build(
-        target,
-        "rjepa_triton.kernels.rgc_forward:_rgc_small_kernel",
-        types={
-            **{f"{name}_ptr": "*fp32" for name in ("x", "weight", "states", "gates")},
-            "resets_ptr": "*u8",
-            **dict.fromkeys("TBN", "i32"),
-        },
-        constants={"BLOCK": config.block},
-        options={"num_warps": config.num_warps},
-    )
-
-
-def _rgc_pointwise_build(target: str, vector: int) -> Build:
-    config = rgc_forward.pick_pointwise_config(512, WARP[target])
-    strides = [f"stride_{name}" for name in ("gates", "before", "after", "next")]
-    return Build(
-        target,
-        "rjepa_triton.kernels.rgc_forward:_rgc_pointwise_kernel",
-        types={
-            **{f"{name}_ptr": "*fp32" for name in ("gates", "before", "u", "after", "next")},
-            "resets_ptr": "*u8",
-            **dict.fromkeys(["N", *strides], "i32"),
-        },
-        constants={"BLOCK": config.block, "VECTOR": vector},
-        options={"num_warps": 1},
-    )
-
-
-def _rgc_backward_build(target: str, vector: int, last: bool = False) -> Build:
-    config = rgc_backward.pick_config(512, WARP[target])
-    arrays = ("gates", "before", "delta", "credit", "entering", "passed")
-    return Build(
-        target,
-        "rjepa_triton.kernels.rgc_backward:_rgc_backward_kernel",
-        types={
-            **{f"{name}_ptr": "*fp32" for name in (*arrays, "u")},
-            "resets_ptr": "*u8",
-            **dict.fromkeys(["N", *(f"stride_{name}" for name in arrays)], "i32"),
-        },
-        constants={"LAST": last, "BLOCK": config.block, "VECTOR": vector},
-        options={"num_warps": 1},
-    )
-
-
-def _rtrl_build(target: str, kernel: str, config: rtrl_step.Config) -> Build:
-    """kernel: "jacobian" or "immediate"."""
-    phi = ("phi_ss", "phi_ms", "phi_mm", "phi_sm")
-    pointers = {
-        "jacobian": ("own_s", "own_m", *phi, "ss", "ms", "mm", "sm", "jacobian"),
-        "immediate": ("gamma", *phi, "before"),
-    }[kernel]
-    return Build(
-        target,
-        f"rjepa_triton.kernels.rtrl_step:_rtrl_{kernel}_kernel",
-        types={
-            **{f"{name}_ptr": "*fp32" for name in pointers},
-            "resets_ptr": "*u8",
-            **dict.fromkeys(["N", "stride_own_s", "stride_own_m", "stride_before"], "i32"),
-        },
-        constants={"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "VECTOR": config.vector},
-        options={"num_warps": config.num_warps},
-    )
-
-
-def _heads_build(
-    target: str, config: rtrl_heads.Config, precision: str = "ieee", *, gradient: bool = True, states: int = 2
-) -> Build:
-    """Exact RTRL of heads, each reading its own units."""
-    absent = [] if gradient else ["delta_ptr", "grad_ptr"]
-    return Build(
-        target,
-        "rjepa_triton.kernels.rtrl_heads:_rtrl_heads_kernel",
-        types={
-            **{f"{name}_ptr": "*fp32" for name in ("gamma", "jacobian", "phi", "y", "delta", "grad")},
-            **dict.fromkeys(("B", "H", "b", "K", "M", "stride_phi", "stride_delta"), "i32"),
-        },
-        constants={
-            **dict.fromkeys(absent),
-            "S": states,
-            "PER_HEAD": True,
-            "PRECISION": precision,
-            "BLOCK_R": config.block_r,
-            "BLOCK_P": config.block_p,
-            "BLOCK_K": config.block_k,
-            "VECTOR": config.vector,
-            "VECTOR_J": config.vector_j,
-        },
-        options={
-            "num_warps": config.num_warps,
-            "num_stages": 1,
-            **({} if target.startswith("gfx") else {"maxnreg": config.registers}),
-        },
-    )
 
 
 def _configs(pick: Callable[..., Config], *choices: Iterable[object]) -> list[Config]:
@@ -219,7 +127,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
             tile = config.block_k * config.block_p // (WARP[target] * config.num_warps)
             name = f"rtrl-heads-{target}-{config.block_r}x{config.block_p}-v{config.vector}{config.vector_j}-{precision}"
             for gradient in (True, False) if target == "sm_90" else (True,):
-                build = _heads_build(target, config, precision, gradient=gradient)
+                build = heads_build(target, config, precision, gradient=gradient)
                 loads = tile // 4 if config.vector == 4 else 0
                 yield name + "-gradient" * gradient, Case(build, config.registers, loads)
     for target in TARGETS:
@@ -271,13 +179,13 @@ def _cases() -> Iterator[tuple[str, Case]]:
         for config in RGC_SMALL_CONFIGS:
             # The weights, 128 bits a load, once for all steps.
             loads = 4 * config.block**2 // (WARP[target] * config.num_warps) // 4
-            yield f"rgc-small-{target}-{config.block}", Case(_rgc_small_build(target, config), 168, loads)
+            yield f"rgc-small-{target}-{config.block}", Case(rgc_small_build(target, config), 168, loads)
         for vector, loads in ((4, 7), (1, 0)):
-            yield f"rgc-pointwise-{target}-{vector}", Case(_rgc_pointwise_build(target, vector), 64, loads)
+            yield f"rgc-pointwise-{target}-{vector}", Case(rgc_pointwise_build(target, vector), 64, loads)
         for vector, last in itertools.product((4, 1), (False, True)):
             # Gates, states, input and credits; what the step after passes, unless it is the last.
             loads = 0 if vector == 1 else 9 if last else 11
-            build = _rgc_backward_build(target, vector, last)
+            build = rgc_backward_build(target, vector, last)
             yield f"rgc-backward-{target}-{vector}{'-last' * last}", Case(build, 96, loads)
         for kernel, config in itertools.product(("jacobian", "immediate"), RTRL_CONFIGS):
             # Tiles of four matrices.
@@ -285,7 +193,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
             loads = 0 if config.vector == 1 else 4 * per_thread // config.vector
             yield (
                 f"rtrl-{kernel}-{target}-{config.vector}",
-                Case(_rtrl_build(target, kernel, config), 168, loads),
+                Case(rtrl_build(target, kernel, config), 168, loads),
             )
 
 
@@ -308,10 +216,10 @@ OF_ONE = {
         ("reverse_scan", scan_build("sm_90", 2, [[0], [0, 1], []])[0], ("BN",)),
         ("block_summary", scan_build("sm_90", 2, steps=4096, units=1)[0], ("BN",)),
         ("suffix", suffix_build("sm_90", 2, 2), ("BN", "N")),
-        ("rgc-pointwise", _rgc_pointwise_build("sm_90", 1), ("N",)),
-        ("rgc-backward", _rgc_backward_build("sm_90", 1), ("N",)),
-        ("rtrl-jacobian", _rtrl_build("sm_90", "jacobian", rtrl_step.pick_config(1)), ("N",)),
-        ("rtrl-immediate", _rtrl_build("sm_90", "immediate", rtrl_step.pick_config(1)), ("N",)),
+        ("rgc-pointwise", rgc_pointwise_build("sm_90", 1), ("N",)),
+        ("rgc-backward", rgc_backward_build("sm_90", 1), ("N",)),
+        ("rtrl-jacobian", rtrl_build("sm_90", "jacobian", rtrl_step.pick_config(1)), ("N",)),
+        ("rtrl-immediate", rtrl_build("sm_90", "immediate", rtrl_step.pick_config(1)), ("N",)),
     ]
 }
 
