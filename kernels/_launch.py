@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -91,14 +92,22 @@ def split_rows(row_bytes: int, batch: int, multiprocessors: int) -> int:
     return batch // parts
 
 
-def multiprocessors(value: Tensor) -> int:
-    """How many the GPU of `value` has; an H100's where kernels are interpreted."""
-    return _multiprocessors(value.device) if value.is_cuda else 132
+class DeviceSizes(NamedTuple):
+    """Lanes of a warp, and multiprocessors."""
+
+    warp: int
+    multiprocessors: int
+
+
+def device_sizes(value: Tensor) -> DeviceSizes:
+    """Of the GPU of `value`; an H100's where kernels are interpreted."""
+    return _device_sizes(value.device) if value.is_cuda else DeviceSizes(32, 132)
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _device_sizes(device: torch.device) -> DeviceSizes:
+    about = torch.cuda.get_device_properties(device)
+    return DeviceSizes(about.warp_size, about.multi_processor_count)
 
 
 def check_runnable(kernel: object, name: str, value: Tensor) -> None:

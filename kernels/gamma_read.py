@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_gammas, check_runnable, check_tensor, multiprocessors, split_rows
+from ._launch import check_gammas, check_runnable, check_tensor, device_sizes, split_rows
 from .gamma_step import pick_config
 
 
@@ -112,7 +112,7 @@ def gamma_read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
     check_tensor("credit", credit, (states, batch, units), gamma, any_stride=1)
     check_runnable(_gamma_read_kernel, "gammas", gamma)
 
-    rows = split_rows(states * gamma.nbytes // batch, batch, multiprocessors(gamma))
+    rows = split_rows(states * gamma.nbytes // batch, batch, device_sizes(gamma).multiprocessors)
     parts = batch // rows
     gradients = torch.empty(parts, matrices, units, fan_in, dtype=torch.float32, device=gamma.device)
     config = pick_config(units, fan_in, gamma.dtype)

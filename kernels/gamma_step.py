@@ -14,7 +14,7 @@ from ._launch import (
     check_gammas,
     check_runnable,
     check_tensor,
-    multiprocessors,
+    device_sizes,
     split_rows,
     vector_width,
 )
@@ -261,7 +261,7 @@ def gamma_step_(
             raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {value}")
     check_runnable(_gamma_step_kernel, "gammas", gamma)
 
-    rows = split_rows(states * gamma.nbytes // batch, batch, multiprocessors(gamma))
+    rows = split_rows(states * gamma.nbytes // batch, batch, device_sizes(gamma).multiprocessors)
     parts = batch // rows
     gradients = None
     if delta is not None and (weight is None or parts > 1):

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_dims, check_runnable, check_tensor, vector_width
+from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vector_width
 
 
 @triton.jit
@@ -289,14 +289,6 @@ def pick_scan_config(
     return ScanConfig(block, stages, -(-T // blocks))
 
 
-def _device_sizes(tensor: Tensor) -> tuple[int, int]:
-    """Lanes of a warp and multiprocessors: of the GPU, or where kernels are interpreted, of an H100."""
-    if not tensor.is_cuda:
-        return 32, 132
-    about = torch.cuda.get_device_properties(tensor.device)
-    return about.warp_size, about.multi_processor_count
-
-
 def _check_transitions(m: Tensor) -> tuple[int, int, int, int]:
     """(S, T, B, N) of m (S, S, T, B, N)."""
     states, columns, steps, batch, units = check_dims("m", m, "SSTBN")
@@ -392,7 +384,7 @@ def _scan(
     by_state = [by.get(nu) for by in partials for nu in range(states)]
     count = sum(partial is not None for partial in by_state)
     written = len(outputs) + (0 if credit is None else states)
-    config = pick_scan_config(steps, total, states, count, written, *_device_sizes(m))
+    config = pick_scan_config(steps, total, states, count, written, *device_sizes(m))
     tiles, blocks = triton.cdiv(total, config.block), triton.cdiv(steps, config.steps)
     vector = vector_width(total, torch.float32)
     passed = delta.new_empty(states, batch, units)
@@ -442,7 +434,7 @@ def _suffix(m: Tensor, phi: Tensor | None, suffix: Tensor | None, adds: Tensor |
     check_runnable(_suffix_kernel, "m", m)
     states, _, steps, batch, units = m.shape
     matrices = 0 if phi is None else phi.shape[3]
-    config = pick_config(matrices, _device_sizes(m)[0])
+    config = pick_config(matrices, device_sizes(m).warp)
     whole = torch.empty_like(m[:, :, 0])
     with torch.cuda.device_of(m):
         _suffix_kernel[(triton.cdiv(batch * units, config.block),)](

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_dims, check_runnable, check_tensor, vector_width
-from .rgc_forward import joined_by_source, warp_size
+from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vector_width
+from .rgc_forward import joined_by_source
 
 
 @triton.jit(
@@ -174,7 +174,7 @@ def bptt_credits(
     credit, entering = torch.empty_like(delta), torch.empty_like(gates)
     passed = torch.empty_like(delta[:, 0], memory_format=torch.contiguous_format)
     joined = joined_by_source(weights)
-    config = pick_config(units, warp_size(u))
+    config = pick_config(units, device_sizes(u).warp)
     strides = [a.stride(0) for a in (gates, before, delta, credit, entering, passed)]
     vector = config.vector if all(stride % config.vector == 0 for stride in strides) else 1
     grid = (batch * triton.cdiv(units, config.block),)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_dims, check_runnable, check_tensor, vector_width
+from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vector_width
 
 # Units up to which one program can hold the weights: of twice as many they are 256 KiB, as many as a
 # multiprocessor has registers.
@@ -168,11 +168,6 @@ def pick_pointwise_config(N: int, warp_size: int) -> PointwiseConfig:
     return PointwiseConfig(4 * warp_size, vector_width(N, torch.float32))
 
 
-def warp_size(value: Tensor) -> int:
-    """Lanes of a warp where `value` is; 32 where kernels are interpreted."""
-    return torch.cuda.get_device_properties(value.device).warp_size if value.is_cuda else 32
-
-
 def rgc_pointwise_(
     pre: Tensor,
     before: Tensor,
@@ -233,7 +228,7 @@ def _pointwise(
     """`rgc_pointwise_` of arguments that are known to be right, next_resets in uint8."""
     batch, units = u.shape
     strides = [0 if a is None else a.stride(0) for a in (pre, before, after, next_before)]
-    config = pick_pointwise_config(units, warp_size(u))
+    config = pick_pointwise_config(units, device_sizes(u).warp)
     vector = config.vector if all(stride % config.vector == 0 for stride in strides) else 1
     with torch.cuda.device_of(u):
         _rgc_pointwise_kernel[(batch * triton.cdiv(units, config.block),)](

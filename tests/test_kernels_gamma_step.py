@@ -15,6 +15,7 @@ from rjepa_triton.reference import rfp
 pytest.importorskip("triton")
 
 from rjepa_triton.kernels import gamma_step
+from rjepa_triton.kernels._launch import DeviceSizes
 from rjepa_triton.kernels.gamma_step import Config, gamma_step_, pick_config
 
 # Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
@@ -273,7 +274,7 @@ def test_what_a_launcher_splits(monkeypatch):
 
     monkeypatch.setattr(gamma_step, "check_runnable", lambda *_: None)
     monkeypatch.setattr(gamma_step, "_gamma_step_kernel", Stub())
-    monkeypatch.setattr(gamma_step, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(gamma_step, "device_sizes", lambda _: DeviceSizes(32, 132))
     for batch, units in ((15, 64), (16, 64), (64, 64), (8, 256)):
         gammas, m, phi, y, delta = _problem(2, batch, 4, units, units)
         gamma_step_(gammas, m, phi, y, delta)

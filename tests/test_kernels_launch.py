@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from rjepa_triton.kernels import _launch
-from rjepa_triton.kernels._launch import multiprocessors, split_rows, vector_width
+from rjepa_triton.kernels._launch import device_sizes, split_rows, vector_width
 
 KERNELS = sorted(Path(_launch.__file__).parent.glob("*.py"))
 
@@ -80,5 +80,5 @@ def test_split_rows(row_bytes, batch, gpu, rows):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU says how many it has")
-def test_interpreted_kernels_split_as_on_an_h100():
-    assert multiprocessors(torch.zeros(1)) == 132
+def test_interpreted_kernels_are_laid_out_as_on_an_h100():
+    assert device_sizes(torch.zeros(1)) == (32, 132)
