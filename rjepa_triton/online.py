@@ -153,7 +153,7 @@ class OnlineLearner:
             self._refuse_if_too_large(device)
             sizes = (layer.matrices, weights, self._problem.states, batch_size)
             if self.learning == "rtrl":
-                sensitivity = Exact(*sizes, scan)
+                sensitivity = Exact(layer.cell, *sizes, scan)
             elif self.learning == "uoro":
                 sensitivity = RankOne(*sizes, seed)
             elif self.learning == "tbptt":

@@ -112,7 +112,7 @@ def scan(
     backend: str = "torch",
 ) -> Trajectory:
     """`cell.scan` by the chosen backend ("torch" or "triton"); kernels run RGC with dense weights."""
-    if backend == "triton" and _has_kernels(cell, weights):
+    if backend == "triton" and is_dense_rgc(cell, weights):
         from .kernels import rgc_forward as kernels
 
         def launch() -> tuple[Any, ...]:
@@ -129,10 +129,11 @@ def scan(
 
 def one_launch(cell: Cell, weights: Sequence[Tensor]) -> bool:
     """Whether Triton's loop is one launch for all steps, with the weights on chip."""
-    return _has_kernels(cell, weights) and weights[0].shape[0] <= ON_CHIP_UNITS
+    return is_dense_rgc(cell, weights) and weights[0].shape[0] <= ON_CHIP_UNITS
 
 
-def _has_kernels(cell: Cell, weights: Sequence[Tensor]) -> bool:
+def is_dense_rgc(cell: Cell, weights: Sequence[Tensor]) -> bool:
+    """Whether these are the recurrent weights of an RGC, dense: what kernels of its own take."""
     return isinstance(cell, RGCCell) and all(weight.dim() == 2 for weight in weights)
 
 
@@ -149,7 +150,7 @@ def exact(
 
     lin: `trajectory` linearised; delta (S, T, B, N). Kernels run RGC with dense weights.
     """
-    if backend == "triton" and _has_kernels(cell, weights):
+    if backend == "triton" and is_dense_rgc(cell, weights):
         from .kernels import rgc_backward as kernels
 
         def launch() -> tuple[Any, ...]:
@@ -284,6 +285,40 @@ def rtrl_heads_(
     from .kernels import rtrl_heads as kernels
 
     return _launched("rtrl_heads", lambda: (kernels.rtrl_heads_(gamma, jacobian, phi, y, delta),))
+
+
+def rtrl_jacobian(lin: Linearization, t: int, weights: Sequence[Tensor]) -> Tensor | None:
+    """J(t) (B, 1, 2N, 2N) of an RGC with dense weights, by `kernels.rtrl_step`; None if it can't be launched."""
+    from .kernels import rtrl_step as kernels
+
+    def launch() -> tuple[Tensor]:
+        own = [lin.partials.own[nu][nu][t].contiguous() for nu in range(2)]
+        resets = None if lin.resets is None else lin.resets[t]
+        dense = [weight.contiguous() for weight in weights]
+        return (kernels.rtrl_jacobian(own, _entering_gates(lin, t), dense, resets)[:, None],)
+
+    done = _launched("rtrl_jacobian", launch)
+    return None if done is None else done[0]
+
+
+def rtrl_immediate_(gamma: Tensor, lin: Linearization, t: int) -> bool:
+    """Add R(t) of an RGC's recurrent weights, dense, to their γ, by `kernels.rtrl_step`; whether it was launched.
+
+    Mutates gamma (B, 1, 2, N, 4, N, N)."""
+    from .kernels import rtrl_step as kernels
+
+    def launch() -> tuple[()]:
+        kernels.rtrl_immediate_(
+            gamma.flatten(4).flatten(1, 3), _entering_gates(lin, t), lin.before[:, t].contiguous()
+        )
+        return ()
+
+    return _launched("rtrl_immediate", launch) is not None
+
+
+def _entering_gates(lin: Linearization, t: int) -> list[Tensor]:
+    """φ(t) of an RGC's ss, ms, mm and sm, for the state that each enters."""
+    return [next(iter(by_state.values()))[t].contiguous() for by_state in lin.partials.gate]
 
 
 def learn_step_(

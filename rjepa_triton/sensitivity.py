@@ -21,7 +21,7 @@ from . import ops
 from . import weights as weight_ops
 from ._tape import Block, Recorded
 from .reference import rfp, rtrl
-from .two_point import Matrix, state_read
+from .two_point import Cell, Matrix, state_read
 
 
 class Carried(ABC):
@@ -215,11 +215,13 @@ class Exact(_StepByStep):
     """γ of exact RTRL (`reference.rtrl`); blocks carry the recurrent weights that their steps ran with.
 
     backend: "torch", or "triton", which takes a step and its gradient in one pass over γ, for heads of at most 64
-    units (`kernels.rtrl_heads`).
+    units (`kernels.rtrl_heads`), and builds J of a larger dense RGC and adds its R in one pass each
+    (`kernels.rtrl_step`); J γ is torch's product.
     """
 
     def __init__(
         self,
+        cell: Cell,
         matrices: Sequence[Matrix],
         weights: Sequence[Tensor],
         states: int,
@@ -235,6 +237,8 @@ class Exact(_StepByStep):
         )
         fits = size <= ops.HEAD_UNITS and states <= ops.SCAN_STATES and not (per_unit and size > 1)
         self._one_pass = backend == "triton" and fits
+        recurrent = [weights[i] for i in self._gamma.recurrent]
+        self._dense = backend == "triton" and not fits and ops.is_dense_rgc(cell, recurrent)
 
     @property
     def nbytes(self) -> int:
@@ -276,7 +280,15 @@ class Exact(_StepByStep):
 
     def _advance(self, block: Block, t: int) -> None:
         assert block.weights is not None
-        self._gamma.step_(block.lin, t, block.weights, block.inputs)
+        gamma, lin = self._gamma, block.lin
+        step = ops.rtrl_jacobian(lin, t, block.weights) if self._dense else None
+        if step is None:
+            step = gamma.jacobian(lin, t, block.weights)
+        for group, (_, indices) in enumerate(gamma.groups):
+            gamma.multiply_(group, step)
+            by_kernel = self._dense and indices == gamma.recurrent
+            if not (by_kernel and ops.rtrl_immediate_(gamma.gammas[group], lin, t)):
+                gamma.enter_(group, lin, t, block.inputs)
 
     def read(self, credit: Tensor) -> list[Tensor]:
         return self._gamma.read(credit)

@@ -234,6 +234,7 @@ def test_kernels_repeat_in_every_bit(family: str) -> None:
         lambda **o: LRU(12, 96, **o),
         lambda **o: LSTM(12, 96, heads=6, learning="rtrl", **o),
         lambda **o: RGC(96, init="uniform", heads=6, learning="rtrl", **o),
+        lambda **o: RGC(96, init="uniform", learning="rtrl", **o),
     ],
 )
 def test_other_layers_gradients_are_float64s(make: Callable[..., TwoPointRNN], form: str) -> None:

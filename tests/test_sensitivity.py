@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton import GRU, LSTM, RGC, RNN, OnlineLearner, TwoPointRNN
+from rjepa_triton import GRU, LSTM, RGC, RNN, OnlineLearner, TwoPointRNN, ops
+from rjepa_triton.sensitivity import Exact
 
 F64 = torch.float64
 
@@ -51,6 +52,12 @@ class Loop:
         return self.c[0]
 
 
+def interpreted() -> bool:
+    """Whether kernels are interpreted here (`conftest.py`)."""
+    pytest.importorskip("triton")
+    return ops._no_triton(torch.device("cpu"), torch.float32) is None
+
+
 def leaves(layer: TwoPointRNN) -> list[Tensor]:
     return [weight.detach().clone().requires_grad_() for weight in layer.weights()]
 
@@ -70,7 +77,7 @@ def change(layer: TwoPointRNN, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in layer.weights():
-            weight += 0.05 * torch.randn(weight.shape, generator=generator, dtype=F64)
+            weight += 0.05 * torch.randn(weight.shape, generator=generator, dtype=F64).to(weight)
 
 
 @by_layer
@@ -361,3 +368,90 @@ def test_rtrl_that_does_not_fit_is_refused() -> None:
         ValueError, match=r"learning='rtrl' in form='step' carries sensitivities of 64,000,000,000,000 bytes"
     ):
         OnlineLearner(RGC(10_000), 1, learning="rtrl")
+
+
+def rtrl_by(layer: TwoPointRNN, x: Tensor, delta: Tensor, resets: Tensor, backend: str) -> list[Tensor]:
+    """Gradients of each step of a stream, weights changing after every one, and of its inputs."""
+    learner, found = OnlineLearner(layer, x.shape[1], learning="rtrl", backend=backend), []
+    assert isinstance(learner._past.sensitivity, Exact)
+    for t in range(len(x)):
+        learner.reset(resets[t])
+        layer.zero_grad()
+        (learner.step(x[t]) * delta[t]).sum().backward()
+        found += [g.clone() for g in grads(layer)]
+        change(layer, t)
+    return found
+
+
+@pytest.mark.parametrize("units", [1, 17, 68])
+# the third has an input matrix of the recurrent ones' shape, whose γ lies with theirs
+@pytest.mark.parametrize("options", [{}, {"input_size": 3}, {"input_size": -1}], ids=str)
+def test_dense_rtrl_by_its_own_kernels(
+    units: int, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """J and R by `kernels.rtrl_step` against float64, with resets and weights that change at every step."""
+    if not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    from rjepa_triton.kernels import rtrl_step
+
+    if options.get("input_size") == -1:
+        options = {"input_size": units}
+    if units == 68 and options:
+        pytest.skip("γ of 68 units once is enough")
+    calls: list[str] = []
+    for name in ("rtrl_jacobian", "rtrl_immediate_"):
+        launch = getattr(rtrl_step, name)
+        monkeypatch.setattr(
+            rtrl_step, name, lambda *a, launch=launch, name=name: (calls.append(name), launch(*a))[1]
+        )
+    monkeypatch.setattr(ops, "HEAD_UNITS", 0)
+    wide = RGC(units, init="uniform", dtype=F64, **options)
+    narrow = RGC(units, dtype=torch.float32, **options)
+    narrow.load_state_dict(wide.state_dict())
+    steps = 3 if units == 68 else 6
+    x, delta = torch.randn(steps, 2, wide.fan_in, dtype=F64), torch.randn(steps, 2, units, dtype=F64)
+    resets = torch.rand(steps, 2) < 0.3
+    resets[-1] = torch.tensor([True, False])
+    want = rtrl_by(wide, x, delta, resets, "torch")
+    got = rtrl_by(narrow, x.float(), delta.float(), resets, "triton")
+    assert oracle.relative(got, want) < 1e-5
+    joint = options.get("input_size") == units
+    assert (calls.count("rtrl_jacobian"), calls.count("rtrl_immediate_")) == (steps, 0 if joint else steps)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rtrl_in_one_pass_over_gamma(name: str) -> None:
+    """By `kernels.rtrl_heads`, as any layer of up to 64 units a head."""
+    if not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    wide = LAYERS[name]()
+    narrow = LAYERS[name]().to(torch.float32)
+    narrow.load_state_dict(wide.state_dict())
+    x, delta = stream(wide, 5)
+    resets = torch.rand(5, 2) < 0.3
+    want = rtrl_by(wide, x, delta, resets, "torch")
+    assert oracle.relative(rtrl_by(narrow, x.float(), delta.float(), resets, "triton"), want) < 1e-5
+
+
+def test_dense_rtrl_that_can_not_launch_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    from triton.runtime.errors import OutOfResources
+
+    from rjepa_triton.kernels import rtrl_step
+
+    def refuse(*_: object) -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(ops, "HEAD_UNITS", 0)
+    monkeypatch.setattr(ops, "_failed", set())
+    layer, twin = RGC(5, init="uniform", dtype=torch.float32), RGC(5, dtype=torch.float32)
+    twin.load_state_dict(layer.state_dict())
+    x, delta, resets = torch.randn(4, 2, 5), torch.randn(4, 2, 5), torch.zeros(4, 2, dtype=torch.bool)
+    want = rtrl_by(layer, x, delta, resets, "torch")
+    for name in ("rtrl_jacobian", "rtrl_immediate_"):
+        monkeypatch.setattr(rtrl_step, name, refuse)
+    with pytest.warns(UserWarning, match="can't be launched, torch runs in its place") as told:
+        got = rtrl_by(twin, x, delta, resets, "triton")
+    assert len([w for w in told if "rtrl_" in str(w.message)]) == 2
+    assert oracle.relative(got, want) < 1e-6

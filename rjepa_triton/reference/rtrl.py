@@ -107,8 +107,9 @@ class ExactSensitivity:
         """Bytes of the second buffers."""
         return sum(spare.nbytes for spare in self._spare)
 
-    def _multiply_(self, group: int, step: Tensor) -> None:
-        """γ ← J γ for one group; step (B·H, S·b, S·b)."""
+    def multiply_(self, group: int, step: Tensor) -> None:
+        """γ ← J γ for one group; step (B, H, S·b, S·b) is J."""
+        step = step.flatten(0, 1)
         gamma, spare = self.gammas[group], self._spare[group]
         if len(step) == 1:
             torch.bmm(step, _rows(gamma), out=_rows(spare))
@@ -136,7 +137,11 @@ class ExactSensitivity:
 
     def advance_(self, group: int, step: Tensor, lin: Linearization, t: int, inputs: Tensor | None) -> None:
         """`step_` of one group; step (B, H, S·b, S·b) is J."""
-        self._multiply_(group, step.flatten(0, 1))
+        self.multiply_(group, step)
+        self.enter_(group, lin, t, inputs)
+
+    def enter_(self, group: int, lin: Linearization, t: int, inputs: Tensor | None) -> None:
+        """γ ← γ + R for one group."""
         new = self.gammas[group]
         for k, index in enumerate(self.groups[group][1]):
             matrix = self.matrices[index]
