@@ -357,9 +357,15 @@ class GammaStep(Kernel):
         if device.type == "cuda":
             from ..kernels import gamma_step
 
+            @functools.cache
+            def rng_state(where: torch.device) -> Tensor | None:
+                return None if self.rounding == "nearest" else torch.zeros(2, dtype=torch.int64, device=where)
+
             def launched(p: Problem) -> Sequence[Tensor]:
-                total = gamma_step.gamma_step_(p.gammas, *self._arguments(p), rounding=self.rounding)
-                return self._outputs(p, total)
+                drawn = rng_state(p.m.device)
+                return self._outputs(
+                    p, gamma_step.gamma_step_(p.gammas, *self._arguments(p), rng_state=drawn)
+                )
 
             return {"triton": launched, "torch": self.reference, "compile": compiled}
         # compiled code of `ops` takes Γ in the dtype of the rest alone

@@ -211,8 +211,9 @@ def step_build(
     }[mode]
     if states == 1:
         absent.append("gamma1_ptr")
+    if rounding == "nearest":
+        absent.append("rng_state_ptr")
     tile: dict[str, Any] = {
-        "STOCHASTIC": rounding == "stochastic",
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "VECTOR": config.vector,
@@ -222,7 +223,7 @@ def step_build(
     return Build(
         target,
         "rjepa_triton.kernels.gamma_step:_gamma_step_kernel",
-        types={**_gamma_types(dtype, pointers, integers), "lr": "fp32", "seed": "i64", "step": "i64"},
+        types={**_gamma_types(dtype, pointers, integers), "lr": "fp32", "rng_state_ptr": "*i64"},
         constants={**dict.fromkeys(absent), **tile},
         divisible=divisible,
         options={"num_warps": config.num_warps},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,13 +27,13 @@ ROUNDS = tl.constexpr(6)
 def _round_stochastically(value, seed, step, state: tl.constexpr, matrix, M, i0, j0):
     """float32 [BLOCK_N, BLOCK_M] to bfloat16: the neighbour away from zero as often as `value` is near it.
 
-    Random bits are of (seed, step, state, matrix, unit, column): no tile or part of the batch changes them.
+    Random bits are of (seed, step, state, matrix, unit, column): no tile or part of the batch changes them. Seed and
+    step are 64 bits wide.
     """
     # One draw has 16 bits for each of 8 numbers in a row. All four counters are 32 bits wide.
     row = i0 + tl.arange(0, value.shape[0])
     group = j0 // 8 + tl.arange(0, value.shape[1] // 8)
     within = row[:, None] * tl.cdiv(M, 8) + group[None, :]
-    step = tl.cast(step, tl.int64)
     late = ((step >> 32) * 2 + state).to(tl.int32)
     a, b, c, d = tl.philox(seed, within, matrix.to(tl.int32), step.to(tl.int32), late, n_rounds=ROUNDS)
     words = tl.join(tl.join(a, b), tl.join(c, d)).reshape(value.shape[0], value.shape[1] // 2)
@@ -46,12 +46,7 @@ def _round_stochastically(value, seed, step, state: tl.constexpr, matrix, M, i0,
 
 
 # Only N and M set a layout: the rest shall not compile the kernel anew when it is 1 or a multiple of 16.
-@triton.jit(
-    do_not_specialize=[
-        *("seed", "step", "ROWS", "K"),
-        *("stride_m_to", "stride_m_from", "stride_phi", "stride_delta"),
-    ]
-)
+@triton.jit(do_not_specialize=["ROWS", "K", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta"])
 def _gamma_step_kernel(
     gamma0_ptr,  # [B, K, N, M]
     gamma1_ptr,  # [B, K, N, M], or None for one state
@@ -61,9 +56,8 @@ def _gamma_step_kernel(
     delta_ptr,  # [S, B, N], or None to advance only
     grad_ptr,  # [parts, K, N, M], or None where weight takes the step itself
     weight_ptr,  # [K, N, M], or None
+    rng_state_ptr,  # [2], a seed and a step, or None to round to nearest
     lr,
-    seed: tl.int64,
-    step: tl.int64,
     ROWS,  # of the batch in one part, B = parts · ROWS
     K,
     N,
@@ -72,7 +66,6 @@ def _gamma_step_kernel(
     stride_m_from,
     stride_phi,
     stride_delta,
-    STOCHASTIC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     VECTOR: tl.constexpr,  # a divisor of M: numbers of Γ that one access moves
@@ -108,6 +101,9 @@ def _gamma_step_kernel(
     if delta_ptr is not None:
         delta_ptr += b0 * N + i0
 
+    if rng_state_ptr is not None:
+        seed = tl.load(rng_state_ptr)
+        step = tl.load(rng_state_ptr + 1)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for b in range(ROWS):
         y = tl.load(y_ptr + col, mask=in_m, other=0.0)[None, :]
@@ -123,12 +119,12 @@ def _gamma_step_kernel(
             phi1 = tl.load(phi_ptr + stride_phi + row, mask=in_n, other=0.0)[:, None]
             new0 += m01 * old1
             new1 = m10 * old0 + m11 * old1 + phi1 * y
-            if STOCHASTIC:
+            if rng_state_ptr is not None:
                 kept1 = _round_stochastically(new1, seed, step, 1, (b0 + b) * K + k, M, i0, j0)
             else:
                 kept1 = new1.to(gamma1_ptr.dtype.element_ty)
             tl.store(gamma1_ptr + tile, kept1, mask=inside)
-        if STOCHASTIC:
+        if rng_state_ptr is not None:
             kept0 = _round_stochastically(new0, seed, step, 0, (b0 + b) * K + k, M, i0, j0)
         else:
             kept0 = new0.to(gamma0_ptr.dtype.element_ty)
@@ -189,9 +185,7 @@ def gamma_step_(
     *,
     weight: Tensor | None = None,
     lr: float = 0.0,
-    rounding: Literal["nearest", "stochastic"] = "nearest",
-    seed: int = 0,
-    step: int = 0,
+    rng_state: Tensor | None = None,
 ) -> Tensor | None:
     """Advance Γ in place by one step; with delta, read the gradient from it in the same pass (paper, eq. 14).
 
@@ -217,11 +211,11 @@ def gamma_step_(
         delta: (S, B, N) float32, or None to advance only.
         weight: (K, N, M) float32, contiguous, or None. Mutated. It needs delta.
         lr: the learning rate of weight's step.
-        rounding: of Γ in bfloat16. "stochastic" takes either neighbour, with probability proportional to
-            how near it is, in 1/65,536ths; a bfloat16 number stays, NaN and infinity too.
-        seed, step: what stochastic rounding draws from, integers from 0 to 2⁶³ - 1. The same two round the
-            same values alike in every bit; give each call on one Γ another step. A CUDA graph that is
-            replayed keeps the step it was captured with.
+        rng_state: for Γ in bfloat16, a seed and a step that stochastic rounding draws from, (2,) int64,
+            contiguous; None rounds to nearest. Stochastic rounding takes either neighbour, with probability
+            proportional to how near it is, in 1/65,536ths; a bfloat16 number stays, NaN and infinity too.
+            The same two round the same values alike in every bit: advance the step between two calls on one
+            Γ. It is read on the GPU, so a CUDA graph that advances it draws anew each time it is replayed.
 
     The indices before the batch of m, phi and delta may have any stride, so that one step of a sequence needs
     no copy; what they index must be contiguous.
@@ -231,9 +225,8 @@ def gamma_step_(
 
     Raises:
         TypeError: an argument that isn't a tensor, or a wrong dtype.
-        ValueError: a wrong shape, device or stride; weight without delta; lr without weight; a rounding
-            that isn't known, or stochastic where Γ is float32; a seed or a step out of range, or other than
-            0 where none is drawn from; tensors that aren't on a GPU, where kernels aren't interpreted.
+        ValueError: a wrong shape, device or stride; weight without delta; lr without weight; rng_state
+            where Γ is float32; tensors that aren't on a GPU, where kernels aren't interpreted.
     """
     batch, matrices, units, fan_in = check_gammas(gammas)
     gamma, states = gammas[0], len(gammas)
@@ -248,17 +241,10 @@ def gamma_step_(
             raise ValueError("delta must be given with weight, got None")
     elif lr != 0.0:
         raise ValueError(f"lr must be 0 without weight, got {lr}")
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
-    if rounding == "stochastic" and gamma.dtype != torch.bfloat16:
-        raise ValueError(f"rounding must be 'nearest' where gammas are {gamma.dtype}, got 'stochastic'")
-    for name, value in (("seed", seed), ("step", step)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if rounding == "nearest" and value != 0:
-            raise ValueError(f"{name} must be 0 where rounding is 'nearest', got {value}")
-        if not 0 <= value < 2**63:
-            raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {value}")
+    if rng_state is not None:
+        check_tensor("rng_state", rng_state, (2,), gamma, (torch.int64,))
+        if gamma.dtype != torch.bfloat16:
+            raise ValueError(f"rng_state must be None where gammas are {gamma.dtype}, which aren't rounded")
     check_runnable(_gamma_step_kernel, "gammas", gamma)
 
     rows = split_rows(states * gamma.nbytes // batch, batch, device_sizes(gamma).multiprocessors)
@@ -279,9 +265,8 @@ def gamma_step_(
             delta,
             gradients,
             weight if parts == 1 else None,
+            rng_state,
             float(lr),
-            seed,
-            step,
             rows,
             matrices,
             units,
@@ -290,7 +275,6 @@ def gamma_step_(
             m.stride(1),
             phi.stride(0),
             0 if delta is None else delta.stride(0),
-            STOCHASTIC=rounding == "stochastic",
             BLOCK_N=config.block_n,
             BLOCK_M=config.block_m,
             VECTOR=config.vector,

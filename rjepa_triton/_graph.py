@@ -66,7 +66,7 @@ class GraphedStep:
             self._forward, self._replay_forward = capture(self._run_forward)
             self._backward, self._replay_backward = capture(self._run_backward)
             self.state.zero_()
-            carried.forget_(None)
+            carried.restart_()
 
     def _storage(self) -> list[int]:
         return [weight.data_ptr() for weight in self._layer.weights()]

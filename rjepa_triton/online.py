@@ -76,9 +76,13 @@ class OnlineLearner:
         lag: 0, or 1 for losses that compare s(t-1) with s(t): how many steps before the current one a loss
             may still reach.
         gamma_dtype: what Γ is kept in, float32 or bfloat16; a float64 layer keeps float64 for float32.
+        gamma_rounding: how Γ in bfloat16 is rounded, in form "step": to "nearest", or "stochastic", right in the
+            mean over seeds, which is better where memory lasts 500 steps or more and what enters has a mean, as
+            a bias's y = 1 has, and a little worse elsewhere. A learner draws the same bits on every run; Triton
+            and torch draw from one distribution, but not the same bits.
         horizon: steps between resets, if known: lets "auto" consider "history".
         backend: of the Γ recursion: "torch", "compile" (CPU), "triton" (GPU), or "auto" (`ops.choose_gamma`).
-        seed: of the random signs of "uoro".
+        seed: of the random signs of "uoro", and of stochastic rounding.
         cuda_graph: run each step, and its backward, as a CUDA graph, so that small layers don't wait for kernel
             launches. For a layer on a GPU, form "step", lag 0, and rules that carry Γ; step by step (no chunk()),
             one backward() a step, and the layer's parameters must keep their storage.
@@ -104,6 +108,7 @@ class OnlineLearner:
         refine: int | Literal["exact"] = 0,
         lag: int = 0,
         gamma_dtype: torch.dtype = torch.float32,
+        gamma_rounding: Literal["nearest", "stochastic"] = "nearest",
         horizon: int | None = None,
         backend: str = "auto",
         seed: int = 0,
@@ -125,6 +130,10 @@ class OnlineLearner:
         self.credit, self._rounds = _credit(self.learning, credit, refine)
         self._refine = refine
         form = _form(self.learning, self.credit, form, self.update_every)
+        self.gamma_rounding = gamma_rounding
+        check.one_of("gamma_rounding", gamma_rounding, ("nearest", "stochastic"))
+        if gamma_rounding == "stochastic":
+            form = _form_of_stochastic(self.learning, form, gamma_dtype)
         weights = layer.weights()
         check.floating("layer", weights[0], (torch.float64, torch.float32))
         for matrix, weight in zip(layer.matrices, weights, strict=True):
@@ -159,7 +168,8 @@ class OnlineLearner:
             elif self.learning == "tbptt":
                 sensitivity = Nothing(weights)
             else:
-                sensitivity = PerUnit(*sizes, gamma_dtype, backend)
+                drawn = seed if gamma_rounding == "stochastic" else None
+                sensitivity = PerUnit(*sizes, gamma_dtype, backend, drawn)
         self._full = self.credit == "carry" or self.learning in ONLY_FORM
         full_credit = _full_credit(layer, self._rounds, scan) if self._full else None
         self._past = Past(layer.matrices, self.form, lag, sensitivity, scan, full_credit)
@@ -382,6 +392,7 @@ class OnlineLearner:
             "form": self.form,
             "learning": self.learning,
             "credit": self.credit,
+            "gamma_rounding": self.gamma_rounding,
             "batch_size": self.batch_size,
             "state": self._state,
             "position": self._position,
@@ -393,7 +404,8 @@ class OnlineLearner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where the learner that made `state` was.
 
-        Raises TypeError or ValueError, with nothing changed, if it is of another form, rule, batch size or layer.
+        Raises TypeError or ValueError, with nothing changed, if it is of another form, rule, rounding, batch size
+        or layer.
         """
         self.refuse_foreign(state)
         self._past.load_state_dict(state)
@@ -413,7 +425,7 @@ class OnlineLearner:
         own = self.state_dict()
         if set(state) != set(own):
             raise ValueError(f"state must have the keys {sorted(own)}, got {sorted(map(str, state))}")
-        for name in ("form", "learning", "credit", "batch_size"):
+        for name in ("form", "learning", "credit", "gamma_rounding", "batch_size"):
             if state[name] != own[name]:
                 raise ValueError(f"state's {name} must be the learner's, {own[name]!r}, got {state[name]!r}")
         if len(state["gamma"]) != len(own["gamma"]):
@@ -516,6 +528,18 @@ def _form(learning: str, credit: str, form: str, update_every: int) -> Form:
             "got update_every=1; form='step' serves weights that change every step"
         )
     return form  # type: ignore[return-value]
+
+
+def _form_of_stochastic(learning: str, form: str, gamma_dtype: torch.dtype) -> Form:
+    """The form that rounds Γ stochastically; raise where there is no Γ, or none that is rounded so."""
+    asked = "gamma_rounding='stochastic'"
+    if learning not in rfp.RULES:
+        raise ValueError(f"{asked} goes with a rule of {', '.join(rfp.RULES)}, got learning={learning!r}")
+    if gamma_dtype != torch.bfloat16:
+        raise ValueError(f"{asked} goes with gamma_dtype=torch.bfloat16, got gamma_dtype={gamma_dtype}")
+    if form not in ("auto", "step"):
+        raise ValueError(f"{asked} goes with form='step', which rounds Γ at every step, got form={form!r}")
+    return "step"
 
 
 def _full_credit(layer: TwoPointRNN, rounds: int | None, scan: str) -> FullCredit:

@@ -254,17 +254,21 @@ def gamma_step_(
     y: Tensor,
     delta: Tensor | None = None,
     *,
+    rng_state: Tensor | None = None,
     backend: str = "torch",
 ) -> Tensor | None:
-    """`rfp.gamma_step_` by the chosen backend. Mutates gammas."""
+    """`rfp.gamma_step_` by the chosen backend; "compile" rounds to nearest. Mutates gammas, not rng_state."""
     if backend == "triton":
         from .kernels import gamma_step as kernels
 
-        done = _launched("gamma_step", lambda: (kernels.gamma_step_(gammas, m, phi, y.contiguous(), delta),))
+        def launch() -> tuple[Tensor | None]:
+            return (kernels.gamma_step_(gammas, m, phi, y.contiguous(), delta, rng_state=rng_state),)
+
+        done = _launched("gamma_step", launch)
         if done is not None:
             return done[0]
     if backend != "compile":
-        return rfp.gamma_step_(gammas, m, phi, y, delta)
+        return rfp.gamma_step_(gammas, m, phi, y, delta, rng_state)
     total: Tensor | None = None
     per_row = [(m, 2), (phi, 1), (y, 0)] + ([] if delta is None else [(delta, 1)])
     for block, arrays in _row_blocks(gammas, per_row):

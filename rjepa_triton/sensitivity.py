@@ -43,11 +43,11 @@ class Carried(ABC):
 
     def forget_(self, rows: Tensor | None) -> None:
         """Forget the past of the batch rows where `rows` (B,) is True, or of all; each of `tensors` is (B, …)."""
-        for tensor in self.tensors():
-            if rows is None:
-                tensor.zero_()
-            else:
-                tensor[rows] = 0
+        _forget_(self.tensors(), rows)
+
+    def restart_(self) -> None:
+        """Be as when made."""
+        self.forget_(None)
 
     @abstractmethod
     def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
@@ -63,9 +63,25 @@ class Carried(ABC):
         """Σ_b credit · sensitivity a matrix, of its weight's shape. credit (S, B, N)."""
 
 
+def _forget_(tensors: Sequence[Tensor], rows: Tensor | None) -> None:
+    """Zero the rows (B,) of tensors (B, …), or all of them."""
+    for tensor in tensors:
+        if rows is None:
+            tensor.zero_()
+        else:
+            tensor[rows] = 0
+
+
+# Between the seeds of two groups: more than between seeds that a user would try one after the other.
+_APART = 1 << 48
+
+
 @dataclass
 class Group:
-    """Matrices of one shape whose Γ lies together: gammas S of (B, K, N, M)."""
+    """Matrices of one shape whose Γ lies together: gammas S of (B, K, N, M).
+
+    rng_state: seed and next step of stochastic rounding, (2,) int64; None rounds to nearest.
+    """
 
     matrices: list[Matrix]
     indices: list[int]
@@ -73,6 +89,7 @@ class Group:
     gammas: list[Tensor]
     backend: str
     why: str
+    rng_state: Tensor | None = None
 
 
 class PerUnit(Carried):
@@ -80,6 +97,7 @@ class PerUnit(Carried):
 
     matrices, weights: all of the layer's, recurrent and input, of any shape (`weights.py`). states S, batch B.
     dtype is what Γ is kept in; arithmetic is in the weights' dtype. Bytes: S·B·(Σ_k N·M_k) numbers of dtype.
+    seed: of stochastic rounding, of Γ in bfloat16, which steps alone do; None rounds to nearest.
     """
 
     def __init__(
@@ -90,6 +108,7 @@ class PerUnit(Carried):
         batch: int,
         dtype: torch.dtype,
         backend: str = "auto",
+        seed: int | None = None,
     ) -> None:
         self.groups: list[Group] = []
         by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -109,10 +128,31 @@ class PerUnit(Carried):
                 torch.zeros(batch, len(indices), units, fan_in, dtype=dtype, device=first.device)
                 for _ in range(states)
             ]
-            self.groups.append(Group([matrices[i] for i in indices], indices, shape, gammas, chosen, why))
+            rng_state = None
+            if seed is not None:
+                # groups of one learner draw apart
+                own = (seed + len(self.groups) * _APART) % (1 << 63)
+                rng_state = torch.tensor([own, 0], device=first.device)
+            made = Group([matrices[i] for i in indices], indices, shape, gammas, chosen, why, rng_state)
+            self.groups.append(made)
 
     def tensors(self) -> list[Tensor]:
+        return [
+            *self._gammas(),
+            *(group.rng_state for group in self.groups if group.rng_state is not None),
+        ]
+
+    def _gammas(self) -> list[Tensor]:
         return [gamma for group in self.groups for gamma in group.gammas]
+
+    def forget_(self, rows: Tensor | None) -> None:
+        _forget_(self._gammas(), rows)
+
+    def restart_(self) -> None:
+        self.forget_(None)
+        for group in self.groups:
+            if group.rng_state is not None:
+                group.rng_state[1] = 0
 
     def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
         lin, m = block.lin, block.m
@@ -127,8 +167,11 @@ class PerUnit(Carried):
                     phi.select(1, t),
                     y[t],
                     None if delta is None else delta.select(1, t),
+                    rng_state=group.rng_state,
                     backend=group.backend,
                 )
+                if group.rng_state is not None:
+                    group.rng_state[1] += 1
                 total = part if total is None or part is None else total.add_(part)
             totals.append(total)
         return self._by_matrix(totals)

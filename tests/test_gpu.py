@@ -254,14 +254,19 @@ def test_other_layers_gradients_are_float64s(make: Callable[..., TwoPointRNN], f
     assert oracle.relative(*grads) < 10 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "rounding",
+    [{}, {"gamma_dtype": torch.bfloat16, "gamma_rounding": "stochastic"}],
+    ids=["fp32", "stochastic"],
+)
 @pytest.mark.parametrize("units", [64, 256])
-def test_a_learner_by_cuda_graphs_is_the_plain_one(units: int) -> None:
+def test_a_learner_by_cuda_graphs_is_the_plain_one(units: int, rounding: dict[str, Any]) -> None:
     layer = RGC(units, init="uniform", device=DEVICE)
     x, delta = (torch.randn(12, 2, units, device=DEVICE) for _ in range(2))
     found = []
     for options in ({}, {"cuda_graph": True}):
         layer.zero_grad()
-        learner = OnlineLearner(layer, 2, form="step", **options)  # type: ignore[arg-type]
+        learner = OnlineLearner(layer, 2, form="step", **options, **rounding)  # type: ignore[arg-type]
         outputs = []
         for t in range(12):
             if t == 7:

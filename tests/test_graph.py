@@ -85,6 +85,16 @@ def test_rules_with_less_of_m(learning: str) -> None:
     assert oracle.relative(run(graphed(twin, 2, learning=learning), x, delta), want) < 1e-12
 
 
+def test_stochastic_rounding_draws_anew_at_each_replay() -> None:
+    """As the plain learner draws, whatever was drawn while the graphs were captured."""
+    plain, twin = (RGC(5, input_size=3, init="uniform") for _ in range(2))
+    twin.load_state_dict(plain.state_dict())
+    x, delta = torch.randn(9, 2, 3), torch.randn(9, 2, 5)
+    options: dict[str, Any] = {"gamma_dtype": torch.bfloat16, "gamma_rounding": "stochastic", "seed": 5}
+    want = run(OnlineLearner(plain, 2, form="step", **options), x, delta, {4})
+    assert oracle.relative(run(graphed(twin, 2, **options), x, delta, {4}), want) < 1e-6
+
+
 def test_a_checkpoint_serves_both_kinds() -> None:
     layer = LAYERS["rgc"]()
     x = torch.randn(8, 2, 3, dtype=F64)

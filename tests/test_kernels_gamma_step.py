@@ -31,6 +31,10 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE)
 
 
+def _rng_state(seed: int, step: int) -> Tensor:
+    return torch.tensor([seed, step], device=DEVICE)
+
+
 def _problem(
     states: int, batch: int, matrices: int, units: int, fan_in: int, dtype: torch.dtype = FP32, seed: int = 0
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
@@ -149,7 +153,7 @@ def test_stochastic_rounding_is_unbiased():
             torch.zeros(batch, matrices, units, fan_in, dtype=torch.bfloat16, device=DEVICE)
             for _ in range(states)
         ]
-        gamma_step_(gammas, m, phi, y, rounding="stochastic", seed=7, step=step)
+        gamma_step_(gammas, m, phi, y, rng_state=_rng_state(7, step))
         up = (torch.stack(gammas).double() - below) / gap
         assert bool(((up == 0) | (up == 1)).all())
         errors.append((up - share) / (share * (1 - share)).sqrt().clamp(min=0.1))
@@ -178,10 +182,10 @@ def test_stochastic_rounding_leaves_what_needs_none():
     one, nothing = torch.ones(1, 1, 1, 1, device=DEVICE), torch.zeros(1, 1, 1, 1, device=DEVICE)
     y = torch.zeros(1, 1, kept.numel(), device=DEVICE)
     for step in range(5):
-        gamma_step_([gamma], one, nothing, y, rounding="stochastic", step=step)
+        gamma_step_([gamma], one, nothing, y, rng_state=_rng_state(0, step))
         torch.testing.assert_close(gamma, want, rtol=0, atol=0, equal_nan=True)
     gamma = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16, device=DEVICE)
-    gamma_step_([gamma], one, one * largest, torch.ones(1, 1, 1, device=DEVICE), rounding="stochastic")
+    gamma_step_([gamma], one, one * largest, torch.ones(1, 1, 1, device=DEVICE), rng_state=_rng_state(0, 0))
     assert gamma.item() in (_floor(torch.tensor(largest)).item(), math.inf)
 
 
@@ -191,7 +195,7 @@ def test_random_bits_are_of_seed_step_and_place(monkeypatch):
 
     def stepped(seed: int = 3, step: int = 5) -> Tensor:
         gammas = [g.clone() for g in problem[0]]
-        gamma_step_(gammas, *problem[1:4], rounding="stochastic", seed=seed, step=step)
+        gamma_step_(gammas, *problem[1:4], rng_state=_rng_state(seed, step))
         return torch.stack(gammas)
 
     first = stepped()
@@ -217,7 +221,7 @@ def test_long_memory_is_better_rounded_stochastically():
         y = 1 + 0.3 * _random(1, 1, fan_in)
         rfp.gamma_step_(exact, m.double(), phi.double(), y.double())
         rfp.gamma_step_(nearest, m, phi, y)
-        gamma_step_(stochastic, m, phi, y, rounding="stochastic", seed=1, step=step)
+        gamma_step_(stochastic, m, phi, y, rng_state=_rng_state(1, step))
 
     def error(got: list[Tensor]) -> float:
         return float((got[0].double() - exact[0]).norm() / exact[0].norm())
@@ -335,12 +339,6 @@ def _valid() -> dict[str, object]:
     return {"gammas": gammas, "m": m, "phi": phi, "y": y, "delta": delta}
 
 
-BFLOAT16 = {
-    "gammas": [torch.zeros(2, 3, 5, 7, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)],
-    "rounding": "stochastic",
-}
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -360,17 +358,18 @@ BFLOAT16 = {
         ({"weight": torch.zeros(3, 5, 8)}, ValueError, r"weight must have shape \(3, 5, 7\)"),
         ({"weight": torch.zeros(3, 5, 7), "delta": None}, ValueError, "delta must be given with weight"),
         ({"lr": 0.1}, ValueError, "lr must be 0 without weight, got 0.1"),
-        ({"rounding": "up"}, ValueError, "rounding must be 'nearest' or 'stochastic', got 'up'"),
         (
-            {"rounding": "stochastic"},
+            {"rng_state": torch.zeros(2).long()},
             ValueError,
-            "'nearest' where gammas are torch.float32, got 'stochastic'",
+            "None where gammas are torch.float32, which aren't",
         ),
-        ({"seed": 1}, ValueError, "seed must be 0 where rounding is 'nearest', got 1"),
-        ({"step": 1}, ValueError, "step must be 0 where rounding is 'nearest', got 1"),
-        ({"seed": 1.0}, TypeError, "seed must be an int, got float"),
-        ({**BFLOAT16, "step": -1}, ValueError, r"step must be from 0 to 2\*\*63 - 1, got -1"),
-        ({**BFLOAT16, "seed": 2**63}, ValueError, r"seed must be from 0 to 2\*\*63 - 1, got 9"),
+        ({"rng_state": 1}, TypeError, "rng_state must be a torch.Tensor, got int"),
+        (
+            {"rng_state": torch.zeros(2)},
+            TypeError,
+            "rng_state must have dtype torch.int64, got torch.float32",
+        ),
+        ({"rng_state": torch.zeros(1).long()}, ValueError, r"rng_state must have shape \(2,\), got \(1,\)"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rjepa_triton import RGC, OnlineLearner
+from rjepa_triton import RGC, OnlineLearner, ops
 
 F64 = torch.float64
 
@@ -458,6 +458,81 @@ def test_gamma_in_bfloat16_is_near_and_half_the_size() -> None:
     assert 0 < full.nbytes - half.nbytes == 8 * 2 * 16 * 16 * 2
 
 
+STOCHASTIC: dict[str, Any] = {"gamma_dtype": torch.bfloat16, "gamma_rounding": "stochastic"}
+
+
+def backends() -> list[str]:
+    """Torch, and Triton where its kernels are interpreted."""
+    return ["torch", "triton"] if ops._no_triton(torch.device("cpu"), torch.float32) is None else ["torch"]
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize(
+    "options", [{}, {"recurrence": "diagonal", "input_size": 9}, {"input_size": 3}], ids=str
+)
+def test_gamma_rounded_stochastically(backend: str, options: dict[str, Any]) -> None:
+    """Near, and nearer in the mean over seeds; a seed gives the same bits again, another seed others."""
+    made = layer(9, dtype=torch.float32, **options)
+    steps, seeds = (20, 12) if backend == "torch" else (5, 2)  # the interpreter takes its time
+    x, delta = torch.randn(steps, 2, made.fan_in), torch.randn(steps, 2, 9)
+    run(made, x, delta, "each")
+    want = torch.cat([g.flatten() for g in gradients(made)])
+    found = []
+    for seed in (0, *range(seeds)):
+        made.zero_grad()
+        run(made, x, delta, "each", backend=backend, seed=seed, **STOCHASTIC)
+        found.append(torch.cat([g.flatten() for g in gradients(made)]))
+    assert torch.equal(found[0], found[1])
+    errors = [g - want for g in found[1:]]
+    assert all(not torch.equal(found[1], other) for other in found[2:])
+    one = torch.stack(errors).norm(dim=1).mean() / want.norm()
+    of_mean = torch.stack(errors).mean(0).norm() / want.norm()
+    assert one < 1e-2
+    if seeds == 12:
+        assert of_mean < 0.5 * one  # 1/√12 where draws are independent
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_a_checkpoint_of_a_stochastic_learner_goes_on_in_every_bit(backend: str) -> None:
+    made = layer(6, dtype=torch.float32, input_size=4)
+    x = torch.randn(9, 2, 4)
+    learner = OnlineLearner(made, 2, seed=3, backend=backend, **STOCHASTIC)
+    for row in x[:5]:
+        learner.step(row)
+    saved = io.BytesIO()
+    torch.save(learner.state_dict(), saved)
+    saved.seek(0)
+    other = OnlineLearner(made, 2, backend=backend, **STOCHASTIC)  # of another seed: the checkpoint's goes on
+    other.load_state_dict(torch.load(saved, weights_only=True))
+    results = []
+    for resumed in (learner, other):
+        made.zero_grad()
+        for row in x[5:]:
+            resumed.step(row).sum().backward()
+        results.append([g.clone() for g in gradients(made)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    nearest = OnlineLearner(made, 2, gamma_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="gamma_rounding must be the learner's, 'nearest', got 'stochastic'"):
+        nearest.load_state_dict(learner.state_dict())
+
+
+def test_a_new_episode_draws_on() -> None:
+    """Two episodes alike don't round alike."""
+    made = layer(6, dtype=torch.float32)
+    learner = OnlineLearner(made, 1, **STOCHASTIC)
+    found = []
+    x = torch.randn(6, 1, 6)
+    for _ in range(2):
+        made.zero_grad()
+        for row in x:
+            s = learner.step(row)
+        s.sum().backward()
+        found.append(torch.cat([g.flatten() for g in gradients(made)]))
+        learner.reset()
+    assert not torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=0.1, atol=0.02)
+
+
 def test_nbytes_counts_gamma() -> None:
     learner = OnlineLearner(RGC(32), 2)
     assert learner.nbytes == 4 * (8 * 2 * 32 * 32 + 2 * 2 * 32)
@@ -531,6 +606,15 @@ def test_a_compiled_step_uses_the_weights_it_ran_with() -> None:
         ({"form": "chunk"}, ValueError, "form='chunk' needs update_every ≥ 2"),
         ({"lag": 2}, ValueError, "lag must be 0 or 1, got 2"),
         ({"gamma_dtype": torch.int32}, TypeError, "gamma_dtype must be one of"),
+        ({"gamma_rounding": "up"}, ValueError, "gamma_rounding must be one of 'nearest', 'stochastic'"),
+        (
+            {"gamma_rounding": "stochastic"},
+            ValueError,
+            "'stochastic' goes with gamma_dtype=torch.bfloat16, got gamma_dtype=torch.float32",
+        ),
+        ({**STOCHASTIC, "form": "history"}, ValueError, "goes with form='step', .* got form='history'"),
+        ({**STOCHASTIC, "credit": "carry"}, ValueError, "goes with form='step', .* got form='chunk'"),
+        ({**STOCHASTIC, "learning": "rtrl"}, ValueError, "goes with a rule of rfp, .* got learning='rtrl'"),
         ({"backend": "numpy"}, ValueError, "backend must be one of"),
         ({"backend": "compile", "gamma_dtype": torch.bfloat16}, ValueError, "backend='compile' can't run"),
     ],

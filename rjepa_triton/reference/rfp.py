@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import weights as weight_ops
 from ..two_point import Linearization, Matrix, state_read
+from .rounding import round_stochastically
 
 # Rules that are this recursion with more or less of M kept.
 RULES = ("rfp", "eprop", "rflo", "snap0")
@@ -298,14 +299,21 @@ def gamma_read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
 
 
 def gamma_step_(
-    gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor | None = None
+    gammas: Sequence[Tensor],
+    m: Tensor,
+    phi: Tensor,
+    y: Tensor,
+    delta: Tensor | None = None,
+    rng_state: Tensor | None = None,
 ) -> Tensor | None:
     """Advance Γ in place by one step; with delta (S, B, N), return Σ_{b,ν} δ^ν ⊙_rows Γ^ν as well, (K, N, M).
 
     Arguments as in `advanced`. Γ may be kept in fewer bits than m: the arithmetic is in m's dtype, the
-    gradient is taken before rounding. Mutates gammas.
+    gradient is taken before rounding, to nearest; with rng_state (2,) int64, of Γ in bfloat16 stochastically
+    (`rounding`). Mutates gammas.
     """
     rows = _rows(gammas)
+    row_numbers = gammas[0][0].numel()
     total = None
     for b in rows:
         block = slice(b, b + rows.step)
@@ -314,7 +322,10 @@ def gamma_step_(
         if delta is not None:
             part = read_rows(new, delta[:, block]).sum(0)
             total = part if total is None else total.add_(part)
-        for target, value in zip(old, new, strict=True):
+        for nu, (target, value) in enumerate(zip(old, new, strict=True)):
+            if rng_state is not None:
+                first = nu * gammas[0].numel() + b * row_numbers
+                value = round_stochastically(value, rng_state, first, len(gammas) * gammas[0].numel())
             target.copy_(value)
     return total
 
