@@ -217,6 +217,13 @@ def gamma_step_(
             The same two round the same values alike in every bit: advance the step between two calls on one
             Γ. It is read on the GPU, so a CUDA graph that advances it draws anew each time it is replayed.
 
+    With weight, W's gradient never touches memory: of 128·N² bytes a step at B = 1 (RGC in float32: Γ 64, the
+    gradient 16, SGD after it 48) 32 are saved. It is for a loop that calls kernels itself. `OnlineLearner` has no
+    such step: its gradients are autograd's, and a weight that backward() changed would be wrong for what else
+    reads it there (the input's gradient, a second backward() of the same step), would hide its gradient from
+    hooks, clipping and optimizers with state, and would take each loss of a step by itself. Also a layer's K
+    matrices are parameters apart, and this takes them as one array.
+
     The indices before the batch of m, phi and delta may have any stride, so that one step of a sequence needs
     no copy; what they index must be contiguous.
 
