@@ -280,3 +280,24 @@ def test_a_learner_by_cuda_graphs_is_the_plain_one(units: int, rounding: dict[st
             ]
         )
     assert oracle.relative(found[1], found[0]) < TOLERANCE
+
+
+def test_the_full_rjepa_at_its_full_size_trains() -> None:
+    """ResNet-50, six areas, feedback: a step of RFP moves every circuit, and its loss and gradients are finite."""
+    backbone = pytest.importorskip("rjepa_triton.rjepa.backbone")
+    from rjepa_triton.rjepa.encoder import Encoder
+    from rjepa_triton.rjepa.model import PSI, RJEPA
+
+    torch.manual_seed(0)
+    model = RJEPA(Encoder(backbone.load("random"), preset="full")).to(DEVICE)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    patches = torch.randint(0, 255, (6, 4, 3, 50, 50), dtype=torch.uint8, device=DEVICE)
+    for _ in range(3):
+        loss = model(patches).total(PSI["mean"])
+        optimizer.zero_grad()
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+    for area in model.encoder.areas:
+        assert area.weight_ss.abs().max() > 0

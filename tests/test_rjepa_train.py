@@ -191,6 +191,30 @@ def test_one_step_at_a_time_is_the_sum_of_a_sequences_gradient(settings: Any, tm
     torch.testing.assert_close(found[1] / steps, found[0], rtol=2e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("updates", [1, 3])
+def test_online_updates_keep_no_more_of_longer_sequences(
+    settings: Any, tmp_path: Path, updates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[int, int] = {}
+    for steps in (9, 30):
+        trainer = Trainer(
+            settings(f"data.steps={steps}", f"train.updates={updates}"), tmp_path / str(steps), lambda _: None
+        )
+        made: list[train.OnlineLearner] = []
+
+        class Watched(train.OnlineLearner):
+            def __init__(self, *args: Any, made: list[train.OnlineLearner] = made, **options: Any) -> None:
+                super().__init__(*args, **options)
+                made.append(self)
+
+        monkeypatch.setattr(train, "OnlineLearner", Watched)
+        trainer._learn(torch.arange(3))
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        kept[steps] = made[0].nbytes
+    assert kept[9] == kept[30] > 0
+
+
 def test_an_evaluation_is_the_runs_own(settings: Any, tmp_path: Path) -> None:
     run(settings(), tmp_path / "run")
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]
