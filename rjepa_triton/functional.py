@@ -56,13 +56,16 @@ class _TwoPoint(torch.autograd.Function):
         rounds: int | None,
         backend: str,
         mode: parallel.Forward,
+        recompute: bool,
         resets: Tensor | None,
         x: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(cell.states)
         state, weights = tensors[:count], tensors[count:]
-        trajectory = parallel.forward(cell, x, weights, state, resets, mode=mode, backend=backend)
+        trajectory = parallel.forward(
+            cell, x, weights, state, resets, mode=mode, backend=backend, keep=not recompute
+        )
         ctx.cell, ctx.learning, ctx.rounds, ctx.backend = cell, learning, rounds, backend
         ctx.save_for_backward(x, trajectory.states, trajectory.saved, resets, *weights)
         ctx.set_materialize_grads(False)
@@ -74,14 +77,14 @@ class _TwoPoint(torch.autograd.Function):
         cell: Cell = ctx.cell
         x, states, saved, resets, *weights = ctx.saved_tensors
         delta = torch.stack([torch.zeros_like(states[0, 1:]) if g is None else g for g in grads])
-        needs_x, *needs = ctx.needs_input_grad[6:]
+        needs_x, *needs = ctx.needs_input_grad[7:]
         needs_state, needs_weight = needs[: len(grads)], needs[len(grads) :]
         trajectory = Trajectory(x, states, saved, resets)
         for_x, first, by_weight = gradients(
             cell, trajectory, weights, delta, ctx.learning, ctx.rounds, ctx.backend, any(needs_weight)
         )
         return (
-            *(None,) * 6,
+            *(None,) * 7,
             for_x if needs_x else None,
             *(g if need else None for g, need in zip(first, needs_state, strict=True)),
             *(g if need else None for g, need in zip(by_weight, needs_weight, strict=True)),
@@ -106,6 +109,7 @@ def gradients(
     large = delta.device.type == "cpu" and delta[0].numel() > LARGE
     if learning in rfp.RULES and rounds == 0 and runs == "torch" and large:
         return _dual_by_windows(cell, trajectory, weights, delta, learning, needs_weights)
+    trajectory = trajectory.with_saved(cell, weights)
     lin = cell.linearize(trajectory)
     inputs = len(cell.per_unit)
     by_weight: Sequence[Tensor] = [delta.new_empty(0)] * len(weights)
@@ -155,7 +159,7 @@ def _dual_by_windows(
     passed: Tensor | None = None
     for stop in range(steps, 0, -length):
         start = max(0, stop - length)
-        lin = cell.linearize(trajectory.window(start, stop))
+        lin = cell.linearize(trajectory.window(start, stop).with_saved(cell, weights))
         m = rfp.transition(lin, cell.matrices, weights, learning)
         credit, passed = rfp.reverse_scan(m, delta[:, start:stop], passed)
         for_x[:, start:stop] = rfp.input_gradient(lin, credit, inputs)
@@ -178,6 +182,7 @@ def two_point(
     learning: Learning = "rfp",
     refine: int | Literal["exact"] = 0,
     forward: parallel.Forward = "auto",
+    recompute: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Any two-point cell over a sequence; the S states, each (T, B, N), differentiable by `learning`.
@@ -208,6 +213,8 @@ def two_point(
                            a warning (`parallel.Divergence`).
             "auto"         in parallel where that is predicted to pay: for long sequences of a small layer on a GPU,
                            and on the CPU, with one thread, of an affine cell. Else, and where it diverges, the loop.
+        recompute: keep the states alone until backward(), which makes the gates again: one product more a matrix over
+            (T, B), in torch's precision for products. RGC keeps x and 2 numbers a unit and step then, in place of 6.
         backend: of the scans, RFP's backward one and that of the forward pass in parallel: "torch", "triton", or
             "auto", which takes Triton for float32 tensors on a GPU.
 
@@ -235,13 +242,13 @@ def two_point(
         ops.choose_scan(backend, x.device, x.dtype)  # refuses now what backward() would
     if compiling and isinstance(cell, RGCCell):
         states, _ = torch.ops.rjepa_triton.rgc(
-            x, state[0], state[1], list(weights), resets, learning, rounds, backend
+            x, state[0], state[1], list(weights), resets, learning, rounds, backend, recompute
         )
         return states[0, 1:], states[1, 1:]
     mode: parallel.Forward = (
         "sequential" if compiling else forward
     )  # rounds end by a value, which no graph has
-    return _TwoPoint.apply(cell, learning, rounds, backend, mode, resets, x, *state, *weights)
+    return _TwoPoint.apply(cell, learning, rounds, backend, mode, recompute, resets, x, *state, *weights)
 
 
 def rgc(
@@ -256,6 +263,7 @@ def rgc(
     learning: Learning = "rfp",
     refine: int | Literal["exact"] = 0,
     forward: parallel.Forward = "auto",
+    recompute: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Reciprocal gated circuit over a sequence (paper, Section 2.2 and eq. 13; Nayebi et al. 2022).
@@ -270,7 +278,7 @@ def rgc(
         state: (s0, m0), each (B, N); zero if None.
         resets: (T, B) bool. True starts a new episode at that step: state and sensitivities of that row are
             forgotten before it.
-        learning, refine, forward, backend: as in `two_point`.
+        learning, refine, forward, recompute, backend: as in `two_point`.
 
     Returns:
         s, m: (T, B, N) each. Nothing is mutated.
@@ -293,6 +301,7 @@ def rgc(
         learning=learning,
         refine=refine,
         forward=forward,
+        recompute=recompute,
         backend=backend,
     )
     return s, m

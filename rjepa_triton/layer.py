@@ -38,6 +38,8 @@ class TwoPointRNN(nn.Module):
         refine: rounds of refinement of RFP's credits, 0 for none, or "exact".
         forward: how the states of a sequence are found, "auto" | "sequential" | "parallel" in time, as
             `functional.two_point` says.
+        recompute: keep the states of a sequence alone until backward(), which makes the gates again: less memory, one
+            product more a matrix. An `OnlineLearner` keeps no sequence, and has no use for it.
         init: of the recurrent weights: "uniform", U(-1/√N, 1/√N), or "zeros".
         bias: with input_size, whether a bias enters each of the cell's inputs.
         batch_first: inputs and outputs are (B, T, ·) instead of (T, B, ·).
@@ -61,6 +63,7 @@ class TwoPointRNN(nn.Module):
         learning: functional.Learning = "rfp",
         refine: int | Literal["exact"] = 0,
         forward: parallel.Forward = "auto",
+        recompute: bool = False,
         init: Init = "uniform",
         bias: bool = True,
         batch_first: bool = False,
@@ -84,6 +87,7 @@ class TwoPointRNN(nn.Module):
         check.one_of("forward", forward, parallel.FORWARD)
         self.forward_mode = forward  # `forward` is the module's method
         self.recurrence, self.learning, self.refine = recurrence, learning, refine
+        self.recompute = recompute
         self.init, self.batch_first, self.cell = init, batch_first, cell
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -243,6 +247,7 @@ class TwoPointRNN(nn.Module):
             learning=self.learning,
             refine=self.refine,
             forward=self.forward_mode,
+            recompute=self.recompute,
         )
         output = self.readout([states[nu] for nu in self.cell.outputs], x)
         output = output if time_first else output.transpose(0, 1)
@@ -270,6 +275,8 @@ class TwoPointRNN(nn.Module):
             parts.append(f"refine={self.refine!r}")
         if self.forward_mode != "auto":
             parts.append(f"forward={self.forward_mode!r}")
+        if self.recompute:
+            parts.append("recompute=True")
         if self.batch_first:
             parts.append("batch_first=True")
         return ", ".join(parts)

@@ -34,10 +34,11 @@ def rgc(
     learning: str,
     rounds: Optional[int],  # noqa: UP045
     backend: str,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x (1, T, B, N), s0, m0 (B, N), four weights → states (2, T + 1, B, N), saved (2, T, B, 2, N)."""
+    """x (1, T, B, N), s0, m0 (B, N), four weights → states (2, T + 1, B, N), saved (2, T, B, 2, N) or empty."""
     runs = ops.choose_scan(backend, x.device, x.dtype)
-    trajectory = ops.scan(RGCCell(), x, weights, (s0, m0), resets, backend=runs)
+    trajectory = ops.scan(RGCCell(), x, weights, (s0, m0), resets, backend=runs, keep=not recompute)
     return trajectory.states, trajectory.saved
 
 
@@ -51,9 +52,11 @@ def _(
     learning: str,
     rounds: int | None,
     backend: str,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     _, steps, batch, units = x.shape
-    return x.new_empty(2, steps + 1, batch, units), x.new_empty(2, steps, batch, 2, units)
+    saved = (0,) if recompute else (2, steps, batch, 2, units)
+    return x.new_empty(2, steps + 1, batch, units), x.new_empty(saved)
 
 
 @torch.library.custom_op("rjepa_triton::rgc_gradients", mutates_args=())
@@ -94,7 +97,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, _, weights, resets, ctx.learning, ctx.rounds, ctx.backend = inputs
+    x, _, _, weights, resets, ctx.learning, ctx.rounds, ctx.backend, _ = inputs
     states, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.save_for_backward(x, states, saved, resets, *weights)
@@ -105,7 +108,7 @@ def _backward(ctx: Any, grad_states: Tensor, _: Any) -> tuple[Any, ...]:
     for_x, for_s0, for_m0, *by_weight = rgc_gradients(
         x, states, saved, weights, resets, grad_states, ctx.learning, ctx.rounds, ctx.backend
     )
-    return for_x, for_s0, for_m0, by_weight, None, None, None, None
+    return for_x, for_s0, for_m0, by_weight, None, None, None, None, None
 
 
 rgc.register_autograd(_backward, setup_context=_save)

@@ -110,21 +110,26 @@ def scan(
     resets: Tensor | None = None,
     *,
     backend: str = "torch",
+    keep: bool = True,
 ) -> Trajectory:
-    """`cell.scan` by the chosen backend ("torch" or "triton"); kernels run RGC with dense weights."""
+    """`cell.scan` by the chosen backend ("torch" or "triton"); kernels run RGC with dense weights.
+
+    keep: whether the trajectory has `saved`.
+    """
     if backend == "triton" and is_dense_rgc(cell, weights):
         from .kernels import rgc_forward as kernels
 
         def launch() -> tuple[Any, ...]:
             given, initial = ([a.contiguous() for a in group] for group in (weights, state))
             marks = None if resets is None else resets.contiguous()
-            return kernels.rgc_forward(x[0].contiguous(), given, initial, marks)
+            return kernels.rgc_forward(x[0].contiguous(), given, initial, marks, save_gates=keep)
 
         done = _launched("rgc_forward", launch)
         if done is not None:
             states, gates = done
-            return Trajectory(x, states, gates, resets)
-    return cell.scan(x, weights, state, resets)
+            return Trajectory(x, states, x.new_empty(0) if gates is None else gates, resets)
+    made = cell.scan(x, weights, state, resets)
+    return made if keep else made.without_saved()
 
 
 def one_launch(cell: Cell, weights: Sequence[Tensor]) -> bool:

@@ -264,12 +264,13 @@ def forward(
     *,
     mode: Forward = "auto",
     backend: str = "auto",
+    keep: bool = True,
 ) -> Trajectory:
     """The forward pass as `Cell.scan` gives it, in parallel or not; nothing that didn't converge is returned.
 
     mode "sequential": `Cell.scan`. "parallel": `attempt`, and where it fails `Cell.scan` with a `Divergence`
     warning. "auto": what `rounds_worth` says, without a warning.
-    backend: of the scan, as `ops.choose_scan` takes it.
+    backend: of the scan, as `ops.choose_scan` takes it. keep: whether the trajectory has `saved`.
     """
     chosen = ops.choose_scan(backend, x.device, x.dtype)
     rounds = 0 if mode == "sequential" else MAX_ROUNDS
@@ -280,7 +281,7 @@ def forward(
         scan = functools.partial(ops.affine_scan, backend=chosen)
         made = attempt(cell, x, weights, state, resets, max_rounds=rounds, scan=scan)
         if made.trajectory is not None:
-            return made.trajectory
+            return made.trajectory if keep else made.trajectory.without_saved()
         if mode == "parallel":
             warnings.warn(
                 f"the forward pass in parallel did not converge in {made.rounds} rounds: the last changed the states "
@@ -289,4 +290,4 @@ def forward(
                 Divergence,
                 stacklevel=2,
             )
-    return ops.scan(cell, x, weights, state, resets, backend=chosen)
+    return ops.scan(cell, x, weights, state, resets, backend=chosen, keep=keep)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -69,7 +69,7 @@ class Trajectory:
 
     x       (J, T, B, N)   the layer's per-unit inputs
     states  (S, T + 1, B, N)   state before the first step, then after each step
-    saved   what the cell keeps of its gates, (·, T, …) (private to the cell)
+    saved   what the cell keeps of its gates, (·, T, …) (private to the cell); (0,) where it was not kept
     resets  (T, B) bool or None: rows whose state was zeroed before that step
     """
 
@@ -93,7 +93,18 @@ class Trajectory:
         """Steps start … stop - 1, as views."""
         resets = None if self.resets is None else self.resets[start:stop]
         steps = slice(start, stop)
-        return Trajectory(self.x[:, steps], self.states[:, start : stop + 1], self.saved[:, steps], resets)
+        saved = self.saved[:, steps] if self.saved.dim() > 1 else self.saved
+        return Trajectory(self.x[:, steps], self.states[:, start : stop + 1], saved, resets)
+
+    def without_saved(self) -> Trajectory:
+        """The same without what was kept of the gates."""
+        return replace(self, saved=self.x.new_empty(0))
+
+    def with_saved(self, cell: Cell, weights: Sequence[Tensor]) -> Trajectory:
+        """The same with what the cell keeps, made again by one product a matrix over (T, B) where it wasn't kept."""
+        if self.saved.dim() > 1:
+            return self
+        return replace(self, saved=cell.evaluate(self.x, self.before, weights)[1])
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,14 @@ SIZES = [(1, 1, 1), (2, 1, 1), (1, 3, 2), (7, 3, 5), (17, 2, 13)]
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize(("learning", "through"), RULES)
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("recompute", [False, True])
 def test_values_and_gradients_equal_the_oracle(
-    size: tuple[int, int, int], learning: str, through: str, reset: bool, diagonal: bool
+    size: tuple[int, int, int], learning: str, through: str, reset: bool, diagonal: bool, recompute: bool
 ) -> None:
     x, weights, state, ds, dm = oracle.problem(*size, diagonal=diagonal)
     resets = torch.rand(size[:2]) < 0.3 if reset else None
     leaves = [x, *state, *weights]
-    s, m = rgc(x, *weights, state, resets=resets, learning=learning)
+    s, m = rgc(x, *weights, state, resets=resets, learning=learning, recompute=recompute)
     want_s, want_m = oracle.rgc(x, weights, state, resets, through)
     torch.testing.assert_close(s, want_s, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(m, want_m, rtol=1e-12, atol=1e-12)

@@ -387,3 +387,40 @@ def test_rtrl_by_its_kernel(layer: Any) -> None:
                 (output * delta[t].to(like)).sum().backward()
     grads = [[p.grad for p in made.parameters()] for made in (narrow, wide)]
     assert oracle.relative(*grads) < 1e-5
+
+
+@pytest.mark.parametrize("forward", ["sequential", "parallel"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_recomputing_gives_the_same_gradients(name: str, forward: str) -> None:
+    """Of parameters and the input, with resets."""
+    plain, twin = make(name, forward=forward), make(name, forward=forward, recompute=True)
+    twin.load_state_dict(plain.state_dict())
+    assert "recompute=True" in repr(twin)
+    x, resets = torch.randn(9, 2, plain.fan_in, dtype=F64), torch.rand(9, 2) < 0.2
+    found = []
+    for layer in (plain, twin):
+        given = x.clone().requires_grad_()
+        output, _ = layer(given, resets=resets)
+        found.append(torch.autograd.grad(output.square().sum(), [given, *layer.weights()]))
+    assert oracle.relative(found[1], found[0]) < 1e-12
+
+
+def test_recomputing_keeps_the_states_alone() -> None:
+    """Bytes that wait for backward(): the input, two states and not four gates a unit and step; and the weights."""
+    steps, batch, units = 20, 3, 8
+    x = torch.randn(steps, batch, units, dtype=F64, requires_grad=True)
+    kept = []
+    for recompute in (False, True):
+        layer = RGC(units, dtype=F64, recompute=recompute)
+        held: dict[int, int] = {}
+
+        def pack(tensor: Tensor, held: dict[int, int] = held) -> Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(x)
+        kept.append(sum(held.values()))
+    step = 8 * batch * units
+    assert kept[0] - kept[1] == 4 * steps * step
+    assert kept[1] == steps * step + 2 * (steps + 1) * step + 4 * 8 * units**2

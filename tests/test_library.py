@@ -18,14 +18,17 @@ F64 = torch.float64
 @pytest.mark.parametrize("learning", ["rfp", "bptt", "rtrl"])
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_the_operators_keep_their_contract(learning: str, steps: int, diagonal: bool) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_operators_keep_their_contract(
+    learning: str, steps: int, diagonal: bool, recompute: bool
+) -> None:
     x, weights, (s0, m0), _, _ = oracle.problem(steps, 2, 3, diagonal=diagonal)
     x = x.detach()[None].requires_grad_()
     resets = torch.rand(steps, 2) < 0.3
-    torch.library.opcheck(
-        torch.ops.rjepa_triton.rgc.default, (x, s0, m0, weights, resets, learning, 0, "torch")
-    )
-    states, saved = torch.ops.rjepa_triton.rgc(x, s0, m0, weights, resets, learning, 0, "torch")
+    arguments = (x, s0, m0, weights, resets, learning, 0, "torch", recompute)
+    torch.library.opcheck(torch.ops.rjepa_triton.rgc.default, arguments)
+    states, saved = torch.ops.rjepa_triton.rgc(*arguments)
+    assert (saved.numel() == 0) == recompute
     plain = [w.detach() for w in weights]
     torch.library.opcheck(
         torch.ops.rjepa_triton.rgc_gradients.default,
@@ -55,7 +58,9 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"learning": "bptt"}, {"recurrence": "diagonal", "batch_first": True}], ids=str
+    "options",
+    [{}, {"learning": "bptt"}, {"recurrence": "diagonal", "batch_first": True}, {"recompute": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_compiled_model_is_one_graph_for_every_length(options: dict[str, Any], reset: bool) -> None:

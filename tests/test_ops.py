@@ -186,7 +186,8 @@ def test_no_triton_is_a_clear_refusal() -> None:
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("units", [5, 68])
 @pytest.mark.parametrize("learning", ["bptt", "rtrl", "rfp"])
-def test_rgc_by_its_own_kernels(units: int, reset: bool, learning: str) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_rgc_by_its_own_kernels(units: int, reset: bool, learning: str, recompute: bool) -> None:
     """Forward pass and exact backward pass, on chip and a step at a time, against float64."""
     if learning == "rtrl" and units > 5:
         pytest.skip("RTRL's weights are torch's")
@@ -196,7 +197,13 @@ def test_rgc_by_its_own_kernels(units: int, reset: bool, learning: str) -> None:
     for dtype, backend in ((torch.float64, "torch"), (torch.float32, "triton")):
         given = [t.detach().to(dtype).requires_grad_() for t in (x, *weights, *state)]
         s, m = rgc(
-            given[0], *given[1:5], (given[5], given[6]), resets=resets, learning=learning, backend=backend
+            given[0],
+            *given[1:5],
+            (given[5], given[6]),
+            resets=resets,
+            learning=learning,
+            recompute=recompute,
+            backend=backend,
         )
         loss = (s * delta.to(s)).sum() + (m * delta_m.to(m)).sum()
         found.append([s.detach(), m.detach(), *torch.autograd.grad(loss, given)])
