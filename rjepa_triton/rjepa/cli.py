@@ -210,7 +210,7 @@ def train_command(
         with _progress() as progress:
             task = progress.add_task("train", total=max(left, 1))
             found = trainer.run(lambda: progress.advance(task))
-        _show_evaluation(found)
+        _show_evaluation({when: found[when] for when in ("before", "after")})
         typer.echo(f"run: {out}")
 
 
@@ -280,7 +280,7 @@ def _show_evaluation(found: Mapping[str, Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .train import scalars
+    from .evaluation import scalars
 
     table = Table("on test sequences", *found)
     columns = [scalars(one) for one in found.values()]

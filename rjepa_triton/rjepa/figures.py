@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from ..bench.fit import interval
 from ..bench.plot import STYLE, save
 from . import config
-from .train import EVALUATION, PROBE_FROM
+from .evaluation import PROBE_FROM
+from .train import EVALUATION
 
 COLOURS = {"rfp": "#0072B2", "bptt": "#E69F00", "rtrl": "#000000"}
 CONTROL = "#777777"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import backbone, config, figures, train
+from . import backbone, config, data, figures, sequences, train
 from .config import Config
 
 # Each rule's own rate of the circuit (docs/rjepa.md says how they were chosen).
@@ -53,7 +53,7 @@ def run(
     advance(0, total)
     cache = out / "features.pt"
     if not cache.exists():
-        made = train.features(settings, backbone.load(settings.model.backbone))
+        made = sequences.features(settings, backbone.load(settings.model.backbone))
         train.write_whole(cache, lambda file: torch.save({"train": made.train, "test": made.test}, file))
     advance(1, total)
     count = min(jobs or len(os.sched_getaffinity(0)), len(plan.runs))
@@ -82,6 +82,6 @@ def _one(plan: Plan, out: Path, which: tuple[str, int]) -> None:
     torch.set_num_threads(1)
     settings = plan.settings(*which)
     kept = torch.load(out / "features.pt", weights_only=True)
-    sides = train.datasets(settings.data)
-    known = train.Features(sides, kept["train"], kept["test"])
+    sides = data.datasets(settings.data)
+    known = sequences.Features(sides, kept["train"], kept["test"])
     train.Trainer(settings, folder, lambda _: None, known).run()

@@ -12,22 +12,20 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from ..online import OnlineLearner
-from . import backbone, config, diagnostics
+from . import backbone, config
 from .config import Config
-from .data import Sides, datasets
 from .encoder import Encoder
-from .model import PSI, RJEPA, Losses, Predictor, distance
-from .patches import FixationSequences
+from .evaluation import evaluate, scalars
+from .model import PSI, RJEPA, Predictor, distance
+from .sequences import Features, features, losses, prepare
 
 CHECKPOINT, METRICS, WEIGHTS, EVALUATION, CONFIG = (
     "checkpoint.pt",
@@ -36,8 +34,6 @@ CHECKPOINT, METRICS, WEIGHTS, EVALUATION, CONFIG = (
     "evaluation.json",
     "config.yaml",
 )
-SAMPLE = 500  # training sequences at most that the head is calibrated on and the probes' components are of
-PROBE_FROM = 20  # the first step that probes look at: h has gathered by then what it will
 
 
 def build(settings: Config) -> RJEPA:
@@ -57,103 +53,6 @@ def build(settings: Config) -> RJEPA:
         train_head=m.train_head,
     )
     return RJEPA(encoder, kind=m.distance, hidden=m.predictor_hidden, actions=m.actions)  # type: ignore[arg-type]
-
-
-@dataclass
-class Sequences:
-    """What a model is trained or tested on.
-
-    x           (T, n, N): x^High, made beforehand where backbone and head are frozen; else None
-    features    (T, n, D): the backbone's, where it is frozen and recurs nowhere, but the head learns; else None
-    patches     the sequences themselves
-    targets     (T, n, Q): components of the features, which probes are asked for
-    actions     (T, n, 2) or None
-    """
-
-    x: Tensor | None
-    features: Tensor | None
-    patches: Dataset[Any]
-    targets: Tensor
-    actions: Tensor | None
-
-    def __len__(self) -> int:
-        return self.targets.shape[1]
-
-
-@dataclass
-class Data:
-    """Both sides of a split, with names of what is held out."""
-
-    train: Sequences
-    test: Sequences
-    held_out: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a frozen backbone makes of a run's data, the same for all seeds and rules.
-
-    sides          the data sets
-    train, test    (T, n, D) each, and actions (T, n, 2) each
-    """
-
-    sides: Sides
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-
-def _batches(patches: Dataset[Any], size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
-    """Patches (T, B, 3, P, P) and actions (T, B, 2) of all sequences in order."""
-    for batch in DataLoader(patches, batch_size=size):
-        yield batch["patches"].transpose(0, 1), batch["actions"].transpose(0, 1).float()
-
-
-@torch.no_grad()
-def features(
-    settings: Config, network: nn.Module, advance: Callable[[int], None] = lambda _: None
-) -> Features:
-    """Read the data and run the backbone, `network`, on all of it; advance: called with the sequences just done."""
-    sides = datasets(settings.data)
-
-    def made(side: FixationSequences) -> tuple[Tensor, Tensor]:
-        parts = []
-        for patches, actions in _batches(side):
-            flat = torch.cat([network(part) for part in patches.flatten(0, 1).split(512)])
-            parts.append((flat.unflatten(0, patches.shape[:2]), actions))
-            advance(patches.shape[1])
-        values, actions = (torch.cat(group, dim=1) for group in zip(*parts, strict=True))
-        return values, actions
-
-    return Features(sides, made(sides.train), made(sides.test))
-
-
-@torch.no_grad()
-def prepare(settings: Config, model: RJEPA, known: Features | None = None, *, calibrate: bool = True) -> Data:
-    """The data as the model takes it; with `calibrate` its head, which is mutated, takes training features' statistics.
-
-    known: `features` of the same data and backbone, so as not to make them again.
-    """
-    encoder = model.encoder
-    known = features(settings, encoder.backbone) if known is None else known
-    sides, found = known.sides, (known.train, known.test)
-    sample = known.train[0][:, :SAMPLE]
-    if calibrate:
-        encoder.head.calibrate_(sample)
-    components = diagnostics.Components.of((sample - encoder.head.mean) / encoder.head.std)
-    made = []
-    for (values, actions), patches in zip(found, (sides.train, sides.test), strict=True):
-        targets = components((values - encoder.head.mean) / encoder.head.std)
-        frozen = encoder.preset == "initial" and not settings.model.train_backbone
-        made.append(
-            Sequences(
-                x=encoder.head(values) if frozen and not settings.model.train_head else None,
-                features=values if frozen and settings.model.train_head else None,
-                patches=patches,
-                targets=targets,
-                actions=None if settings.model.actions == "none" else actions,
-            )
-        )
-    return Data(made[0], made[1], sides.held_out)
 
 
 class Trainer:
@@ -308,8 +207,8 @@ class Trainer:
             x = self._here(data.x[:, batch])
             self._learn_online(x)
         else:
-            losses, x = _losses(self.model, data, batch, self.fabric.device)
-            self._update(losses.total(PSI[train.psi]))
+            found, x = losses(self.model, data, batch, self.fabric.device)
+            self._update(found.total(PSI[train.psi]))
         control = distance(self.settings.model.distance, self.control(x[:-1]), x[1:])  # type: ignore[arg-type]
         self.control_optimizer.zero_grad()
         self.fabric.backward(control.mean())
@@ -351,90 +250,6 @@ class Trainer:
         """Every diagnostic on the test sequences: by step (lists), spectra, and single figures (docs/rjepa.md)."""
         self.model.eval()
         return evaluate(self.model, self.control, self.data, self.settings.model.distance, self.fabric.device)
-
-
-def _losses(model: Any, data: Sequences, batch: Tensor, device: torch.device) -> tuple[Losses, Tensor]:
-    """Losses of the sequences `batch`, and x^High without recurrence and gradient, which the control is given."""
-    encoder = model.encoder
-    actions = None if data.actions is None else data.actions[:, batch].to(device)
-    if data.x is not None:
-        x = data.x[:, batch].to(device)
-        return model.from_inputs(x, actions), x
-    if data.features is not None:
-        x = encoder.head(data.features[:, batch].to(device))
-        return model.from_inputs(x, actions), x.detach()
-    patches = torch.stack([data.patches[int(i)]["patches"] for i in batch], dim=1).to(device)
-    with torch.no_grad():
-        x = encoder.without_recurrence(patches)
-    return model(patches, actions), x
-
-
-def _encoded(model: Any, data: Sequences, device: torch.device, size: int = 64) -> dict[str, Tensor]:
-    """Of all sequences: h, m and x^High without recurrence ("plain"), (T, n, ·), and the losses (T - 1, n)."""
-    parts = []
-    for batch in torch.arange(len(data)).split(size):
-        losses, plain = _losses(model, data, batch, device)
-        made = losses.encoding
-        parts.append({"h": made.h, "m": made.m, "plain": plain, "loss": losses.representation})
-    return {name: torch.cat([part[name] for part in parts], dim=1).cpu() for name in parts[0]}
-
-
-def evaluate(model: Any, control: nn.Module, data: Data, kind: Any, device: torch.device) -> dict[str, Any]:
-    """See `Trainer.evaluate`."""
-    train, test = _encoded(model, data.train, device), _encoded(model, data.test, device)
-    h, plain = test["h"], test["plain"]
-    control_loss = distance(kind, control(plain[:-1].to(device)).cpu(), plain[1:]).mean(1)
-    w_ms = model.encoder.circuit.weights()[1].cpu()
-    before = torch.cat([torch.zeros_like(test["m"][:1]), test["m"][:-1]])
-    gain = 1 - torch.tanh(before @ w_ms.T)
-    loss = test["loss"].mean(1)
-    constant, constant_x = (diagnostics.constant_loss(kind, one)[1:] for one in (h, plain))
-
-    def rows(tensor: Tensor, steps: slice) -> Tensor:
-        return tensor[steps].flatten(0, 1)
-
-    steps = len(h)
-    first = min(PROBE_FROM, steps - 2)
-    seen, coming = slice(first, steps - 1), slice(first + 1, steps)
-
-    def explained(name: str, target: slice) -> float:
-        pairs = [
-            (rows(side[name], seen), rows(sequences.targets, target))
-            for side, sequences in ((train, data.train), (test, data.test))
-        ]
-        return diagnostics.explained(pairs[0], pairs[1])
-
-    centred = h - h.mean((0, 1))
-    axes = torch.linalg.eigh(centred.flatten(0, 1).T @ centred.flatten(0, 1)).eigenvectors.flip(1)[:, :2]
-    return {
-        "loss": loss.tolist(),
-        "normalised": (loss / constant).tolist(),
-        "control": control_loss.tolist(),
-        "control_normalised": (control_loss / constant_x).tolist(),
-        "variance": h.var(1, correction=0).mean(-1).tolist(),
-        "input_gain": gain.mean((1, 2)).tolist(),
-        "spectrum": diagnostics.spectrum(h).tolist(),
-        "correlation_spectrum": diagnostics.spectrum(h, correlation=True).tolist(),
-        "participation_ratio": diagnostics.participation_ratio(h),
-        "correlation_participation_ratio": diagnostics.participation_ratio(h, correlation=True),
-        "next_from_h": explained("h", coming),
-        "next_from_x": explained("plain", coming),
-        "current_from_h": explained("h", seen),
-        "current_from_x": explained("plain", seen),
-        "trajectories": (centred[:, :4] @ axes).transpose(0, 1).tolist(),
-    }
-
-
-def scalars(found: Mapping[str, Any]) -> dict[str, float]:
-    """One figure for each diagnostic: curves as their mean over the steps from PROBE_FROM on."""
-    out = {}
-    for name, value in found.items():
-        if isinstance(value, float):
-            out[name] = value
-        elif name in ("loss", "normalised", "control", "control_normalised", "variance", "input_gain"):
-            late = value[min(PROBE_FROM, len(value) - 1) :]
-            out[name] = sum(late) / len(late)
-    return out
 
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
