@@ -137,7 +137,8 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
         aligned: tuple[str, ...] = ("N", "M") if units % 16 == 0 else ()
         config: gamma_step.Config | gamma_chunk.Config
         if isinstance(kernel, (GammaStep, GammaRead)):
-            config = step = gamma_step.pick_config(units, units, dtype)
+            stochastic = isinstance(kernel, GammaStep) and kernel.rounding == "stochastic"
+            config = step = gamma_step.pick_config(units, units, dtype, stochastic)
             if isinstance(kernel, GammaRead):
                 build = static.read_build(target, step, short, STATES, aligned)
             else:

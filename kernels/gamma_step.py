@@ -24,12 +24,15 @@ ROUNDS = tl.constexpr(6)
 
 
 @triton.jit
-def _round_stochastically(value, seed, step, state: tl.constexpr, matrix, M, i0, j0):
+def _round_stochastically(value, rng_state_ptr, state: tl.constexpr, matrix, M, i0, j0):
     """float32 [BLOCK_N, BLOCK_M] to bfloat16: the neighbour away from zero as often as `value` is near it.
 
     Random bits are of (seed, step, state, matrix, unit, column): no tile or part of the batch changes them. Seed and
     step are 64 bits wide.
     """
+    # Read anew for each tile: what is kept over the loop over the batch takes registers.
+    seed = tl.load(rng_state_ptr)
+    step = tl.load(rng_state_ptr + 1)
     # One draw has 16 bits for each of 8 numbers in a row. All four counters are 32 bits wide.
     row = i0 + tl.arange(0, value.shape[0])
     group = j0 // 8 + tl.arange(0, value.shape[1] // 8)
@@ -101,9 +104,6 @@ def _gamma_step_kernel(
     if delta_ptr is not None:
         delta_ptr += b0 * N + i0
 
-    if rng_state_ptr is not None:
-        seed = tl.load(rng_state_ptr)
-        step = tl.load(rng_state_ptr + 1)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for b in range(ROWS):
         y = tl.load(y_ptr + col, mask=in_m, other=0.0)[None, :]
@@ -120,12 +120,12 @@ def _gamma_step_kernel(
             new0 += m01 * old1
             new1 = m10 * old0 + m11 * old1 + phi1 * y
             if rng_state_ptr is not None:
-                kept1 = _round_stochastically(new1, seed, step, 1, (b0 + b) * K + k, M, i0, j0)
+                kept1 = _round_stochastically(new1, rng_state_ptr, 1, (b0 + b) * K + k, M, i0, j0)
             else:
                 kept1 = new1.to(gamma1_ptr.dtype.element_ty)
             tl.store(gamma1_ptr + tile, kept1, mask=inside)
         if rng_state_ptr is not None:
-            kept0 = _round_stochastically(new0, seed, step, 0, (b0 + b) * K + k, M, i0, j0)
+            kept0 = _round_stochastically(new0, rng_state_ptr, 0, (b0 + b) * K + k, M, i0, j0)
         else:
             kept0 = new0.to(gamma0_ptr.dtype.element_ty)
         tl.store(gamma0_ptr + tile, kept0, mask=inside)
@@ -160,7 +160,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def pick_config(N: int, M: int, dtype: torch.dtype) -> Config:
+def pick_config(N: int, M: int, dtype: torch.dtype, stochastic: bool = False) -> Config:
     """The tile for Γ of (B, K, N, M). Pure, for a kernel that works in place can't be tuned.
 
     A thread holds 16 numbers of each state: four 128-bit loads of float32 each, and registers for three or
@@ -168,8 +168,9 @@ def pick_config(N: int, M: int, dtype: torch.dtype) -> Config:
     """
     vector = vector_width(M, dtype)
     if vector == 1:
-        # An address and a mask a number: half as many numbers a thread, or registers spill.
-        return Config(4, 64, vector, num_warps=1)
+        # An address and a mask a number: half as many numbers a thread, or registers spill; and half of that with
+        # random bits for each.
+        return Config(2 if stochastic else 4, 64, vector, num_warps=1)
     if triton.cdiv(N, 32) * triton.cdiv(M, 64) < 64:
         # Too few programs to fill a GPU: smaller ones, of as many numbers a thread.
         return Config(8, 64, vector, num_warps=1)
@@ -260,7 +261,7 @@ def gamma_step_(
     if delta is not None and (weight is None or parts > 1):
         shape = (parts, matrices, units, fan_in)
         gradients = torch.empty(shape, dtype=torch.float32, device=gamma.device)
-    config = pick_config(units, fan_in, gamma.dtype)
+    config = pick_config(units, fan_in, gamma.dtype, rng_state is not None)
     tiles = triton.cdiv(units, config.block_n) * triton.cdiv(fan_in, config.block_m)
     with torch.cuda.device_of(gamma):
         _gamma_step_kernel[(tiles, matrices, parts)](

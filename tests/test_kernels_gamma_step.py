@@ -202,7 +202,7 @@ def test_random_bits_are_of_seed_step_and_place(monkeypatch):
     assert torch.equal(first, stepped())
     for other in ({"seed": 4}, {"step": 6}, {"seed": 3 + 2**40}, {"step": 5 + 2**32}, {"seed": 5, "step": 3}):
         assert 0.2 < (stepped(**other) != first).float().mean().item() < 0.5
-    for config in (Config(4, 64, 1, 1), Config(32, 64, 8, 4)):
+    for config in (Config(2, 64, 1, 1), Config(4, 64, 1, 1), Config(32, 64, 8, 4)):
         with monkeypatch.context() as patch:
             patch.setattr(gamma_step, "pick_config", lambda *_, config=config: config)
             assert torch.equal(first, stepped())
@@ -332,6 +332,8 @@ def test_pick_config():
     assert pick_config(1, 4, fp32) == pick_config(128, 128, fp32) == Config(8, 64, 4, 1)
     # Rows that aren't a multiple of 16 bytes: number by number.
     assert pick_config(4096, 4095, fp32) == pick_config(4096, 1004, bf16) == Config(4, 64, 1, 1)
+    assert pick_config(4096, 1004, bf16, stochastic=True) == Config(2, 64, 1, 1)
+    assert pick_config(4096, 1000, bf16, stochastic=True) == Config(32, 64, 8, 4)
 
 
 def _valid() -> dict[str, object]:
