@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rjepa_triton import RGC, OnlineLearner
 from rjepa_triton.bench import fidelity, forward, learn, record, summary
 from rjepa_triton.cells import RGCCell
 from rjepa_triton.reference import rtrl
-from rjepa_triton.rjepa import theory_runs
+from rjepa_triton.rjepa import figures, theory_runs
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -73,6 +74,13 @@ def test_the_tables_of_the_theory_are_those_of_the_record() -> None:
     page = (ROOT / "docs" / "theory.md").read_text()
     for table in theory_runs.tables(record.load(RESULTS / "theory.jsonl")):
         assert summary.markdown(table) in page
+
+
+def test_the_table_of_the_demo_is_that_of_its_record() -> None:
+    page = (ROOT / "docs" / "rjepa.md").read_text()
+    lines = (RESULTS / "rjepa-demo-cpu.jsonl").read_text().splitlines()
+    for row in figures.summary(figures.by_rule([("record", json.loads(line)) for line in lines])):
+        assert "| " + " | ".join(row) + " |" in page
 
 
 def test_links_lead_somewhere() -> None:
