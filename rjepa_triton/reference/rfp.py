@@ -35,6 +35,7 @@ from .rounding import round_stochastically
 RULES = ("rfp", "eprop", "rflo", "snap0")
 
 
+@torch.no_grad()
 def transition(
     lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor], rule: str = "rfp"
 ) -> Tensor:
@@ -54,15 +55,22 @@ def transition(
         for matrix, weight in zip(matrices, weights, strict=True):
             for nu, phi in lin.immediate(matrix).items():
                 terms.setdefault((nu, state_read(matrix)), []).append((phi, weight_ops.own(weight)))
-    entries = []
+    m = lin.before.new_empty(len(states), *lin.before.shape)
     for nu in states:
         for source in states:
             kept = rule in ("rfp", "eprop") or (rule == "rflo" and nu == source)
-            entry = lin.partials.own[source].get(nu) if kept else None
-            for phi, diagonal in terms.get((nu, source), []):
-                entry = phi * diagonal if entry is None else torch.addcmul(entry, phi, diagonal)
-            entries.append(torch.zeros_like(lin.before[0]) if entry is None else entry)
-    m = torch.stack(entries).unflatten(0, (len(states), len(states)))
+            own, out = lin.partials.own[source].get(nu) if kept else None, m[nu, source]
+            entering = terms.get((nu, source), [])
+            if own is not None and entering:
+                torch.addcmul(own, *entering.pop(), out=out)
+            elif entering:
+                torch.mul(*entering.pop(), out=out)
+            elif own is not None:
+                out.copy_(own)
+            else:
+                out.zero_()
+            for phi, diagonal in entering:
+                out.addcmul_(phi, diagonal)
     return m if lin.resets is None else m.masked_fill_(lin.resets[..., None], 0)
 
 
