@@ -76,8 +76,10 @@ def test_the_tables_of_the_theory_are_those_of_the_record() -> None:
         assert summary.markdown(table) in page
 
 
-def test_the_table_of_the_demo_is_that_of_its_record() -> None:
+def test_the_tables_of_rjepa_are_those_of_its_records() -> None:
     page = (ROOT / "docs" / "rjepa.md").read_text()
+    step = summary.markdown(summary.tables(record.load(RESULTS / "rjepa-step-cpu.jsonl"))[0])
+    assert step.split("\n\n", 1)[1] in page
     lines = (RESULTS / "rjepa-demo-cpu.jsonl").read_text().splitlines()
     for row in figures.summary(figures.by_rule([("record", json.loads(line)) for line in lines])):
         assert "| " + " | ".join(row) + " |" in page
