@@ -296,13 +296,19 @@ def _show_summary(runs: Runs, markdown: bool) -> None:
     from ..bench.summary import markdown as as_markdown
     from . import figures
 
-    table = Table(*figures.SUMMARY, title="after training, mean ± half a 95 % interval over seeds")
-    for row in figures.summary(runs):
-        table.add_row(*row)
+    rows, title = figures.summary(runs), "after training, mean ± half a 95 % interval over seeds"
     if markdown:
+        table = Table(*figures.SUMMARY, title=title)
+        for row in rows:
+            table.add_row(*row)
         typer.echo(as_markdown(table))
-    else:
-        Console().print(table)
+        return
+    # turned round, it fits a narrow terminal
+    (_, *names), (rules, *columns) = figures.SUMMARY, zip(*rows, strict=True)
+    table = Table("", *rules, title=title)
+    for name, column in zip(names, columns, strict=True):
+        table.add_row(name, *column)
+    Console().print(table)
 
 
 def theory_command(
