@@ -140,6 +140,29 @@ def test_features_made_beforehand() -> None:
     assert not any(p.requires_grad for p in made.head.parameters())
 
 
+@pytest.mark.parametrize("learning", ["rfp", "bptt"])
+@pytest.mark.parametrize("delay", [False, True])
+def test_without_feedback_sequences_are_what_steps_are(learning: Any, delay: bool) -> None:
+    """The dual form, area by area, against the detach oracle step by step, in which feedback has no weight."""
+    stepwise = full(0.3, learning=learning, delay=delay)
+    torch.nn.utils.vector_to_parameters(
+        torch.zeros(sum(p.numel() for p in stepwise.feedback.parameters()), dtype=F64),
+        stepwise.feedback.parameters(),
+    )
+    at_once = full(0.3, learning=learning, delay=delay, feedback=False)
+    at_once.load_state_dict(stepwise.state_dict(), strict=False)
+    found = []
+    for made in (stepwise, at_once):
+        first = made(patches(2))
+        second = made(patches(6), first.state.detached())
+        given = [*made.areas.parameters(), *made.circuit.parameters()]
+        torch.manual_seed(6)
+        loss = (second.h * torch.randn_like(second.h)).sum()
+        found.append([second.h, second.state.areas[4][1], *torch.autograd.grad(loss, given)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_what_is_frozen_stays_in_evaluation() -> None:
     made = Encoder(backbone.load("small:2"), preset="full", units=4).train()
     assert not made.backbone.training

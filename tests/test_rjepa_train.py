@@ -137,6 +137,7 @@ def test_interrupted_and_whole_runs_end_alike(settings: Any, tmp_path: Path, upd
         ["model.preset=full", "model.backbone=small:2"],
         ["model.preset=full", "model.backbone=small:2", "train.learning=bptt", "model.train_backbone=true"],
         ["model.preset=full", "model.backbone=small:2", "model.delay=true", "model.depthwise=true"],
+        ["model.preset=full", "model.backbone=small:2", "model.feedback=false"],
         ["model.train_head=true", "model.distance=square"],
         ["model.actions=given", "model.embedding=4"],
         ["model.actions=predicted", "train.psi=time"],

@@ -51,6 +51,7 @@ class ModelConfig:
     embedding: int = 0
     kernel_size: int = 3
     depthwise: bool = False
+    feedback: bool = True
     delay: bool = False
     distance: str = "cosine"
     predictor_hidden: int = 240

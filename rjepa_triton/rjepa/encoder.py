@@ -112,6 +112,8 @@ class Encoder(nn.Module):
         learning: of the circuits. "rfp" | "bptt" | "rtrl"; the low areas of "full" take "rfp" or "bptt".
         embedding: E of a linear F; None: F is the identity, h = s, E = N.
         kernel_size, depthwise: of the low circuits' gates.
+        feedback: whether later areas feed back. Without it each area of "full" goes through the whole sequence at once,
+            by RFP in its dual form.
         delay: c_{l-1}(t-1) in place of c_{l-1}(t) for l > 1, which is eq. 1 to the letter: a patch then reaches the
             top after four steps.
         train_head: whether the MLP learns. It may let the representation's rank fall (docs/rjepa.md).
@@ -135,6 +137,7 @@ class Encoder(nn.Module):
         embedding: int | None = None,
         kernel_size: int = 3,
         depthwise: bool = False,
+        feedback: bool = True,
         delay: bool = False,
         train_head: bool = False,
     ) -> None:
@@ -159,7 +162,7 @@ class Encoder(nn.Module):
                 rule: Literal["rfp", "bptt"] = "bptt" if learning == "bptt" else "rfp"
                 self.areas.append(ConvRGC(width, kernel_size=kernel_size, depthwise=depthwise, learning=rule))
                 above = sum(backbone.widths[level + 1 :])
-                if above:
+                if above and feedback:
                     below = backbone.widths[level - 1] if level else 3
                     joined = nn.Conv2d(above, below, 1, bias=False)
                     nn.init.zeros_(joined.weight)
@@ -192,7 +195,8 @@ class Encoder(nn.Module):
         """Encode patches (T, B, 3, P, P), uint8 or in [0, 1], from a state; from zero if None. Nothing is mutated."""
         if self.preset == "initial":
             return self.encode(self.head(self.features(patches)), state)
-        pooled, areas = self._low(patches, () if state is None else state.areas)
+        low = self._low if self.feedback else self._low_at_once
+        pooled, areas = low(patches, () if state is None else state.areas)
         made = self.encode(self.head(pooled), state)
         return replace(made, state=State(areas, made.state.top))
 
@@ -217,6 +221,17 @@ class Encoder(nn.Module):
                 below = _passed_on(s, before[level]) if self.delay else s
             pooled.append(s.mean((-2, -1)))
         return torch.stack(pooled), tuple(pair for pair in now if pair is not None)
+
+    def _low_at_once(self, patches: Tensor, states: Sequence[Pair]) -> tuple[Tensor, tuple[Pair, ...]]:
+        """The same without feedback: each area over all steps before the next."""
+        assert isinstance(self.backbone, Backbone)
+        given: Sequence[Pair | None] = states or [None] * len(self.areas)
+        below, last = self.backbone.standardised(patches), []
+        for stage, area, before in zip(self.backbone.stages, self.areas, given, strict=True):
+            s, now = area(stage(below.flatten(0, 1)).unflatten(0, below.shape[:2]), before)
+            last.append(now)
+            below = torch.cat([_passed_on(s[0], before)[None], s[:-1]]) if self.delay else s
+        return s.mean((-2, -1)), tuple(last)
 
     def _from_above(self, level: int, like: Tensor, before: Sequence[Pair | None]) -> Tensor | float:
         """φ_l(⊕_{k>l} S(s_k(t-1))), of the size of the area's input; zero at the first step and with nothing above."""

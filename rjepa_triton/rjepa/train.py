@@ -49,6 +49,7 @@ def build(settings: Config) -> RJEPA:
         embedding=m.embedding or None,
         kernel_size=m.kernel_size,
         depthwise=m.depthwise,
+        feedback=m.feedback,
         delay=m.delay,
         train_head=m.train_head,
     )
