@@ -194,11 +194,14 @@ class Trainer:
         return math.ceil(len(self.data.train) / self.settings.train.batch)
 
     def _order(self, epoch: int) -> list[Tensor]:
-        """The epoch's batches of indices, from the seed and the epoch alone; of this process's share."""
+        """The epoch's batches of indices, from the seed and the epoch alone: this process's share of each.
+
+        A last batch of fewer sequences than processes is left out, or some would wait for the others.
+        """
         generator = torch.Generator().manual_seed(self.settings.train.seed * 100_003 + epoch)
         drawn = torch.randperm(len(self.data.train), generator=generator).split(self.settings.train.batch)
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        return [mine for batch in drawn if len(mine := batch[rank::world])]
+        return [batch[rank::world] for batch in drawn if len(batch) >= world]
 
     def _learn(self, batch: Tensor) -> None:
         data, train = self.data.train, self.settings.train
