@@ -20,7 +20,7 @@ def full(scale: float = 0.0, **options: Any) -> Encoder:
     torch.manual_seed(0)
     made = Encoder(backbone.load("small:2"), preset="full", units=4, hidden=6, **options).double()
     with torch.no_grad():
-        for weight in made.recurrent_parameters():
+        for weight in made.trained_parameters():
             weight.copy_(scale * torch.randn_like(weight))
     return made
 
@@ -77,7 +77,7 @@ def test_the_whole_encoder_is_its_equations(learning: Any) -> None:
 def test_bptt_gives_autograds_gradient_of_everything() -> None:
     made = full(0.3, learning="bptt")
     delta = torch.randn(4, 2, 4, dtype=F64)
-    given = made.recurrent_parameters()
+    given = made.trained_parameters()
     got = torch.autograd.grad((made(patches()).h * delta).sum(), given)
     want = torch.autograd.grad((by_hand(made, patches()) * delta).sum(), given)
     for a, b in zip(got, want, strict=True):

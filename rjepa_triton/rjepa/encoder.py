@@ -245,7 +245,7 @@ class Encoder(nn.Module):
             resized.append(F.interpolate(s, size=size, mode="bilinear", align_corners=False))
         return self.feedback[level](torch.cat(resized, dim=1))
 
-    def recurrent_parameters(self) -> list[nn.Parameter]:
+    def trained_parameters(self) -> list[nn.Parameter]:
         """What learns in the encoder: circuits, feedback, and what of F, the MLP and the backbone is trained."""
         return [p for p in self.parameters() if p.requires_grad]
 

@@ -85,7 +85,7 @@ class Trainer:
         control = Predictor(model.encoder.circuit.hidden_size, settings.model.predictor_hidden)
         predictors = [model.predictor, *([model.action_predictor] if model.action_predictor else [])]
         groups = [
-            {"params": [p for p in model.encoder.parameters() if p.requires_grad], "lr": t.lr_recurrent},
+            {"params": model.encoder.trained_parameters(), "lr": t.lr_recurrent},
             {"params": [p for one in predictors for p in one.parameters()], "lr": t.lr_predictor},
         ]
         self.model, self.optimizer = self.fabric.setup(
