@@ -479,13 +479,42 @@ class GammaChunk(Kernel):
         return {backend: by_ops(backend) for backend in backends}
 
 
-class Scan(Kernel):
-    """A scan backward in time: credits λ or suffix products R, or what partials make of them in their place.
-
-    flop and written: of one unit and one step. function, pure: eager, and to be compiled. launch: by Triton.
-    """
+class WithoutGamma(Kernel):
+    """A kernel that returns all it makes. function, pure: eager, and to be compiled. launch: by Triton."""
 
     has_gamma = False
+
+    def __init__(
+        self,
+        name: str,
+        takes: tuple[str, ...],
+        function: Callable[..., Sequence[Tensor]],
+        pure: Callable[..., Sequence[Tensor]],
+        launch: Callable[..., Sequence[Tensor]],
+    ) -> None:
+        self.name, self.takes, self.function, self.pure, self.launch = name, takes, function, pure, launch
+
+    def reference(self, problem: Any) -> Sequence[Tensor]:
+        return self.function(*(getattr(problem, name) for name in self.takes))
+
+    def runners(self, device: torch.device) -> dict[str, Runner]:
+        def arguments(p: Any) -> list[Tensor]:
+            return [getattr(p, name) for name in self.takes]
+
+        if device.type != "cuda":
+            return {"torch": self.reference}
+        return {
+            "triton": lambda p: self.launch(*arguments(p)),
+            "torch": self.reference,
+            "compile": lambda p: _compiled(self.pure)(*arguments(p)),
+        }
+
+
+class Scan(WithoutGamma):
+    """A scan backward in time: credits λ or suffix products R, or what partials make of them in their place.
+
+    flop and written: of one unit and one step.
+    """
 
     def __init__(
         self,
@@ -497,8 +526,7 @@ class Scan(Kernel):
         pure: Callable[..., Sequence[Tensor]],
         launch: Callable[..., Sequence[Tensor]],
     ) -> None:
-        self.name, self.takes, self.launch = name, takes, launch
-        self.function, self.pure = function, pure
+        super().__init__(name, takes, function, pure, launch)
         self._flop, self._written = flop, written
 
     def flop(self, units: int, batch: int, steps: int) -> float:
@@ -508,21 +536,6 @@ class Scan(Kernel):
         # and after the last step, M(1)ᵀ λ(1) or R(0)
         last = STATES if "delta" in self.takes else STATES**2
         return (self._written * steps + last) * units * batch
-
-    def reference(self, problem: Any) -> Sequence[Tensor]:
-        return self.function(*(getattr(problem, name) for name in self.takes))
-
-    def runners(self, device: torch.device) -> dict[str, Runner]:
-        def arguments(p: Problem) -> list[Tensor]:
-            return [getattr(p, name) for name in self.takes]
-
-        if device.type != "cuda":
-            return {"torch": self.reference}
-        return {
-            "triton": lambda p: self.launch(*arguments(p)),
-            "torch": self.reference,
-            "compile": lambda p: _compiled(self.pure)(*arguments(p)),
-        }
 
 
 def _circuit_shapes(units: int, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
@@ -539,20 +552,8 @@ def _circuit_shapes(units: int, batch: int, steps: int) -> dict[str, tuple[int, 
     }
 
 
-class OfCircuit(Kernel):
-    """A kernel of an RGC that has no Γ. function and pure: eager, and to be compiled; launch: by Triton."""
-
-    has_gamma = False
-
-    def __init__(
-        self,
-        name: str,
-        takes: tuple[str, ...],
-        function: Callable[..., Sequence[Tensor]],
-        pure: Callable[..., Sequence[Tensor]],
-        launch: Callable[..., Sequence[Tensor]],
-    ) -> None:
-        self.name, self.takes, self.function, self.pure, self.launch = name, takes, function, pure, launch
+class OfCircuit(WithoutGamma):
+    """A kernel of an RGC that has no Γ."""
 
     def shapes(self, units: int, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
         return _circuit_shapes(units, batch, steps)
@@ -565,21 +566,6 @@ class OfCircuit(Kernel):
         drawn["weights"] *= 0.3 / math.sqrt(units)
         drawn["gates"].tanh_()
         return Circuit(gammas=[], **drawn)
-
-    def reference(self, problem: Any) -> Sequence[Tensor]:
-        return self.function(*(getattr(problem, name) for name in self.takes))
-
-    def runners(self, device: torch.device) -> dict[str, Runner]:
-        def arguments(p: Circuit) -> list[Tensor]:
-            return [getattr(p, name) for name in self.takes]
-
-        if device.type != "cuda":
-            return {"torch": self.reference}
-        return {
-            "triton": lambda p: self.launch(*arguments(p)),
-            "torch": self.reference,
-            "compile": lambda p: _compiled(self.pure)(*arguments(p)),
-        }
 
 
 class RGCForward(OfCircuit):
