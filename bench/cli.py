@@ -172,7 +172,9 @@ def plot_command(
 def compare_command(
     a: Annotated[Path, typer.Argument(help="Records of before.")],
     b: Annotated[Path, typer.Argument(help="Records of after.")],
-    floor: Annotated[float, typer.Option(help="Changes up to this fraction count as noise.")] = 0.05,
+    floor: Annotated[
+        float, typer.Option(help="Changes up to this fraction count as noise, beside what the machine did.")
+    ] = compare.FLOOR,
 ) -> None:
     """What became faster or slower from A to B, beyond noise; versions may differ."""
     with user_errors():

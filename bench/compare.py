@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from .record import Record, key, latest
+from .record import Record, Timing, key, latest
 from .summary import place, seconds_text
+
+FLOOR = 0.03  # what counts as noise on a machine that is perfectly steady
 
 
 @dataclass(frozen=True)
 class Change:
-    """B against A at one key: the ratio B/A of medians, and whether it is beyond noise.
+    """B against A at one key: the ratio B/A of medians, and what of it the machine explains.
 
-    Beyond noise: the ratio is further from 1 than the noise floor, and the intervals p20–p80 are disjoint.
+    noise    the ratio either way that noise explains here (`noise_of`)
+    apart    whether the samples' intervals p20–p80 are disjoint, and the medians' bootstrap intervals if both have one
     """
 
     a: Record
     b: Record
     ratio: float
-    beyond_noise: bool
+    noise: float
+    apart: bool
+
+    @property
+    def beyond_noise(self) -> bool:
+        return self.apart and max(self.ratio, 1 / self.ratio) > self.noise
 
     @property
     def verdict(self) -> str:
@@ -39,22 +49,59 @@ class Comparison:
     only_b: list[Record]
 
 
-def compare(a: Sequence[Record], b: Sequence[Record], floor: float = 0.05) -> Comparison:
+def unsteadiness(timings: Iterable[Timing]) -> float:
+    """How far apart two timings of one thing come in one run: 2 robust deviations of a yardstick's logarithm, times √2.
+
+    Of the yardsticks that the records of one run took from time to time, the least steady counts. 0 with fewer than
+    4 of them: nothing is known.
+    """
+    values: dict[str, set[float]] = {}
+    for timing in timings:
+        for name, seconds in timing.yardsticks.items():
+            values.setdefault(name, set()).add(math.log(seconds))
+    found = 0.0
+    for logs in values.values():
+        if len(logs) >= 4:
+            middle = statistics.median(logs)
+            deviation = 1.4826 * statistics.median(abs(value - middle) for value in logs)
+            found = max(found, 2 * math.sqrt(2) * deviation)
+    return found
+
+
+def noise_of(a: Timing, b: Timing, floor: float, unsteady: float) -> float:
+    """The ratio of two medians, either way, that noise explains: (1 + floor) · exp(unsteady + drift).
+
+    drift: the largest change of a yardstick between the two, work that is the same in both: what it changed by, the
+    machine did; 0 if it isn't larger than what an unsteady machine shows. floor: what counts as noise where both
+    machines were perfectly steady.
+    """
+    shared = a.yardsticks.keys() & b.yardsticks.keys()
+    drift = max((abs(math.log(b.yardsticks[name] / a.yardsticks[name])) for name in shared), default=0.0)
+    return (1 + floor) * math.exp(unsteady + (drift if drift > unsteady else 0.0))
+
+
+def _apart(a: Timing, b: Timing) -> bool:
+    if not (b.p20 > a.p80 or b.p80 < a.p20):
+        return False
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return True
+    return b.low > a.high or b.high < a.low
+
+
+def compare(a: Sequence[Record], b: Sequence[Record], floor: float = FLOOR) -> Comparison:
     """Match timed records by key, versions left aside. Raises ValueError for a floor that is negative."""
     if not floor >= 0:
         raise ValueError(f"floor must be at least 0, got {floor}")
     timed_a, timed_b = ({key(r, versions=False): r for r in latest(file) if r.timing} for file in (a, b))
+    unsteady = max(unsteadiness(r.timing for r in timed.values() if r.timing) for timed in (timed_a, timed_b))
     changes = []
     for identity in timed_a.keys() & timed_b.keys():
         old, new = timed_a[identity], timed_b[identity]
         was, now = old.timing, new.timing
         assert was is not None
         assert now is not None
-        ratio = now.median / was.median
-        disjoint = now.p20 > was.p80 or now.p80 < was.p20
-        # a change of 5 % either way: slower by 1.05, faster by 1 / 1.05
-        beyond = max(ratio, 1 / ratio) > 1 + floor
-        changes.append(Change(old, new, ratio, disjoint and beyond))
+        noise = noise_of(was, now, floor, unsteady)
+        changes.append(Change(old, new, now.median / was.median, noise, _apart(was, now)))
     return Comparison(
         sorted(changes, key=lambda c: (c.a.algorithm, c.a.params.get("B", 0), c.a.params.get("N", 0))),
         [r for identity, r in timed_a.items() if identity not in timed_b],
@@ -65,9 +112,9 @@ def compare(a: Sequence[Record], b: Sequence[Record], floor: float = 0.05) -> Co
 def table(comparison: Comparison) -> Table:
     """One row a matched point."""
     out = Table(title="B against A, seconds per time step")
-    for heading in ("point", "A", "B", "B / A", "beyond noise"):
+    for heading in ("point", "A", "B", "B / A", "noise up to", "beyond noise"):
         out.add_column(heading, justify="left" if heading == "point" else "right")
     for change in comparison.changes:
         times = (seconds_text(r.timing.median) for r in (change.a, change.b) if r.timing)
-        out.add_row(place(change.a), *times, f"{change.ratio:.3f}", change.verdict)
+        out.add_row(place(change.a), *times, f"{change.ratio:.3f}", f"{change.noise:.3f}", change.verdict)
     return out

@@ -28,37 +28,51 @@ class Slope:
         return f"{self.value:.2f} ± {self.half_width:.2f}"
 
 
-def first_n(algorithm: str, quantity: str) -> int:
-    """The N from which a curve is fitted: below it a step costs what its calls cost, whatever N is.
+# A curve is fitted where it is this many times its least value or more.
+ASYMPTOTIC = 4.0
 
-    Bytes: all N. Time: N ≥ 32 for exact RTRL, whose N⁴ shows at once; N ≥ 128 for all else.
+
+def first_n(n: Sequence[float], y: Sequence[float]) -> float:
+    """The N from which on a curve is fitted: the first from which all values are at least 4 times the least one.
+
+    What doesn't grow with N, such as the calls that a step takes, is a quarter of each value there or less: a power
+    p ≥ 1 comes out at most a quarter too low. Infinity if no value is so large.
     """
-    if quantity != "time":
-        return 1
-    return 32 if algorithm == "rtrl" else 128
+    least, first = min(y), math.inf
+    for size, value in sorted(zip(n, y, strict=True), reverse=True):
+        if value < ASYMPTOTIC * least:
+            break
+        first = size
+    return first
 
 
 def slope(n: Sequence[float], y: Sequence[float], first: float = 1) -> Slope | None:
-    """Least squares of log y on log n for n ≥ first, with its 95 % t-interval; None below 3 points.
+    """The power of N by Theil and Sen: the median slope of all pairs on log-log axes, for n ≥ first.
+
+    One point that was disturbed doesn't move it as it would the least-squares slope. The 95 % interval is that of
+    Student's t from the residuals about the line of that slope and the median intercept. None below 3 points.
 
     Raises ValueError for a y or n that isn't positive, or for n that are all equal.
     """
-    points = [(a, b) for a, b in zip(n, y, strict=True) if a >= first]
+    points = sorted((a, b) for a, b in zip(n, y, strict=True) if a >= first)
     if len(points) < 3:
         return None
     if any(a <= 0 or b <= 0 for a, b in points):
         raise ValueError("n and y must be positive to be fitted on log-log axes")
     xs, ys = [math.log(a) for a, _ in points], [math.log(b) for _, b in points]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    spread = sum((x - mean_x) ** 2 for x in xs)
-    if spread == 0:
+    pairs = itertools.combinations(zip(xs, ys, strict=True), 2)
+    rises = [(v - w) / (x - z) for (z, w), (x, v) in pairs if x > z]
+    if not rises:
         raise ValueError("n must take at least two values to be fitted")
-    value = sum((x - mean_x) * (v - mean_y) for x, v in zip(xs, ys, strict=True)) / spread
-    residual = sum((v - mean_y - value * (x - mean_x)) ** 2 for x, v in zip(xs, ys, strict=True))
+    value = statistics.median(rises)
+    offsets = [v - value * x for x, v in zip(xs, ys, strict=True)]
+    residual = sum((offset - statistics.median(offsets)) ** 2 for offset in offsets)
+    mean = statistics.fmean(xs)
+    spread = sum((x - mean) ** 2 for x in xs)
     freedom = len(points) - 2
     # beyond the table the last entry is the wider, so the safer, interval
     t = T_95[min(freedom, len(T_95)) - 1]
-    return Slope(value, t * math.sqrt(residual / freedom / spread), len(points), min(a for a, _ in points))
+    return Slope(value, t * math.sqrt(residual / freedom / spread), len(points), points[0][0])
 
 
 def crossovers(a: dict[int, float], b: dict[int, float]) -> list[tuple[float, float]]:

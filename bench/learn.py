@@ -36,7 +36,8 @@ from ..nn import GRU, LSTM, RGC
 from ..online import OnlineLearner
 from ..reference.refine import Divergence
 from . import fit, record
-from .record import Record, Timing
+from .measure import timing
+from .record import Record
 from .summary import place
 from .tasks import TASKS
 
@@ -209,10 +210,9 @@ def train(run: Run) -> dict[str, Any]:
     if not math.isfinite(curve[-1]):
         reason = f"the loss is not finite in the {run.window} steps to {len(curve) * run.window}"
         return {"status": "error", "message": reason, "payload": payload}
-    p20, median, p80 = (np.quantile(seconds, [0.2, 0.5, 0.8]) / run.window).tolist()
     return {
         "status": "ok",
-        "timing": Timing(median, p20, p80, len(seconds)),
+        "timing": timing(seconds).per(run.window),
         "state_bytes": state_bytes,
         "payload": {**payload, "final": float(f"{statistics.fmean(curve[-LAST:]):.5g}")},
     }

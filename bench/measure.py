@@ -1,4 +1,8 @@
-"""Time and memory of a call: interleaved samples, medians and 20th/80th percentiles; peak allocator bytes."""
+"""Time and memory of a call: interleaved samples, medians and their intervals; peak allocator bytes; rates.
+
+The statistics of every benchmark are here and in `fit` and `compare`: warm up until stable, take samples of several
+functions in turn, give the median with its bootstrap interval, and time pieces of work that never change beside them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +27,12 @@ from .record import Timing
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 SAMPLE_SECONDS = 2e-3  # a sample is at least this long: 1e4 times the clock's resolution
-STABLE = 0.10  # warm when two calls in a row differ by less than this
+STABLE = 0.05  # warm when the best of three calls is within this of the best of the three before
 WARM_SECONDS = 0.5  # and warm enough after this long in any case
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 40
+RESAMPLES = 1000  # of a bootstrap
+GAUGE_SECONDS = 0.05  # that each yardstick is sampled before what is timed, and again after it
 
 
 def seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:
@@ -46,13 +53,54 @@ def seconds(function: Callable[[], object], calls: int, device: torch.device) ->
 
 
 def warm_up(function: Callable[[], object], device: torch.device) -> float:
-    """Call until two calls in a row take the same time to 10 %, or 0.5 s are over; seconds of the last."""
-    begin, last = time.perf_counter(), math.inf
-    while True:
-        now = seconds(function, 1, device)
-        if abs(now - last) < STABLE * last or time.perf_counter() - begin > WARM_SECONDS:
-            return now
-        last = now
+    """Call until three calls are no faster, to 5 %, than the three before, or 0.5 s are over; the fastest call."""
+    begin, taken = time.perf_counter(), [seconds(function, 1, device)]
+    while time.perf_counter() - begin < WARM_SECONDS:
+        taken.append(seconds(function, 1, device))
+        if len(taken) >= 6 and min(taken[-3:]) > (1 - STABLE) * min(taken[-6:-3]):
+            break
+    return min(taken)
+
+
+def timing(samples: Sequence[float]) -> Timing:
+    """Median, 20th/80th percentiles and the median's 95 % bootstrap interval; the same for the same samples."""
+    values = np.asarray(samples, dtype=np.float64)
+    p20, median, p80 = np.quantile(values, [0.2, 0.5, 0.8]).tolist()
+    if len(values) < 2:
+        return Timing(median, p20, p80, len(values))
+    low, high = np.quantile(medians(values), [0.025, 0.975]).tolist()
+    return Timing(median, p20, p80, len(values), low, high)
+
+
+def medians(samples: Sequence[float] | np.ndarray, seed: int = 0) -> np.ndarray:
+    """Medians of `RESAMPLES` draws, with replacement, of as many samples as there are."""
+    values = np.asarray(samples, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    return np.median(values[drawn], axis=1)
+
+
+def yardsticks(device: torch.device) -> dict[str, Callable[[], object]]:
+    """Work that is the same in every version of this package, and what of the machine it feels.
+
+    calls     64 additions to 16 numbers: what it costs to call torch
+    product   one product of matrices, 2·512³ FLOP on the CPU and 2·4096³ on a GPU
+    copy      one copy of 16 MB on the CPU, of 1 GB on a GPU
+    """
+    large = device.type == "cuda"
+    small = torch.zeros(16, device=device)
+    a = torch.full((4096, 4096) if large else (512, 512), 1e-3, device=device)
+    source = torch.ones(1 << (28 if large else 22), device=device)
+    product, target = torch.empty_like(a), torch.empty_like(source)
+
+    def calls() -> None:
+        for _ in range(64):
+            small.add_(1e-3)
+
+    return {
+        "calls": calls,
+        "product": lambda: torch.mm(a, a, out=product),
+        "copy": lambda: target.copy_(source),
+    }
 
 
 def interleave(
@@ -65,7 +113,41 @@ def interleave(
 
     Each round takes one sample of each; a sample is as many calls as take 2 ms. A function leaves the rounds
     when it has had 5 samples and `case_seconds`, or 40 samples. One that raises gives its exception instead.
+
+    The `yardsticks` are sampled before the rounds and after them: in between they would drive the functions' data out
+    of the caches.
     """
+    if not functions:
+        return {}
+    gauges = yardsticks(device)
+    gc.collect()
+    gc.disable()  # a collection in the middle of a sample would be charged to whoever ran
+    try:
+        before = _rounds(gauges, device, GAUGE_SECONDS)
+        results = _rounds(functions, device, case_seconds)
+        after = _rounds(gauges, device, GAUGE_SECONDS)
+    finally:
+        gc.enable()
+    drift = {name: _middle(before[name], after[name]) for name in gauges}
+    return {
+        name: found if isinstance(found, Exception) else replace(found, yardsticks=drift)
+        for name, found in results.items()
+    }
+
+
+def _middle(*found: Timing | Exception) -> float:
+    """Mean of medians of what can't fail."""
+    medians = []
+    for timing in found:
+        if isinstance(timing, Exception):
+            raise timing
+        medians.append(timing.median)
+    return float(np.mean(medians))
+
+
+def _rounds(
+    functions: Mapping[str, Callable[[], object]], device: torch.device, case_seconds: float
+) -> dict[str, Timing | Exception]:
     results: dict[str, Timing | Exception] = {}
     calls: dict[str, int] = {}
     samples: dict[str, list[float]] = {name: [] for name in functions}
@@ -74,24 +156,18 @@ def interleave(
             calls[name] = max(1, math.ceil(SAMPLE_SECONDS / warm_up(function, device)))
         except Exception as error:
             results[name] = error
-    gc.collect()
-    gc.disable()  # a collection in the middle of a sample would be charged to whoever ran
-    try:
-        for _ in range(MOST_ROUNDS):
-            for name, function in functions.items():
-                spent = sum(samples[name]) * calls.get(name, 0)
-                if name in results or (len(samples[name]) >= LEAST_ROUNDS and spent >= case_seconds):
-                    continue
-                try:
-                    samples[name].append(seconds(function, calls[name], device))
-                except Exception as error:
-                    results[name] = error
-    finally:
-        gc.enable()
+    for _ in range(MOST_ROUNDS):
+        for name, function in functions.items():
+            spent = sum(samples[name]) * calls.get(name, 0)
+            if name in results or (len(samples[name]) >= LEAST_ROUNDS and spent >= case_seconds):
+                continue
+            try:
+                samples[name].append(seconds(function, calls[name], device))
+            except Exception as error:
+                results[name] = error
     for name, values in samples.items():
         if name not in results:
-            p20, median, p80 = np.quantile(values, [0.2, 0.5, 0.8]).tolist()
-            results[name] = Timing(median, p20, p80, len(values))
+            results[name] = timing(values)
     return results
 
 

@@ -134,7 +134,8 @@ def _time_panel(axes: Axes, records: Sequence[Record]) -> None:
             fitted = {"": slopes(mine, name, records[0].params["B"])["time"]}
             handles.append(_handle(name, fitted, SOLID))
         _hollow(axes, [(r.params["N"], r.predicted_seconds) for r in mine if not r.timing], look)
-    _finish(axes, "time per step [s]", records, handles, 2, "powers fitted for N ≥ 128, RTRL's for N ≥ 32")
+    note = f"powers fitted where the time is {fit.ASYMPTOTIC:g} times its least or more"
+    _finish(axes, "time per step [s]", records, handles, 2, note)
     _mark_crossings(axes, curves)
 
 

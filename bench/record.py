@@ -21,22 +21,33 @@ from typing import Any
 import numpy
 import torch
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)  # 1: timings without a median's interval and yardsticks
 STATUSES = ("ok", "oom", "error", "over_budget")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: median and 20th/80th percentiles of `repeats` samples."""
+    """Seconds: median and 20th/80th percentiles of `repeats` samples.
+
+    low, high     the ends of the median's 95 % bootstrap interval; None in records of schema 1, and of one sample
+    yardsticks    seconds of pieces of work that never change, taken before and after (`measure.yardsticks`): what they
+                  differ by from another record's, the machine does; none in records of schema 1
+    """
 
     median: float
     p20: float
     p80: float
     repeats: int
+    low: float | None = None
+    high: float | None = None
+    yardsticks: dict[str, float] = field(default_factory=dict)
 
     def per(self, count: int) -> Timing:
         """The same for one of `count` equal parts."""
-        return Timing(self.median / count, self.p20 / count, self.p80 / count, self.repeats)
+        low, high = (None if end is None else end / count for end in (self.low, self.high))
+        parts = (self.median / count, self.p20 / count, self.p80 / count)
+        return Timing(*parts, self.repeats, low, high, self.yardsticks)
 
 
 @dataclass(frozen=True)
@@ -222,18 +233,20 @@ def _record(data: object, where: str) -> Record:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: a record must be a JSON object, got {type(data).__name__}")
     schema = data.get("schema")
-    if schema != SCHEMA:
+    if schema not in READABLE:
         newer = isinstance(schema, int) and schema > SCHEMA
         hint = "; a newer rjepa-triton wrote it" if newer else ""
-        raise ValueError(f"{where}: schema must be {SCHEMA}, got {schema!r}{hint}")
+        wanted = " or ".join(map(str, READABLE))
+        raise ValueError(f"{where}: schema must be {wanted}, got {schema!r}{hint}")
     known = {f.name for f in fields(Record)}
     for kind, names in (("missing", known - data.keys()), ("unknown", data.keys() - known)):
         if names:
             raise ValueError(f"{where}: {kind} fields: {', '.join(sorted(names))}")
     if data["status"] not in STATUSES:
         raise ValueError(f"{where}: status must be one of {', '.join(STATUSES)}, got {data['status']!r}")
-    if not isinstance(data["params"], dict) or not isinstance(data["versions"], dict):
-        raise ValueError(f"{where}: params and versions must be objects")
+    for name in ("params", "versions", "payload"):
+        if not isinstance(data[name], dict):
+            raise ValueError(f"{where}: {name} must be an object, got {type(data[name]).__name__}")
     timing = data["timing"]
     if timing is not None:
         try:

@@ -24,7 +24,7 @@ from .summary import bytes_text, place, seconds_text
 
 FILE = "scaling.jsonl"
 # N for B = 1, to show slopes; and a few N at B = 8, to show ratios where a batch shares each matrix product.
-DEFAULT_HIDDEN = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
+DEFAULT_HIDDEN = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 DEFAULT_BATCHES = {1: DEFAULT_HIDDEN, 8: (64, 256, 512)}
 # Runs of a case before its rounds: for the check, the peak, and warming up.
 RUNS_BEFORE = 4

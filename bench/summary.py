@@ -66,7 +66,8 @@ def ratios(records: Sequence[Record]) -> list[tuple[str, int, int, float, bool]]
 def slopes(records: Sequence[Record], algorithm: str, batch: int) -> dict[str, fit.Slope | None]:
     """Fitted powers of N of a case's "time" per step, counted "state" bytes and measured "peak" bytes.
 
-    None where there are fewer than 3 points from `fit.first_n` on.
+    None where there are fewer than 3 points from `fit.first_n` on; of bytes that are counted, which have no fixed part,
+    all points are fitted.
     """
     mine = [r for r in records if r.algorithm == algorithm and r.params["B"] == batch]
     curves: dict[str, dict[int, float]] = {
@@ -74,10 +75,12 @@ def slopes(records: Sequence[Record], algorithm: str, batch: int) -> dict[str, f
         "state": {r.params["N"]: r.state_bytes for r in mine if r.state_bytes},
         "peak": {r.params["N"]: r.peak_bytes for r in mine if r.peak_bytes},
     }
-    return {
-        what: fit.slope(list(curve), list(curve.values()), fit.first_n(algorithm, what))
-        for what, curve in curves.items()
-    }
+    fitted: dict[str, fit.Slope | None] = {}
+    for what, curve in curves.items():
+        n, y = list(curve), list(curve.values())
+        first = 1 if what == "state" or not y else fit.first_n(n, y)
+        fitted[what] = fit.slope(n, y, first)
+    return fitted
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
@@ -142,13 +145,15 @@ def _bytes_cell(made: Record) -> str:
 
 def _slope_table(records: Sequence[Record], algorithms: Sequence[str], batches: Sequence[int]) -> Table:
     table = Table(title="power of N ± 95 % interval")
-    for heading in ("algorithm", "B", "time per step", "for N from", "state bytes", "peak bytes"):
+    columns = ("algorithm", "B", "time per step", "time from N", "state bytes", "peak bytes", "peak from N")
+    for heading in columns:
         table.add_column(heading, justify="left" if heading == "algorithm" else "right")
     for batch in batches:
         for name in algorithms:
             found = slopes(records, name, batch)
             shown = {what: "" if s is None else str(s) for what, s in found.items()}
+            first = {what: "" if s is None else f"{s.first:g}" for what, s in found.items()}
             if any(shown.values()):
-                first = str(fit.first_n(name, "time")) if shown["time"] else ""
-                table.add_row(name, str(batch), shown["time"], first, shown["state"], shown["peak"])
+                time, state, peak = (shown[what] for what in ("time", "state", "peak"))
+                table.add_row(name, str(batch), time, first["time"], state, peak, first["peak"])
     return table

@@ -38,10 +38,22 @@ def test_only_n_from_the_first_on_count() -> None:
     assert fit.slope(N, N, first=512) is None
 
 
-def test_first_n_is_the_rule_stated() -> None:
-    assert fit.first_n("rtrl", "time") == 32
-    assert fit.first_n("rfp-step", "time") == 128
-    assert fit.first_n("bptt", "peak") == 1
+def test_one_disturbed_point_does_not_move_the_slope() -> None:
+    y = [float(n**2) for n in N]
+    y[-1] *= 3
+    found = fit.slope(N, y)
+    assert found is not None
+    assert found.value == pytest.approx(2, abs=1e-9)
+    least_squares = np.polyfit(np.log(N), np.log(y), 1)[0]
+    assert least_squares > 2.15
+
+
+def test_what_does_not_grow_with_n_is_left_out_of_the_fit() -> None:
+    fixed = [1000.0 + 0.1 * n**2 for n in N]
+    assert fit.first_n(N, fixed) == 256  # 1102 at N = 32, 7554 at 256
+    assert fit.first_n(N, [1.0] * 6) == float("inf")
+    # one that dips below again doesn't count
+    assert fit.first_n(N, [1, 9, 2, 4, 9, 9]) == 256
 
 
 def test_what_cannot_be_fitted_is_an_error() -> None:

@@ -69,13 +69,14 @@ def test_a_broken_middle_line_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "schema must be 1, got 2; a newer rjepa-triton wrote it"),
-        ({"schema": "x"}, "schema must be 1, got 'x'$"),
+        ({"schema": 3}, "schema must be 1 or 2, got 3; a newer rjepa-triton wrote it"),
+        ({"schema": "x"}, "schema must be 1 or 2, got 'x'$"),
         ({"status": "fine"}, "status must be one of ok, oom, error, over_budget, got 'fine'"),
         ({"timing": {"median": 1}}, "timing must have median, p20, p80, repeats"),
         ({"extra": 1}, "unknown fields: extra"),
         ({"git": None, "device": ...}, "missing fields: device"),
-        ({"params": 3}, "params and versions must be objects"),
+        ({"params": 3}, "params must be an object, got int"),
+        ({"payload": [1]}, "payload must be an object, got list"),
     ],
 )
 def test_a_record_that_is_not_ours_is_an_error(
@@ -87,6 +88,19 @@ def test_a_record_that_is_not_ours_is_an_error(
     _rewrite(file, 1, json.dumps({k: v for k, v in data.items() if v is not ...}))
     with pytest.raises(ValueError, match=f"line 1: {message}"):
         record.load(file)
+
+
+def test_a_record_of_schema_1_is_read_without_what_it_lacks(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    record.append(file, made())
+    data = {**json.loads(file.read_text()), "schema": 1}
+    for name in ("low", "high", "yardsticks"):
+        del data["timing"][name]
+    _rewrite(file, 1, json.dumps(data))
+    (old,) = record.load(file)
+    assert old.schema == 1
+    assert old.timing == Timing(1e-3, 0.99e-3, 1.01e-3, 9)
+    assert old.timing.per(2).low is None
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ def timed(algorithm: str, n: int, median: float, p80: float, started: str = "now
 
 
 def test_tables_say_ratios_slopes_and_what_to_doubt() -> None:
-    records = [timed("rfp-step", n, 1e-9 * n**2, 1e-9 * n**2) for n in (128, 256, 512)]
+    records = [timed("rfp-step", n, 1e-9 * n**2, 1e-9 * n**2) for n in (128, 256, 512, 1024)]
     records += [
         timed("rfp-chunk", 128, 0.5e-9 * 128**2, 1),
         timed("rfp-chunk", 256, 1e-9 * 256**2, 1, "then"),
