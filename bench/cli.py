@@ -29,6 +29,7 @@ from . import (
     record,
     roofline,
     scaling,
+    selfcheck,
     summary,
     tasks,
 )
@@ -189,6 +190,42 @@ def compare_command(
             f"{len(found.changes)} matched: {slower} slower, {len(beyond) - slower} faster, "
             f"{len(found.changes) - len(beyond)} the same within noise"
         )
+
+
+@bench.command("selfcheck")
+def selfcheck_command(
+    runs: Annotated[int, typer.Option(help="How often the sweep runs.")] = 21,
+    hidden: Annotated[str, typer.Option(help="N, with commas between.")] = "128,256,384,512,768,1024,1536",
+    batch: Annotated[int, typer.Option(help="B.")] = 1,
+    algorithms: Annotated[
+        str, typer.Option(help=", ".join(cases.CASES))
+    ] = "rfp-step,rfp-step-gamma,rfp-chunk,rfp-dual,bptt,bptt-autograd",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
+    ] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
+    sample: Annotated[float, typer.Option(help="Seconds that a case is sampled at a point.")] = 0.5,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of selfcheck.jsonl, and of the runs' own files.")] = OUT,
+) -> None:
+    """The scaling sweep again and again: changes that `compare` sees where there are none, and slopes that repeat.
+
+    Goes on where an earlier one with the same options stopped.
+    """
+    with user_errors():
+        if check.integer("--threads", threads, 0):
+            torch.set_num_threads(threads)
+        settings = scaling.Settings(
+            points=scaling.points(integers("hidden", hidden), (batch,)),
+            algorithms=names(algorithms),
+            device=scaling.default_device() if device == "auto" else device,
+            case_seconds=sample,
+        )
+        progress = Console(stderr=True)
+        made = selfcheck.run(settings, runs, out, lambda line: progress.print(line, highlight=False))
+        print_tables([selfcheck.table(made)], markdown)
+        for change in (change for r in made for change in r.payload["changes"]):
+            typer.echo(f"seen as a change: {change}", err=markdown)
 
 
 @bench.command("fidelity")
