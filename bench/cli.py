@@ -24,7 +24,9 @@ from . import (
     gpu_check,
     inputs,
     kernels,
+    latency,
     learn,
+    online,
     plot,
     record,
     roofline,
@@ -338,6 +340,57 @@ def forward_command(
         typer.echo(f"records: {file}", err=markdown)
 
 
+@bench.command("online")
+def online_command(
+    hidden: Annotated[
+        str, typer.Option(help="N, with commas between; the device's defaults if left out.")
+    ] = "",
+    batch: Annotated[str, typer.Option(help="B, with commas between; 1 if only --hidden is given.")] = "",
+    forms: Annotated[
+        str, typer.Option(help=f"{', '.join(online.FORMS)}; the device's defaults if left out.")
+    ] = "",
+    steps: Annotated[int, typer.Option(help="Steps that each is timed for.")] = online.LEAST_STEPS,
+    chunk: Annotated[int, typer.Option(help="C, steps between updates of the forms that take chunks.")] = 16,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
+    ] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of inputs, weights and δ.")] = 0,
+    budget: Annotated[float, typer.Option(help="Seconds a form may take at a point.")] = 120,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of online.jsonl and the plot.")] = OUT,
+) -> None:
+    """Latency of one whole online step, each timed by itself: percentiles, throughput, energy.
+
+    Goes on where an earlier run with the same options stopped; what it measured is kept.
+    """
+    with user_errors():
+        if check.integer("--threads", threads, 0):
+            torch.set_num_threads(threads)
+        where = scaling.default_device() if device == "auto" else device
+        scaling.check_device(where)
+        kind = torch.device(where).type
+        given = integers("hidden", hidden), integers("batch", batch)
+        settings = online.Settings(
+            points=scaling.points(*given, default=online.POINTS[kind]),
+            forms=names(forms) or online.DEFAULT_FORMS[kind],
+            steps=steps,
+            chunk=chunk,
+            device=where,
+            seed=check.integer("--seed", seed, 0),
+            budget=budget,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / online.FILE
+        if fresh:
+            file.unlink(missing_ok=True)
+        records = online.run(settings, file, Console(stderr=True))
+        print_tables([online.table(records)], markdown)
+        for kind, path in (("records", file), *(("plot", path) for path in latency.draw(records, file))):
+            typer.echo(f"{kind + ':':8} {path}", err=markdown)
+
+
 @bench.command("kernels")
 def kernels_command(
     hidden: Annotated[
@@ -367,7 +420,11 @@ def kernels_command(
         where = scaling.default_device() if device == "auto" else device
         scaling.check_device(where)
         settings = kernels.Settings(
-            points=kernels.points(integers("hidden", hidden), integers("batch", batch), where),
+            points=scaling.points(
+                integers("hidden", hidden),
+                integers("batch", batch),
+                default=kernels.POINTS[torch.device(where).type],
+            ),
             kernels=tuple(name.strip() for name in names.split(",") if name.strip()),
             steps=steps,
             device=where,

@@ -825,14 +825,6 @@ class Settings:
         }
 
 
-def points(hidden: Sequence[int], batches: Sequence[int], device: str) -> tuple[tuple[int, int], ...]:
-    """(N, B), every N at every B. Neither given: the device's defaults; B = 1 if only N is."""
-    defaults = POINTS[torch.device(device).type]
-    if not hidden and not batches:
-        return defaults
-    return tuple((n, b) for b in batches or (1,) for n in hidden or dict.fromkeys(n for n, _ in defaults))
-
-
 def floor(moved: float, flop: float, copy_rate: float, flop_rate: float) -> tuple[float, str]:
     """Seconds that a call takes at least at these rates, and which of "bytes" and "flop" sets it."""
     by_bytes, by_flop = moved / copy_rate, flop / flop_rate
@@ -940,8 +932,7 @@ def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = 
         "git": record.git_revision(),
         "run": record.now(),
     }
-    earlier = record.latest(record.load(path)) if path.exists() else []
-    done = {record.key(r) for r in earlier if r.status == "ok"}
+    done = record.measured(path)
     rates: dict[str, float] = {}
     kept = 0
     for name in settings.kernels:
@@ -986,12 +977,7 @@ def run(settings: Settings, path: Path, console: Console) -> list[Record]:
         for by in KERNELS[name].runners(device)
         for n, b in settings.points
     ]
-    name, version = record.device_name(device), torch.__version__
-    return [
-        r for r in record.latest(record.load(path))
-        if r.benchmark == "kernels" and r.params in wanted
-        and r.device == name and r.versions["torch"] == version
-    ]  # fmt: skip
+    return [r for r in record.here(path, "kernels", settings.device) if r.params in wanted]
 
 
 def rate_text(value: float, unit: str) -> str:

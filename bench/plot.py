@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ GUIDES = {2: "N²", 3: "N³", 4: "N⁴"}
 def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     """Write the plot as PNG (150 dpi) and SVG beside each other; `path` with either ending or none.
 
-    records: of one benchmark "scaling", one device, B, T and dtype; else ValueError, saying which are mixed.
+    records: of the benchmark "scaling", one device, B, T and dtype; else ValueError, saying which are mixed.
     Returns the two paths. Filled markers are measured, hollow ones predicted and not run.
     """
     records, path = latest(records), Path(path)
@@ -90,24 +90,32 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 def _title(records: Sequence[Record]) -> str:
     """Device, B, T and dtype; ValueError where there are no records, or several of one of these."""
-    records = [r for r in records if r.benchmark == "scaling"]
-    if not records:
-        raise ValueError("there are no records of the benchmark 'scaling' to draw")
-    found = {
-        "devices": {r.device for r in records},
-        "batch sizes B": {r.params["B"] for r in records},
-        "lengths T": {r.params["T"] for r in records},
-        "dtypes": {r.params["dtype"] for r in records},
-    }
+    records = unmixed(records, "scaling", {"batch sizes B": "B", "lengths T": "T", "dtypes": "dtype"})
+    p = records[0].params
+    return f"RGC layer, one training pass  ·  {where(records)}  ·  B = {p['B']}, T = {p['T']}, {p['dtype']}"
+
+
+def unmixed(records: Sequence[Record], benchmark: str, alike: Mapping[str, str]) -> list[Record]:
+    """The last records of a benchmark, of one device and with one value of each parameter that `alike` names.
+
+    alike: parameters by what they are called in words. Raises ValueError without records, or saying what is mixed.
+    """
+    mine = [r for r in latest(records) if r.benchmark == benchmark]
+    if not mine:
+        raise ValueError(f"there are no records of the benchmark {benchmark!r} to draw")
+    found = {"devices": {r.device for r in mine}}
+    found |= {what: {r.params[name] for r in mine} for what, name in alike.items()}
     for what, values in found.items():
         if len(values) > 1:
             raise ValueError(f"one plot can't mix {what}, got {', '.join(map(str, sorted(values)))}")
-    device, batch, steps, dtype = (next(iter(values)) for values in found.values())
+    return mine
+
+
+def where(records: Sequence[Record]) -> str:
+    """The device of records that have one, and on a CPU the threads."""
     threads = sorted({r.params["threads"] for r in records})
-    on = device
-    if records[0].params["device"] == "cpu":
-        on += f", {'/'.join(map(str, threads))} threads"
-    return f"RGC layer, one training pass  ·  {on}  ·  B = {batch}, T = {steps}, {dtype}"
+    on_cpu = records[0].params["device"] == "cpu"
+    return records[0].device + (f", {'/'.join(map(str, threads))} threads" if on_cpu else "")
 
 
 def _time_panel(axes: Axes, records: Sequence[Record]) -> None:

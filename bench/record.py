@@ -159,6 +159,23 @@ def latest(records: Iterable[Record]) -> list[Record]:
     return list({key(record): record for record in records}.values())
 
 
+def measured(path: Path) -> set[str]:
+    """Keys of what a file holds measurements ("ok") of, by the last record of each; none without a file."""
+    earlier = latest(load(path)) if path.exists() else []
+    return {key(record) for record in earlier if record.status == "ok"}
+
+
+def here(path: Path, benchmark: str, device: str) -> list[Record]:
+    """A file's last records of a benchmark that this device made with this torch."""
+    name = device_name(torch.device(device))
+    return [
+        record
+        for record in latest(load(path))
+        if (record.benchmark, record.device) == (benchmark, name)
+        and record.versions.get("torch") == torch.__version__
+    ]
+
+
 def append(path: Path, record: Record) -> None:
     """Add one line to the file, and sync it: the whole line, or an OSError and the file as it was.
 

@@ -85,11 +85,16 @@ class Settings:
         }
 
 
-def points(hidden: Sequence[int], batches: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """(N, B) of a sweep. Neither given: the defaults; only one given: B = 1, or the default N."""
+DEFAULT_POINTS = tuple((n, b) for b, sizes in DEFAULT_BATCHES.items() for n in sizes)
+
+
+def points(
+    hidden: Sequence[int], batches: Sequence[int], default: Sequence[tuple[int, int]] = DEFAULT_POINTS
+) -> tuple[tuple[int, int], ...]:
+    """(N, B), every N at every B. Neither given: the defaults; only one given: B = 1, or the default N."""
     if not hidden and not batches:
-        return tuple((n, b) for b, sizes in DEFAULT_BATCHES.items() for n in sizes)
-    return tuple((n, b) for b in batches or (1,) for n in hidden or DEFAULT_HIDDEN)
+        return tuple(default)
+    return tuple((n, b) for b in batches or (1,) for n in hidden or dict.fromkeys(n for n, _ in default))
 
 
 def default_device() -> str:
@@ -131,8 +136,7 @@ def sweep(
         "git": record.git_revision(),
         "run": record.now(),
     }
-    earlier = record.latest(record.load(path)) if path.exists() else []
-    done = {record.key(r) for r in earlier if r.status == "ok"}
+    done = record.measured(path)
     rate = measure.flop_rate(device, cases.DTYPES[settings.dtype])
     for units, batch in settings.points:
         on_point(f"N={units} B={batch}")
@@ -258,9 +262,5 @@ def run(settings: Settings, path: Path, console: Console) -> list[Record]:
     if kept:
         console.print(f"kept {kept} records measured earlier; --fresh measures them again", highlight=False)
     wanted = [settings.params(n, b) for n, b in settings.points]
-    name, torch_version = record.device_name(torch.device(settings.device)), torch.__version__
-    return [
-        r for r in record.latest(record.load(path))
-        if r.params in wanted and r.algorithm in settings.algorithms
-        and r.device == name and r.versions["torch"] == torch_version
-    ]  # fmt: skip
+    found = record.here(path, "scaling", settings.device)
+    return [r for r in found if r.params in wanted and r.algorithm in settings.algorithms]

@@ -26,6 +26,8 @@ SWEPT = {
     "learn": ("task", "stage", "lr", "seed"),
     "forward": ("cell", "N", "B", "T"),
     "forward-predicted": ("N", "B", "T"),
+    "online": ("N", "B"),
+    "memory": ("N", "B", "T"),
 }
 
 

@@ -171,13 +171,6 @@ def test_settings_are_checked(change: dict[str, object], message: str) -> None:
         settings(**change)
 
 
-def test_points() -> None:
-    assert kernels.points((), (), "cpu") == kernels.POINTS["cpu"]
-    assert kernels.points((3,), (), "cuda:0") == ((3, 1),)
-    assert kernels.points((), (2,), "cpu") == ((256, 2), (1024, 2))
-    assert kernels.points((3, 4), (1, 2), "cpu") == ((3, 1), (4, 1), (3, 2), (4, 2))
-
-
 def test_rates_have_units() -> None:
     assert kernels.rate_text(3.0e12, "B") == "3 TB/s"
     assert kernels.rate_text(1.5e6, "FLOP") == "1.5 MFLOP/s"

@@ -174,6 +174,8 @@ def test_a_corrupt_file_is_an_error_not_lost(tmp_path: Path) -> None:
 def test_points() -> None:
     assert scaling.points((8,), ()) == ((8, 1),)
     assert scaling.points((8, 16), (1, 4)) == ((8, 1), (16, 1), (8, 4), (16, 4))
+    assert scaling.points((), (), default=((3, 1), (4, 1), (3, 8))) == ((3, 1), (4, 1), (3, 8))
+    assert scaling.points((), (2,), default=((3, 1), (4, 1), (3, 8))) == ((3, 2), (4, 2))
     assert (1024, 1) in scaling.points((), ())
     assert (512, 8) in scaling.points((), ())
 
