@@ -9,6 +9,7 @@ Letters: T time, B batch, N units; RGC has S = 2 states (s, m) and K = 4 matrice
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from .. import _checks as check
 from .. import functional, ops
 from .._tape import Block, Recorded, Tape
 from ..cells import RGCCell
-from ..reference import rfp
+from ..reference import rfp, rtrl
 from ..reference.rtrl import ExactSensitivity
 from ..sensitivity import PerUnit
 from ..two_point import Linearization
@@ -62,6 +63,11 @@ class Problem:
     def steps(self) -> int:
         return self.x.shape[0]
 
+    @functools.cached_property
+    def deltas(self) -> Tensor:
+        """δ of both states (2, T, B, N): the loss is on s alone, so zero on m."""
+        return torch.stack([self.delta, torch.zeros_like(self.delta)])
+
     def first(self, steps: int, chunk: int) -> Problem:
         """The same problem over its first steps, in other chunks."""
         return Problem(self.x[:steps], self.delta[:steps], self.state, self.weights, chunk, self.backend)
@@ -85,6 +91,7 @@ class Case(ABC):
 
     name, label   as in options and records, and as in plots
     exact         True if its gradient is BPTT's, False if RFP's, None if it has none
+    truncated     whether credit stops where a run begins
     covers        time steps that one `run()` covers
     backend       what runs the Γ recursion, and why; None for a case that has none
     """
@@ -92,6 +99,7 @@ class Case(ABC):
     name: str
     label: str
     exact: bool | None
+    truncated = False
     covers: int
     backend: str | None = None
 
@@ -131,11 +139,38 @@ def _gamma_bytes(size: Size) -> int:
     return 8 * size.batch * size.units**2 * size.itemsize
 
 
+def _gradients(size: Size) -> int:
+    """The gradients of all four matrices: 4·N² numbers."""
+    return 4 * size.units**2 * size.itemsize
+
+
+def _one_pass(size: Size) -> bool:
+    """Whether compiled code or a kernel runs Γ, in one pass: `ops.choose_gamma`'s "auto" where there is a compiler."""
+    return 4 * size.units**2 >= ops.COMPILE_FROM
+
+
 def _gamma_workspace(size: Size) -> int:
-    """Plain torch's temporaries, of blocks of rows (`rfp._rows`) of Γ: about 6 of Γ^ν, and two gradients."""
-    row = 4 * size.units**2
-    block = min(size.batch, max(1, (1 << 20) // row)) * row
-    return (6 * block + 2 * row) * size.itemsize
+    """What a step of Γ needs beside it: the gradients, and where plain torch runs about 5 of a block of Γ^ν's rows."""
+    row = _gradients(size)
+    if _one_pass(size):
+        return row
+    blocks = min(size.batch, max(1, (1 << 20) // (4 * size.units**2)))
+    return 5 * blocks * row + row * (size.batch > 1)
+
+
+def _step(size: Size, arrays: float) -> int:
+    """So many arrays of (B, N)."""
+    return round(arrays * size.batch * size.units * size.itemsize)
+
+
+def _window(size: Size, arrays: float) -> int:
+    """So many arrays of (C, B, N)."""
+    return size.chunk * _step(size, arrays)
+
+
+def _sequence(size: Size, arrays: float) -> int:
+    """So many arrays of (T, B, N)."""
+    return size.steps * _step(size, arrays)
 
 
 class _Stream(Case):
@@ -149,13 +184,11 @@ class _Stream(Case):
         self.state: Sequence[Tensor] = problem.state
         self.position = 0
         self.diagonals = [w.diagonal() for w in problem.weights]
-        # the loss is on s alone: δ is zero on m
-        self.delta = torch.stack([problem.delta, torch.zeros_like(problem.delta)])
 
     def record(self, steps: int) -> tuple[Recorded, Tensor]:
         """Run the layer on: the next `steps` steps, and their δ (S, C, B, N)."""
         begin = self.position
-        x, delta = self.problem.x[begin : begin + steps], self.delta[:, begin : begin + steps]
+        x, delta = self.problem.x[begin : begin + steps], self.problem.deltas[:, begin : begin + steps]
         trajectory = self.cell.scan(x[None], self.problem.weights, self.state)
         self.state = trajectory.states[:, -1].unbind()
         # start over where fewer steps are left than a run takes: a stream has no end
@@ -186,7 +219,7 @@ class _Online(_Stream):
 
     @classmethod
     def peak_bytes(cls, size: Size) -> int:
-        return _gamma_bytes(size) + _gamma_workspace(size)
+        return _gamma_bytes(size) + _gamma_workspace(size) + _step(size, 35)
 
     @staticmethod
     def flop(size: Size) -> float:
@@ -279,6 +312,13 @@ class RfpChunk(_Online):
         assert past is not None
         return [a.add_(b) for a, b in zip(own, past, strict=True)]
 
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        # the chunk's own part of the gradient beside Γ's part; or Γ's new rows, and what is added to them
+        own = 2 * _gradients(size) + _window(size, 15)
+        rows = 2 * size.batch * size.units**2 * size.itemsize if _one_pass(size) else 0
+        return _gamma_bytes(size) + max(own, _gamma_workspace(size) + rows + _window(size, 22))
+
     @staticmethod
     def flop(size: Size) -> float:
         passes = 8 * 3 + 8 * 2  # carried, and read, once a chunk
@@ -319,8 +359,8 @@ class RfpHistory(_Stream):
 
     @classmethod
     def peak_bytes(cls, size: Size) -> int:
-        # the tape's spare room, and the scan's and the products' temporaries
-        return 3 * cls.state_bytes(size) + 12 * size.units**2 * size.itemsize
+        # the tape has as much spare room, or the scan as many temporaries
+        return 2 * cls.state_bytes(size) + 3 * _gradients(size)
 
     @staticmethod
     def flop(size: Size) -> float:
@@ -335,6 +375,7 @@ class _Sequence(Case):
 
     learning: functional.Learning
     KEPT = 6  # arrays of (T, B, N) kept for the backward pass: two states and four gates
+    MOST = 23  # arrays of (T, B, N) alive at once in the backward pass
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -348,13 +389,11 @@ class _Sequence(Case):
 
     @classmethod
     def state_bytes(cls, size: Size) -> int:
-        return cls.KEPT * size.steps * size.batch * size.units * size.itemsize
+        return _sequence(size, cls.KEPT)
 
     @classmethod
     def peak_bytes(cls, size: Size) -> int:
-        # the backward pass holds as much again, twice over; the four gradients, and copies of the matrices
-        sequence = size.steps * size.batch * size.units
-        return cls.state_bytes(size) + (12 * sequence + 12 * size.units**2) * size.itemsize
+        return _sequence(size, cls.MOST) + _gradients(size)
 
     @staticmethod
     def flop(size: Size) -> float:
@@ -367,6 +406,15 @@ class RfpDual(_Sequence):
     name, label = "rfp-dual", "RFP, whole sequence"
     learning: functional.Learning = "rfp"
     exact = False
+    BY_WINDOWS = 9.4  # arrays of (T, B, N) alive at once where the backward pass goes by windows of time
+
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        whole = super().peak_bytes(size)
+        if size.steps * size.batch * size.units <= functional.LARGE:
+            return whole
+        windows = 15 * functional.WINDOW * size.itemsize
+        return min(whole, _sequence(size, cls.BY_WINDOWS) + windows + _gradients(size))
 
 
 class Bptt(_Sequence):
@@ -375,6 +423,7 @@ class Bptt(_Sequence):
     name, label = "bptt", "BPTT, by hand"
     learning: functional.Learning = "bptt"
     exact = True
+    MOST = 19
 
     @staticmethod
     def flop(size: Size) -> float:
@@ -387,14 +436,54 @@ class BpttAutograd(_Sequence):
     name, label = "bptt-autograd", "BPTT, autograd"
     exact = True
     KEPT = 8  # what autograd saves of a step: four tanh, two 1 - tanh, two states
+    MOST = 7  # what it saved goes as it is used, and δ comes in its place
 
     def run(self) -> Sequence[Tensor]:
-        s = eager(self.problem.x, self.weights, self.problem.state, lambda w, c: c @ w.t())
+        s, _ = eager(self.problem.x, self.weights, self.problem.state, _dense)
         return torch.autograd.grad(s, self.weights, self.problem.delta)
+
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        # the gradients, and of one matrix what a step adds to its sum, and the sum
+        return _sequence(size, cls.MOST) + 3 * _gradients(size) // 2
 
     @staticmethod
     def flop(size: Size) -> float:
         return size.batch * size.units**2 * (8 + 8 + 8)
+
+
+class Tbptt(Case):
+    """Truncated BPTT as torch users write it: autograd over C steps from a detached state. Exact within them."""
+
+    name, label = "tbptt", "BPTT, truncated"
+    exact = True
+    truncated = True
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.covers = problem.chunk
+        self.state: Sequence[Tensor] = problem.state
+        self.position = 0
+        self.weights = [w.detach().requires_grad_() for w in problem.weights]
+
+    def run(self) -> Sequence[Tensor]:
+        now = slice(self.position, self.position + self.covers)
+        s, state = eager(self.problem.x[now], self.weights, self.state, _dense)
+        self.state = [c.detach() for c in state]
+        self.position = now.stop if now.stop + self.covers <= self.problem.steps else 0
+        return torch.autograd.grad(s, self.weights, self.problem.delta[now])
+
+    @staticmethod
+    def state_bytes(size: Size) -> int:
+        return _window(size, BpttAutograd.KEPT)
+
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        return _window(size, BpttAutograd.MOST) + 3 * _gradients(size) // 2
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        return BpttAutograd.flop(size)
 
 
 # --- exact, online -----------------------------------------------------------------------------------------
@@ -430,8 +519,9 @@ class Rtrl(Case):
 
     @classmethod
     def peak_bytes(cls, size: Size) -> int:
-        # γ, the buffer that the next γ is made in, the Jacobian and its parts, and a gradient a row
-        return 2 * cls.state_bytes(size) + (8 + 4) * size.batch * size.units**2 * size.itemsize
+        # γ, the rows that are made of the next one at once, the Jacobian and its parts, and a gradient a row
+        state, rows = cls.state_bytes(size), rtrl.rows_at_once(size.batch)
+        return state + state * rows // size.batch + (8 + 4) * size.batch * size.units**2 * size.itemsize
 
     @staticmethod
     def flop(size: Size) -> float:
@@ -471,7 +561,7 @@ def head_size(units: int) -> int:
 
 
 _ALL: tuple[type[Case], ...] = (
-    RfpStep, RfpStepGamma, Copy, RfpChunk, RfpHistory, RfpDual, Bptt, BpttAutograd, Rtrl, RtrlHeads
+    RfpStep, RfpStepGamma, Copy, RfpChunk, RfpHistory, RfpDual, Bptt, BpttAutograd, Tbptt, Rtrl, RtrlHeads
 )  # fmt: skip
 CASES = {case.name: case for case in _ALL}
 
@@ -481,8 +571,8 @@ CASES = {case.name: case for case in _ALL}
 
 def eager(
     x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], product: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """s (T, B, N) by paper eq. 13, one operation after the other; product(W, c) is taken for W c."""
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """s (T, B, N) by paper eq. 13, one operation after the other, and the last s and m; product(W, c) is for W c."""
     ss, ms, mm, sm = weights
     s, m = state
     out = []
@@ -492,7 +582,12 @@ def eager(
             (1 - product(sm, s).tanh()) * u + product(mm, m).tanh() * m,
         )
         out.append(s)
-    return torch.stack(out)
+    return torch.stack(out), (s, m)
+
+
+def _dense(w: Tensor, c: Tensor) -> Tensor:
+    """W c of rows c."""
+    return c @ w.t()
 
 
 def _own_path_only(w: Tensor, c: Tensor) -> Tensor:
@@ -500,12 +595,20 @@ def _own_path_only(w: Tensor, c: Tensor) -> Tensor:
     return c.detach() @ w.t() + (c - c.detach()) * w.diagonal()
 
 
-def oracle(problem: Problem, exact: bool) -> Sequence[Tensor]:
-    """The four gradients by float64 autograd of the eager loop: BPTT's if exact, else RFP's."""
+def oracle(problem: Problem, exact: bool, truncated: bool = False) -> Sequence[Tensor]:
+    """The four gradients by float64 autograd of the eager loop: BPTT's if exact, else RFP's.
+
+    truncated: credit stops at the beginning of each chunk.
+    """
     weights = [w.double().detach().requires_grad_() for w in problem.weights]
-    product = (lambda w, c: c @ w.t()) if exact else _own_path_only
-    s = eager(problem.x.double(), weights, [c.double() for c in problem.state], product)
-    return torch.autograd.grad(s, weights, problem.delta.double())
+    state: Sequence[Tensor] = [c.double() for c in problem.state]
+    parts = []
+    for x in problem.x.double().split(problem.chunk if truncated else problem.steps):
+        s, state = eager(x, weights, state, _dense if exact else _own_path_only)
+        parts.append(s)
+        if truncated:
+            state = [c.detach() for c in state]
+    return torch.autograd.grad(torch.cat(parts), weights, problem.delta.double())
 
 
 def check_steps(case: type[Case], steps: int) -> int:
@@ -529,7 +632,9 @@ def verify(case: type[Case], problem: Problem) -> None:
             sum_.add_(part)
     tolerance = TOLERANCE[problem.x.dtype]
     network = replace(short, weights=[w if w.dim() == 2 else torch.block_diag(*w) for w in entries])
-    for matrix, got, whole in zip(RGCCell.matrices, total, oracle(network, case.exact), strict=True):
+    for matrix, got, whole in zip(
+        RGCCell.matrices, total, oracle(network, case.exact, case.truncated), strict=True
+    ):
         want = case.entries(whole)
         error = float((got - want).norm() / want.norm())
         if not error <= tolerance:
@@ -552,8 +657,8 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in told)
 
 
-# An episode a sample is long, and history is not for long streams: asked for by name.
-DEFAULT = tuple(name for name in CASES if name != "rfp-history")
+# By name alone: history, which is not for long streams, and truncated BPTT, which costs what BPTT does.
+DEFAULT = tuple(name for name in CASES if name not in ("rfp-history", "tbptt"))
 
 
 def check_names(names: Sequence[str]) -> None:

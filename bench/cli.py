@@ -26,6 +26,8 @@ from . import (
     kernels,
     latency,
     learn,
+    memory,
+    memory_plot,
     online,
     plot,
     record,
@@ -46,6 +48,11 @@ def integers(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ValueError(f"--{name} must be integers, such as 32,64, got {text!r}") from None
+
+
+def _text(numbers: Sequence[int]) -> str:
+    """The text that `integers` reads as these."""
+    return ",".join(map(str, numbers))
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -388,6 +395,56 @@ def online_command(
         records = online.run(settings, file, Console(stderr=True))
         print_tables([online.table(records)], markdown)
         for kind, path in (("records", file), *(("plot", path) for path in latency.draw(records, file))):
+            typer.echo(f"{kind + ':':8} {path}", err=markdown)
+
+
+@bench.command("memory")
+def memory_command(
+    steps: Annotated[str, typer.Option(help="T, with commas between.")] = _text(memory.SWEEPS["T"]),
+    hidden: Annotated[str, typer.Option(help="N, with commas between.")] = _text(memory.SWEEPS["N"]),
+    batch: Annotated[str, typer.Option(help="B, with commas between.")] = _text(memory.SWEEPS["B"]),
+    base: Annotated[str, typer.Option(help="N,B,T: what stays as it is while another is swept.")] = _text(
+        tuple(memory.BASE.values())
+    ),
+    chunk: Annotated[int, typer.Option(help="C of the cases that take chunks.")] = 16,
+    algorithms: Annotated[str, typer.Option(help=", ".join(cases.CASES))] = ",".join(memory.ALGORITHMS),
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help=f"What runs Γ: {', '.join(ops.BACKENDS)}")] = "auto",
+    budget: Annotated[float, typer.Option(help="Seconds a case may take at a point.")] = 10,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of memory.jsonl and the plot.")] = OUT,
+) -> None:
+    """Peak memory against T, N and B, measured and predicted, and where BPTT's passes the others'.
+
+    Goes on where an earlier run with the same options stopped; what it measured is kept.
+    """
+    with user_errors():
+        fixed = integers("base", base)
+        if len(fixed) != len(memory.BASE):
+            raise ValueError(f"--base must be N,B,T, such as 128,8,128, got {base!r}")
+        settings = memory.Settings(
+            sweeps={
+                "T": integers("steps", steps),
+                "N": integers("hidden", hidden),
+                "B": integers("batch", batch),
+            },
+            base=dict(zip(memory.BASE, fixed, strict=True)),
+            algorithms=names(algorithms),
+            chunk=chunk,
+            device=scaling.default_device() if device == "auto" else device,
+            backend=backend,
+            budget=budget,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / memory.FILE
+        if fresh:
+            file.unlink(missing_ok=True)
+        records = memory.run(settings, file, Console(stderr=True))
+        print_tables(memory.tables(records), markdown)
+        for kind, path in (("records", file), *(("plot", path) for path in memory_plot.draw(records, file))):
             typer.echo(f"{kind + ':':8} {path}", err=markdown)
 
 

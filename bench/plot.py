@@ -47,10 +47,11 @@ LOOKS = {
     "rfp-step-gamma": Look("#56B4E9", "v"),
     "copy": Look("#999999", "x"),
     "rfp-chunk": Look("#009E73", "s", DASHED),
-    "rfp-history": Look("#F0E442", "h"),
+    "rfp-history": Look("#44AA99", "h"),
     "rfp-dual": Look("#CC79A7", "D"),
     "bptt": Look("#E69F00", "^", DASHED),
     "bptt-autograd": Look("#D55E00", "P"),
+    "tbptt": Look("#F0E442", "X", DASHED),
     "rtrl": Look("#000000", "*"),
     "rtrl-heads": Look("#882255", "d", (0, (1, 1.5))),
 }
