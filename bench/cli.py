@@ -32,6 +32,7 @@ from . import (
     plot,
     record,
     roofline,
+    roofline_plot,
     scaling,
     selfcheck,
     summary,
@@ -172,6 +173,12 @@ def plot_command(
             drawn = curves.draw(loaded, target)
         elif "fidelity" in kinds:
             drawn = frontier.draw(loaded, target)
+        elif "kernels" in kinds:
+            drawn = roofline_plot.draw(loaded, target)
+        elif "online" in kinds:
+            drawn = latency.draw(loaded, target)
+        elif "memory" in kinds:
+            drawn = memory_plot.draw(loaded, target)
         else:
             drawn = plot.draw([r for r in records if r.params["B"] == batch], target)
         for written in drawn:
@@ -492,8 +499,12 @@ def kernels_command(
         file = out / kernels.FILE
         if fresh:
             file.unlink(missing_ok=True)
-        show([kernels.table(kernels.run(settings, file, Console(stderr=True)))])
+        records = kernels.run(settings, file, Console(stderr=True))
+        show([kernels.table(records)])
         typer.echo(f"records: {file}")
+        if any(r.timing for r in records):
+            for written in roofline_plot.draw(records, file):
+                typer.echo(f"plot:    {written}")
 
 
 @bench.command("roofline")

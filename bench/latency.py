@@ -55,8 +55,9 @@ def _panel(axes: Axes, records: Sequence[Record]) -> None:
     for form in online.FORMS:
         for r in (r for r in records if r.algorithm == form):
             look, steps = LOOKS[form], r.params["steps"]
-            # the slowest step is drawn where one step in all of them is
-            pairs = [(value, max(1 - q, 1 / steps)) for q, value in r.payload["quantiles"]]
+            # the slowest step is drawn where one step in all of them would be
+            pairs = [(value, 1 - q) for q, value in r.payload["quantiles"] if 1 - q >= 1 / steps]
+            pairs.append((online.quantile(r, 1.0), 1 / steps))
             least = min(least, 1 / steps)
             c = r.params["C"]
             axes.plot(
