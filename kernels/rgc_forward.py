@@ -18,7 +18,7 @@ SMALL = 64
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     # With exp(-2x) it would be NaN at large negative x.
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
@@ -67,10 +67,10 @@ def _rgc_small_kernel(
             s = tl.where(keep, s, 0.0)
             m = tl.where(keep, m, 0.0)
             resets_ptr += B
-        ss = _tanh(tl.sum(w_ss * s[None, :], axis=1))
-        sm = _tanh(tl.sum(w_sm * s[None, :], axis=1))
-        mm = _tanh(tl.sum(w_mm * m[None, :], axis=1))
-        ms = _tanh(tl.sum(w_ms * m[None, :], axis=1))
+        ss = tanh(tl.sum(w_ss * s[None, :], axis=1))
+        sm = tanh(tl.sum(w_sm * s[None, :], axis=1))
+        mm = tanh(tl.sum(w_mm * m[None, :], axis=1))
+        ms = tanh(tl.sum(w_ms * m[None, :], axis=1))
         if gates_ptr is not None:
             tl.store(gates_ptr + unit, ss, mask=inside)
             tl.store(gates_ptr + N + unit, sm, mask=inside)
@@ -116,10 +116,10 @@ def _rgc_pointwise_kernel(
     s = tl.load(before_ptr + at, mask=mask, other=0.0)
     m = tl.load(before_ptr + stride_before + at, mask=mask, other=0.0)
     u = tl.load(u_ptr + at, mask=mask, other=0.0)
-    ss = _tanh(tl.load(gates_ptr + unit, mask=mask, other=0.0))
-    sm = _tanh(tl.load(gates_ptr + N + unit, mask=mask, other=0.0))
-    mm = _tanh(tl.load(gates_ptr + stride_gates + unit, mask=mask, other=0.0))
-    ms = _tanh(tl.load(gates_ptr + stride_gates + N + unit, mask=mask, other=0.0))
+    ss = tanh(tl.load(gates_ptr + unit, mask=mask, other=0.0))
+    sm = tanh(tl.load(gates_ptr + N + unit, mask=mask, other=0.0))
+    mm = tanh(tl.load(gates_ptr + stride_gates + unit, mask=mask, other=0.0))
+    ms = tanh(tl.load(gates_ptr + stride_gates + N + unit, mask=mask, other=0.0))
     tl.store(gates_ptr + unit, ss, mask=mask)
     tl.store(gates_ptr + N + unit, sm, mask=mask)
     tl.store(gates_ptr + stride_gates + unit, mm, mask=mask)
@@ -284,7 +284,7 @@ def rgc_forward(
             where kernels aren't interpreted.
     """
     small = isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] <= SMALL
-    return (_small if small else _by_step)(*_checked(x, weights, state, resets), save_gates)
+    return (_small if small else _by_step)(*checked(x, weights, state, resets), save_gates)
 
 
 @torch.no_grad()
@@ -305,10 +305,10 @@ def rgc_forward_small(
     """
     if isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] > SMALL:
         raise ValueError(f"x must have at most {SMALL} units, got {x.shape[2]}")
-    return _small(*_checked(x, weights, state, resets), save_gates)
+    return _small(*checked(x, weights, state, resets), save_gates)
 
 
-def _checked(
+def checked(
     x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], resets: Tensor | None
 ) -> tuple[Tensor, Sequence[Tensor], Tensor, Tensor | None]:
     """x, weights, an array of states with its first one written, and resets in uint8."""

@@ -1,0 +1,276 @@
+"""The persistent RGC kernel against the float64 cell: interpreted here as one program, and as several that wait."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, multiprocessing
+
+from rjepa_triton.cells import RGCCell
+from rjepa_triton.two_point import Trajectory
+
+pytest.importorskip("triton")
+
+from rjepa_triton.kernels import rgc_persistent as kernels
+from rjepa_triton.kernels.rgc_forward import rgc_forward
+from rjepa_triton.kernels.rgc_persistent import (
+    COUNTER_STRIDE,
+    WEIGHT_BYTES,
+    Config,
+    most_units,
+    pick_config,
+    rgc_forward_persistent,
+)
+
+# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="takes programs apart")
+# Numbers of order 1, five steps: a rounding of 2⁻²⁴ of each sum and tanh, twice or so as large a step later.
+TOLERANCE = 4e-6
+
+Problem = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+def _problem(steps: int, batch: int, units: int, with_resets: bool) -> Problem:
+    """x, weights, state, resets: the first, a middle and the last step of some row are reset."""
+    torch.manual_seed(0)
+    weights = [_random(units, units) * (0.5 / math.sqrt(units)) for _ in range(4)]
+    resets = None
+    if with_resets:
+        resets = torch.rand(steps, batch, device=DEVICE) < 0.3
+        resets[0, 0] = resets[steps // 2, -1] = resets[-1, 0] = True
+    return _random(steps, batch, units), weights, [_random(batch, units) for _ in range(2)], resets
+
+
+def _reference(x: Tensor, weights: list[Tensor], state: list[Tensor], resets: Tensor | None) -> Trajectory:
+    return RGCCell().scan(
+        x.double()[None], [w.double() for w in weights], [s.double() for s in state], resets
+    )
+
+
+def _assert_near(got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE * max(1.0, want.abs().max().item()))
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+
+
+@pytest.mark.parametrize("with_resets", [False, True])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (5, 3), (2, 17)])
+@pytest.mark.parametrize("units", [1, 63, 127, 130])
+def test_forward_is_that_of_the_cell(monkeypatch, units, steps, batch, with_resets):
+    problem = _problem(steps, batch, units, with_resets)
+    want = _reference(*problem)
+    _poison(monkeypatch)
+    states, gates = rgc_forward_persistent(*problem)
+    _assert_near(states, want.states)
+    _assert_near(gates, want.saved)
+
+
+def test_gates_need_not_be_saved(monkeypatch):
+    problem = _problem(5, 3, 68, True)
+    states, _ = rgc_forward_persistent(*problem)
+    _poison(monkeypatch)
+    again, none = rgc_forward_persistent(*problem, save_gates=False)
+    assert none is None
+    assert torch.equal(states, again)
+
+
+def test_parameters_are_weights_and_nothing_is_differentiated():
+    x, weights, state, _ = _problem(2, 3, 68, False)
+    states, gates = rgc_forward_persistent(x, [torch.nn.Parameter(w) for w in weights], state)
+    assert not states.requires_grad
+    assert not gates.requires_grad
+    assert torch.equal(states, rgc_forward_persistent(x, weights, state)[0])
+
+
+@pytest.mark.parametrize("units", [63, 68])
+def test_state_carries_over_and_two_runs_agree_in_every_bit(units):
+    x, weights, state, resets = _problem(5, 3, units, True)
+    states, gates = rgc_forward_persistent(x, weights, state, resets)
+    again, gates_again = rgc_forward_persistent(x, weights, state, resets)
+    assert torch.equal(again, states)
+    assert torch.equal(gates_again, gates)
+    first, _ = rgc_forward_persistent(x[:2], weights, state, resets[:2])
+    rest, _ = rgc_forward_persistent(x[2:], weights, list(first[:, -1]), resets[2:].to(torch.uint8))
+    assert torch.equal(torch.cat([first, rest[:, 1:]], dim=1), states)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 0, 5)}, ValueError, r"none of them 0, got \(2, 0, 5\)"),
+        ({"weights": [torch.zeros(5, 4)] * 4}, ValueError, r"weights\[0\] must have shape \(5, 5\)"),
+        ({"state": [torch.zeros(3, 5)]}, ValueError, "state must hold 2 tensors, got 1"),
+        ({"resets": torch.zeros(2, 3)}, TypeError, "resets must have dtype torch.bool or torch.uint8"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    x, weights, state, resets = _problem(2, 3, 5, True)
+    arguments = {"x": x, "weights": weights, "state": state, "resets": resets}
+    moved = {k: [a.to(DEVICE) for a in v] if isinstance(v, list) else v.to(DEVICE) for k, v in change.items()}
+    with pytest.raises(error, match=message):
+        rgc_forward_persistent(**{**arguments, **moved})
+
+
+# --- how units and rows are dealt out ----------------------------------------------------------------------
+
+MULTIPROCESSORS = (1, 2, 46, 108, 114, 132, 148, 304)
+
+
+@pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)
+def test_every_unit_and_row_is_some_programs_and_no_others(multiprocessors):
+    for units in range(1, most_units(multiprocessors) + 1):
+        for batch in (1, 2, 3, 4, 5, 17, 64, 1000):
+            c = pick_config(units, batch, multiprocessors, 32)
+            assert (c.slices - 1) * c.units < units <= c.slices * c.units
+            assert (c.parts - 1) * c.rows < batch <= c.parts * c.rows
+            assert c.slices * c.parts <= multiprocessors
+            assert c.chunks * c.lanes >= units
+            assert 16 * c.units * c.chunks * c.lanes <= WEIGHT_BYTES
+            assert c.tile_rows < 2 * c.rows
+
+
+def test_pick_config():
+    # units, slices, parts, rows, tile_rows, chunks, lanes, num_warps
+    assert pick_config(1024, 1, 132, 32) == Config(8, 128, 1, 1, 1, 32, 32, 8)
+    assert pick_config(1024, 8, 132, 32) == Config(8, 128, 1, 8, 4, 32, 32, 8)
+    assert pick_config(1000, 3, 304, 64) == Config(8, 125, 2, 2, 2, 16, 64, 8)
+    assert pick_config(512, 2, 132, 32) == Config(8, 64, 2, 1, 1, 16, 32, 8)
+    assert pick_config(256, 6, 132, 32) == Config(8, 32, 3, 2, 2, 8, 32, 8)
+    assert pick_config(1, 500, 132, 32) == Config(8, 1, 125, 4, 4, 8, 32, 8)
+
+
+def test_weights_that_do_not_fit_are_refused():
+    assert [most_units(m) for m in (108, 132, 304)] == [864, 1024, 1024]
+    with pytest.raises(
+        ValueError,
+        match=r"1025 units can't stay on chip: those of 8 units take 262144 bytes .* there are 131072 for them",
+    ):
+        pick_config(1025, 1, 304, 64)
+    with pytest.raises(
+        ValueError, match=r"865 units can't stay on chip: they need 109 multiprocessors, .* and there are 108"
+    ):
+        pick_config(865, 1, 108, 32)
+
+
+@needs_interpreter
+def test_the_launcher_refuses_what_does_not_fit(monkeypatch):
+    monkeypatch.setattr(kernels, "_INTERPRETED", False)
+    with pytest.raises(ValueError, match="weights of 1025 units can't stay on chip"):
+        rgc_forward_persistent(
+            torch.zeros(1, 1, 1025), [torch.zeros(1025, 1025)] * 4, [torch.zeros(1, 1025)] * 2
+        )
+
+
+# --- several programs --------------------------------------------------------------------------------------
+
+
+def _outputs(x: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """States and gates, NaN where the kernel is to write."""
+    steps, batch, units = x.shape
+    states = torch.full((2, steps + 1, batch, units), math.nan)
+    states[:, 0] = torch.stack(state)
+    return states, torch.full((2, steps, batch, 2, units), math.nan)
+
+
+class _Alone:
+    """The kernel, of whose grid one program runs."""
+
+    def __init__(self, kernel: Any, index: int) -> None:
+        self.kernel, self.index = kernel, index
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*arguments: object, **options: object) -> None:
+            from triton.runtime.interpreter import interpreter_builder as builder
+
+            saved = builder.set_grid_dim, builder.set_grid_idx
+            builder.set_grid_dim = lambda *_: saved[0](*grid, 1, 1)
+            builder.set_grid_idx = lambda *_: saved[1](self.index, 0, 0)
+            try:
+                self.kernel[(1,)](*arguments, **options)
+            finally:
+                builder.set_grid_dim, builder.set_grid_idx = saved
+
+        return launch
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("units", "batch", "multiprocessors"), [(37, 5, 12), (64, 3, 8), (130, 2, 20)])
+def test_each_number_is_written_by_one_program(monkeypatch, units, batch, multiprocessors):
+    """A single step, which waits for no other: each program by itself, then all of them."""
+    x, weights, state, resets = _problem(1, batch, units, True)
+    config = pick_config(units, batch, multiprocessors, 32)
+    programs = config.slices * config.parts
+    assert programs > 4
+    arrived = torch.zeros(config.parts, COUNTER_STRIDE, dtype=torch.int64)
+    given = (x, weights, _outputs(x, state)[0], resets.view(torch.uint8))
+    kernel, times = kernels._rgc_persistent_kernel, torch.zeros(2, 1, batch, 2, units)
+    for index in range(programs):
+        monkeypatch.setattr(kernels, "_rgc_persistent_kernel", _Alone(kernel, index))
+        states, gates = _outputs(x, state)
+        kernels._launch(x, weights, states, given[3], gates, arrived, config)
+        assert torch.equal(states[:, 1].isnan(), gates[:, 0, :, 0].isnan())
+        times += ~gates.isnan()
+        kernels._launch(*given, None, arrived, config)
+    assert (times == 1).all()
+    assert (arrived == 0).all()
+    want, _ = rgc_forward(x, weights, state, resets)
+    torch.testing.assert_close(given[2], want, rtol=0, atol=TOLERANCE)
+
+
+def _run_alone(index: int, arrivals: int, delay: float, *given: Any) -> None:
+    """In a process of its own: one program of the grid, `delay` seconds late."""
+    kernels.arrivals = lambda *_, **__: arrivals
+    kernels._rgc_persistent_kernel = _Alone(kernels._rgc_persistent_kernel, index)
+    time.sleep(delay)
+    kernels._launch(*given)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("arrivals", [1, 8])
+def test_programs_wait_for_one_another(arrivals):
+    """Each program interpreted by a process of its own, in memory that they share, some of them late.
+
+    What one reads before another has written is NaN. Two parts of the batch, the second of a row less.
+    """
+    x, weights, state, resets = _problem(6, 3, 13, True)
+    config = pick_config(13, 3, 5, 32)
+    assert (config.slices, config.parts, config.rows) == (2, 2, 2)
+    states, gates = (a.share_memory_() for a in _outputs(x, state))
+    arrived = torch.zeros(config.parts, COUNTER_STRIDE, dtype=torch.int64).share_memory_()
+    given = (x, weights, states, resets.view(torch.uint8), gates, arrived, config)
+    spawn = multiprocessing.get_context("spawn")
+    programs = [
+        spawn.Process(target=_run_alone, args=(index, arrivals, 0.5 * index, *given), daemon=True)
+        for index in range(config.slices * config.parts)
+    ]
+    for program in programs:
+        program.start()
+    for program in programs:
+        program.join(120)
+    finished = [program.exitcode for program in programs]
+    for program in programs:
+        program.kill()
+    assert finished == [0] * len(programs)
+    want = _reference(x, weights, state, resets)
+    _assert_near(states, want.states)
+    _assert_near(gates, want.saved)
+    # Both slices of a part, before each step but the first.
+    assert arrived[:, 0].tolist() == [2 * arrivals * 5] * 2
+    assert not arrived[:, 1:].any()
