@@ -3,7 +3,7 @@
 A kernel is only compiled in a process that imports triton without TRITON_INTERPRET; `compile_all` starts one:
 this module, which reads builds and writes facts as JSON. The last part says what this package's launchers
 would have compiled: `step_build`, `read_build`, `chunk_build`, `scan_build`, `suffix_build`, `rgc_small_build`,
-`rgc_pointwise_build`, `rgc_backward_build`, `rtrl_build`, `heads_build`.
+`rgc_persistent_build`, `rgc_pointwise_build`, `rgc_backward_build`, `rtrl_build`, `heads_build`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # triton need not be there to import this
-    from ..kernels import gamma_chunk, gamma_step, rgc_forward, rtrl_heads, rtrl_step
+    from ..kernels import gamma_chunk, gamma_step, rgc_forward, rgc_persistent, rtrl_heads, rtrl_step
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -363,6 +363,41 @@ def rgc_small_build(target: str, config: rgc_forward.SmallConfig, *, resets: boo
         },
         constants={**dict.fromkeys([] if resets else ["resets_ptr"]), "BLOCK": config.block},
         options={"num_warps": config.num_warps},
+    )
+
+
+def rgc_persistent_build(
+    target: str,
+    config: rgc_persistent.Config,
+    vector: int,
+    *,
+    resets: bool = True,
+    divisible: Sequence[str] = (),
+) -> Build:
+    """All steps of an RGC whose weights lie on many multiprocessors."""
+    from ..kernels import rgc_persistent
+
+    return Build(
+        target,
+        "rjepa_triton.kernels.rgc_persistent:_rgc_persistent_kernel",
+        types={
+            **{f"{name}_ptr": "*fp32" for name in ("x", "ss", "ms", "mm", "sm", "states", "gates")},
+            "resets_ptr": "*u8",
+            "arrived_ptr": "*i64",
+            **dict.fromkeys(("T", "B", "N", "rows"), "i32"),
+        },
+        constants={
+            **dict.fromkeys([] if resets else ["resets_ptr"]),
+            "UNITS": config.units,
+            "CHUNKS": config.chunks,
+            "LANES": config.lanes,
+            "ROWS": config.tile_rows,
+            "ARRIVALS": rgc_persistent.arrivals(config.num_warps, amd=target.startswith("gfx")),
+            "COUNTER_STRIDE": rgc_persistent.COUNTER_STRIDE,
+            "VECTOR": vector,
+        },
+        divisible=divisible,
+        options={"num_warps": config.num_warps, "launch_cooperative_grid": True},
     )
 
 

@@ -22,6 +22,7 @@ from rjepa_triton.kernels import (
     reverse_scan,
     rgc_backward,
     rgc_forward,
+    rgc_persistent,
     rtrl_heads,
     rtrl_step,
 )
@@ -33,6 +34,7 @@ MODULES = (
     reverse_scan,
     rgc_backward,
     rgc_forward,
+    rgc_persistent,
     rtrl_heads,
     rtrl_step,
 )
@@ -75,6 +77,8 @@ def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
     return [
         lambda: rgc_forward.rgc_forward_small(*small),
         lambda: rgc_forward.rgc_forward_small(*small, resets, save_gates=False),
+        lambda: rgc_persistent.rgc_forward_persistent(x, weights, [x[0]] * 2),
+        lambda: rgc_persistent.rgc_forward_persistent(x, weights, [x[0]] * 2, resets, save_gates=False),
         # a step and no more: the next would be the same launch
         lambda: rgc_forward.rgc_pointwise_(gates[:, 0], both[:, 0], x[0], both[:, 1]),
         lambda: rgc_forward.rgc_pointwise_(gates[:, 0], both[:, 0], x[0], both[:, 1], resets[0], both[:, 0]),
@@ -133,7 +137,7 @@ def compile_() -> None:
     for sizes in ((2, 64, 2, 4, 512, 512), (1, 1, 1, 1, 1, 1)):
         for call in calls(*sizes):
             call()
-    assert len(_CompileOnly.made) == 45, len(_CompileOnly.made)
+    assert len(_CompileOnly.made) == 49, len(_CompileOnly.made)
 
 
 if __name__ == "__main__":

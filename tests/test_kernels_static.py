@@ -28,6 +28,7 @@ from rjepa_triton.bench.static import (
     heads_build,
     read_build,
     rgc_backward_build,
+    rgc_persistent_build,
     rgc_pointwise_build,
     rgc_small_build,
     rtrl_build,
@@ -35,7 +36,14 @@ from rjepa_triton.bench.static import (
     step_build,
     suffix_build,
 )
-from rjepa_triton.kernels import gamma_chunk, gamma_step, rgc_forward, rtrl_heads, rtrl_step
+from rjepa_triton.kernels import (
+    gamma_chunk,
+    gamma_step,
+    rgc_forward,
+    rgc_persistent,
+    rtrl_heads,
+    rtrl_step,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Config = gamma_step.Config | gamma_chunk.Config
@@ -64,6 +72,8 @@ NARROW_STORES = {
     "chunk-gfx942-64x32x32-bf16": 8,
     # A row of N numbers for N lanes or more: the four gates and the two states of a step, number by number.
     "rgc-small": 6,
+    # Eight units of a row, a number to a thread: gates and states as above.
+    "rgc-persistent": 6,
     # φ y goes to one row a state of each column, and a column has one gradient: number by number.
     "rtrl-heads": 3,
 }
@@ -82,6 +92,18 @@ CHUNK_CONFIGS = {
     for name, dtype in DTYPES.items()
 }
 RGC_SMALL_CONFIGS = sorted({rgc_forward.pick_small_config(n) for n in range(1, rgc_forward.SMALL + 1)})
+
+# What differs in the code alone: how units are dealt out is the launch's.
+RGC_PERSISTENT_CONFIGS = {
+    warp: sorted(
+        {
+            rgc_persistent.pick_config(n, b, 132, warp)._replace(slices=1, parts=1, rows=1)
+            for n in range(1, 1025)
+            for b in (1, 2, 4, 8, 16, 1000)
+        }
+    )
+    for warp in (32, 64)
+}
 
 RTRL_CONFIGS = sorted({rtrl_step.pick_config(n) for n in range(1, 257)})
 
@@ -181,6 +203,13 @@ def _cases() -> Iterator[tuple[str, Case]]:
             # The weights, 128 bits a load, once for all steps.
             loads = 4 * config.block**2 // (WARP[target] * config.num_warps) // 4
             yield f"rgc-small-{target}-{config.block}", Case(rgc_small_build(target, config), 168, loads)
+        for config, vector in itertools.product(RGC_PERSISTENT_CONFIGS[WARP[target]], (4, 1)):
+            columns, threads = config.chunks * config.lanes, WARP[target] * config.num_warps
+            # The weights, once for all steps; both states of the rows under way, if there are four for each thread.
+            loads = 4 * config.units * columns // threads // 4
+            loads += 2 * (config.tile_rows * columns // threads // 4)
+            case = Case(rgc_persistent_build(target, config, vector), 255, loads if vector == 4 else 0)
+            yield f"rgc-persistent-{target}-{columns}x{config.tile_rows}-{vector}", case
         for vector, loads in ((4, 7), (1, 0)):
             yield f"rgc-pointwise-{target}-{vector}", Case(rgc_pointwise_build(target, vector), 64, loads)
         for vector, last in itertools.product((4, 1), (False, True)):
@@ -217,6 +246,11 @@ OF_ONE = {
         ("reverse_scan", scan_build("sm_90", 2, [[0], [0, 1], []])[0], ("BN",)),
         ("block_summary", scan_build("sm_90", 2, steps=4096, units=1)[0], ("BN",)),
         ("suffix", suffix_build("sm_90", 2, 2), ("BN", "N")),
+        (
+            "rgc-persistent",
+            rgc_persistent_build("sm_90", rgc_persistent.pick_config(1, 1, 132, 32), 1),
+            ("N",),
+        ),
         ("rgc-pointwise", rgc_pointwise_build("sm_90", 1), ("N",)),
         ("rgc-backward", rgc_backward_build("sm_90", 1), ("N",)),
         ("rtrl-jacobian", rtrl_build("sm_90", "jacobian", rtrl_step.pick_config(1)), ("N",)),
@@ -305,6 +339,7 @@ def test_every_configuration_is_built():
     assert [len(configs) for configs in STEP_CONFIGS.values()] == [3, 3]
     assert [len(configs) for configs in CHUNK_CONFIGS.values()] == [4, 4]
     assert (len(RGC_SMALL_CONFIGS), len(RTRL_CONFIGS)) == (3, 2)
+    assert [len(configs) for configs in RGC_PERSISTENT_CONFIGS.values()] == [9, 9]
     for target in TARGETS:
         assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 6
         assert sum(name.startswith(f"step-{target}") and "stochastic-S2" in name for name in CASES) == 3
