@@ -142,6 +142,10 @@ class Kernel(ABC):
     def runners(self, device: torch.device) -> dict[str, Runner]:
         """What runs it on a device, by the names of `BY`. Each returns what `reference` does."""
 
+    def fits(self, units: int, multiprocessors: int) -> bool:
+        """Whether a GPU of so many can run it at N units."""
+        return True
+
     def gamma_numbers(self, units: int, batch: int) -> int:
         """Numbers of Γ, all states: S·K·B·N²."""
         return STATES * MATRICES * batch * units**2 if self.has_gamma else 0
@@ -571,8 +575,8 @@ class OfCircuit(WithoutGamma):
 class RGCForward(OfCircuit):
     """All steps of an RGC; a product a step and a pass beside it, or one launch for all steps of few units."""
 
-    def __init__(self) -> None:
-        super().__init__("rgc-forward", ("x", "weights", "state"), _forward, _pure_forward, _launch_forward)
+    def __init__(self, name: str, launch: Callable[..., Sequence[Tensor]]) -> None:
+        super().__init__(name, ("x", "weights", "state"), _forward, _pure_forward, launch)
 
     def flop(self, units: int, batch: int, steps: int) -> float:
         # a unit: four products with N numbers; four tanh of five operations each, and eight
@@ -580,6 +584,21 @@ class RGCForward(OfCircuit):
 
     def written(self, units: int, batch: int, steps: int) -> int:
         return (STATES * (steps + 1) + MATRICES * steps) * batch * units
+
+
+class RGCForwardPersistent(RGCForward):
+    """The same in one launch, the weights spread over the multiprocessors. What else runs it, `RGCForward` times."""
+
+    def __init__(self) -> None:
+        super().__init__("rgc-forward-persistent", _launch_persistent)
+
+    def fits(self, units: int, multiprocessors: int) -> bool:
+        from ..kernels import rgc_persistent
+
+        return units <= rgc_persistent.most_units(multiprocessors)
+
+    def runners(self, device: torch.device) -> dict[str, Runner]:
+        return {by: run for by, run in super().runners(device).items() if by == "triton"}
 
 
 class RGCBackward(OfCircuit):
@@ -632,6 +651,14 @@ def _launch_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tenso
     from ..kernels import rgc_forward
 
     states, gates = rgc_forward.rgc_forward(x, weights.unbind(0), state.unbind(0))
+    assert gates is not None
+    return states, gates
+
+
+def _launch_persistent(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
+    from ..kernels import rgc_persistent
+
+    states, gates = rgc_persistent.rgc_forward_persistent(x, weights.unbind(0), state.unbind(0))
     assert gates is not None
     return states, gates
 
@@ -776,7 +803,8 @@ _KERNELS: tuple[Kernel, ...] = (
     Scan("suffix", ("m",), 12, 4, rfp.suffix_products, rfp.suffix_products, _launch("suffix_products")),
     Scan("arriving", ("m", "phi"), 12 + 6 * MATRICES, 2 * MATRICES, _arriving, _pure_arriving,
          _launch("arriving")),
-    RGCForward(),
+    RGCForward("rgc-forward", _launch_forward),
+    RGCForwardPersistent(),
     RGCBackward(),
     RTRLJacobian(),
     RTRLHeads(),
@@ -917,10 +945,17 @@ def measure_kernel(
     return found
 
 
+def _fits(kernel: Kernel, units: int, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return kernel.fits(units, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = lambda made: None) -> int:
     """Measure what the file at `path` lacks, and append it there; returns how many records were kept.
 
-    As `scaling.sweep`: what is measured ("ok") under the same key is kept, the rest is tried again.
+    As `scaling.sweep`: what is measured ("ok") under the same key is kept, the rest is tried again. What a GPU is
+    too small for is left out.
     """
     device = torch.device(settings.device)
     if device.type == "cuda":
@@ -938,6 +973,8 @@ def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = 
     for name in settings.kernels:
         kernel = KERNELS[name]
         for units, batch in settings.points:
+            if not _fits(kernel, units, device):
+                continue
             missing = {}
             for by in kernel.runners(device):
                 params = settings.params(kernel, by, units, batch)

@@ -131,7 +131,7 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
     if isinstance(kernel, RTRLHeads):
         return heads_launch(units, target)
     if isinstance(kernel, OfCircuit):
-        return circuit_launch(kernel.name, units, batch, steps, target)
+        return circuit_launch(kernel.name, units, batch, steps, gpu)
     dtype, short = getattr(torch, kernel.dtype), {"float32": "fp32", "bfloat16": "bf16"}[kernel.dtype]
     if kernel.has_gamma:
         aligned: tuple[str, ...] = ("N", "M") if units % 16 == 0 else ()
@@ -223,13 +223,17 @@ def heads_launch(units: int, target: str) -> Launch:
     return Launch(static.heads_build(target, config), words, programs, numbers, config.num_warps)
 
 
-def circuit_launch(name: str, units: int, batch: int, steps: int, target: str) -> Launch:
+def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> Launch:
     """Of an RGC's own kernels: `launch`, of a step where each step is a launch.
 
     Such a step waits for its product, which isn't compiled here, and then for its pass; a step on chip for its input.
+    Where programs wait for one another, they wait for each tile of rows, and between steps until their states are
+    stored and the last to arrive is seen: two ways to the cache that they share and back, taken for half a load each.
     """
-    from ..kernels import rgc_backward, rgc_forward, rtrl_step
+    from ..kernels import rgc_backward, rgc_forward, rgc_persistent, rtrl_step
+    from ..kernels._launch import vector_width
 
+    target = gpu.target
     divisible = ("N",) if units % 16 == 0 else ()
     if name == "rtrl-jacobian":
         square = rtrl_step.pick_config(units)
@@ -242,6 +246,13 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, target: str) -
         small = rgc_forward.pick_small_config(units)
         build = static.rgc_small_build(target, small, resets=False)
         return Launch(build, f"{small.block} w{small.num_warps}", batch, small.block, small.num_warps, steps)
+    if name == "rgc-forward-persistent":
+        dealt = rgc_persistent.pick_config(units, batch, gpu.multiprocessors, static.WARP[target])
+        width = vector_width(units, torch.float32)
+        build = static.rgc_persistent_build(target, dealt, width, resets=False, divisible=divisible)
+        words = f"{dealt.units}×{dealt.tile_rows} w{dealt.num_warps} v{width}"
+        waits = steps * -(-dealt.rows // dealt.tile_rows) + steps - 1
+        return Launch(build, words, dealt.slices * dealt.parts, dealt.units, dealt.num_warps, waits)
     config: rgc_forward.PointwiseConfig | rgc_backward.Config
     if name == "rgc-forward":
         config = rgc_forward.pick_pointwise_config(units, static.WARP[target])
@@ -306,7 +317,8 @@ def predict(
 def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 64) -> list[Record]:
     """Predict every kernel at every (N, B), append a record of each to `path`, and return them.
 
-    Where credits would be scanned by blocks of time, one pass is predicted as well: "scan-one-pass" and so on.
+    Where credits would be scanned by blocks of time, one pass is predicted as well: "scan-one-pass" and so on. A
+    kernel that the GPU is too small for is left out.
 
     Raises ValueError for an unknown GPU or size, and where triton or its disassembler is missing.
     """
@@ -325,6 +337,8 @@ def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 6
     launches: dict[tuple[str, str, int, int], Launch] = {}
     for name, kernel in KERNELS.items():
         for units, batch in at:
+            if not kernel.fits(units, gpu.multiprocessors):
+                continue
             made = launch(kernel, units, batch, steps, gpu)
             launches[name, name, units, batch] = made
             if made.again:

@@ -16,6 +16,7 @@ from rjepa_triton.bench import kernels, record, roofline, summary
 from rjepa_triton.bench.kernels import KERNELS, Settings
 
 CPU = torch.device("cpu")
+GPU_ONLY = ("chunk-C64-tf32", "rgc-forward-persistent")
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,7 @@ CPU = torch.device("cpu")
         ("arriving", 4 * (20 * 20 + 4) * 30, (12 + 24) * 20 * 30),
         # x 1, gates 4, states 2 a step; the state given and once more written, four weights
         ("rgc-forward", 4 * ((7 * 20 + 4) * 30 + 400), (80 + 28) * 20 * 30),
+        ("rgc-forward-persistent", 4 * ((7 * 20 + 4) * 30 + 400), (80 + 28) * 20 * 30),
         # gates 4, states 2, x 1, δ 2, λ 2, E 4 a step; what passes on, four weights
         ("rgc-backward", 4 * ((15 * 20 + 2) * 30 + 400), (80 + 20) * 20 * 30),
         # own 2BN, φ 4BN, four weights, J 4BN²
@@ -82,7 +84,7 @@ def test_every_runner_agrees_with_float64(name: str, monkeypatch: pytest.MonkeyP
     if not torch.cuda.is_available():
         pytest.importorskip("triton")
         on_gpu = kernel.runners(torch.device("cuda"))
-        assert tuple(on_gpu) == kernels.BY
+        assert tuple(on_gpu) == (("triton",) if name == "rgc-forward-persistent" else kernels.BY)
         runners.update(on_gpu)
     given = kernels.problem(kernel, 20, 2, kernel.steps or 5, 0, CPU)
     want = kernel.reference(given.copy(torch.float64))
@@ -132,7 +134,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert about["error"] < 0.01
     assert kernels.sweep(some, file) == 2
     assert kernels.sweep(settings(), file) == 2
-    assert len(record.load(file)) == len(KERNELS) - 1  # tf32 is a GPU's
+    assert len(record.load(file)) == len(KERNELS) - len(GPU_ONLY)
 
     told = io.StringIO()
     console = Console(file=told, width=200)
@@ -140,7 +142,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert f"kept {len(records)} records" in told.getvalue()
     text = summary.markdown(kernels.table(records))
     rows = [line.split("|")[1].strip() for line in text.splitlines()[4:]]
-    assert rows == [name for name in KERNELS if name != "chunk-C64-tf32"]
+    assert rows == [name for name in KERNELS if name not in GPU_ONLY]
     assert "GB/s" in text or "MB/s" in text
 
 
@@ -285,6 +287,25 @@ def test_a_prediction_of_a_long_scan_of_few_units(tmp_path: Path, monkeypatch: p
     assert one.predicted_seconds == pytest.approx(4096 / 3 * 600e-9)
 
 
+def test_a_prediction_of_programs_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each tile of rows and at each barrier; and nothing of what the GPU is too small for."""
+    pytest.importorskip("triton")
+    if roofline.static.cuobjdump() is None:
+        pytest.skip("this triton comes without cuobjdump")
+    name = "rgc-forward-persistent"
+    monkeypatch.setattr(roofline, "KERNELS", {name: KERNELS[name]})
+    file = tmp_path / roofline.FILE
+    small, large = roofline.run(file, "h100", ((256, 20), (1024, 1), (4096, 1)), 10)
+    assert (small.payload["config"], small.payload["programs"]) == ("8×4 w8 v4", 128)
+    assert (large.payload["config"], large.payload["programs"]) == ("8×1 w8 v4", 128)
+    # four parts of five rows, a tile of four and one of one
+    assert small.payload["waits"] == 10 * 2 + 9
+    assert large.payload["waits"] == 10 + 9
+    assert large.payload["bound"] == "waits"
+    assert large.predicted_seconds == pytest.approx(19 * 600e-9)
+    assert roofline.run(file, "a100", ((1001, 1),)) == []
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("units", "batch"), [(63, 2), (63, 32), (256, 2), (1024, 2)])
 def test_a_prediction_compiles_what_the_launcher_launches(
@@ -299,6 +320,7 @@ def test_a_prediction_compiles_what_the_launcher_launches(
         reverse_scan,
         rgc_backward,
         rgc_forward,
+        rgc_persistent,
         rtrl_heads,
         rtrl_step,
     )
@@ -317,8 +339,9 @@ def test_a_prediction_compiles_what_the_launcher_launches(
 
     modules = (
         *(gamma_step, gamma_read, gamma_chunk, reverse_scan),
-        *(rgc_backward, rgc_forward, rtrl_heads, rtrl_step),
+        *(rgc_backward, rgc_forward, rgc_persistent, rtrl_heads, rtrl_step),
     )
+    monkeypatch.setattr(rgc_persistent, "_INTERPRETED", False)
     for module in modules:
         for attribute, value in list(vars(module).items()):
             if attribute.endswith("_kernel"):
