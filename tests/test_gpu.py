@@ -187,6 +187,34 @@ def test_a_cuda_graph_of_the_step(with_delta: bool) -> None:
             assert torch.equal(gradient, want)
 
 
+@pytest.mark.parametrize("units", [256, 513, 1000, 1024])
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_programs_that_wait_for_one_another(units: int, batch: int) -> None:
+    """Many steps, so that a state read too early shows; again and again, so that it shows if it is rare."""
+    from rjepa_triton.cells import RGCCell
+    from rjepa_triton.kernels.rgc_persistent import most_units, rgc_forward_persistent
+
+    held = most_units(torch.cuda.get_device_properties(DEVICE).multi_processor_count)
+    if units > held:
+        pytest.skip(f"this GPU can hold the weights of {held} units")
+    steps = 200
+    x = torch.randn(steps, batch, units, device=DEVICE)
+    weights = [torch.randn(units, units, device=DEVICE) * (0.3 / units**0.5) for _ in range(4)]
+    state = [torch.randn(batch, units, device=DEVICE) for _ in range(2)]
+    resets = torch.rand(steps, batch, device=DEVICE) < 0.02
+    want = RGCCell().scan(
+        x.double()[None], [w.double() for w in weights], [s.double() for s in state], resets
+    )
+    first = rgc_forward_persistent(x, weights, state, resets)
+    assert first[1] is not None
+    assert oracle.relative(list(first), [want.states, want.saved]) < TOLERANCE
+    for _ in range(20):
+        states, gates = rgc_forward_persistent(x, weights, state, resets)
+        assert gates is not None
+        assert torch.equal(states, first[0])
+        assert torch.equal(gates, first[1])
+
+
 @pytest.mark.parametrize("family", ["step", "chunk", "scan"])
 def test_kernels_repeat_in_every_bit(family: str) -> None:
     from rjepa_triton.kernels import gamma_chunk, gamma_step, reverse_scan
