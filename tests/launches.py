@@ -138,6 +138,13 @@ def compile_() -> None:
         for call in calls(*sizes):
             call()
     assert len(_CompileOnly.made) == 49, len(_CompileOnly.made)
+    # Programs that wait for one another must all run at once, and none may read what was there before.
+    waiting = [made for made in _CompileOnly.made if made.metadata.name == "_rgc_persistent_kernel"]
+    assert len(waiting) == 4
+    for made in waiting:
+        assert made.metadata.launch_cooperative_grid
+        for access in ("atom.global.gpu.release.add.u64", ".gpu.acquire.", "ld.global.cg."):
+            assert access in made.asm["ptx"], access
 
 
 if __name__ == "__main__":
