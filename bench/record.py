@@ -21,6 +21,8 @@ from typing import Any
 import numpy
 import torch
 
+from .._device import device_name as device_name
+
 SCHEMA = 2
 READABLE = (1, 2)  # 1: timings without a median's interval and yardsticks
 STATUSES = ("ok", "oom", "error", "over_budget")
@@ -96,18 +98,6 @@ class Record:
 def now() -> str:
     """The time, ISO 8601, UTC, to the millisecond."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-
-
-def device_name(device: torch.device) -> str:
-    """The name of a GPU, or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:

@@ -20,6 +20,8 @@ import torch
 from rich.table import Table
 
 from .. import _checks as check
+from .. import devices
+from ..devices import Rate
 from . import record, static
 from .kernels import (
     KERNELS,
@@ -44,14 +46,6 @@ DEFAULT_HIDDEN, DEFAULT_BATCHES = (64, 256, 1001, 1024, 4096), (8,)
 
 
 @dataclass(frozen=True)
-class Rate:
-    """Bytes or FLOP per second, or seconds, and where the number is from: "measured", "estimated", or "nominal"."""
-
-    value: float
-    basis: str
-
-
-@dataclass(frozen=True)
 class Gpu:
     """A GPU: its rates, and what its multiprocessors share out among programs.
 
@@ -65,36 +59,33 @@ class Gpu:
     float32: Rate
     tf32: Rate
     bfloat16: Rate
+    latency: Rate
     multiprocessors: int
     shared: int
     registers: int = 65_536
     warps: int = 64
     programs: int = 32
-    latency: Rate = Rate(600e-9, "estimated")
 
 
-# "measured": copy and bf16 product on one H100 SXM; "nominal": the vendor's data sheet, dense.
-_HOPPER: dict[str, Any] = {
-    "target": "sm_90",
-    "float32": Rate(60e12, "estimated"),
-    "tf32": Rate(400e12, "estimated"),
-    "multiprocessors": 132,
-    "shared": 228 * 1024,
-}
-GPUS = {
-    "h100": Gpu("NVIDIA H100", copy=Rate(3.0e12, "measured"), bfloat16=Rate(790e12, "measured"), **_HOPPER),
-    "h200": Gpu("NVIDIA H200", copy=Rate(4.8e12, "nominal"), bfloat16=Rate(790e12, "as H100"), **_HOPPER),
-    "a100": Gpu(
-        "NVIDIA A100 80GB",
-        target="sm_80",
-        copy=Rate(2.039e12, "nominal"),
-        float32=Rate(19.5e12, "nominal"),
-        tf32=Rate(156e12, "nominal"),
-        bfloat16=Rate(312e12, "nominal"),
-        multiprocessors=108,
-        shared=164 * 1024,
-    ),
-}
+def _gpus() -> dict[str, Gpu]:
+    """The devices whose kernels can be predicted: NVIDIA's, whose machine code can be read."""
+    found = {}
+    for key, device in devices.known().items():
+        if device.kernels:
+            rate = device.rates
+            found[key] = Gpu(
+                name=device.name,
+                copy=rate["copy"],
+                float32=rate["float32"],
+                tf32=rate["tf32"],
+                bfloat16=rate["bfloat16"],
+                latency=rate["latency"],
+                **device.kernels,
+            )
+    return found
+
+
+GPUS = _gpus()
 # How a multiprocessor hands out registers to a warp, and what shared memory a program costs beside its own.
 SCHEDULERS, REGISTERS_AT_ONCE, SHARED_PER_PROGRAM = 4, 256, 1024
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from rjepa_triton import cli
+from rjepa_triton import cli, devices
 from rjepa_triton.bench import kernels, record, roofline, summary
 from rjepa_triton.bench.kernels import KERNELS, Settings
 
@@ -236,10 +236,10 @@ def test_occupancy(registers: int, shared: int, warps: int, fit: int, limit: str
 
 def test_gpus() -> None:
     h100, h200 = roofline.GPUS["h100"], roofline.GPUS["h200"]
-    assert h100.copy == roofline.Rate(3.0e12, "measured")
-    assert h200.copy == roofline.Rate(4.8e12, "nominal")
+    assert h100.copy == devices.Rate(3.0e12, "measured")
+    assert h200.copy == devices.Rate(4.8e12, "nominal")
     assert h100.float32 == h200.float32
-    with pytest.raises(ValueError, match="gpu must be one of 'h100', 'h200', 'a100', got 'tpu'"):
+    with pytest.raises(ValueError, match="gpu must be one of 'a100', 'h100', 'h200', 'b200', got 'tpu'"):
         roofline.run(Path("never"), "tpu", ((64, 1),))
 
 
