@@ -435,8 +435,7 @@ class BpttAutograd(_Sequence):
 
     name, label = "bptt-autograd", "BPTT, autograd"
     exact = True
-    KEPT = 8  # what autograd saves of a step: four tanh, two 1 - tanh, two states
-    MOST = 7  # what it saved goes as it is used, and δ comes in its place
+    MOST = 7  # arrays of (T, B, N): what was saved goes as it is used, and δ comes in its place
 
     def run(self) -> Sequence[Tensor]:
         s, _ = eager(self.problem.x, self.weights, self.problem.state, _dense)
