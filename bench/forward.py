@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import _checks as check
-from .. import cost, functional, parallel
+from .. import cost, devices, functional, parallel
 from ..cells import LRUCell, RGCCell
 from ..cost import Work
 from ..reference import rfp
@@ -228,7 +228,7 @@ def table(records: Sequence[Record]) -> Table:
 
 PREDICTED_AT = (64, 1, 4096)  # N, B, T
 # Assumed: what a launch costs in a CUDA graph whose nodes wait for one another.
-GRAPH = replace(cost.GPU, name="GPU, CUDA graph (assumed)", seconds_per_call=1.5e-6)
+GRAPH = replace(cost.rates(devices.generic("gpu"), cuda_graph=True), name="GPU, CUDA graph (assumed)")
 COUNT_STEPS = (8, 16)
 
 

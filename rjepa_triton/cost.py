@@ -1,11 +1,23 @@
-"""What a form of Recurrent Forward Propagation, or of the forward pass, costs: bytes, FLOP and seconds, before it runs.
+"""What learning and the forward pass cost: bytes, FLOP and seconds, before they run.
 
-Counted for the layer's dense matrices, N×M_k each, S states a unit and batch B; Γ has g = S·B·Σ_k N·M_k
-numbers of `gamma_bytes` each, W and its gradient w = Σ_k N·M_k of `item` bytes each.
+One model for the learner's own choice of a form and for `rjepa bench plan`. A training step is a few phases, each with
+its `Work`, and a device has `Rates`; seconds are
 
-    step      reads and writes Γ, and adds the gradient:            2·g·gamma_bytes + 2·w·item bytes
-    chunk     the same twice a chunk of C steps (Γ is read for the fold and for the rank-C update), and
-              2·C·g + 2·C·B·w FLOP: its rank-C update and its own part of the gradient
+    calls · s/call + FLOP / rate + bytes / bandwidth + scan steps · s/step + fresh bytes · s/byte
+
+as if nothing overlapped. Of a CPU the bandwidth depends on the phase's working set, all that it touches before it comes
+round again: the part of it that the last cache can hold is read at the cache's rate, the rest at memory's. Matrices
+that are multiplied with a few rows come from the cache at a rate of their own. Calls are counted by running the code on
+a few units (`counting`); FLOP and bytes follow from sizes.
+
+For the layer's matrices, N×M_k each, S states a unit and batch B; Γ has g = S·B·Σ_k N·M_k numbers of
+`gamma_item` bytes each, W and its gradient w = Σ_k N·M_k of `item` bytes each. A pointwise call moves three arrays.
+
+    forward   a step: reads W, 2·B·w FLOP
+    step      reads and writes Γ, and writes the gradient, once a step
+    chunk     the same twice a chunk of C steps (Γ is read for the fold and for the rank-C update; Triton's kernel
+              does both in one pass), and 2·S·B·w + 2·B·w FLOP a step: its rank-C update and its own part of the
+              gradient
     history   a reverse scan and a product over the t steps since reset: 2·B·t·w FLOP, S²·B·N·t numbers read
 
 The forward pass over T steps, with calls and bytes of the pointwise work counted on a small problem (`counted`):
@@ -18,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,14 +38,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from . import devices, ops
+from ._device import device_name
 from .reference import rfp, rtrl
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A device's rates as the model assumes them; not measured here.
+    """A device's rates, as the model takes them.
 
-    seconds_per_scan_step: of a scan's kernel, which takes its steps one after the other.
+    bytes_per_second        of memory, read and written ones together
+    flop_per_second         of matrix products in the layer's dtype
+    seconds_per_call        that a call of torch takes at least
+    seconds_per_scan_step   of a scan's kernel, which takes its steps one after the other
+    cache_bytes             of the last cache, and cache_bytes_per_second of what is in it; 0: not told apart
+    matrix_bytes_per_second of a matrix in the cache that is multiplied with a few rows: slower than a pass over it
+    seconds_per_fresh_byte  of memory that the system maps anew
+    seconds_per_view        that a call takes which makes a view or room for an array; 0 on a GPU, which doesn't wait
     """
 
     name: str
@@ -41,18 +62,171 @@ class Rates:
     flop_per_second: float
     seconds_per_call: float
     seconds_per_scan_step: float = 0.0
+    cache_bytes: float = 0.0
+    cache_bytes_per_second: float = 0.0
+    matrix_bytes_per_second: float = 0.0
+    seconds_per_fresh_byte: float = 0.0
+    seconds_per_view: float = 0.0
+
+    def bandwidth(self, working_set: float, matrix: bool = False) -> float:
+        """Bytes a second of what touches `working_set` bytes before it comes round again.
+
+        matrix: of a matrix that is multiplied with a few rows.
+        """
+        cached = self.matrix_bytes_per_second if matrix else self.cache_bytes_per_second
+        if not self.cache_bytes or not cached:
+            return self.bytes_per_second
+        held = min(1.0, self.cache_bytes / working_set) if working_set > 0 else 1.0
+        return 1 / (held / cached + (1 - held) / self.bytes_per_second)
 
 
-CPU = Rates("CPU (assumed)", 2e10, 1e11, 2e-6)
-GPU = Rates("GPU (assumed)", 2e12, 3e13, 5e-6, 2e-7)
+def rates(
+    device: devices.Device, dtype: str = "float32", *, cuda_graph: bool = False, threads: int | None = None
+) -> Rates:
+    """A profile's rates for a dtype, "float32" or "float64"; in a CUDA graph; of a CPU by fewer threads than cores."""
+    share = 1.0 if threads is None or device.cores is None else min(1.0, threads / device.cores)
+    return Rates(
+        device.name,
+        bytes_per_second=device.rate("copy"),
+        flop_per_second=share * device.rate(dtype),
+        seconds_per_call=device.rate("graph_call" if cuda_graph else "call"),
+        seconds_per_scan_step=device.rate("scan_step"),
+        cache_bytes=device.cache_bytes,
+        cache_bytes_per_second=share * device.rate("cache"),
+        matrix_bytes_per_second=share * device.rate("matrix"),
+        seconds_per_fresh_byte=device.rate("fresh"),
+        seconds_per_view=device.rate("view"),
+    )
+
+
+CPU = rates(devices.generic("cpu"))
+GPU = rates(devices.generic("gpu"))
 # A step of a loop in one launch, in steps of a scan's kernel; assumed. Its products are summed over the lanes of a warp
 # and its states go round through shared memory, where a scan's step waits for one load.
 ON_CHIP_STEP = 5
+# Calls that compiled code takes for each of its arguments, which it checks on every call; fitted.
+CALLS_PER_ARGUMENT = 1.5
+# An array beyond this is mapped anew each time it is made on a CPU: the largest block that glibc keeps
+# (M_MMAP_THRESHOLD's upper limit).
+FRESH_FROM = 32 << 20
 
 
-def rates_of(device: torch.device) -> Rates:
-    """The assumed rates for a device."""
-    return CPU if device.type == "cpu" else GPU
+def rates_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Rates:
+    """The rates of a device here: of the profile that matches its name (`devices`), else assumed ones."""
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        return GPU
+    kind = "cpu" if device.type == "cpu" else "gpu"
+    profile = devices.find(device_name(device), kind)
+    threads = torch.get_num_threads() if kind == "cpu" else None
+    return rates(profile, "float64" if dtype == torch.float64 else "float32", threads=threads)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What something costs: calls that launch something, FLOP of products, bytes, dependent steps of scan kernels.
+
+    Beside `bytes`: matrix_bytes of matrices that are multiplied with a few rows, and fresh_bytes of arrays so large
+    that the system maps them anew (`fresh_bytes_of`). Beside `calls`: `views`, those that make a view of an array or
+    room for one.
+    """
+
+    calls: float = 0.0
+    flop: float = 0.0
+    bytes: float = 0.0
+    scan_steps: float = 0.0
+    matrix_bytes: float = 0.0
+    fresh_bytes: float = 0.0
+    views: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, count: float) -> Work:
+        return Work(*(a * count for a in astuple(self)))
+
+    def parts(self, rates: Rates, working_set: float = math.inf) -> dict[str, float]:
+        """Predicted seconds by what they go to; working_set: bytes touched before it comes round again."""
+        return {
+            "calls": self.calls * rates.seconds_per_call + self.views * rates.seconds_per_view,
+            "arithmetic": self.flop / rates.flop_per_second,
+            "bytes moved": self.bytes / rates.bandwidth(working_set)
+            + self.matrix_bytes / rates.bandwidth(working_set, matrix=True),
+            "dependent steps": self.scan_steps * rates.seconds_per_scan_step,
+            "memory mapped anew": self.fresh_bytes * rates.seconds_per_fresh_byte,
+        }
+
+    def seconds(self, rates: Rates, working_set: float = math.inf) -> float:
+        """Predicted, as if nothing overlapped."""
+        return sum(self.parts(rates, working_set).values())
+
+
+def fresh_bytes_of(array: float, count: float = 1) -> float:
+    """Bytes of `count` arrays of `array` bytes that are mapped anew each time they are made."""
+    return count * array if array > FRESH_FROM else 0.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a training step: its work, of one time step, and the bytes it touches before it comes round again."""
+
+    name: str
+    work: Work
+    working_set: float = math.inf
+
+    def seconds(self, rates: Rates) -> float:
+        """Predicted."""
+        return self.work.seconds(rates, self.working_set)
+
+
+def seconds(phases: Sequence[Phase], rates: Rates) -> float:
+    """Predicted seconds of all phases, one after the other."""
+    return sum(phase.seconds(rates) for phase in phases)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Calls that grow with the number of steps: fixed + each · steps."""
+
+    fixed: Work
+    each: Work
+
+    def at(self, steps: float) -> Work:
+        return self.fixed + self.each * steps
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Calls of torch that the parts of a training step take, `calls` and `views` of a `Work`, by `counting.calls`.
+
+    step        one step of the layer, recorded; loop: several
+    linearize   partials and M of recorded steps, any number
+    stacked     φ and y as arrays, by group of matrices of one shape; groups: how many
+    gamma       Γ's step and gradient in plain torch, without `stacked`
+    chunk       Γ's chunk in plain torch, with the suffix products
+    credit      RFP's credits of some steps in plain torch; exact: BPTT's
+    outer       the products Σ E yᵀ of all matrices
+    eager       a Python loop of the cell and its backward under autograd, which keeps eager_kept numbers of a unit, row
+                and step
+    rtrl        a step of exact RTRL with dense weights, rtrl_heads: with heads
+    arrays      arrays of a recorded block; window: their numbers for one unit, row and step, inputs left out
+    """
+
+    step: Work
+    loop: Line
+    linearize: Work
+    stacked: Work
+    groups: int
+    gamma: Work
+    chunk: Line
+    credit: Line
+    exact: Line
+    outer: Work
+    eager: Line
+    eager_kept: int
+    rtrl: Work
+    rtrl_heads: Work
+    arrays: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -63,11 +237,16 @@ class FormCost:
     seconds: float
     state_bytes: int
     because: str
+    phases: tuple[Phase, ...] = ()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """S, B, N; M_k of each matrix (1 for a diagonal one or a bias); bytes of a number."""
+    """S, B, N; M_k of each matrix (1 for a diagonal one or a bias); bytes of a number; calls, and what runs Γ.
+
+    features   I, of the layer's input where a matrix reads it, else 0
+    runs       "torch", "compile" or "triton": what Γ's recursion is run by (`runs_gamma`)
+    """
 
     states: int
     batch: int
@@ -75,14 +254,26 @@ class Problem:
     fan_ins: Sequence[int]
     item: int
     gamma_item: int
+    calls: Calls
+    features: int = 0
+    runs: str = "torch"
 
     @property
     def weight_numbers(self) -> int:
         return self.units * sum(self.fan_ins)
 
     @property
+    def weight_bytes(self) -> int:
+        return self.weight_numbers * self.item
+
+    @property
     def gamma_bytes(self) -> int:
         return self.states * self.batch * self.weight_numbers * self.gamma_item
+
+    @property
+    def layer_state_bytes(self) -> int:
+        """Of the S states of the layer itself."""
+        return self.states * self.batch * self.units * self.item
 
     def carried_bytes(self, learning: str, per_head: int) -> int:
         """Bytes of what a learning rule carries forward; per_head b: units that meet within the step."""
@@ -94,58 +285,161 @@ class Problem:
         return 0 if learning == "tbptt" else self.gamma_bytes
 
     def window_bytes(self, steps: int) -> int:
-        """Bytes that `steps` recorded steps take: M, φ, the states read and ∂F/∂x."""
-        numbers = self.states**2 + len(self.fan_ins) + 2 * self.states
-        return steps * self.batch * self.units * numbers * self.item
+        """Bytes that `steps` recorded steps take: M, φ, the states read, ∂F/∂x and the layer's input."""
+        return steps * self.batch * (self.units * self.calls.window + self.features) * self.item
+
+    def pointwise(self, counted: Work, steps: float = 1) -> Work:
+        """The calls that were counted, each of which moves three arrays of `steps` by B·N."""
+        moved = 3.0 * counted.calls * steps * self.batch * self.units * self.item
+        return Work(calls=counted.calls, views=counted.views, bytes=moved)
+
+    def row_blocks(self) -> int:
+        """How many blocks of batch rows compiled code takes Γ in (`ops`)."""
+        row = self.weight_numbers
+        return 1 if self.batch * row <= ops.BLOCK else -(-self.batch // max(1, ops.BLOCK // row))
+
+
+def runs_gamma(gpu: bool, item: int, gamma_item: int, units: int, fan_ins: Sequence[int]) -> str:
+    """What Γ's recursion is run by on such a device, by "auto" (`ops.choose_gamma`): of the largest group."""
+    if gpu:
+        return "triton" if item == 4 else "torch"
+    largest = max((units * m * fan_ins.count(m) for m in set(fan_ins)), default=0)
+    same = item == gamma_item and ops.cpp_compiler() is not None
+    return "compile" if same and largest >= ops.COMPILE_FROM else "torch"
+
+
+def forward_phase(problem: Problem, working_set: float) -> Phase:
+    """One step of the layer on its own, recorded."""
+    work = problem.pointwise(problem.calls.step)
+    read = Work(flop=2.0 * problem.batch * problem.weight_numbers, matrix_bytes=problem.weight_bytes)
+    return Phase("forward", work + read, working_set)
+
+
+def _passes(states: int) -> float:
+    """Passes over one Γ^ν that plain torch takes for Σ_ν' M ⊙ Γ^{ν'}: a product each, and a sum each but the first."""
+    return 2 + 5 * (states - 1)
+
+
+def gamma_pass(problem: Problem) -> Work:
+    """Γ one step on and the gradient read from it, from φ and y as arrays, by what runs it."""
+    g, w, calls = problem.gamma_bytes, problem.weight_bytes, problem.calls
+    fresh = fresh_bytes_of(w)
+    if problem.runs == "triton":
+        return Work(calls=calls.groups, bytes=2.0 * g + 2.0 * w)
+    if problem.runs == "compile":
+        blocks = problem.row_blocks()
+        arguments = blocks * calls.groups * (problem.states + 4)
+        checks = CALLS_PER_ARGUMENT * arguments + (4 * blocks if blocks > 1 else 0)
+        return Work(calls=checks, bytes=2.0 * g + (2.0 * blocks - 1) * w, fresh_bytes=fresh)
+    passes = _passes(problem.states)
+    moved = g * (passes + 4 + 2 + (passes + 1) / problem.states)
+    return calls.gamma + Work(bytes=moved, fresh_bytes=fresh)
+
+
+def gamma_work(problem: Problem) -> Work:
+    """A recorded step linearised, and `gamma_pass`."""
+    calls, work = problem.calls, gamma_pass(problem)
+    if problem.runs == "compile" and problem.row_blocks() == 1:
+        # linearised in the same call: a matrix is five arguments, its description among them
+        arguments = 5 * len(problem.fan_ins) + problem.states + 7
+        return replace(work, calls=CALLS_PER_ARGUMENT * arguments)
+    return work + problem.pointwise(calls.linearize + calls.stacked)
+
+
+def chunk_work(problem: Problem, steps: int) -> Work:
+    """A chunk of C = `steps` steps: Γ folded on by it, and the gradient; linearisation and all."""
+    g, w, calls = problem.gamma_bytes, problem.weight_bytes, problem.calls
+    numbers = float(problem.batch * problem.weight_numbers * steps)
+    # rank-C update and its own part of the gradient, which is added to what Γ gives
+    work = problem.pointwise(calls.linearize + calls.stacked + calls.outer, steps)
+    work += Work(calls=len(problem.fan_ins), flop=(2 * problem.states + 2) * numbers, bytes=4.0 * w)
+    work += Work(
+        fresh_bytes=fresh_bytes_of(w) + fresh_bytes_of(w / max(1, len(problem.fan_ins)), len(problem.fan_ins))
+    )
+    if problem.runs == "triton":
+        scans = scan_work(problem.states, steps, problem.batch * problem.units, problem.item, True)
+        return work + scans + Work(calls=2 * calls.groups, bytes=2.0 * g + 2.0 * w, scan_steps=steps)
+    work += problem.pointwise(calls.credit.at(steps))
+    if problem.runs == "compile":
+        blocks = problem.row_blocks()
+        arguments = blocks * calls.groups * (problem.states + 3)
+        return work + problem.pointwise(calls.chunk.each * steps) + Work(
+            calls=CALLS_PER_ARGUMENT * arguments + 2 * blocks + 2 * problem.states,
+            bytes=4.0 * g + (2.0 * blocks - 1) * w,
+        )  # fmt: skip
+    passes = _passes(problem.states)
+    moved = g * (passes + 4 + (passes + 1) / problem.states)
+    return work + calls.chunk.at(steps) + Work(bytes=moved)
+
+
+def history_work(problem: Problem, steps: float, kernel: bool) -> Work:
+    """A step's gradient from the t = `steps` recorded ones since reset."""
+    calls, count = problem.calls, len(problem.fan_ins)
+    work = problem.pointwise(calls.linearize + Work(calls=calls.arrays, views=2 * calls.arrays))
+    work += problem.pointwise(calls.outer + Work(calls=-count), steps)
+    work += Work(flop=2.0 * problem.batch * steps * problem.weight_numbers, bytes=problem.weight_bytes)
+    work += Work(calls=count, fresh_bytes=fresh_bytes_of(problem.weight_bytes / max(1, count), count))
+    if kernel:
+        whole = max(1, round(steps))
+        return work + scan_work(problem.states, whole, problem.batch * problem.units, problem.item, True)
+    return work + problem.pointwise(calls.credit.at(steps))
 
 
 def form_costs(problem: Problem, update_every: int, horizon: int | None, rates: Rates) -> list[FormCost]:
     """Costs of the forms that can serve: step, chunk if update_every ≥ 2, history if a horizon is known.
 
-    update_every C: steps between changes of the weights; horizon: steps between resets, None if unbounded.
+    update_every C: steps between changes of the weights; horizon: steps between resets, None if unbounded. Seconds
+    are those of a whole training step: the layer's, and what is learned from it.
     """
-    moved = 2 * problem.gamma_bytes + 2 * problem.weight_numbers * problem.item
+    g, w, own = problem.gamma_bytes, problem.weight_bytes, problem.layer_state_bytes
+    touched = g + 2.0 * w
+
+    def cost(form: str, state: int, because: str, *phases: Phase) -> FormCost:
+        return FormCost(form, seconds(phases, rates), state + own, because, phases)
+
+    work = gamma_work(problem)
     costs = [
-        FormCost(
+        cost(
             "step",
-            moved / rates.bytes_per_second + 20 * rates.seconds_per_call,
-            problem.gamma_bytes,
-            f"{moved:.3g} bytes moved a step",
+            g,
+            f"{work.bytes:.3g} bytes moved a step",
+            forward_phase(problem, touched),
+            Phase("Γ and gradient", work, touched),
         )
     ]
     if update_every >= 2:
-        flop = 1.0 * (2 * problem.states + 2) * problem.batch * problem.weight_numbers
-        seconds = (
-            2 * moved / update_every / rates.bytes_per_second
-            + flop / rates.flop_per_second
-            + (10 + 40 / update_every) * rates.seconds_per_call
-        )
+        work = chunk_work(problem, update_every) * (1 / update_every)
         costs.append(
-            FormCost(
+            cost(
                 "chunk",
-                seconds,
-                problem.gamma_bytes + problem.window_bytes(update_every),
-                f"{2 * moved / update_every:.3g} bytes moved and {flop:.3g} FLOP a step",
+                g + problem.window_bytes(update_every),
+                f"{work.bytes:.3g} bytes moved and {work.flop:.3g} FLOP a step",
+                loop_phase(problem, update_every),
+                Phase("Γ and gradient", work, g + 3.0 * w),
             )
         )
     if horizon is not None:
         steps = (horizon + 1) / 2  # mean over an episode
-        flop = 2.0 * problem.batch * steps * problem.weight_numbers
-        scanned = steps * problem.batch * problem.units * problem.states * (problem.states + 2) * problem.item
-        seconds = (
-            flop / rates.flop_per_second
-            + scanned / rates.bytes_per_second
-            + (20 + steps * problem.states) * rates.seconds_per_call
-        )
+        work = history_work(problem, steps, problem.runs == "triton")
+        buffer = 1 << (horizon - 1).bit_length()  # doubles when it is full
         costs.append(
-            FormCost(
+            cost(
                 "history",
-                seconds,
-                problem.window_bytes(horizon),
-                f"{flop:.3g} FLOP and {steps:.0f} scanned steps a step, mean over {horizon} steps",
+                problem.window_bytes(buffer),
+                f"{work.flop:.3g} FLOP and {steps:.0f} scanned steps a step, mean over {horizon} steps",
+                forward_phase(problem, 2.0 * w + problem.window_bytes(math.ceil(steps))),
+                Phase("gradient", work, 2.0 * w + problem.window_bytes(math.ceil(steps))),
             )
         )
     return costs
+
+
+def loop_phase(problem: Problem, steps: int) -> Phase:
+    """A step of the layer among `steps`: weights are joined once, then read again and again."""
+    w = problem.weight_bytes
+    work = problem.pointwise(problem.calls.loop.at(steps) * (1 / steps))
+    read = Work(flop=2.0 * problem.batch * problem.weight_numbers, bytes=2.0 * w / steps, matrix_bytes=w)
+    return Phase("forward", work + read, w)
 
 
 def cheapest(costs: Sequence[FormCost], available_bytes: int | None) -> FormCost:
@@ -156,43 +450,13 @@ def cheapest(costs: Sequence[FormCost], available_bytes: int | None) -> FormCost
     return min(costs, key=lambda c: c.state_bytes)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What something costs: calls that launch something, FLOP of products, bytes, dependent steps of scan kernels."""
-
-    calls: float = 0.0
-    flop: float = 0.0
-    bytes: float = 0.0
-    scan_steps: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.calls + other.calls,
-            self.flop + other.flop,
-            self.bytes + other.bytes,
-            self.scan_steps + other.scan_steps,
-        )
-
-    def __mul__(self, count: float) -> Work:
-        return Work(self.calls * count, self.flop * count, self.bytes * count, self.scan_steps * count)
-
-    def seconds(self, rates: Rates) -> float:
-        """Predicted, as if nothing overlapped."""
-        return (
-            self.calls * rates.seconds_per_call
-            + self.flop / rates.flop_per_second
-            + self.bytes / rates.bytes_per_second
-            + self.scan_steps * rates.seconds_per_scan_step
-        )
-
-
 # What launches nothing: memory without a value, and names for what is there.
 _NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach", "aten::alias")
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
 class _Counter(TorchDispatchMode):
-    """Counts what torch is called for: every call but those of `_NO_LAUNCH` and views."""
+    """Counts what torch is called for: calls, and apart from them views and what is in `_NO_LAUNCH`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +470,9 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.name()
-        if not func.is_view and not name.startswith(_NO_LAUNCH):
+        if func.is_view or name.startswith(_NO_LAUNCH):
+            self.work += Work(views=1)
+        else:
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
             moved = 0 if name.startswith(_PRODUCTS) else sum(tensor.nbytes for tensor in tensors)
             self.work += Work(calls=1, bytes=moved)
@@ -214,7 +480,7 @@ class _Counter(TorchDispatchMode):
 
 
 def counted(function: Callable[[], object]) -> Work:
-    """Calls that one call of `function` makes of torch, and bytes that they move but for matrix products."""
+    """Calls that one call of `function` makes of torch, views apart, and bytes that they move but for products."""
     with _Counter() as counter:
         function()
     return counter.work
@@ -278,14 +544,15 @@ class ForwardProblem:
             moved = 4.0 * self.states * self.batch * self.units * self.item * self.steps
             flop = self._products * self.steps
             return Work(1, flop, moved + self.weight_numbers * self.item, ON_CHIP_STEP * self.steps)
-        moved = self.step.bytes * self.batch * self.units + self.weight_numbers * self.item
-        return Work(self.step.calls, self._products, moved) * self.steps
+        moved, weights = self.step.bytes * self.batch * self.units, self.weight_numbers * self.item
+        work = Work(self.step.calls, self._products, moved, matrix_bytes=weights, views=self.step.views)
+        return work * self.steps
 
     def one_round(self) -> Work:
         """One round of the parallel pass over all T steps, which reads the weights once."""
         numbers = self.batch * self.units
         moved = self.round.bytes * numbers * self.steps + self.weight_numbers * self.item
-        round_ = Work(self.round.calls, self._products * self.steps, moved)
+        round_ = Work(self.round.calls, self._products * self.steps, moved, views=self.round.views)
         return round_ + scan_work(self.states, self.steps, numbers, self.item, self.kernel)
 
 

@@ -20,7 +20,8 @@ from ._graph import Capture, Graphed, GraphedStep
 from ._graph import cuda_graph as capture_cuda_graph
 from ._past import FullCredit, Past, Record
 from ._tape import Block, Recorded
-from .cost import Problem, cheapest, form_costs, rates_of
+from .cost import cheapest, form_costs, rates_of
+from .counting import problem as problem_of
 from .exactness import Exactness, exactness
 from .layer import TwoPointRNN
 from .reference import bptt, rfp, rtrl
@@ -142,16 +143,9 @@ class OnlineLearner:
         if (dtype, gamma_dtype) == (torch.float64, torch.float32):
             gamma_dtype = torch.float64
 
-        self._problem = Problem(
-            states=len(layer.cell.states),
-            batch=batch_size,
-            units=layer.hidden_size,
-            fan_ins=[weight_ops.fan_in(weight) for weight in weights],
-            item=dtype.itemsize,
-            gamma_item=gamma_dtype.itemsize,
-        )
+        self._problem = problem_of(layer, batch_size, gamma_dtype, gpu=device.type == "cuda")
         self._available = available_bytes(device)
-        self._costs = form_costs(self._problem, update_every, self.horizon, rates_of(device))
+        self._costs = form_costs(self._problem, update_every, self.horizon, rates_of(device, dtype))
         self._asked = form
         self.form = cheapest(self._costs, self._available).form if form == "auto" else form
         heads = rtrl.joint_heads([w.detach() for w in layer.recurrent_weights()], layer.hidden_size)
@@ -446,7 +440,7 @@ class OnlineLearner:
 
     def explain(self) -> None:
         """Print what each form would cost by the cost model, and which one runs and why."""
-        problem, rates = self._problem, rates_of(self._state.device)
+        problem, rates = self._problem, rates_of(self._state.device, self._state.dtype)
         print(
             f"{type(self.layer).__name__}: N = {problem.units}, B = {problem.batch}, "
             f"{len(problem.fan_ins)} matrices, update_every = {self.update_every}, "

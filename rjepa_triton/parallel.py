@@ -246,12 +246,14 @@ def _counts(cell: Cell, dims: Sequence[int]) -> tuple[cost.Work, cost.Work]:
         few = cost.counted(lambda: cell.scan(x[:, :short], weights, state))
         more = cost.counted(lambda: cell.scan(x, weights, state))
         steps = long - short
-        step = cost.Work(
-            calls=(more.calls - few.calls) / steps, bytes=(more.bytes - few.bytes) / steps / units
-        )
+        each = (more + few * -1.0) * (1 / steps)
+        step = cost.Work(calls=each.calls, views=each.views, bytes=each.bytes / units)
         states = _zeros(len(cell.states), long + 1, 1, units)
         round_ = cost.counted(lambda: one_round(cell, x, weights, states, None, lambda m, r: r))
-        _counted[key] = step, cost.Work(calls=round_.calls, bytes=round_.bytes / long / units)
+        _counted[key] = (
+            step,
+            cost.Work(calls=round_.calls, views=round_.views, bytes=round_.bytes / long / units),
+        )
     return _counted[key]
 
 

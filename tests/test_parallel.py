@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_cells import CELLS, SHAPES, SharedGate, by_cell, problem
 from torch import Tensor
 
-from rjepa_triton import LRU, LSTM, RGC, cost, functional, ops, parallel
+from rjepa_triton import LRU, LSTM, RGC, cost, devices, functional, ops, parallel
 from rjepa_triton.cells import LRUCell, LSTMCell, RGCCell, TimeDecayCell
 from rjepa_triton.reference import rfp
 from rjepa_triton.two_point import Cell
@@ -216,6 +216,9 @@ def test_auto_falls_back_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_auto_is_a_choice_by_sizes_device_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(
+        devices, "find", lambda name, kind: devices.generic(kind)
+    )  # on every machine the same
     weights = [torch.empty(64, 64, device="meta")] * 4
     rgc = RGCCell()
 
