@@ -1,4 +1,4 @@
-"""`rjepa bench`: scaling, table, plot, compare, fidelity, learn, forward, kernels, roofline, gpu-check."""
+"""`rjepa bench`: scaling, table, plot, compare, plan, fidelity, learn, forward, kernels, roofline, gpu-check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import _checks as check
-from .. import ops
+from .. import devices, ops
 from .._command import user_errors
 from . import (
     cases,
@@ -29,6 +29,7 @@ from . import (
     memory,
     memory_plot,
     online,
+    plan,
     plot,
     record,
     roofline,
@@ -242,6 +243,58 @@ def selfcheck_command(
         print_tables([selfcheck.table(made)], markdown)
         for change in (change for r in made for change in r.payload["changes"]):
             typer.echo(f"seen as a change: {change}", err=markdown)
+
+
+@bench.command("plan")
+def plan_command(
+    hidden: Annotated[int | None, typer.Option(help="N, units of the layer.")] = None,
+    batch: Annotated[int, typer.Option(help="B, rows.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="T; a stream without end if left out.")] = None,
+    chunk: Annotated[int, typer.Option(help="C, steps for which the weights may stay as they are.")] = 16,
+    cell: Annotated[str, typer.Option(help=", ".join(plan.CELLS))] = "rgc",
+    input_size: Annotated[
+        int | None, typer.Option(help="I, features of the input; if left out N, and an RGC takes x itself.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=", ".join(plan.DTYPES))] = "float32",
+    gamma_dtype: Annotated[
+        str | None,
+        typer.Option(help=f"What Γ is kept in: {', '.join(plan.GAMMA_DTYPES)}; --dtype if left out."),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help=f"{plan.HERE}, measured in some seconds; {', '.join(devices.known())}; or a .json of --save."
+        ),
+    ] = plan.HERE,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Steps of rfp-step as a CUDA graph.")
+    ] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Advise ways whose gradient is exact alone.")
+    ] = False,
+    save: Annotated[Path | None, typer.Option(help="Write the device's profile to this JSON file.")] = None,
+    check_against: Annotated[
+        Path | None,
+        typer.Option("--check", help="Hold the model against records, of a file or folder, and stop."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables as Markdown.")] = False,
+) -> None:
+    """What each algorithm and form would cost on a device, which fit, and which to take: all predicted."""
+    with user_errors():
+        if check_against is not None:
+            print_tables([plan.check_table(plan.against(plan.records_of(check_against)))], markdown)
+            return
+        if hidden is None:
+            raise ValueError("--hidden must be given: N, units of the layer, at least 1, got nothing")
+        question = plan.Question(
+            hidden, batch, steps, chunk, cell, input_size, dtype, gamma_dtype, cuda_graph, exact
+        )
+        chosen = plan.device_of(device)
+        if save is not None:
+            plan.save(chosen, save)
+        found = plan.predictions(question, chosen)
+        print_tables([plan.table(question, chosen, found)], markdown)
+        typer.echo(plan.advise(question, chosen, found).text)
 
 
 @bench.command("fidelity")
