@@ -293,7 +293,10 @@ def plan_command(
         if save is not None:
             plan.save(chosen, save)
         found = plan.predictions(question, chosen)
-        print_tables([plan.table(question, chosen, found)], markdown)
+        shown = plan.table(question, chosen, found)
+        print_tables([shown], markdown)
+        if markdown:  # which has no captions
+            typer.echo(f"\n{shown.caption}\n")
         typer.echo(plan.advise(question, chosen, found).text)
 
 
