@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,10 +139,26 @@ class Work:
     views: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Work(
+            self.calls + other.calls,
+            self.flop + other.flop,
+            self.bytes + other.bytes,
+            self.scan_steps + other.scan_steps,
+            self.matrix_bytes + other.matrix_bytes,
+            self.fresh_bytes + other.fresh_bytes,
+            self.views + other.views,
+        )
 
     def __mul__(self, count: float) -> Work:
-        return Work(*(a * count for a in astuple(self)))
+        return Work(
+            self.calls * count,
+            self.flop * count,
+            self.bytes * count,
+            self.scan_steps * count,
+            self.matrix_bytes * count,
+            self.fresh_bytes * count,
+            self.views * count,
+        )
 
     def parts(self, rates: Rates, working_set: float = math.inf) -> dict[str, float]:
         """Predicted seconds by what they go to; working_set: bytes touched before it comes round again."""

@@ -132,6 +132,7 @@ def generic(kind: str) -> Device:
     return known()[kind]
 
 
+@functools.cache
 def find(name: str, kind: str) -> Device:
     """The profile whose patterns match a device's own name, or `generic`'s."""
     for device in known().values():

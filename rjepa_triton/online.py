@@ -144,6 +144,8 @@ class OnlineLearner:
             gamma_dtype = torch.float64
 
         self._problem = problem_of(layer, batch_size, gamma_dtype, gpu=device.type == "cuda")
+        if backend in ("torch", "compile", "triton"):  # asked for; what can't run is refused below
+            self._problem = replace(self._problem, runs=backend)
         self._available = available_bytes(device)
         self._costs = form_costs(self._problem, update_every, self.horizon, rates_of(device, dtype))
         self._asked = form

@@ -116,3 +116,13 @@ def test_plain_torch_makes_as_many_passes_over_gamma() -> None:
     ran = cost.counted(lambda: rfp.gamma_step_(gammas, m, phi, y, delta))
     assert cost.gamma_pass(told).calls == ran.calls
     assert cost.gamma_pass(told).bytes == pytest.approx(ran.bytes, rel=0.1)
+
+
+def test_a_learner_counts_what_it_is_asked_to_run_by() -> None:
+    plain, compiled = (
+        next(c for c in OnlineLearner(RGC(256), 1, backend=backend)._costs if c.form == "step")
+        for backend in ("torch", "compile")
+    )
+    g = 4 * 8 * 256**2
+    gamma = [cost.phases[1].work.bytes for cost in (plain, compiled)]
+    assert gamma[0] > 10 * g > 4 * g > gamma[1]
