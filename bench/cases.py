@@ -438,7 +438,7 @@ class BpttAutograd(_Sequence):
     MOST = 7  # arrays of (T, B, N): what was saved goes as it is used, and δ comes in its place
 
     def run(self) -> Sequence[Tensor]:
-        s, _ = eager(self.problem.x, self.weights, self.problem.state, _dense)
+        s, _ = eager(self.problem.x, self.weights, self.problem.state, dense)
         return torch.autograd.grad(s, self.weights, self.problem.delta)
 
     @classmethod
@@ -467,7 +467,7 @@ class Tbptt(Case):
 
     def run(self) -> Sequence[Tensor]:
         now = slice(self.position, self.position + self.covers)
-        s, state = eager(self.problem.x[now], self.weights, self.state, _dense)
+        s, state = eager(self.problem.x[now], self.weights, self.state, dense)
         self.state = [c.detach() for c in state]
         self.position = now.stop if now.stop + self.covers <= self.problem.steps else 0
         return torch.autograd.grad(s, self.weights, self.problem.delta[now])
@@ -584,12 +584,12 @@ def eager(
     return torch.stack(out), (s, m)
 
 
-def _dense(w: Tensor, c: Tensor) -> Tensor:
+def dense(w: Tensor, c: Tensor) -> Tensor:
     """W c of rows c."""
     return c @ w.t()
 
 
-def _own_path_only(w: Tensor, c: Tensor) -> Tensor:
+def own_path_only(w: Tensor, c: Tensor) -> Tensor:
     """W c, through which gradients pass along W's diagonal alone: what makes autograd's gradient RFP's."""
     return c.detach() @ w.t() + (c - c.detach()) * w.diagonal()
 
@@ -603,7 +603,7 @@ def oracle(problem: Problem, exact: bool, truncated: bool = False) -> Sequence[T
     state: Sequence[Tensor] = [c.double() for c in problem.state]
     parts = []
     for x in problem.x.double().split(problem.chunk if truncated else problem.steps):
-        s, state = eager(x, weights, state, _dense if exact else _own_path_only)
+        s, state = eager(x, weights, state, dense if exact else own_path_only)
         parts.append(s)
         if truncated:
             state = [c.detach() for c in state]

@@ -1,5 +1,7 @@
 """`rjepa bench`: scaling, table, plot, compare, plan, fidelity, learn, forward, kernels, roofline, gpu-check."""
 
+"""`rjepa bench`: scaling, table, plot, compare, fidelity, learn, forward, peers, kernels, roofline, gpu-check."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -39,6 +41,9 @@ from . import (
     summary,
     tasks,
 )
+from .peers import registry as peer_registry
+from .peers import run as peers
+from .peers import tasks as peer_tasks
 
 bench = typer.Typer(no_args_is_help=True, help="Time, memory and fidelity of the learning rules.")
 OUT = Path("bench-out")
@@ -137,7 +142,7 @@ def scaling_command(
 @bench.command("table")
 def table_command(
     file: Annotated[
-        Path, typer.Argument(help="Records of `rjepa bench scaling`, `fidelity` or `learn`.")
+        Path, typer.Argument(help="Records of `rjepa bench scaling`, `fidelity`, `learn` or `peers`.")
     ] = OUT / scaling.FILE,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
 ) -> None:
@@ -145,7 +150,9 @@ def table_command(
     with user_errors():
         records = record.latest(record.load(file))
         found = summary.tables([r for r in records if r.benchmark == "scaling"])
-        print_tables([*found, *fidelity.tables(records), *learn.tables(records)], markdown)
+        print_tables(
+            [*found, *fidelity.tables(records), *learn.tables(records), *peers.tables(records)], markdown
+        )
 
 
 @bench.command("plot")
@@ -509,6 +516,62 @@ def memory_command(
         print_tables(memory.tables(records), markdown)
         for kind, path in (("records", file), *(("plot", path) for path in memory_plot.draw(records, file))):
             typer.echo(f"{kind + ':':8} {path}", err=markdown)
+
+
+@bench.command("peers")
+def peers_command(
+    hidden: Annotated[str, typer.Option(help="N, with commas between.")] = "64,256",
+    batch: Annotated[str, typer.Option(help="B, with commas between.")] = "1",
+    steps: Annotated[int, typer.Option(help="T.")] = 50,
+    which: Annotated[str, typer.Option("--tasks", help=", ".join(peer_tasks.TASKS))] = ",".join(
+        peer_tasks.TASKS
+    ),
+    chosen: Annotated[str, typer.Option("--peers", help=", ".join(peer_registry.PEERS))] = ",".join(
+        peer_registry.PEERS
+    ),
+    threads: Annotated[int, typer.Option(help="CPU threads of each peer; torch's own choice if 0.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
+    ] = "auto",
+    input: Annotated[str, typer.Option(help=", ".join(inputs.INPUTS))] = "photo",
+    scale: Annotated[float, typer.Option(help="c in RGC's W ~ c·N(0, 1)/√N.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of inputs, weights and δ.")] = 0,
+    rounds: Annotated[int, typer.Option(help="Samples of each peer, taken in turn.")] = 25,
+    sample: Annotated[float, typer.Option(help="Seconds that a sample takes at least.")] = 0.02,
+    limit: Annotated[
+        float, typer.Option(help="Seconds a peer may take for its first gradient, compilation included.")
+    ] = 300,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of peers.jsonl.")] = OUT,
+) -> None:
+    """The same gradient from what else one could pick, each checked, each in a process of its own, timed in turn.
+
+    Goes on where an earlier run with the same options stopped; what it measured is kept.
+    """
+    with user_errors():
+        settings = peers.Settings(
+            tasks=names(which),
+            peers=names(chosen),
+            hidden=integers("hidden", hidden),
+            batches=integers("batch", batch),
+            steps=steps,
+            threads=check.integer("--threads", threads, 0) or torch.get_num_threads(),
+            device=scaling.default_device() if device == "auto" else device,
+            input=input,
+            scale=scale,
+            seed=check.integer("--seed", seed, 0),
+            rounds=rounds,
+            sample_seconds=sample,
+            limit=limit,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / peers.FILE
+        if fresh:
+            file.unlink(missing_ok=True)
+        records = peers.report(settings, file, Console(stderr=True))
+        print_tables(peers.tables(records), markdown)
+        typer.echo(f"records: {file}", err=markdown)
 
 
 @bench.command("kernels")

@@ -25,7 +25,7 @@ from .._device import device_name as device_name
 
 SCHEMA = 2
 READABLE = (1, 2)  # 1: timings without a median's interval and yardsticks
-STATUSES = ("ok", "oom", "error", "over_budget")
+STATUSES = ("ok", "oom", "error", "over_budget", "missing")
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Record:
     """One measurement of one algorithm at one point.
 
     benchmark, algorithm    "scaling" and a case's name, "fidelity" and a method, "learn" and a learning rule,
-                            "kernels" and kernel/runner, "roofline" and a kernel, "forward" and a mode, or
-                            "forward-predicted" and a way to take a training step
+                            "kernels" and kernel/runner, "roofline" and a kernel, "forward" and a mode,
+                            "forward-predicted" and a way to take a training step, or "peers" and a peer
     params                  what was asked for: N, B, T, C, dtype, device, input, scale, threads, …
-    status, message         "ok"; or "oom", "error", "over_budget", and why
-    timing                  seconds per time step, of "kernels" and "forward" per call; None unless "ok"
+    status, message         "ok"; or "oom", "error", "over_budget", "missing" (a package or a device), and why
+    timing                  seconds per time step, of "kernels", "forward" and "peers" per call; None unless "ok"
     state_bytes             bytes of learning state, as counted from its formula
     peak_bytes              peak bytes as measured: see `measure.peak_bytes`
     predicted_peak_bytes    and predicted_seconds (a time step): known before anything is built; of a call

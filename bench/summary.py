@@ -28,6 +28,7 @@ SWEPT = {
     "forward-predicted": ("N", "B", "T"),
     "online": ("N", "B"),
     "memory": ("N", "B", "T"),
+    "peers": ("task", "N", "B", "T"),
 }
 
 

@@ -25,9 +25,10 @@ def python(code: str) -> str:
 def test_packages_are_the_folders_on_disk() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     on_disk = {"rjepa_triton", "rjepa_triton.kernels", "rjepa_triton.bench"}
-    for folder in (ROOT / "rjepa_triton").rglob("*"):
-        if folder.is_dir() and any(folder.glob("*.py")):
-            on_disk.add(".".join(folder.relative_to(ROOT).parts))
+    for top, name in (("rjepa_triton", ""), ("kernels", "rjepa_triton."), ("bench", "rjepa_triton.")):
+        for folder in (ROOT / top).rglob("*"):
+            if folder.is_dir() and any(folder.glob("*.py")):
+                on_disk.add(name + ".".join(folder.relative_to(ROOT).parts))
     assert set(declared) == on_disk
 
 

@@ -1,0 +1,122 @@
+"""This package's own ways, as peers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import functional, nn
+from ...online import OnlineLearner
+from .. import cases
+from .runner import Runner
+from .tasks import STATE
+
+
+def _problem(arrays: Mapping[str, np.ndarray], parameters: Sequence[str], device: str) -> cases.Problem:
+    def on(name: str) -> Tensor:
+        return torch.from_numpy(arrays[name]).to(device)
+
+    s, m = map(on, STATE)
+    return cases.Problem(on("x"), on("delta"), (s, m), [on(p) for p in parameters], chunk=1, backend="auto")
+
+
+class _Sequence(Runner):
+    """A layer over the sequence and `backward()`: RGC as a function, LSTM and GRU as modules."""
+
+    learning: functional.Learning
+
+    def __init__(self, task: str, arrays: Mapping[str, np.ndarray], device: str) -> None:
+        super().__init__(task, arrays, device)
+        self.case: cases.Case | None = None
+        if not self.network.has_input_weights:
+            case = cases.RfpDual if self.learning == "rfp" else cases.Bptt
+            self.case = case(_problem(arrays, self.network.parameters, device))
+            return
+        units = arrays["x"].shape[-1]
+        kind: Any = {"lstm": nn.LSTM, "gru": nn.GRU}[self.task.network]
+        self.layer = kind(units, units, learning=self.learning)
+        self.layer.load_state_dict(
+            {f"{name}_l0": torch.from_numpy(arrays[name]) for name in self.network.parameters}
+        )
+        self.layer.to(device)
+        self.x, self.delta = (torch.from_numpy(arrays[name]).to(device) for name in ("x", "delta"))
+        self.parameters = dict(self.layer.named_parameters())
+
+    def run(self) -> Sequence[Tensor]:
+        if self.case is not None:
+            return self.case.run()
+        return torch.autograd.grad(self.layer(self.x)[0], list(self.parameters.values()), self.delta)
+
+    def named(self, result: Sequence[Tensor]) -> dict[str, np.ndarray]:
+        found = [g.cpu().numpy() for g in result]
+        if self.case is not None:
+            return dict(zip(self.network.parameters, found, strict=True))
+        by_name = dict(zip(self.parameters, found, strict=True))
+        gates = ("i", "f", "g", "o") if self.task.network == "lstm" else ("r", "z", "n")
+        # where torch.nn adds two biases, one does
+        recurrent = [by_name.get(f"bias_h{g}", by_name[f"bias_{g}"]) for g in gates]
+        return {
+            "weight_ih": np.concatenate([by_name[f"weight_in_{g}"] for g in gates]),
+            "weight_hh": np.concatenate([by_name[f"weight_h{g}"] for g in gates]),
+            "bias_ih": np.concatenate([by_name[f"bias_{g}"] for g in gates]),
+            "bias_hh": np.concatenate(recurrent),
+        }
+
+
+class Dual(_Sequence):
+    """RFP's gradient by one reverse scan."""
+
+    learning: functional.Learning = "rfp"
+
+
+class Bptt(_Sequence):
+    """Backpropagation through time by hand."""
+
+    learning: functional.Learning = "bptt"
+
+
+class Step(Runner):
+    """Γ one step on and its gradient, called as the scaling benchmark does: without autograd."""
+
+    def __init__(self, task: str, arrays: Mapping[str, np.ndarray], device: str) -> None:
+        super().__init__(task, arrays, device)
+        self.case = cases.RfpStep(_problem(arrays, self.network.parameters, device))
+        self.note = self.case.backend
+
+    def run(self) -> Sequence[Tensor]:
+        return self.case.run()
+
+    def named(self, result: Sequence[Tensor]) -> dict[str, np.ndarray]:
+        return {name: g.cpu().numpy().copy() for name, g in zip(self.network.parameters, result, strict=True)}
+
+
+class Learner(Runner):
+    """`OnlineLearner.step` and the loss's `backward()`, as a user writes it."""
+
+    def __init__(self, task: str, arrays: Mapping[str, np.ndarray], device: str) -> None:
+        super().__init__(task, arrays, device)
+        given = _problem(arrays, self.network.parameters, device)
+        _, batch, units = given.x.shape
+        layer = nn.RGC(units).to(device)
+        self.parameters = [layer.get_parameter(name) for name in self.network.parameters]
+        with torch.no_grad():
+            for parameter, weight in zip(self.parameters, given.weights, strict=True):
+                parameter.copy_(weight)
+        self.learner = OnlineLearner(layer, batch, learning="rfp")
+        self.note = f"form {self.learner.form}"
+        self.x, self.delta = given.x.unbind(), given.delta.unbind()
+        self.position = 0
+
+    def run(self) -> Sequence[Tensor]:
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.learner.step(self.x[self.position]).backward(self.delta[self.position])
+        self.position = (self.position + 1) % self.steps
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def named(self, result: Sequence[Tensor]) -> dict[str, np.ndarray]:
+        return {name: g.cpu().numpy().copy() for name, g in zip(self.network.parameters, result, strict=True)}

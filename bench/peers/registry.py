@@ -1,0 +1,87 @@
+"""The peers: what each is, which tasks it serves with which gradient, and what it needs. Imports none of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One peer.
+
+    module, runner  where its `Runner` is
+    tasks           by task, the gradient that it gives: "bptt", "rfp" or "eprop" (`tasks.GRADIENTS`)
+    packages        what must be installed, as imported; their versions are recorded
+    compiles        whether its first call compiles something
+    cuda            whether it runs on a CUDA device only
+    """
+
+    module: str
+    runner: str
+    tasks: Mapping[str, str]
+    packages: tuple[str, ...] = ("torch",)
+    compiles: bool = False
+    cuda: bool = False
+
+    def missing(self, device: str) -> str | None:
+        """Why it can't be run here, or None: a package that isn't installed, or no CUDA device."""
+        for package in self.packages:
+            if importlib.util.find_spec(package) is None:
+                return f"{package} isn't installed: pip install 'rjepa-triton[peers]'"
+        if self.cuda and torch.device(device).type != "cuda":
+            return "needs a CUDA device"
+        return None
+
+    def versions(self) -> dict[str, str | None]:
+        """Versions of its packages; None for what is not installed."""
+        found: dict[str, str | None] = {}
+        for package in self.packages:
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                found[package] = None
+        return found
+
+
+def _here(name: str) -> str:
+    return f"{__package__}.{name}"
+
+
+def _sequences(gradient: str, *networks: str) -> dict[str, str]:
+    return {f"{network}-sequence": gradient for network in networks}
+
+
+_JAX = ("jax", "jaxlib")
+_BRAINTRACE = ("braintrace", "brainstate", *_JAX)
+_ALL = ("rgc", "lstm", "gru")
+
+PEERS: dict[str, Peer] = {
+    "rfp-dual": Peer(_here("ours"), "Dual", _sequences("rfp", *_ALL)),
+    "bptt": Peer(_here("ours"), "Bptt", _sequences("bptt", *_ALL)),
+    "rfp-step": Peer(_here("ours"), "Step", {"rgc-online": "rfp"}),
+    "rfp-learner": Peer(_here("ours"), "Learner", {"rgc-online": "rfp"}),
+    "torch-autograd": Peer(_here("by_torch"), "Eager", _sequences("bptt", "rgc")),
+    "torch-compile": Peer(_here("by_torch"), "Compiled", _sequences("bptt", "rgc"), compiles=True),
+    "torch-compile-step": Peer(
+        _here("by_torch"), "CompiledStep", _sequences("bptt", "rgc"), compiles=True
+    ),
+    "torch-nn": Peer(_here("by_torch"), "Builtin", _sequences("bptt", "lstm", "gru")),
+    "jax-scan": Peer(_here("by_jax"), "Scan", _sequences("bptt", *_ALL), _JAX, compiles=True),
+    "braintrace-snap1": Peer(
+        _here("by_braintrace"), "SnAp1", {"rgc-online": "rfp", **_sequences("rfp", *_ALL)}, _BRAINTRACE, True
+    ),
+    "braintrace-d-rtrl": Peer(
+        _here("by_braintrace"), "DRTRL", {"rgc-online": "eprop", **_sequences("eprop", *_ALL)}, _BRAINTRACE, True
+    ),
+    "flashrnn": Peer(
+        _here("by_flashrnn"), "FlashRNN", _sequences("bptt", "lstm", "gru"), ("flashrnn",), True, cuda=True
+    ),
+    "torchrl": Peer(
+        _here("by_torchrl"), "TorchRL", _sequences("bptt", "lstm", "gru"), ("torchrl", "tensordict"), True, cuda=True
+    ),
+}  # fmt: skip

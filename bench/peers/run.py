@@ -1,0 +1,469 @@
+"""The comparison with peers: each in a process of its own, checked, then timed in turn with all others of its task.
+
+A point's workers live side by side and only one runs at a time, so that what disturbs the machine disturbs all alike,
+and a ratio is of samples of the same rounds. One record a peer is appended when its point is done; what can't be run,
+fails, hangs or is wrong has its record too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ... import _checks as check
+from .. import cases, inputs, measure, record, scaling
+from ..record import Record
+from ..summary import place, seconds_text
+from . import tasks
+from .registry import PEERS, Peer
+from .tasks import TASKS
+
+FILE = "peers.jsonl"
+DTYPE = "float32"
+WORKER = (sys.executable, "-m", f"{__package__}.worker")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared and where.
+
+    threads         CPU threads of each worker, which is held to as many processors
+    rounds          samples of each peer
+    sample_seconds  that a sample takes at least
+    limit           seconds a worker may take for its first gradients, compilation included, and for any sample
+    """
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    peers: tuple[str, ...] = tuple(PEERS)
+    hidden: tuple[int, ...] = (64, 256)
+    batches: tuple[int, ...] = (1,)
+    steps: int = 50
+    threads: int = 1
+    device: str = "cpu"
+    input: str = "photo"
+    scale: float = 0.1
+    seed: int = 0
+    rounds: int = 25
+    sample_seconds: float = 0.02
+    limit: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name, chosen, known in (("tasks", self.tasks, TASKS), ("peers", self.peers, PEERS)):
+            if not chosen:
+                raise ValueError(f"{name} must name at least one of {', '.join(known)}")
+            for one in chosen:
+                check.one_of(name, one, known)
+        if not any(task in PEERS[peer].tasks for task in self.tasks for peer in self.peers):
+            raise ValueError(
+                f"peers must serve a task of {', '.join(self.tasks)}; {', '.join(self.peers)} serve "
+                f"{', '.join(dict.fromkeys(t for p in self.peers for t in PEERS[p].tasks))}"
+            )
+        for name, sizes in (("hidden", self.hidden), ("batch", self.batches)):
+            if not sizes:
+                raise ValueError(f"{name} must name at least one size")
+            for size in sizes:
+                check.integer(name, size, 1)
+        check.integer("steps", self.steps, 2)
+        check.integer("threads", self.threads, 1)
+        check.integer("rounds", self.rounds, 2)
+        check.one_of("input", self.input, inputs.INPUTS)
+        for name in ("scale", "sample_seconds", "limit"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        scaling.check_device(self.device)
+
+    def points(self) -> Iterator[tuple[str, int, int]]:
+        """(task, N, B)."""
+        return ((t, n, b) for t in self.tasks for b in self.batches for n in self.hidden)
+
+    def params(self, task: str, units: int, batch: int) -> dict[str, Any]:
+        """What identifies a point's measurement, as recorded."""
+        return {
+            "task": task,
+            "N": units,
+            "B": batch,
+            "T": self.steps,
+            "dtype": DTYPE,
+            "device": torch.device(self.device).type,
+            "input": self.input,
+            "scale": self.scale,
+            "seed": self.seed,
+            "threads": self.threads,
+        }
+
+
+# --- one worker --------------------------------------------------------------------------------------------
+
+
+class WorkerFailed(Exception):
+    """A worker that answered with an error, or not at all."""
+
+    def __init__(self, message: str, oom: bool = False) -> None:
+        super().__init__(message)
+        self.oom = oom
+
+
+class Worker:
+    """A process that answers lines of JSON by lines of JSON. It and what it starts end with `close()`.
+
+    `cpus`: the processors that it may use, where the system can hold it to them.
+    """
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], cpus: Sequence[int], log: Path
+    ) -> None:
+        self.log = log
+        with log.open("wb") as stderr, held_to(cpus):
+            self.process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=dict(environment),
+                start_new_session=True,  # so that what it starts can be ended with it
+            )
+        self.lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def ask(self, message: Mapping[str, Any], limit: float) -> dict[str, Any]:
+        """The answer to a message. Raises WorkerFailed for an error, none within `limit` seconds, or no answer."""
+        assert self.process.stdin is not None
+        # one that has ended can't be written to; reading then says so
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write((json.dumps(message) + "\n").encode())
+            self.process.stdin.flush()
+        try:
+            line = self.lines.get(timeout=limit)
+        except queue.Empty:
+            raise WorkerFailed(f"no answer within {limit:g} s{self._last_words()}") from None
+        if line is None:
+            code = self.process.wait()
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise WorkerFailed(f"its process ended with {how}{self._last_words()}")
+        try:
+            reply = json.loads(line)
+        except ValueError:
+            reply = None
+        if not isinstance(reply, dict):
+            raise WorkerFailed(f"not an answer: {line.decode(errors='replace').strip()[:80]!r}")
+        if "error" in reply:
+            raise WorkerFailed(str(reply["error"]), bool(reply.get("oom")))
+        return reply
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        return f"; last said: {said[-1][:200]}" if said else ""
+
+    def close(self) -> None:
+        """End the process and whatever it started."""
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was written to a dead process is lost
+                    pipe.close()
+
+
+@contextlib.contextmanager
+def held_to(cpus: Sequence[int]) -> Iterator[None]:
+    """This process, and what is started meanwhile, on these processors only, where the system can do that."""
+    if not cpus or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def pinned(threads: int) -> list[int]:
+    """The processors that a worker of so many threads is held to; none where the system can't tell them."""
+    return sorted(os.sched_getaffinity(0))[:threads] if hasattr(os, "sched_getaffinity") else []
+
+
+def environment(threads: int, device: str) -> dict[str, str]:
+    """What a worker's libraries read about threads, for all alike; and where it finds this package."""
+    pinning = {
+        name: str(threads)
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")  # NPROC: XLA's
+    }
+    if device == "cpu":
+        pinning["JAX_PLATFORMS"] = "cpu"
+    return {**os.environ, **pinning, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+
+
+# --- one point ---------------------------------------------------------------------------------------------
+
+
+def ratio(samples: Sequence[float], of_ours: Sequence[float]) -> list[float]:
+    """Median over median, and its 95 % bootstrap interval: value, low, high. Samples of one round stay together."""
+    value = float(np.median(samples) / np.median(of_ours))
+    low, high = np.quantile(measure.medians(samples) / measure.medians(of_ours), [0.025, 0.975]).tolist()
+    return [value, low, high]
+
+
+class Point:
+    """The peers of one task at one size: started one after the other, then sampled in turn."""
+
+    def __init__(
+        self, settings: Settings, task: str, units: int, batch: int, peers: Mapping[str, Peer], folder: Path
+    ) -> None:
+        self.settings, self.task, self.peers, self.folder = settings, task, peers, folder
+        self.arrays = tasks.problem(
+            task, units, batch, settings.steps, kind=settings.input, scale=settings.scale, seed=settings.seed
+        )
+        np.savez(folder / "problem.npz", **self.arrays)  # type: ignore[arg-type] # as in worker.py
+        self.references: dict[str, dict[str, np.ndarray]] = {}
+        self.cpus = pinned(settings.threads)
+        self.found: dict[str, dict[str, Any]] = {}
+        self.samples: dict[str, list[float]] = {}
+
+    def measure(self, command: Sequence[str] = WORKER) -> dict[str, dict[str, Any]]:
+        """What was found of each peer, as fields of its record."""
+        with contextlib.ExitStack() as workers:
+            started: dict[str, Worker] = {}
+            for name in self.peers:
+                worker = Worker(
+                    command,
+                    environment(self.settings.threads, self.settings.device),
+                    self.cpus,
+                    self.folder / f"{name}.log",
+                )
+                workers.callback(worker.close)
+                with self.failing(name, worker):
+                    self.prepare(name, worker)
+                    started[name] = worker
+            for turn in range(self.settings.rounds):
+                names = list(started)
+                first = turn % max(1, len(names))  # nobody always follows the same one
+                for name in names[first:] + names[:first]:
+                    with self.failing(name, started[name], started):
+                        asked = {"calls": self.found[name]["payload"]["calls"]}
+                        took = started[name].ask(asked, self.settings.limit)["seconds"]
+                        self.samples.setdefault(name, []).append(took)
+        for name in started:
+            self.summarise(name, [other for other in TASKS[self.task].ours if other in started])
+        return self.found
+
+    @contextlib.contextmanager
+    def failing(self, name: str, worker: Worker, started: dict[str, Worker] | None = None) -> Iterator[None]:
+        """What goes wrong with one peer ends its worker and is its record's message."""
+        try:
+            yield
+        except (WorkerFailed, ArithmeticError, ValueError, KeyError, OSError) as error:
+            worker.close()
+            message = (
+                str(error)
+                if isinstance(error, (WorkerFailed, ArithmeticError))
+                else f"{type(error).__name__}: {error}"
+            )
+            oom = isinstance(error, WorkerFailed) and error.oom
+            self.found.setdefault(name, {}).update(status="oom" if oom else "error", message=message)
+            if started is not None:
+                del started[name]
+
+    def prepare(self, name: str, worker: Worker) -> None:
+        """Have a peer built, its gradients checked, and it warmed up. Raises ArithmeticError where they are wrong."""
+        peer, limit = self.peers[name], self.settings.limit
+        gradient = peer.tasks[self.task]
+        answers = self.folder / f"{name}.npz"
+        payload: dict[str, Any] = {"gradient": gradient, "packages": peer.versions()}
+        self.found[name] = {"payload": payload}
+        job = {
+            "module": peer.module,
+            "runner": peer.runner,
+            "task": self.task,
+            "device": self.settings.device,
+            "threads": self.settings.threads,
+            "problem": str(self.folder / "problem.npz"),
+            "gradients": str(answers),
+        }
+        about = worker.ask(job, limit)
+        payload.update({key: about[key] for key in ("first_seconds", "covers", "torch_threads", "cpus")})
+        self.found[name]["backend"] = about["note"]
+        if peer.compiles:
+            self.found[name]["compile_seconds"] = about["first_seconds"]
+        if gradient not in self.references:
+            self.references[gradient] = tasks.oracle(self.task, self.arrays, gradient)
+        with np.load(answers) as got:
+            error, where = tasks.difference(dict(got), self.references[gradient])
+        tolerance = cases.TOLERANCE[cases.DTYPES[DTYPE]]
+        if not error <= tolerance:
+            raise ArithmeticError(
+                f"gradient of {where} differs from {gradient}'s in float64 by {error:.1e} relative "
+                f"(tolerance {tolerance:.0e})"
+            )
+        payload["error"] = error
+        payload["calls"] = worker.ask({"warm": self.settings.sample_seconds}, limit)["calls"]
+
+    def summarise(self, name: str, ours: Sequence[str]) -> None:
+        """A peer's samples as a timing, seconds a time step, and ratios to ours."""
+        timing = measure.timing(self.samples[name])
+        payload = self.found[name]["payload"]
+        payload.update(
+            samples=self.samples[name],
+            step_seconds=timing.median / payload["covers"],
+            ratios={other: ratio(self.samples[name], self.samples[other]) for other in ours if other != name},
+        )
+        self.found[name].update(status="ok", timing=timing)
+
+
+# --- all points --------------------------------------------------------------------------------------------
+
+
+def run(
+    settings: Settings,
+    path: Path,
+    on_point: Callable[[str], None] = lambda point: None,
+    on_record: Callable[[Record], None] = lambda made: None,
+    peers: Mapping[str, Peer] = PEERS,
+    command: Sequence[str] = WORKER,
+) -> list[Record]:
+    """Measure what the file at `path` lacks, append it there, and return the file's records of these settings.
+
+    What was measured ("ok") under the same key, with the same versions of the peer's packages, is kept. Where anything
+    is measured, this package's own ways are measured with it: ratios are of one run. Settings name peers of `PEERS`;
+    others may stand in for them, and for the worker's command.
+    """
+    device = record.device_name(torch.device(settings.device))
+    shared: dict[str, Any] = {
+        "benchmark": "peers",
+        "device": device,
+        "versions": record.versions(),
+        "git": record.git_revision(),
+        "run": record.now(),
+    }
+    earlier = record.latest(record.load(path)) if path.exists() else []
+    known = {record.key(r): r for r in earlier}
+    shown = []
+    for task, units, batch in settings.points():
+        params = settings.params(task, units, batch)
+        results: dict[str, dict[str, Any]] = {}
+        lacking = []
+        together = [n for n in dict.fromkeys((*TASKS[task].ours, *settings.peers)) if task in peers[n].tasks]
+        for name in together:
+            key = record.key(Record(algorithm=name, params=params, status="ok", time="", **shared))
+            shown.append(key)
+            if name not in settings.peers:
+                continue
+            found, why = known.get(key), peers[name].missing(settings.device)
+            if found is not None and found.status == "ok":
+                if found.payload.get("packages") != peers[name].versions() and why is None:
+                    lacking.append(name)
+            elif why is None:
+                lacking.append(name)
+            elif found is None or (found.status, found.message) != ("missing", why):
+                gradient = peers[name].tasks[task]
+                results[name] = {"status": "missing", "message": why, "payload": {"gradient": gradient}}
+        if lacking:
+            on_point(f"{task} N={units} B={batch}")
+            chosen = {n: peers[n] for n in together if n in lacking or n in TASKS[task].ours}
+            with tempfile.TemporaryDirectory(prefix="rjepa-peers-") as folder:
+                results.update(Point(settings, task, units, batch, chosen, Path(folder)).measure(command))
+        for name, fields in results.items():
+            made = Record(algorithm=name, params=params, time=record.now(), **shared, **fields)
+            record.append(path, made)
+            on_record(made)
+    latest = {record.key(r): r for r in record.load(path)} if path.exists() else {}
+    return [latest[key] for key in shown if key in latest]
+
+
+def report(settings: Settings, path: Path, console: Console) -> list[Record]:
+    """`run` with its progress on `console`."""
+
+    def on_record(made: Record) -> None:
+        if made.status != "ok":
+            console.print(
+                f"{place(made)}: {made.status}: {made.message}", highlight=False, markup=False, soft_wrap=True
+            )
+
+    return run(settings, path, lambda point: console.print(f"peers {point}", highlight=False), on_record)
+
+
+# --- tables ------------------------------------------------------------------------------------------------
+
+
+def _ratio_cell(made: Record, other: str) -> str:
+    if made.algorithm == other and made.timing is not None:
+        return "1"
+    found = made.payload.get("ratios", {}).get(other)
+    return "" if found is None else "{:.2f} ({:.2f}–{:.2f})".format(*found)
+
+
+def table(records: Sequence[Record]) -> Table:
+    """One task's peers at all sizes: times, ratios to ours with intervals, what each gradient is and its error."""
+    p = records[0].params
+    task = TASKS[p["task"]]
+    title = f"{p['task']}: {task.title}; T = {p['T']}, {p['device']}, threads: {p['threads']}" + (
+        "" if task.network != "rgc" else f", W ~ {p['scale']:g}/√N"
+    )
+    out = Table(title=title)
+    headings = (
+        "N",
+        "B",
+        "peer",
+        "gradient",
+        "time",
+        "95 %",
+        *(f"/ {name}" for name in task.ours),
+        "first",
+        "error",
+    )
+    for heading in (*headings, "note"):
+        out.add_column(heading, justify="left" if heading in ("peer", "gradient", "note") else "right")
+    for r in sorted(records, key=lambda r: (r.params["B"], r.params["N"])):
+        time, interval = r.status, ""
+        if r.timing is not None:
+            time = seconds_text(r.timing.median)
+            if r.timing.low is not None and r.timing.high is not None:
+                interval = f"{seconds_text(r.timing.low)}–{seconds_text(r.timing.high)}"
+        first, error = r.payload.get("first_seconds"), r.payload.get("error")
+        out.add_row(
+            str(r.params["N"]),
+            str(r.params["B"]),
+            r.algorithm,
+            str(r.payload.get("gradient", "")),
+            time,
+            interval,
+            *(_ratio_cell(r, name) for name in task.ours),
+            "" if first is None else seconds_text(first),
+            "" if error is None else f"{error:.0e}",
+            Text(r.message if r.status != "ok" else ""),  # its brackets are no markup
+        )
+    return out
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """A table a task."""
+    mine = [r for r in records if r.benchmark == "peers"]
+    found = dict.fromkeys(r.params["task"] for r in mine)
+    return [table([r for r in mine if r.params["task"] == task]) for task in found]

@@ -1,0 +1,201 @@
+"""What peers are asked for, the float64 reference of each answer, and how an answer is held against it.
+
+Arrays are numpy's, so that no peer needs another's library. Networks are written once, from what enters a step to
+the state after it, for any library with tanh and sigmoid: what is compared is how they are run and learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import cases
+from ..cases import Size
+
+# (library, what enters through the recurrent matrices, what is given by the input, state) -> the next state
+Step = Callable[[Any, Sequence[Any], Sequence[Any], Sequence[Any]], tuple[Any, ...]]
+
+STATE = ("state_0", "state_1")
+
+
+def _rgc(lib: Any, recurrent: Sequence[Any], given: Sequence[Any], state: Sequence[Any]) -> tuple[Any, ...]:
+    (ss, ms, mm, sm), (x,), (s, m) = recurrent, given, state
+    return (
+        (1 - lib.tanh(ms)) * x + lib.tanh(ss) * s,
+        (1 - lib.tanh(sm)) * x + lib.tanh(mm) * m,
+    )
+
+
+def _lstm(lib: Any, recurrent: Sequence[Any], given: Sequence[Any], state: Sequence[Any]) -> tuple[Any, ...]:
+    i, f, g, o = (a + b for a, b in zip(recurrent, given, strict=True))
+    c = lib.sigmoid(f) * state[1] + lib.sigmoid(i) * lib.tanh(g)
+    return lib.sigmoid(o) * lib.tanh(c), c
+
+
+def _gru(lib: Any, recurrent: Sequence[Any], given: Sequence[Any], state: Sequence[Any]) -> tuple[Any, ...]:
+    (r, z, n), (r_in, z_in, n_in), (h,) = recurrent, given, state
+    update = lib.sigmoid(z + z_in)
+    return ((1 - update) * lib.tanh(n_in + lib.sigmoid(r + r_in) * n) + update * h,)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A recurrent layer: what its parameters are, and one step of it. Its output is its first state.
+
+    reads       for each recurrent matrix (N, N), the state that it multiplies
+    states      how many
+    step        see `Step`
+    parameters  names in order: RGC's matrices, or those of torch.nn's layer, gates joined as there
+    """
+
+    reads: tuple[int, ...]
+    states: int
+    step: Step
+    parameters: tuple[str, ...]
+
+    @property
+    def has_input_weights(self) -> bool:
+        return "weight_ih" in self.parameters
+
+    def matrices(self, arrays: Mapping[str, Any]) -> list[Any]:
+        """The recurrent matrices, (N, N) each."""
+        if not self.has_input_weights:
+            return [arrays[name] for name in self.parameters]
+        return self.gates(arrays["weight_hh"])
+
+    def gates(self, joined: Any) -> list[Any]:
+        """A joined parameter (G·N, …) as the G gates' own."""
+        size = joined.shape[0] // len(self.reads)
+        return [joined[k * size : (k + 1) * size] for k in range(len(self.reads))]
+
+
+_JOINED = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+NETWORKS = {
+    "rgc": Network((0, 1, 1, 0), 2, _rgc, ("weight_ss", "weight_ms", "weight_mm", "weight_sm")),
+    "lstm": Network((0, 0, 0, 0), 2, _lstm, _JOINED),
+    "gru": Network((0, 0, 0), 1, _gru, _JOINED),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question: a network's gradients over a sequence, or (online) after every step of it.
+
+    ours: peers of this package that the others' times are divided by.
+    """
+
+    network: str
+    online: bool
+    ours: tuple[str, ...]
+    title: str
+
+
+TASKS = {
+    "rgc-sequence": Task("rgc", False, ("rfp-dual", "bptt"), "RGC, a training step over T steps"),
+    "rgc-online": Task("rgc", True, ("rfp-step", "rfp-learner"), "RGC, one step online and its gradient"),
+    "lstm-sequence": Task("lstm", False, ("rfp-dual", "bptt"), "LSTM, a training step over T steps"),
+    "gru-sequence": Task("gru", False, ("rfp-dual", "bptt"), "GRU, a training step over T steps"),
+}
+
+
+def problem(
+    task: str, units: int, batch: int, steps: int, *, kind: str, scale: float, seed: int
+) -> dict[str, np.ndarray]:
+    """The arrays of a task, float32; the same for the same arguments.
+
+    x, delta (T, B, N): inputs, and ∂L/∂output; state_0, state_1 (B, N); the network's parameters. RGC's weights are
+    scale·N(0, 1)/√N; an LSTM's or GRU's are U(-1/√N, 1/√N), as torch.nn draws them, with N inputs. What starts a
+    stream, or torch.nn's layers by default, starts from zero.
+    """
+    asked = TASKS[task]
+    network = NETWORKS[asked.network]
+    size = Size(units, batch, steps, chunk=1)
+    drawn = cases.problem(size, kind=kind, scale=scale, seed=seed, backend="auto", like=torch.empty(0))
+    arrays = {"x": drawn.x.numpy(), "delta": drawn.delta.numpy()}
+    zero = asked.online or network.has_input_weights
+    for name, state in zip(STATE[: network.states], drawn.state, strict=False):
+        arrays[name] = np.zeros((batch, units), np.float32) if zero else state.numpy()
+    if not network.has_input_weights:
+        arrays.update(zip(network.parameters, (w.numpy() for w in drawn.weights), strict=True))
+        return arrays
+    gates, rng = len(network.reads), np.random.default_rng([seed, 6])
+    for name in network.parameters:
+        shape = (gates * units, units) if name.startswith("weight") else (gates * units,)
+        arrays[name] = rng.uniform(-(units**-0.5), units**-0.5, shape).astype(np.float32)
+    return arrays
+
+
+def states(network: Network, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The initial states, (B, N) each."""
+    return tuple(arrays[name] for name in STATE[: network.states])
+
+
+# --- the reference -----------------------------------------------------------------------------------------
+
+
+def _bptt(w: Tensor, c: Tensor) -> Tensor:
+    return c @ w.t()
+
+
+def _eprop(w: Tensor, c: Tensor) -> Tensor:
+    """W c, through which no gradient passes back to c: what is left is each unit's path through no matrix."""
+    return c.detach() @ w.t()
+
+
+# What W c must be for autograd of the loop to give a rule's gradient: see docs/exactness.md.
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bptt": _bptt,
+    "rfp": cases.own_path_only,
+    "eprop": _eprop,
+}
+
+
+def oracle(task: str, arrays: Mapping[str, np.ndarray], gradient: str) -> dict[str, np.ndarray]:
+    """The gradients of all parameters by float64 autograd of a plain loop, by the rule `gradient` of `GRADIENTS`.
+
+    That of a stream is the sum over its steps.
+    """
+    network, product = NETWORKS[TASKS[task].network], GRADIENTS[gradient]
+    given = {name: torch.from_numpy(array).double() for name, array in arrays.items()}
+    parameters = {name: given[name].requires_grad_() for name in network.parameters}
+    state, outputs = states(network, given), []
+    matrices = network.matrices(parameters)
+    for x in given["x"]:
+        entering = [product(w, state[read]) for w, read in zip(matrices, network.reads, strict=True)]
+        from_input = [x]
+        if network.has_input_weights:
+            joined = x @ parameters["weight_ih"].t() + parameters["bias_ih"]
+            from_input = list(joined.chunk(len(network.reads), 1))
+            biases = network.gates(parameters["bias_hh"])
+            entering = [a + bias for a, bias in zip(entering, biases, strict=True)]
+        state = network.step(torch, entering, from_input, state)
+        outputs.append(state[0])
+    found = torch.autograd.grad(
+        torch.stack(outputs), list(parameters.values()), given["delta"], materialize_grads=True
+    )
+    return {name: g.numpy() for name, g in zip(parameters, found, strict=True)}
+
+
+def difference(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> tuple[float, str]:
+    """The largest relative difference of a parameter's gradient, in norm, and the parameter's name.
+
+    Where the reference is zero, it is relative to the norm of all gradients. Raises ValueError for a missing
+    gradient, or one of another shape.
+    """
+    whole = float(np.sqrt(sum(np.square(w).sum() for w in want.values())))
+    worst, where = 0.0, ""
+    for name, reference in want.items():
+        if name not in got:
+            raise ValueError(f"gradients must be of {', '.join(want)}, got {', '.join(got) or 'none'}")
+        if got[name].shape != reference.shape:
+            raise ValueError(f"gradient of {name} must have shape {reference.shape}, got {got[name].shape}")
+        norm = float(np.linalg.norm(reference)) or whole
+        error = float(np.linalg.norm(got[name].astype(np.float64) - reference)) / norm
+        if not error <= worst:  # NaN counts as the worst
+            worst, where = error, name
+    return worst, where

@@ -1,0 +1,78 @@
+"""One peer in a process of its own: `python -m rjepa_triton.bench.peers.worker`, spoken to in lines of JSON.
+
+The first line in says what to build. The answer to it comes when the peer's gradients are written for the parent to
+check; then one for each line that asks for a warm-up or a sample. End of input ends the process, so that none
+outlives its parent. What a peer prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import cases, measure
+from .runner import Runner
+
+
+def build(job: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
+    """A runner whose gradients are written to job["gradients"], and what there is to say about it."""
+    torch.set_num_threads(job["threads"])
+    with np.load(job["problem"]) as file:
+        arrays = dict(file)
+    begin = time.perf_counter()
+    runner: Runner = getattr(importlib.import_module(job["module"]), job["runner"])(
+        job["task"], arrays, job["device"]
+    )
+    found = runner.gradients()
+    first = time.perf_counter() - begin
+    np.savez(job["gradients"], **found)  # type: ignore[arg-type] # numpy's stub takes them for other arguments
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    about = {
+        "first_seconds": first,
+        "covers": runner.covers,
+        "note": runner.note,
+        "torch_threads": torch.get_num_threads(),
+        "cpus": cpus,
+    }
+    return runner, about
+
+
+def answer(runner: Runner, asked: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """To {"warm": s}, how many calls make a sample of s seconds; to {"calls": n}, seconds a call of a sample."""
+    if "warm" in asked:
+        return {"calls": max(1, math.ceil(asked["warm"] / measure.warm_up(runner.run, device)))}
+    runner.run()  # the others have had the caches since the last sample
+    return {"seconds": measure.seconds(runner.run, asked["calls"], device)}
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    runner: Runner | None = None
+    device = torch.device("cpu")
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            if runner is None:
+                device = torch.device(asked["device"])
+                runner, reply = build(asked)
+                gc.collect()
+                gc.disable()  # a collection in the middle of a sample would be charged to it
+            else:
+                reply = answer(runner, asked, device)
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}", "oom": cases.out_of_memory(error)}
+        replies.write(json.dumps(reply) + "\n")
+
+
+if __name__ == "__main__":
+    main()
