@@ -23,7 +23,7 @@ from .tasks import Network, states
 LIB = SimpleNamespace(tanh=jnp.tanh, sigmoid=jax.nn.sigmoid)
 
 
-class Layer(brainstate.nn.Module):  # type: ignore[misc]
+class Layer(brainstate.nn.Module):
     """A network with a matrix a gate: traces are kept for a matrix whose product enters each unit by itself."""
 
     def __init__(self, network: Network, arrays: Mapping[str, np.ndarray]) -> None:

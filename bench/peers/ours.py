@@ -52,7 +52,7 @@ class _Sequence(Runner):
         return torch.autograd.grad(self.layer(self.x)[0], list(self.parameters.values()), self.delta)
 
     def named(self, result: Sequence[Tensor]) -> dict[str, np.ndarray]:
-        found = [g.cpu().numpy() for g in result]
+        found: list[np.ndarray] = [g.cpu().numpy() for g in result]
         if self.case is not None:
             return dict(zip(self.network.parameters, found, strict=True))
         by_name = dict(zip(self.parameters, found, strict=True))

@@ -389,8 +389,8 @@ def run(
             chosen = {n: peers[n] for n in together if n in lacking or n in TASKS[task].ours}
             with tempfile.TemporaryDirectory(prefix="rjepa-peers-") as folder:
                 results.update(Point(settings, task, units, batch, chosen, Path(folder)).measure(command))
-        for name, fields in results.items():
-            made = Record(algorithm=name, params=params, time=record.now(), **shared, **fields)
+        for name in (n for n in together if n in results):
+            made = Record(algorithm=name, params=params, time=record.now(), **shared, **results[name])
             record.append(path, made)
             on_record(made)
     latest = {record.key(r): r for r in record.load(path)} if path.exists() else {}

@@ -6,6 +6,7 @@ the state after it, for any library with tanh and sigmoid: what is compared is h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -184,8 +185,8 @@ def oracle(task: str, arrays: Mapping[str, np.ndarray], gradient: str) -> dict[s
 def difference(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> tuple[float, str]:
     """The largest relative difference of a parameter's gradient, in norm, and the parameter's name.
 
-    Where the reference is zero, it is relative to the norm of all gradients. Raises ValueError for a missing
-    gradient, or one of another shape.
+    Where the reference is zero, it is relative to the norm of all gradients; where one isn't finite, infinite. Raises
+    ValueError for a missing gradient, or one of another shape.
     """
     whole = float(np.sqrt(sum(np.square(w).sum() for w in want.values())))
     worst, where = 0.0, ""
@@ -196,6 +197,8 @@ def difference(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) ->
             raise ValueError(f"gradient of {name} must have shape {reference.shape}, got {got[name].shape}")
         norm = float(np.linalg.norm(reference)) or whole
         error = float(np.linalg.norm(got[name].astype(np.float64) - reference)) / norm
-        if not error <= worst:  # NaN counts as the worst
+        if not math.isfinite(error):
+            return math.inf, name
+        if error >= worst:
             worst, where = error, name
     return worst, where
