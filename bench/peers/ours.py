@@ -58,12 +58,12 @@ class _Sequence(Runner):
         by_name = dict(zip(self.parameters, found, strict=True))
         gates = ("i", "f", "g", "o") if self.task.network == "lstm" else ("r", "z", "n")
         # where torch.nn adds two biases, one does
-        recurrent = [by_name.get(f"bias_h{g}", by_name[f"bias_{g}"]) for g in gates]
+        recurrent = [f"bias_h{g}" if f"bias_h{g}" in by_name else f"bias_{g}" for g in gates]
         return {
             "weight_ih": np.concatenate([by_name[f"weight_in_{g}"] for g in gates]),
             "weight_hh": np.concatenate([by_name[f"weight_h{g}"] for g in gates]),
             "bias_ih": np.concatenate([by_name[f"bias_{g}"] for g in gates]),
-            "bias_hh": np.concatenate(recurrent),
+            "bias_hh": np.concatenate([by_name[name] for name in recurrent]),
         }
 
 
