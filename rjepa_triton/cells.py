@@ -14,8 +14,8 @@ A prime is the step before. How to write one: docs/cells.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -336,24 +336,28 @@ class RGCCell(Cell):
         states = x.new_empty(2, steps + 1, batch, units)
         states[0, 0], states[1, 0] = state
         gates = x.new_empty(2, steps, batch, 2, units)
-        drive = [_SourceDrive(*pair, gates[j]) for j, pair in enumerate(_by_source(weights))]
+        (drive_s, by_s, s_gates), (drive_m, by_m, m_gates) = (
+            _source_drive(*pair, gates[j]) for j, pair in enumerate(_by_source(weights))
+        )
         reset_steps = reset_steps_of(resets)
 
+        # views of all steps at once, none in the loop: where a layer is small, one costs what a product does
         at, u_at, gate_at = states.unbind(1), u.unbind(0), gates.unbind(1)
         s_at, m_at = states[0].unbind(0), states[1].unbind(0)
         own_at = gates[..., 0, :].unbind(1)
         ms_at, sm_at = gates[1, :, :, 1].unbind(0), gates[0, :, :, 1].unbind(0)
         for t in range(steps):
-            before, s, m = at[t], s_at[t], m_at[t]
-            if resets is not None and t in reset_steps:
+            before, s, m, given = at[t], s_at[t], m_at[t], u_at[t]
+            if t in reset_steps:
+                assert resets is not None
                 before = before.masked_fill(resets[t, :, None], 0)
                 s, m = before
-            drive[0](t, s)
-            drive[1](t, m)
+            drive_s(s, by_s, out=s_gates[t])
+            drive_m(m, by_m, out=m_gates[t])
             gate_at[t].tanh_()
-            torch.addcmul(u_at[t], own_at[t], before, out=at[t + 1])
-            s_at[t + 1].addcmul_(ms_at[t], u_at[t], value=-1)
-            m_at[t + 1].addcmul_(sm_at[t], u_at[t], value=-1)
+            torch.addcmul(given, own_at[t], before, out=at[t + 1])
+            s_at[t + 1].addcmul_(ms_at[t], given, value=-1)
+            m_at[t + 1].addcmul_(sm_at[t], given, value=-1)
         return Trajectory(x, states, gates, resets)
 
     def _one_step(
@@ -404,25 +408,23 @@ def _by_source(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[
     return (ss, sm), (mm, ms)
 
 
-class _SourceDrive:
-    """Writes both gates that one source drives: gates[t] = [signal W_ownᵀ, signal W_crossᵀ], (B, 2, N)."""
+def _source_drive(
+    w_own: Tensor, w_cross: Tensor, gates: Tensor
+) -> tuple[Callable[..., object], Any, Sequence[Tensor]]:
+    """How both gates that one source drives are made, step by step: product(signal, weights, out=out) writes them.
 
-    def __init__(self, w_own: Tensor, w_cross: Tensor, gates: Tensor) -> None:
-        self.weights = (w_own, w_cross)
-        self.out = gates.unbind(0)
-        self.joined: Tensor | None = None
-        if w_own.dim() == w_cross.dim() == 2:
-            # one product with the joined matrix is one call, not two
-            self.joined = torch.cat(self.weights).t()
-            self.out = gates.flatten(-2).unbind(0)
+    gates (T, B, 2, N). Returns the product, its weights, and `out` of every step.
+    """
+    if w_own.dim() == w_cross.dim() == 2:
+        # one product with the joined matrix is one call, not two
+        return torch.mm, torch.cat([w_own, w_cross]).t(), gates.flatten(-2).unbind(0)
+    return _multiply_apart, (w_own, w_cross), gates.unbind(0)
 
-    def __call__(self, t: int, signal: Tensor) -> None:
-        out = self.out[t]
-        if self.joined is not None:
-            torch.mm(signal, self.joined, out=out)
-            return
-        for j, weight in enumerate(self.weights):
-            _multiply_into(weight, signal, out[:, j])
+
+def _multiply_apart(signal: Tensor, weights: tuple[Tensor, Tensor], *, out: Tensor) -> None:
+    """out (B, 2, N) ← [signal W_ownᵀ, signal W_crossᵀ], for weights of any shape."""
+    for j, weight in enumerate(weights):
+        _multiply_into(weight, signal, out[:, j])
 
 
 def _multiply_into(weight: Tensor, signal: Tensor, out: Tensor) -> None:

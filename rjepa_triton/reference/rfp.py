@@ -91,11 +91,13 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple
         credit_at[-1].copy_(delta_at[-1])
     else:
         torch.add(delta_at[-1], carry, out=credit_at[-1])
+    # views of every step made together, and none in the loop: where a layer is small, one costs what a product does
+    by_state = [credit[nu].unbind(0) for nu in range(count)]
     for t in range(steps - 2, -1, -1):
-        now, later = credit_at[t], credit_at[t + 1]
-        torch.addcmul(delta_at[t], rows[0][t + 1], later[0], out=now)
+        now = credit_at[t]
+        torch.addcmul(delta_at[t], rows[0][t + 1], by_state[0][t + 1], out=now)
         for nu in range(1, count):
-            now.addcmul_(rows[nu][t + 1], later[nu])
+            now.addcmul_(rows[nu][t + 1], by_state[nu][t + 1])
     return credit, pass_back(m[:, :, 0], credit[:, 0])
 
 
