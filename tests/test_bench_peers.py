@@ -304,7 +304,7 @@ def test_rows_for_all_and_what_is_measured_is_kept(tmp_path: Path, command: tupl
         "bptt": fake("Wrong"),
         "jax-scan": fake("Slow"),
         "flashrnn": nothing(packages=("no_such_package",)),
-        "torchrl": nothing(packages=("numpy",), cuda=True),
+        "torchrl": nothing(packages=("no_such_package",), cuda=True),
     }
     settings = Settings(**{**TINY.__dict__, "peers": tuple(peers)})
     file = tmp_path / "peers.jsonl"

@@ -29,12 +29,12 @@ class Peer:
     cuda: bool = False
 
     def missing(self, device: str) -> str | None:
-        """Why it can't be run here, or None: a package that isn't installed, or no CUDA device."""
+        """Why it can't be run here, or None: no CUDA device, or a package that isn't installed."""
+        if self.cuda and torch.device(device).type != "cuda":
+            return "needs a CUDA device"
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 return f"{package} isn't installed: pip install 'rjepa-triton[peers]'"
-        if self.cuda and torch.device(device).type != "cuda":
-            return "needs a CUDA device"
         return None
 
     def versions(self) -> dict[str, str | None]:
