@@ -139,10 +139,6 @@ def states(network: Network, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
 # --- the reference -----------------------------------------------------------------------------------------
 
 
-def _bptt(w: Tensor, c: Tensor) -> Tensor:
-    return c @ w.t()
-
-
 def _eprop(w: Tensor, c: Tensor) -> Tensor:
     """W c, through which no gradient passes back to c: what is left is each unit's path through no matrix."""
     return c.detach() @ w.t()
@@ -150,7 +146,7 @@ def _eprop(w: Tensor, c: Tensor) -> Tensor:
 
 # What W c must be for autograd of the loop to give a rule's gradient: see docs/exactness.md.
 GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "bptt": _bptt,
+    "bptt": cases.dense,
     "rfp": cases.own_path_only,
     "eprop": _eprop,
 }
