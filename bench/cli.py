@@ -1,6 +1,4 @@
-"""`rjepa bench`: scaling, table, plot, compare, plan, fidelity, learn, forward, kernels, roofline, gpu-check."""
-
-"""`rjepa bench`: scaling, table, plot, compare, fidelity, learn, forward, peers, kernels, roofline, gpu-check."""
+"""`rjepa bench`: its commands, each of which is a module's `run` with options."""
 
 from __future__ import annotations
 
