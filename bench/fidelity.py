@@ -250,7 +250,7 @@ def run(settings: Settings, path: Path, report: Callable[[str], None] = lambda l
         check.one_of("sweep", name, settings.plan)
     if settings.seeds is not None:
         check.integer("seeds", settings.seeds, 2)  # an interval needs two
-    started, versions, git = record.now(), record.versions(), record.git_revision()
+    about = record.started("fidelity", torch.device("cpu"))
     made = []
     for name in settings.sweeps:
         sweep = settings.plan[name]
@@ -263,7 +263,7 @@ def run(settings: Settings, path: Path, report: Callable[[str], None] = lambda l
                 failed = isinstance(timing, Exception)
                 made.append(
                     Record(
-                        benchmark="fidelity",
+                        **about,
                         algorithm=method,
                         params={
                             **point.params(),
@@ -275,10 +275,6 @@ def run(settings: Settings, path: Path, report: Callable[[str], None] = lambda l
                         },
                         status="error" if failed else "ok",
                         message=str(timing) if failed else "",
-                        device=record.device_name(torch.device("cpu")),
-                        versions=versions,
-                        git=git,
-                        run=started,
                         time=record.now(),
                         timing=None if timing is None or failed else timing.per(point.steps),
                         state_bytes=sizes.get(method),

@@ -148,13 +148,9 @@ def measure_point(given: Given, settings: Settings, tried: set[str]) -> dict[str
 
 def run(path: Path, settings: Settings) -> list[Record]:
     """Measure every cell and point, append a record of each mode to `path`, and return them."""
-    device, started = torch.device(settings.device), record.now()
+    device = torch.device(settings.device)
     like = torch.empty(0, device=device)
-    about: dict[str, Any] = {
-        "device": record.device_name(device),
-        "versions": record.versions(),
-        "git": record.git_revision(),
-    }
+    about = record.started("forward", device)
     made = []
     for name in settings.cells:
         for units in settings.hidden:
@@ -165,7 +161,7 @@ def run(path: Path, settings: Settings) -> list[Record]:
                     params = settings.params(name, units, batch, steps)
                     for mode, fields in measure_point(given, settings, tried).items():
                         made.append(
-                            Record("forward", mode, params, run=started, time=record.now(), **about, **fields)
+                            Record(algorithm=mode, params=params, time=record.now(), **about, **fields)
                         )
                         record.append(path, made[-1])
     return made
@@ -303,17 +299,12 @@ def predict(units: int, batch: int, steps: int, scale: float, seed: int) -> tupl
 def record_prediction(path: Path, scale: float, seed: int) -> Record:
     """Predict at `PREDICTED_AT`, append the record to `path`, and return it."""
     units, batch, steps = PREDICTED_AT
-    started = record.now()
     ways, rounds = predict(units, batch, steps, scale, seed)
     made = Record(
-        benchmark="forward-predicted",
+        **record.started("forward-predicted", f"{cost.GPU.name} (predicted)"),
         algorithm=ways[-1].name,
         params={"N": units, "B": batch, "T": steps, "scale": scale, "dtype": "float32", "seed": seed},
         status="ok",
-        device=f"{cost.GPU.name} (predicted)",
-        versions=record.versions(),
-        git=record.git_revision(),
-        run=started,
         time=record.now(),
         predicted_seconds=ways[-1].seconds,
         payload={

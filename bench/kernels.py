@@ -960,13 +960,7 @@ def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = 
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    shared: dict[str, Any] = {
-        "benchmark": "kernels",
-        "device": record.device_name(device),
-        "versions": record.versions(),
-        "git": record.git_revision(),
-        "run": record.now(),
-    }
+    shared = record.started("kernels", device)
     done = record.measured(path)
     rates: dict[str, float] = {}
     kept = 0

@@ -260,13 +260,7 @@ def measure(
     First those that choose learning rates, then those that count. on_record is told the record, and how many of how
     many runs are done. Returns the records of the latter, and how many runs were kept from an earlier time.
     """
-    common: dict[str, Any] = {
-        "benchmark": "learn",
-        "device": record.device_name(torch.device("cpu")),
-        "versions": record.versions(),
-        "git": record.git_revision(),
-        "run": record.now(),
-    }
+    common = record.started("learn", torch.device("cpu"))
     runs_each = len(TUNING_SEEDS) * len(LEARNING_RATES) + settings.seeds
     of = len(settings.tasks) * len(settings.rules) * runs_each
     kept = done = 0

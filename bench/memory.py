@@ -146,13 +146,7 @@ def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = 
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    shared: dict[str, Any] = {
-        "benchmark": "memory",
-        "device": record.device_name(device),
-        "versions": record.versions(),
-        "git": record.git_revision(),
-        "run": record.now(),
-    }
+    shared = record.started("memory", device)
     done = record.measured(path)
     rate = measure.flop_rate(device, torch.float32)
     kept = 0

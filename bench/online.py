@@ -243,13 +243,7 @@ def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = 
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    shared: dict[str, Any] = {
-        "benchmark": "online",
-        "device": record.device_name(device),
-        "versions": record.versions(),
-        "git": record.git_revision(),
-        "run": record.now(),
-    }
+    shared = record.started("online", device)
     done = record.measured(path)
     kept = 0
     for units, batch in settings.points:

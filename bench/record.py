@@ -11,7 +11,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -71,6 +73,7 @@ class Record:
     device                  name of the processor or GPU
     versions, git           of python, torch, …; revision of the checkout, "-dirty" if changed, or None
     run, time               ISO times of the sweep's start and of this record
+    command                 what was typed to make it; "" in records of schema 1, and where it was no command
     payload                 results that are not times, by benchmark
     """
 
@@ -92,6 +95,7 @@ class Record:
     compile_seconds: float | None = None
     backend: str | None = None
     payload: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
     schema: int = SCHEMA
 
 
@@ -147,6 +151,24 @@ def key(record: Record, *, versions: bool = True) -> str:
 def latest(records: Iterable[Record]) -> list[Record]:
     """The last record of each key, in the order of the keys' first appearance."""
     return list({key(record): record for record in records}.values())
+
+
+def started(benchmark: str, device: torch.device | str) -> dict[str, Any]:
+    """What all records of one run share, as fields: a torch device, or the name of what isn't one."""
+    return {
+        "benchmark": benchmark,
+        "device": device if isinstance(device, str) else device_name(device),
+        "versions": versions(),
+        "git": git_revision(),
+        "run": now(),
+        "command": command(),
+    }
+
+
+def command() -> str:
+    """`rjepa …` as it was typed; "" in another program."""
+    program, *arguments = sys.argv or [""]
+    return shlex.join(["rjepa", *arguments]) if Path(program).name == "rjepa" else ""
 
 
 def measured(path: Path) -> set[str]:
@@ -245,6 +267,7 @@ def _record(data: object, where: str) -> Record:
         hint = "; a newer rjepa-triton wrote it" if newer else ""
         wanted = " or ".join(map(str, READABLE))
         raise ValueError(f"{where}: schema must be {wanted}, got {schema!r}{hint}")
+    data = {"command": "", **data} if schema == 1 else data
     known = {f.name for f in fields(Record)}
     for kind, names in (("missing", known - data.keys()), ("unknown", data.keys() - known)):
         if names:

@@ -337,13 +337,7 @@ def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 6
                 launches[f"{name}-one-pass", name, units, batch] = one_pass
     by_text = {_text(made.build): made.build for made in launches.values()}
     compiled = dict(zip(by_text, static.compile_all(list(by_text.values())), strict=True))
-    shared: dict[str, Any] = {
-        "benchmark": "roofline",
-        "device": f"{gpu.name} (predicted)",
-        "versions": record.versions(),
-        "git": record.git_revision(),
-        "run": record.now(),
-    }
+    shared = record.started("roofline", f"{gpu.name} (predicted)")
     records = []
     for (algorithm, name, units, batch), made in launches.items():
         kernel, facts = KERNELS[name], compiled[_text(made.build)]

@@ -129,13 +129,7 @@ def sweep(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events are recorded on the current device
     kept = 0
-    shared: dict[str, Any] = {
-        "benchmark": "scaling",
-        "device": record.device_name(device),
-        "versions": record.versions(),
-        "git": record.git_revision(),
-        "run": record.now(),
-    }
+    shared = record.started("scaling", device)
     done = record.measured(path)
     rate = measure.flop_rate(device, cases.DTYPES[settings.dtype])
     for units, batch in settings.points:

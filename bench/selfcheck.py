@@ -58,7 +58,7 @@ def run(
     Raises ValueError for fewer than 2 runs.
     """
     check.integer("runs", runs, 2)
-    started, folder = record.now(), out / FOLDER
+    about, folder = record.started("selfcheck", torch.device(settings.device)), out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"run-{i:02d}.jsonl" for i in range(runs)]
     for i, file in enumerate(files):
@@ -73,14 +73,10 @@ def run(
         found = _found(name, loaded, compared)
         made.append(
             Record(
-                benchmark="selfcheck",
+                **about,
                 algorithm=name,
                 params=_params(settings),
                 status="ok",
-                device=loaded[0][0].device,
-                versions=record.versions(),
-                git=record.git_revision(),
-                run=started,
                 time=record.now(),
                 payload={
                     "runs": runs,

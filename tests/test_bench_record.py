@@ -96,6 +96,7 @@ def test_a_record_of_schema_1_is_read_without_what_it_lacks(tmp_path: Path) -> N
     data = {**json.loads(file.read_text()), "schema": 1}
     for name in ("low", "high", "yardsticks"):
         del data["timing"][name]
+    del data["command"]
     _rewrite(file, 1, json.dumps(data))
     (old,) = record.load(file)
     assert old.schema == 1
@@ -112,6 +113,13 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match=r"could not add a record to .*a\.jsonl: wrote 10 of"):
         record.append(file, made())
     assert file.read_bytes() == before
+
+
+def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/rjepa", "bench", "scaling", "--out", "a folder"])
+    assert record.started("scaling", "a machine")["command"] == "rjepa bench scaling --out 'a folder'"
+    monkeypatch.setattr("sys.argv", ["/usr/bin/pytest", "-q"])
+    assert record.command() == ""
 
 
 def test_key_is_what_was_measured_not_when() -> None:

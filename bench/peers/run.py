@@ -354,14 +354,7 @@ def run(
     is measured, this package's own ways are measured with it: ratios are of one run. Settings name peers of `PEERS`;
     others may stand in for them, and for the worker's command.
     """
-    device = record.device_name(torch.device(settings.device))
-    shared: dict[str, Any] = {
-        "benchmark": "peers",
-        "device": device,
-        "versions": record.versions(),
-        "git": record.git_revision(),
-        "run": record.now(),
-    }
+    shared = record.started("peers", torch.device(settings.device))
     earlier = record.latest(record.load(path)) if path.exists() else []
     known = {record.key(r): r for r in earlier}
     shown = []

@@ -85,18 +85,13 @@ def run(
     """
     check.integer("--seeds", seeds, 2)
     check.integer("--samples", samples, 1000)
-    started, git, versions = record.now(), record.git_revision(), record.versions()
-    device = record.device_name(torch.device("cpu"))
+    about = record.started("theory", torch.device("cpu"))
     records = [
         Record(
-            benchmark="theory",
+            **about,
             algorithm=name,
             params={**params, "dtype": "float64", "device": "cpu"},
             status="ok",
-            device=device,
-            versions=versions,
-            git=git,
-            run=started,
             time=record.now(),
             payload=payload,
         )
