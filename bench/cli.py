@@ -32,12 +32,14 @@ from . import (
     plan,
     plot,
     record,
+    report,
     roofline,
     roofline_plot,
     scaling,
     selfcheck,
     summary,
     tasks,
+    views,
 )
 from .peers import registry as peer_registry
 from .peers import run as peers
@@ -139,55 +141,32 @@ def scaling_command(
 
 @bench.command("table")
 def table_command(
-    file: Annotated[
-        Path, typer.Argument(help="Records of `rjepa bench scaling`, `fidelity`, `learn` or `peers`.")
-    ] = OUT / scaling.FILE,
+    file: Annotated[Path, typer.Argument(help="Records of any benchmark.")] = OUT / scaling.FILE,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
 ) -> None:
-    """Print the tables of a run: time, memory, ratios and fitted powers of N; fidelity; or what was learnt online."""
+    """Print the tables of a file of records."""
     with user_errors():
-        records = record.latest(record.load(file))
-        found = summary.tables([r for r in records if r.benchmark == "scaling"])
-        print_tables(
-            [*found, *fidelity.tables(records), *learn.tables(records), *peers.tables(records)], markdown
-        )
+        print_tables(views.tables(record.load(file)), markdown)
 
 
 @bench.command("plot")
 def plot_command(
-    file: Annotated[
-        Path, typer.Argument(help="Records of `rjepa bench scaling`, `fidelity` or `learn`.")
-    ] = OUT / scaling.FILE,
-    batch: Annotated[int, typer.Option(help="B to draw; the one with most N if 0.")] = 0,
+    file: Annotated[Path, typer.Argument(help="Records of any benchmark that has a picture.")] = OUT
+    / scaling.FILE,
+    batch: Annotated[int, typer.Option(help="Of `scaling` the one B to draw; each with 3 N if 0.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to; beside the records if left out.")] = None,
 ) -> None:
-    """Draw time per step and memory against N, the frontier, or what was learnt online, as PNG and SVG."""
+    """Draw what a file of records shows, as PNG and SVG."""
     with user_errors():
-        loaded = record.latest(record.load(file))
-        records = [r for r in loaded if r.benchmark == "scaling"]
-        sizes: dict[int, set[int]] = {}
-        for r in records:
-            sizes.setdefault(r.params["B"], set()).add(r.params["N"])
-        if batch == 0 and sizes:
-            batch = max(sizes, key=lambda b: len(sizes[b]))
-        elif sizes:
-            check.one_of("--batch", batch, sorted(sizes))
+        records = record.load(file)
+        if batch:
+            check.one_of(
+                "--batch", batch, sorted({r.params["B"] for r in records if r.benchmark == "scaling"})
+            )
+            records = [r for r in records if r.benchmark == "scaling" and r.params["B"] == batch]
         target = file.with_suffix("") if out is None else out
         target.parent.mkdir(parents=True, exist_ok=True)
-        kinds = {r.benchmark for r in loaded}
-        if "learn" in kinds:
-            drawn = curves.draw(loaded, target)
-        elif "fidelity" in kinds:
-            drawn = frontier.draw(loaded, target)
-        elif "kernels" in kinds:
-            drawn = roofline_plot.draw(loaded, target)
-        elif "online" in kinds:
-            drawn = latency.draw(loaded, target)
-        elif "memory" in kinds:
-            drawn = memory_plot.draw(loaded, target)
-        else:
-            drawn = plot.draw([r for r in records if r.params["B"] == batch], target)
-        for written in drawn:
+        for written in views.draw(records, target):
             typer.echo(written)
 
 
@@ -287,7 +266,7 @@ def plan_command(
     """What each algorithm and form would cost on a device, which fit, and which to take: all predicted."""
     with user_errors():
         if check_against is not None:
-            print_tables([plan.check_table(plan.against(plan.records_of(check_against)))], markdown)
+            print_tables([plan.check_table(plan.against(record.load_all(check_against)))], markdown)
             return
         if hidden is None:
             raise ValueError("--hidden must be given: N, units of the layer, at least 1, got nothing")
@@ -651,6 +630,22 @@ def roofline_command(
         file = out / roofline.FILE
         show(roofline.tables(roofline.run(file, gpu, roofline.points(*sizes), steps)))
         typer.echo(f"records: {file}")
+
+
+@bench.command("report")
+def report_command(
+    records: Annotated[
+        list[Path] | None, typer.Argument(help="Files of records, or folders of them.", show_default=str(OUT))
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of index.html, report.md and pictures; bench-out/report if left out."),
+    ] = None,
+) -> None:
+    """One self-contained HTML page, and Markdown, of all records: pictures, tables, and what is behind each."""
+    with user_errors():
+        for written in report.write(records or [OUT], OUT / "report" if out is None else out):
+            typer.echo(written)
 
 
 @bench.command("gpu-check")

@@ -69,7 +69,7 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
             f"Learning online  ·  N = {p['N']}, B = {p['B']}, Adam, learning rate chosen for each rule",
             fontsize=12.5,
         )
-        return save(figure, Path(path).with_suffix(""))
+        return save(figure, Path(path))
 
 
 def _panel(axes: Axes, task: str, records: Sequence[Record]) -> None:

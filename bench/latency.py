@@ -47,7 +47,7 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
         figure.suptitle(f"Latency of one whole online step, RGC and SGD  ·  {where(records)}", fontsize=12)
-        return save(figure, Path(path).with_suffix(""))
+        return save(figure, Path(path))
 
 
 def _panel(axes: Axes, records: Sequence[Record]) -> None:

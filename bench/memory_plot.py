@@ -51,7 +51,7 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
             title_fontsize=9,
         )  # fmt: skip
         figure.suptitle(f"Peak memory of learning, RGC, float32  ·  {where(records)}", fontsize=12)
-        return save(figure, Path(path).with_suffix(""))
+        return save(figure, Path(path))
 
 
 def _panel(axes: Axes, records: Sequence[Record], what: str) -> None:

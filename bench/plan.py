@@ -25,7 +25,7 @@ from ..devices import Device
 from ..exactness import exactness
 from ..layer import TwoPointRNN
 from ..reference.rtrl import rows_at_once
-from . import cases, measure, record
+from . import cases, measure
 from .forward import CELLS as FORWARD_CELLS
 from .record import Record
 from .scaling import MEMORY_SHARE
@@ -642,24 +642,6 @@ def against(records: Iterable[Record]) -> list[Checked]:
             )
         )
     return out
-
-
-def records_of(path: Path) -> list[Record]:
-    """Records of a file, or of all files of a folder. Raises ValueError if there are none; OSError if unreadable."""
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    found: list[Record] = []
-    for file in files:
-        if file.suffix == ".jsonl" and _is_records(file):
-            found += record.latest(record.load(file))
-    if not found:
-        raise ValueError(f"{path} has no records of a benchmark")
-    return found
-
-
-def _is_records(file: Path) -> bool:
-    """Whether a file's first line is a record: other runs keep logs of their own beside them."""
-    with file.open() as lines:
-        return '"benchmark"' in lines.readline()
 
 
 LARGE_FROM = 512

@@ -78,8 +78,8 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure as PNG and SVG beside each other, and close it; `path` with either ending or none."""
-    stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
+    """Write a figure as PNG and SVG beside each other, and close it; `path` with such an ending, .jsonl or none."""
+    stem = path.with_suffix("") if path.suffix in (".png", ".svg", ".jsonl") else path
     written = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
     try:
         for file in written:

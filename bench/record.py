@@ -257,6 +257,29 @@ def load(path: Path | str) -> list[Record]:
     return records
 
 
+def load_all(path: Path) -> list[Record]:
+    """The last records of a file, or of all files of records in a folder.
+
+    Raises ValueError if there are none; and as `load`.
+    """
+    found = [r for file in files_of(path) for r in latest(load(file))]
+    if not found:
+        raise ValueError(f"{path} has no records of a benchmark")
+    return found
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file, or a folder's files of records: other runs may keep logs of their own beside them."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.glob("*.jsonl")) if _holds_records(file)]
+
+
+def _holds_records(file: Path) -> bool:
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        return '"benchmark"' in lines.readline()
+
+
 def _record(data: object, where: str) -> Record:
     """A record from parsed JSON, or ValueError."""
     if not isinstance(data, dict):

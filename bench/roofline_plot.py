@@ -74,7 +74,7 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
             title_fontsize=9,
         )  # fmt: skip
         axes.set_title(f"Kernels under the roof  ·  {where(timed)}", fontsize=12)
-        return save(figure, Path(path).with_suffix(""))
+        return save(figure, Path(path))
 
 
 def _family(made: Record) -> str:

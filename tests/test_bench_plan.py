@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from rjepa_triton import cost, devices
-from rjepa_triton.bench import measure, plan
+from rjepa_triton.bench import measure, plan, record
 from rjepa_triton.bench.cases import CASES, Size, head_size
 from rjepa_triton.bench.cli import bench
 from rjepa_triton.bench.plan import Question
@@ -24,7 +24,7 @@ H100 = devices.known()["h100"]
 
 @pytest.fixture(scope="module")
 def checked() -> list[plan.Checked]:
-    return plan.against(plan.records_of(RESULTS))
+    return plan.against(record.load_all(RESULTS))
 
 
 def test_predicted_times_are_within_a_quarter_of_committed_ones(checked: list[plan.Checked]) -> None:

@@ -55,7 +55,7 @@ def test_the_tables_are_those_of_the_records() -> None:
 def test_the_plans_table_is_what_the_model_says_of_the_records() -> None:
     """To three points of a hundred: another torch may make a few calls more."""
     page = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
-    want = summary.markdown(plan.check_table(plan.against(plan.records_of(RESULTS)))).splitlines()
+    want = summary.markdown(plan.check_table(plan.against(record.load_all(RESULTS)))).splitlines()
     start = page.index(want[0])
     for told, line in zip(page[start : start + len(want)], want, strict=True):
         told_cells, cells = ([cell.strip() for cell in text.split("|")] for text in (told, line))
