@@ -37,6 +37,7 @@ from . import (
     roofline_plot,
     scaling,
     selfcheck,
+    suite,
     summary,
     tasks,
     views,
@@ -630,6 +631,32 @@ def roofline_command(
         file = out / roofline.FILE
         show(roofline.tables(roofline.run(file, gpu, roofline.points(*sizes), steps)))
         typer.echo(f"records: {file}")
+
+
+@bench.command("all")
+def all_command(
+    budget: Annotated[str, typer.Option(help="Time for all, such as 8min, 90s or 1h.")] = "8min",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
+    ] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of records, logs, summary.json and report/.")] = OUT,
+) -> None:
+    """Every benchmark within a time, what says the most first, and the report of it.
+
+    Goes on where an earlier run in the same folder stopped. Exit code 1 if a stage failed.
+    """
+    with user_errors():
+        code, written = suite.run(
+            suite.seconds_of(budget),
+            out,
+            device=scaling.default_device() if device == "auto" else device,
+            threads=check.integer("--threads", threads, 0),
+            tell=lambda line: typer.echo(line, err=True),
+        )
+        for path in written:
+            typer.echo(path)
+        raise typer.Exit(code)
 
 
 @bench.command("report")

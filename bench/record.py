@@ -166,9 +166,11 @@ def started(benchmark: str, device: torch.device | str) -> dict[str, Any]:
 
 
 def command() -> str:
-    """`rjepa …` as it was typed; "" in another program."""
+    """`rjepa …` as it was typed, or as `python -m rjepa_triton …`; "" in another program."""
     program, *arguments = sys.argv or [""]
-    return shlex.join(["rjepa", *arguments]) if Path(program).name == "rjepa" else ""
+    path = Path(program)
+    ours = path.name == "rjepa" or path.parts[-2:] == ("rjepa_triton", "__main__.py")
+    return shlex.join(["rjepa", *arguments]) if ours else ""
 
 
 def measured(path: Path) -> set[str]:

@@ -118,6 +118,8 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
 def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/usr/bin/rjepa", "bench", "scaling", "--out", "a folder"])
     assert record.started("scaling", "a machine")["command"] == "rjepa bench scaling --out 'a folder'"
+    monkeypatch.setattr("sys.argv", ["/a/rjepa_triton/__main__.py", "theory"])
+    assert record.command() == "rjepa theory"
     monkeypatch.setattr("sys.argv", ["/usr/bin/pytest", "-q"])
     assert record.command() == ""
 

@@ -125,7 +125,7 @@ def scaling(n: int, device: str = "a <machine>") -> Record:
     }
     return Record(
         "scaling", "rfp-dual", params, "ok", device, {"torch": "2"}, "a" * 40 + "-dirty", "2026-01-02T03", "",
-        timing=Timing(1e-3 * n, 1e-3 * n, 1e-3 * n, 9), command="rjepa bench scaling --hidden '<8>'",
+        timing=Timing(1e-3 * n, 1e-3 * n, 1e-3 * n, 9), state_bytes=n, command="rjepa bench scaling --hidden '<8>'",
     )  # fmt: skip
 
 

@@ -1,0 +1,161 @@
+"""Commands one after the other, each with a time limit, within a time for all: what `gpu-check` and `all` run.
+
+One that fails or runs out of time is recorded, and the next one runs. `summary.json` is written anew as each starts and
+ends, and each has a log of its own, so that a run that is cut off leaves what it had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+SUMMARY = "summary.json"
+STOP_SECONDS = 8.0  # that a stage which was told to stop may take to write what it has
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, with its output in `<name>.log`.
+
+    seconds: its time limit. must_finish: whether running out of time is a failure, as it is of tests.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    must_finish: bool = False
+
+
+@dataclass
+class Result:
+    """What became of a stage: "running", "ok", "failed", "cut off" by its limit, or "skipped": no time."""
+
+    name: str
+    command: str
+    limit: float
+    status: str = "running"
+    seconds: float = 0.0
+    code: int | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    tail: list[str] = field(default_factory=list)
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    out: Path,
+    *,
+    total_seconds: float,
+    about: dict[str, Any] | None = None,
+    checkout: Path | None = None,
+    earlier: Sequence[Result] = (),
+    tell: Callable[[str], None] = print,
+) -> int:
+    """Run the stages; 0, or 1 if one failed, or was cut off or skipped that must finish.
+
+    about: told at the head of the summary. checkout: where they run, and where they find the package's code even if it
+    isn't installed; where this process is if None. earlier: results that the summary keeps before the stages' own.
+    """
+    deadline = time.monotonic() + total_seconds
+    results: list[Result] = list(earlier)
+    bad = False
+    for stage in stages:
+        limit = min(stage.seconds, deadline - time.monotonic())
+        result = Result(stage.name, " ".join(stage.command), round(limit, 1))
+        results.append(result)
+        if limit < 1:
+            result.status = "skipped"
+        else:
+            _write(out, about, results)
+            _run(stage, limit, out, checkout, result)
+        bad |= result.status == "failed" or (stage.must_finish and result.status != "ok")
+        _write(out, about, results)
+        counts = "".join(f", {number} {what}" for what, number in result.counts.items())
+        tell(f"{stage.name}: {result.status} in {result.seconds:.0f} s{counts}")
+    return int(bad)
+
+
+def _run(stage: Stage, limit: float, out: Path, checkout: Path | None, result: Result) -> None:
+    """One stage; adds to `result`."""
+    # kernels are to run on the device that is there
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if checkout is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(checkout), os.environ.get("PYTHONPATH")))
+        )
+    (out / f"{stage.name}.xml").unlink(missing_ok=True)  # an earlier run's
+    begin = time.monotonic()
+    log = out / f"{stage.name}.log"
+    with log.open("wb") as file:
+        try:
+            process = subprocess.Popen(
+                stage.command, cwd=checkout, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_heed_interrupts,
+            )  # fmt: skip
+        except OSError as error:
+            result.status, result.tail = "failed", [str(error)]
+            return
+        try:
+            result.code = process.wait(limit)
+            result.status = "ok" if result.code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            result.status = "cut off"
+            result.code = _stop(process)
+        except BaseException:  # an interrupt is for this process; the stage is in a process group of its own
+            _stop(process)
+            raise
+    result.seconds = round(time.monotonic() - begin, 1)
+    result.tail = log.read_text(errors="replace").splitlines()[-15:]
+    result.counts = counts(out / f"{stage.name}.xml")
+
+
+def _heed_interrupts() -> None:
+    """A shell starts what it runs in the background with interrupts ignored, and so would every stage."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> int:
+    """Interrupt a stage as a terminal would, then kill what is left of its processes; its exit code."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def counts(report: Path) -> dict[str, int]:
+    """tests, failures, errors and skipped of a JUnit report; nothing if there is none or it was cut off."""
+    try:
+        suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    except (OSError, ElementTree.ParseError):
+        return {}
+    return {
+        what: sum(int(suite.get(what, 0)) for suite in suites)
+        for what in ("tests", "failures", "errors", "skipped")
+    }
+
+
+def load_results(out: Path) -> tuple[dict[str, Any], list[Result]]:
+    """What an earlier summary in the folder says: its head, and its results; nothing without one that can be read."""
+    try:
+        told = json.loads((out / SUMMARY).read_text())
+        return told, [Result(**result) for result in told.pop("stages")]
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}, []
+
+
+def _write(out: Path, about: dict[str, Any] | None, results: Sequence[Result]) -> None:
+    """The summary as it is now: whole, or the one before."""
+    text = json.dumps({**(about or {}), "stages": [asdict(result) for result in results]}, indent=1)
+    part = out / (SUMMARY + ".part")
+    part.write_text(text + "\n")
+    part.replace(out / SUMMARY)

@@ -1,0 +1,5 @@
+"""`python -m rjepa_triton`: the `rjepa` command."""
+
+from .cli import main
+
+main()
