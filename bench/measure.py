@@ -65,7 +65,7 @@ def warm_up(function: Callable[[], object], device: torch.device) -> float:
     return min(taken)
 
 
-def timing(samples: Sequence[float]) -> Timing:
+def timing(samples: Sequence[float] | np.ndarray) -> Timing:
     """Median, 20th/80th percentiles and the median's 95 % bootstrap interval; the same for the same samples."""
     values = np.asarray(samples, dtype=np.float64)
     p20, median, p80 = np.quantile(values, [0.2, 0.5, 0.8]).tolist()

@@ -169,7 +169,7 @@ def verify(form: str, units: int, batch: int, settings: Settings) -> None:
     for _ in range(steps):
         stream.step()
     zero = stream.x.new_zeros(batch, units)
-    weights = list(stream.layer.recurrent_weights())
+    weights: list[Tensor] = list(stream.layer.recurrent_weights())
     short = cases.Problem(
         stream.x[:steps], stream.delta[:steps], (zero, zero), weights, settings.chunk, "auto"
     )
