@@ -23,6 +23,7 @@ from . import (
     frontier,
     gpu_check,
     inputs,
+    kernel_cases,
     kernels,
     latency,
     learn,
@@ -560,7 +561,7 @@ def kernels_command(
     batch: Annotated[str, typer.Option(help="B, with commas between; 1 if only --hidden is given.")] = "",
     steps: Annotated[int, typer.Option(help="T of the scans.")] = 64,
     names: Annotated[str, typer.Option("--kernels", help="Which, with commas between.")] = ",".join(
-        kernels.KERNELS
+        kernel_cases.KERNELS
     ),
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")

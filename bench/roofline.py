@@ -23,7 +23,7 @@ from .. import _checks as check
 from .. import devices
 from ..devices import Rate
 from . import record, static
-from .kernels import (
+from .kernel_cases import (
     KERNELS,
     MATRICES,
     STATES,
@@ -34,10 +34,9 @@ from .kernels import (
     OfCircuit,
     RTRLHeads,
     entered,
-    floor,
     head_units,
-    rate_text,
 )
+from .kernels import floor, rate_text
 from .record import Record
 from .summary import bytes_text, seconds_text
 

@@ -12,7 +12,8 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from .kernels import BY, KERNELS, rate_text
+from .kernel_cases import BY, KERNELS
+from .kernels import rate_text
 from .plot import STYLE, save, unmixed, where
 from .record import Record
 

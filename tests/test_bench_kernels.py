@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 
 from rjepa_triton import cli, devices
-from rjepa_triton.bench import kernels, record, roofline, summary
-from rjepa_triton.bench.kernels import KERNELS, Settings
+from rjepa_triton.bench import kernel_cases, kernels, record, roofline, summary
+from rjepa_triton.bench.kernel_cases import KERNELS
+from rjepa_triton.bench.kernels import Settings
 
 CPU = torch.device("cpu")
 GPU_ONLY = ("chunk-C64-tf32", "rgc-forward-persistent")
@@ -65,7 +66,7 @@ def test_the_floor_is_the_larger_of_two() -> None:
 def test_what_is_written_and_read_is_what_the_formula_counts(name: str) -> None:
     kernel = KERNELS[name]
     steps = kernel.steps or 5
-    given = kernels.problem(kernel, 6, 2, steps, 0, CPU)
+    given = kernel_cases.problem(kernel, 6, 2, steps, 0, CPU)
     for attribute, shape in kernel.shapes(6, 2, steps).items():
         assert tuple(getattr(given, attribute).shape) == shape
     outputs = kernel.reference(given)
@@ -78,15 +79,15 @@ def test_what_is_written_and_read_is_what_the_formula_counts(name: str) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_runner_agrees_with_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's as well: kernels are interpreted here, and compiled functions run uncompiled."""
-    monkeypatch.setattr(kernels, "_compiled", lambda function: function)
+    monkeypatch.setattr(kernel_cases, "_compiled", lambda function: function)
     kernel = KERNELS[name]
     runners = {f"cpu {by}": run for by, run in kernel.runners(CPU).items() if by == "torch"}
     if not torch.cuda.is_available():
         pytest.importorskip("triton")
         on_gpu = kernel.runners(torch.device("cuda"))
-        assert tuple(on_gpu) == (("triton",) if name == "rgc-forward-persistent" else kernels.BY)
+        assert tuple(on_gpu) == (("triton",) if name == "rgc-forward-persistent" else kernel_cases.BY)
         runners.update(on_gpu)
-    given = kernels.problem(kernel, 20, 2, kernel.steps or 5, 0, CPU)
+    given = kernel_cases.problem(kernel, 20, 2, kernel.steps or 5, 0, CPU)
     want = kernel.reference(given.copy(torch.float64))
     before = [g.clone() for g in given.gammas]
     for run in runners.values():
@@ -113,7 +114,7 @@ def settings(**changes: object) -> Settings:
 
 @pytest.fixture
 def no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.ops, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(kernel_cases.ops, "cpp_compiler", lambda: None)
     monkeypatch.setattr(kernels, "device_rates", lambda device: {"copy": 1e10, "float32": 1e11})
 
 
@@ -347,7 +348,7 @@ def test_a_prediction_compiles_what_the_launcher_launches(
             if attribute.endswith("_kernel"):
                 monkeypatch.setattr(module, attribute, Stub(value))
     kernel = KERNELS[name]
-    given = kernels.problem(kernel, units, batch, kernel.steps or 3, 0, CPU)
+    given = kernel_cases.problem(kernel, units, batch, kernel.steps or 3, 0, CPU)
     kernel.runners(torch.device("cuda"))["triton"](given)
     by_step = name == "rgc-backward" or (name == "rgc-forward" and units > 64)
     assert len(passed) == (3 if by_step else 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rjepa_triton.bench import roofline_plot
-from rjepa_triton.bench.kernels import KERNELS
+from rjepa_triton.bench.kernel_cases import KERNELS
 from rjepa_triton.bench.record import Record, Timing
 
 
