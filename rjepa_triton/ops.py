@@ -394,6 +394,26 @@ def gamma_chunk_(
     return total
 
 
+def gamma_read(gammas: Sequence[Tensor], credit: Tensor, *, backend: str = "torch") -> Tensor:
+    """`rfp.gamma_read` by the chosen backend."""
+    if backend == "triton":
+        from .kernels import gamma_read as kernels
+
+        done = _launched("gamma_read", lambda: (kernels.gamma_read(gammas, credit.contiguous()),))
+        if done is not None:
+            return done[0]
+    if backend != "compile":
+        return rfp.gamma_read(gammas, credit)
+    total: Tensor | None = None
+    for block, (part,) in _row_blocks(gammas, [(credit.contiguous(), 1)]):
+        if total is None:
+            total = _compiled(_read)(block, part)
+        else:
+            _compiled(_read_into_)(block, part, total)
+    assert total is not None
+    return total
+
+
 _failed: set[str] = set()
 
 
@@ -453,6 +473,10 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
     rows = rfp.read_rows(gammas, credit)
     return rows[0] if rows.shape[0] == 1 else rows.sum(0)
+
+
+def _read_into_(gammas: Sequence[Tensor], credit: Tensor, total: Tensor) -> None:
+    total.add_(_read(gammas, credit))
 
 
 def _write_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:

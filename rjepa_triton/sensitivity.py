@@ -218,7 +218,8 @@ class PerUnit(Carried):
         return self._by_matrix(totals)
 
     def read(self, credit: Tensor) -> list[Tensor]:
-        gradients = self._by_matrix([rfp.gamma_read(group.gammas, credit) for group in self.groups])
+        totals = [ops.gamma_read(group.gammas, credit, backend=group.backend) for group in self.groups]
+        gradients = self._by_matrix(totals)
         assert gradients is not None
         return gradients
 

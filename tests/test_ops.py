@@ -103,6 +103,23 @@ def test_the_learners_gradient_by_triton(form: str, how: str, every: int, option
     assert oracle.relative(results[1], results[0]) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["torch", "compile", "triton"])
+def test_what_a_credit_reads_of_gamma(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each backend the float64 sum, from all rows at once and from blocks of them; Γ is left as it is."""
+    if backend == "triton" and not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    if backend == "compile" and ops.cpp_compiler() is None:
+        pytest.skip("no C++ compiler")
+    gammas, credit = [torch.randn(3, 2, 17, 5) for _ in range(2)], torch.randn(2, 4, 3, 17)[:, 1]
+    before = [gamma.clone() for gamma in gammas]
+    want = sum(torch.einsum("bn,bknm->knm", credit[nu].double(), gammas[nu].double()) for nu in range(2))
+    for numbers in (ops.BLOCK, gammas[0].numel() // 2):
+        monkeypatch.setattr(ops, "BLOCK", numbers)
+        got = ops.gamma_read(gammas, credit, backend=backend)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(gammas, before, strict=True))
+
+
 def test_a_kernel_that_can_not_launch_gives_way_to_torch_with_one_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
