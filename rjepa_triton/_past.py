@@ -6,6 +6,7 @@ into it:
 
     step     after every step: folding and the gradient are then one pass over Γ
     chunk    after every chunk, by a rank-C update
+    lazy     when it holds R steps, by a rank-R update; till then Γ is only read
     history  never: Γ is zero at the base, the last reset, so there is none
 
 Rules differ in what is carried forward, and in how credit passes back within the window: by each unit's own M,
@@ -49,6 +50,7 @@ class Past:
     matrices    all of the layer's
     sensitivity what is carried forward, or None for form "history"
     lag         steps before the current one that a loss may still reach
+    rewrite_every  R, steps that no later loss may reach before they are folded: 1 but for form "lazy"
     scan_backend  of the scans, backward and forward (`ops.choose_scan`)
     full_credit credits within steps that carry their weights: (block, delta, carry) → as `bptt.credits`
     filling     True while losses of earlier steps are still due, in the middle of a chunk (or of the steps
@@ -61,10 +63,11 @@ class Past:
         form: str,
         lag: int,
         sensitivity: Carried | None,
+        rewrite_every: int = 1,
         scan_backend: str = "torch",
         full_credit: FullCredit | None = None,
     ) -> None:
-        self.matrices, self.form, self.lag = matrices, form, lag
+        self.matrices, self.form, self.lag, self.rewrite_every = matrices, form, lag, rewrite_every
         self._full_credit = full_credit
         self.scan_backend = scan_backend
         self._scan = functools.partial(ops.reverse_scan, backend=scan_backend)
@@ -75,9 +78,10 @@ class Past:
     def begin(self, now: int) -> None:
         """Start an empty window at time `now`; backwards of earlier steps are too late from here on."""
         self.now = self.base = self._episode = now  # _episode: when all rows were reset last
+        self._closed = now  # no loss of new steps may reach the steps before this
         self._tape = Tape()
         self._ends: list[int] = []  # of the calls whose steps are in the window
-        self._records: list[Record] = []  # those calls, unless they came from a checkpoint
+        self._records: list[Record] = []  # those calls, where they may be linked
         self._epoch = object()
 
     @property
@@ -91,6 +95,7 @@ class Past:
         self.now = record.end
         if self.sensitivity is not None:
             self._ends.append(record.end)
+        if self.form == "chunk":
             self._records.append(record)
         return record
 
@@ -103,23 +108,28 @@ class Past:
             self._episode = self.now
         if self.filling:
             return
-        if self.sensitivity is None:
-            if self.base < self._episode <= self.now - self.lag:
-                self._move_base(self._episode)
-            return
         if all_rows and self.lag == 0:  # nothing to carry over, and no loss left to serve
-            self.sensitivity.forget_(None)
+            if self.sensitivity is not None:
+                self.sensitivity.forget_(None)
             self.begin(self.now)
             return
-        foldable = [end for end in self._ends if end <= self.now - self.lag]
-        if foldable:
-            fold = self.sensitivity.step_ if self.form == "step" else self.sensitivity.chunk_
-            for block in self._tape.blocks(foldable[-1] - self.base):
-                fold(block)
-            self._move_base(foldable[-1])
-        if forget is not None and not self._ends:
+        reach = self.now - self.lag
+        if self.sensitivity is None:
+            if self.base < self._episode <= reach:
+                self._move_base(self._episode)
+        else:
+            self._closed = max((end for end in self._ends if end <= reach), default=self.base)
+            if self._closed - self.base >= self.rewrite_every:
+                fold = self.sensitivity.step_ if self.form == "step" else self.sensitivity.chunk_
+                for block in self._tape.blocks(self._closed - self.base):
+                    fold(block)
+                self._move_base(self._closed)
+        if forget is not None and self.lag == 0:
             # M is zero there at the next step, but zero times an infinity isn't
-            self.sensitivity.forget_(forget)
+            self._tape.forget_(forget)
+            if self.sensitivity is not None:
+                self.sensitivity.forget_(forget)
+            self._epoch = object()
 
     def gradients(
         self,
@@ -185,7 +195,10 @@ class Past:
         if self.sensitivity is None:
             return due, None, gradients
         whole_window = self._tape.blocks()
-        if self.form == "chunk" and alone and not self.filling and self.lag == 0 and len(whole_window) == 1:
+        full = self.now - self.base >= self.rewrite_every and len(whole_window) == 1
+        last_due = record.start == self._closed and not self.filling and self.lag == 0
+        # a chunk's losses are one sum; else each step between two updates may have a backward of its own
+        if full and last_due and (self.form == "chunk" or record.end == self.now):
             from_past = self.sensitivity.chunk_(whole_window[0], passed)
             self._move_base(self.now)
         else:

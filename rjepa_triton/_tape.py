@@ -149,6 +149,11 @@ class Tape:
             left -= block.steps
         return blocks
 
+    def forget_(self, rows: Tensor) -> None:
+        """Be as if nothing had happened in the batch rows where `rows` (B,) is True."""
+        for run in self._runs:
+            run.forget_(rows)
+
     def drop_first(self, steps: int) -> None:
         """Forget the first `steps` steps; the memory they took is kept only if others remain."""
         while self._runs and steps >= self._runs[0].steps:
@@ -201,6 +206,12 @@ class _Run:
                 target.narrow(TIME, self._filled, block.steps).copy_(source)
             self._filled += block.steps
         self._pending = []
+
+    def forget_(self, rows: Tensor) -> None:
+        self._flush()
+        assert self._buffer is not None
+        for array in self._buffer.tensors():
+            array.narrow(TIME, 0, self._filled).masked_fill_(rows[:, None], 0)
 
     def drop_first(self, steps: int) -> None:
         rest = self.joined().narrow(steps, self.steps).map(Tensor.clone)

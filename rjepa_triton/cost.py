@@ -18,6 +18,8 @@ For the layer's matrices, N×M_k each, S states a unit and batch B; Γ has g = S
     chunk     the same twice a chunk of C steps (Γ is read for the fold and for the rank-C update; Triton's kernel
               does both in one pass), and 2·S·B·w + 2·B·w FLOP a step: its rank-C update and its own part of the
               gradient
+    lazy      reads Γ, and adds up the gradient's two parts, every step, and in the R-th of them folds R steps as
+              chunk does; 2·S·B·w FLOP a step, and as history does of the t = 1 … R steps kept
     history   a reverse scan and a product over the t steps since reset: 2·B·t·w FLOP, S²·B·N·t numbers read
 
 The forward pass over T steps, with calls and bytes of the pointwise work counted on a small problem (`counted`):
@@ -106,6 +108,8 @@ GPU = rates(devices.generic("gpu"))
 ON_CHIP_STEP = 5
 # Calls that compiled code takes for each of its arguments, which it checks on every call; fitted.
 CALLS_PER_ARGUMENT = 1.5
+# Calls in which a step of form "lazy" has its credit beside zeros for the steps kept before it (`_past`).
+PADDING_CALLS, PADDING_VIEWS = 3, 6
 # An array beyond this is mapped anew each time it is made on a CPU: the largest block that glibc keeps
 # (M_MMAP_THRESHOLD's upper limit).
 FRESH_FROM = 32 << 20
@@ -217,7 +221,7 @@ class Calls:
     step        one step of the layer, recorded; loop: several
     linearize   partials and M of recorded steps, any number
     stacked     φ and y as arrays, by group of matrices of one shape; groups: how many
-    gamma       Γ's step and gradient in plain torch, without `stacked`
+    gamma       Γ's step and gradient in plain torch, without `stacked`; read: what a credit reads of Γ
     chunk       Γ's chunk in plain torch, with the suffix products
     credit      RFP's credits of some steps in plain torch; exact: BPTT's
     outer       the products Σ E yᵀ of all matrices
@@ -233,6 +237,7 @@ class Calls:
     stacked: Work
     groups: int
     gamma: Work
+    read: Work
     chunk: Line
     credit: Line
     exact: Line
@@ -304,6 +309,10 @@ class Problem:
         """Bytes that `steps` recorded steps take: M, φ, the states read, ∂F/∂x and the layer's input."""
         return steps * self.batch * (self.units * self.calls.window + self.features) * self.item
 
+    def grown_bytes(self, steps: int) -> int:
+        """Bytes of a window that `steps` steps were added to one by one: its buffer doubles when it is full."""
+        return self.window_bytes(1 << (steps - 1).bit_length()) if steps else 0
+
     def pointwise(self, counted: Work, steps: float = 1) -> Work:
         """The calls that were counted, each of which moves three arrays of `steps` by B·N."""
         moved = 3.0 * counted.calls * steps * self.batch * self.units * self.item
@@ -362,20 +371,29 @@ def gamma_work(problem: Problem) -> Work:
     return work + problem.pointwise(calls.linearize + calls.stacked)
 
 
-def chunk_work(problem: Problem, steps: int) -> Work:
-    """A chunk of C = `steps` steps: Γ folded on by it, and the gradient; linearisation and all."""
+def reading_work(problem: Problem) -> Work:
+    """What a credit reads of Γ, which is left as it is, by what runs it."""
     g, w, calls = problem.gamma_bytes, problem.weight_bytes, problem.calls
-    numbers = float(problem.batch * problem.weight_numbers * steps)
-    # rank-C update and its own part of the gradient, which is added to what Γ gives
-    work = problem.pointwise(calls.linearize + calls.stacked + calls.outer, steps)
-    work += Work(calls=len(problem.fan_ins), flop=(2 * problem.states + 2) * numbers, bytes=4.0 * w)
-    work += Work(
-        fresh_bytes=fresh_bytes_of(w) + fresh_bytes_of(w / max(1, len(problem.fan_ins)), len(problem.fan_ins))
-    )
+    fresh = fresh_bytes_of(w)
     if problem.runs == "triton":
-        scans = scan_work(problem.states, steps, problem.batch * problem.units, problem.item, True)
-        return work + scans + Work(calls=2 * calls.groups, bytes=2.0 * g + 2.0 * w, scan_steps=steps)
-    work += problem.pointwise(calls.credit.at(steps))
+        return Work(calls=calls.groups, bytes=float(g + w))
+    if problem.runs == "compile":
+        blocks = problem.row_blocks()
+        arguments = blocks * calls.groups * (problem.states + 2)
+        checks = CALLS_PER_ARGUMENT * arguments + (blocks if blocks > 1 else 0)
+        return Work(calls=checks, bytes=g + (2.0 * blocks - 1) * w, fresh_bytes=fresh)
+    moved = g * (_passes(problem.states) + 1) / problem.states
+    return calls.read + Work(bytes=moved, fresh_bytes=fresh)
+
+
+def fold_work(problem: Problem, steps: int) -> Work:
+    """Γ folded on by C = `steps` linearised steps, a rank-C update, and what a credit reads of it before that."""
+    g, w, calls = problem.gamma_bytes, problem.weight_bytes, problem.calls
+    work = problem.pointwise(calls.stacked, steps)
+    work += Work(flop=2.0 * problem.states * problem.batch * problem.weight_numbers * steps)
+    work += Work(fresh_bytes=fresh_bytes_of(w))
+    if problem.runs == "triton":
+        return work + Work(calls=2 * calls.groups, bytes=2.0 * g + 2.0 * w, scan_steps=steps)
     if problem.runs == "compile":
         blocks = problem.row_blocks()
         arguments = blocks * calls.groups * (problem.states + 3)
@@ -386,6 +404,20 @@ def chunk_work(problem: Problem, steps: int) -> Work:
     passes = _passes(problem.states)
     moved = g * (passes + 4 + (passes + 1) / problem.states)
     return work + calls.chunk.at(steps) + Work(bytes=moved)
+
+
+def chunk_work(problem: Problem, steps: int) -> Work:
+    """A chunk of C = `steps` steps: Γ folded on by it, and the gradient; linearisation and all."""
+    w, calls, count = problem.weight_bytes, problem.calls, len(problem.fan_ins)
+    # its own part of the gradient, which is added to what Γ gives
+    work = problem.pointwise(calls.linearize + calls.outer, steps)
+    work += Work(calls=count, flop=2.0 * problem.batch * problem.weight_numbers * steps, bytes=4.0 * w)
+    work += Work(fresh_bytes=fresh_bytes_of(w / max(1, count), count))
+    if problem.runs == "triton":
+        work += scan_work(problem.states, steps, problem.batch * problem.units, problem.item, True)
+    else:
+        work += problem.pointwise(calls.credit.at(steps))
+    return work + fold_work(problem, steps)
 
 
 def history_work(problem: Problem, steps: float, kernel: bool) -> Work:
@@ -401,11 +433,35 @@ def history_work(problem: Problem, steps: float, kernel: bool) -> Work:
     return work + problem.pointwise(calls.credit.at(steps))
 
 
-def form_costs(problem: Problem, update_every: int, horizon: int | None, rates: Rates) -> list[FormCost]:
-    """Costs of the forms that can serve: step, chunk if update_every ≥ 2, history if a horizon is known.
+def kept_work(problem: Problem, steps: float) -> Work:
+    """Of a step of form "lazy": its gradient from the t = `steps` kept ones, and its sum with what Γ gives."""
+    added = Work(
+        calls=len(problem.fan_ins) + PADDING_CALLS, views=PADDING_VIEWS, bytes=3.0 * problem.weight_bytes
+    )
+    return history_work(problem, steps, problem.runs == "triton") + added
 
-    update_every C: steps between changes of the weights; horizon: steps between resets, None if unbounded. Seconds
-    are those of a whole training step: the layer's, and what is learned from it.
+
+def rewrite_every(problem: Problem, rates: Rates) -> int:
+    """R of form "lazy": its seconds a step are a constant and a/R + b·R, least at R = √(a/b).
+
+    a: what folding steps into Γ takes above reading it, but for what grows with them; b: half of what a kept step adds
+    to every later gradient.
+    """
+    touched = problem.gamma_bytes + 3.0 * problem.weight_bytes
+    one, two = (fold_work(problem, steps).seconds(rates, touched) for steps in (1, 2))
+    a = 2 * one - two - reading_work(problem).seconds(rates, touched)
+    one, two = (kept_work(problem, steps).seconds(rates, touched) for steps in (1, 2))
+    return max(1, round(math.sqrt(max(0.0, a) / ((two - one) / 2))))
+
+
+def form_costs(
+    problem: Problem, update_every: int, horizon: int | None, rates: Rates, rewrite_every: int
+) -> list[FormCost]:
+    """Costs of the forms that can serve: step, lazy, chunk if update_every ≥ 2, history if a horizon is known.
+
+    update_every C: steps between changes of the weights; horizon: steps between resets, None if unbounded;
+    rewrite_every R: steps between rewritings of Γ in form "lazy". Seconds are those of a whole training step: the
+    layer's, and what is learned from it.
     """
     g, w, own = problem.gamma_bytes, problem.weight_bytes, problem.layer_state_bytes
     touched = g + 2.0 * w
@@ -423,6 +479,21 @@ def form_costs(problem: Problem, update_every: int, horizon: int | None, rates: 
             Phase("Γ and gradient", work, touched),
         )
     ]
+    held = touched + w + problem.window_bytes(rewrite_every)
+    gamma = reading_work(problem) * (rewrite_every - 1) + fold_work(problem, rewrite_every)
+    gamma *= 1 / rewrite_every
+    kept = kept_work(problem, (rewrite_every + 1) / 2)
+    both = gamma + kept
+    costs.append(
+        cost(
+            "lazy",
+            g + problem.grown_bytes(rewrite_every - 1),
+            f"{both.bytes:.3g} bytes moved and {both.flop:.3g} FLOP a step, Γ rewritten every {rewrite_every} steps",
+            forward_phase(problem, held),
+            Phase("Γ", gamma, held),
+            Phase("kept steps", kept, held),
+        )
+    )
     if update_every >= 2:
         work = chunk_work(problem, update_every) * (1 / update_every)
         costs.append(
@@ -437,11 +508,10 @@ def form_costs(problem: Problem, update_every: int, horizon: int | None, rates: 
     if horizon is not None:
         steps = (horizon + 1) / 2  # mean over an episode
         work = history_work(problem, steps, problem.runs == "triton")
-        buffer = 1 << (horizon - 1).bit_length()  # doubles when it is full
         costs.append(
             cost(
                 "history",
-                problem.window_bytes(buffer),
+                problem.grown_bytes(horizon),
                 f"{work.flop:.3g} FLOP and {steps:.0f} scanned steps a step, mean over {horizon} steps",
                 forward_phase(problem, 2.0 * w + problem.window_bytes(math.ceil(steps))),
                 Phase("gradient", work, 2.0 * w + problem.window_bytes(math.ceil(steps))),
@@ -458,11 +528,21 @@ def loop_phase(problem: Problem, steps: int) -> Phase:
     return Phase("forward", work + read, w)
 
 
+# "lazy" must be predicted so many times as fast as what it is taken over: its seconds are many small parts', of which
+# the model knows little. On 2 busy CPU cores (N = 256, B = 64) it took 1.2 times step's time, predicted 0.87 times.
+LAZY_MARGIN = 1.2
+
+
+def compared_seconds(form: str, seconds: float) -> float:
+    """Predicted seconds as forms are compared by: those of "lazy" times `LAZY_MARGIN`."""
+    return seconds * LAZY_MARGIN if form == "lazy" else seconds
+
+
 def cheapest(costs: Sequence[FormCost], available_bytes: int | None) -> FormCost:
-    """The fastest form whose state fits in `available_bytes`, or the smallest if none fits."""
+    """The fastest form, by `compared_seconds`, whose state fits in `available_bytes`, or the smallest if none fits."""
     fitting = [c for c in costs if available_bytes is None or c.state_bytes <= available_bytes]
     if fitting:
-        return min(fitting, key=lambda c: c.seconds)
+        return min(fitting, key=lambda c: compared_seconds(c.form, c.seconds))
     return min(costs, key=lambda c: c.state_bytes)
 
 

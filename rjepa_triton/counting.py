@@ -115,6 +115,7 @@ class _Count:
             linearize=_calls(lambda: self.recorded(1).block) + step * -1.0,
             stacked=stacked,
             gamma=_calls(lambda: gamma.step_(block, delta[:, :1])) + stacked * -1.0,
+            read=_calls(lambda: gamma.read(delta[:, 0])),
             groups=len(gamma.groups),
             chunk=_line(chunk),
             credit=_line(credit),

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import ops
+from . import cost, ops
 from . import weights as weight_ops
 from ._device import autocast_is_on, available_bytes, without_autocast
 from ._graph import Capture, Graphed, GraphedStep
 from ._graph import cuda_graph as capture_cuda_graph
 from ._past import FullCredit, Past, Record
 from ._tape import Block, Recorded
-from .cost import cheapest, form_costs, rates_of
 from .counting import problem as problem_of
 from .exactness import Exactness, exactness
 from .layer import TwoPointRNN
@@ -28,8 +27,8 @@ from .reference import bptt, rfp, rtrl
 from .reference import refine as refinement
 from .sensitivity import Carried, Exact, Nothing, PerUnit, RankOne
 
-Form = Literal["auto", "step", "chunk", "history"]
-FORMS = ("auto", "step", "chunk", "history")
+Form = Literal["auto", "step", "lazy", "chunk", "history"]
+FORMS = ("auto", "step", "lazy", "chunk", "history")
 Learning = Literal["rfp", "eprop", "rflo", "snap0", "rtrl", "uoro", "tbptt"]
 LEARNING = (*rfp.RULES, "rtrl", "uoro", "tbptt")
 # The one form of the rules that have only one.
@@ -67,8 +66,10 @@ class OnlineLearner:
             "uoro"   a random product that is γ on average (`sensitivity.RankOne`): unbiased, noisy
             "tbptt"  nothing: BPTT truncated at the chunk's beginning
         update_every: C ≥ 1, steps between changes of the weights.
-        form: "step", "chunk" (needs update_every ≥ 2, unless credit is "carry"), "history" (memory grows until
-            reset), or "auto". "rtrl" and "uoro" have "step" alone, "tbptt" "chunk".
+        form: "step", "lazy" (Γ read at every step, rewritten at every R-th), "chunk" (needs update_every ≥ 2,
+            unless credit is "carry"), "history" (memory grows until reset), or "auto". "rtrl" and "uoro" have
+            "step" alone, "tbptt" "chunk".
+        rewrite_every: R ≥ 1 of form "lazy"; None: what the cost model takes (`cost.rewrite_every`).
         credit: how credit passes back within a chunk. "own": by each unit's own M, as Γ is advanced. "carry",
             with form "chunk": by the full Jacobian, from the chunk's steps to one another and to Γ: truncated
             BPTT that doesn't forget what lies before the chunk.
@@ -105,6 +106,7 @@ class OnlineLearner:
         learning: Learning | None = None,
         update_every: int = 1,
         form: Form = "auto",
+        rewrite_every: int | None = None,
         credit: Literal["own", "carry"] = "own",
         refine: int | Literal["exact"] = 0,
         lag: int = 0,
@@ -131,6 +133,8 @@ class OnlineLearner:
         self.credit, self._rounds = _credit(self.learning, credit, refine)
         self._refine = refine
         form = _form(self.learning, self.credit, form, self.update_every)
+        if rewrite_every is not None and form != "lazy":
+            raise ValueError(f"rewrite_every goes with form='lazy', got form={form!r}")
         self.gamma_rounding = gamma_rounding
         check.one_of("gamma_rounding", gamma_rounding, ("nearest", "stochastic"))
         if gamma_rounding == "stochastic":
@@ -147,9 +151,16 @@ class OnlineLearner:
         if backend in ("torch", "compile", "triton"):  # asked for; what can't run is refused below
             self._problem = replace(self._problem, runs=backend)
         self._available = available_bytes(device)
-        self._costs = form_costs(self._problem, update_every, self.horizon, rates_of(device, dtype))
+        rates = cost.rates_of(device, dtype)
+        self._asked_rewrite = rewrite_every
+        if rewrite_every is None:
+            rewrite_every = cost.rewrite_every(self._problem, rates)
+        rewrite_every = check.integer("rewrite_every", rewrite_every, 1)
+        self._costs = cost.form_costs(self._problem, update_every, self.horizon, rates, rewrite_every)
+        if form == "auto" and cuda_graph:  # the one that can be captured
+            form = "step"
         self._asked = form
-        self.form = cheapest(self._costs, self._available).form if form == "auto" else form
+        self.form = cost.cheapest(self._costs, self._available).form if form == "auto" else form
         heads = rtrl.joint_heads([w.detach() for w in layer.recurrent_weights()], layer.hidden_size)
         self.carried_bytes = self._problem.carried_bytes(self.learning, layer.hidden_size // heads)
         sensitivity: Carried | None = None
@@ -168,7 +179,8 @@ class OnlineLearner:
                 sensitivity = PerUnit(*sizes, gamma_dtype, backend, drawn)
         self._full = self.credit == "carry" or self.learning in ONLY_FORM
         full_credit = _full_credit(layer, self._rounds, scan) if self._full else None
-        self._past = Past(layer.matrices, self.form, lag, sensitivity, scan, full_credit)
+        every = rewrite_every if self.form == "lazy" else 1
+        self._past = Past(layer.matrices, self.form, lag, sensitivity, every, scan, full_credit)
         # The recurrent weights of the chunk that runs, where credit takes the full Jacobian.
         self._chunk_weights: tuple[Tensor, ...] | None = None
         self._state = weights[0].detach().new_zeros(self._problem.states, batch_size, layer.hidden_size)
@@ -218,6 +230,11 @@ class OnlineLearner:
         return self._past.lag
 
     @property
+    def rewrite_every(self) -> int:
+        """R, steps that are kept before they are folded into Γ; 1 but for form "lazy"."""
+        return self._past.rewrite_every
+
+    @property
     def state(self) -> tuple[Tensor, ...]:
         """The layer's S states now, (B, N) each, detached."""
         return self._state.unbind(0)
@@ -231,7 +248,7 @@ class OnlineLearner:
         """Advance one step. x (B, F) → the layer's output (B, N), F its input features.
 
         Call backward() on a loss of s before the next step() (form "step"), or at the latest at the end of
-        the update_every steps it is of (forms "chunk", "history"). Raises TypeError or ValueError for x;
+        the update_every steps it is of (forms "lazy", "chunk", "history"). Raises TypeError or ValueError for x;
         ValueError, with nothing changed, if the weights changed inside a chunk.
         """
         if isinstance(x, Tensor) and autocast_is_on(x.device):
@@ -442,7 +459,7 @@ class OnlineLearner:
 
     def explain(self) -> None:
         """Print what each form would cost by the cost model, and which one runs and why."""
-        problem, rates = self._problem, rates_of(self._state.device, self._state.dtype)
+        problem, rates = self._problem, cost.rates_of(self._state.device, self._state.dtype)
         print(
             f"{type(self.layer).__name__}: N = {problem.units}, B = {problem.batch}, "
             f"{len(problem.fan_ins)} matrices, update_every = {self.update_every}, "
@@ -457,12 +474,15 @@ class OnlineLearner:
             f"predicted at {rates.bytes_per_second:.0e} bytes/s, {rates.flop_per_second:.0e} FLOP/s, "
             f"{rates.seconds_per_call * 1e6:.0f} µs a call, {rates.name}:"
         )
-        for cost in self._costs:
+        for each in self._costs:
             print(
-                f"  {cost.form:8} {cost.seconds * 1e6:12,.1f} µs a step  {cost.state_bytes:16,} bytes  "
-                f"{cost.because}"
+                f"  {each.form:8} {each.seconds * 1e6:12,.1f} µs a step  {each.state_bytes:16,} bytes  "
+                f"{each.because}"
             )
         print(f"form = {self.form!r}: {self._why()}")
+        if self.form == "lazy":
+            why = "by the cost model" if self._asked_rewrite is None else "asked for"
+            print(f"rewrite_every = {self.rewrite_every}: {why}")
         if isinstance(self._past.sensitivity, PerUnit):
             for group in self._past.sensitivity.groups:
                 names = ", ".join(matrix.name for matrix in group.matrices)
@@ -471,11 +491,13 @@ class OnlineLearner:
     def _why(self) -> str:
         if self._asked != "auto":
             return "asked for"
-        if len(self._costs) == 1:
-            return "the weights change every step and no horizon is known, so no other form is considered"
-        chosen = next(cost for cost in self._costs if cost.form == self.form)
+        chosen = next(each for each in self._costs if each.form == self.form)
         if self._available is not None and chosen.state_bytes > self._available:
             return "no form fits in memory; this one takes the least"
+        lazy = next(each for each in self._costs if each.form == "lazy")
+        fits = self._available is None or lazy.state_bytes <= self._available
+        if fits and lazy.seconds < chosen.seconds:
+            return f"'lazy' is taken only where predicted {cost.LAZY_MARGIN} times as fast as any other that fits"
         return "the fastest that fits in memory"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -70,11 +73,15 @@ def test_they_are_counted_once() -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("form", ["step", "chunk", "history"])
-def test_state_bytes_are_the_learners(name: str, form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "rewrite"),
+    [("step", None), ("lazy", 1), ("lazy", 3), ("lazy", 6), ("chunk", None), ("history", None)],
+)
+def test_state_bytes_are_the_learners(name: str, form: str, rewrite: int | None) -> None:
     layer, batch, every = LAYERS[name](16), 3, 4 if form == "chunk" else 1
     horizon = 7 if form == "history" else None
-    learner = OnlineLearner(layer, batch, update_every=every, horizon=horizon, form=form)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"form": form, "rewrite_every": rewrite}
+    learner = OnlineLearner(layer, batch, update_every=every, horizon=horizon, **options)
     held = 0
     for _ in range(2 if form == "chunk" else 7):
         x = torch.randn(every, batch, layer.fan_in)
@@ -83,7 +90,7 @@ def test_state_bytes_are_the_learners(name: str, form: str) -> None:
             held = max(held, learner.nbytes)
         out.sum().backward()
         held = max(held, learner.nbytes)
-    costs = cost.form_costs(problem(layer, batch), every, horizon, cost.CPU)
+    costs = cost.form_costs(problem(layer, batch), every, horizon, cost.CPU, learner.rewrite_every)
     told = next(one for one in costs if one.form == form)
     assert told.state_bytes == pytest.approx(held, rel=0.02)
     assert told.seconds == cost.seconds(told.phases, cost.CPU)
@@ -126,3 +133,51 @@ def test_a_learner_counts_what_it_is_asked_to_run_by() -> None:
     g = 4 * 8 * 256**2
     gamma = [cost.phases[1].work.bytes for cost in (plain, compiled)]
     assert gamma[0] > 10 * g > 4 * g > gamma[1]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_lazy_takes_as_many_calls_more_than_step(name: str) -> None:
+    """A step of a learner; what it calls in any form is not told apart here."""
+    layer, every = LAYERS[name](16), 6
+    costs = {c.form: c for c in cost.form_costs(problem(layer), 1, None, cost.CPU, every)}
+    x = torch.randn(1, layer.fan_in)
+    ran, told = {}, {}
+    for form, options in (("step", {}), ("lazy", {"rewrite_every": every})):
+        learner = OnlineLearner(layer, 1, form=form, **options)  # type: ignore[arg-type]
+
+        def run(learner: OnlineLearner = learner) -> None:
+            for _ in range(every):
+                shown = learner.step(x)
+                shown.backward(torch.ones_like(shown))
+
+        run()
+        layer.zero_grad()
+        ran[form] = cost.counted(run).calls / every
+        told[form] = sum(phase.work.calls for phase in costs[form].phases)
+    assert told["lazy"] - told["step"] == pytest.approx(ran["lazy"] - ran["step"], rel=0.1)
+
+
+@pytest.mark.parametrize("runs", ["torch", "compile", "triton"])
+def test_gamma_is_read_for_less_than_it_is_rewritten(runs: str) -> None:
+    """And R grows with what rewriting takes above reading."""
+    layer = RGC(256, device="meta")
+    few, many = (replace(problem(layer, batch), runs=runs) for batch in (1, 64))
+    for told in (few, many):
+        g, w = told.gamma_bytes, told.weight_bytes
+        read, fold = cost.reading_work(told), cost.fold_work(told, 1)
+        assert g + w <= read.bytes < fold.bytes
+        assert (
+            cost.chunk_work(told, 8).flop
+            == cost.fold_work(told, 8).flop + 2 * told.batch * 8 * told.weight_numbers
+        )
+    costs = {c.form: c for every in (1, 4) for c in cost.form_costs(many, 1, None, cost.GPU, every)}
+    assert costs["lazy"].seconds == cost.seconds(costs["lazy"].phases, cost.GPU)
+    slow = replace(cost.GPU, bytes_per_second=1e10)
+    assert cost.rewrite_every(many, slow) > cost.rewrite_every(many, replace(slow, flop_per_second=1e11))
+
+
+def test_lazy_is_taken_by_a_margin() -> None:
+    step, lazy = (cost.FormCost(form, 1.0, state, "") for form, state in (("step", 1), ("lazy", 2)))
+    for factor, wanted in ((1 / 1.19, "step"), (1 / 1.21, "lazy")):
+        assert cost.cheapest([step, replace(lazy, seconds=factor)], None).form == wanted
+    assert cost.cheapest([step, replace(lazy, seconds=0.1)], 1).form == "step"

@@ -45,6 +45,7 @@ def test_a_sequences_gradient_is_float64s(steps: int, batch: int, units: int, di
 
 FORMS: list[tuple[str, str, int]] = [
     ("step", "each", 1),
+    ("lazy", "each", 1),
     ("chunk", "chunk", 4),
     ("chunk", "chunk", 32),
     ("chunk", "together", 4),

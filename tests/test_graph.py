@@ -37,7 +37,7 @@ def stand_in(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callab
 
 
 def graphed(layer: TwoPointRNN, batch: int, **options: Any) -> OnlineLearner:
-    learner = OnlineLearner(layer, batch, form="step", **options)
+    learner = OnlineLearner(layer, batch, **{"form": "step", **options})
     learner._graph = learner._graphed(stand_in)
     return learner
 
@@ -134,7 +134,7 @@ def test_what_a_graph_cannot_do_is_said() -> None:
     layer = LAYERS["rgc"]()
     with pytest.raises(ValueError, match="cuda_graph=True needs a layer on a CUDA or ROCm device, got cpu"):
         OnlineLearner(layer, 2, cuda_graph=True)
-    for options in ({"lag": 1}, {"learning": "rtrl"}):
+    for options in ({"lag": 1}, {"learning": "rtrl"}, {"form": "lazy"}):
         with pytest.raises(
             ValueError, match="cuda_graph=True goes with form='step', lag=0 and a rule of rfp"
         ):

@@ -92,7 +92,7 @@ def test_a_sequence_gives_the_exact_gradient_of_all_parameters(name: str, learni
 
 
 @pytest.mark.parametrize("name", sorted(MATRIX_FREE))
-@pytest.mark.parametrize(("form", "every"), [("step", 1), ("chunk", 4), ("history", 1)])
+@pytest.mark.parametrize(("form", "every"), [("step", 1), ("lazy", 1), ("chunk", 4), ("history", 1)])
 def test_element_wise_layers_learn_exactly_online(name: str, form: str, every: int) -> None:
     layer = make(name)
     x, delta = torch.randn(11, 2, 3, dtype=F64), torch.randn(11, 2, 6, dtype=F64)
@@ -119,7 +119,7 @@ def test_rtrl_learns_exactly_online_in_every_layer(name: str, heads: int | None)
 
 
 @by_layer
-@pytest.mark.parametrize(("form", "every"), [("step", 1), ("chunk", 3), ("history", 1)])
+@pytest.mark.parametrize(("form", "every"), [("step", 1), ("lazy", 1), ("chunk", 3), ("history", 1)])
 @pytest.mark.parametrize("heads", [None, 3])
 def test_every_form_gives_the_gradient_of_the_sequence(
     name: str, form: str, every: int, heads: int | None

@@ -105,6 +105,7 @@ def test_a_compiled_model_under_autocast() -> None:
 LEARNING: list[dict[str, Any]] = [
     {"form": "step"},
     {"form": "step", "learning": "rtrl"},
+    {"form": "lazy", "rewrite_every": 8},
     {"form": "history"},
     {"form": "chunk", "update_every": 5},
     {"credit": "carry", "update_every": 5},

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rjepa_triton import RGC, OnlineLearner, ops
+from rjepa_triton import RGC, OnlineLearner, cost, counting, ops
 
 F64 = torch.float64
 
@@ -73,6 +73,10 @@ def run(
 WAYS = [
     ("step", "each", 1),
     ("step", "chunk", 4),
+    ("lazy", "each", 1),
+    ("lazy", "together", 4),
+    ("lazy", "each", 4),
+    ("lazy", "chunk", 3),
     ("chunk", "chunk", 4),
     ("chunk", "together", 4),
     ("chunk", "each", 4),
@@ -96,6 +100,69 @@ def test_every_form_gives_one_gradient(
     resets = torch.rand(11, 3) < 0.2 if reset else None
     run(made, x, delta, how, every=every, resets=resets, form=form, lag=lag)
     assert oracle.relative(gradients(made), oracle_gradients(made, x, delta, resets)) < 1e-12
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("rewrite_every", [1, 2, 3, 5, 11, 100])
+@pytest.mark.parametrize("way", [w for w in WAYS if w[0] == "lazy"], ids=str)
+def test_lazy_gives_it_however_often_gamma_is_rewritten(
+    way: tuple[str, str, int], rewrite_every: int, lag: int
+) -> None:
+    form, how, every = way
+    made = layer(input_size=3)
+    x, delta = torch.randn(11, 3, 3, dtype=F64), torch.randn(11, 3, 5, dtype=F64)
+    resets = torch.rand(11, 3) < 0.2
+    options: dict[str, Any] = {"form": form, "lag": lag, "rewrite_every": rewrite_every}
+    learner = run(made, x, delta, how, every=every, resets=resets, **options)
+    assert oracle.relative(gradients(made), oracle_gradients(made, x, delta, resets)) < 1e-12
+    assert learner.rewrite_every == rewrite_every
+    if rewrite_every == 100:  # Γ was never written
+        assert not any(bool(t.any()) for t in learner.state_dict()["gamma"])
+
+
+@pytest.mark.parametrize("form", ["lazy", "history"])
+def test_steps_between_two_updates_may_each_have_a_backward_after_the_last(form: str) -> None:
+    made = layer()
+    x, delta = torch.randn(12, 2, 5, dtype=F64), torch.randn(12, 2, 5, dtype=F64)
+    options: dict[str, Any] = {"form": form, **({"rewrite_every": 4} if form == "lazy" else {})}
+    learner = OnlineLearner(made, 2, update_every=3, **options)
+    for start in range(0, 12, 3):
+        outputs = [learner.step(row) for row in x[start : start + 3]]
+        for s, d in zip(outputs, delta[start : start + 3], strict=True):
+            (s * d).sum().backward()
+    assert oracle.relative(gradients(made), oracle_gradients(made, x, delta)) < 1e-12
+
+
+@pytest.mark.parametrize("rewrite_every", [1, 2, 3, 8])
+def test_lazy_rewrites_gamma_once_in_so_many_steps(
+    rewrite_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And reads it once a step, in the same pass where it is rewritten; what is kept is R steps at the most."""
+    passes: list[str] = []
+
+    def counted(name: str) -> None:
+        function = getattr(ops, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            passes.append(name)
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(ops, name, call)
+
+    for name in ("gamma_step_", "gamma_chunk_", "gamma_read"):
+        counted(name)
+    made = layer()
+    x, delta = torch.randn(24, 2, 5, dtype=F64), torch.randn(24, 2, 5, dtype=F64)
+    learner = run(made, x, delta, "each", form="lazy", rewrite_every=rewrite_every)
+    assert passes == (["gamma_read"] * (rewrite_every - 1) + ["gamma_chunk_"]) * (24 // rewrite_every)
+    gamma_alone = OnlineLearner(made, 2, form="step").nbytes
+    assert learner.nbytes == gamma_alone
+    sizes = []
+    for row in x:
+        learner.step(row).sum().backward()
+        sizes.append(learner.nbytes)
+    kept = 12 * 2 * 5 * 8  # bytes a step: 4 + 4 + 2 + 2 numbers a unit, of M, φ, the states read and ∂F/∂x
+    assert max(sizes) <= gamma_alone + 2 * rewrite_every * kept
 
 
 @settings(max_examples=40, deadline=None)
@@ -192,7 +259,7 @@ def test_weights_may_change_after_any_backward(form: str, how: str, every: int) 
                 p.add_(0.1 * torch.randn_like(p))
 
 
-@pytest.mark.parametrize("form", ["step", "history"])
+@pytest.mark.parametrize("form", ["step", "lazy", "history"])
 def test_a_loss_over_two_steps_needs_lag_1(form: str) -> None:
     made = layer()
     x = torch.randn(9, 2, 5, dtype=F64)
@@ -211,7 +278,7 @@ def test_a_loss_over_two_steps_needs_lag_1(form: str) -> None:
 
 
 def test_the_current_steps_gradient_goes_on_to_the_input() -> None:
-    for form in ("step", "history"):
+    for form in ("step", "lazy", "history"):
         made = layer(input_size=3)
         learner = OnlineLearner(made, 2, form=form)
         for _ in range(3):
@@ -226,7 +293,7 @@ def test_the_current_steps_gradient_goes_on_to_the_input() -> None:
             torch.testing.assert_close(below.grad, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["step", "chunk", "history"])
+@pytest.mark.parametrize("form", ["step", "lazy", "chunk", "history"])
 def test_a_chunks_input_gradient_is_the_dual_forms(form: str) -> None:
     made = layer()
     x = torch.randn(6, 2, 5, dtype=F64, requires_grad=True)
@@ -251,7 +318,7 @@ def test_steps_without_a_loss_still_count() -> None:
     made = layer()
     x, delta = torch.randn(9, 2, 5, dtype=F64), torch.randn(9, 2, 5, dtype=F64)
     delta[[0, 1, 4, 6, 7]] = 0
-    for form, lag in (("step", 0), ("step", 1), ("history", 0)):
+    for form, lag in (("step", 0), ("step", 1), ("lazy", 0), ("lazy", 1), ("history", 0)):
         made.zero_grad()
         learner = OnlineLearner(made, 2, form=form, lag=lag)
         for t, row in enumerate(x):
@@ -274,10 +341,11 @@ def test_hooks_see_the_gradient_and_frozen_weights_get_none() -> None:
     assert made.weight_mm.grad is None
 
 
-def test_a_second_backward_at_the_same_step_is_served() -> None:
+@pytest.mark.parametrize("options", [{"form": "step"}, {"form": "lazy", "rewrite_every": 2}], ids=str)
+def test_a_second_backward_at_the_same_step_is_served(options: dict[str, Any]) -> None:
     made = layer()
     x = torch.randn(4, 2, 5, dtype=F64)
-    learner = OnlineLearner(made, 2, form="step")
+    learner = OnlineLearner(made, 2, **options)
     for row in x:
         s = learner.step(row)
         s.sum().backward(retain_graph=True)
@@ -318,9 +386,12 @@ def test_the_input_may_be_overwritten_once_a_step_returned(
     assert oracle.relative(gradients(made), oracle_gradients(made, x, delta)) < 1e-12
 
 
-@pytest.mark.parametrize(("form", "every"), [("step", 1), ("chunk", 4), ("history", 1)])
-def test_a_late_backward_is_refused(form: str, every: int) -> None:
-    learner = OnlineLearner(layer(), 2, form=form, update_every=every)
+@pytest.mark.parametrize(
+    ("form", "every", "options"),
+    [("step", 1, {}), ("chunk", 4, {}), ("history", 1, {}), ("lazy", 1, {"rewrite_every": 2})],
+)
+def test_a_late_backward_is_refused(form: str, every: int, options: dict[str, Any]) -> None:
+    learner = OnlineLearner(layer(), 2, form=form, update_every=every, **options)
     x = torch.randn(2, 5, dtype=F64)
     s = learner.step(x)
     if form == "history":
@@ -330,6 +401,18 @@ def test_a_late_backward_is_refused(form: str, every: int) -> None:
         for _ in range(2 * every):
             learner.step(x)
     with pytest.raises(RuntimeError, match="comes too late"):
+        s.sum().backward()
+
+
+@pytest.mark.parametrize("form", ["step", "lazy", "history"])
+def test_a_late_backward_of_a_step_before_a_reset_is_refused(form: str) -> None:
+    """Not served from a past that has forgotten the rows which were reset."""
+    learner = OnlineLearner(layer(), 2, form=form)
+    x = torch.randn(2, 5, dtype=F64)
+    s = learner.step(x)
+    learner.reset(torch.tensor([True, False]))
+    learner.step(x)
+    with pytest.raises(RuntimeError, match="comes too late: their past was reset or replaced"):
         s.sum().backward()
 
 
@@ -348,7 +431,7 @@ def test_a_backward_after_reset_and_before_the_next_step_is_served() -> None:
 
 
 def test_reset_forgets_even_a_diverged_row() -> None:
-    for form, every in (("step", 1), ("chunk", 2), ("history", 1)):
+    for form, every in (("step", 1), ("lazy", 1), ("chunk", 2), ("history", 1)):
         made = layer()
         learner = OnlineLearner(made, 2, form=form, update_every=every)
         x = torch.randn(2, 5, dtype=F64)
@@ -359,8 +442,7 @@ def test_reset_forgets_even_a_diverged_row() -> None:
         good = torch.randn(4, 2, 5, dtype=F64)
         losses = [learner.step(row)[0].sum() for row in good[:every]]
         torch.stack(losses).sum().backward()
-        if form != "history":  # its past holds the infinity; reset() of all rows drops it
-            assert all(bool(torch.isfinite(g).all()) for g in gradients(made)), form
+        assert all(bool(torch.isfinite(g).all()) for g in gradients(made)), form
 
 
 def test_a_long_stream_stays_finite_in_constant_memory() -> None:
@@ -382,7 +464,8 @@ def test_a_long_stream_stays_finite_in_constant_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "every", "how"), [("chunk", 4, "together"), ("step", 1, "each"), ("chunk", 4, "chunk")]
+    ("form", "every", "how"),
+    [("chunk", 4, "together"), ("step", 1, "each"), ("lazy", 1, "each"), ("chunk", 4, "chunk")],
 )
 @pytest.mark.parametrize("lag", [0, 1])
 def test_no_graph_outlives_its_loss(form: str, every: int, how: str, lag: int) -> None:
@@ -399,17 +482,31 @@ def test_no_graph_outlives_its_loss(form: str, every: int, how: str, lag: int) -
     assert counts[1] - counts[0] < 20
 
 
-@pytest.mark.parametrize(("form", "every"), [("step", 1), ("chunk", 3), ("history", 1)])
+@pytest.mark.parametrize(
+    ("form", "every", "more"),
+    [
+        ("step", 1, {}),
+        ("lazy", 1, {"rewrite_every": 2}),
+        ("lazy", 1, {"rewrite_every": 6}),
+        ("lazy", 3, {"rewrite_every": 6}),
+        ("chunk", 3, {}),
+        ("history", 1, {}),
+    ],
+)
+@pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("at", [3, 4])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_a_checkpoint_resumes_exactly(form: str, every: int, at: int, lag: int) -> None:
+def test_a_checkpoint_resumes_exactly(
+    form: str, every: int, more: dict[str, Any], at: int, lag: int, reset: bool
+) -> None:
     made = layer(input_size=3)
     x, delta = torch.randn(9, 2, 3, dtype=F64), torch.randn(9, 2, 5, dtype=F64)
-    options: dict[str, Any] = {"form": form, "update_every": every, "lag": lag}
+    options: dict[str, Any] = {"form": form, "update_every": every, "lag": lag, **more}
     learner = OnlineLearner(made, 2, **options)
     for row in x[:at]:
         learner.step(row)
-    learner.reset(torch.tensor([True, False]))
+    if reset:
+        learner.reset(torch.tensor([True, False]))
     saved = io.BytesIO()
     torch.save(learner.state_dict(), saved)
     saved.seek(0)
@@ -425,7 +522,7 @@ def test_a_checkpoint_resumes_exactly(form: str, every: int, at: int, lag: int) 
                 torch.stack(losses).sum().backward()
                 losses = []
         results.append([g.clone() for g in gradients(made)])
-    assert oracle.relative(results[1], results[0]) < 1e-14
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_checkpoint_of_another_learner_is_refused_unchanged() -> None:
@@ -447,13 +544,15 @@ def test_a_checkpoint_of_another_learner_is_refused_unchanged() -> None:
     torch.testing.assert_close(list(learner.state), before)
 
 
-def test_gamma_in_bfloat16_is_near_and_half_the_size() -> None:
+@pytest.mark.parametrize("form", ["step", "lazy"])
+def test_gamma_in_bfloat16_is_near_and_half_the_size(form: str) -> None:
     made = layer(16, dtype=torch.float32)
     x, delta = torch.randn(60, 2, 16), torch.randn(60, 2, 16)
-    full = run(made, x, delta, "each")
+    options: dict[str, Any] = {"form": form, **({"rewrite_every": 4} if form == "lazy" else {})}
+    full = run(made, x, delta, "each", **options)
     want = [g.clone() for g in gradients(made)]
     made.zero_grad()
-    half = run(made, x, delta, "each", gamma_dtype=torch.bfloat16)
+    half = run(made, x, delta, "each", gamma_dtype=torch.bfloat16, **options)
     assert oracle.relative(gradients(made), want) < 1e-2
     assert 0 < full.nbytes - half.nbytes == 8 * 2 * 16 * 16 * 2
 
@@ -549,6 +648,42 @@ def test_auto_chooses_by_cost(capsys: pytest.CaptureFixture[str]) -> None:
     assert "predicted" in printed
 
 
+def test_auto_takes_lazy_where_gamma_is_large_and_bandwidth_dear() -> None:
+    def taken(units: int, batch: int, rates: cost.Rates) -> str:
+        layer = RGC(units, device="meta")
+        problem = counting.problem(layer, batch, torch.float32, gpu=rates is cost.GPU)
+        every = cost.rewrite_every(problem, rates)
+        return cost.cheapest(cost.form_costs(problem, 1, None, rates, every), None).form
+
+    assert taken(1024, 64, cost.GPU) == "lazy"
+    assert taken(256, 8, cost.GPU) == taken(1024, 1, cost.GPU) == taken(1024, 64, cost.CPU) == "step"
+
+
+@pytest.mark.parametrize("rates", [cost.CPU, cost.GPU], ids=str)
+@pytest.mark.parametrize(("units", "batch"), [(64, 1), (256, 8), (1024, 64)])
+def test_gamma_is_rewritten_as_often_as_the_model_says_is_best(
+    units: int, batch: int, rates: cost.Rates
+) -> None:
+    layer = RGC(units, device="meta")
+    problem = counting.problem(layer, batch, torch.float32, gpu=rates is cost.GPU)
+    seconds = {}
+    for every in range(1, 100):
+        costs = cost.form_costs(problem, 1, None, rates, every)
+        seconds[every] = next(each.seconds for each in costs if each.form == "lazy")
+    best = cost.rewrite_every(problem, rates)
+    assert seconds[best] <= 1.001 * min(seconds.values())
+
+
+def test_explain_says_how_often_gamma_is_rewritten(capsys: pytest.CaptureFixture[str]) -> None:
+    learner = OnlineLearner(RGC(64), 2, form="lazy")
+    assert learner.rewrite_every > 1
+    learner.explain()
+    OnlineLearner(RGC(64), 2, form="lazy", rewrite_every=9).explain()
+    printed = capsys.readouterr().out
+    assert f"rewrite_every = {learner.rewrite_every}: by the cost model" in printed
+    assert "rewrite_every = 9: asked for" in printed
+
+
 def test_a_gamma_that_does_not_fit_is_refused_with_what_would() -> None:
     with pytest.raises(
         ValueError, match=r"carries sensitivities of 32,000,\d+,\d+ bytes.*form='history' takes"
@@ -556,7 +691,9 @@ def test_a_gamma_that_does_not_fit_is_refused_with_what_would() -> None:
         OnlineLearner(RGC(1000), 1000, form="step")
 
 
-@pytest.mark.parametrize(("form", "how", "every"), [("step", "each", 1), ("chunk", "chunk", 3)])
+@pytest.mark.parametrize(
+    ("form", "how", "every"), [("step", "each", 1), ("lazy", "each", 1), ("chunk", "chunk", 3)]
+)
 @pytest.mark.parametrize("options", [{}, {"input_size": 6}], ids=str)
 def test_compiled_code_gives_the_same(form: str, how: str, every: int, options: dict[str, Any]) -> None:
     made = layer(17, dtype=torch.float32, **options)
@@ -602,8 +739,22 @@ def test_a_compiled_step_uses_the_weights_it_ran_with() -> None:
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"batch_size": 2.0}, TypeError, "batch_size must be an int, got float"),
         ({"update_every": 0}, ValueError, "update_every must be at least 1, got 0"),
-        ({"form": "dual"}, ValueError, "form must be one of 'auto', 'step', 'chunk', 'history', got 'dual'"),
+        ({"form": "dual"}, ValueError, "form must be one of 'auto', 'step', 'lazy', 'chunk', 'history', got"),
         ({"form": "chunk"}, ValueError, "form='chunk' needs update_every ≥ 2"),
+        ({"rewrite_every": 4}, ValueError, "rewrite_every goes with form='lazy', got form='auto'"),
+        ({"form": "lazy", "rewrite_every": 0}, ValueError, "rewrite_every must be at least 1, got 0"),
+        ({"form": "lazy", "rewrite_every": 2.5}, TypeError, "rewrite_every must be an int, got float"),
+        (
+            {"form": "lazy", "credit": "carry"},
+            ValueError,
+            "credit='carry' has form='chunk' alone, got form='lazy'",
+        ),
+        (
+            {"form": "lazy", "learning": "rtrl"},
+            ValueError,
+            "learning='rtrl' has form='step' alone, got form='lazy'",
+        ),
+        ({**STOCHASTIC, "form": "lazy"}, ValueError, "goes with form='step', .* got form='lazy'"),
         ({"lag": 2}, ValueError, "lag must be 0 or 1, got 2"),
         ({"gamma_dtype": torch.int32}, TypeError, "gamma_dtype must be one of"),
         ({"gamma_rounding": "up"}, ValueError, "gamma_rounding must be one of 'nearest', 'stochastic'"),

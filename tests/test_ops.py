@@ -75,7 +75,13 @@ def test_the_layers_gradient_by_triton() -> None:
 
 @pytest.mark.parametrize(
     ("form", "how", "every"),
-    [("step", "each", 1), ("chunk", "chunk", 4), ("chunk", "together", 4), ("history", "each", 1)],
+    [
+        ("step", "each", 1),
+        ("lazy", "each", 1),
+        ("chunk", "chunk", 4),
+        ("chunk", "together", 4),
+        ("history", "each", 1),
+    ],
 )
 @pytest.mark.parametrize("options", [{}, {"input_size": 3}, {"recurrence": "diagonal"}], ids=str)
 def test_the_learners_gradient_by_triton(form: str, how: str, every: int, options: dict[str, Any]) -> None:

@@ -205,7 +205,7 @@ def test_carry_with_lag_reaches_into_the_chunk_before() -> None:
 
 
 @pytest.mark.parametrize("learning", ["eprop", "rflo", "snap0"])
-@pytest.mark.parametrize(("form", "every"), [("step", 1), ("chunk", 4), ("history", 1)])
+@pytest.mark.parametrize(("form", "every"), [("step", 1), ("lazy", 1), ("chunk", 4), ("history", 1)])
 def test_rules_that_drop_parts_of_m_have_one_gradient_in_all_forms(
     learning: str, form: str, every: int
 ) -> None:

@@ -86,7 +86,9 @@ def test_online_each_layer_learns_from_what_passes_down_at_the_step() -> None:
     assert oracle.relative(grads(stack), want) < 1e-12
 
 
-@pytest.mark.parametrize("options", [{}, {"form": "history"}, {"learning": "eprop"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"form": "lazy", "rewrite_every": 4}, {"form": "history"}, {"learning": "eprop"}], ids=str
+)
 def test_forms_agree_step_by_step(options: dict[str, Any]) -> None:
     stack = make()
     x, delta = torch.randn(6, 2, 3, dtype=F64), torch.randn(6, 2, 4, dtype=F64)
