@@ -325,6 +325,55 @@ class RfpChunk(_Online):
         return size.batch * size.units**2 * (8 + 16 + 8 + passes / size.chunk)
 
 
+def _through_kept(case: _Stream, tape: Tape) -> tuple[Block, Sequence[Tensor], Tensor]:
+    """Run a step on: the steps kept, their own part of its gradient, and the credit at the state before them."""
+    lin, m, delta = case.advance(1)
+    tape.append(Block(lin, m, None))
+    (block,) = tape.blocks()
+    since = torch.zeros_like(block.lin.before)
+    since[:, -1:] = delta
+    credit, first = rfp.reverse_scan(block.m, since)
+    own = rfp.weight_gradients(block.lin, case.cell.matrices, case.problem.weights, credit)
+    return block, own, first
+
+
+class RfpLazy(_Online):
+    """Recurrent Forward Propagation with Γ read every step and rewritten once in C: a gradient every step."""
+
+    name, label = "rfp-lazy", "RFP, Γ rewritten once in C steps"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.covers = problem.chunk
+
+    def run(self) -> Sequence[Tensor]:
+        tape, total = Tape(), [torch.zeros_like(w) for w in self.problem.weights]
+        for step in range(1, self.covers + 1):
+            block, own, first = _through_kept(self, tape)
+            full = step == self.covers
+            past = self.sensitivity.chunk_(block, first) if full else self.sensitivity.read(first)
+            assert past is not None
+            for sum_, *parts in zip(total, own, past, strict=True):
+                for part in parts:
+                    sum_.add_(part)
+        return total
+
+    @staticmethod
+    def state_bytes(size: Size) -> int:
+        return _gamma_bytes(size) + _window(size, RfpHistory.KEPT)
+
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        # the sum of gradients and the kept steps' own part beside Γ's; twice the steps kept where their buffer grows,
+        # and what the fold makes of each step
+        return super().peak_bytes(size) + _window(size, 4 * RfpHistory.KEPT) + 2 * _gradients(size)
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        # forward products, Γ read and a rank-C update every step, the kept steps' own part; Γ carried once in C
+        return size.batch * size.units**2 * (8 + 16 + 16 + 4 * (size.chunk + 1) + 24 / size.chunk)
+
+
 class RfpHistory(_Stream):
     """Recurrent Forward Propagation from the recorded steps since reset: no Γ, a gradient every step.
 
@@ -342,14 +391,7 @@ class RfpHistory(_Stream):
         self.state = self.problem.state
         tape, total = Tape(), [torch.zeros_like(w) for w in self.problem.weights]
         for _ in range(self.covers):
-            lin, m, delta = self.advance(1)
-            tape.append(Block(lin, m, None))
-            (block,) = tape.blocks()
-            since = torch.zeros_like(block.lin.before)
-            since[:, -1:] = delta
-            credit, _ = rfp.reverse_scan(block.m, since)
-            parts = rfp.weight_gradients(block.lin, self.cell.matrices, self.problem.weights, credit)
-            for sum_, part in zip(total, parts, strict=True):
+            for sum_, part in zip(total, _through_kept(self, tape)[1], strict=True):
                 sum_.add_(part)
         return total
 
@@ -560,7 +602,7 @@ def head_size(units: int) -> int:
 
 
 _ALL: tuple[type[Case], ...] = (
-    RfpStep, RfpStepGamma, Copy, RfpChunk, RfpHistory, RfpDual, Bptt, BpttAutograd, Tbptt, Rtrl, RtrlHeads
+    RfpStep, RfpStepGamma, Copy, RfpLazy, RfpChunk, RfpHistory, RfpDual, Bptt, BpttAutograd, Tbptt, Rtrl, RtrlHeads
 )  # fmt: skip
 CASES = {case.name: case for case in _ALL}
 
@@ -656,8 +698,9 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in told)
 
 
-# By name alone: history, which is not for long streams, and truncated BPTT, which costs what BPTT does.
-DEFAULT = tuple(name for name in CASES if name not in ("rfp-history", "tbptt"))
+# By name alone: lazy, whose gradient is step's; history, which is not for long streams; and truncated BPTT, which costs
+# what BPTT does.
+DEFAULT = tuple(name for name in CASES if name not in ("rfp-lazy", "rfp-history", "tbptt"))
 
 
 def check_names(names: Sequence[str]) -> None:

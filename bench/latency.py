@@ -16,6 +16,7 @@ from .summary import seconds_text
 
 LOOKS = {
     "step": Look("#0072B2", "o"),
+    "lazy": Look("#332288", "p", DASHED),
     "step-graph": Look("#56B4E9", "v"),
     "chunk": Look("#009E73", "s", DASHED),
     "carry": Look("#CC79A7", "D", DASHED),

@@ -34,6 +34,7 @@ INPUTS_KEPT = 64  # steps of x and δ that a stream repeats, so that it fits in 
 # What is timed: options of the learner, and steps between updates.
 FORMS: dict[str, dict[str, Any]] = {
     "step": {"form": "step"},
+    "lazy": {"form": "lazy"},
     "chunk": {"form": "chunk"},
     "carry": {"form": "chunk", "credit": "carry"},
     "tbptt": {"learning": "tbptt"},

@@ -48,6 +48,7 @@ CELLS: dict[str, Callable[..., TwoPointRNN]] = {
 # By which rule an algorithm learns.
 LEARNING = {
     "rfp-step": "rfp",
+    "rfp-lazy": "rfp",
     "rfp-chunk": "rfp",
     "rfp-history": "rfp",
     "rfp-dual": "rfp",
@@ -57,7 +58,7 @@ LEARNING = {
     "rtrl": "rtrl",
     "rtrl-heads": "rtrl",
 }
-FORMS = {"step": "rfp-step", "chunk": "rfp-chunk", "history": "rfp-history"}
+FORMS = {"step": "rfp-step", "lazy": "rfp-lazy", "chunk": "rfp-chunk", "history": "rfp-history"}
 SEQUENCE = ("rfp-dual", "bptt", "bptt-autograd")
 # Arrays of T·B·N numbers that a backward pass holds at once beside what was kept.
 BACKWARD_ARRAYS = 12
@@ -144,13 +145,18 @@ class Predicted:
         """Bytes in all: peak, weights and their gradients."""
         return self.peak_bytes + 2 * self.weight_bytes
 
+    @property
+    def compared(self) -> float:
+        """Seconds a step as ways are compared by (`cost.compared_seconds`)."""
+        return cost.compared_seconds("lazy" if self.algorithm == FORMS["lazy"] else "", self.seconds)
+
     def fits(self, device: Device) -> bool:
         """Whether the device holds it, with a tenth of its memory left."""
         return self.needs <= MEMORY_SHARE * device.memory_bytes
 
 
 class Model:
-    """The cost of every algorithm for one layer, N, B, T and C, on one kind of device."""
+    """The cost of every algorithm for one layer, N, B, T, C and R (of "rfp-lazy"), on one kind of device."""
 
     def __init__(
         self,
@@ -158,11 +164,13 @@ class Model:
         problem: Problem,
         steps: int | None,
         chunk: int,
+        rewrite_every: int,
         *,
         gpu: bool,
     ) -> None:
         self.layer, self.problem, self.steps, self.gpu = layer, problem, steps, gpu
         self.chunk = chunk if steps is None else min(chunk, steps)
+        self.rewrite_every = rewrite_every
         self.kernel = gpu and problem.item == 4
 
     @property
@@ -267,7 +275,7 @@ class Model:
         forms = {name: form for form, name in FORMS.items()}
         if algorithm in forms:
             at_least_2 = max(2, self.chunk)
-            found = cost.form_costs(self.problem, at_least_2, self.steps, cost.CPU)
+            found = cost.form_costs(self.problem, at_least_2, self.steps, cost.CPU, self.rewrite_every)
             return list(next(one.phases for one in found if one.form == forms[algorithm]))
         made: dict[str, Callable[[], list[Phase]]] = {
             "rfp-dual": self._dual,
@@ -290,9 +298,10 @@ class Model:
         own = problem.layer_state_bytes
         if algorithm in ("rfp-step", "rfp-chunk"):
             return problem.gamma_bytes + own
+        if algorithm == "rfp-lazy":
+            return problem.gamma_bytes + problem.grown_bytes(self.rewrite_every - 1) + own
         if algorithm == "rfp-history":
-            steps = self._length()
-            return problem.window_bytes(1 << (steps - 1).bit_length()) + own
+            return problem.grown_bytes(self._length()) + own
         if algorithm == "tbptt":
             return own
         if algorithm in ("rtrl", "rtrl-heads"):
@@ -329,6 +338,8 @@ class Model:
             temporaries = 6 * rows * w
         if algorithm == "rfp-chunk":
             return state + 2 * problem.window_bytes(self.chunk) + 2 * w + temporaries
+        if algorithm == "rfp-lazy":
+            return state + 2 * problem.grown_bytes(self.rewrite_every) + 2 * w + temporaries
         return state + problem.window_bytes(1) + w + temporaries
 
 
@@ -355,10 +366,13 @@ def save(device: Device, path: Path) -> None:
     path.write_text(json.dumps({device.key: device.to_dict()}, indent=2) + "\n")
 
 
-def _model(question: Question, batch: int, gpu: bool, heads: int | None = None) -> Model:
+def _model(
+    question: Question, batch: int, rates: cost.Rates, *, gpu: bool, heads: int | None = None
+) -> Model:
     layer = question.layer(heads)
     problem = counting.problem(layer, batch, question.kept_in, gpu=gpu)
-    return Model(layer, problem, question.steps, question.chunk, gpu=gpu)
+    every = cost.rewrite_every(problem, rates)
+    return Model(layer, problem, question.steps, question.chunk, every, gpu=gpu)
 
 
 def predictions(question: Question, device: Device, batch: int | None = None) -> list[Predicted]:
@@ -367,11 +381,11 @@ def predictions(question: Question, device: Device, batch: int | None = None) ->
     gpu = device.kind == "gpu"
     if question.cuda_graph and not gpu:
         raise ValueError(f"cuda_graph=True needs a GPU, got device {device.key!r}")
-    model = _model(question, rows, gpu)
     threads = torch.get_num_threads() if device.key == HERE and not gpu else None
     eager = cost.rates(device, question.dtype, threads=threads)
     graph = cost.rates(device, question.dtype, cuda_graph=True) if question.cuda_graph else eager
-    names = ["rfp-step", "tbptt"]
+    model = _model(question, rows, eager, gpu=gpu)
+    names = ["rfp-step", "rfp-lazy", "tbptt"]
     names += ["rfp-chunk"] if model.chunk > 1 else []
     names += ["rfp-history", *SEQUENCE] if question.steps is not None else []
     models = dict.fromkeys(names, model)
@@ -381,7 +395,7 @@ def predictions(question: Question, device: Device, batch: int | None = None) ->
         models["rtrl"] = model
         head = cases.head_size(question.hidden)
         if 1 < head < question.hidden:
-            models["rtrl-heads"] = _model(question, rows, gpu, question.hidden // head)
+            models["rtrl-heads"] = _model(question, rows, eager, gpu=gpu, heads=question.hidden // head)
     every = {"tbptt": model.chunk, "rfp-chunk": model.chunk, **dict.fromkeys(SEQUENCE)}
     found = []
     for name, of in models.items():
@@ -433,6 +447,7 @@ class Advice:
 
 USE = {
     "rfp-step": 'OnlineLearner(layer, B, form="step")',
+    "rfp-lazy": 'OnlineLearner(layer, B, form="lazy")',
     "rfp-chunk": 'OnlineLearner(layer, B, update_every=C, form="chunk")',
     "rfp-history": 'OnlineLearner(layer, B, horizon=T, form="history")',
     "rfp-dual": 'the layer itself, learning="rfp"',
@@ -457,7 +472,7 @@ def advise(question: Question, device: Device, found: Sequence[Predicted]) -> Ad
     fitting = [one for one in wanted if one.fits(device)]
     if not fitting:
         return _share(question, device, wanted)
-    ranks = {one.algorithm: (one.other_network, one.algorithm == "tbptt", one.seconds) for one in fitting}
+    ranks = {one.algorithm: (one.other_network, one.algorithm == "tbptt", one.compared) for one in fitting}
     best, *others = sorted(fitting, key=lambda one: ranks[one.algorithm])
     where = (
         "a stream without end" if question.steps is None else f"a sequence of {question.steps} steps at hand"
@@ -467,8 +482,10 @@ def advise(question: Question, device: Device, found: Sequence[Predicted]) -> Ad
     ]
     reasons.append(f"{USE[best.algorithm]}: predicted {seconds_text(best.seconds)} a step")
     peers = [one for one in others if not one.other_network and one.algorithm != "tbptt"]
-    if peers:
-        second = min(peers, key=lambda one: one.seconds)
+    # "rfp-lazy" may be predicted faster, by less than what it must be taken by
+    beaten = [one for one in peers if one.seconds >= best.seconds]
+    if beaten:
+        second = min(beaten, key=lambda one: one.seconds)
         reasons.append(f"{second.seconds / best.seconds:.1f} times as fast as {second.algorithm}")
     if best.phases:
         rates = cost.rates(device, question.dtype)
@@ -518,7 +535,7 @@ def _share(question: Question, device: Device, wanted: Sequence[Predicted]) -> A
             f"{has}, so sharing the batch out doesn't help: take fewer hidden units"
             + ("" if question.steps is None else ", or shorter sequences"),
         )
-    best = min(able, key=lambda one: (-rows[one.algorithm], one.seconds))
+    best = min(able, key=lambda one: (-rows[one.algorithm], one.compared))
     each = rows[best.algorithm]
     count = math.ceil(question.batch / each)
     return Advice(
@@ -585,7 +602,8 @@ def predict_record(made: Record) -> tuple[float, int | None] | None:
     head = cases.head_size(p["N"]) if made.algorithm == "rtrl-heads" else p["N"]
     heads = p["N"] // head if made.algorithm == "rtrl-heads" else None
     question = Question(p["N"], p["B"], p["T"], p["C"], dtype=p["dtype"])
-    model = _model(question, p["B"], gpu, heads if heads and heads < p["N"] else None)
+    model = _model(question, p["B"], rates, gpu=gpu, heads=heads if heads and heads < p["N"] else None)
+    model.rewrite_every = p["C"]  # of a case
     if made.backend is not None:
         model.problem = replace(model.problem, runs=made.backend.partition(":")[0])
     problem = model.problem

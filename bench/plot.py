@@ -46,6 +46,7 @@ LOOKS = {
     "rfp-step": Look("#0072B2", "o"),
     "rfp-step-gamma": Look("#56B4E9", "v"),
     "copy": Look("#999999", "x"),
+    "rfp-lazy": Look("#332288", "p", DASHED),
     "rfp-chunk": Look("#009E73", "s", DASHED),
     "rfp-history": Look("#44AA99", "h"),
     "rfp-dual": Look("#CC79A7", "D"),

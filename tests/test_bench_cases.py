@@ -30,7 +30,9 @@ def test_the_two_oracles_differ() -> None:
     assert all(float((a - b).norm() / b.norm()) > 1e-3 for a, b in zip(rfp, bptt, strict=True))
 
 
-@pytest.mark.parametrize("name", ["rfp-step", "rfp-chunk", "rfp-dual", "bptt", "bptt-autograd", "rtrl"])
+@pytest.mark.parametrize(
+    "name", ["rfp-step", "rfp-lazy", "rfp-chunk", "rfp-dual", "bptt", "bptt-autograd", "rtrl"]
+)
 def test_a_wrong_gradient_is_noticed(name: str) -> None:
     right = CASES[name]
 
@@ -70,6 +72,7 @@ def test_a_run_covers_the_steps_it_says() -> None:
         "rfp-step": 1,
         "rfp-step-gamma": 1,
         "copy": 1,
+        "rfp-lazy": 8,
         "rfp-chunk": 8,
         "rfp-history": 20,
         "rfp-dual": 20,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rjepa_triton import cost, devices
+from rjepa_triton import RGC, OnlineLearner, cost, counting, devices
 from rjepa_triton.bench import measure, plan, record
 from rjepa_triton.bench.cases import CASES, Size, head_size
 from rjepa_triton.bench.cli import bench
@@ -53,11 +53,27 @@ def test_state_bytes_are_those_of_the_cases(units: int, batch: int) -> None:
     found = {one.algorithm: one for one in plan.predictions(question, H100)}
     own = 2 * batch * units * 4  # the layer's states, which a case leaves out
     for name, one in found.items():
-        if name not in ("tbptt", "rfp-history"):
+        if name not in ("tbptt", "rfp-lazy", "rfp-history"):
             kept = own if name in ("rfp-step", "rfp-chunk", "rtrl", "rtrl-heads") else 0
             assert one.state_bytes - kept == CASES[name].state_bytes(size), name
             assert one.peak_bytes >= one.state_bytes
     assert found["rtrl-heads"].weight_bytes == 4 * 4 * units * head_size(units)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_state_bytes_of_lazy_are_the_learners(batch: int) -> None:
+    cpu = devices.known()["cpu"]
+    found = next(o for o in plan.predictions(Question(64, batch), cpu) if o.algorithm == "rfp-lazy")
+    layer = RGC(64)
+    every = cost.rewrite_every(counting.problem(layer, batch, torch.float32, gpu=False), cost.CPU)
+    learner = OnlineLearner(layer, batch, form="lazy", rewrite_every=every)
+    held = 0
+    for _ in range(every):
+        learner.step(torch.randn(batch, 64)).sum().backward()
+        held = max(held, learner.nbytes)
+    assert found.state_bytes == held
+    assert found.peak_bytes > found.state_bytes
+    assert found.every == 1
 
 
 def test_what_is_predicted_grows_as_it_must() -> None:
@@ -67,6 +83,7 @@ def test_what_is_predicted_grows_as_it_must() -> None:
 
     assert seconds("rfp-step", batch=32) == pytest.approx(2 * seconds("rfp-step"), rel=0.1)
     assert seconds("rtrl", hidden=8192) == pytest.approx(16 * seconds("rtrl"), rel=0.02)
+    assert seconds("rfp-lazy", batch=64) < seconds("rfp-step", batch=64)
     assert seconds("rfp-chunk", chunk=64) < seconds("rfp-chunk")
     assert seconds("rfp-step", gamma_dtype="bfloat16") < 0.6 * seconds("rfp-step")
     assert seconds("rfp-step", hidden=64, cuda_graph=True) < 0.5 * seconds("rfp-step", hidden=64)
@@ -94,6 +111,9 @@ def test_advice() -> None:
 
     assert advise(hidden=1024).algorithm == "rfp-chunk"
     assert advise(hidden=1024, chunk=1).algorithm == "rfp-step"
+    told = advise(hidden=2048, batch=64, chunk=1)
+    assert told.algorithm == "rfp-lazy"
+    assert 'OnlineLearner(layer, B, form="lazy")' in told.text
     told = advise(hidden=1024, steps=100, batch=8)
     assert told.algorithm == "rfp-dual"
     assert "a sequence of 100 steps at hand" in told.text
