@@ -107,8 +107,8 @@ def gradients(
     """
     runs = ops.choose_scan(backend, delta.device, delta.dtype)
     large = delta.device.type == "cpu" and delta[0].numel() > LARGE
-    if learning in rfp.RULES and rounds == 0 and runs == "torch" and large:
-        return _dual_by_windows(cell, trajectory, weights, delta, learning, needs_weights)
+    if learning in rfp.RULES and rounds == 0 and runs != "triton" and large:
+        return _dual_by_windows(cell, trajectory, weights, delta, learning, runs, needs_weights)
     trajectory = trajectory.with_saved(cell, weights)
     lin = cell.linearize(trajectory)
     inputs = len(cell.per_unit)
@@ -145,6 +145,7 @@ def _dual_by_windows(
     weights: Sequence[Tensor],
     delta: Tensor,
     learning: str,
+    runs: str,
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """`gradients` by the dual form, a window of time after the other, the last one first.
@@ -161,7 +162,7 @@ def _dual_by_windows(
         start = max(0, stop - length)
         lin = cell.linearize(trajectory.window(start, stop).with_saved(cell, weights))
         m = rfp.transition(lin, cell.matrices, weights, learning)
-        credit, passed = rfp.reverse_scan(m, delta[:, start:stop], passed)
+        credit, passed = ops.reverse_scan(m, delta[:, start:stop], passed, backend=runs)
         for_x[:, start:stop] = rfp.input_gradient(lin, credit, inputs)
         if needs_weights:
             found = rfp.weight_gradients(lin, cell.matrices, weights, credit)
@@ -215,8 +216,9 @@ def two_point(
                            and on the CPU, with one thread, of an affine cell. Else, and where it diverges, the loop.
         recompute: keep the states alone until backward(), which makes the gates again: one product more a matrix over
             (T, B), in torch's precision for products. RGC keeps x and 2 numbers a unit and step then, in place of 6.
-        backend: of the scans, RFP's backward one and that of the forward pass in parallel: "torch", "triton", or
-            "auto", which takes Triton for float32 tensors on a GPU.
+        backend: of the loops over time, forward and RFP's backward one, and of the scan of the forward pass in
+            parallel: "torch", "compile" (CPU), "triton" (GPU), or "auto", which takes the last two for float32 tensors
+            (`ops`).
 
     Nothing is mutated.
 

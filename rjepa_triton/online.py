@@ -83,7 +83,8 @@ class OnlineLearner:
             a bias's y = 1 has, and a little worse elsewhere. A learner draws the same bits on every run; Triton
             and torch draw from one distribution, but not the same bits.
         horizon: steps between resets, if known: lets "auto" consider "history".
-        backend: of the Γ recursion: "torch", "compile" (CPU), "triton" (GPU), or "auto" (`ops.choose_gamma`).
+        backend: of the Γ recursion, and of loops over time: "torch", "compile" (CPU), "triton" (GPU), or "auto"
+            (`ops.choose_gamma`, `ops.choose_scan`).
         seed: of the random signs of "uoro", and of stochastic rounding.
         cuda_graph: run each step, and its backward, as a CUDA graph, so that small layers don't wait for kernel
             launches. For a layer on a GPU, form "step", lag 0, and rules that carry Γ; step by step (no chunk()),
@@ -164,7 +165,7 @@ class OnlineLearner:
         heads = rtrl.joint_heads([w.detach() for w in layer.recurrent_weights()], layer.hidden_size)
         self.carried_bytes = self._problem.carried_bytes(self.learning, layer.hidden_size // heads)
         sensitivity: Carried | None = None
-        scan = ops.choose_scan("torch" if backend == "compile" else backend, device, dtype)
+        scan = ops.choose_scan("auto" if backend == "compile" else backend, device, dtype)
         if self.form != "history":
             self._refuse_if_too_large(device)
             sizes = (layer.matrices, weights, self._problem.states, batch_size)

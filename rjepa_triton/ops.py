@@ -1,11 +1,14 @@
-"""What runs the recursions: plain torch, the same functions compiled for the CPU, or Triton kernels.
+"""What runs the recursions: plain torch, code compiled for the CPU, or Triton kernels.
 
 torch    anywhere, in any floating dtype: an operation a pass over memory
-compile  CPU: one pass over Γ a step. Compiling takes some seconds once, and a C++ compiler
+compile  CPU, with a C++ compiler. Γ: the same functions by torch.compile, one pass over Γ a step; compiling takes some
+         seconds once. Loops over time, float32: RGC's with dense weights and the reverse scan as one call each
+         (`_loops`), where a layer is so small that torch's calls are what costs; elsewhere torch
 triton   CUDA and ROCm tensors in float32 (Γ may be bfloat16); elsewhere under TRITON_INTERPRET=1, for tests
-auto     triton where it can run; compile on the CPU where Γ is large; else torch
+auto     triton where it can run; compile on the CPU, for Γ where it is large; else torch
 
-A kernel that can't be launched gives way to torch for good, with one warning that says why.
+A kernel that can't be launched, or a loop that can't be compiled, gives way to torch for good, with one warning that
+says why.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from . import _loops
 from .cells import RGCCell
 from .reference import bptt, rfp
 from .two_point import ByState, Cell, Linearization, Matrix, Trajectory
@@ -32,12 +35,16 @@ COMPILE_FROM = 1 << 16
 HEAD_UNITS = 64  # of a head, that the exact kernel takes
 ON_CHIP_UNITS = 64  # of an RGC, up to which one launch runs all steps of its loop
 SCAN_STATES = 2  # states a unit that kernels scan; more are torch's
+# Up to how many units, and numbers of B·N, RGC's loop is compiled code's, which one thread runs: beyond, torch's
+# products by all threads may be faster. Of one step, for which weights are laid out anew, up to fewer units.
+LOOP_UNITS, LOOP_NUMBERS, STEP_UNITS = 256, 2048, 128
+# The same of the reverse scan, up to where torch runs a step of two states by one thread.
+REVERSE_NUMBERS = 1 << 14
 
 
-@functools.cache
 def cpp_compiler() -> str | None:
     """The C++ compiler that torch.compile would use on the CPU, or None."""
-    return next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
+    return _loops.compiler()
 
 
 @functools.cache
@@ -56,18 +63,53 @@ def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def choose_scan(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """ "torch" or "triton", for what has no Γ: the reverse scan.
+def _no_loops(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why compiled loops can't serve tensors of this device and dtype, or None if they can."""
+    if device.type != "cpu":
+        return f"compiled code serves CPU tensors, got {device}"
+    if dtype != torch.float32:
+        return f"compiled loops compute in float32, got {dtype}"
+    if (
+        torch.compiler.is_compiling() or cpp_compiler()
+    ):  # what is traced takes torch, and looks for no program
+        return None
+    return "no C++ compiler was found"
 
-    Raises ValueError if `backend` is unknown, has no scan, or is "triton" where that can't run.
+
+def choose_scan(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """ "torch", "compile" or "triton", for what has no Γ: loops over time.
+
+    Raises ValueError if `backend` is unknown, or asks for what can't run here.
     """
-    check.one_of("backend", backend, ("auto", "torch", "triton"))
-    obstacle = _no_triton(device, dtype)
-    if backend == "triton" and obstacle:
-        raise ValueError(f"backend='triton' can't run: {obstacle}; use backend='torch'")
+    check.one_of("backend", backend, BACKENDS)
     if backend == "auto":
-        return "triton" if device.type == "cuda" and not obstacle else "torch"
+        if device.type == "cpu":
+            return "torch" if _no_loops(device, dtype) else "compile"
+        return "triton" if device.type == "cuda" and not _no_triton(device, dtype) else "torch"
+    obstacle = {"triton": _no_triton, "compile": _no_loops}.get(backend, lambda *_: None)(device, dtype)
+    if obstacle:
+        raise ValueError(f"backend={backend!r} can't run: {obstacle}; use backend='torch'")
     return backend
+
+
+def compiled_loop(cell: Cell, weights: Sequence[Tensor], steps: int, batch: int) -> bool:
+    """Whether "compile" runs `cell.scan` over T = `steps`, B = `batch` as one call; weights' shapes alone count."""
+    if not is_dense_rgc(cell, weights):
+        return False
+    units = weights[0].shape[0]
+    return units <= (LOOP_UNITS if steps > 1 else STEP_UNITS) and batch * units <= LOOP_NUMBERS
+
+
+def compiled_reverse(numbers: int) -> bool:
+    """Whether "compile" runs the reverse scan over `numbers` of B·N as one call."""
+    return numbers <= REVERSE_NUMBERS
+
+
+def _has_memory(*tensors: Tensor | None) -> bool:
+    """Whether compiled loops can be given these tensors' addresses: not while torch.compile or a mode traces them."""
+    return not torch.compiler.is_compiling() and all(
+        tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors
+    )
 
 
 def choose_gamma(
@@ -112,10 +154,18 @@ def scan(
     backend: str = "torch",
     keep: bool = True,
 ) -> Trajectory:
-    """`cell.scan` by the chosen backend ("torch" or "triton"); kernels run RGC with dense weights.
+    """`cell.scan` by the chosen backend, as `choose_scan` gives it; but for torch, of RGC with dense weights alone.
 
     keep: whether the trajectory has `saved`.
     """
+    if (
+        backend == "compile"
+        and compiled_loop(cell, weights, x.shape[1], x.shape[2])
+        and _has_memory(x, resets, *weights, *state)
+    ):
+        found = _loops.rgc_scan(x[0], weights, state, resets)
+        if found is not None:
+            return Trajectory(x, found[0], found[1] if keep else x.new_empty(0), resets)
     if backend == "triton" and is_dense_rgc(cell, weights):
         from .kernels import rgc_forward as kernels
 
@@ -181,7 +231,15 @@ def exact(
 def reverse_scan(
     m: Tensor, delta: Tensor, carry: Tensor | None = None, *, backend: str = "torch"
 ) -> tuple[Tensor, Tensor]:
-    """`rfp.reverse_scan` by the chosen backend; one step is two products, which torch does."""
+    """`rfp.reverse_scan` by the chosen backend; where Triton would, torch does one step, which is two products."""
+    if (
+        backend == "compile"
+        and compiled_reverse(delta.shape[2] * delta.shape[3])
+        and _has_memory(m, delta, carry)
+    ):
+        made = _loops.reverse_scan(m, delta, carry)
+        if made is not None:
+            return made
     if backend == "triton" and delta.shape[1] > 1 and delta.shape[0] <= SCAN_STATES:
         from .kernels import reverse_scan as kernels
 
@@ -216,7 +274,7 @@ def dual(
     *,
     backend: str = "torch",
 ) -> tuple[Iterable[Tensor], Tensor, Tensor]:
-    """From δ to all that the dual form's gradients are made of, by the chosen backend ("torch" or "triton").
+    """From δ to all that the dual form's gradients are made of, by the chosen backend.
 
     m (S, S, T, B, N), delta (S, T, B, N). Returns the credit that enters each matrix, E^k (T, B, N), to be taken one
     after the other; the gradient of the first `inputs` = J per-unit inputs (J, T, B, N); and M(1)ᵀ λ(1) (S, B, N).

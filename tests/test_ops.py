@@ -40,6 +40,14 @@ def test_auto(
     assert why in because
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "chosen"),
+    [(CPU, F32, "compile"), (CPU, F64, "torch"), (GPU, F32, "triton"), (GPU, F64, "torch")],
+)
+def test_auto_of_a_loop_over_time(device: torch.device, dtype: torch.dtype, chosen: str) -> None:
+    assert ops.choose_scan("auto", device, dtype) == chosen
+
+
 def test_what_can_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="'triton' can't run: kernels need a CUDA or ROCm tensor"):
@@ -48,11 +56,22 @@ def test_what_can_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.choose_gamma("triton", CPU, F32, F32, 1)
     with pytest.raises(ValueError, match="'compile' can't run: compiled code serves CPU tensors"):
         ops.choose_gamma("compile", GPU, F32, F32, 1)
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'triton', got 'compile'"):
-        ops.choose_scan("compile", CPU, F32)
+    with pytest.raises(ValueError, match="'compile' can't run: compiled code serves CPU tensors, got cuda"):
+        ops.choose_scan("compile", GPU, F32)
+    with pytest.raises(ValueError, match="'compile' can't run: compiled loops compute in float32, got"):
+        ops.choose_scan("compile", CPU, F64)
+    with pytest.raises(
+        ValueError, match="backend must be one of 'auto', 'torch', 'compile', 'triton', got 'c'"
+    ):
+        ops.choose_scan("c", CPU, F32)
     monkeypatch.setattr(ops, "cpp_compiler", lambda: None)
-    with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
-        ops.choose_gamma("compile", CPU, F32, F32, 1)
+    for choose in (
+        lambda: ops.choose_gamma("compile", CPU, F32, F32, 1),
+        lambda: ops.choose_scan("compile", CPU, F32),
+    ):
+        with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
+            choose()
+    assert ops.choose_scan("auto", CPU, F32) == "torch"
     assert ops.choose_gamma("auto", CPU, F32, F32, 1 << 20) == ("torch", "no C++ compiler was found")
 
 

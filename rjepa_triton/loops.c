@@ -1,0 +1,202 @@
+// Loops over time for the CPU, float32, one thread, arrays contiguous: what `_loops` compiles and calls.
+//
+// No -ffast-math, which may have the whole process flush subnormals to zero and lets NaN and infinities be anything. So
+// tanh is written here, sixteen numbers at once.
+
+#include <stddef.h>
+
+// One register of AVX-512, two of AVX, four of SSE and NEON, by the compiler.
+#define WIDTH 16
+#define PANEL (2 * WIDTH)
+typedef float wide __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef int bits __attribute__((vector_size(WIDTH * sizeof(int)), aligned(sizeof(int)), may_alias));
+
+static inline wide chosen(bits mask, wide yes, wide no) { return (wide)((mask & (bits)yes) | (~mask & (bits)no)); }
+
+// tanh to 2 ulp. Below 0.625 an odd polynomial; above, 1 - 2 / (exp(2|x|) + 1), which is 1 from 9.02 on. Coefficients of
+// both are Cephes' (S. Moshier, single precision).
+static inline wide tanh_of(wide x) {
+    bits sign = (bits)x & (int)0x80000000;
+    wide size = (wide)((bits)x ^ sign), z = size * size;
+    wide low = -5.70498872745e-3f * z + 2.06390887954e-2f;
+    low = low * z - 5.37397155531e-2f;
+    low = low * z + 1.33314422036e-1f;
+    low = low * z - 3.33332819422e-1f;
+    low = low * z * size + size;
+
+    wide twenty = (wide){0} + 20.0f;
+    wide doubled = chosen(size < 10.0f, 2.0f * size, twenty); // a NaN's is put back at the end
+    bits n = __builtin_convertvector(doubled * 1.44269504088896341f + 0.5f, bits);
+    wide whole = __builtin_convertvector(n, wide);
+    wide r = doubled - whole * 0.693359375f + whole * 2.12194440e-4f; // less n log 2, in two parts: the first is exact
+    wide e = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * (r * r) + r + 1.0f;
+    wide power = (wide)((n + 127) << 23); // 2ⁿ
+    wide high = 1.0f - 2.0f / (e * power + 1.0f);
+
+    wide found = (wide)((bits)chosen(size < 0.625f, low, high) | sign);
+    return chosen(x != x, x, found);
+}
+
+// tanh in place, by which its accuracy is tested.
+void tanh_all(float *values, long count) {
+    for (; count > 0; values += WIDTH, count -= WIDTH) {
+        float some[WIDTH] = {0};
+        long here = count < WIDTH ? count : WIDTH;
+        for (long i = 0; i < here; i++) some[i] = values[i];
+        *(wide *)some = tanh_of(*(const wide *)some);
+        for (long i = 0; i < here; i++) values[i] = some[i];
+    }
+}
+
+static inline long panels_of(long units) { return (2 * units + PANEL - 1) / PANEL; }
+
+// Both matrices that read one source, (N, N) each, as panels of PANEL of their 2N rows, [panel][column][row]; the last
+// one is filled up with zeros.
+static void pack(const float *own, const float *cross, float *restrict out, long units) {
+    long panels = panels_of(units);
+    for (long row = 0; row < panels * PANEL; row++) {
+        float *restrict to = out + (row / PANEL) * units * PANEL + row % PANEL;
+        if (row < 2 * units) {
+            const float *from = row < units ? own + row * units : cross + (row - units) * units;
+            for (long k = 0; k < units; k++) to[k * PANEL] = from[k];
+        } else {
+            for (long k = 0; k < units; k++) to[k * PANEL] = 0.0f;
+        }
+    }
+}
+
+// The tanh of a row's sums as its gates, the first `count` of them.
+static inline void put(float *restrict out, wide left, wide right, long count) {
+    wide both[2] = {tanh_of(left), tanh_of(right)};
+    if (count >= PANEL) {
+        ((wide *)out)[0] = both[0];
+        ((wide *)out)[1] = both[1];
+    } else {
+        for (long i = 0; i < count; i++) out[i] = ((const float *)both)[i];
+    }
+}
+
+// One panel's gates of a row; even and odd columns apart, since a sum waits for the one before.
+static inline void one_row(const float *restrict w, const float *restrict c, float *restrict out, long units,
+                           long count) {
+    wide even[2] = {{0}}, odd[2] = {{0}};
+    long k = 0;
+    for (; k + 2 <= units; k += 2, w += 2 * PANEL) {
+        const wide *at = (const wide *)w;
+        even[0] += c[k] * at[0];
+        even[1] += c[k] * at[1];
+        odd[0] += c[k + 1] * at[2];
+        odd[1] += c[k + 1] * at[3];
+    }
+    if (k < units) {
+        const wide *at = (const wide *)w;
+        even[0] += c[k] * at[0];
+        even[1] += c[k] * at[1];
+    }
+    put(out, even[0] + odd[0], even[1] + odd[1], count);
+}
+
+// The same of four rows, which read the panel once.
+static inline void four_rows(const float *restrict w, const float *restrict c, float *restrict out, long units,
+                             long count) {
+    wide a[2] = {{0}}, b[2] = {{0}}, d[2] = {{0}}, e[2] = {{0}};
+    for (long k = 0; k < units; k++, w += PANEL) {
+        const wide *at = (const wide *)w;
+        wide left = at[0], right = at[1];
+        float ca = c[k], cb = c[units + k], cd = c[2 * units + k], ce = c[3 * units + k];
+        a[0] += ca * left, a[1] += ca * right;
+        b[0] += cb * left, b[1] += cb * right;
+        d[0] += cd * left, d[1] += cd * right;
+        e[0] += ce * left, e[1] += ce * right;
+    }
+    put(out, a[0], a[1], count);
+    put(out + 2 * units, b[0], b[1], count);
+    put(out + 4 * units, d[0], d[1], count);
+    put(out + 6 * units, e[0], e[1], count);
+}
+
+// A reciprocal gated circuit over T steps (`cells.RGCCell`): states (2, T + 1, B, N), whose first step is given and
+// the rest written; gates (2, T, B, 2, N) written; x (T, B, N); resets (T, B) bytes or NULL; weights ss, ms, mm, sm
+// (N, N) each. scratch: 2 · panels · PANEL · N numbers for the packed weights, then 2 · B · N for what a step reads
+// where rows are reset.
+void rgc_scan(const float *restrict x, const float *ss, const float *ms, const float *mm, const float *sm,
+              const unsigned char *resets, float *states, float *restrict gates, float *restrict scratch, long steps,
+              long batch, long units) {
+    long numbers = batch * units, packed = panels_of(units) * PANEL * units;
+    long next_state = (steps + 1) * numbers, next_gate = 2 * steps * numbers;
+    float *kept = scratch + 2 * packed;
+    pack(ss, sm, scratch, units);
+    pack(mm, ms, scratch + packed, units);
+    for (long t = 0; t < steps; t++) {
+        const float *before[2] = {states + t * numbers, states + next_state + t * numbers};
+        int any = 0;
+        for (long b = 0; resets && b < batch; b++) any |= resets[t * batch + b];
+        if (any) {
+            for (int j = 0; j < 2; j++) {
+                for (long b = 0; b < batch; b++)
+                    for (long i = b * units; i < (b + 1) * units; i++)
+                        kept[j * numbers + i] = resets[t * batch + b] ? 0.0f : before[j][i];
+                before[j] = kept + j * numbers;
+            }
+        }
+        for (int j = 0; j < 2; j++) {
+            float *out = gates + j * next_gate + t * 2 * numbers;
+            for (long first = 0; first < 2 * units; first += PANEL) {
+                const float *w = scratch + j * packed + first * units;
+                long b = 0;
+                for (; b + 4 <= batch; b += 4)
+                    four_rows(w, before[j] + b * units, out + 2 * b * units + first, units, 2 * units - first);
+                for (; b < batch; b++)
+                    one_row(w, before[j] + b * units, out + 2 * b * units + first, units, 2 * units - first);
+            }
+        }
+        for (long b = 0; b < batch; b++) {
+            const float *from_s = gates + (t * batch + b) * 2 * units, *from_m = from_s + next_gate;
+            const float *given = x + t * numbers + b * units;
+            const float *s = before[0] + b * units, *m = before[1] + b * units;
+            float *restrict new_s = states + (t + 1) * numbers + b * units, *restrict new_m = new_s + next_state;
+            for (long i = 0; i < units; i++) new_s[i] = given[i] + from_s[i] * s[i] - from_m[units + i] * given[i];
+            for (long i = 0; i < units; i++) new_m[i] = given[i] + from_m[i] * m[i] - from_s[units + i] * given[i];
+        }
+    }
+}
+
+// Mᵀ λ of one step, for `count` units of S states, added to `out`. m: of the step, its planes `plane` apart; credit and
+// out: their states as far apart as given.
+static inline void pass_back(const float *m, long plane, const float *credit, long credit_state, float *out,
+                             long out_state, long states, long count) {
+    for (long source = 0; source < states; source++) {
+        float *restrict to = out + source * out_state;
+        for (long nu = 0; nu < states; nu++) {
+            const float *restrict by = m + (nu * states + source) * plane, *restrict from = credit + nu * credit_state;
+            for (long i = 0; i < count; i++) to[i] += by[i] * from[i];
+        }
+    }
+}
+
+// λ(t) = δ(t) + M(t+1)ᵀ λ(t+1) and M(1)ᵀ λ(1): m (S, S, T, R), delta and credit (S, T, R), carry (S, R) or NULL, first
+// (S, R); R = B·N. Writes credit and first.
+void reverse_scan(const float *m, const float *restrict delta, const float *restrict carry, float *credit,
+                  float *first, long states, long steps, long count) {
+    long plane = steps * count;
+    for (long t = steps - 1; t >= 0; t--) {
+        for (long nu = 0; nu < states; nu++) {
+            float *restrict to = credit + nu * plane + t * count;
+            const float *restrict own = delta + nu * plane + t * count;
+            if (carry && t == steps - 1)
+                for (long i = 0; i < count; i++) to[i] = own[i] + carry[nu * count + i];
+            else
+                for (long i = 0; i < count; i++) to[i] = own[i];
+        }
+        if (t < steps - 1)
+            pass_back(m + (t + 1) * count, plane, credit + (t + 1) * count, plane, credit + t * count, plane, states,
+                      count);
+    }
+    for (long i = 0; i < states * count; i++) first[i] = 0.0f;
+    pass_back(m, plane, credit, plane, first, count, states, count);
+}

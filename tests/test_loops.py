@@ -1,0 +1,281 @@
+"""Loops compiled for the CPU: what torch's give, and how the library is built, found and done without."""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from rjepa_triton import RGC, RNN, OnlineLearner, _loops, ops
+from rjepa_triton.cells import LSTMCell, RGCCell
+from rjepa_triton.functional import rgc
+from rjepa_triton.reference import rfp
+
+F32, F64 = torch.float32, torch.float64
+CELL = RGCCell()
+
+pytestmark = pytest.mark.skipif(_loops.compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def found_again() -> Iterator[None]:
+    """The library is looked for anew, now and after the test."""
+    _loops.library.cache_clear()
+    yield
+    _loops.library.cache_clear()
+
+
+def sizes() -> list[tuple[int, int, int]]:
+    """T, B, N."""
+    return [(1, 1, 1), (1, 3, 65), (5, 1, 1), (6, 3, 63), (6, 1, 64), (7, 4, 65), (3, 9, 16), (4, 2, 200)]
+
+
+def given(steps: int, batch: int, units: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    weights = [torch.randn(units, units) / units**0.5 for _ in range(4)]
+    return torch.randn(1, steps, batch, units), weights, [torch.randn(batch, units) for _ in range(2)]
+
+
+def test_tanh_is_within_two_ulp_over_the_whole_range() -> None:
+    some = torch.cat([torch.linspace(-12, 12, 400_001), torch.logspace(-44, 38, 200_001)])
+    found, exact = some.clone(), some.double().tanh()
+    assert _loops.tanh_(found)
+    ulp = (torch.nextafter(exact.float().abs(), torch.tensor(2.0)) - exact.float().abs()).double()
+    assert float(((found.double() - exact).abs() / ulp).max()) < 2
+    assert float(found.abs().max()) == 1
+
+
+def test_tanh_of_what_is_no_ordinary_number() -> None:
+    odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-45, 3e38, -3e38])
+    found = odd.clone()
+    _loops.tanh_(found)
+    torch.testing.assert_close(found, odd.tanh(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit()[1:], odd.signbit()[1:])
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize(("steps", "batch", "units"), sizes())
+def test_the_forward_loop_is_torchs(steps: int, batch: int, units: int, reset: bool) -> None:
+    x, weights, state = given(steps, batch, units)
+    resets = torch.rand(steps, batch) < 0.4 if reset else None
+    found = _loops.rgc_scan(x[0], weights, state, resets)
+    assert found is not None
+    exact = CELL.scan(x.double(), [w.double() for w in weights], [s.double() for s in state], resets)
+    ours, theirs = found, CELL.scan(x, weights, state, resets)
+    for got, one, want in zip(ours, (theirs.states, theirs.saved), (exact.states, exact.saved), strict=True):
+        assert got.shape == one.shape
+        assert got.stride() == one.stride()
+        scale = float(want.abs().max())
+        error, torchs = float((got - want).abs().max()) / scale, float((one - want).abs().max()) / scale
+        assert error <= max(3 * torchs, 1e-6)
+
+
+def test_strides_don_t_matter() -> None:
+    x, weights, state = given(6, 3, 10)
+    resets = torch.rand(6, 3) < 0.4
+    want = ops.scan(CELL, x, weights, state, resets, backend="compile")
+    turned = [
+        x.transpose(1, 3).contiguous().transpose(1, 3),
+        [w.t().contiguous().t() for w in weights],
+        [s.repeat(1, 2)[:, ::2] if i else s.t().contiguous().t() for i, s in enumerate(state)],
+        resets.t().contiguous().t(),
+    ]
+    turned[2][1] = torch.stack([state[1], state[1]], -1)[..., 0]
+    got = ops.scan(CELL, *turned, backend="compile")
+    torch.testing.assert_close([got.states, got.saved], [want.states, want.saved], rtol=0, atol=0)
+    assert ops.scan(CELL, x, weights, state, resets, backend="compile", keep=False).saved.shape == (0,)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_goes_where_torch_has_it_go(value: float) -> None:
+    x, weights, state = given(5, 3, 20)
+    x[0, 1, 0, 4] = value
+    resets = torch.zeros(5, 3, dtype=torch.bool)
+    resets[3, 0] = True  # forgotten here
+    got, want = (ops.scan(CELL, x, weights, state, resets, backend=b) for b in ("compile", "torch"))
+    torch.testing.assert_close(got.states, want.states, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(got.saved, want.saved, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert got.states[:, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("states", [1, 2, 3])
+@pytest.mark.parametrize(("steps", "batch", "units"), sizes())
+def test_the_reverse_scan_is_torchs(states: int, steps: int, batch: int, units: int) -> None:
+    m, delta = torch.randn(states, states, steps, batch, units) / 2, torch.randn(states, steps, batch, units)
+    apart = m.movedim(2, 0).contiguous().movedim(0, 2), delta.movedim(1, 0).contiguous().movedim(0, 1)
+    for carry in (None, torch.randn(states, batch, units)):
+        exact = rfp.reverse_scan(m.double(), delta.double(), None if carry is None else carry.double())
+        for one, other in ((m, delta), apart):
+            got = ops.reverse_scan(one, other, carry, backend="compile")
+            for a, b in zip(got, exact, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("learning", ["rfp", "bptt"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("refine", [0, 2])
+def test_the_layers_gradient(learning: str, recompute: bool, refine: int) -> None:
+    if learning == "bptt" and refine:
+        pytest.skip("there is nothing to refine")
+    x, weights, state, ds, dm = oracle.problem(7, 3, 17, dtype=F64)
+    resets = torch.rand(7, 3) < 0.3
+    found = []
+    for dtype, backend in ((F64, "torch"), (F32, "compile")):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *weights, *state)]
+        s, m = rgc(
+            leaves[0],
+            *leaves[1:5],
+            tuple(leaves[5:]),
+            resets=resets,
+            learning=learning,
+            refine=refine,
+            recompute=recompute,
+            backend=backend,
+        )
+        found.append(torch.autograd.grad((s * ds.to(dtype) + m * dm.to(dtype)).sum(), leaves))
+    assert oracle.relative([g.double() for g in found[1]], found[0]) < 1e-5
+
+
+def test_auto_takes_them_and_torch_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = RGC(8), torch.randn(5, 2, 8)
+    learner = OnlineLearner(layer, 2, update_every=4, form="chunk")
+    stepping = OnlineLearner(layer, 2, form="step")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch's loop ran")
+
+    monkeypatch.setattr(RGCCell, "scan", refuse)
+    monkeypatch.setattr(rfp, "reverse_scan", refuse)
+    layer(x)[0].sum().backward()
+    learner.chunk(x[:4]).sum().backward()
+    stepping.step(x[0]).sum().backward()
+    with pytest.raises(AssertionError, match="torch's loop ran"):
+        rgc(x, *layer.weights(), backend="torch")
+
+
+def test_limits() -> None:
+    def dense(units: int) -> list[Tensor]:
+        return [torch.empty(units, units, device="meta")] * 4
+
+    assert ops.compiled_loop(CELL, dense(256), 50, 8)
+    assert not ops.compiled_loop(CELL, dense(257), 50, 1)
+    assert not ops.compiled_loop(CELL, dense(256), 50, 9)
+    assert ops.compiled_loop(CELL, dense(128), 1, 1)
+    assert not ops.compiled_loop(CELL, dense(129), 1, 1)
+    assert not ops.compiled_loop(CELL, [torch.empty(8)] * 4, 50, 1)
+    assert not ops.compiled_loop(LSTMCell(), dense(8), 50, 1)
+    m, delta = torch.randn(1, 1, 2, 3, 1 << 13), torch.randn(1, 2, 3, 1 << 13)
+    assert not ops.compiled_reverse(m[0, 0, 0].numel())
+    torch.testing.assert_close(ops.reverse_scan(m, delta, backend="compile"), rfp.reverse_scan(m, delta))
+
+
+@pytest.mark.parametrize("layer", [RGC(6), RNN(6, 6)], ids=lambda layer: type(layer).__name__)
+def test_under_torch_compile_with_a_full_graph(layer: Any) -> None:
+    x = torch.randn(5, 2, 6)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (compiled, layer):
+        layer.zero_grad()
+        run(x)[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_layer_that_ran_is_copied_and_pickled() -> None:
+    layer, x = RGC(6), torch.randn(3, 1, 6)
+    want = layer(x)[0]
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(other(x)[0], want, rtol=0, atol=0)
+
+
+def _made(_: int) -> list[float]:
+    torch.manual_seed(0)
+    x, weights, state = given(4, 1, 5)
+    return ops.scan(CELL, x, weights, state, backend="compile").states.flatten().tolist()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_in_other_processes(method: str) -> None:
+    want = _made(0)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(_made, range(2)) == [want] * 2
+
+
+def test_the_library_is_kept_and_found_by_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_again: None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = "from rjepa_triton import _loops; assert _loops.library() is not None"
+    at_once = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait() for process in at_once] == [0, 0]
+    (kept,) = (tmp_path / "rjepa_triton").iterdir()  # nothing else is left
+    run, commands = subprocess.run, []
+    monkeypatch.setattr(_loops.subprocess, "run", lambda c, **o: commands.append(c) or run(c, **o))
+    assert _loops.library() is not None
+    assert [command[1:] for command in commands] == [["--version"]]
+    # another compiler, processor, source or flag is another library
+    monkeypatch.setattr(_loops, "_processor", lambda: "another")
+    _loops.library.cache_clear()
+    assert _loops.library() is not None
+    assert len(list(kept.parent.iterdir())) == 2
+
+
+def test_a_cache_that_can_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_again: None
+) -> None:
+    (tmp_path / "rjepa_triton").write_text("a file where the folder would be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _loops.library() is not None
+
+
+@pytest.mark.parametrize("broken", ["source", "compiler", "library"])
+def test_what_can_not_be_built_gives_way_to_torch_with_one_warning(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_again: None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if broken == "source":
+        monkeypatch.setattr(_loops, "SOURCE", tmp_path / "loops.c")
+        (tmp_path / "loops.c").write_text("not C")
+    else:
+        false = tmp_path / "cc"
+        false.write_text(
+            "#!/bin/sh\nexit 1\n"
+            if broken == "compiler"
+            else '#!/bin/sh\nfor a; do [ "$b" = -o ] && echo text > "$a"; b=$a; done\nexit 0\n'
+        )
+        os.chmod(false, 0o755)
+        monkeypatch.setattr(_loops, "compiler", lambda: str(false))
+    x, weights, state = given(4, 1, 5)
+    says = {"source": "error", "compiler": "exit status 1", "library": "too short"}[broken]
+    with pytest.warns(
+        UserWarning, match=f"(?s)can't be built by .* torch runs in their place from now on.*{says}"
+    ):
+        got = ops.scan(CELL, x, weights, state, backend="compile")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = ops.scan(CELL, x, weights, state, backend="compile")
+    want = CELL.scan(x, weights, state)
+    torch.testing.assert_close([got.states, again.saved], [want.states, want.saved], rtol=0, atol=0)
+    assert not list(tmp_path.glob("rjepa_triton/*"))  # nothing that a later process would find
+
+
+def test_without_a_compiler_torch_runs_and_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, found_again: None
+) -> None:
+    monkeypatch.setattr(_loops, "compiler", lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RGC(5)(torch.randn(3, 1, 5))[0].sum().backward()
+    assert _loops.library() is None
