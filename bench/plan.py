@@ -19,7 +19,7 @@ import torch
 from rich.table import Table
 
 from .. import _checks as check_that
-from .. import cost, counting, devices, functional, nn, parallel
+from .. import cost, counting, devices, functional, nn, ops, parallel
 from ..cost import Phase, Problem, Work, fresh_bytes_of
 from ..devices import Device
 from ..exactness import exactness
@@ -32,6 +32,7 @@ from .scaling import MEMORY_SHARE
 from .summary import bytes_text, seconds_text
 
 HERE = "here"
+CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 GAMMA_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 # Layers by name: (I, N, options of TwoPointRNN). An RGC alone can do without input weights.
@@ -172,6 +173,7 @@ class Model:
         self.chunk = chunk if steps is None else min(chunk, steps)
         self.rewrite_every = rewrite_every
         self.kernel = gpu and problem.item == 4
+        self.compiled = not gpu and ops.choose_scan("auto", CPU, layer.weights()[0].dtype) == "compile"
 
     @property
     def weight_bytes(self) -> int:
@@ -185,7 +187,7 @@ class Model:
         sizes = (steps, problem.batch, problem.units)
         dtype = layer.weights()[0].dtype
         recurrent = list(layer.recurrent_weights())
-        told = parallel.forward_problem(layer.cell, recurrent, sizes, dtype, self.kernel)
+        told = parallel.forward_problem(layer.cell, recurrent, sizes, dtype, self.kernel, self.compiled)
         work = told.sequential() * (1 / steps)
         own = sum(weight.numel() for weight in layer.weights()) - told.weight_numbers
         # weights that read the input: one product over all steps
@@ -220,7 +222,7 @@ class Model:
         if self.kernel:
             work += cost.scan_work(problem.states, steps, problem.batch * problem.units, problem.item, True)
         else:
-            work += problem.pointwise(problem.calls.credit.at(steps))
+            work += problem.credit(steps)
         return [self._forward(steps), Phase("gradient", work * (1 / steps), self._touched(steps))]
 
     def _bptt(self) -> list[Phase]:
@@ -627,9 +629,9 @@ def _predict_forward(made: Record) -> tuple[float, None] | None:
     p = made.params
     cell = FORWARD_CELLS[p["cell"]]()
     weights = [torch.empty(p["N"], p["N"], device="meta")] * len(cell.matrices)
-    told = parallel.forward_problem(
-        cell, weights, (p["T"], p["B"], p["N"]), torch.float32, p["device"] == "cuda"
-    )
+    gpu = p["device"] == "cuda"
+    compiled = not gpu and ops.choose_scan("auto", CPU, torch.float32) == "compile"
+    told = parallel.forward_problem(cell, weights, (p["T"], p["B"], p["N"]), torch.float32, gpu, compiled)
     rates, w = _rates_of_record(made), float(told.weight_numbers * told.item)
     if made.algorithm == "sequential":
         return told.sequential().seconds(rates, w), None

@@ -24,7 +24,8 @@ For the layer's matrices, N×M_k each, S states a unit and batch B; Γ has g = S
 
 The forward pass over T steps, with calls and bytes of the pointwise work counted on a small problem (`counted`):
 
-    sequential   T steps: calls, 2·B·w FLOP, w·item bytes of weights and the pointwise work's, each
+    sequential   T steps: calls, 2·B·w FLOP, w·item bytes of weights and the pointwise work's, each; the calls of one
+                 where the loop is compiled code's (`ops`)
     parallel     rounds of as many FLOP over T steps in few calls, w·item bytes, and an affine scan
 """
 
@@ -180,6 +181,10 @@ class Work:
         return sum(self.parts(rates, working_set).values())
 
 
+# What a call of a compiled loop over time takes beside its arithmetic: room for arrays, and states copied (`_loops`).
+COMPILED_LOOP, COMPILED_REVERSE = Work(calls=4, views=6), Work(calls=1, views=2)
+
+
 def fresh_bytes_of(array: float, count: float = 1) -> float:
     """Bytes of `count` arrays of `array` bytes that are mapped anew each time they are made."""
     return count * array if array > FRESH_FROM else 0.0
@@ -266,6 +271,8 @@ class Problem:
     """S, B, N; M_k of each matrix (1 for a diagonal one or a bias); bytes of a number; calls, and what runs Γ.
 
     features   I, of the layer's input where a matrix reads it, else 0
+    loop, one_step, reverse   whether the layer's loop, a step on its own and the reverse scan are each a call of
+               compiled code (`ops.compiled_loop`, `ops.compiled_reverse`)
     runs       "torch", "compile" or "triton": what Γ's recursion is run by (`runs_gamma`)
     """
 
@@ -278,6 +285,9 @@ class Problem:
     calls: Calls
     features: int = 0
     runs: str = "torch"
+    loop: bool = False
+    one_step: bool = False
+    reverse: bool = False
 
     @property
     def weight_numbers(self) -> int:
@@ -318,6 +328,13 @@ class Problem:
         moved = 3.0 * counted.calls * steps * self.batch * self.units * self.item
         return Work(calls=counted.calls, views=counted.views, bytes=moved)
 
+    def credit(self, steps: float) -> Work:
+        """The reverse scan over `steps` steps on the CPU; compiled, M and δ go in and λ out."""
+        if not self.reverse:
+            return self.pointwise(self.calls.credit.at(steps))
+        moved = steps * self.batch * self.units * self.item * self.states * (self.states + 2)
+        return COMPILED_REVERSE + Work(bytes=float(moved))
+
     def row_blocks(self) -> int:
         """How many blocks of batch rows compiled code takes Γ in (`ops`)."""
         row = self.weight_numbers
@@ -335,7 +352,7 @@ def runs_gamma(gpu: bool, item: int, gamma_item: int, units: int, fan_ins: Seque
 
 def forward_phase(problem: Problem, working_set: float) -> Phase:
     """One step of the layer on its own, recorded."""
-    work = problem.pointwise(problem.calls.step)
+    work = COMPILED_LOOP if problem.one_step else problem.pointwise(problem.calls.step)
     read = Work(flop=2.0 * problem.batch * problem.weight_numbers, matrix_bytes=problem.weight_bytes)
     return Phase("forward", work + read, working_set)
 
@@ -416,7 +433,7 @@ def chunk_work(problem: Problem, steps: int) -> Work:
     if problem.runs == "triton":
         work += scan_work(problem.states, steps, problem.batch * problem.units, problem.item, True)
     else:
-        work += problem.pointwise(calls.credit.at(steps))
+        work += problem.credit(steps)
     return work + fold_work(problem, steps)
 
 
@@ -430,7 +447,7 @@ def history_work(problem: Problem, steps: float, kernel: bool) -> Work:
     if kernel:
         whole = max(1, round(steps))
         return work + scan_work(problem.states, whole, problem.batch * problem.units, problem.item, True)
-    return work + problem.pointwise(calls.credit.at(steps))
+    return work + problem.credit(steps)
 
 
 def kept_work(problem: Problem, steps: float) -> Work:
@@ -523,7 +540,8 @@ def form_costs(
 def loop_phase(problem: Problem, steps: int) -> Phase:
     """A step of the layer among `steps`: weights are joined once, then read again and again."""
     w = problem.weight_bytes
-    work = problem.pointwise(problem.calls.loop.at(steps) * (1 / steps))
+    calls = problem.calls.loop.at(steps)
+    work = COMPILED_LOOP * (1 / steps) if problem.loop else problem.pointwise(calls * (1 / steps))
     read = Work(flop=2.0 * problem.batch * problem.weight_numbers, bytes=2.0 * w / steps, matrix_bytes=w)
     return Phase("forward", work + read, w)
 
@@ -616,6 +634,7 @@ class ForwardProblem:
     round    of the parallel pass: calls of one round, and bytes for one unit, row and step, without the scan
     kernel   whether a Triton kernel does the scan
     launch   whether the loop is one launch, with the weights on chip (`kernels.rgc_forward`)
+    compiled whether it is one call of compiled code on the CPU (`ops.compiled_loop`)
     """
 
     states: int
@@ -628,6 +647,7 @@ class ForwardProblem:
     round: Work
     kernel: bool
     launch: bool = False
+    compiled: bool = False
 
     @property
     def _products(self) -> float:
@@ -636,12 +656,16 @@ class ForwardProblem:
 
     def sequential(self) -> Work:
         """The loop over all T steps, which reads the weights on each, or once where all is one launch."""
-        if self.launch:  # the input in, the states and gates out
-            moved = 4.0 * self.states * self.batch * self.units * self.item * self.steps
-            flop = self._products * self.steps
-            return Work(1, flop, moved + self.weight_numbers * self.item, ON_CHIP_STEP * self.steps)
-        moved, weights = self.step.bytes * self.batch * self.units, self.weight_numbers * self.item
-        work = Work(self.step.calls, self._products, moved, matrix_bytes=weights, views=self.step.views)
+        moved = (
+            4.0 * self.states * self.batch * self.units * self.item * self.steps
+        )  # the input in, states, gates out
+        flop, read = self._products * self.steps, float(self.weight_numbers * self.item)
+        if self.compiled:
+            return COMPILED_LOOP + Work(flop=flop, bytes=moved, matrix_bytes=read * self.steps)
+        if self.launch:
+            return Work(1, flop, moved + read, ON_CHIP_STEP * self.steps)
+        moved = self.step.bytes * self.batch * self.units
+        work = Work(self.step.calls, self._products, moved, matrix_bytes=read, views=self.step.views)
         return work * self.steps
 
     def one_round(self) -> Work:

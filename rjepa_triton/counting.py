@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import ops
 from . import weights as weight_ops
 from ._tape import Block, Recorded
 from .cost import Calls, Line, Problem, Work, counted, runs_gamma
@@ -43,9 +44,10 @@ def calls(cell: Cell, matrices: Sequence[Matrix], weights: Sequence[Tensor]) -> 
 
 def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bool) -> Problem:
     """What the model of cost is told of a layer, whose parameters may be on the meta device; gpu: where it will run."""
-    weights = layer.weights()
+    weights, recurrent = layer.weights(), layer.recurrent_weights()
     fan_ins = [weight_ops.fan_in(weight) for weight in weights]
     item = weights[0].dtype.itemsize
+    compiled = not gpu and weights[0].dtype == torch.float32 and ops.cpp_compiler() is not None
     return Problem(
         states=len(layer.cell.states),
         batch=batch,
@@ -56,6 +58,9 @@ def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bo
         calls=calls(layer.cell, layer.matrices, weights),
         features=layer.input_size or 0,
         runs=runs_gamma(gpu, item, gamma_dtype.itemsize, layer.hidden_size, fan_ins),
+        loop=compiled and ops.compiled_loop(layer.cell, recurrent, 2, batch),
+        one_step=compiled and ops.compiled_loop(layer.cell, recurrent, 1, batch),
+        reverse=compiled and ops.compiled_reverse(batch * layer.hidden_size),
     )
 
 

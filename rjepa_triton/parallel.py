@@ -194,7 +194,8 @@ def rounds_worth(
         return 0
     if device.type == "cpu" and not (cell.affine and torch.get_num_threads() == 1):
         return 0
-    problem = forward_problem(cell, weights, sizes, dtype, kernel)
+    compiled = device.type == "cpu" and ops.choose_scan("auto", device, dtype) == "compile"
+    problem = forward_problem(cell, weights, sizes, dtype, kernel, compiled)
     loop, round_ = cost.forward_seconds(problem, 1, cost.rates_of(device))
     share, expected = (AFFINE_SHARE, AFFINE_ROUNDS) if cell.affine else (SHARE, ASSUMED_ROUNDS)
     rounds = min(MAX_ROUNDS, int(share * loop / round_))
@@ -202,9 +203,14 @@ def rounds_worth(
 
 
 def forward_problem(
-    cell: Cell, weights: Sequence[Tensor], sizes: tuple[int, int, int], dtype: torch.dtype, kernel: bool
+    cell: Cell,
+    weights: Sequence[Tensor],
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    kernel: bool,
+    compiled: bool = False,
 ) -> cost.ForwardProblem:
-    """What the model of cost is told. Arguments as for `rounds_worth`."""
+    """What the model of cost is told. Arguments as for `rounds_worth`; compiled: whether "compile" serves (`ops`)."""
     steps, batch, units = sizes
     step, round_ = _counts(cell, [weight.dim() for weight in weights])
     scale = dtype.itemsize / _COUNTED_AT.itemsize
@@ -219,6 +225,7 @@ def forward_problem(
         round=replace(round_, bytes=round_.bytes * scale),
         kernel=kernel,
         launch=kernel and ops.one_launch(cell, weights),
+        compiled=compiled and ops.compiled_loop(cell, weights, steps, batch),
     )
 
 

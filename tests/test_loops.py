@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton import RGC, RNN, OnlineLearner, _loops, ops
+from rjepa_triton import RGC, RNN, OnlineLearner, _loops, cost, counting, ops, parallel
 from rjepa_triton.cells import LSTMCell, RGCCell
 from rjepa_triton.functional import rgc
 from rjepa_triton.reference import rfp
@@ -163,6 +163,33 @@ def test_auto_takes_them_and_torch_does_not(monkeypatch: pytest.MonkeyPatch) -> 
     stepping.step(x[0]).sum().backward()
     with pytest.raises(AssertionError, match="torch's loop ran"):
         rgc(x, *layer.weights(), backend="torch")
+
+
+def test_the_model_of_cost_knows_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(units: int, dtype: torch.dtype = F32, gpu: bool = False) -> cost.Problem:
+        return counting.problem(RGC(units, device="meta", dtype=dtype), 1, dtype, gpu=gpu)
+
+    def forward(units: int) -> float:
+        weights = [torch.empty(units, units, device="meta")] * 4
+        return parallel.forward_problem(CELL, weights, (50, 1, units), F32, False, True).sequential().calls
+
+    small = told(64)
+    assert (small.loop, small.one_step, small.reverse) == (True, True, True)
+    assert (told(256).loop, told(256).one_step, told(512).loop, told(512).reverse) == (
+        True,
+        False,
+        False,
+        True,
+    )
+    assert not any((told(64, F64).loop, told(64, gpu=True).loop, told(64, gpu=True).reverse))
+    assert forward(64) == cost.COMPILED_LOOP.calls
+    assert forward(512) == 6 * 50
+    assert small.credit(50).calls == cost.COMPILED_REVERSE.calls
+    assert told(64, gpu=True).credit(50).calls > 100
+    calls = [cost.loop_phase(one, 16).work.calls for one in (small, told(64, gpu=True))]
+    assert calls[0] < calls[1] / 10
+    monkeypatch.setattr(ops, "cpp_compiler", lambda: None)
+    assert not any((told(64).loop, told(64).one_step, told(64).reverse))
 
 
 def test_limits() -> None:
