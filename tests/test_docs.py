@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rjepa_triton import RGC, OnlineLearner
-from rjepa_triton.bench import fidelity, forward, learn, plan, record, report, summary
+from rjepa_triton.bench import fidelity, forward, learn, record, report, summary
 from rjepa_triton.cells import RGCCell
 from rjepa_triton.reference import rtrl
 from rjepa_triton.rjepa import figures, theory_runs
