@@ -43,7 +43,14 @@ def test_the_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_report_is_that_of_the_records() -> None:
     page = (ROOT / "docs" / "report" / report.NOTES).read_text()
     found = report.sections(record.files_of(RESULTS))
-    assert {section.name for section in found} >= {"scaling", "peers", "kernels", "online", "memory", "selfcheck"}
+    assert {section.name for section in found} >= {
+        "scaling",
+        "peers",
+        "kernels",
+        "online",
+        "memory",
+        "selfcheck",
+    }
     for section in found:
         for table in section.view.tables(section.records):
             assert summary.markdown(table) in page
