@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import _loops, ops
 from ..cells import RGCCell
 from ..reference import bptt, rfp
 from ..two_point import Trajectory
@@ -466,9 +466,13 @@ class GammaChunk(Kernel):
 
 
 class WithoutGamma(Kernel):
-    """A kernel that returns all it makes. function, pure: eager, and to be compiled. launch: by Triton."""
+    """A kernel that returns all it makes. function, pure: eager, and to be compiled. launch: by Triton.
+
+    loop: one call of code that is compiled for the CPU, if there is any; None from it where it can't be compiled.
+    """
 
     has_gamma = False
+    loop: Callable[..., Sequence[Tensor] | None] | None = None
 
     def __init__(
         self,
@@ -488,7 +492,16 @@ class WithoutGamma(Kernel):
             return [getattr(p, name) for name in self.takes]
 
         if device.type != "cuda":
-            return {"torch": self.reference}
+            loop = self.loop
+            if loop is None or _loops.library() is None:
+                return {"torch": self.reference}
+
+            def looped(p: Any) -> Sequence[Tensor]:
+                made = loop(*arguments(p))
+                assert made is not None
+                return made
+
+            return {"torch": self.reference, "compile": looped}
         return {
             "triton": lambda p: self.launch(*arguments(p)),
             "torch": self.reference,
@@ -511,9 +524,10 @@ class Scan(WithoutGamma):
         function: Callable[..., Sequence[Tensor]],
         pure: Callable[..., Sequence[Tensor]],
         launch: Callable[..., Sequence[Tensor]],
+        loop: Callable[..., Sequence[Tensor] | None] | None = None,
     ) -> None:
         super().__init__(name, takes, function, pure, launch)
-        self._flop, self._written = flop, written
+        self._flop, self._written, self.loop = flop, written, loop
 
     def flop(self, units: int, batch: int, steps: int) -> float:
         return self._flop * units * batch * steps
@@ -559,6 +573,7 @@ class RGCForward(OfCircuit):
 
     def __init__(self, name: str, launch: Callable[..., Sequence[Tensor]]) -> None:
         super().__init__(name, ("x", "weights", "state"), _forward, _pure_forward, launch)
+        self.loop = _loop_forward
 
     def flop(self, units: int, batch: int, steps: int) -> float:
         # a unit: four products with N numbers; four tanh of five operations each, and eight
@@ -627,6 +642,14 @@ def _pure_forward(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, Te
         states.append(torch.stack([s, m]))
         gates.append(torch.stack([torch.stack(by_s, -2), torch.stack(by_m, -2)]))
     return torch.stack(states, 1), torch.stack(gates, 1)
+
+
+def _loop_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor] | None:
+    return _loops.rgc_scan(x, weights.unbind(0), state.unbind(0), None)
+
+
+def _loop_scan(m: Tensor, delta: Tensor) -> Sequence[Tensor] | None:
+    return _loops.reverse_scan(m, delta, None)
 
 
 def _launch_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
@@ -779,7 +802,7 @@ _KERNELS: tuple[Kernel, ...] = (
     GammaChunk(64, "ieee"),
     GammaChunk(64, "tf32"),
     # λ: δ added to Mᵀλ; E: a product a matrix, and S and S - 1 additions for x; R: a product of S×S matrices; U: R φ
-    Scan("scan", ("m", "delta"), 8, 2, rfp.reverse_scan, _pure_scan, _launch("reverse_scan")),
+    Scan("scan", ("m", "delta"), 8, 2, rfp.reverse_scan, _pure_scan, _launch("reverse_scan"), _loop_scan),
     Scan("scan-entering", ("m", "delta", "partials"), 8 + MATRICES + 2 * STATES - 1, MATRICES + 1,
          _scan_entering, _pure_scan_entering, _launch_entering),
     Scan("suffix", ("m",), 12, 4, rfp.suffix_products, rfp.suffix_products, _launch("suffix_products")),

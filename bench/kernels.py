@@ -26,7 +26,7 @@ from .summary import bytes_text, seconds_text
 FILE = "kernels.jsonl"
 # (N, B) by device. Γ in float32 takes 32·B·N² bytes: 67 MB to 2.1 GB on a GPU.
 POINTS = {
-    "cpu": ((256, 1), (1024, 1)),
+    "cpu": ((64, 1), (256, 1), (1024, 1)),
     "cuda": ((512, 8), (1024, 8), (1024, 64), (4096, 4)),
 }
 # Relative error, in norm, that rounding can't explain: of float32 sums, Γ kept in bfloat16, TF32 products.

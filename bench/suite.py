@@ -24,7 +24,7 @@ ORDER: tuple[tuple[str, str, float], ...] = (
     ("online-1", "online --hidden 256 --batch 1", 60),
     ("peers-1", "peers --hidden 256 --tasks rgc-sequence,rgc-online --rounds 12", 150),
     ("memory-1", "memory --steps 16,64,128,256 --hidden 64,128,256 --batch 1,8", 90),
-    ("kernels-1", "kernels --hidden 256 --batch 1 --sample 0.15", 60),
+    ("kernels-1", "kernels --hidden 64,256 --batch 1 --sample 0.15", 60),
     ("scaling-2", "scaling --hidden 128,512 --batch 1", 60),
     ("fidelity-1", "fidelity --sweeps frontier", 90),
     ("forward-1", "forward --hidden 64 --batch 1 --steps 1024", 40),
