@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rjepa_triton import RGC, OnlineLearner
-from rjepa_triton.bench import fidelity, forward, learn, record, report, summary
+from rjepa_triton.bench import fidelity, forward, learn, plan, record, report, summary
 from rjepa_triton.cells import RGCCell
 from rjepa_triton.reference import rtrl
 from rjepa_triton.rjepa import figures, theory_runs
@@ -64,6 +64,19 @@ def test_the_tables_of_fidelity_are_those_of_the_record() -> None:
     assert len(told) == 6
     for rows in told:
         assert fidelity.markdown(rows) in page
+
+
+def test_the_plans_table_is_what_the_model_says_of_the_records() -> None:
+    """To three points of a hundred: another torch may make a few calls more."""
+    page = (ROOT / "docs" / "report" / report.NOTES).read_text().splitlines()
+    want = summary.markdown(plan.check_table(plan.against(record.load_all(RESULTS)))).splitlines()
+    start = page.index(want[0])
+    for told, line in zip(page[start : start + len(want)], want, strict=True):
+        told_cells, cells = ([cell.strip() for cell in text.split("|")] for text in (told, line))
+        assert told_cells[:3] == cells[:3]
+        for a, b in zip(told_cells[3:], cells[3:], strict=True):
+            if "%" in b and "median" not in b:
+                assert abs(float(a.partition("%")[0]) - float(b.partition("%")[0])) <= 3, line
 
 
 def test_the_tables_of_learning_are_those_of_the_records() -> None:
