@@ -49,7 +49,7 @@ class Problem:
     """What all cases of a point share.
 
     x, delta (T, B, N); state: (s0, m0), each (B, N); weights: ss, ms, mm, sm, each (N, N).
-    chunk: C. backend: what `PerUnit` is asked for.
+    chunk: C. backend: what `PerUnit` and the loops over time are asked for.
     """
 
     x: Tensor
@@ -184,12 +184,14 @@ class _Stream(Case):
         self.state: Sequence[Tensor] = problem.state
         self.position = 0
         self.diagonals = [w.diagonal() for w in problem.weights]
+        asked = "auto" if problem.backend == "compile" else problem.backend  # as OnlineLearner does
+        self.loops = ops.choose_scan(asked, problem.x.device, problem.x.dtype)
 
     def record(self, steps: int) -> tuple[Recorded, Tensor]:
         """Run the layer on: the next `steps` steps, and their δ (S, C, B, N)."""
         begin = self.position
         x, delta = self.problem.x[begin : begin + steps], self.problem.deltas[:, begin : begin + steps]
-        trajectory = self.cell.scan(x[None], self.problem.weights, self.state)
+        trajectory = ops.scan(self.cell, x[None], self.problem.weights, self.state, backend=self.loops)
         self.state = trajectory.states[:, -1].unbind()
         # start over where fewer steps are left than a run takes: a stream has no end
         self.position = begin + steps if begin + 2 * steps <= self.problem.steps else 0
@@ -306,7 +308,7 @@ class RfpChunk(_Online):
     def run(self) -> Sequence[Tensor]:
         recorded, delta = self.record(self.covers)
         block = recorded.block
-        credit, first = rfp.reverse_scan(block.m, delta)
+        credit, first = ops.reverse_scan(block.m, delta, backend=self.loops)
         past = self.sensitivity.chunk_(block, first)
         own = rfp.weight_gradients(block.lin, self.cell.matrices, self.problem.weights, credit)
         assert past is not None
@@ -332,7 +334,7 @@ def _through_kept(case: _Stream, tape: Tape) -> tuple[Block, Sequence[Tensor], T
     (block,) = tape.blocks()
     since = torch.zeros_like(block.lin.before)
     since[:, -1:] = delta
-    credit, first = rfp.reverse_scan(block.m, since)
+    credit, first = ops.reverse_scan(block.m, since, backend=case.loops)
     own = rfp.weight_gradients(block.lin, case.cell.matrices, case.problem.weights, credit)
     return block, own, first
 

@@ -12,15 +12,17 @@ from rjepa_triton.bench import cases, measure
 from rjepa_triton.bench.cases import CASES, Case, Problem, Size
 
 
-def problem(size: Size, dtype: torch.dtype = torch.float64) -> Problem:
+def problem(size: Size, dtype: torch.dtype = torch.float64, backend: str = "torch") -> Problem:
     like = torch.empty(0, dtype=dtype)
-    return cases.problem(size, kind="noise", scale=0.3, seed=1, backend="torch", like=like)
+    return cases.problem(size, kind="noise", scale=0.3, seed=1, backend=backend, like=like)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.float32, "torch"), (torch.float32, "auto"), (torch.float64, "torch")]
+)
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_agree_with_float64(name: str, dtype: torch.dtype) -> None:
-    cases.verify(CASES[name], problem(Size(7, 3, 9, 4), dtype))
+def test_gradients_agree_with_float64(name: str, dtype: torch.dtype, backend: str) -> None:
+    cases.verify(CASES[name], problem(Size(7, 3, 9, 4), dtype, backend))
 
 
 def test_the_two_oracles_differ() -> None:
