@@ -45,8 +45,10 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
             _panel(axes, [r for r in records if (r.params["B"], r.params["N"]) == (batch, units)])
             axes.set_title(f"N = {units}, B = {batch}", fontsize=10.5)
         panels[0][0].set_ylabel("part of the steps that take longer")
-        handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+        shown = dict(
+            pair[::-1] for axes in panels[0] for pair in zip(*axes.get_legend_handles_labels(), strict=True)
+        )
+        figure.legend(shown.values(), shown.keys(), loc="lower center", ncols=len(shown), frameon=False)
         figure.suptitle(f"Latency of one whole online step, RGC and SGD  ·  {where(records)}", fontsize=12)
         return save(figure, Path(path))
 

@@ -70,8 +70,8 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     records, path = latest(records), Path(path)
     title = _title(records)
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 8))
-        figure.subplots_adjust(left=0.06, right=0.965, bottom=0.285, top=0.92, wspace=0.2)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 8.8))
+        figure.subplots_adjust(left=0.06, right=0.965, bottom=0.345, top=0.925, wspace=0.2)
         _time_panel(left, records)
         _memory_panel(right, records)
         figure.suptitle(title, fontsize=12.5)

@@ -47,7 +47,7 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     colours = dict(zip(shown, COLOURS, strict=False))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 6.6))
-        figure.subplots_adjust(left=0.125, right=0.97, bottom=0.255, top=0.92)
+        figure.subplots_adjust(left=0.145, right=0.97, bottom=0.255, top=0.92)
         sizes = sorted({r.params["N"] for r in timed})
         for r in timed:
             flop, moved = r.payload["flop"], r.payload["bytes"]

@@ -75,6 +75,7 @@ def _panel(axes: Axes, records: Sequence[Record], against: str) -> None:
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.8), max(high, 1.25) * (max(high, 1.25) / min(low, 0.8)) ** 0.25)
     axes.axvline(1, color="0.5", linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 30 else (1,)))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(True, axis="x", which="major", color="0.9", linewidth=0.8)
