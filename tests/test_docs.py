@@ -49,6 +49,7 @@ def test_the_report_is_that_of_the_records() -> None:
         "kernels",
         "online",
         "memory",
+        "selfcheck",
     }
     for section in found:
         for table in section.view.tables(section.records):
