@@ -17,7 +17,6 @@ from .._command import user_errors
 from . import (
     cases,
     compare,
-    curves,
     fidelity,
     forward,
     frontier,
@@ -25,17 +24,14 @@ from . import (
     inputs,
     kernel_cases,
     kernels,
-    latency,
     learn,
     memory,
-    memory_plot,
     online,
     plan,
     plot,
     record,
     report,
     roofline,
-    roofline_plot,
     scaling,
     selfcheck,
     suite,
@@ -49,6 +45,15 @@ from .peers import tasks as peer_tasks
 
 bench = typer.Typer(no_args_is_help=True, help="Time, memory and fidelity of the learning rules.")
 OUT = Path("bench-out")
+
+# Options that several commands have.
+Hidden = Annotated[str, typer.Option(help="N, with commas between; the defaults if left out.")]
+Batch = Annotated[str, typer.Option(help="B, with commas between; 1 if only --hidden is given.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")]
+Threads = Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is drawn.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")]
 
 
 def integers(name: str, text: str) -> tuple[int, ...]:
@@ -67,6 +72,36 @@ def _text(numbers: Sequence[int]) -> str:
 def names(text: str) -> tuple[str, ...]:
     """The names of a text such as rfp,rtrl."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def use_threads(threads: int) -> None:
+    """Set torch's threads, if any are given. Raises ValueError for fewer than 0."""
+    if check.integer("--threads", threads, 0):
+        torch.set_num_threads(threads)
+
+
+def chosen_device(text: str) -> str:
+    """The device of the option: "auto" is cuda where there is one. Raises ValueError for one that can't be used."""
+    device = scaling.default_device() if text == "auto" else text
+    scaling.check_device(device)
+    return device
+
+
+def file_in(out: Path, name: str, fresh: bool) -> Path:
+    """The file of records `name` in a folder, which is made; without what it had if `fresh`."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / name
+    if fresh:
+        file.unlink(missing_ok=True)
+    return file
+
+
+def tell_files(records: Sequence[record.Record], file: Path, markdown: bool = False) -> None:
+    """Draw what the records show, and say where records and pictures are: on stderr where stdout has Markdown."""
+    says = any(views.VIEWS[name].says_something(mine) for name, mine in views.of(records).items())
+    drawn = views.draw(records, file) if says else []
+    for kind, path in (("records", file), *(("plot", path) for path in drawn)):
+        typer.echo(f"{kind + ':':8} {path}", err=markdown)
 
 
 def show(tables: Sequence[Table]) -> None:
@@ -88,23 +123,21 @@ def print_tables(tables: Sequence[Table], markdown: bool) -> None:
 
 @bench.command("scaling")
 def scaling_command(
-    hidden: Annotated[str, typer.Option(help="N, with commas between; a default sweep if left out.")] = "",
-    batch: Annotated[str, typer.Option(help="B, with commas between; 1 if only --hidden is given.")] = "",
+    hidden: Hidden = "",
+    batch: Batch = "",
     steps: Annotated[int, typer.Option(help="T.")] = 50,
     chunk: Annotated[int, typer.Option(help="C, steps a chunk of rfp-chunk.")] = 16,
     dtype: Annotated[str, typer.Option(help=", ".join(cases.DTYPES))] = "float32",
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
-    ] = "auto",
+    device: Device = "auto",
     algorithms: Annotated[str, typer.Option(help=", ".join(cases.CASES))] = ",".join(cases.DEFAULT),
     input: Annotated[str, typer.Option(help=", ".join(inputs.INPUTS))] = "photo",
     scale: Annotated[float, typer.Option(help="c in W ~ c·N(0, 1)/√N.")] = 0.1,
     backend: Annotated[str, typer.Option(help=f"What runs Γ: {', '.join(ops.BACKENDS)}")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of inputs, weights and δ.")] = 0,
+    threads: Threads = 0,
+    seed: Seed = 0,
     budget: Annotated[float, typer.Option(help="Seconds a case may take at a point, as predicted.")] = 30,
     sample: Annotated[float, typer.Option(help="Seconds that a case is sampled at a point.")] = 0.5,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    fresh: Fresh = False,
     out: Annotated[Path, typer.Option(help="Folder of scaling.jsonl.")] = OUT,
 ) -> None:
     """Time per step and memory of every algorithm against N.
@@ -112,15 +145,14 @@ def scaling_command(
     Goes on where an earlier run with the same options stopped; what it measured is kept.
     """
     with user_errors():
-        if check.integer("--threads", threads, 0):
-            torch.set_num_threads(threads)
+        use_threads(threads)
         settings = scaling.Settings(
             points=scaling.points(integers("hidden", hidden), integers("batch", batch)),
             algorithms=names(algorithms),
             steps=steps,
             chunk=chunk,
             dtype=dtype,
-            device=scaling.default_device() if device == "auto" else device,
+            device=chosen_device(device),
             input=input,
             scale=scale,
             backend=backend,
@@ -128,10 +160,7 @@ def scaling_command(
             budget=budget,
             case_seconds=sample,
         )
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / scaling.FILE
-        if fresh:
-            file.unlink(missing_ok=True)
+        file = file_in(out, scaling.FILE, fresh)
         records = scaling.run(settings, file, Console(stderr=True))
         show(summary.tables(records))
         typer.echo(f"records: {file}")
@@ -144,7 +173,7 @@ def scaling_command(
 @bench.command("table")
 def table_command(
     file: Annotated[Path, typer.Argument(help="Records of any benchmark.")] = OUT / scaling.FILE,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    markdown: Markdown = False,
 ) -> None:
     """Print the tables of a file of records."""
     with user_errors():
@@ -203,12 +232,10 @@ def selfcheck_command(
     algorithms: Annotated[
         str, typer.Option(help=", ".join(cases.CASES))
     ] = "rfp-step,rfp-step-gamma,rfp-chunk,rfp-dual,bptt,bptt-autograd",
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
-    ] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
     sample: Annotated[float, typer.Option(help="Seconds that a case is sampled at a point.")] = 0.5,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: Markdown = False,
     out: Annotated[Path, typer.Option(help="Folder of selfcheck.jsonl, and of the runs' own files.")] = OUT,
 ) -> None:
     """The scaling sweep again and again: changes that `compare` sees where there are none, and slopes that repeat.
@@ -216,12 +243,11 @@ def selfcheck_command(
     Goes on where an earlier one with the same options stopped.
     """
     with user_errors():
-        if check.integer("--threads", threads, 0):
-            torch.set_num_threads(threads)
+        use_threads(threads)
         settings = scaling.Settings(
             points=scaling.points(integers("hidden", hidden), (batch,)),
             algorithms=names(algorithms),
-            device=scaling.default_device() if device == "auto" else device,
+            device=chosen_device(device),
             case_seconds=sample,
         )
         progress = Console(stderr=True)
@@ -263,7 +289,7 @@ def plan_command(
         Path | None,
         typer.Option("--check", help="Hold the model against records, of a file or folder, and stop."),
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables as Markdown.")] = False,
+    markdown: Markdown = False,
 ) -> None:
     """What each algorithm and form would cost on a device, which fit, and which to take: all predicted."""
     with user_errors():
@@ -292,13 +318,13 @@ def fidelity_command(
         str, typer.Option(help="Which, with commas between: " + ", ".join(fidelity.SWEEPS))
     ] = ",".join(fidelity.SWEEPS),
     seeds: Annotated[int, typer.Option(help="Seeds a mean is of; each sweep's own if 0.")] = 0,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    markdown: Markdown = False,
     out: Annotated[Path, typer.Option(help="Folder of fidelity.jsonl and the plot.")] = OUT,
 ) -> None:
     """Each learning rule's gradient against the exact one, and what it costs: tables and the frontier's plot."""
     with user_errors():
         out.mkdir(parents=True, exist_ok=True)
-        chosen = tuple(part.strip() for part in sweeps.split(",") if part.strip())
+        chosen = names(sweeps)
         settings = fidelity.Settings(chosen, seeds or None)
         progress = Console(stderr=True)
         records = fidelity.run(settings, out / fidelity.FILE, progress.print)
@@ -321,8 +347,8 @@ def learn_command(
     batch: Annotated[int, typer.Option(help="B, rows of the stream.")] = 8,
     chunk: Annotated[int, typer.Option(help="C, steps between updates of the rules that take chunks.")] = 4,
     jobs: Annotated[int, typer.Option(help="Processes, of one thread each; one a core if 0.")] = 0,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    markdown: Markdown = False,
+    fresh: Fresh = False,
     out: Annotated[Path, typer.Option(help="Folder of learn.jsonl and the plot.")] = OUT,
 ) -> None:
     """What each rule learns online, on the CPU: loss curves, final losses with intervals over seeds.
@@ -340,15 +366,10 @@ def learn_command(
             chunk=chunk,
             jobs=check.integer("--jobs", jobs, 0) or learn.default_jobs(),
         )
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / learn.FILE
-        if fresh:
-            file.unlink(missing_ok=True)
+        file = file_in(out, learn.FILE, fresh)
         records = learn.run(settings, file, Console(stderr=True))
         print_tables(learn.tables(records), markdown)
-        written = curves.draw(records, file)
-        for kind, path in (("records", file), *(("plot", path) for path in written)):
-            typer.echo(f"{kind + ':':8} {path}", err=markdown)
+        tell_files(records, file, markdown)
 
 
 @bench.command("forward")
@@ -358,29 +379,26 @@ def forward_command(
     steps: Annotated[str, typer.Option(help="T, with commas between.")] = "1024,4096",
     cells: Annotated[str, typer.Option(help="Which, with commas between.")] = ",".join(forward.CELLS),
     scale: Annotated[float, typer.Option(help="c in W ~ c·N(0, 1)/√N.")] = 0.1,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
-    ] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of inputs and weights.")] = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
+    seed: Seed = 0,
     budget: Annotated[
         float, typer.Option(help="Seconds a call may take; one that takes longer isn't timed.")
     ] = 3,
     sample: Annotated[float, typer.Option(help="Seconds that each is sampled at a point.")] = 0.2,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    markdown: Markdown = False,
     out: Annotated[Path, typer.Option(help="Folder of forward.jsonl.")] = OUT,
 ) -> None:
     """The forward pass in parallel in time against the loop, timed here; and a training step predicted for a GPU."""
     with user_errors():
-        if check.integer("--threads", threads, 0):
-            torch.set_num_threads(threads)
+        use_threads(threads)
         settings = forward.Settings(
             hidden=integers("hidden", hidden),
             batches=integers("batch", batch),
             steps=integers("steps", steps),
-            cells=tuple(name.strip() for name in cells.split(",") if name.strip()),
+            cells=names(cells),
             scale=scale,
-            device=scaling.default_device() if device == "auto" else device,
+            device=chosen_device(device),
             seed=check.integer("--seed", seed, 0),
             budget=budget,
             case_seconds=sample,
@@ -398,23 +416,19 @@ def forward_command(
 
 @bench.command("online")
 def online_command(
-    hidden: Annotated[
-        str, typer.Option(help="N, with commas between; the device's defaults if left out.")
-    ] = "",
-    batch: Annotated[str, typer.Option(help="B, with commas between; 1 if only --hidden is given.")] = "",
+    hidden: Hidden = "",
+    batch: Batch = "",
     forms: Annotated[
         str, typer.Option(help=f"{', '.join(online.FORMS)}; the device's defaults if left out.")
     ] = "",
     steps: Annotated[int, typer.Option(help="Steps that each is timed for.")] = online.LEAST_STEPS,
     chunk: Annotated[int, typer.Option(help="C, steps between updates of the forms that take chunks.")] = 16,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
-    ] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of inputs, weights and δ.")] = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
+    seed: Seed = 0,
     budget: Annotated[float, typer.Option(help="Seconds a form may take at a point.")] = 120,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    markdown: Markdown = False,
+    fresh: Fresh = False,
     out: Annotated[Path, typer.Option(help="Folder of online.jsonl and the plot.")] = OUT,
 ) -> None:
     """Latency of one whole online step, each timed by itself: percentiles, throughput, energy.
@@ -422,10 +436,8 @@ def online_command(
     Goes on where an earlier run with the same options stopped; what it measured is kept.
     """
     with user_errors():
-        if check.integer("--threads", threads, 0):
-            torch.set_num_threads(threads)
-        where = scaling.default_device() if device == "auto" else device
-        scaling.check_device(where)
+        use_threads(threads)
+        where = chosen_device(device)
         kind = torch.device(where).type
         given = integers("hidden", hidden), integers("batch", batch)
         settings = online.Settings(
@@ -437,14 +449,10 @@ def online_command(
             seed=check.integer("--seed", seed, 0),
             budget=budget,
         )
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / online.FILE
-        if fresh:
-            file.unlink(missing_ok=True)
+        file = file_in(out, online.FILE, fresh)
         records = online.run(settings, file, Console(stderr=True))
         print_tables([online.table(records)], markdown)
-        for kind, path in (("records", file), *(("plot", path) for path in latency.draw(records, file))):
-            typer.echo(f"{kind + ':':8} {path}", err=markdown)
+        tell_files(records, file, markdown)
 
 
 @bench.command("memory")
@@ -457,13 +465,11 @@ def memory_command(
     ),
     chunk: Annotated[int, typer.Option(help="C of the cases that take chunks.")] = 16,
     algorithms: Annotated[str, typer.Option(help=", ".join(cases.CASES))] = ",".join(memory.ALGORITHMS),
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
-    ] = "auto",
+    device: Device = "auto",
     backend: Annotated[str, typer.Option(help=f"What runs Γ: {', '.join(ops.BACKENDS)}")] = "auto",
     budget: Annotated[float, typer.Option(help="Seconds a case may take at a point.")] = 10,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    markdown: Markdown = False,
+    fresh: Fresh = False,
     out: Annotated[Path, typer.Option(help="Folder of memory.jsonl and the plot.")] = OUT,
 ) -> None:
     """Peak memory against T, N and B, measured and predicted, and where BPTT's passes the others'.
@@ -483,18 +489,14 @@ def memory_command(
             base=dict(zip(memory.BASE, fixed, strict=True)),
             algorithms=names(algorithms),
             chunk=chunk,
-            device=scaling.default_device() if device == "auto" else device,
+            device=chosen_device(device),
             backend=backend,
             budget=budget,
         )
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / memory.FILE
-        if fresh:
-            file.unlink(missing_ok=True)
+        file = file_in(out, memory.FILE, fresh)
         records = memory.run(settings, file, Console(stderr=True))
         print_tables(memory.tables(records), markdown)
-        for kind, path in (("records", file), *(("plot", path) for path in memory_plot.draw(records, file))):
-            typer.echo(f"{kind + ':':8} {path}", err=markdown)
+        tell_files(records, file, markdown)
 
 
 @bench.command("peers")
@@ -509,19 +511,17 @@ def peers_command(
         peer_registry.PEERS
     ),
     threads: Annotated[int, typer.Option(help="CPU threads of each peer; torch's own choice if 0.")] = 0,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
-    ] = "auto",
+    device: Device = "auto",
     input: Annotated[str, typer.Option(help=", ".join(inputs.INPUTS))] = "photo",
     scale: Annotated[float, typer.Option(help="c in RGC's W ~ c·N(0, 1)/√N.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Seed of inputs, weights and δ.")] = 0,
+    seed: Seed = 0,
     rounds: Annotated[int, typer.Option(help="Samples of each peer, taken in turn.")] = 25,
     sample: Annotated[float, typer.Option(help="Seconds that a sample takes at least.")] = 0.02,
     limit: Annotated[
         float, typer.Option(help="Seconds a peer may take for its first gradient, compilation included.")
     ] = 300,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    markdown: Markdown = False,
+    fresh: Fresh = False,
     out: Annotated[Path, typer.Option(help="Folder of peers.jsonl.")] = OUT,
 ) -> None:
     """The same gradient from what else one could pick, each checked, each in a process of its own, timed in turn.
@@ -536,7 +536,7 @@ def peers_command(
             batches=integers("batch", batch),
             steps=steps,
             threads=check.integer("--threads", threads, 0) or torch.get_num_threads(),
-            device=scaling.default_device() if device == "auto" else device,
+            device=chosen_device(device),
             input=input,
             scale=scale,
             seed=check.integer("--seed", seed, 0),
@@ -544,32 +544,25 @@ def peers_command(
             sample_seconds=sample,
             limit=limit,
         )
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / peers.FILE
-        if fresh:
-            file.unlink(missing_ok=True)
+        file = file_in(out, peers.FILE, fresh)
         records = peers.report(settings, file, Console(stderr=True))
         print_tables(peers.tables(records), markdown)
-        typer.echo(f"records: {file}", err=markdown)
+        tell_files(records, file, markdown)
 
 
 @bench.command("kernels")
 def kernels_command(
-    hidden: Annotated[
-        str, typer.Option(help="N, with commas between; the device's defaults if left out.")
-    ] = "",
-    batch: Annotated[str, typer.Option(help="B, with commas between; 1 if only --hidden is given.")] = "",
+    hidden: Hidden = "",
+    batch: Batch = "",
     steps: Annotated[int, typer.Option(help="T of the scans.")] = 64,
-    names: Annotated[str, typer.Option("--kernels", help="Which, with commas between.")] = ",".join(
+    which: Annotated[str, typer.Option("--kernels", help="Which, with commas between.")] = ",".join(
         kernel_cases.KERNELS
     ),
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
-    ] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of what the kernels are given.")] = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
+    seed: Seed = 0,
     sample: Annotated[float, typer.Option(help="Seconds that each is sampled at a point.")] = 0.3,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")] = False,
+    fresh: Fresh = False,
     out: Annotated[Path, typer.Option(help="Folder of kernels.jsonl.")] = OUT,
 ) -> None:
     """Time of each kernel against the least that its bytes and FLOP allow on this device.
@@ -577,32 +570,24 @@ def kernels_command(
     Goes on where an earlier run with the same options stopped; what it measured is kept.
     """
     with user_errors():
-        if check.integer("--threads", threads, 0):
-            torch.set_num_threads(threads)
-        where = scaling.default_device() if device == "auto" else device
-        scaling.check_device(where)
+        use_threads(threads)
+        where = chosen_device(device)
         settings = kernels.Settings(
             points=scaling.points(
                 integers("hidden", hidden),
                 integers("batch", batch),
                 default=kernels.POINTS[torch.device(where).type],
             ),
-            kernels=tuple(name.strip() for name in names.split(",") if name.strip()),
+            kernels=names(which),
             steps=steps,
             device=where,
             seed=check.integer("--seed", seed, 0),
             case_seconds=sample,
         )
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / kernels.FILE
-        if fresh:
-            file.unlink(missing_ok=True)
+        file = file_in(out, kernels.FILE, fresh)
         records = kernels.run(settings, file, Console(stderr=True))
         show([kernels.table(records)])
-        typer.echo(f"records: {file}")
-        if any(r.timing for r in records):
-            for written in roofline_plot.draw(records, file):
-                typer.echo(f"plot:    {written}")
+        tell_files(records, file)
 
 
 @bench.command("roofline")
@@ -637,10 +622,8 @@ def roofline_command(
 @bench.command("all")
 def all_command(
     budget: Annotated[str, typer.Option(help="Time for all, such as 8min, 90s or 1h.")] = "8min",
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")
-    ] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")] = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="Folder of records, logs, summary.json and report/.")] = OUT,
 ) -> None:
     """Every benchmark within a time, what says the most first, and the report of it.
@@ -651,7 +634,7 @@ def all_command(
         code, written = suite.run(
             suite.seconds_of(budget),
             out,
-            device=scaling.default_device() if device == "auto" else device,
+            device=chosen_device(device),
             threads=check.integer("--threads", threads, 0),
             tell=lambda line: typer.echo(line, err=True),
         )

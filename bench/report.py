@@ -109,9 +109,8 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     pictures: list[list[Path]] = []
     for section in found:
-        draw, sizes = section.view.draw, {r.params.get("N") for r in section.records}
-        worth = draw is not None and len(sizes) >= section.view.curve
-        pictures.append(list(draw(section.records, out / section.stem)) if draw and worth else [])
+        draw, says = section.view.draw, section.view.says_something(section.records)
+        pictures.append(list(draw(section.records, out / section.stem)) if draw and says else [])
     model = plan.check_table(checked) if checked else None
     page, notes = out / PAGE, out / NOTES
     _replace(page, _html(found, pictures, model))

@@ -41,7 +41,12 @@ class View:
     command: str
     tables: Tables
     draw: Draw | None
-    curve: int = 1  # N of which there must be as many for a picture to say something
+    points: int = 1  # different N, B and T of which there must be as many for a picture to say something
+
+    def says_something(self, records: Sequence[Record]) -> bool:
+        """Whether there is a picture, and enough was measured for it."""
+        measured = {tuple(r.params.get(name) for name in "NBT") for r in records if r.status == "ok"}
+        return self.draw is not None and len(measured) >= self.points
 
 
 def _scaling(records: Sequence[Record], path: Path) -> list[Path]:
@@ -70,7 +75,7 @@ VIEWS: dict[str, View] = {
         "rjepa bench scaling",
         summary.tables,
         _scaling,
-        curve=3,
+        points=3,
     ),
     "peers": View(
         "Peers",
@@ -99,6 +104,7 @@ VIEWS: dict[str, View] = {
         "rjepa bench memory",
         memory.tables,
         memory_plot.draw,
+        points=2,
     ),
     "fidelity": View(
         "Cheap against exact",
