@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from rjepa_triton.cells import RGCCell
 from rjepa_triton.two_point import Trajectory
 
 pytest.importorskip("triton")
+
+from rgc_problems import DEVICE, TOLERANCE, assert_near, poison, problem, random, reference
 
 from rjepa_triton.kernels import rgc_forward as kernels
 from rjepa_triton.kernels.rgc_forward import (
@@ -27,44 +28,6 @@ from rjepa_triton.kernels.rgc_forward import (
 # Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Numbers of order 1, five steps: a rounding of 2⁻²⁴ of each sum and tanh, twice or so as large a step later.
-TOLERANCE = 4e-6
-
-Problem = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=DEVICE)
-
-
-def _problem(steps: int, batch: int, units: int, with_resets: bool, seed: int = 0) -> Problem:
-    """x, weights, state, resets: the first, a middle and the last step of some row are reset."""
-    torch.manual_seed(seed)
-    weights = [_random(units, units) * (0.5 / math.sqrt(units)) for _ in range(4)]
-    resets = None
-    if with_resets:
-        resets = torch.rand(steps, batch, device=DEVICE) < 0.3
-        resets[0, 0] = resets[steps // 2, -1] = resets[-1, 0] = True
-    return _random(steps, batch, units), weights, [_random(batch, units) for _ in range(2)], resets
-
-
-def _reference(x: Tensor, weights: list[Tensor], state: list[Tensor], resets: Tensor | None) -> Trajectory:
-    return RGCCell().scan(
-        x.double()[None], [w.double() for w in weights], [s.double() for s in state], resets
-    )
-
-
-def _assert_near(got: Tensor, want: Tensor) -> None:
-    assert got.shape == want.shape
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE * max(1.0, want.abs().max().item()))
-
-
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-
 
 SHAPES = [(1, 1), (5, 3)]  # T, B
 
@@ -73,43 +36,43 @@ SHAPES = [(1, 1), (5, 3)]  # T, B
 @pytest.mark.parametrize(("steps", "batch"), SHAPES)
 @pytest.mark.parametrize("units", [1, 17, 63, 64, 127, 130])
 def test_forward_is_that_of_the_cell(monkeypatch, units, steps, batch, with_resets):
-    problem = _problem(steps, batch, units, with_resets)
-    want = _reference(*problem)
-    _poison(monkeypatch)
-    states, gates = rgc_forward(*problem)
-    _assert_near(states, want.states)
-    _assert_near(gates, want.saved)
+    given = problem(steps, batch, units, with_resets)
+    want = reference(*given)
+    poison(monkeypatch)
+    states, gates = rgc_forward(*given)
+    assert_near(states, want.states)
+    assert_near(gates, want.saved)
 
 
 @pytest.mark.parametrize("with_resets", [False, True])
 @pytest.mark.parametrize("units", [1, 17, 63])
 def test_steps_one_by_one_are_those_of_one_launch(monkeypatch, units, with_resets):
-    problem = _problem(5, 3, units, with_resets)
-    want = _reference(*problem)
-    _poison(monkeypatch)
+    given = problem(5, 3, units, with_resets)
+    want = reference(*given)
+    poison(monkeypatch)
     monkeypatch.setattr(kernels, "SMALL", 0)
-    states, gates = rgc_forward(*problem)
-    _assert_near(states, want.states)
-    _assert_near(gates, want.saved)
+    states, gates = rgc_forward(*given)
+    assert_near(states, want.states)
+    assert_near(gates, want.saved)
 
 
 @pytest.mark.parametrize("units", [17, 68])
 def test_gates_need_not_be_saved(monkeypatch, units):
-    problem = _problem(5, 3, units, True)
-    states, gates = rgc_forward(*problem)
-    _poison(monkeypatch)
-    again, none = rgc_forward(*problem, save_gates=False)
+    given = problem(5, 3, units, True)
+    states, gates = rgc_forward(*given)
+    poison(monkeypatch)
+    again, none = rgc_forward(*given, save_gates=False)
     assert none is None
     assert torch.equal(states, again)
     # A product over all steps makes them again.
-    before = states[:, :-1].masked_fill(problem[3][..., None], 0)
-    product = before.flatten(1, 2) @ kernels.joined_by_source(problem[1]).mT
+    before = states[:, :-1].masked_fill(given[3][..., None], 0)
+    product = before.flatten(1, 2) @ kernels.joined_by_source(given[1]).mT
     torch.testing.assert_close(product.tanh().view_as(gates), gates, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("units", [17, 68])
 def test_parameters_are_weights_and_nothing_is_differentiated(units):
-    x, weights, state, _ = _problem(2, 3, units, False)
+    x, weights, state, _ = problem(2, 3, units, False)
     states, gates = rgc_forward(x, [torch.nn.Parameter(w) for w in weights], state)
     assert not states.requires_grad
     assert not gates.requires_grad
@@ -118,20 +81,20 @@ def test_parameters_are_weights_and_nothing_is_differentiated(units):
 
 @pytest.mark.parametrize("units", [17, 68])
 def test_what_is_saved_linearises(units):
-    x, weights, state, resets = _problem(5, 2, units, True)
+    x, weights, state, resets = problem(5, 2, units, True)
     states, gates = rgc_forward(x, weights, state, resets)
-    cell, reference = RGCCell(), _reference(x, weights, state, resets)
+    cell, exact = RGCCell(), reference(x, weights, state, resets)
     got = cell.linearize(Trajectory(x[None], states, gates, resets))
-    want = cell.linearize(reference)
+    want = cell.linearize(exact)
     for k in range(4):
         for nu, value in want.partials.gate[k].items():
-            _assert_near(got.partials.gate[k][nu], value)
-    _assert_near(got.before, want.before)
+            assert_near(got.partials.gate[k][nu], value)
+    assert_near(got.before, want.before)
 
 
 @pytest.mark.parametrize("units", [63, 68])
 def test_state_carries_over_and_two_runs_agree_in_every_bit(units):
-    x, weights, state, resets = _problem(5, 3, units, True)
+    x, weights, state, resets = problem(5, 3, units, True)
     states, gates = rgc_forward(x, weights, state, resets)
     again, gates_again = rgc_forward(x, weights, state, resets)
     assert torch.equal(again, states)
@@ -144,7 +107,7 @@ def test_state_carries_over_and_two_runs_agree_in_every_bit(units):
 # NumPy says that it overflows, which is what is meant to be harmless.
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 def test_large_pre_activations_saturate():
-    x, weights, state, _ = _problem(1, 1, 17, False)
+    x, weights, state, _ = problem(1, 1, 17, False)
     states, gates = rgc_forward(x, [1e3 * w for w in weights], state)
     assert states.isfinite().all()
     assert gates.abs().max() == 1
@@ -158,7 +121,7 @@ def test_pointwise(units, resets_next):
     # One number between the sources: no stride is a multiple of four.
     gates = torch.full((2, 2 * batch * units + 1), math.nan, device=DEVICE)
     pre = gates[:, : 2 * batch * units].view(2, batch, 2, units).normal_()
-    before, u = _random(2, batch, units), _random(batch, units)
+    before, u = random(2, batch, units), random(batch, units)
     after = torch.full((2, 4, batch, units), math.nan, device=DEVICE)
     resets = torch.tensor([False, True, False], device=DEVICE)
 
@@ -168,13 +131,13 @@ def test_pointwise(units, resets_next):
     want = torch.stack([(1 - ms) * u + ss * s, (1 - sm) * u + mm * m])
     if resets_next:
         rgc_pointwise_(pre, before, u, after[:, 1], resets, before)
-        _assert_near(before, want.masked_fill(resets[:, None], 0))
+        assert_near(before, want.masked_fill(resets[:, None], 0))
     else:
         kept = before.clone()
         rgc_pointwise_(pre, before, u, after[:, 1])
         assert torch.equal(before, kept)
-    _assert_near(pre, want_gates)
-    _assert_near(after[:, 1], want)
+    assert_near(pre, want_gates)
+    assert_near(after[:, 1], want)
     # Nothing beside them is written.
     assert gates[:, -1].isnan().all()
     assert after[:, [0, 2, 3]].isnan().all()
@@ -211,7 +174,7 @@ def test_pick_config():
     ],
 )
 def test_errors_name_the_argument(change, error, message):
-    x, weights, state, resets = _problem(2, 3, 5, True)
+    x, weights, state, resets = problem(2, 3, 5, True)
     arguments = {"x": x, "weights": weights, "state": state, "resets": resets}
     moved = {k: [a.to(DEVICE) for a in v] if isinstance(v, list) else v.to(DEVICE) for k, v in change.items()}
     with pytest.raises(error, match=message):
@@ -220,11 +183,11 @@ def test_errors_name_the_argument(change, error, message):
 
 def test_small_says_how_small():
     with pytest.raises(ValueError, match="x must have at most 64 units, got 65"):
-        rgc_forward_small(*_problem(1, 1, 65, False))
+        rgc_forward_small(*problem(1, 1, 65, False))
 
 
 def test_pointwise_needs_both_or_neither():
-    pre, before, u = _random(2, 1, 2, 3), _random(2, 1, 3), _random(1, 3)
+    pre, before, u = random(2, 1, 2, 3), random(2, 1, 3), random(1, 3)
     with pytest.raises(ValueError, match="next_resets and next_before must be given together"):
         rgc_pointwise_(pre, before, u, torch.empty_like(before), next_before=before)
     with pytest.raises(ValueError, match=r"pre must have shape \(2, 1, 2, 3\), got \(2, 1, 1, 3\)"):

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing
 
-from rjepa_triton.cells import RGCCell
-from rjepa_triton.two_point import Trajectory
-
 pytest.importorskip("triton")
+
+from rgc_problems import DEVICE, TOLERANCE, assert_near, poison, problem, reference
 
 from rjepa_triton.kernels import rgc_persistent as kernels
 from rjepa_triton.kernels.rgc_forward import rgc_forward
@@ -30,69 +29,32 @@ from rjepa_triton.kernels.rgc_persistent import (
 # Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="takes programs apart")
-# Numbers of order 1, five steps: a rounding of 2⁻²⁴ of each sum and tanh, twice or so as large a step later.
-TOLERANCE = 4e-6
-
-Problem = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=DEVICE)
-
-
-def _problem(steps: int, batch: int, units: int, with_resets: bool) -> Problem:
-    """x, weights, state, resets: the first, a middle and the last step of some row are reset."""
-    torch.manual_seed(0)
-    weights = [_random(units, units) * (0.5 / math.sqrt(units)) for _ in range(4)]
-    resets = None
-    if with_resets:
-        resets = torch.rand(steps, batch, device=DEVICE) < 0.3
-        resets[0, 0] = resets[steps // 2, -1] = resets[-1, 0] = True
-    return _random(steps, batch, units), weights, [_random(batch, units) for _ in range(2)], resets
-
-
-def _reference(x: Tensor, weights: list[Tensor], state: list[Tensor], resets: Tensor | None) -> Trajectory:
-    return RGCCell().scan(
-        x.double()[None], [w.double() for w in weights], [s.double() for s in state], resets
-    )
-
-
-def _assert_near(got: Tensor, want: Tensor) -> None:
-    assert got.shape == want.shape
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE * max(1.0, want.abs().max().item()))
-
-
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
 
 
 @pytest.mark.parametrize("with_resets", [False, True])
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (5, 3), (2, 17)])
 @pytest.mark.parametrize("units", [1, 63, 127, 130])
 def test_forward_is_that_of_the_cell(monkeypatch, units, steps, batch, with_resets):
-    problem = _problem(steps, batch, units, with_resets)
-    want = _reference(*problem)
-    _poison(monkeypatch)
-    states, gates = rgc_forward_persistent(*problem)
-    _assert_near(states, want.states)
-    _assert_near(gates, want.saved)
+    given = problem(steps, batch, units, with_resets)
+    want = reference(*given)
+    poison(monkeypatch)
+    states, gates = rgc_forward_persistent(*given)
+    assert_near(states, want.states)
+    assert_near(gates, want.saved)
 
 
 def test_gates_need_not_be_saved(monkeypatch):
-    problem = _problem(5, 3, 68, True)
-    states, _ = rgc_forward_persistent(*problem)
-    _poison(monkeypatch)
-    again, none = rgc_forward_persistent(*problem, save_gates=False)
+    given = problem(5, 3, 68, True)
+    states, _ = rgc_forward_persistent(*given)
+    poison(monkeypatch)
+    again, none = rgc_forward_persistent(*given, save_gates=False)
     assert none is None
     assert torch.equal(states, again)
 
 
 def test_parameters_are_weights_and_nothing_is_differentiated():
-    x, weights, state, _ = _problem(2, 3, 68, False)
+    x, weights, state, _ = problem(2, 3, 68, False)
     states, gates = rgc_forward_persistent(x, [torch.nn.Parameter(w) for w in weights], state)
     assert not states.requires_grad
     assert not gates.requires_grad
@@ -101,7 +63,7 @@ def test_parameters_are_weights_and_nothing_is_differentiated():
 
 @pytest.mark.parametrize("units", [63, 68])
 def test_state_carries_over_and_two_runs_agree_in_every_bit(units):
-    x, weights, state, resets = _problem(5, 3, units, True)
+    x, weights, state, resets = problem(5, 3, units, True)
     states, gates = rgc_forward_persistent(x, weights, state, resets)
     again, gates_again = rgc_forward_persistent(x, weights, state, resets)
     assert torch.equal(again, states)
@@ -121,7 +83,7 @@ def test_state_carries_over_and_two_runs_agree_in_every_bit(units):
     ],
 )
 def test_errors_name_the_argument(change, error, message):
-    x, weights, state, resets = _problem(2, 3, 5, True)
+    x, weights, state, resets = problem(2, 3, 5, True)
     arguments = {"x": x, "weights": weights, "state": state, "resets": resets}
     moved = {k: [a.to(DEVICE) for a in v] if isinstance(v, list) else v.to(DEVICE) for k, v in change.items()}
     with pytest.raises(error, match=message):
@@ -214,7 +176,7 @@ class _Alone:
 @pytest.mark.parametrize(("units", "batch", "multiprocessors"), [(37, 5, 12), (64, 3, 8), (130, 2, 20)])
 def test_each_number_is_written_by_one_program(monkeypatch, units, batch, multiprocessors):
     """A single step, which waits for no other: each program by itself, then all of them."""
-    x, weights, state, resets = _problem(1, batch, units, True)
+    x, weights, state, resets = problem(1, batch, units, True)
     config = pick_config(units, batch, multiprocessors, 32)
     programs = config.slices * config.parts
     assert programs > 4
@@ -249,7 +211,7 @@ def test_programs_wait_for_one_another(arrivals):
 
     What one reads before another has written is NaN. Two parts of the batch, the second of a row less.
     """
-    x, weights, state, resets = _problem(6, 3, 13, True)
+    x, weights, state, resets = problem(6, 3, 13, True)
     config = pick_config(13, 3, 5, 32)
     assert (config.slices, config.parts, config.rows) == (2, 2, 2)
     states, gates = (a.share_memory_() for a in _outputs(x, state))
@@ -268,9 +230,9 @@ def test_programs_wait_for_one_another(arrivals):
     for program in programs:
         program.kill()
     assert finished == [0] * len(programs)
-    want = _reference(x, weights, state, resets)
-    _assert_near(states, want.states)
-    _assert_near(gates, want.saved)
+    want = reference(x, weights, state, resets)
+    assert_near(states, want.states)
+    assert_near(gates, want.saved)
     # Both slices of a part, before each step but the first.
     assert arrived[:, 0].tolist() == [2 * arrivals * 5] * 2
     assert not arrived[:, 1:].any()

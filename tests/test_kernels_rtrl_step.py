@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from rgc_problems import poison
 from torch import Tensor
 
 from rjepa_triton.cells import RGCCell
@@ -60,11 +61,6 @@ def _assert_near(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE * max(1.0, want.abs().max().item()))
 
 
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-
-
 @pytest.mark.parametrize("with_resets", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("units", [1, 17, 63, 68, 127])
@@ -73,7 +69,7 @@ def test_jacobian(monkeypatch, units, batch, with_resets):
     want = rtrl.jacobian(wide, 0, CELL.matrices, [w.double() for w in weights])[:, 0]
     resets = None if lin.resets is None else lin.resets[0]
     own, phi = _at(lin, 0)
-    _poison(monkeypatch)
+    poison(monkeypatch)
     got = rtrl_jacobian(own, phi, weights, resets)
     _assert_near(got, want)
     if with_resets:
