@@ -47,7 +47,12 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return _declared(_built(found))
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+    except (
+        OSError,
+        subprocess.SubprocessError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # the last: no home directory
         cause = getattr(error, "stderr", None) or error
         warnings.warn(
             f"loops for the CPU can't be built by {found} or loaded, torch runs in their place from now on: {cause}",
@@ -162,9 +167,8 @@ def _built(found: str) -> ctypes.CDLL:
             timeout=SECONDS,
         )
         loaded = ctypes.CDLL(str(made))
-        if (
-            parent is not None
-        ):  # only now, so that no process ever finds half a file, or one that can't be loaded
+        # only now, so that no process ever finds half a file, or one that can't be loaded
+        if parent is not None:
             os.replace(made, target)
         return loaded
 

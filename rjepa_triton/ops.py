@@ -69,9 +69,8 @@ def _no_loops(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"compiled code serves CPU tensors, got {device}"
     if dtype != torch.float32:
         return f"compiled loops compute in float32, got {dtype}"
-    if (
-        torch.compiler.is_compiling() or cpp_compiler()
-    ):  # what is traced takes torch, and looks for no program
+    # what is traced takes torch, and looks for no program
+    if torch.compiler.is_compiling() or cpp_compiler():
         return None
     return "no C++ compiler was found"
 
