@@ -150,10 +150,15 @@ def _one_pass(size: Size) -> bool:
 
 
 def _gamma_workspace(size: Size) -> int:
-    """What a step of Γ needs beside it: the gradients, and where plain torch runs about 5 of a block of Γ^ν's rows."""
+    """What a step of Γ needs beside it: the gradients, and temporaries of a block of batch rows.
+
+    Compiled code takes as many rows at once as `ops.BLOCK` numbers of Γ^ν hold, and makes two gradients of each; plain
+    torch about 5 of a block of Γ^ν's rows.
+    """
     row = _gradients(size)
     if _one_pass(size):
-        return row
+        rows = min(size.batch, ops.BLOCK // (4 * size.units**2))
+        return row * (1 + 2 * rows) if rows > 1 else row
     blocks = min(size.batch, max(1, (1 << 20) // (4 * size.units**2)))
     return 5 * blocks * row + row * (size.batch > 1)
 
