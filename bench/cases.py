@@ -144,25 +144,6 @@ def _gradients(size: Size) -> int:
     return 4 * size.units**2 * size.itemsize
 
 
-def _one_pass(size: Size) -> bool:
-    """Whether compiled code or a kernel runs Γ, in one pass: `ops.choose_gamma`'s "auto" where there is a compiler."""
-    return 4 * size.units**2 >= ops.COMPILE_FROM
-
-
-def _gamma_workspace(size: Size) -> int:
-    """What a step of Γ needs beside it: the gradients, and temporaries of a block of batch rows.
-
-    Compiled code takes as many rows at once as `ops.BLOCK` numbers of Γ^ν hold, and makes two gradients of each; plain
-    torch about 5 of a block of Γ^ν's rows.
-    """
-    row = _gradients(size)
-    if _one_pass(size):
-        rows = min(size.batch, ops.BLOCK // (4 * size.units**2))
-        return row * (1 + 2 * rows) if rows > 1 else row
-    blocks = min(size.batch, max(1, (1 << 20) // (4 * size.units**2)))
-    return 5 * blocks * row + row * (size.batch > 1)
-
-
 def _step(size: Size, arrays: float) -> int:
     """So many arrays of (B, N)."""
     return round(arrays * size.batch * size.units * size.itemsize)
@@ -200,7 +181,7 @@ class _Stream(Case):
         self.state = trajectory.states[:, -1].unbind()
         # start over where fewer steps are left than a run takes: a stream has no end
         self.position = begin + steps if begin + 2 * steps <= self.problem.steps else 0
-        return Recorded(self.cell, trajectory, self.diagonals, None), delta
+        return Recorded(self.cell, trajectory, self.diagonals, None, backend=self.loops), delta
 
     def advance(self, steps: int) -> tuple[Linearization, Tensor, Tensor]:
         """Run the layer on: linearisation, transition M and δ (S, C, B, N) of the next `steps` steps."""
@@ -226,7 +207,8 @@ class _Online(_Stream):
 
     @classmethod
     def peak_bytes(cls, size: Size) -> int:
-        return _gamma_bytes(size) + _gamma_workspace(size) + _step(size, 35)
+        # plain torch, where there is no compiler, takes some blocks of Γ's rows beside
+        return _gamma_bytes(size) + _gradients(size) + _step(size, 35)
 
     @staticmethod
     def flop(size: Size) -> float:
@@ -242,8 +224,6 @@ class RfpStep(_Online):
 
     def run(self) -> Sequence[Tensor]:
         recorded, delta = self.record(1)
-        if self.sensitivity.learns_in_one_call:
-            return self.sensitivity.learn_step_(recorded, delta)[0]
         gradient = self.sensitivity.step_(recorded.block, delta)
         assert gradient is not None
         return gradient
@@ -321,10 +301,8 @@ class RfpChunk(_Online):
 
     @classmethod
     def peak_bytes(cls, size: Size) -> int:
-        # the chunk's own part of the gradient beside Γ's part; or Γ's new rows, and what is added to them
-        own = 2 * _gradients(size) + _window(size, 15)
-        rows = 2 * size.batch * size.units**2 * size.itemsize if _one_pass(size) else 0
-        return _gamma_bytes(size) + max(own, _gamma_workspace(size) + rows + _window(size, 22))
+        # the chunk's own part of the gradient beside Γ's part
+        return _gamma_bytes(size) + 2 * _gradients(size) + _window(size, 30)
 
     @staticmethod
     def flop(size: Size) -> float:

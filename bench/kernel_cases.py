@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import _loops, ops
+from .. import _native, ops
 from ..cells import RGCCell
 from ..reference import bptt, rfp
 from ..two_point import Trajectory
@@ -493,7 +493,7 @@ class WithoutGamma(Kernel):
 
         if device.type != "cuda":
             loop = self.loop
-            if loop is None or _loops.library() is None:
+            if loop is None or _native.library() is None:
                 return {"torch": self.reference}
 
             def looped(p: Any) -> Sequence[Tensor]:
@@ -645,11 +645,11 @@ def _pure_forward(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, Te
 
 
 def _loop_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor] | None:
-    return _loops.rgc_scan(x, weights.unbind(0), state.unbind(0), None)
+    return _native.rgc_scan(x, weights.unbind(0), state.unbind(0), None)
 
 
 def _loop_scan(m: Tensor, delta: Tensor) -> Sequence[Tensor] | None:
-    return _loops.reverse_scan(m, delta, None)
+    return _native.reverse_scan(m, delta, None)
 
 
 def _launch_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:

@@ -198,7 +198,7 @@ class Model:
     def _outer(self, steps: int) -> Work:
         """The products Σ E yᵀ over a sequence, with linearisation."""
         problem, count = self.problem, max(1, len(self.problem.fan_ins))
-        work = problem.pointwise(problem.calls.linearize + problem.calls.outer, steps)
+        work = problem.linearize(steps) + problem.pointwise(problem.calls.outer, steps)
         work += Work(flop=2.0 * problem.batch * problem.weight_numbers * steps, bytes=self.weight_bytes)
         return work + Work(fresh_bytes=fresh_bytes_of(self.weight_bytes / count, count))
 

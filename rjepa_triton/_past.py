@@ -24,7 +24,7 @@ from torch import Tensor
 from . import ops
 from ._tape import Block, Recorded, Tape
 from .reference import rfp
-from .sensitivity import Carried, Nothing, PerUnit
+from .sensitivity import Carried, Nothing
 from .two_point import Matrix
 
 
@@ -161,21 +161,10 @@ class Past:
         alone = record.start == self.base
         if self.form == "step" and alone and record.end <= self.now - self.lag:
             assert sensitivity is not None
-            one_step = recorded.steps == 1
-            due: Tensor | None
-            if (
-                one_step
-                and recorded.trajectory.resets is None
-                and isinstance(sensitivity, PerUnit)
-                and sensitivity.learns_in_one_call
-            ):
-                gradients, due = sensitivity.learn_step_(recorded, delta)
-            else:
-                block = recorded.block
-                due = for_input(delta if one_step else self._credit(block, delta)[0])
-                stepped = sensitivity.step_(block, delta)
-                assert stepped is not None
-                gradients = stepped
+            block = recorded.block
+            due = for_input(delta if recorded.steps == 1 else self._credit(block, delta)[0])
+            gradients = sensitivity.step_(block, delta)
+            assert gradients is not None
             self._move_base(record.end)
             return due, None, gradients
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import rfp
+from . import ops
 from .two_point import Cell, Linearization, Partials, Trajectory
 
 TIME = -3  # of every array below
@@ -81,7 +81,8 @@ class Recorded:
     """Steps as they were run, linearised when that is first asked for.
 
     diagonals: each unit's own part of the recurrent weights at that time, (N,) each; inputs (T, B, I) or
-    None; rule: what of M is kept (`rfp.transition`); weights: as in `Block`. Owns its arrays.
+    None; rule: what of M is kept (`rfp.transition`); weights: as in `Block`; backend: of the linearisation
+    (`ops.linearize`). Owns its arrays.
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class Recorded:
         inputs: Tensor | None,
         rule: str = "rfp",
         weights: tuple[Tensor, ...] | None = None,
+        backend: str = "torch",
     ) -> None:
         self.cell, self.trajectory, self.diagonals, self.inputs = cell, trajectory, diagonals, inputs
-        self.rule, self.weights = rule, weights
+        self.rule, self.weights, self._backend = rule, weights, backend
 
     @property
     def steps(self) -> int:
@@ -102,8 +104,7 @@ class Recorded:
 
     @functools.cached_property
     def block(self) -> Block:
-        lin = self.cell.linearize(self.trajectory)
-        m = rfp.transition(lin, self.cell.matrices, self.diagonals, self.rule)
+        lin, m = ops.linearize(self.cell, self.trajectory, self.diagonals, self.rule, backend=self._backend)
         if self.weights is None:
             kept = Partials((), lin.partials.gate, lin.partials.input)
             return Block(Linearization(kept, lin.before), m, self.inputs)

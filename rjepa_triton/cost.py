@@ -15,9 +15,8 @@ For the layer's matrices, N×M_k each, S states a unit and batch B; Γ has g = S
 
     forward   a step: reads W, 2·B·w FLOP
     step      reads and writes Γ, and writes the gradient, once a step
-    chunk     the same twice a chunk of C steps (Γ is read for the fold and for the rank-C update; Triton's kernel
-              does both in one pass), and 2·S·B·w + 2·B·w FLOP a step: its rank-C update and its own part of the
-              gradient
+    chunk     the same once a chunk of C steps (plain torch goes over Γ for the fold and for the rank-C update),
+              and 2·S·B·w + 2·B·w FLOP a step: its rank-C update and its own part of the gradient
     lazy      reads Γ, and adds up the gradient's two parts, every step, and in the R-th of them folds R steps as
               chunk does; 2·S·B·w FLOP a step, and as history does of the t = 1 … R steps kept
     history   a reverse scan and a product over the t steps since reset: 2·B·t·w FLOP, S²·B·N·t numbers read
@@ -33,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import devices, ops
+from . import _native, _room, devices, ops
 from ._device import device_name
 from .reference import rfp, rtrl
 
@@ -107,13 +106,11 @@ GPU = rates(devices.generic("gpu"))
 # A step of a loop in one launch, in steps of a scan's kernel; assumed. Its products are summed over the lanes of a warp
 # and its states go round through shared memory, where a scan's step waits for one load.
 ON_CHIP_STEP = 5
-# Calls that compiled code takes for each of its arguments, which it checks on every call; fitted.
-CALLS_PER_ARGUMENT = 1.5
+# What only reads Γ on a CPU goes as if it moved so many times its bytes: a core waits for what it reads, and not for
+# what it writes. On 2 cores of an AMD EPYC, N = 256 to 768, B = 16 to 64, reading took 0.69 to 0.83 of a step's time.
+READ_ALONE = 1.45
 # Calls in which a step of form "lazy" has its credit beside zeros for the steps kept before it (`_past`).
 PADDING_CALLS, PADDING_VIEWS = 3, 6
-# An array beyond this is mapped anew each time it is made on a CPU: the largest block that glibc keeps
-# (M_MMAP_THRESHOLD's upper limit).
-FRESH_FROM = 32 << 20
 
 
 def rates_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Rates:
@@ -181,13 +178,15 @@ class Work:
         return sum(self.parts(rates, working_set).values())
 
 
-# What a call of a compiled loop over time takes beside its arithmetic: room for arrays, and states copied (`_loops`).
-COMPILED_LOOP, COMPILED_REVERSE = Work(calls=4, views=6), Work(calls=1, views=2)
+# What a call of compiled code takes beside its arithmetic: room for arrays, views of them, what it is told (`_native`).
+COMPILED_LOOP, COMPILED_REVERSE = Work(calls=1, views=3), Work(calls=1, views=2)
+COMPILED_LINEARIZE = Work(calls=2, views=8)
+COMPILED_PASS, COMPILED_ARRIVING = Work(calls=1, views=3), Work(calls=1, views=2)
 
 
 def fresh_bytes_of(array: float, count: float = 1) -> float:
     """Bytes of `count` arrays of `array` bytes that are mapped anew each time they are made."""
-    return count * array if array > FRESH_FROM else 0.0
+    return count * array if array > _room.LARGE else 0.0
 
 
 @dataclass(frozen=True)
@@ -271,8 +270,8 @@ class Problem:
     """S, B, N; M_k of each matrix (1 for a diagonal one or a bias); bytes of a number; calls, and what runs Γ.
 
     features   I, of the layer's input where a matrix reads it, else 0
-    loop, one_step, reverse   whether the layer's loop, a step on its own and the reverse scan are each a call of
-               compiled code (`ops.compiled_loop`, `ops.compiled_reverse`)
+    loop, one_step, partials, reverse   whether the layer's loop, a step on its own, the linearisation and the reverse
+               scan are each a call of compiled code (`ops.compiled_loop`, `ops.linearize`, `ops.compiled_reverse`)
     runs       "torch", "compile" or "triton": what Γ's recursion is run by (`runs_gamma`)
     """
 
@@ -287,6 +286,7 @@ class Problem:
     runs: str = "torch"
     loop: bool = False
     one_step: bool = False
+    partials: bool = False
     reverse: bool = False
 
     @property
@@ -335,19 +335,19 @@ class Problem:
         moved = steps * self.batch * self.units * self.item * self.states * (self.states + 2)
         return COMPILED_REVERSE + Work(bytes=float(moved))
 
-    def row_blocks(self) -> int:
-        """How many blocks of batch rows compiled code takes Γ in (`ops`)."""
-        row = self.weight_numbers
-        return 1 if self.batch * row <= ops.BLOCK else -(-self.batch // max(1, ops.BLOCK // row))
+    def linearize(self, steps: float = 1) -> Work:
+        """Partials and M of `steps` recorded steps; compiled, RGC's gates, states and x go in, ten arrays out."""
+        if not self.partials:
+            return self.pointwise(self.calls.linearize, steps)
+        return COMPILED_LINEARIZE + Work(bytes=17.0 * steps * self.batch * self.units * self.item)
 
 
-def runs_gamma(gpu: bool, item: int, gamma_item: int, units: int, fan_ins: Sequence[int]) -> str:
-    """What Γ's recursion is run by on such a device, by "auto" (`ops.choose_gamma`): of the largest group."""
+def runs_gamma(gpu: bool, item: int, gamma_item: int, states: int) -> str:
+    """What Γ's recursion is run by on such a device, by "auto" (`ops.choose_gamma`)."""
     if gpu:
         return "triton" if item == 4 else "torch"
-    largest = max((units * m * fan_ins.count(m) for m in set(fan_ins)), default=0)
     same = item == gamma_item and ops.cpp_compiler() is not None
-    return "compile" if same and largest >= ops.COMPILE_FROM else "torch"
+    return "compile" if same and states <= _native.MOST_STATES else "torch"
 
 
 def forward_phase(problem: Problem, working_set: float) -> Phase:
@@ -369,10 +369,7 @@ def gamma_pass(problem: Problem) -> Work:
     if problem.runs == "triton":
         return Work(calls=calls.groups, bytes=2.0 * g + 2.0 * w)
     if problem.runs == "compile":
-        blocks = problem.row_blocks()
-        arguments = blocks * calls.groups * (problem.states + 4)
-        checks = CALLS_PER_ARGUMENT * arguments + (4 * blocks if blocks > 1 else 0)
-        return Work(calls=checks, bytes=2.0 * g + (2.0 * blocks - 1) * w, fresh_bytes=fresh)
+        return COMPILED_PASS * calls.groups + Work(bytes=2.0 * g + w)  # in room that is kept
     passes = _passes(problem.states)
     moved = g * (passes + 4 + 2 + (passes + 1) / problem.states)
     return calls.gamma + Work(bytes=moved, fresh_bytes=fresh)
@@ -380,12 +377,7 @@ def gamma_pass(problem: Problem) -> Work:
 
 def gamma_work(problem: Problem) -> Work:
     """A recorded step linearised, and `gamma_pass`."""
-    calls, work = problem.calls, gamma_pass(problem)
-    if problem.runs == "compile" and problem.row_blocks() == 1:
-        # linearised in the same call: a matrix is five arguments, its description among them
-        arguments = 5 * len(problem.fan_ins) + problem.states + 7
-        return replace(work, calls=CALLS_PER_ARGUMENT * arguments)
-    return work + problem.pointwise(calls.linearize + calls.stacked)
+    return gamma_pass(problem) + problem.linearize() + problem.pointwise(problem.calls.stacked)
 
 
 def reading_work(problem: Problem) -> Work:
@@ -395,10 +387,7 @@ def reading_work(problem: Problem) -> Work:
     if problem.runs == "triton":
         return Work(calls=calls.groups, bytes=float(g + w))
     if problem.runs == "compile":
-        blocks = problem.row_blocks()
-        arguments = blocks * calls.groups * (problem.states + 2)
-        checks = CALLS_PER_ARGUMENT * arguments + (blocks if blocks > 1 else 0)
-        return Work(calls=checks, bytes=g + (2.0 * blocks - 1) * w, fresh_bytes=fresh)
+        return COMPILED_PASS * calls.groups + Work(bytes=READ_ALONE * g + w)
     moved = g * (_passes(problem.states) + 1) / problem.states
     return calls.read + Work(bytes=moved, fresh_bytes=fresh)
 
@@ -408,26 +397,20 @@ def fold_work(problem: Problem, steps: int) -> Work:
     g, w, calls = problem.gamma_bytes, problem.weight_bytes, problem.calls
     work = problem.pointwise(calls.stacked, steps)
     work += Work(flop=2.0 * problem.states * problem.batch * problem.weight_numbers * steps)
-    work += Work(fresh_bytes=fresh_bytes_of(w))
     if problem.runs == "triton":
         return work + Work(calls=2 * calls.groups, bytes=2.0 * g + 2.0 * w, scan_steps=steps)
     if problem.runs == "compile":
-        blocks = problem.row_blocks()
-        arguments = blocks * calls.groups * (problem.states + 3)
-        return work + problem.pointwise(calls.chunk.each * steps) + Work(
-            calls=CALLS_PER_ARGUMENT * arguments + 2 * blocks + 2 * problem.states,
-            bytes=4.0 * g + (2.0 * blocks - 1) * w,
-        )  # fmt: skip
+        return work + (COMPILED_PASS + COMPILED_ARRIVING) * calls.groups + Work(bytes=2.0 * g + w)
     passes = _passes(problem.states)
     moved = g * (passes + 4 + (passes + 1) / problem.states)
-    return work + calls.chunk.at(steps) + Work(bytes=moved)
+    return work + calls.chunk.at(steps) + Work(bytes=moved, fresh_bytes=fresh_bytes_of(w))
 
 
 def chunk_work(problem: Problem, steps: int) -> Work:
     """A chunk of C = `steps` steps: Γ folded on by it, and the gradient; linearisation and all."""
     w, calls, count = problem.weight_bytes, problem.calls, len(problem.fan_ins)
     # its own part of the gradient, which is added to what Γ gives
-    work = problem.pointwise(calls.linearize + calls.outer, steps)
+    work = problem.linearize(steps) + problem.pointwise(calls.outer, steps)
     work += Work(calls=count, flop=2.0 * problem.batch * problem.weight_numbers * steps, bytes=4.0 * w)
     work += Work(fresh_bytes=fresh_bytes_of(w / max(1, count), count))
     if problem.runs == "triton":
@@ -440,7 +423,7 @@ def chunk_work(problem: Problem, steps: int) -> Work:
 def history_work(problem: Problem, steps: float, kernel: bool) -> Work:
     """A step's gradient from the t = `steps` recorded ones since reset."""
     calls, count = problem.calls, len(problem.fan_ins)
-    work = problem.pointwise(calls.linearize + Work(calls=calls.arrays, views=2 * calls.arrays))
+    work = problem.linearize() + problem.pointwise(Work(calls=calls.arrays, views=2 * calls.arrays))
     work += problem.pointwise(calls.outer + Work(calls=-count), steps)
     work += Work(flop=2.0 * problem.batch * steps * problem.weight_numbers, bytes=problem.weight_bytes)
     work += Work(calls=count, fresh_bytes=fresh_bytes_of(problem.weight_bytes / max(1, count), count))

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import ops
 from . import weights as weight_ops
 from ._tape import Block, Recorded
+from .cells import RGCCell
 from .cost import Calls, Line, Problem, Work, counted, runs_gamma
 from .layer import TwoPointRNN
 from .reference import bptt, rfp
@@ -57,9 +58,10 @@ def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bo
         gamma_item=gamma_dtype.itemsize,
         calls=calls(layer.cell, layer.matrices, weights),
         features=layer.input_size or 0,
-        runs=runs_gamma(gpu, item, gamma_dtype.itemsize, layer.hidden_size, fan_ins),
-        loop=compiled and ops.compiled_loop(layer.cell, recurrent, 2, batch),
+        runs=runs_gamma(gpu, item, gamma_dtype.itemsize, len(layer.cell.states)),
+        loop=compiled and ops.compiled_loop(layer.cell, recurrent, LONG, batch),
         one_step=compiled and ops.compiled_loop(layer.cell, recurrent, 1, batch),
+        partials=compiled and isinstance(layer.cell, RGCCell),
         reverse=compiled and ops.compiled_reverse(batch * layer.hidden_size),
     )
 

@@ -110,17 +110,17 @@ def gradients(
     if learning in rfp.RULES and rounds == 0 and runs != "triton" and large:
         return _dual_by_windows(cell, trajectory, weights, delta, learning, runs, needs_weights)
     trajectory = trajectory.with_saved(cell, weights)
-    lin = cell.linearize(trajectory)
     inputs = len(cell.per_unit)
     by_weight: Sequence[Tensor] = [delta.new_empty(0)] * len(weights)
     if learning not in rfp.RULES:
+        lin = cell.linearize(trajectory)
         entering, for_x, first = ops.exact(cell, trajectory, lin, weights, delta, backend=runs)
         if needs_weights and learning == "rtrl" and weights:
             by_weight = rtrl.weight_gradients(lin, cell.matrices, weights, delta)
         elif needs_weights:
             by_weight = rfp.outer_products(lin, cell.matrices, weights, entering)
         return for_x, first, by_weight
-    m = rfp.transition(lin, cell.matrices, weights, learning)
+    lin, m = ops.linearize(cell, trajectory, weights, learning, backend=runs)
     if rounds == 0:
         matrices = cell.matrices if needs_weights else ()
         entering, for_x, first = ops.dual(lin, m, delta, matrices, inputs, backend=runs)
@@ -160,8 +160,8 @@ def _dual_by_windows(
     passed: Tensor | None = None
     for stop in range(steps, 0, -length):
         start = max(0, stop - length)
-        lin = cell.linearize(trajectory.window(start, stop).with_saved(cell, weights))
-        m = rfp.transition(lin, cell.matrices, weights, learning)
+        window = trajectory.window(start, stop).with_saved(cell, weights)
+        lin, m = ops.linearize(cell, window, weights, learning, backend=runs)
         credit, passed = ops.reverse_scan(m, delta[:, start:stop], passed, backend=runs)
         for_x[:, start:stop] = rfp.input_gradient(lin, credit, inputs)
         if needs_weights:

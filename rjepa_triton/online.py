@@ -331,7 +331,9 @@ class OnlineLearner:
             diagonals = torch.stack([weight_ops.own(weight) for weight in recurrent]).unbind(0)
         readers = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
         rule = self.learning if self.learning in rfp.RULES else "rfp"
-        steps = Recorded(cell, trajectory, diagonals, x if readers else None, rule, self._chunk_weights)
+        steps = Recorded(
+            cell, trajectory, diagonals, x if readers else None, rule, self._chunk_weights, past.scan_backend
+        )
         record = past.add(steps, linked=linked)
         # the caller's own: the window goes on reading the trajectory
         shown = [trajectory.after[nu].clone() for nu in cell.outputs]

@@ -1,13 +1,13 @@
 """What runs the recursions: plain torch, code compiled for the CPU, or Triton kernels.
 
 torch    anywhere, in any floating dtype: an operation a pass over memory
-compile  CPU, with a C++ compiler. Γ: the same functions by torch.compile, one pass over Γ a step; compiling takes some
-         seconds once. Loops over time, float32: RGC's with dense weights and the reverse scan as one call each
-         (`_loops`), where a layer is so small that torch's calls are what costs; elsewhere torch
+compile  CPU, with a C++ compiler (`_native`), which runs for some seconds once. Γ of one or two states a unit, float32
+         or float64: one pass over it a step, or a chunk. Loops over time, float32: RGC's with dense weights and the
+         reverse scan as one call each, where a layer is so small that torch's calls are what costs; elsewhere torch
 triton   CUDA and ROCm tensors in float32 (Γ may be bfloat16); elsewhere under TRITON_INTERPRET=1, for tests
-auto     triton where it can run; compile on the CPU, for Γ where it is large; else torch
+auto     triton where it can run, on a GPU; compile where it can, on the CPU; else torch
 
-A kernel that can't be launched, or a loop that can't be compiled, gives way to torch for good, with one warning that
+A kernel that can't be launched, or code that can't be compiled, gives way to torch for good, with one warning that
 says why.
 """
 
@@ -17,34 +17,35 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import _loops
+from . import _native
+from . import weights as weight_ops
+from ._room import Room
 from .cells import RGCCell
 from .reference import bptt, rfp
-from .two_point import ByState, Cell, Linearization, Matrix, Trajectory
+from .two_point import ByState, Cell, Linearization, Matrix, Partials, Trajectory
 
 BACKENDS = ("auto", "torch", "compile", "triton")
-# Numbers of Γ^ν a batch row from which one pass over it outweighs the cost of compiling (N = 128 for RGC).
-COMPILE_FROM = 1 << 16
 HEAD_UNITS = 64  # of a head, that the exact kernel takes
 ON_CHIP_UNITS = 64  # of an RGC, up to which one launch runs all steps of its loop
 SCAN_STATES = 2  # states a unit that kernels scan; more are torch's
-# Up to how many units, and numbers of B·N, RGC's loop is compiled code's, which one thread runs: beyond, torch's
-# products by all threads may be faster. Of one step, for which weights are laid out anew, up to fewer units.
-LOOP_UNITS, LOOP_NUMBERS, STEP_UNITS = 256, 2048, 128
-# The same of the reverse scan, up to where torch runs a step of two states by one thread.
+# Up to how many units and rows RGC's loop is compiled code's: as far as it was timed, and faster than torch's. Of fewer
+# than FEW_STEPS, for which weights are laid out anew or read as they are, up to few rows, or units.
+LOOP_UNITS, LOOP_ROWS = 2048, 128
+FEW_STEPS, FEW_ROWS, FEW_UNITS = 4, 8, 128
+# Numbers of B·N up to which the reverse scan is compiled code's: where torch runs a step of two states by one thread.
 REVERSE_NUMBERS = 1 << 14
 
 
 def cpp_compiler() -> str | None:
     """The C++ compiler that torch.compile would use on the CPU, or None."""
-    return _loops.compiler()
+    return _native.compiler()
 
 
 @functools.cache
@@ -96,7 +97,8 @@ def compiled_loop(cell: Cell, weights: Sequence[Tensor], steps: int, batch: int)
     if not is_dense_rgc(cell, weights):
         return False
     units = weights[0].shape[0]
-    return units <= (LOOP_UNITS if steps > 1 else STEP_UNITS) and batch * units <= LOOP_NUMBERS
+    enough = steps >= FEW_STEPS or batch <= FEW_ROWS or units <= FEW_UNITS
+    return enough and units <= LOOP_UNITS and batch <= LOOP_ROWS
 
 
 def compiled_reverse(numbers: int) -> bool:
@@ -105,16 +107,21 @@ def compiled_reverse(numbers: int) -> bool:
 
 
 def _has_memory(*tensors: Tensor | None) -> bool:
-    """Whether compiled loops can be given these tensors' addresses: not while torch.compile or a mode traces them."""
-    return not torch.compiler.is_compiling() and all(
-        tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors
-    )
+    """Whether compiled code can be given these tensors' addresses: not while torch.compile or a mode traces them."""
+    if torch.compiler.is_compiling():
+        return False
+    for (
+        tensor
+    ) in tensors:  # `all` of a generator takes twice as long, and a step of a small layer asks three times
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+    return True
 
 
 def choose_gamma(
-    backend: str, device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype, row_numbers: int
+    backend: str, device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype, states: int
 ) -> tuple[str, str]:
-    """("torch" | "compile" | "triton", why), for Γ^ν of `row_numbers` a batch row.
+    """("torch" | "compile" | "triton", why), for Γ of S = `states` a unit.
 
     Raises ValueError if `backend` is unknown, or asks for what can't run here.
     """
@@ -127,6 +134,10 @@ def choose_gamma(
         no_compile = f"compiled code serves CPU tensors, got {device}"
     elif gamma_dtype != dtype:
         no_compile = "gamma_dtype differs from the layer's dtype"
+    elif dtype not in (torch.float32, torch.float64):
+        no_compile = f"compiled code takes Γ in float32 or float64, got {dtype}"
+    elif states > _native.MOST_STATES:
+        no_compile = f"compiled code takes 1 or {_native.MOST_STATES} states a unit, got {states}"
     elif cpp_compiler() is None:
         no_compile = "no C++ compiler was found"
     obstacle = {"triton": no_triton, "compile": no_compile}.get(backend)
@@ -136,11 +147,7 @@ def choose_gamma(
         return backend, "asked for"
     if device.type == "cuda":
         return ("torch", no_triton) if no_triton else ("triton", "one pass over Γ a step")
-    if no_compile:
-        return "torch", no_compile
-    if row_numbers < COMPILE_FROM:
-        return "torch", f"Γ has {row_numbers:,} numbers a row and state, compiled from {COMPILE_FROM:,}"
-    return "compile", f"Γ has {row_numbers:,} numbers a row and state: one pass over it a step"
+    return ("torch", no_compile) if no_compile else ("compile", "one pass over Γ a step")
 
 
 def scan(
@@ -162,7 +169,7 @@ def scan(
         and compiled_loop(cell, weights, x.shape[1], x.shape[2])
         and _has_memory(x, resets, *weights, *state)
     ):
-        found = _loops.rgc_scan(x[0], weights, state, resets)
+        found = _native.rgc_scan(x[0], weights, state, resets)
         if found is not None:
             return Trajectory(x, found[0], found[1] if keep else x.new_empty(0), resets)
     if backend == "triton" and is_dense_rgc(cell, weights):
@@ -179,6 +186,40 @@ def scan(
             return Trajectory(x, states, x.new_empty(0) if gates is None else gates, resets)
     made = cell.scan(x, weights, state, resets)
     return made if keep else made.without_saved()
+
+
+def linearize(
+    cell: Cell,
+    trajectory: Trajectory,
+    weights: Sequence[Tensor],
+    rule: str = "rfp",
+    *,
+    backend: str = "torch",
+) -> tuple[Linearization, Tensor]:
+    """`cell.linearize` and `rfp.transition` by the chosen backend: of RGC by "compile" in one pass.
+
+    weights: the recurrent ones, of any shape, or their own parts (N,). Returns the linearisation and M (S, S, T, B, N).
+    """
+    before, saved, resets = trajectory.before, trajectory.saved, trajectory.resets
+    if (
+        backend == "compile"
+        and rule == "rfp"
+        and isinstance(cell, RGCCell)
+        and _has_memory(trajectory.x, before, saved, resets, *weights)
+    ):
+        own = [weight_ops.own(weight) for weight in weights]
+        made = _native.rgc_linearize(saved, before, trajectory.x[0], own, resets)
+        if made is not None:
+            (ss, ms, mm, sm, of_s, of_m), m = made
+            b_s, b_m = saved[..., 0, :].unbind(0)
+            partials = Partials(
+                own=[{0: b_s}, {1: b_m}],
+                gate=[{0: ss}, {0: ms}, {1: mm}, {1: sm}],
+                input=[{0: of_s, 1: of_m}],
+            )
+            return Linearization(partials, before, resets), m
+    lin = cell.linearize(trajectory)
+    return lin, rfp.transition(lin, cell.matrices, weights, rule)
 
 
 def one_launch(cell: Cell, weights: Sequence[Tensor]) -> bool:
@@ -236,7 +277,7 @@ def reverse_scan(
         and compiled_reverse(delta.shape[2] * delta.shape[3])
         and _has_memory(m, delta, carry)
     ):
-        made = _loops.reverse_scan(m, delta, carry)
+        made = _native.reverse_scan(m, delta, carry)
         if made is not None:
             return made
     if backend == "triton" and delta.shape[1] > 1 and delta.shape[0] <= SCAN_STATES:
@@ -318,8 +359,10 @@ def gamma_step_(
     *,
     rng_state: Tensor | None = None,
     backend: str = "torch",
+    room: Room | None = None,
 ) -> Tensor | None:
-    """`rfp.gamma_step_` by the chosen backend; "compile" rounds to nearest. Mutates gammas, not rng_state."""
+    """`rfp.gamma_step_` by the chosen backend; room: that "compile" takes for the gradient. Mutates gammas, not
+    rng_state."""
     if backend == "triton":
         from .kernels import gamma_step as kernels
 
@@ -329,18 +372,11 @@ def gamma_step_(
         done = _launched("gamma_step", launch)
         if done is not None:
             return done[0]
-    if backend != "compile":
-        return rfp.gamma_step_(gammas, m, phi, y, delta, rng_state)
-    total: Tensor | None = None
-    per_row = [(m, 2), (phi, 1), (y, 0)] + ([] if delta is None else [(delta, 1)])
-    for block, arrays in _row_blocks(gammas, per_row):
-        if delta is None:
-            _compiled(_advance_)(block, *arrays)
-        elif total is None:
-            total = _compiled(_step_)(block, *arrays)
-        else:
-            _compiled(_step_into_)(block, *arrays, total)
-    return total
+    if backend == "compile" and _has_memory(*gammas, m, phi, y, delta):
+        passed = _native.gamma_pass(gammas, m, phi[:, None], y[None], delta, room=room)
+        if passed is not None:
+            return passed[0]
+    return rfp.gamma_step_(gammas, m, phi, y, delta, rng_state)
 
 
 def rtrl_heads_(
@@ -387,34 +423,6 @@ def _entering_gates(lin: Linearization, t: int) -> list[Tensor]:
     return [next(iter(by_state.values()))[t].contiguous() for by_state in lin.partials.gate]
 
 
-def learn_step_(
-    cell: Cell,
-    matrices: Sequence[Sequence[Matrix]],
-    gammas: Sequence[Sequence[Tensor]],
-    trajectory: Trajectory,
-    diagonals: Sequence[Tensor],
-    inputs: Tensor | None,
-    delta: Tensor,
-    rule: str = "rfp",
-) -> tuple[list[Tensor], Tensor]:
-    """One step, compiled as one function: linearise it, advance Γ and read the gradients. Mutates gammas.
-
-    matrices and gammas: by group of one shape. trajectory: of one step, without resets. diagonals: of the
-    recurrent weights, (N,) each. inputs (1, B, I) or None; delta (S, 1, B, N); rule as in `rfp.transition`.
-    Returns the groups' gradients (K, N, M), and that of the per-unit inputs (J, 1, B, N).
-    """
-    return _compiled(_learn_step_)(
-        cell,
-        [list(group) for group in matrices],
-        [list(group) for group in gammas],
-        (trajectory.x, trajectory.states, trajectory.saved),
-        list(diagonals),
-        inputs,
-        delta,
-        rule,
-    )
-
-
 def gamma_chunk_(
     gammas: Sequence[Tensor],
     m: Tensor,
@@ -423,8 +431,12 @@ def gamma_chunk_(
     credit: Tensor | None = None,
     *,
     backend: str = "torch",
+    room: Room | None = None,
 ) -> Tensor | None:
-    """`rfp.gamma_chunk_` by the chosen backend, from M (S, S, C, B, N) itself. Mutates gammas."""
+    """`rfp.gamma_chunk_` by the chosen backend, from M (S, S, C, B, N) itself; room as in `gamma_step_`.
+
+    Mutates gammas.
+    """
     if backend == "triton":
         from .kernels import gamma_chunk, reverse_scan
 
@@ -436,39 +448,33 @@ def gamma_chunk_(
         done = _launched("gamma_chunk", launch)
         if done is not None:
             return done[0]
+    if backend == "compile" and _has_memory(*gammas, m, phi, y, credit):
+        made = _native.arriving(m, phi)
+        if made is not None:
+            arrived, whole = made
+            passed = _native.gamma_pass(gammas, whole, arrived, y, credit, before=True, room=room)
+            assert passed is not None
+            return passed[0]
     suffix, whole = rfp.suffix_products(m)
-    if backend != "compile" or credit is None:
-        return rfp.gamma_chunk_(gammas, suffix, whole, phi, y, credit)
-    total: Tensor | None = None
-    for block, arrays in _row_blocks(gammas, [(whole, 2), (credit, 1)]):
-        if total is None:
-            total = _compiled(_fold_)(block, *arrays)
-        else:
-            _compiled(_fold_into_)(block, *arrays, total)
-    arriving = rfp.arriving(suffix, phi)
-    for nu, gamma in enumerate(gammas):
-        rfp.add_arriving_(gamma, arriving[nu], y)
-    return total
+    return rfp.gamma_chunk_(gammas, suffix, whole, phi, y, credit)
 
 
-def gamma_read(gammas: Sequence[Tensor], credit: Tensor, *, backend: str = "torch") -> Tensor:
-    """`rfp.gamma_read` by the chosen backend."""
+def gamma_read(
+    gammas: Sequence[Tensor], credit: Tensor, *, backend: str = "torch", room: Room | None = None
+) -> Tensor:
+    """`rfp.gamma_read` by the chosen backend; room as in `gamma_step_`."""
     if backend == "triton":
         from .kernels import gamma_read as kernels
 
         done = _launched("gamma_read", lambda: (kernels.gamma_read(gammas, credit.contiguous()),))
         if done is not None:
             return done[0]
-    if backend != "compile":
-        return rfp.gamma_read(gammas, credit)
-    total: Tensor | None = None
-    for block, (part,) in _row_blocks(gammas, [(credit.contiguous(), 1)]):
-        if total is None:
-            total = _compiled(_read)(block, part)
-        else:
-            _compiled(_read_into_)(block, part, total)
-    assert total is not None
-    return total
+    if backend == "compile" and _has_memory(*gammas, credit):
+        passed = _native.gamma_pass(gammas, None, None, None, credit, room=room)
+        if passed is not None:
+            assert passed[0] is not None
+            return passed[0]
+    return rfp.gamma_read(gammas, credit)
 
 
 _failed: set[str] = set()
@@ -490,104 +496,3 @@ def _launched(name: str, launch: Callable[[], tuple[Any, ...]]) -> tuple[Any, ..
             stacklevel=2,
         )
         return None
-
-
-# Numbers of Γ^ν that compiled code is given at once at the most, or one batch row. With several rows it sums
-# over them in a second pass, which is cheap while they are in cache.
-BLOCK = 1 << 18
-
-
-def is_one_block(gamma: Tensor) -> bool:
-    """Whether compiled code takes all batch rows of Γ^ν at once."""
-    return gamma.shape[0] == 1 or gamma.numel() <= BLOCK
-
-
-def _row_blocks(
-    gammas: Sequence[Tensor], per_row: Sequence[tuple[Tensor, int]]
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Γ and the arrays of `per_row`, each with the dimension of its batch, by blocks of batch rows."""
-    if is_one_block(gammas[0]):  # a slice costs a microsecond or two
-        yield list(gammas), [array for array, _ in per_row]
-        return
-    batch = gammas[0].shape[0]
-    rows = max(1, BLOCK * batch // gammas[0].numel())
-    for b in range(0, batch, rows):
-        count = min(rows, batch - b)
-        # small arrays are copied: strides and offsets that differ by block would have it compiled anew
-        small = [a.narrow(dim, b, count).clone(memory_format=torch.contiguous_format) for a, dim in per_row]
-        yield [g.narrow(0, b, count) for g in gammas], small
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
-
-
-# In place on some batch rows. For the compiler to write Γ where it read it, without a copy, its states must
-# be separate tensors, and a single row must be indexed, not summed over.
-
-
-def _read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
-    rows = rfp.read_rows(gammas, credit)
-    return rows[0] if rows.shape[0] == 1 else rows.sum(0)
-
-
-def _read_into_(gammas: Sequence[Tensor], credit: Tensor, total: Tensor) -> None:
-    total.add_(_read(gammas, credit))
-
-
-def _write_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
-
-
-def _advance_(gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor) -> None:
-    _write_(gammas, rfp.advanced(gammas, m, phi, y))
-
-
-def _step_(gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor) -> Tensor:
-    new = rfp.advanced(gammas, m, phi, y)
-    total = _read(new, delta)
-    _write_(gammas, new)
-    return total
-
-
-def _step_into_(
-    gammas: list[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor, total: Tensor
-) -> None:
-    new = rfp.advanced(gammas, m, phi, y)
-    total.add_(_read(new, delta))
-    _write_(gammas, new)
-
-
-def _fold_(gammas: list[Tensor], whole: Tensor, credit: Tensor) -> Tensor:
-    total = _read(gammas, credit)
-    _write_(gammas, rfp.carried(gammas, whole))
-    return total
-
-
-def _fold_into_(gammas: list[Tensor], whole: Tensor, credit: Tensor, total: Tensor) -> None:
-    total.add_(_read(gammas, credit))
-    _write_(gammas, rfp.carried(gammas, whole))
-
-
-def _learn_step_(
-    cell: Cell,
-    matrices: list[list[Matrix]],
-    gammas: list[list[Tensor]],
-    trajectory: tuple[Tensor, Tensor, Tensor],
-    diagonals: list[Tensor],
-    inputs: Tensor | None,
-    delta: Tensor,
-    rule: str,
-) -> tuple[list[Tensor], Tensor]:
-    lin = cell.linearize(Trajectory(*trajectory))
-    m = rfp.transition(lin, cell.matrices, diagonals, rule).select(2, 0)
-    totals = []
-    for group, states in zip(matrices, gammas, strict=True):
-        phi = rfp.immediates(group, lin).select(1, 0)
-        y = rfp.signals(group, lin, inputs)[0]
-        new = rfp.advanced(states, m, phi, y)
-        totals.append(_read(new, delta.select(1, 0)))
-        _write_(states, new)
-    return totals, rfp.input_gradient(lin, delta, len(cell.inputs))

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from . import ops
 from . import weights as weight_ops
-from ._tape import Block, Recorded
+from ._room import Room
+from ._tape import Block
 from .reference import rfp, rtrl
 from .two_point import Cell, Matrix, state_read
 
@@ -81,6 +82,7 @@ class Group:
     """Matrices of one shape whose Γ lies together: gammas S of (B, K, N, M).
 
     rng_state: seed and next step of stochastic rounding, (2,) int64; None rounds to nearest.
+    room: of a large gradient on the CPU, which is kept from step to step.
     """
 
     matrices: list[Matrix]
@@ -90,6 +92,7 @@ class Group:
     backend: str
     why: str
     rng_state: Tensor | None = None
+    room: Room = field(default_factory=Room)
 
 
 class PerUnit(Carried):
@@ -118,9 +121,8 @@ class PerUnit(Carried):
             first = weights[indices[0]]
             fan_in = weight_ops.fan_in(first)
             units = first.numel() // fan_in
-            numbers = len(indices) * first.numel()
-            chosen, why = ops.choose_gamma(backend, first.device, first.dtype, dtype, numbers)
-            if len(shape) == 1:
+            chosen, why = ops.choose_gamma(backend, first.device, first.dtype, dtype, states)
+            if len(shape) == 1 and chosen == "triton":
                 chosen, why = "torch", "one number a unit"
             elif len(shape) == 3 and chosen == "triton":
                 chosen, why = "torch", "kernels take dense matrices, not blocks"
@@ -169,39 +171,13 @@ class PerUnit(Carried):
                     None if delta is None else delta.select(1, t),
                     rng_state=group.rng_state,
                     backend=group.backend,
+                    room=group.room,
                 )
                 if group.rng_state is not None:
                     group.rng_state[1] += 1
                 total = part if total is None or part is None else total.add_(part)
             totals.append(total)
         return self._by_matrix(totals)
-
-    @property
-    def learns_in_one_call(self) -> bool:
-        """Whether `learn_step_` is to be preferred for one step without resets."""
-        return any(group.backend == "compile" for group in self.groups) and all(
-            ops.is_one_block(group.gammas[0]) for group in self.groups
-        )
-
-    def learn_step_(self, recorded: Recorded, delta: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Linearise one recorded step and do what `step_` does, compiled as one function.
-
-        delta (S, 1, B, N). Returns the gradients by matrix, and that of the per-unit inputs (J, 1, B, N).
-        Mutates Γ.
-        """
-        totals, for_input = ops.learn_step_(
-            recorded.cell,
-            [group.matrices for group in self.groups],
-            [group.gammas for group in self.groups],
-            recorded.trajectory,
-            recorded.diagonals,
-            recorded.inputs,
-            delta,
-            recorded.rule,
-        )
-        gradients = self._by_matrix(totals)
-        assert gradients is not None
-        return gradients, for_input
 
     def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
         totals = [
@@ -212,13 +188,17 @@ class PerUnit(Carried):
                 rfp.signals(group.matrices, block.lin, block.inputs),
                 credit,
                 backend=group.backend,
+                room=group.room,
             )
             for group in self.groups
         ]
         return self._by_matrix(totals)
 
     def read(self, credit: Tensor) -> list[Tensor]:
-        totals = [ops.gamma_read(group.gammas, credit, backend=group.backend) for group in self.groups]
+        totals = [
+            ops.gamma_read(group.gammas, credit, backend=group.backend, room=group.room)
+            for group in self.groups
+        ]
         gradients = self._by_matrix(totals)
         assert gradients is not None
         return gradients

@@ -51,7 +51,7 @@ def test_a_wrong_gradient_is_noticed(name: str) -> None:
 def test_predicted_bytes_are_near_the_measured(name: str) -> None:
     size = Size(units=48, batch=2, steps=20, chunk=8, itemsize=8)
     case: type[Case] = CASES[name]
-    p = problem(size)
+    p = problem(size, backend="auto")
     measured = measure.peak_bytes(lambda: case(p).run(), torch.device("cpu"))
     assert case.state_bytes(size) <= measured
     assert 0.7 <= case.peak_bytes(size) / measured <= 1.5

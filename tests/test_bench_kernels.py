@@ -116,7 +116,7 @@ def settings(**changes: object) -> Settings:
 @pytest.fixture
 def no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_cases.ops, "cpp_compiler", lambda: None)
-    monkeypatch.setattr(kernel_cases._loops, "library", lambda: None)
+    monkeypatch.setattr(kernel_cases._native, "library", lambda: None)
     monkeypatch.setattr(kernels, "device_rates", lambda device: {"copy": 1e10, "float32": 1e11})
 
 

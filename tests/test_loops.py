@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton import RGC, RNN, OnlineLearner, _loops, cost, counting, ops, parallel
+from rjepa_triton import RGC, RNN, OnlineLearner, _native, cost, counting, ops, parallel
 from rjepa_triton.cells import LSTMCell, RGCCell
 from rjepa_triton.functional import rgc
 from rjepa_triton.reference import rfp
@@ -27,15 +27,15 @@ from rjepa_triton.reference import rfp
 F32, F64 = torch.float32, torch.float64
 CELL = RGCCell()
 
-pytestmark = pytest.mark.skipif(_loops.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(_native.compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture
 def found_again() -> Iterator[None]:
     """The library is looked for anew, now and after the test."""
-    _loops.library.cache_clear()
+    _native.library.cache_clear()
     yield
-    _loops.library.cache_clear()
+    _native.library.cache_clear()
 
 
 def sizes() -> list[tuple[int, int, int]]:
@@ -51,7 +51,7 @@ def given(steps: int, batch: int, units: int) -> tuple[Tensor, list[Tensor], lis
 def test_tanh_is_within_two_ulp_over_the_whole_range() -> None:
     some = torch.cat([torch.linspace(-12, 12, 400_001), torch.logspace(-44, 38, 200_001)])
     found, exact = some.clone(), some.double().tanh()
-    assert _loops.tanh_(found)
+    assert _native.tanh_(found)
     ulp = (torch.nextafter(exact.float().abs(), torch.tensor(2.0)) - exact.float().abs()).double()
     assert float(((found.double() - exact).abs() / ulp).max()) < 2
     assert float(found.abs().max()) == 1
@@ -60,7 +60,7 @@ def test_tanh_is_within_two_ulp_over_the_whole_range() -> None:
 def test_tanh_of_what_is_no_ordinary_number() -> None:
     odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-45, 3e38, -3e38])
     found = odd.clone()
-    _loops.tanh_(found)
+    _native.tanh_(found)
     torch.testing.assert_close(found, odd.tanh(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(found.signbit()[1:], odd.signbit()[1:])
 
@@ -70,7 +70,7 @@ def test_tanh_of_what_is_no_ordinary_number() -> None:
 def test_the_forward_loop_is_torchs(steps: int, batch: int, units: int, reset: bool) -> None:
     x, weights, state = given(steps, batch, units)
     resets = torch.rand(steps, batch) < 0.4 if reset else None
-    found = _loops.rgc_scan(x[0], weights, state, resets)
+    found = _native.rgc_scan(x[0], weights, state, resets)
     assert found is not None
     exact = CELL.scan(x.double(), [w.double() for w in weights], [s.double() for s in state], resets)
     ours, theirs = found, CELL.scan(x, weights, state, resets)
@@ -108,6 +108,38 @@ def test_what_is_not_finite_goes_where_torch_has_it_go(value: float) -> None:
     torch.testing.assert_close(got.states, want.states, rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(got.saved, want.saved, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert got.states[:, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("packed_from", [1, 1 << 30])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_forward_loop_by_weights_packed_or_not_and_by_threads(
+    packed_from: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "PACKED_FROM", packed_from)
+    x, weights, state = given(3, 6, 210)  # so much that threads share a step
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = _native.rgc_scan(x[0], weights, state, None)
+    assert found is not None
+    want = CELL.scan(x.double(), [w.double() for w in weights], [s.double() for s in state])
+    torch.testing.assert_close(found[0].double(), want.states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), want.saved, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("shape", ["dense", "heads", "diagonal"])
+@pytest.mark.parametrize(("steps", "batch", "units"), [(1, 1, 2), (5, 3, 66), (40, 9, 100)])
+def test_the_linearisation_is_torchs(steps: int, batch: int, units: int, shape: str, reset: bool) -> None:
+    x, weights, state = given(steps, batch, units)
+    if shape != "dense":
+        weights = [torch.randn((units,) if shape == "diagonal" else (2, units // 2, units // 2))] * 4
+    resets = torch.rand(steps, batch) < 0.4 if reset else None
+    trajectory = CELL.scan(x, weights, state, resets)
+    found = [ops.linearize(CELL, trajectory, weights, backend=backend) for backend in ("compile", "torch")]
+    (lin, m), (want, want_m) = found
+    torch.testing.assert_close(m, want_m, rtol=1e-5, atol=1e-6)
+    for got, wanted in zip(lin.partials.__dict__.values(), want.partials.__dict__.values(), strict=True):
+        torch.testing.assert_close(list(got), list(wanted), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lin.before, want.before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("states", [1, 2, 3])
@@ -166,41 +198,45 @@ def test_auto_takes_them_and_torch_does_not(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_model_of_cost_knows_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(units: int, dtype: torch.dtype = F32, gpu: bool = False) -> cost.Problem:
-        return counting.problem(RGC(units, device="meta", dtype=dtype), 1, dtype, gpu=gpu)
+    def told(units: int, dtype: torch.dtype = F32, gpu: bool = False, batch: int = 1) -> cost.Problem:
+        return counting.problem(RGC(units, device="meta", dtype=dtype), batch, dtype, gpu=gpu)
 
     def forward(units: int) -> float:
         weights = [torch.empty(units, units, device="meta")] * 4
         return parallel.forward_problem(CELL, weights, (50, 1, units), F32, False, True).sequential().calls
 
+    def compiled(problem: cost.Problem) -> tuple[bool, ...]:
+        return problem.loop, problem.one_step, problem.partials, problem.reverse
+
     small = told(64)
-    assert (small.loop, small.one_step, small.reverse) == (True, True, True)
-    assert (told(256).loop, told(256).one_step, told(512).loop, told(512).reverse) == (
-        True,
-        False,
-        False,
-        True,
-    )
-    assert not any((told(64, F64).loop, told(64, gpu=True).loop, told(64, gpu=True).reverse))
+    assert compiled(small) == (True, True, True, True)
+    assert compiled(told(64, batch=16)) == (True, True, True, True)
+    assert compiled(told(256, batch=16)) == (True, False, True, True)
+    assert compiled(told(4096, batch=16)) == (False, False, True, False)
+    assert not any((*compiled(told(64, F64)), *compiled(told(64, gpu=True))))
     assert forward(64) == cost.COMPILED_LOOP.calls
-    assert forward(512) == 6 * 50
+    assert forward(4096) == 6 * 50
+    assert small.linearize(50).calls == cost.COMPILED_LINEARIZE.calls
     assert small.credit(50).calls == cost.COMPILED_REVERSE.calls
     assert told(64, gpu=True).credit(50).calls > 100
     calls = [cost.loop_phase(one, 16).work.calls for one in (small, told(64, gpu=True))]
     assert calls[0] < calls[1] / 10
     monkeypatch.setattr(ops, "cpp_compiler", lambda: None)
-    assert not any((told(64).loop, told(64).one_step, told(64).reverse))
+    assert not any(compiled(told(64)))
 
 
 def test_limits() -> None:
     def dense(units: int) -> list[Tensor]:
         return [torch.empty(units, units, device="meta")] * 4
 
-    assert ops.compiled_loop(CELL, dense(256), 50, 8)
-    assert not ops.compiled_loop(CELL, dense(257), 50, 1)
-    assert not ops.compiled_loop(CELL, dense(256), 50, 9)
-    assert ops.compiled_loop(CELL, dense(128), 1, 1)
-    assert not ops.compiled_loop(CELL, dense(129), 1, 1)
+    assert ops.compiled_loop(CELL, dense(2048), 50, 128)
+    assert not ops.compiled_loop(CELL, dense(2049), 50, 1)
+    assert not ops.compiled_loop(CELL, dense(256), 50, 129)
+    # of a few steps
+    assert ops.compiled_loop(CELL, dense(2048), 1, 8)
+    assert not ops.compiled_loop(CELL, dense(129), 1, 9)
+    assert ops.compiled_loop(CELL, dense(128), 1, 9)
+    assert ops.compiled_loop(CELL, dense(129), 4, 9)
     assert not ops.compiled_loop(CELL, [torch.empty(8)] * 4, 50, 1)
     assert not ops.compiled_loop(LSTMCell(), dense(8), 50, 1)
     m, delta = torch.randn(1, 1, 2, 3, 1 << 13), torch.randn(1, 2, 3, 1 << 13)
@@ -244,18 +280,18 @@ def test_the_library_is_kept_and_found_by_the_next_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_again: None
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    code = "from rjepa_triton import _loops; assert _loops.library() is not None"
+    code = "from rjepa_triton import _native; assert _native.library() is not None"
     at_once = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in at_once] == [0, 0]
     (kept,) = (tmp_path / "rjepa_triton").iterdir()  # nothing else is left
     run, commands = subprocess.run, []
-    monkeypatch.setattr(_loops.subprocess, "run", lambda c, **o: commands.append(c) or run(c, **o))
-    assert _loops.library() is not None
+    monkeypatch.setattr(_native.subprocess, "run", lambda c, **o: commands.append(c) or run(c, **o))
+    assert _native.library() is not None
     assert [command[1:] for command in commands] == [["--version"]]
     # another compiler, processor, source or flag is another library
-    monkeypatch.setattr(_loops, "_processor", lambda: "another")
-    _loops.library.cache_clear()
-    assert _loops.library() is not None
+    monkeypatch.setattr(_native, "_processor", lambda: "another")
+    _native.library.cache_clear()
+    assert _native.library() is not None
     assert len(list(kept.parent.iterdir())) == 2
 
 
@@ -264,7 +300,7 @@ def test_a_cache_that_can_not_be_written(
 ) -> None:
     (tmp_path / "rjepa_triton").write_text("a file where the folder would be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _loops.library() is not None
+    assert _native.library() is not None
 
 
 @pytest.mark.parametrize("broken", ["source", "compiler", "library"])
@@ -273,8 +309,9 @@ def test_what_can_not_be_built_gives_way_to_torch_with_one_warning(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if broken == "source":
-        monkeypatch.setattr(_loops, "SOURCE", tmp_path / "loops.c")
+        monkeypatch.setattr(_native, "SOURCES", tmp_path)
         (tmp_path / "loops.c").write_text("not C")
+        (tmp_path / "gamma.cpp").write_text("")
     else:
         false = tmp_path / "cc"
         false.write_text(
@@ -283,11 +320,11 @@ def test_what_can_not_be_built_gives_way_to_torch_with_one_warning(
             else '#!/bin/sh\nfor a; do [ "$b" = -o ] && echo text > "$a"; b=$a; done\nexit 0\n'
         )
         os.chmod(false, 0o755)
-        monkeypatch.setattr(_loops, "compiler", lambda: str(false))
+        monkeypatch.setattr(_native, "compiler", lambda: str(false))
     x, weights, state = given(4, 1, 5)
     says = {"source": "error", "compiler": "exit status 1", "library": "too short"}[broken]
     with pytest.warns(
-        UserWarning, match=f"(?s)can't be built by .* torch runs in their place from now on.*{says}"
+        UserWarning, match=f"(?s)can't be built by .* torch runs in its place from now on.*{says}"
     ):
         got = ops.scan(CELL, x, weights, state, backend="compile")
     with warnings.catch_warnings():
@@ -301,8 +338,8 @@ def test_what_can_not_be_built_gives_way_to_torch_with_one_warning(
 def test_without_a_compiler_torch_runs_and_nothing_is_said(
     monkeypatch: pytest.MonkeyPatch, found_again: None
 ) -> None:
-    monkeypatch.setattr(_loops, "compiler", lambda: None)
+    monkeypatch.setattr(_native, "compiler", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RGC(5)(torch.randn(3, 1, 5))[0].sum().backward()
-    assert _loops.library() is None
+    assert _native.library() is None

@@ -23,19 +23,21 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "gamma_dtype", "numbers", "chosen", "why"),
+    ("device", "dtype", "gamma_dtype", "states", "chosen", "why"),
     [
-        (CPU, F32, F32, 100, "torch", "compiled from 65,536"),
-        (CPU, F32, F32, 1 << 16, "compile", "one pass"),
-        (CPU, F32, BF16, 1 << 16, "torch", "gamma_dtype differs"),
-        (GPU, F32, BF16, 100, "triton", "one pass"),
-        (GPU, F64, F64, 100, "torch", "float32, got torch.float64"),
+        (CPU, F32, F32, 1, "compile", "one pass"),
+        (CPU, F64, F64, 2, "compile", "one pass"),
+        (CPU, F32, F32, 3, "torch", "1 or 2 states a unit, got 3"),
+        (CPU, F32, BF16, 2, "torch", "gamma_dtype differs"),
+        (CPU, BF16, BF16, 2, "torch", "float32 or float64, got torch.bfloat16"),
+        (GPU, F32, BF16, 2, "triton", "one pass"),
+        (GPU, F64, F64, 2, "torch", "float32, got torch.float64"),
     ],
 )
 def test_auto(
-    device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype, numbers: int, chosen: str, why: str
+    device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype, states: int, chosen: str, why: str
 ) -> None:
-    got, because = ops.choose_gamma("auto", device, dtype, gamma_dtype, numbers)
+    got, because = ops.choose_gamma("auto", device, dtype, gamma_dtype, states)
     assert got == chosen
     assert why in because
 
@@ -72,7 +74,7 @@ def test_what_can_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
             choose()
     assert ops.choose_scan("auto", CPU, F32) == "torch"
-    assert ops.choose_gamma("auto", CPU, F32, F32, 1 << 20) == ("torch", "no C++ compiler was found")
+    assert ops.choose_gamma("auto", CPU, F32, F32, 1) == ("torch", "no C++ compiler was found")
 
 
 def interpreted() -> bool:
@@ -129,8 +131,8 @@ def test_the_learners_gradient_by_triton(form: str, how: str, every: int, option
 
 
 @pytest.mark.parametrize("backend", ["torch", "compile", "triton"])
-def test_what_a_credit_reads_of_gamma(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By each backend the float64 sum, from all rows at once and from blocks of them; Γ is left as it is."""
+def test_what_a_credit_reads_of_gamma(backend: str) -> None:
+    """By each backend the float64 sum; Γ is left as it is."""
     if backend == "triton" and not interpreted():
         pytest.skip("the interpreter is off: a GPU is here")
     if backend == "compile" and ops.cpp_compiler() is None:
@@ -138,10 +140,8 @@ def test_what_a_credit_reads_of_gamma(backend: str, monkeypatch: pytest.MonkeyPa
     gammas, credit = [torch.randn(3, 2, 17, 5) for _ in range(2)], torch.randn(2, 4, 3, 17)[:, 1]
     before = [gamma.clone() for gamma in gammas]
     want = sum(torch.einsum("bn,bknm->knm", credit[nu].double(), gammas[nu].double()) for nu in range(2))
-    for numbers in (ops.BLOCK, gammas[0].numel() // 2):
-        monkeypatch.setattr(ops, "BLOCK", numbers)
-        got = ops.gamma_read(gammas, credit, backend=backend)
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    got = ops.gamma_read(gammas, credit, backend=backend)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(gammas, before, strict=True))
 
 

@@ -195,8 +195,9 @@ def immediates(matrices: Sequence[Matrix], lin: Linearization) -> Tensor:
     """φ of some matrices as one array (S, T, B, K, N), zero where a matrix does not enter a state."""
     zero = torch.zeros_like(lin.before[0])
     entries = [lin.immediate(matrix) for matrix in matrices]
-    by_state = [torch.stack([by.get(nu, zero) for by in entries], dim=2) for nu in range(len(lin.before))]
-    return torch.stack(by_state)
+    states = len(lin.before)
+    stacked = torch.stack([by.get(nu, zero) for nu in range(states) for by in entries], dim=2)
+    return stacked.view(*stacked.shape[:2], states, len(entries), -1).movedim(2, 0).contiguous()
 
 
 def signals(matrices: Sequence[Matrix], lin: Linearization, inputs: Tensor | None) -> Tensor:

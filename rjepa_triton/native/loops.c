@@ -1,13 +1,15 @@
-// Loops over time for the CPU, float32, one thread, arrays contiguous: what `_loops` compiles and calls.
+// Loops over time for the CPU, float32, arrays contiguous: what `_native` compiles and calls.
 //
 // No -ffast-math, which may have the whole process flush subnormals to zero and lets NaN and infinities be anything. So
 // tanh is written here, sixteen numbers at once.
 
 #include <stddef.h>
+#include <string.h>
 
 // One register of AVX-512, two of AVX, four of SSE and NEON, by the compiler.
 #define WIDTH 16
 #define PANEL (2 * WIDTH)
+#define FEW 8
 typedef float wide __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
 typedef int bits __attribute__((vector_size(WIDTH * sizeof(int)), aligned(sizeof(int)), may_alias));
 
@@ -42,7 +44,7 @@ static inline wide tanh_of(wide x) {
     return chosen(x != x, x, found);
 }
 
-// tanh in place, by which its accuracy is tested.
+// tanh in place.
 void tanh_all(float *values, long count) {
     for (; count > 0; values += WIDTH, count -= WIDTH) {
         float some[WIDTH] = {0};
@@ -58,15 +60,24 @@ static inline long panels_of(long units) { return (2 * units + PANEL - 1) / PANE
 // Both matrices that read one source, (N, N) each, as panels of PANEL of their 2N rows, [panel][column][row]; the last
 // one is filled up with zeros.
 static void pack(const float *own, const float *cross, float *restrict out, long units) {
-    long panels = panels_of(units);
-    for (long row = 0; row < panels * PANEL; row++) {
-        float *restrict to = out + (row / PANEL) * units * PANEL + row % PANEL;
-        if (row < 2 * units) {
-            const float *from = row < units ? own + row * units : cross + (row - units) * units;
-            for (long k = 0; k < units; k++) to[k * PANEL] = from[k];
-        } else {
-            for (long k = 0; k < units; k++) to[k * PANEL] = 0.0f;
+    static const float zeros[WIDTH];
+    for (long first = 0; first < 2 * units; first += PANEL) {
+        // a line of a few rows at once is read whole, where rows that lie apart by a power of two drive one another out
+        for (long k = 0; k < units; k += WIDTH) {
+            long columns = units - k < WIDTH ? units - k : WIDTH;
+            for (long some = 0; some < PANEL; some += FEW) {
+                const float *from[FEW];
+                for (long i = 0; i < FEW; i++) {
+                    long row = first + some + i;
+                    from[i] = row < units ? own + row * units : row < 2 * units ? cross + (row - units) * units : zeros;
+                    if (row < 2 * units) from[i] += k;
+                }
+                float *restrict to = out + k * PANEL + some;
+                for (long j = 0; j < columns; j++)
+                    for (long i = 0; i < FEW; i++) to[j * PANEL + i] = from[i][j];
+            }
         }
+        out += units * PANEL;
     }
 }
 
@@ -120,18 +131,63 @@ static inline void four_rows(const float *restrict w, const float *restrict c, f
     put(out + 6 * units, e[0], e[1], count);
 }
 
-// A reciprocal gated circuit over T steps (`cells.RGCCell`): states (2, T + 1, B, N), whose first step is given and
-// the rest written; gates (2, T, B, 2, N) written; x (T, B, N); resets (T, B) bytes or NULL; weights ss, ms, mm, sm
-// (N, N) each. scratch: 2 · panels · PANEL · N numbers for the packed weights, then 2 · B · N for what a step reads
-// where rows are reset.
-void rgc_scan(const float *restrict x, const float *ss, const float *ms, const float *mm, const float *sm,
-              const unsigned char *resets, float *states, float *restrict gates, float *restrict scratch, long steps,
-              long batch, long units) {
-    long numbers = batch * units, packed = panels_of(units) * PANEL * units;
-    long next_state = (steps + 1) * numbers, next_gate = 2 * steps * numbers;
-    float *kept = scratch + 2 * packed;
-    pack(ss, sm, scratch, units);
-    pack(mm, ms, scratch + packed, units);
+// A row of a matrix as it is, times `rows` rows of c (B, N): one sum each.
+static inline void plain_row(const float *restrict weight, const float *restrict c, float *restrict out, long units,
+                             const long rows) {
+    wide sums[4] = {{0}};
+    float rest[4] = {0};
+    long k = 0;
+    for (; k + WIDTH <= units; k += WIDTH) {
+        wide at = *(const wide *)(weight + k);
+        for (long b = 0; b < rows; b++) sums[b] += at * *(const wide *)(c + b * units + k);
+    }
+    for (; k < units; k++)
+        for (long b = 0; b < rows; b++) rest[b] += weight[k] * c[b * units + k];
+    for (long b = 0; b < rows; b++) {
+        for (long i = 0; i < WIDTH; i++) rest[b] += sums[b][i];
+        out[2 * b * units] = rest[b];
+    }
+}
+
+// Gates (B, 2, N) of one source c (B, N), PANEL of them from `first` on, by its matrices as they are.
+static void plain_panel(const float *own, const float *cross, const float *c, float *gates, long first, long batch,
+                        long units) {
+    const long last = first + PANEL < 2 * units ? first + PANEL : 2 * units;
+    for (long row = first; row < last; row++) {
+        const float *weight = row < units ? own + row * units : cross + (row - units) * units;
+        long b = 0;
+        for (; b + 4 <= batch; b += 4) plain_row(weight, c + b * units, gates + 2 * b * units + row, units, 4);
+        for (; b < batch; b++) plain_row(weight, c + b * units, gates + 2 * b * units + row, units, 1);
+    }
+    for (long b = 0; b < batch; b++) tanh_all(gates + 2 * b * units + first, last - first);
+}
+
+// The same by its matrices packed.
+static void packed_panel(const float *packed, const float *c, float *gates, long first, long batch, long units) {
+    const float *w = packed + first * units;
+    long b = 0;
+    for (; b + 4 <= batch; b += 4)
+        four_rows(w, c + b * units, gates + 2 * b * units + first, units, 2 * units - first);
+    for (; b < batch; b++) one_row(w, c + b * units, gates + 2 * b * units + first, units, 2 * units - first);
+}
+
+// Products of a step from which a second thread is worth calling.
+#define SHARED_FROM (1L << 18)
+
+// A reciprocal gated circuit over T steps (`cells.RGCCell`): states (2, T + 1, B, N) written, from s0 and m0 (B, N) on;
+// gates (2, T, B, 2, N) written; x (T, B, N); resets (T, B) bytes or NULL; weights ss, ms, mm, sm (N, N) each. kept:
+// 2 · B · N numbers for what a step reads where rows are reset, or NULL. packed: room for packed weights,
+// 2 · panels · PANEL · N numbers, or NULL: they are read as they are, which is faster for a few rows and steps.
+void rgc_scan(const float *x, const float *ss, const float *ms, const float *mm, const float *sm, const float *s0,
+              const float *m0, const unsigned char *resets, float *states, float *gates, float *kept, float *packed,
+              long steps, long batch, long units, long threads) {
+    const float *own[2] = {ss, mm}, *cross[2] = {sm, ms};
+    const long numbers = batch * units, panels = panels_of(units), next_packed = panels * PANEL * units;
+    const long next_state = (steps + 1) * numbers, next_gate = 2 * steps * numbers;
+    const int shared = threads > 1 && 4 * units * numbers >= SHARED_FROM;
+    memcpy(states, s0, numbers * sizeof(float));
+    memcpy(states + next_state, m0, numbers * sizeof(float));
+    for (int j = 0; packed && j < 2; j++) pack(own[j], cross[j], packed + j * next_packed, units);
     for (long t = 0; t < steps; t++) {
         const float *before[2] = {states + t * numbers, states + next_state + t * numbers};
         int any = 0;
@@ -144,16 +200,14 @@ void rgc_scan(const float *restrict x, const float *ss, const float *ms, const f
                 before[j] = kept + j * numbers;
             }
         }
-        for (int j = 0; j < 2; j++) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (shared)
+        for (long each = 0; each < 2 * panels; each++) {
+            const long j = each / panels, first = each % panels * PANEL;
             float *out = gates + j * next_gate + t * 2 * numbers;
-            for (long first = 0; first < 2 * units; first += PANEL) {
-                const float *w = scratch + j * packed + first * units;
-                long b = 0;
-                for (; b + 4 <= batch; b += 4)
-                    four_rows(w, before[j] + b * units, out + 2 * b * units + first, units, 2 * units - first);
-                for (; b < batch; b++)
-                    one_row(w, before[j] + b * units, out + 2 * b * units + first, units, 2 * units - first);
-            }
+            if (packed)
+                packed_panel(packed + j * next_packed, before[j], out, first, batch, units);
+            else
+                plain_panel(own[j], cross[j], before[j], out, first, batch, units);
         }
         for (long b = 0; b < batch; b++) {
             const float *from_s = gates + (t * batch + b) * 2 * units, *from_m = from_s + next_gate;
@@ -162,6 +216,44 @@ void rgc_scan(const float *restrict x, const float *ss, const float *ms, const f
             float *restrict new_s = states + (t + 1) * numbers + b * units, *restrict new_m = new_s + next_state;
             for (long i = 0; i < units; i++) new_s[i] = given[i] + from_s[i] * s[i] - from_m[units + i] * given[i];
             for (long i = 0; i < units; i++) new_m[i] = given[i] + from_m[i] * m[i] - from_s[units + i] * given[i];
+        }
+    }
+}
+
+// Numbers of T·B·N from which a second thread is worth calling for what is done to each of them alone.
+#define SPREAD_FROM (1L << 15)
+
+// The partials of a reciprocal gated circuit (`cells.RGCCell`) and RFP's M along T steps: gates (2, T, B, 2, N); before
+// (2, T, B, N), its states `next_before` apart; x (T, B, N); resets (T, B) bytes or NULL; diagonals of ss, ms, mm and sm,
+// N numbers each `strides` apart. Writes out (10, T, B, N): the gates' partials ss, ms, mm, sm, x's of s and m, and M by
+// rows, zero where reset.
+void rgc_linearize(const float *gates, const float *before, const float *x, const unsigned char *resets,
+                   const float *const *diagonals, float *out, const long *strides, long next_before, long steps,
+                   long batch, long units, long threads) {
+    const long rows = steps * batch, plane = rows * units;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && plane >= SPREAD_FROM)
+    for (long row = 0; row < rows; row++) {
+        const float *from_s = gates + row * 2 * units, *from_m = from_s + 2 * plane;
+        const float *s = before + row * units, *m = s + next_before, *u = x + row * units;
+        const float *w_ss = diagonals[0], *w_ms = diagonals[1], *w_mm = diagonals[2], *w_sm = diagonals[3];
+        const long d_ss = strides[0], d_ms = strides[1], d_mm = strides[2], d_sm = strides[3];
+        const float kept = resets && resets[row] ? 0.0f : 1.0f;
+        float *to = out + row * units;
+#pragma omp simd
+        for (long i = 0; i < units; i++) {
+            const float ss = from_s[i], sm = from_s[units + i], mm = from_m[i], ms = from_m[units + i];
+            const float by_ss = s[i] - ss * ss * s[i], by_ms = ms * ms * u[i] - u[i];
+            const float by_mm = m[i] - mm * mm * m[i], by_sm = sm * sm * u[i] - u[i];
+            to[i] = by_ss;
+            to[plane + i] = by_ms;
+            to[2 * plane + i] = by_mm;
+            to[3 * plane + i] = by_sm;
+            to[4 * plane + i] = 1.0f - ms;
+            to[5 * plane + i] = 1.0f - sm;
+            to[6 * plane + i] = kept * (ss + by_ss * w_ss[i * d_ss]);
+            to[7 * plane + i] = kept * (by_ms * w_ms[i * d_ms]);
+            to[8 * plane + i] = kept * (by_sm * w_sm[i * d_sm]);
+            to[9 * plane + i] = kept * (mm + by_mm * w_mm[i * d_mm]);
         }
     }
 }
