@@ -6,6 +6,8 @@ functions in turn, give the median with its bootstrap interval, and time pieces 
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import json
 import math
@@ -35,7 +37,23 @@ WARM_SECONDS = 0.5  # and warm enough after this long in any case
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 40
 RESAMPLES = 1000  # of a bootstrap
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 GAUGE_SECONDS = 0.05  # that each yardstick is sampled before what is timed, and again after it
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Have this process keep the memory that it frees; whether its C library is one that can be told.
+
+    By default glibc gives large blocks back to the system, which maps each page anew when it is next written. How often
+    depends on what else lies where, so it differs from process to process of the same code, and it can take longer than
+    what is timed.
+    """
+    try:
+        told = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, or another system
+        return False
+    return bool(told(M_MMAP_MAX, 0) and told(M_TRIM_THRESHOLD, -1))
 
 
 def seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:
@@ -122,6 +140,7 @@ def interleave(
     """
     if not functions:
         return {}
+    keep_freed_memory()
     gauges = yardsticks(device)
     gc.collect()
     gc.disable()  # a collection in the middle of a sample would be charged to whoever ran

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
@@ -65,3 +68,30 @@ def test_warm_up_ends_for_an_unsteady_function(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(measure, "WARM_SECONDS", 0.05)
     lengths = iter([1e-3, 4e-3] * 100)
     assert measure.warm_up(lambda: time.sleep(next(lengths)), CPU) > 0
+
+
+FREED = """
+import resource, torch
+from rjepa_triton.bench import measure
+kept = measure.keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.empty(1 << 24).fill_(1)
+before = faults()
+torch.empty(1 << 24).fill_(1)
+assert not kept or faults() - before < 100, faults() - before
+print(kept)
+"""
+
+
+def test_memory_that_was_freed_is_not_mapped_anew() -> None:
+    """In a process of its own: for good."""
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if platform.libc_ver()[0] == "glibc":
+        assert done.stdout.strip() == "True"
+
+
+def test_a_c_library_that_can_not_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda _: object())
+    assert not measure.keep_freed_memory.__wrapped__()

@@ -26,6 +26,7 @@ from .runner import Runner
 def build(job: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     """A runner whose gradients are written to job["gradients"], and what there is to say about it."""
     torch.set_num_threads(job["threads"])
+    measure.keep_freed_memory()
     with np.load(job["problem"]) as file:
         arrays = dict(file)
     begin = time.perf_counter()
