@@ -106,12 +106,15 @@ def yardsticks(device: torch.device) -> dict[str, Callable[[], object]]:
     calls     64 additions to 16 numbers: what it costs to call torch
     product   one product of matrices, 2·512³ FLOP on the CPU and 2·4096³ on a GPU
     copy      one copy of 16 MB on the CPU, of 1 GB on a GPU
+    cache     a matrix of 8 MB times a vector: what others leave of the last cache, where a layer's weights lie
     """
     large = device.type == "cuda"
     small = torch.zeros(16, device=device)
     a = torch.full((4096, 4096) if large else (512, 512), 1e-3, device=device)
     source = torch.ones(1 << (28 if large else 22), device=device)
     product, target = torch.empty_like(a), torch.empty_like(source)
+    matrix, vector = torch.full((1448, 1448), 1e-3, device=device), torch.ones(1448, device=device)
+    read = torch.empty_like(vector)
 
     def calls() -> None:
         for _ in range(64):
@@ -121,6 +124,7 @@ def yardsticks(device: torch.device) -> dict[str, Callable[[], object]]:
         "calls": calls,
         "product": lambda: torch.mm(a, a, out=product),
         "copy": lambda: target.copy_(source),
+        "cache": lambda: torch.mv(matrix, vector, out=read),
     }
 
 

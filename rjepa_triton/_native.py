@@ -20,23 +20,27 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._room import Room
+from .cells import ElmanCell, GRUCell, LSTMCell
+from .two_point import Cell, Partials, Trajectory
 
 SOURCES = Path(__file__).with_name("native")
-# None of these lets a value be anything else than C says, as -ffast-math would; a product and a sum may be one FMA.
+# None of these lets a value be anything else than C++ says, as -ffast-math would; a product and a sum may be one FMA.
 FLAGS = (
-    *("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-exceptions", "-fno-rtti"),
     *("-Wno-psabi", "-shared", "-fPIC"),  # vectors are passed within a file alone
 )
 THREADS = (
     "-fopenmp",
     "-fopenmp-simd",
 )  # the first that the compiler takes; by the second there is one thread
-PANEL = 32  # as in loops.c
+PANEL = 32  # as in products.h
 PACKED_FROM = 16  # rows of all steps that pay for laying out weights anew
 MOST_STATES = 2  # a unit, of Γ's pass
 SECONDS = 60  # that a compiler may take
@@ -85,19 +89,17 @@ def rgc_scan(
     states = x.new_empty(2, steps + 1, batch, units)
     gates = x.new_empty(2, steps, batch, 2, units)
     kept = None if resets is None else x.new_empty(2 * batch * units)
-    packed = None
-    if steps * batch >= PACKED_FROM:
-        packed = x.new_empty(2 * -(-2 * units // PANEL) * PANEL * units)
+    packed = _room_to_pack(x, 2 * _packed_numbers(2, units))
     x, given = x.contiguous(), [a.contiguous() for a in (*weights, *state)]
     marks = None if resets is None else resets.contiguous()
     code.rgc_scan(
         x.data_ptr(),
         *[a.data_ptr() for a in given],
-        None if marks is None else marks.data_ptr(),
+        _address(marks),
         states.data_ptr(),
         gates.data_ptr(),
-        None if kept is None else kept.data_ptr(),
-        None if packed is None else packed.data_ptr(),
+        _address(kept),
+        _address(packed),
         steps,
         batch,
         units,
@@ -106,39 +108,164 @@ def rgc_scan(
     return states, gates
 
 
-def rgc_linearize(
-    gates: Tensor, before: Tensor, x: Tensor, diagonals: Sequence[Tensor], resets: Tensor | None
-) -> tuple[tuple[Tensor, ...], Tensor] | None:
-    """The partials of an RGC that aren't its gates, and RFP's M, of T steps, in one pass.
+def _packed_numbers(count: int, units: int) -> int:
+    """As in products.h."""
+    return -(-count * units // PANEL) * PANEL * units
 
-    gates (2, T, B, 2, N) as `RGCCell.scan` has them; before (2, T, B, N), x (T, B, N); diagonals of ss, ms, mm and sm,
-    (N,) each; resets (T, B) bool or None; float32, on the CPU. Returns φ of ss, ms, mm, sm, ∂s/∂x and ∂m/∂x, (T, B, N)
-    each, and M (2, 2, T, B, N), zero where reset; None where there is no library. Nothing is mutated.
+
+def _room_to_pack(x: Tensor, numbers: int) -> Tensor | None:
+    """Where the rows of all steps of x (…, T, B, N) pay for it."""
+    return x.new_empty(numbers) if x.shape[-3] * x.shape[-2] >= PACKED_FROM else None
+
+
+def gated_cell(cell: Cell) -> int | None:
+    """The number that `native/gated.cpp` has of a cell, or None."""
+    if type(cell) is ElmanCell:
+        return 1 if cell.nonlinearity == "relu" else 0
+    return {LSTMCell: 2, GRUCell: 3}.get(type(cell))
+
+
+def gated_scan(
+    cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], resets: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """The loop of a `gated_cell` with dense weights: `Cell.scan`'s states (S, T + 1, B, N) and `saved` (G, T, B, N).
+
+    x (J, T, B, N), weights G of (N, N), state S of (B, N), resets (T, B) bool or None; float32, on the CPU. Nothing is
+    mutated. None where there is no library.
     """
     code = library()
     if code is None:
         return None
-    steps, batch, units = x.shape
-    gates, x = gates.contiguous(), x.contiguous()
+    _, steps, batch, units = x.shape
+    x = _units_together(x)
+    states = x.new_empty(len(state), steps + 1, batch, units)
+    sums = x.new_empty(steps, batch, len(weights), units)
+    kept = None if resets is None else x.new_empty(len(state) * batch * units)
+    packed = _room_to_pack(x, _packed_numbers(len(weights), units))
+    marks = None if resets is None else resets.contiguous()
+    dense, start = [a.contiguous() for a in weights], [a.contiguous() for a in state]
+    code.gated_scan(
+        x.data_ptr(),
+        _longs(x.stride()[:3]),
+        _addresses(dense),
+        _addresses(start),
+        _address(marks),
+        states.data_ptr(),
+        sums.data_ptr(),
+        _address(kept),
+        _address(packed),
+        gated_cell(cell),
+        *x.shape,
+        torch.get_num_threads(),
+    )
+    return states, sums.movedim(2, 0)
+
+
+def gated_linearize(
+    cell: Cell, trajectory: Trajectory, before: Tensor, diagonals: Sequence[Tensor]
+) -> tuple[Partials, Tensor] | None:
+    """The partials of a `gated_cell`, and RFP's M, of T steps, in one pass.
+
+    trajectory: as `gated_scan` makes it; before (S, T, B, N): the states that its steps read; diagonals of the G
+    matrices, (N,) each; float32, on the CPU. Returns the partials, and M (S, S, T, B, N), zero where reset; None where
+    there is no library. Nothing is mutated.
+    """
+    code = library()
+    if code is None:
+        return None
+    kind = gated_cell(cell)
+    assert kind is not None
+    x, sums = _units_together(trajectory.x), trajectory.saved.movedim(0, 2).contiguous()
     if not before[0].is_contiguous():
         before = before.contiguous()
-    marks = None if resets is None else resets.contiguous()
-    out = x.new_empty(10, steps, batch, units)
+    marks = None if trajectory.resets is None else trajectory.resets.contiguous()
+    states, distinct = len(before), DISTINCT[kind]
+    out = x.new_empty(distinct + states**2, *x.shape[1:])
+    code.gated_linearize(
+        x.data_ptr(),
+        _longs(x.stride()[:3]),
+        sums.data_ptr(),
+        before.data_ptr(),
+        _address(marks),
+        _addresses(diagonals),
+        _longs([diagonal.stride(0) for diagonal in diagonals]),
+        out.data_ptr(),
+        kind,
+        len(x),
+        before.stride(0),
+        *x.shape[1:],
+        torch.get_num_threads(),
+    )
+    m = out[distinct:].view(states, states, *x.shape[1:])
+    return _partials(kind, out.unbind(0)[:distinct], len(x)), m
+
+
+# Numbers of one unit that partials are made of, by `gated_cell`.
+DISTINCT = {0: 1, 1: 1, 2: 9, 3: 5}
+
+
+def _partials(kind: int, found: Sequence[Tensor], inputs: int) -> Partials:
+    """The partials that `native/gated.cpp` found."""
+    if kind == 2:
+        i, f, g, h_i, h_f, h_g, h_o, to_h, to_c = found
+        gates = [{0: h_i, 1: i}, {0: h_f, 1: f}, {0: h_g, 1: g}, {0: h_o}]
+        return Partials(own=[{}, {0: to_h, 1: to_c}], gate=gates, input=gates)
+    if kind == 3:
+        r, z, hn, n, own = ({0: value} for value in found)
+        return Partials(own=[own], gate=[r, z, hn], input=[r, z, n, hn][:inputs])
+    slope = {0: found[0]}
+    return Partials(own=[{}], gate=[slope], input=[slope])
+
+
+def _units_together(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous, copied only where it isn't."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def _longs(values: Sequence[int]) -> Any:
+    return (ctypes.c_long * len(values))(*values)
+
+
+def rgc_linearize(
+    cell: Cell, trajectory: Trajectory, before: Tensor, diagonals: Sequence[Tensor]
+) -> tuple[Partials, Tensor] | None:
+    """`gated_linearize` of an RGC; diagonals of ss, ms, mm and sm."""
+    code = library()
+    if code is None:
+        return None
+    gates, x = trajectory.saved.contiguous(), trajectory.x[0].contiguous()
+    if not before[0].is_contiguous():
+        before = before.contiguous()
+    marks = None if trajectory.resets is None else trajectory.resets.contiguous()
+    out = x.new_empty(10, *x.shape)
     code.rgc_linearize(
         gates.data_ptr(),
         before.data_ptr(),
         x.data_ptr(),
-        None if marks is None else marks.data_ptr(),
-        (ctypes.c_void_p * 4)(*[diagonal.data_ptr() for diagonal in diagonals]),
+        _address(marks),
+        _addresses(diagonals),
         out.data_ptr(),
-        (ctypes.c_long * 4)(*[diagonal.stride(0) for diagonal in diagonals]),
+        _longs([diagonal.stride(0) for diagonal in diagonals]),
         before.stride(0),
-        steps,
-        batch,
-        units,
+        *x.shape,
         torch.get_num_threads(),
     )
-    return out.unbind(0)[:6], out[6:].view(2, 2, steps, batch, units)
+    ss, ms, mm, sm, of_s, of_m = out.unbind(0)[:6]
+    own_s, own_m = gates[..., 0, :].unbind(0)
+    partials = Partials(
+        own=[{0: own_s}, {1: own_m}],
+        gate=[{0: ss}, {0: ms}, {1: mm}, {1: sm}],
+        input=[{0: of_s, 1: of_m}],
+    )
+    return partials, out[6:].view(2, 2, *x.shape)
 
 
 def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -156,7 +283,7 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None) -> tuple[Tensor
     code.reverse_scan(
         m.data_ptr(),
         delta.data_ptr(),
-        None if carry is None else carry.data_ptr(),
+        _address(carry),
         credit.data_ptr(),
         first.data_ptr(),
         count,
@@ -196,8 +323,8 @@ def gamma_pass(
         total = first.new_empty(shape) if room is None else room.empty(shape, first)
     given = [None if a is None else a.contiguous() for a in (m, entering, y, credit)]
     code.gamma_pass(
-        (ctypes.c_void_p * len(gammas))(*[gamma.data_ptr() for gamma in gammas]),
-        *[None if a is None else a.data_ptr() for a in (*given, total)],
+        _addresses(gammas),
+        *map(_address, (*given, total)),
         len(gammas),
         1 if y is None else len(y),
         batch,
@@ -227,11 +354,11 @@ def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor] | None:
     return arrived, whole
 
 
-def tanh_(values: Tensor) -> bool:
-    """The loops' tanh of contiguous float32 numbers on the CPU, in place; whether there is a library."""
+def activate_(values: Tensor, *, sigmoid: bool = False) -> bool:
+    """The loops' tanh, or sigmoid, of contiguous float32 numbers on the CPU, in place; whether there is a library."""
     code = library()
     if code is not None:
-        code.tanh_all(values.data_ptr(), values.numel())
+        code.activate(values.data_ptr(), values.numel(), sigmoid)
     return code is not None
 
 
@@ -243,7 +370,9 @@ def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
         (code.reverse_scan, 5, 3),
         (code.gamma_pass, 6, 10),
         (code.gamma_arriving, 4, 6),
-        (code.tanh_all, 1, 1),
+        (code.activate, 1, 2),
+        (code.gated_scan, 9, 6),
+        (code.gated_linearize, 8, 7),
     ):
         function.argtypes, function.restype = [pointer] * pointers + [count] * counts, None
     return code
@@ -255,11 +384,11 @@ def _built(found: str) -> ctypes.CDLL:
     Raises OSError or SubprocessError.
     """
     flags = (*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native")
-    sources = [SOURCES / "loops.c", SOURCES / "gamma.cpp"]
+    sources = sorted(SOURCES.glob("*.cpp"))
     version = subprocess.run(
         [found, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
     ).stdout
-    texts = [source.read_text() for source in sources]
+    texts = [source.read_text() for source in sorted(SOURCES.iterdir())]
     told = "\0".join((*texts, *flags, found, version, _processor()))
     target = _cache() / f"native-{hashlib.sha256(told.encode()).hexdigest()[:32]}.so"
     if target.exists():
@@ -271,20 +400,7 @@ def _built(found: str) -> ctypes.CDLL:
         parent = None
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         made = Path(folder) / target.name
-        c, cpp = map(str, sources)
-        files = (
-            "-o",
-            str(made),
-            "-x",
-            "c",
-            c,
-            "-x",
-            "c++",
-            "-std=c++17",
-            "-fno-exceptions",
-            "-fno-rtti",
-            cpp,
-        )
+        files = ("-o", str(made), *map(str, sources))
         for threads in THREADS:
             command = [found, *flags, threads, *files]
             tried = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)

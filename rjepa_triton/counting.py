@@ -14,7 +14,6 @@ from torch import Tensor
 from . import ops
 from . import weights as weight_ops
 from ._tape import Block, Recorded
-from .cells import RGCCell
 from .cost import Calls, Line, Problem, Work, counted, runs_gamma
 from .layer import TwoPointRNN
 from .reference import bptt, rfp
@@ -61,7 +60,7 @@ def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bo
         runs=runs_gamma(gpu, item, gamma_dtype.itemsize, len(layer.cell.states)),
         loop=compiled and ops.compiled_loop(layer.cell, recurrent, LONG, batch),
         one_step=compiled and ops.compiled_loop(layer.cell, recurrent, 1, batch),
-        partials=compiled and isinstance(layer.cell, RGCCell),
+        partials=compiled and ops.compiled_partials(layer.cell),
         reverse=compiled and ops.compiled_reverse(batch * layer.hidden_size),
     )
 

@@ -2,8 +2,9 @@
 
 torch    anywhere, in any floating dtype: an operation a pass over memory
 compile  CPU, with a C++ compiler (`_native`), which runs for some seconds once. Γ of one or two states a unit, float32
-         or float64: one pass over it a step, or a chunk. Loops over time, float32: RGC's with dense weights and the
-         reverse scan as one call each, where a layer is so small that torch's calls are what costs; elsewhere torch
+         or float64: one pass over it a step, or a chunk. In float32 as one call each: the loops over time of RGC,
+         LSTM, GRU and Elman cells with dense weights, their linearisation, and the reverse scan of a small layer;
+         elsewhere torch
 triton   CUDA and ROCm tensors in float32 (Γ may be bfloat16); elsewhere under TRITON_INTERPRET=1, for tests
 auto     triton where it can run, on a GPU; compile where it can, on the CPU; else torch
 
@@ -29,13 +30,13 @@ from . import weights as weight_ops
 from ._room import Room
 from .cells import RGCCell
 from .reference import bptt, rfp
-from .two_point import ByState, Cell, Linearization, Matrix, Partials, Trajectory
+from .two_point import ByState, Cell, Linearization, Matrix, Trajectory
 
 BACKENDS = ("auto", "torch", "compile", "triton")
 HEAD_UNITS = 64  # of a head, that the exact kernel takes
 ON_CHIP_UNITS = 64  # of an RGC, up to which one launch runs all steps of its loop
 SCAN_STATES = 2  # states a unit that kernels scan; more are torch's
-# Up to how many units and rows RGC's loop is compiled code's: as far as it was timed, and faster than torch's. Of fewer
+# Up to how many units and rows a loop is compiled code's: as far as it was timed, and faster than torch's. Of fewer
 # than FEW_STEPS, for which weights are laid out anew or read as they are, up to few rows, or units.
 LOOP_UNITS, LOOP_ROWS = 2048, 128
 FEW_STEPS, FEW_ROWS, FEW_UNITS = 4, 8, 128
@@ -94,11 +95,17 @@ def choose_scan(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def compiled_loop(cell: Cell, weights: Sequence[Tensor], steps: int, batch: int) -> bool:
     """Whether "compile" runs `cell.scan` over T = `steps`, B = `batch` as one call; weights' shapes alone count."""
-    if not is_dense_rgc(cell, weights):
+    known = isinstance(cell, RGCCell) or _native.gated_cell(cell) is not None
+    if not known or any(weight.dim() != 2 for weight in weights):
         return False
     units = weights[0].shape[0]
     enough = steps >= FEW_STEPS or batch <= FEW_ROWS or units <= FEW_UNITS
     return enough and units <= LOOP_UNITS and batch <= LOOP_ROWS
+
+
+def compiled_partials(cell: Cell) -> bool:
+    """Whether "compile" linearises the cell in one call."""
+    return isinstance(cell, RGCCell) or _native.gated_cell(cell) is not None
 
 
 def compiled_reverse(numbers: int) -> bool:
@@ -169,7 +176,10 @@ def scan(
         and compiled_loop(cell, weights, x.shape[1], x.shape[2])
         and _has_memory(x, resets, *weights, *state)
     ):
-        found = _native.rgc_scan(x[0], weights, state, resets)
+        if isinstance(cell, RGCCell):
+            found = _native.rgc_scan(x[0], weights, state, resets)
+        else:
+            found = _native.gated_scan(cell, x, weights, state, resets)
         if found is not None:
             return Trajectory(x, found[0], found[1] if keep else x.new_empty(0), resets)
     if backend == "triton" and is_dense_rgc(cell, weights):
@@ -196,28 +206,22 @@ def linearize(
     *,
     backend: str = "torch",
 ) -> tuple[Linearization, Tensor]:
-    """`cell.linearize` and `rfp.transition` by the chosen backend: of RGC by "compile" in one pass.
+    """`cell.linearize` and `rfp.transition` by the chosen backend: by "compile" in one pass, of `compiled_partials`.
 
     weights: the recurrent ones, of any shape, or their own parts (N,). Returns the linearisation and M (S, S, T, B, N).
     """
-    before, saved, resets = trajectory.before, trajectory.saved, trajectory.resets
     if (
         backend == "compile"
         and rule == "rfp"
-        and isinstance(cell, RGCCell)
-        and _has_memory(trajectory.x, before, saved, resets, *weights)
+        and compiled_partials(cell)
+        and _has_memory(trajectory.x, trajectory.states, trajectory.saved, trajectory.resets, *weights)
     ):
+        before = trajectory.before
         own = [weight_ops.own(weight) for weight in weights]
-        made = _native.rgc_linearize(saved, before, trajectory.x[0], own, resets)
+        find = _native.rgc_linearize if isinstance(cell, RGCCell) else _native.gated_linearize
+        made = find(cell, trajectory, before, own)
         if made is not None:
-            (ss, ms, mm, sm, of_s, of_m), m = made
-            b_s, b_m = saved[..., 0, :].unbind(0)
-            partials = Partials(
-                own=[{0: b_s}, {1: b_m}],
-                gate=[{0: ss}, {0: ms}, {1: mm}, {1: sm}],
-                input=[{0: of_s, 1: of_m}],
-            )
-            return Linearization(partials, before, resets), m
+            return Linearization(made[0], before, trajectory.resets), made[1]
     lin = cell.linearize(trajectory)
     return lin, rfp.transition(lin, cell.matrices, weights, rule)
 

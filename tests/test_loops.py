@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from rjepa_triton import RGC, RNN, OnlineLearner, _native, cost, counting, ops, parallel
-from rjepa_triton.cells import LSTMCell, RGCCell
+from rjepa_triton.cells import ElmanCell, GRUCell, LeakyCell, LSTMCell, RGCCell
 from rjepa_triton.functional import rgc
 from rjepa_triton.reference import rfp
+from rjepa_triton.two_point import Cell
 
 F32, F64 = torch.float32, torch.float64
 CELL = RGCCell()
@@ -48,21 +49,27 @@ def given(steps: int, batch: int, units: int) -> tuple[Tensor, list[Tensor], lis
     return torch.randn(1, steps, batch, units), weights, [torch.randn(batch, units) for _ in range(2)]
 
 
-def test_tanh_is_within_two_ulp_over_the_whole_range() -> None:
+@pytest.mark.parametrize(("sigmoid", "most"), [(False, 2), (True, 4)])
+def test_tanh_and_sigmoid_are_within_ulps_over_the_whole_range(sigmoid: bool, most: int) -> None:
     some = torch.cat([torch.linspace(-12, 12, 400_001), torch.logspace(-44, 38, 200_001)])
-    found, exact = some.clone(), some.double().tanh()
-    assert _native.tanh_(found)
+    if sigmoid:
+        some = torch.cat([some, torch.linspace(-86, 12, 200_001)])
+    found, exact = some.clone(), some.double().sigmoid() if sigmoid else some.double().tanh()
+    assert _native.activate_(found, sigmoid=sigmoid)
     ulp = (torch.nextafter(exact.float().abs(), torch.tensor(2.0)) - exact.float().abs()).double()
-    assert float(((found.double() - exact).abs() / ulp).max()) < 2
+    assert float(((found.double() - exact).abs() / ulp).max()) < most
     assert float(found.abs().max()) == 1
 
 
-def test_tanh_of_what_is_no_ordinary_number() -> None:
+def test_tanh_and_sigmoid_of_what_is_no_ordinary_number() -> None:
     odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-45, 3e38, -3e38])
     found = odd.clone()
-    _native.tanh_(found)
+    _native.activate_(found)
     torch.testing.assert_close(found, odd.tanh(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(found.signbit()[1:], odd.signbit()[1:])
+    found = odd.clone()
+    _native.activate_(found, sigmoid=True)
+    torch.testing.assert_close(found, odd.sigmoid(), rtol=0, atol=1e-37, equal_nan=True)
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -108,6 +115,82 @@ def test_what_is_not_finite_goes_where_torch_has_it_go(value: float) -> None:
     torch.testing.assert_close(got.states, want.states, rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(got.saved, want.saved, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert got.states[:, 4:].isfinite().all()
+
+
+CELLS: dict[str, Cell] = {
+    "tanh": ElmanCell(),
+    "relu": ElmanCell("relu"),
+    "lstm": LSTMCell(),
+    "gru": GRUCell(),
+    "gru without its bias": GRUCell(bias=False),
+}
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(("steps", "batch", "units"), sizes())
+def test_other_cells(name: str, steps: int, batch: int, units: int, reset: bool) -> None:
+    """Their loop and their linearisation, as float64 has them."""
+    cell = CELLS[name]
+    x = torch.randn(len(cell.per_unit), steps, batch, units)
+    weights = [torch.randn(units, units) / units**0.5 for _ in cell.matrices]
+    state = [torch.randn(batch, units) for _ in cell.states]
+    resets = torch.rand(steps, batch) < 0.4 if reset else None
+    got = ops.scan(cell, x, weights, state, resets, backend="compile")
+    want = cell.scan(x.double(), [w.double() for w in weights], [s.double() for s in state], resets)
+    for ours, exact, like in zip(
+        (got.states, got.saved),
+        (want.states, want.saved),
+        (cell.scan(x, weights, state, resets).states, cell.scan(x, weights, state, resets).saved),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=3e-6)
+        assert ours.stride() == like.stride()
+    lin, m = ops.linearize(cell, got, weights, backend="compile")
+    exact_lin, exact_m = ops.linearize(cell, want, [w.double() for w in weights])
+    torch.testing.assert_close(m.double(), exact_m, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(
+        lin.partials.__dict__.values(), exact_lin.partials.__dict__.values(), strict=True
+    ):
+        double = [{nu: value.double() for nu, value in by.items()} for by in ours]
+        torch.testing.assert_close(double, list(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_other_cells_by_threads_strides_and_what_is_not_finite(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, units = CELLS[name], 260
+    x = torch.randn(3, 6, units, len(cell.per_unit)).movedim(-1, 0)  # its units apart
+    x[0, 1, 2, 7] = math.nan
+    x[-1, 0, 1, 9] = math.inf
+    resets = torch.zeros(3, 6, dtype=torch.bool)
+    resets[2, 2] = True
+    weights = [torch.randn(units, units).t() / units**0.5 for _ in cell.matrices]
+    state = [torch.randn(6, units) for _ in cell.states]
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        made = ops.scan(cell, x, weights, state, resets, backend="compile")
+        found.append([made.states, made.saved, ops.linearize(cell, made, weights, backend="compile")[1]])
+    monkeypatch.undo()
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+    want = cell.scan(x, weights, state, resets)
+    m = ops.linearize(cell, want, weights)[1]
+    torch.testing.assert_close(found[0], [want.states, want.saved, m], rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert found[0][0][:, 3, 2].isfinite().all()  # what came before is forgotten there
+
+
+def test_a_cell_of_ones_own_is_torchs() -> None:
+    class Squared(LSTMCell):
+        def update(self, *given: Any) -> tuple[Tensor, ...]:
+            return tuple(value.square() for value in super().update(*given))
+
+    weights = [torch.randn(5, 5) for _ in range(4)]
+    assert ops.compiled_loop(LSTMCell(), weights, 9, 1)
+    assert ops.compiled_partials(LSTMCell())
+    assert not ops.compiled_loop(Squared(), weights, 9, 1)
+    assert not ops.compiled_partials(Squared())
 
 
 @pytest.mark.parametrize("packed_from", [1, 1 << 30])
@@ -238,7 +321,8 @@ def test_limits() -> None:
     assert ops.compiled_loop(CELL, dense(128), 1, 9)
     assert ops.compiled_loop(CELL, dense(129), 4, 9)
     assert not ops.compiled_loop(CELL, [torch.empty(8)] * 4, 50, 1)
-    assert not ops.compiled_loop(LSTMCell(), dense(8), 50, 1)
+    assert ops.compiled_loop(LSTMCell(), dense(8), 50, 1)
+    assert not ops.compiled_loop(LeakyCell(0.5), dense(8)[:1], 50, 1)
     m, delta = torch.randn(1, 1, 2, 3, 1 << 13), torch.randn(1, 2, 3, 1 << 13)
     assert not ops.compiled_reverse(m[0, 0, 0].numel())
     torch.testing.assert_close(ops.reverse_scan(m, delta, backend="compile"), rfp.reverse_scan(m, delta))
@@ -310,8 +394,7 @@ def test_what_can_not_be_built_gives_way_to_torch_with_one_warning(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if broken == "source":
         monkeypatch.setattr(_native, "SOURCES", tmp_path)
-        (tmp_path / "loops.c").write_text("not C")
-        (tmp_path / "gamma.cpp").write_text("")
+        (tmp_path / "loops.cpp").write_text("not C++")
     else:
         false = tmp_path / "cc"
         false.write_text(
