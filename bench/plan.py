@@ -212,7 +212,7 @@ class Model:
         """BPTT's credits: a product a matrix and step."""
         problem = self.problem
         w = sum(weight.numel() for weight in self.layer.recurrent_weights()) * problem.item
-        work = problem.pointwise(problem.calls.exact.at(steps) * (1 / steps))
+        work = problem.exact(steps) * (1 / steps)
         work += Work(flop=2.0 * problem.batch * w / problem.item, matrix_bytes=float(w))
         return Phase("credits", work, float(w))
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ._room import Room
 from .cells import ElmanCell, GRUCell, LSTMCell
-from .two_point import Cell, Partials, Trajectory
+from .two_point import Cell, Linearization, Matrix, Partials, Trajectory, state_read
 
 SOURCES = Path(__file__).with_name("native")
 # None of these lets a value be anything else than C++ says, as -ffast-math would; a product and a sum may be one FMA.
@@ -226,8 +226,8 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _addresses(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+def _addresses(tensors: Sequence[Tensor | None]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*map(_address, tensors))
 
 
 def _longs(values: Sequence[int]) -> Any:
@@ -291,6 +291,66 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None) -> tuple[Tensor
         batch * units,
     )
     return credit, first
+
+
+def exact_credits(
+    lin: Linearization,
+    matrices: Sequence[Matrix],
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    carry: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """`bptt.credits` of dense weights: λ (S, T, B, N), and what goes on to the initial state (S, B, N).
+
+    float32, on the CPU. Nothing is mutated. None where there is no library.
+    """
+    code = library()
+    if code is None:
+        return None
+    states, steps, batch, units = delta.shape
+    order = sorted(range(len(matrices)), key=lambda k: state_read(matrices[k]))
+    readers = [sum(state_read(matrix) == nu for matrix in matrices) for nu in range(states)]
+    dense = [weights[k].contiguous() for k in order]
+    own_at = [lin.partials.own[source].get(nu) for source in range(states) for nu in range(states)]
+    phi_at = [lin.immediate(matrices[k]).get(nu) for k in order for nu in range(states)]
+    (own, own_next), (phi, phi_next) = (zip(*map(_evenly, group), strict=True) for group in (own_at, phi_at))
+    delta = delta.contiguous()
+    carry = None if carry is None else carry.contiguous()
+    marks = None if lin.resets is None else lin.resets.contiguous()
+    credit, first = torch.empty_like(delta), delta.new_empty(states, batch, units)
+    packed = delta.new_empty(len(dense) * _packed_numbers(1, units))
+    code.exact_credits(
+        _addresses(dense),
+        _longs(readers),
+        _addresses(own),
+        _longs(own_next),
+        _addresses(phi),
+        _longs(phi_next),
+        delta.data_ptr(),
+        _address(carry),
+        _address(marks),
+        credit.data_ptr(),
+        first.data_ptr(),
+        packed.data_ptr(),
+        states,
+        steps,
+        batch,
+        units,
+        torch.get_num_threads(),
+    )
+    return credit, first
+
+
+def _evenly(array: Tensor | None) -> tuple[Tensor | None, int]:
+    """(T, B, N) whose T·B rows lie one stride apart, copied where they don't, and that stride."""
+    if array is None:
+        return None, 0
+    next_step, next_row, next_unit = array.stride()
+    if array.shape[1] == 1:  # else it can be anything
+        next_row = next_step
+    if next_unit == 1 and next_step == array.shape[1] * next_row:
+        return array, next_row
+    return array.contiguous(), array.shape[2]
 
 
 def gamma_pass(
@@ -368,6 +428,7 @@ def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
         (code.rgc_scan, 12, 4),
         (code.rgc_linearize, 7, 5),
         (code.reverse_scan, 5, 3),
+        (code.exact_credits, 12, 5),
         (code.gamma_pass, 6, 10),
         (code.gamma_arriving, 4, 6),
         (code.activate, 1, 2),

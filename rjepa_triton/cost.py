@@ -180,7 +180,7 @@ class Work:
 
 # What a call of compiled code takes beside its arithmetic: room for arrays, views of them, what it is told (`_native`).
 COMPILED_LOOP, COMPILED_REVERSE = Work(calls=1, views=3), Work(calls=1, views=2)
-COMPILED_LINEARIZE = Work(calls=2, views=8)
+COMPILED_LINEARIZE, COMPILED_EXACT = Work(calls=2, views=8), Work(calls=4, views=8)
 COMPILED_PASS, COMPILED_ARRIVING = Work(calls=1, views=3), Work(calls=1, views=2)
 
 
@@ -327,6 +327,15 @@ class Problem:
         """The calls that were counted, each of which moves three arrays of `steps` by B·N."""
         moved = 3.0 * counted.calls * steps * self.batch * self.units * self.item
         return Work(calls=counted.calls, views=counted.views, bytes=moved)
+
+    def exact(self, steps: float) -> Work:
+        """BPTT's credits over `steps` steps, without the products; compiled, where the loop is, and weights packed."""
+        if not self.loop:
+            return self.pointwise(self.calls.exact.at(steps))
+        rows = steps * self.batch * self.units * self.item
+        return COMPILED_EXACT + Work(
+            bytes=rows * (3.0 * self.states + 2 * len(self.fan_ins)) + 2.0 * self.weight_bytes
+        )
 
     def credit(self, steps: float) -> Work:
         """The reverse scan over `steps` steps on the CPU; compiled, M and δ go in and λ out."""

@@ -23,8 +23,8 @@ from ._tape import Block, Recorded
 from .counting import problem as problem_of
 from .exactness import Exactness, exactness
 from .layer import TwoPointRNN
-from .reference import bptt, rfp, rtrl
 from .reference import refine as refinement
+from .reference import rfp, rtrl
 from .sensitivity import Carried, Exact, Nothing, PerUnit, RankOne
 
 Form = Literal["auto", "step", "lazy", "chunk", "history"]
@@ -565,16 +565,16 @@ def _form_of_stochastic(learning: str, form: str, gamma_dtype: torch.dtype) -> F
 
 def _full_credit(layer: TwoPointRNN, rounds: int | None, scan: str) -> FullCredit:
     """Credits by the full Jacobian: sequentially, or by rounds of refinement."""
-    matrices = layer.cell.matrices
+    cell = layer.cell
 
     def credits(block: Block, delta: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
         assert block.weights is not None
         if rounds == 0:
-            return bptt.credits(block.lin, matrices, block.weights, delta, carry)
+            return ops.exact_credits(cell, block.lin, block.weights, delta, carry, backend=scan)
         return refinement.credits(
             block.lin,
             block.m,
-            matrices,
+            cell.matrices,
             block.weights,
             delta,
             carry,

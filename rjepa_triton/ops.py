@@ -3,8 +3,8 @@
 torch    anywhere, in any floating dtype: an operation a pass over memory
 compile  CPU, with a C++ compiler (`_native`), which runs for some seconds once. Γ of one or two states a unit, float32
          or float64: one pass over it a step, or a chunk. In float32 as one call each: the loops over time of RGC,
-         LSTM, GRU and Elman cells with dense weights, their linearisation, and the reverse scan of a small layer;
-         elsewhere torch
+         LSTM, GRU and Elman cells with dense weights, their linearisation and exact credits, and the reverse scan of
+         a small layer; elsewhere torch
 triton   CUDA and ROCm tensors in float32 (Γ may be bfloat16); elsewhere under TRITON_INTERPRET=1, for tests
 auto     triton where it can run, on a GPU; compile where it can, on the CPU; else torch
 
@@ -267,9 +267,32 @@ def exact(
             credit, first, entering = done
             (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in entering.unbind(0))
             return (ss, ms, mm, sm), rfp.input_gradient(lin, credit, len(cell.per_unit)), first
-    credit, first = bptt.credits(lin, cell.matrices, weights, delta)
+    credit, first = exact_credits(cell, lin, weights, delta, backend=backend)
     in_turn = (rfp.entering_credit(matrix, lin, credit) for matrix in cell.matrices)
     return in_turn, rfp.input_gradient(lin, credit, len(cell.per_unit)), first
+
+
+def exact_credits(
+    cell: Cell,
+    lin: Linearization,
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    carry: Tensor | None = None,
+    *,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """`bptt.credits` by the chosen backend; where Triton would, torch does."""
+    _, steps, batch, _ = delta.shape
+    if (
+        backend == "compile"
+        and steps * batch >= _native.PACKED_FROM
+        and compiled_loop(cell, weights, steps, batch)
+        and _has_memory(delta, carry, lin.before, lin.resets, *weights)
+    ):
+        made = _native.exact_credits(lin, cell.matrices, weights, delta, carry)
+        if made is not None:
+            return made
+    return bptt.credits(lin, cell.matrices, weights, delta, carry)
 
 
 def reverse_scan(

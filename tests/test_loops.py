@@ -22,8 +22,8 @@ from torch import Tensor
 from rjepa_triton import RGC, RNN, OnlineLearner, _native, cost, counting, ops, parallel
 from rjepa_triton.cells import ElmanCell, GRUCell, LeakyCell, LSTMCell, RGCCell
 from rjepa_triton.functional import rgc
-from rjepa_triton.reference import rfp
-from rjepa_triton.two_point import Cell
+from rjepa_triton.reference import bptt, rfp
+from rjepa_triton.two_point import Cell, Trajectory
 
 F32, F64 = torch.float32, torch.float64
 CELL = RGCCell()
@@ -156,6 +156,40 @@ def test_other_cells(name: str, steps: int, batch: int, units: int, reset: bool)
         torch.testing.assert_close(double, list(theirs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("name", ["rgc", *CELLS])
+@pytest.mark.parametrize(
+    ("steps", "batch", "units"), [(16, 1, 1), (20, 1, 33), (7, 5, 64), (16, 3, 65), (3, 9, 200)]
+)
+def test_exact_credits(
+    name: str, steps: int, batch: int, units: int, reset: bool, carried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one thread and by two, as float64 has them of the same states."""
+    cell = CELLS.get(name, CELL)
+    weights = [0.5 * torch.randn(units, units) / units**0.5 for _ in cell.matrices]
+    state = [torch.randn(batch, units) for _ in cell.states]
+    resets = torch.rand(steps, batch) < 0.2 if reset else None
+    ran = cell.scan(torch.randn(len(cell.per_unit), steps, batch, units), weights, state, resets)
+    exact = Trajectory(ran.x.double(), ran.states.double(), ran.saved.double(), resets)
+    delta = torch.randn(len(state), steps, batch, units)
+    carry = torch.randn(len(state), batch, units) if carried else None
+    want = bptt.credits(
+        cell.linearize(exact),
+        cell.matrices,
+        [w.double() for w in weights],
+        delta.double(),
+        None if carry is None else carry.double(),
+    )
+    lin = cell.linearize(ran)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        got = ops.exact_credits(cell, lin, weights, delta, carry, backend="compile")
+        for ours, theirs in zip(got, want, strict=True):
+            scale = float(want[0].abs().max())
+            torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6 * scale)
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_other_cells_by_threads_strides_and_what_is_not_finite(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -273,9 +307,11 @@ def test_auto_takes_them_and_torch_does_not(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(RGCCell, "scan", refuse)
     monkeypatch.setattr(rfp, "reverse_scan", refuse)
+    monkeypatch.setattr(bptt, "credits", refuse)
     layer(x)[0].sum().backward()
     learner.chunk(x[:4]).sum().backward()
     stepping.step(x[0]).sum().backward()
+    RGC(8, learning="bptt")(torch.randn(8, 2, 8))[0].sum().backward()
     with pytest.raises(AssertionError, match="torch's loop ran"):
         rgc(x, *layer.weights(), backend="torch")
 
