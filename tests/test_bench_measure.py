@@ -76,7 +76,7 @@ from rjepa_triton.bench import measure
 kept = measure.keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):  # what lies next to the first block may keep it from being taken again
+for _ in range(8):  # what lies next to the first block may keep it from being taken again
     torch.empty(1 << 24).fill_(1)
 before = faults()
 torch.empty(1 << 24).fill_(1)
