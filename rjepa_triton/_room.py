@@ -31,7 +31,8 @@ class Room:
             return like.new_empty(tuple(shape))
         memory, self._free = self._free, None
         if memory is None or memory.nbytes != count * item:
-            memory = np.empty(count * item, dtype=np.uint8)
+            # by torch, whose allocator's bytes are what is counted
+            memory = torch.empty(count * item, dtype=torch.uint8).numpy()
         lent = memory[:]  # an array of its own, which dies with the tensor's storage
         weakref.finalize(lent, _give_back, weakref.ref(self), memory).atexit = False
         return torch.from_numpy(lent).view(like.dtype).view(*shape)

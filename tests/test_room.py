@@ -9,6 +9,7 @@ import torch
 
 from rjepa_triton import RGC, OnlineLearner, _native, _room
 from rjepa_triton._room import Room
+from rjepa_triton.bench import measure
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,12 @@ def test_what_it_lent_outlives_it() -> None:
     del room
     gc.collect()
     assert lent.eq(3).all()
+
+
+def test_what_it_takes_is_counted() -> None:
+    room = Room()
+    taken = measure.peak_bytes(lambda: room.empty((50,), torch.empty(0)), torch.device("cpu"))
+    assert taken == 200
 
 
 @pytest.mark.skipif(_native.compiler() is None, reason="no C++ compiler")
