@@ -13,6 +13,7 @@ from .record import Record, Timing, key, latest
 from .summary import place, seconds_text
 
 FLOOR = 0.03  # what counts as noise on a machine that is perfectly steady
+SPELL = math.log(1.15)  # that a yardstick is off its median by where others have the machine for a while
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ class Comparison:
 
 
 def unsteadiness(timings: Iterable[Timing]) -> float:
-    """How far apart two timings of one thing come in one run: 2 robust deviations of a yardstick's logarithm, times √2.
+    """How far apart two timings of one thing come in one run: 2 robust deviations of a yardstick's logarithm, times √2;
+    or the most that one was off its median, where that is beyond `SPELL`.
 
-    Of the yardsticks that the records of one run took from time to time, the least steady counts. 0 with fewer than
-    4 of them: nothing is known.
+    What others do on a machine comes in spells: one point in five may be twice as slow, and the rest steady, so that no
+    deviation tells of it. Of the yardsticks that the records of one run took from time to time, the least steady counts. 0
+    with fewer than 4 of them: nothing is known.
     """
     values: dict[str, set[float]] = {}
     for timing in timings:
@@ -63,8 +66,10 @@ def unsteadiness(timings: Iterable[Timing]) -> float:
     for logs in values.values():
         if len(logs) >= 4:
             middle = statistics.median(logs)
-            deviation = 1.4826 * statistics.median(abs(value - middle) for value in logs)
-            found = max(found, 2 * math.sqrt(2) * deviation)
+            off = [abs(value - middle) for value in logs]
+            found = max(found, 2 * math.sqrt(2) * 1.4826 * statistics.median(off))
+            if max(off) > SPELL:
+                found = max(found, *off)
     return found
 
 

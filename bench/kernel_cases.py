@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _native, ops
 from ..cells import RGCCell
-from ..reference import bptt, rfp
+from ..reference import rfp
 from ..two_point import Trajectory
 
 STATES, MATRICES = 2, 4
@@ -383,7 +383,15 @@ class GammaRead(Kernel):
 
     def runners(self, device: torch.device) -> dict[str, Runner]:
         if device.type != "cuda":
-            return {"torch": self.reference}
+            if self.dtype != "float32" or _native.library() is None:
+                return {"torch": self.reference}
+            return {
+                "torch": self.reference,
+                "compile": lambda p: [
+                    *p.gammas,
+                    ops.gamma_read(p.gammas, p.credit, backend="compile"),
+                ],
+            }
         from ..kernels import gamma_read
 
         return {
@@ -604,6 +612,7 @@ class RGCBackward(OfCircuit):
     def __init__(self) -> None:
         takes = ("gates", "before", "x", "weights", "delta")
         super().__init__("rgc-backward", takes, _backward, _pure_backward, _launch_backward)
+        self.loop = functools.partial(_backward, backend="compile")
 
     def flop(self, units: int, batch: int, steps: int) -> float:
         # a unit: four products with N numbers; credits added, E of four matrices, two own paths
@@ -669,12 +678,12 @@ def _launch_persistent(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Te
 
 
 def _backward(
-    gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor
+    gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor, backend: str = "torch"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cell = RGCCell()
+    cell, dense = RGCCell(), weights.unbind(0)
     states = torch.cat([before, before[:, -1:]], 1)  # the last is read by no step
-    lin = cell.linearize(Trajectory(x[None], states, gates))
-    credit, passed = bptt.credits(lin, cell.matrices, weights.unbind(0), delta)
+    lin = ops.linearize(cell, Trajectory(x[None], states, gates), dense, backend=backend)[0]
+    credit, passed = ops.exact_credits(cell, lin, dense, delta, backend=backend)
     ss, ms, mm, sm = (rfp.entering_credit(matrix, lin, credit) for matrix in cell.matrices)
     return credit, passed, torch.stack([torch.stack([ss, sm], -2), torch.stack([mm, ms], -2)])
 

@@ -34,11 +34,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 SAMPLE_SECONDS = 2e-3  # a sample is at least this long: 1e4 times the clock's resolution
 STABLE = 0.05  # warm when the best of three calls is within this of the best of the three before
 WARM_SECONDS = 0.5  # and warm enough after this long in any case
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 7  # with fewer, one that is held up widens the interval of all
 MOST_ROUNDS = 40
 RESAMPLES = 1000  # of a bootstrap
+GAUGE_SAMPLES = 4  # of each yardstick at a time
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-GAUGE_SECONDS = 0.05  # that each yardstick is sampled before what is timed, and again after it
 
 
 @functools.cache
@@ -137,64 +137,72 @@ def interleave(
     """Seconds a call of several functions, sampled in turn: what disturbs the machine disturbs all alike.
 
     Each round takes one sample of each; a sample is as many calls as take 2 ms. A function leaves the rounds
-    when it has had 5 samples and `case_seconds`, or 40 samples. One that raises gives its exception instead.
+    when it has had 7 samples and `case_seconds`, or 40 samples. One that raises gives its exception instead.
 
-    The `yardsticks` are sampled before the rounds and after them: in between they would drive the functions' data out
-    of the caches.
+    The `yardsticks` are sampled in the first round, in rounds 2, 4, 8, … and after the last, so that they see what the
+    functions see. They drive the functions' data out of the caches, so a function is called once more, untimed, before
+    its sample then.
     """
     if not functions:
         return {}
     keep_freed_memory()
-    gauges = yardsticks(device)
+    gauges = {name: _Sampled(function, device) for name, function in yardsticks(device).items()}
+    cases = {name: _Sampled(function, device) for name, function in functions.items()}
     gc.collect()
     gc.disable()  # a collection in the middle of a sample would be charged to whoever ran
     try:
-        before = _rounds(gauges, device, GAUGE_SECONDS)
-        results = _rounds(functions, device, case_seconds)
-        after = _rounds(gauges, device, GAUGE_SECONDS)
+        for each in (*gauges.values(), *cases.values()):
+            each.warm()
+        for round_ in range(MOST_ROUNDS):
+            due = [case for case in cases.values() if not case.done(case_seconds)]
+            gauging = not due or (round_ != 1 and round_ & (round_ - 1) == 0)
+            for gauge in gauges.values() if gauging else ():
+                for _ in range(GAUGE_SAMPLES):
+                    gauge.sample(again=False)
+            if not due:
+                break
+            for case in due:
+                case.sample(again=gauging)
     finally:
         gc.enable()
-    drift = {name: _middle(before[name], after[name]) for name in gauges}
+    drift = {}
+    for name, gauge in gauges.items():
+        if gauge.error is not None:
+            raise gauge.error
+        drift[name] = float(np.median(gauge.samples))
     return {
-        name: found if isinstance(found, Exception) else replace(found, yardsticks=drift)
-        for name, found in results.items()
+        name: case.error if case.error is not None else replace(timing(case.samples), yardsticks=drift)
+        for name, case in cases.items()
     }
 
 
-def _middle(*found: Timing | Exception) -> float:
-    """Mean of medians of what can't fail."""
-    medians = []
-    for timing in found:
-        if isinstance(timing, Exception):
-            raise timing
-        medians.append(timing.median)
-    return float(np.mean(medians))
+class _Sampled:
+    """A function, the samples of it, and what it raised."""
 
+    def __init__(self, function: Callable[[], object], device: torch.device) -> None:
+        self._function, self._device, self._calls = function, device, 1
+        self.samples: list[float] = []
+        self.error: Exception | None = None
 
-def _rounds(
-    functions: Mapping[str, Callable[[], object]], device: torch.device, case_seconds: float
-) -> dict[str, Timing | Exception]:
-    results: dict[str, Timing | Exception] = {}
-    calls: dict[str, int] = {}
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for name, function in functions.items():
+    def warm(self) -> None:
+        """Call it until it is warm; how many calls take as long as a sample."""
         try:
-            calls[name] = max(1, math.ceil(SAMPLE_SECONDS / warm_up(function, device)))
+            self._calls = max(1, math.ceil(SAMPLE_SECONDS / warm_up(self._function, self._device)))
         except Exception as error:
-            results[name] = error
-    for _ in range(MOST_ROUNDS):
-        for name, function in functions.items():
-            spent = sum(samples[name]) * calls.get(name, 0)
-            if name in results or (len(samples[name]) >= LEAST_ROUNDS and spent >= case_seconds):
-                continue
-            try:
-                samples[name].append(seconds(function, calls[name], device))
-            except Exception as error:
-                results[name] = error
-    for name, values in samples.items():
-        if name not in results:
-            results[name] = timing(values)
-    return results
+            self.error = error
+
+    def done(self, case_seconds: float) -> bool:
+        spent = sum(self.samples) * self._calls
+        return self.error is not None or (len(self.samples) >= LEAST_ROUNDS and spent >= case_seconds)
+
+    def sample(self, again: bool) -> None:
+        """Take a sample; again: after a call that isn't timed, where a sample is several calls."""
+        try:
+            if again and self._calls > 1:
+                self._function()
+            self.samples.append(seconds(self._function, self._calls, self._device))
+        except Exception as error:
+            self.error = error
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:

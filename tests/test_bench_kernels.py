@@ -81,14 +81,13 @@ def test_every_runner_agrees_with_float64(name: str, monkeypatch: pytest.MonkeyP
     """A GPU's as well: kernels are interpreted here, and compiled functions run uncompiled."""
     monkeypatch.setattr(kernel_cases, "_compiled", lambda function: function)
     kernel = KERNELS[name]
-    loops = ("scan", "rgc-forward")  # what is compiled for the CPU by itself, not by torch.compile
-    runners = {f"cpu {by}": run for by, run in kernel.runners(CPU).items() if by == "torch" or name in loops}
+    runners = {f"cpu {by}": run for by, run in kernel.runners(CPU).items()}
     if not torch.cuda.is_available():
         pytest.importorskip("triton")
         on_gpu = kernel.runners(torch.device("cuda"))
         assert tuple(on_gpu) == (("triton",) if name == "rgc-forward-persistent" else kernel_cases.BY)
         runners.update(on_gpu)
-    given = kernel_cases.problem(kernel, 20, 2, kernel.steps or 5, 0, CPU)
+    given = kernel_cases.problem(kernel, 20, 2, kernel.steps or 9, 0, CPU)
     want = kernel.reference(given.copy(torch.float64))
     before = [g.clone() for g in given.gammas]
     for run in runners.values():
