@@ -445,11 +445,11 @@ def _built(found: str) -> ctypes.CDLL:
     Raises OSError or SubprocessError.
     """
     flags = (*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native")
-    sources = sorted(SOURCES.glob("*.cpp"))
+    sources, headers = sorted(SOURCES.glob("*.cpp")), sorted(SOURCES.glob("*.h"))
     version = subprocess.run(
         [found, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
     ).stdout
-    texts = [source.read_text() for source in sorted(SOURCES.iterdir())]
+    texts = [source.read_text() for source in (*sources, *headers)]
     told = "\0".join((*texts, *flags, found, version, _processor()))
     target = _cache() / f"native-{hashlib.sha256(told.encode()).hexdigest()[:32]}.so"
     if target.exists():
