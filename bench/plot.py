@@ -117,7 +117,8 @@ def where(records: Sequence[Record]) -> str:
     """The device of records that have one, and on a CPU the threads."""
     threads = sorted({r.params["threads"] for r in records})
     on_cpu = records[0].params["device"] == "cpu"
-    return records[0].device + (f", {'/'.join(map(str, threads))} threads" if on_cpu else "")
+    count = f"{'/'.join(map(str, threads))} thread{'s' * (threads != [1])}"
+    return records[0].device + (f", {count}" if on_cpu else "")
 
 
 def _time_panel(axes: Axes, records: Sequence[Record]) -> None:
