@@ -55,8 +55,8 @@ def unsteadiness(timings: Iterable[Timing]) -> float:
     or the most that one was off its median, where that is beyond `SPELL`.
 
     What others do on a machine comes in spells: one point in five may be twice as slow, and the rest steady, so that no
-    deviation tells of it. Of the yardsticks that the records of one run took, the least steady counts. 0 with fewer than
-    4 times of it: nothing is known.
+    deviation tells of it. Of the yardsticks that the records of one run took, the least steady counts. 0 with fewer
+    than 4 times of it: nothing is known.
     """
     values: dict[str, set[float]] = {}
     for timing in timings:
