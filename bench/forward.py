@@ -265,7 +265,9 @@ def predict(units: int, batch: int, steps: int, scale: float, seed: int) -> tupl
 
     def backward(length: int, learning: str) -> Work:
         trajectory, delta = short(length)
-        return cost.counted(lambda: functional.gradients(cell, trajectory, weights, delta, learning))
+        return cost.counted(
+            lambda: functional.gradients(cell, trajectory, weights, delta, learning, backend="torch")
+        )
 
     def dual(length: int) -> Work:
         """With the scan's own calls taken out: a kernel does it."""

@@ -101,7 +101,9 @@ def test_what_is_counted_grows_as_it_is_continued() -> None:
     cell, x, weights, state = forward.problem(RGCCell(), 4, 1, 40, 0.1, 0, torch.empty(0))
     trajectory = cell.scan(x, weights, state)
     delta = torch.ones_like(trajectory.after)
-    counted = cost.counted(lambda: forward.functional.gradients(cell, trajectory, weights, delta, "bptt"))
+    counted = cost.counted(
+        lambda: forward.functional.gradients(cell, trajectory, weights, delta, "bptt", backend="torch")
+    )
     told = forward.predict(4, 1, 40, 0.1, 0)[0][0].parts["backward"][0]
     assert told.calls == counted.calls
     assert told.bytes == pytest.approx(counted.bytes + 40 * 4 * 16 * 4)
