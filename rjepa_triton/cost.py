@@ -107,7 +107,7 @@ GPU = rates(devices.generic("gpu"))
 # and its states go round through shared memory, where a scan's step waits for one load.
 ON_CHIP_STEP = 5
 # What only reads Γ on a CPU goes as if it moved so many times its bytes: a core waits for what it reads, and not for
-# what it writes. On 2 cores of an AMD EPYC, N = 256 to 768, B = 16 to 64, reading took 0.69 to 0.83 of a step's time.
+# what it writes. On 2 cores of an AMD EPYC (kernels-cpu.jsonl, N = 1024) reading took 0.73 of a step's time.
 READ_ALONE = 1.45
 # Calls in which a step of form "lazy" has its credit beside zeros for the steps kept before it (`_past`).
 PADDING_CALLS, PADDING_VIEWS = 3, 6

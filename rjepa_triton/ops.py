@@ -117,9 +117,8 @@ def _has_memory(*tensors: Tensor | None) -> bool:
     """Whether compiled code can be given these tensors' addresses: not while torch.compile or a mode traces them."""
     if torch.compiler.is_compiling():
         return False
-    for (
-        tensor
-    ) in tensors:  # `all` of a generator takes twice as long, and a step of a small layer asks three times
+    # `all` of a generator takes longer, and a step of a small layer asks three times
+    for tensor in tensors:
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return False
     return True
