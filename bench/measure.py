@@ -336,7 +336,8 @@ def _gamma_rate(cache: int, per_call: float) -> float:
     made.run()
     cpu = torch.device("cpu")
     spent = min(seconds(made.run, 3, cpu) for _ in range(8))
-    return moved / max(spent - 9 * per_call, spent / 2)
+    calls = cost.COMPILED_PASS.calls + cost.COMPILED_PASS.views
+    return moved / max(spent - calls * per_call, spent / 2)
 
 
 def _seconds_per_fresh_byte() -> float:
