@@ -53,6 +53,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cud
 Threads = Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is drawn.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete earlier records first.")]
+Sample = Annotated[float, typer.Option(help="Seconds that a case is sampled at a point, in all passes.")]
+Passes = Annotated[int, typer.Option(help="Processes, one after the other, that each time every point.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")]
 
 
@@ -136,7 +138,8 @@ def scaling_command(
     threads: Threads = 0,
     seed: Seed = 0,
     budget: Annotated[float, typer.Option(help="Seconds a case may take at a point, as predicted.")] = 30,
-    sample: Annotated[float, typer.Option(help="Seconds that a case is sampled at a point.")] = 0.5,
+    sample: Sample = 0.5,
+    passes: Passes = 3,
     fresh: Fresh = False,
     out: Annotated[Path, typer.Option(help="Folder of scaling.jsonl.")] = OUT,
 ) -> None:
@@ -159,6 +162,7 @@ def scaling_command(
             seed=check.integer("--seed", seed, 0),
             budget=budget,
             case_seconds=sample,
+            passes=passes,
         )
         file = file_in(out, scaling.FILE, fresh)
         records = scaling.run(settings, file, Console(stderr=True))
@@ -234,7 +238,8 @@ def selfcheck_command(
     ] = "rfp-step,rfp-step-gamma,rfp-chunk,rfp-dual,bptt,bptt-autograd",
     device: Device = "auto",
     threads: Threads = 0,
-    sample: Annotated[float, typer.Option(help="Seconds that a case is sampled at a point.")] = 0.5,
+    sample: Sample = 0.5,
+    passes: Passes = 3,
     markdown: Markdown = False,
     out: Annotated[Path, typer.Option(help="Folder of selfcheck.jsonl, and of the runs' own files.")] = OUT,
 ) -> None:
@@ -249,6 +254,7 @@ def selfcheck_command(
             algorithms=names(algorithms),
             device=chosen_device(device),
             case_seconds=sample,
+            passes=passes,
         )
         progress = Console(stderr=True)
         made = selfcheck.run(settings, runs, out, lambda line: progress.print(line, highlight=False))

@@ -60,8 +60,8 @@ def unsteadiness(timings: Iterable[Timing]) -> float:
     """
     values: dict[str, set[float]] = {}
     for timing in timings:
-        for name, seconds in timing.yardsticks.items():
-            values.setdefault(name, set()).add(math.log(seconds))
+        for name, by_pass in timing.yardsticks.items():
+            values.setdefault(name, set()).update(map(math.log, by_pass))
     found = 0.0
     for logs in values.values():
         if len(logs) >= 4:
@@ -73,6 +73,19 @@ def unsteadiness(timings: Iterable[Timing]) -> float:
     return found
 
 
+def widest(timings: Iterable[Timing]) -> float:
+    """How far apart two timings of a case come, by the widest of its medians' 95 % intervals: of two like it, half the
+    width of its logarithm, times √2; or all of it, where that is beyond `SPELL`, as of times that have two levels.
+
+    Where points were timed in several passes it has in it what differs from process to process, such as where memory
+    lies, which takes one point and not the next, and no yardstick. 0 where there are no intervals.
+    """
+    found = max(
+        (math.log(t.high / t.low) for t in timings if t.low is not None and t.high is not None), default=0.0
+    )
+    return found if found > SPELL else found / math.sqrt(2)
+
+
 def noise_of(a: Timing, b: Timing, floor: float, unsteady: float) -> float:
     """The ratio of two medians, either way, that noise explains: (1 + floor) · exp(unsteady + drift).
 
@@ -80,8 +93,8 @@ def noise_of(a: Timing, b: Timing, floor: float, unsteady: float) -> float:
     machine did; 0 if it isn't larger than what an unsteady machine shows. floor: what counts as noise where both
     machines were perfectly steady.
     """
-    shared = a.yardsticks.keys() & b.yardsticks.keys()
-    drift = max((abs(math.log(b.yardsticks[name] / a.yardsticks[name])) for name in shared), default=0.0)
+    was, now = ({name: statistics.median(t.yardsticks[name]) for name in t.yardsticks} for t in (a, b))
+    drift = max((abs(math.log(now[name] / was[name])) for name in was.keys() & now.keys()), default=0.0)
     return (1 + floor) * math.exp(unsteady + (drift if drift > unsteady else 0.0))
 
 
@@ -98,14 +111,19 @@ def compare(a: Sequence[Record], b: Sequence[Record], floor: float = FLOOR) -> C
     if not floor >= 0:
         raise ValueError(f"floor must be at least 0, got {floor}")
     timed_a, timed_b = ({key(r, versions=False): r for r in latest(file) if r.timing} for file in (a, b))
-    unsteady = max(unsteadiness(r.timing for r in timed.values() if r.timing) for timed in (timed_a, timed_b))
+    machine = max(unsteadiness(r.timing for r in timed.values() if r.timing) for timed in (timed_a, timed_b))
+    by_case: dict[str, list[Timing]] = {}
+    for r in (*timed_a.values(), *timed_b.values()):
+        if r.timing:
+            by_case.setdefault(r.algorithm, []).append(r.timing)
+    unsteady = {name: max(machine, widest(timings)) for name, timings in by_case.items()}
     changes = []
     for identity in timed_a.keys() & timed_b.keys():
         old, new = timed_a[identity], timed_b[identity]
         was, now = old.timing, new.timing
         assert was is not None
         assert now is not None
-        noise = noise_of(was, now, floor, unsteady)
+        noise = noise_of(was, now, floor, unsteady[old.algorithm])
         changes.append(Change(old, new, now.median / was.median, noise, _apart(was, now)))
     return Comparison(
         sorted(changes, key=lambda c: (c.a.algorithm, c.a.params.get("B", 0), c.a.params.get("N", 0))),

@@ -13,6 +13,7 @@ T_95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
 )  # fmt: skip
+NORMAL_95 = 1.96  # the normal distribution's
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,25 @@ def first_n(n: Sequence[float], y: Sequence[float]) -> float:
     return first
 
 
-def slope(n: Sequence[float], y: Sequence[float], first: float = 1) -> Slope | None:
+def slope(
+    n: Sequence[float], y: Sequence[float], first: float = 1, deviations: Sequence[float] | None = None
+) -> Slope | None:
     """The power of N by Theil and Sen: the median slope of all pairs on log-log axes, for n ≥ first.
 
     One point that was disturbed doesn't move it as it would the least-squares slope. The 95 % interval is that of
-    Student's t from the residuals about the line of that slope and the median intercept. None below 3 points.
+    Student's t from the residuals about the line of that slope and the median intercept; and, if `deviations` gives
+    the standard deviations of log y, of what they make of the least-squares slope, the two squared and added: points
+    that lie on a line by chance say nothing of how well each is known. None below 3 points.
 
     Raises ValueError for a y or n that isn't positive, or for n that are all equal.
     """
-    points = sorted((a, b) for a, b in zip(n, y, strict=True) if a >= first)
+    given = deviations if deviations is not None else [0.0] * len(n)
+    points = sorted(point for point in zip(n, y, given, strict=True) if point[0] >= first)
     if len(points) < 3:
         return None
-    if any(a <= 0 or b <= 0 for a, b in points):
+    if any(a <= 0 or b <= 0 for a, b, _ in points):
         raise ValueError("n and y must be positive to be fitted on log-log axes")
-    xs, ys = [math.log(a) for a, _ in points], [math.log(b) for _, b in points]
+    xs, ys = [math.log(a) for a, _, _ in points], [math.log(b) for _, b, _ in points]
     pairs = itertools.combinations(zip(xs, ys, strict=True), 2)
     rises = [(v - w) / (x - z) for (z, w), (x, v) in pairs if x > z]
     if not rises:
@@ -72,7 +78,11 @@ def slope(n: Sequence[float], y: Sequence[float], first: float = 1) -> Slope | N
     freedom = len(points) - 2
     # beyond the table the last entry is the wider, so the safer, interval
     t = T_95[min(freedom, len(T_95)) - 1]
-    return Slope(value, t * math.sqrt(residual / freedom / spread), len(points), points[0][0])
+    scatter = t * math.sqrt(residual / freedom / spread)
+    known = (
+        NORMAL_95 * math.hypot(*((x - mean) * d for x, (_, _, d) in zip(xs, points, strict=True))) / spread
+    )
+    return Slope(value, math.hypot(scatter, known), len(points), points[0][0])
 
 
 def crossovers(a: dict[int, float], b: dict[int, float]) -> list[tuple[float, float]]:

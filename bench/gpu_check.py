@@ -36,7 +36,19 @@ def stages(out: Path) -> list[Stage]:
     tests = (python, "-m", "pytest", "-v", f"--junitxml={out / 'tests.xml'}", *files_of_tests(ROOT))
     # compiling a scan for comparison unrolls its steps: 32 of them, or it would take all the time there is
     kernels = (*bench, "kernels", "--device", "cuda", "--steps", "32", "--sample", "0.15", *folder)
-    scaling = (*bench, "scaling", "--device", "cuda", "--sample", "0.2", "--budget", "5", *folder)
+    scaling = (
+        *bench,
+        "scaling",
+        "--device",
+        "cuda",
+        "--sample",
+        "0.2",
+        "--passes",
+        "1",
+        "--budget",
+        "5",
+        *folder,
+    )
     sizes = {1: "64,128,256,512,1024,2048,4096", 32: "128,256,512,1024,2048"}
     online = (*bench, "online", "--device", "cuda", "--budget", "15", *folder)
     return [

@@ -25,7 +25,7 @@ from .. import cost, devices
 from .._device import available_bytes as available_bytes
 from .._device import device_name
 from ..devices import Rate
-from .record import Timing, now
+from .record import Timing, now, rounded
 
 # The profiler's library reports its start, and the lack of a GPU driver, on stderr. It reads this once, when
 # first used; 6 is above its highest level.
@@ -35,6 +35,7 @@ SAMPLE_SECONDS = 2e-3  # a sample is at least this long: 1e4 times the clock's r
 STABLE = 0.05  # warm when the best of three calls is within this of the best of the three before
 WARM_SECONDS = 0.5  # and warm enough after this long in any case
 LEAST_ROUNDS = 7  # with fewer, one that is held up widens the interval of all
+LEAST_OF_A_PASS = 5  # of several
 MOST_ROUNDS = 40
 RESAMPLES = 1000  # of a bootstrap
 GAUGE_SAMPLES = 4  # of each yardstick at a time
@@ -73,6 +74,11 @@ def seconds(function: Callable[[], object], calls: int, device: torch.device) ->
     return (time.perf_counter() - begin) / calls
 
 
+def least_rounds(passes: int) -> int:
+    """Samples that `interleave` takes of each function at least in each of so many passes."""
+    return LEAST_ROUNDS if passes == 1 else LEAST_OF_A_PASS
+
+
 def warm_up(function: Callable[[], object], device: torch.device) -> float:
     """Call until three calls are no faster, to 5 %, than the three before, or 0.5 s are over; the fastest call."""
     begin, taken = time.perf_counter(), [seconds(function, 1, device)]
@@ -83,14 +89,22 @@ def warm_up(function: Callable[[], object], device: torch.device) -> float:
     return min(taken)
 
 
-def timing(samples: Sequence[float] | np.ndarray) -> Timing:
-    """Median, 20th/80th percentiles and the median's 95 % bootstrap interval; the same for the same samples."""
-    values = np.asarray(samples, dtype=np.float64)
+def timing(*passes: Sequence[float] | np.ndarray) -> Timing:
+    """Median, 20th/80th percentiles and the median's 95 % bootstrap interval of samples that were taken in passes.
+
+    Each pass counts alike, however many samples it has. The bootstrap draws passes, with replacement, and samples of
+    each: so the interval has in it what differs from pass to pass. Of the same samples it is the same.
+    """
+    taken = [np.sort(np.asarray(samples, dtype=np.float64)) for samples in passes]
+    most = max(map(len, taken))
+    places = (np.arange(most) + 0.5) / most
+    values = np.concatenate([np.quantile(samples, places, method="hazen") for samples in taken])
     p20, median, p80 = np.quantile(values, [0.2, 0.5, 0.8]).tolist()
-    if len(values) < 2:
-        return Timing(median, p20, p80, len(values))
-    low, high = np.quantile(medians(values), [0.025, 0.975]).tolist()
-    return Timing(median, p20, p80, len(values), low, high)
+    repeats = sum(map(len, taken))
+    if repeats < 2:
+        return Timing(median, p20, p80, repeats)
+    low, high = np.quantile(_medians_of_passes(taken), [0.025, 0.975]).tolist()
+    return Timing(median, p20, p80, repeats, low, high)
 
 
 def medians(samples: Sequence[float] | np.ndarray, seed: int = 0) -> np.ndarray:
@@ -98,6 +112,25 @@ def medians(samples: Sequence[float] | np.ndarray, seed: int = 0) -> np.ndarray:
     values = np.asarray(samples, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     return np.median(values[drawn], axis=1)
+
+
+def _medians_of_passes(passes: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
+    """Medians of `RESAMPLES` draws of as many passes as there are, and of samples of each that is drawn."""
+    if len(passes) == 1:
+        return medians(passes[0], seed)
+    rng = np.random.default_rng(seed)
+    counts, most = np.array([len(samples) for samples in passes]), max(map(len, passes))
+    table = np.stack([np.resize(samples, most) for samples in passes])
+    chosen = rng.integers(len(passes), size=(RESAMPLES, len(passes), 1))
+    places = (rng.random((RESAMPLES, len(passes), most)) * counts[chosen]).astype(int)
+    return np.median(table[chosen, places].reshape(RESAMPLES, -1), axis=1)
+
+
+def pooled(earlier: Timing, later: Timing) -> Timing:
+    """Both as passes of one measurement. They have samples, and the same yardsticks."""
+    samples = [*earlier.samples, *later.samples]
+    gauges = {name: [*earlier.yardsticks[name], *later.yardsticks[name]] for name in later.yardsticks}
+    return replace(timing(*samples), yardsticks=gauges, samples=samples)
 
 
 def yardsticks(device: torch.device) -> dict[str, Callable[[], object]]:
@@ -133,11 +166,13 @@ def interleave(
     device: torch.device,
     *,
     case_seconds: float = 0.5,
+    passes: int = 1,
 ) -> dict[str, Timing | Exception]:
     """Seconds a call of several functions, sampled in turn: what disturbs the machine disturbs all alike.
 
     Each round takes one sample of each; a sample is as many calls as take 2 ms. A function leaves the rounds
-    when it has had 7 samples and `case_seconds`, or 40 samples. One that raises gives its exception instead.
+    when it has had 7 samples and `case_seconds`, or 40 samples; where this is one of several `passes` (`pooled`), when
+    it has had 5 samples and its part of `case_seconds`, or of 40. One that raises gives its exception instead.
 
     The `yardsticks` are sampled in the first round, in rounds 2, 4, 8, … and after the last, so that they see what the
     functions see. They drive the functions' data out of the caches, so a function is called once more, untimed, before
@@ -153,8 +188,9 @@ def interleave(
     try:
         for each in (*gauges.values(), *cases.values()):
             each.warm()
-        for round_ in range(MOST_ROUNDS):
-            due = [case for case in cases.values() if not case.done(case_seconds)]
+        least = least_rounds(passes)
+        for round_ in range(max(least, math.ceil(MOST_ROUNDS / passes))):
+            due = [case for case in cases.values() if not case.done(least, case_seconds / passes)]
             gauging = not due or (round_ != 1 and round_ & (round_ - 1) == 0)
             for gauge in gauges.values() if gauging else ():
                 for _ in range(GAUGE_SAMPLES):
@@ -165,13 +201,15 @@ def interleave(
                 case.sample(again=gauging)
     finally:
         gc.enable()
-    drift = {}
+    drift: dict[str, list[float]] = {}
     for name, gauge in gauges.items():
         if gauge.error is not None:
             raise gauge.error
-        drift[name] = float(np.median(gauge.samples))
+        drift[name] = [float(np.median(gauge.samples))]
     return {
-        name: case.error if case.error is not None else replace(timing(case.samples), yardsticks=drift)
+        name: case.error
+        if case.error is not None
+        else replace(timing(case.samples), yardsticks=drift, samples=[rounded(case.samples)])
         for name, case in cases.items()
     }
 
@@ -191,9 +229,9 @@ class _Sampled:
         except Exception as error:
             self.error = error
 
-    def done(self, case_seconds: float) -> bool:
+    def done(self, least: int, case_seconds: float) -> bool:
         spent = sum(self.samples) * self._calls
-        return self.error is not None or (len(self.samples) >= LEAST_ROUNDS and spent >= case_seconds)
+        return self.error is not None or (len(self.samples) >= least and spent >= case_seconds)
 
     def sample(self, again: bool) -> None:
         """Take a sample; again: after a call that isn't timed, where a sample is several calls."""

@@ -25,8 +25,9 @@ import torch
 
 from .._device import device_name as device_name
 
-SCHEMA = 2
-READABLE = (1, 2)  # 1: timings without a median's interval and yardsticks
+SCHEMA = 3
+# 1: timings without a median's interval and yardsticks; 2: without samples, and one time of each yardstick
+READABLE = (1, 2, 3)
 STATUSES = ("ok", "oom", "error", "over_budget", "missing")
 
 
@@ -35,8 +36,9 @@ class Timing:
     """Seconds: median and 20th/80th percentiles of `repeats` samples.
 
     low, high     the ends of the median's 95 % bootstrap interval; None in records of schema 1, and of one sample
-    yardsticks    seconds of pieces of work that never change, taken before and after (`measure.yardsticks`): what they
-                  differ by from another record's, the machine does; none in records of schema 1
+    yardsticks    seconds of pieces of work that never change, taken among the samples (`measure.yardsticks`), by pass:
+                  what they differ by from another record's, the machine does; none in records of schema 1
+    samples       of each pass, to 4 digits, where cases were sampled in turn (`measure.interleave`); else none
     """
 
     median: float
@@ -45,13 +47,15 @@ class Timing:
     repeats: int
     low: float | None = None
     high: float | None = None
-    yardsticks: dict[str, float] = field(default_factory=dict)
+    yardsticks: dict[str, list[float]] = field(default_factory=dict)
+    samples: list[list[float]] = field(default_factory=list)
 
     def per(self, count: int) -> Timing:
         """The same for one of `count` equal parts."""
         low, high = (None if end is None else end / count for end in (self.low, self.high))
         parts = (self.median / count, self.p20 / count, self.p80 / count)
-        return Timing(*parts, self.repeats, low, high, self.yardsticks)
+        samples = [rounded(one / count for one in taken) for taken in self.samples]
+        return Timing(*parts, self.repeats, low, high, self.yardsticks, samples)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,11 @@ class Record:
     payload: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     schema: int = SCHEMA
+
+
+def rounded(seconds: Iterable[float]) -> list[float]:
+    """To 4 digits, so that a line with all samples stays short: less than any clock or machine tells."""
+    return [float(f"{one:.4g}") for one in seconds]
 
 
 def now() -> str:
@@ -290,7 +299,7 @@ def _record(data: object, where: str) -> Record:
     if schema not in READABLE:
         newer = isinstance(schema, int) and schema > SCHEMA
         hint = "; a newer rjepa-triton wrote it" if newer else ""
-        wanted = " or ".join(map(str, READABLE))
+        wanted = f"{', '.join(map(str, READABLE[:-1]))} or {READABLE[-1]}"
         raise ValueError(f"{where}: schema must be {wanted}, got {schema!r}{hint}")
     data = {"command": "", **data} if schema == 1 else data
     known = {f.name for f in fields(Record)}
@@ -305,7 +314,9 @@ def _record(data: object, where: str) -> Record:
     timing = data["timing"]
     if timing is not None:
         try:
+            if schema == 2:  # one time of each
+                timing = {**timing, "yardsticks": {name: [one] for name, one in timing["yardsticks"].items()}}
             timing = Timing(**timing)
-        except TypeError:
+        except (TypeError, KeyError, AttributeError):
             raise ValueError(f"{where}: timing must have median, p20, p80, repeats, got {timing!r}") from None
     return Record(**{**data, "timing": timing})

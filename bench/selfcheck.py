@@ -1,16 +1,14 @@
 """The benchmark against itself: the scaling sweep run again and again, where nothing changed.
 
 How many changes `compare` sees between one run and the next, and whether slopes come out within the intervals that
-the run before gave them. Each run is a process of its own.
+the run before gave them.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +60,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"run-{i:02d}.jsonl" for i in range(runs)]
     for i, file in enumerate(files):
-        # a process of its own: what differs from process to process is noise as well
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(_sweep, settings, file, torch.get_num_threads()).result()
+        scaling.sweep(settings, file)
         tell(f"run {i + 1} of {runs}")
     loaded = [record.latest(record.load(file)) for file in files]
     compared = [compare(a, b) for a, b in itertools.pairwise(loaded)]
@@ -91,11 +87,6 @@ def run(
         )
         record.append(out / FILE, made[-1])
     return made
-
-
-def _sweep(settings: scaling.Settings, file: Path, threads: int) -> None:
-    torch.set_num_threads(threads)
-    scaling.sweep(settings, file)
 
 
 def _params(settings: scaling.Settings) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.table import Table
 
 from . import fit
 from .cases import CASES
-from .record import Record
+from .record import Record, Timing
 
 # The claims that the sweep is about: numerator and denominator.
 RATIOS = (
@@ -70,9 +71,10 @@ def slopes(records: Sequence[Record], algorithm: str, batch: int) -> dict[str, f
     """Fitted powers of N of a case's "time" per step, counted "state" bytes and measured "peak" bytes.
 
     None where there are fewer than 3 points from `fit.first_n` on; of bytes that are counted, which have no fixed part,
-    all points are fitted.
+    all points are fitted. The interval of time's has the medians' own in it.
     """
     mine = [r for r in records if r.algorithm == algorithm and r.params["B"] == batch]
+    deviations = {r.params["N"]: _deviation(r.timing) for r in mine if r.timing}
     curves: dict[str, dict[int, float]] = {
         "time": {r.params["N"]: r.timing.median for r in mine if r.timing},
         "state": {r.params["N"]: r.state_bytes for r in mine if r.state_bytes},
@@ -82,8 +84,16 @@ def slopes(records: Sequence[Record], algorithm: str, batch: int) -> dict[str, f
     for what, curve in curves.items():
         n, y = list(curve), list(curve.values())
         first = 1 if what == "state" or not y else fit.first_n(n, y)
-        fitted[what] = fit.slope(n, y, first)
+        known = [deviations[size] for size in n] if what == "time" else None
+        fitted[what] = fit.slope(n, y, first, known)
     return fitted
+
+
+def _deviation(timing: Timing) -> float:
+    """Of the median's logarithm, from its 95 % interval; 0 where there is none."""
+    if timing.low is None or timing.high is None:
+        return 0.0
+    return math.log(timing.high / timing.low) / (2 * fit.NORMAL_95)
 
 
 def tables(records: Sequence[Record]) -> list[Table]:

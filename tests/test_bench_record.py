@@ -69,8 +69,8 @@ def test_a_broken_middle_line_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 3}, "schema must be 1 or 2, got 3; a newer rjepa-triton wrote it"),
-        ({"schema": "x"}, "schema must be 1 or 2, got 'x'$"),
+        ({"schema": 4}, "schema must be 1, 2 or 3, got 4; a newer rjepa-triton wrote it"),
+        ({"schema": "x"}, "schema must be 1, 2 or 3, got 'x'$"),
         ({"status": "fine"}, "status must be one of ok, oom, error, over_budget, missing, got 'fine'"),
         ({"timing": {"median": 1}}, "timing must have median, p20, p80, repeats"),
         ({"extra": 1}, "unknown fields: extra"),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +29,7 @@ TINY = Settings(
     input="noise",
     backend="torch",
     case_seconds=0.01,
+    passes=1,
 )
 
 
@@ -37,17 +42,32 @@ def with_(**changes: object) -> Settings:
     return Settings(**{**TINY.__dict__, **changes})
 
 
+def sweep(settings: Settings, file: Path, on_record: Callable[[Record], None] = lambda made: None) -> int:
+    """A sweep in this process, where what a test has put in a case's place is."""
+    return scaling.sweep(settings, file, on_record=on_record, start=lambda: ThreadPoolExecutor(1))
+
+
 def test_tiny_sweep_by_the_command(tmp_path: Path) -> None:
     code, shown = command(
         "scaling", "--hidden", "8,16", "--steps", 4, "--algorithms", "rfp-dual,rtrl", "--sample", 0.01,
-        "--backend", "torch", "--out", tmp_path,
+        "--backend", "torch", "--passes", 2, "--out", tmp_path,
     )  # fmt: skip
     assert code == 0, shown
     assert "time per step" in shown
     records = record.load(tmp_path / "scaling.jsonl")
-    assert [(r.algorithm, r.params["N"]) for r in records] == [
-        ("rfp-dual", 8), ("rtrl", 8), ("rfp-dual", 16), ("rtrl", 16),
-    ]  # fmt: skip
+    first, second = records[:4], records[4:]
+    for part in (first, second):
+        assert [(r.algorithm, r.params["N"]) for r in part] == [
+            ("rfp-dual", 8), ("rtrl", 8), ("rfp-dual", 16), ("rtrl", 16),
+        ]  # fmt: skip
+    for once, r in zip(first, second, strict=True):
+        assert once.timing is not None
+        assert r.timing is not None
+        assert (len(once.timing.samples), len(r.timing.samples)) == (1, 2)
+        assert r.timing.samples[0] == once.timing.samples[0]
+        assert {len(by_pass) for by_pass in r.timing.yardsticks.values()} == {2}
+        assert r.timing.repeats == sum(map(len, r.timing.samples))
+        assert (r.peak_bytes, r.backend) == (once.peak_bytes, once.backend)
     for r in records:
         assert r.status == "ok", r.message
         assert r.timing is not None
@@ -62,21 +82,90 @@ def test_tiny_sweep_by_the_command(tmp_path: Path) -> None:
 def test_resume_runs_only_what_is_missing(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     ran: list[Record] = []
-    scaling.sweep(with_(algorithms=("rfp-dual",)), file)
-    scaling.sweep(TINY, file, on_record=ran.append)
+    sweep(with_(algorithms=("rfp-dual",)), file)
+    sweep(TINY, file, on_record=ran.append)
     assert [(r.algorithm, r.params["N"]) for r in ran] == [("rtrl", 8), ("rtrl", 16)]
     ran.clear()
-    assert scaling.sweep(TINY, file, on_record=ran.append) == 4
+    assert sweep(TINY, file, on_record=ran.append) == 4
     assert ran == []
-    scaling.sweep(with_(seed=1, points=((8, 1),)), file, on_record=ran.append)
+    sweep(with_(seed=1, points=((8, 1),)), file, on_record=ran.append)
     assert len(ran) == 2
+
+
+def test_passes_go_on_where_they_stopped(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    ran: list[Record] = []
+    sweep(with_(algorithms=("rfp-dual",)), file)
+    assert sweep(with_(passes=2), file, on_record=ran.append) == 0
+    assert [(r.algorithm, r.params["N"], scaling._passes(r)) for r in ran] == [
+        ("rtrl", 8, 1), ("rtrl", 16, 1), ("rfp-dual", 8, 2), ("rtrl", 8, 2), ("rfp-dual", 16, 2), ("rtrl", 16, 2),
+    ]  # fmt: skip
+    assert sweep(with_(passes=2), file) == 4
+    assert sweep(TINY, file) == 4
+
+
+def test_passes_of_another_revision_start_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.jsonl"
+    ran: list[Record] = []
+    sweep(with_(points=((8, 1),)), file)
+    monkeypatch.setattr(record, "git_revision", lambda: "another")
+    assert sweep(with_(points=((8, 1),), passes=2), file, on_record=ran.append) == 0
+    assert [(r.algorithm, scaling._passes(r), r.git) for r in ran] == [
+        (name, number, "another") for number in (1, 2) for name in ("rfp-dual", "rtrl")
+    ]
+
+
+def test_a_case_that_fails_in_a_later_pass_is_recorded_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.jsonl"
+    settings = with_(points=((8, 1),), passes=3)
+    run = cases.RfpDual.run
+
+    def fails_later(self: cases.RfpDual) -> Sequence[Tensor]:
+        if file.exists():
+            raise RuntimeError("not again")
+        return run(self)
+
+    monkeypatch.setattr(cases.RfpDual, "run", fails_later)
+    sweep(settings, file)
+    said = [(r.algorithm, r.status) for r in record.load(file)]
+    assert said == [
+        ("rfp-dual", "ok"), ("rtrl", "ok"), ("rfp-dual", "error"), ("rtrl", "ok"), ("rtrl", "ok"),
+    ]  # fmt: skip
+
+
+def test_a_process_that_dies_costs_its_point_only(tmp_path: Path) -> None:
+    class Dying(ThreadPoolExecutor):
+        def submit(self, function: Callable[..., object], /, *args: object, **kwargs: object) -> Future[Any]:
+            if args[1:2] == (8,):
+                raise BrokenProcessPool("gone")
+            return super().submit(function, *args, **kwargs)
+
+    started: list[Dying] = []
+
+    def start() -> Dying:
+        started.append(Dying(1))
+        return started[-1]
+
+    scaling.sweep(with_(passes=2), tmp_path / "a.jsonl", start=start)
+    said = [(r.algorithm, r.params["N"], r.status) for r in record.load(tmp_path / "a.jsonl")]
+    assert said[:2] == [("rfp-dual", 8, "error"), ("rtrl", 8, "error")]
+    assert said[2:] == [("rfp-dual", 16, "ok"), ("rtrl", 16, "ok")] * 2
+    assert len(started) == 3  # another one after the death, and one for the second pass
+
+
+def test_a_pass_is_a_process_with_as_many_threads() -> None:
+    with scaling.own_process() as process:
+        assert process.submit(os.getpid).result() != os.getpid()
+        assert process.submit(torch.get_num_threads).result() == torch.get_num_threads()
 
 
 def test_what_failed_is_tried_again(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    scaling.sweep(with_(budget=1e-12), file)
+    sweep(with_(budget=1e-12), file)
     assert {r.status for r in record.load(file)} == {"over_budget"}
-    scaling.sweep(TINY, file)
+    sweep(TINY, file)
     assert {r.status for r in record.latest(record.load(file))} == {"ok"}
 
 
@@ -86,7 +175,7 @@ def test_what_cannot_fit_is_recorded_and_not_tried(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(cases.Rtrl, "__init__", never)
     monkeypatch.setattr(measure, "available_bytes", lambda device: 100_000)
-    scaling.sweep(with_(points=((16, 1),)), tmp_path / "a.jsonl")
+    sweep(with_(points=((16, 1),)), tmp_path / "a.jsonl")
     dual, rtrl = record.load(tmp_path / "a.jsonl")
     assert dual.status == "ok"
     assert rtrl.status == "oom"
@@ -101,7 +190,7 @@ def test_a_wrong_gradient_is_an_error_and_not_timed(tmp_path: Path, monkeypatch:
             return [1.01 * g for g in super().run()]
 
     monkeypatch.setitem(CASES, "rfp-dual", Wrong)
-    scaling.sweep(with_(points=((8, 1),)), tmp_path / "a.jsonl")
+    sweep(with_(points=((8, 1),)), tmp_path / "a.jsonl")
     wrong, rtrl = record.load(tmp_path / "a.jsonl")
     assert (wrong.status, wrong.timing) == ("error", None)
     assert "ArithmeticError: gradient of W_ss differs from float64 by 1.0e-02" in wrong.message
@@ -124,7 +213,7 @@ def test_failures_while_running_are_recorded(
         raise error
 
     monkeypatch.setattr(cases.RfpDual, "run", fails)
-    scaling.sweep(with_(points=((8, 1),)), tmp_path / "a.jsonl")
+    sweep(with_(points=((8, 1),)), tmp_path / "a.jsonl")
     failed, rtrl = record.load(tmp_path / "a.jsonl")
     assert failed.status == status
     assert str(error) in failed.message
@@ -144,6 +233,7 @@ def test_failures_while_running_are_recorded(
         (("--hidden", "8,x"), "--hidden must be integers, such as 32,64, got '8,x'"),
         (("--hidden", "0"), "hidden must be at least 1, got 0"),
         (("--steps", "1"), "steps must be at least 2, got 1"),
+        (("--passes", "0"), "passes must be at least 1, got 0"),
         (("--budget", "0"), "budget must be above 0, got 0"),
         (("--threads", "-1"), "--threads must be at least 0, got -1"),
     ],
@@ -156,7 +246,19 @@ def test_unknown_options_and_values_exit_2(tmp_path: Path, arguments: Sequence[s
 
 
 def test_fresh_deletes_earlier_records(tmp_path: Path) -> None:
-    arguments = ("scaling", "--hidden", 8, "--steps", 4, "--algorithms", "rfp-dual", "--sample", 0.01)
+    arguments = (
+        "scaling",
+        "--hidden",
+        8,
+        "--steps",
+        4,
+        "--algorithms",
+        "rfp-dual",
+        "--sample",
+        0.01,
+        "--passes",
+        1,
+    )
     assert command(*arguments, "--out", tmp_path)[0] == 0
     assert command(*arguments, "--out", tmp_path, "--fresh", "--seed", 1)[0] == 0
     assert [r.params["seed"] for r in record.load(tmp_path / "scaling.jsonl")] == [1]

@@ -13,7 +13,18 @@ from rjepa_triton.bench.fit import Slope
 
 
 def test_two_runs_through_the_command(tmp_path: Path) -> None:
-    options = ["--runs", "2", "--hidden", "8,16", "--algorithms", "rfp-dual,bptt", "--sample", "0.01"]
+    options = [
+        "--runs",
+        "2",
+        "--hidden",
+        "8,16",
+        "--algorithms",
+        "rfp-dual,bptt",
+        "--sample",
+        "0.01",
+        "--passes",
+        "1",
+    ]
     result = CliRunner().invoke(bench, ["selfcheck", *options, "--device", "cpu", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     made = record.load(tmp_path / selfcheck.FILE)
