@@ -51,25 +51,24 @@ class Comparison:
 
 
 def unsteadiness(timings: Iterable[Timing]) -> float:
-    """How far apart two timings of one thing come in one run: 2 robust deviations of a yardstick's logarithm, times √2;
-    or the most that one was off its median, where that is beyond `SPELL`.
+    """How far apart two timings of one thing come, by a run's yardsticks: 2 robust deviations of the logarithm of one
+    at a point, times √2; or the most that it was off its median, times √2, where that is beyond `SPELL`.
 
-    What others do on a machine comes in spells: one point in five may be twice as slow, and the rest steady, so that no
-    deviation tells of it. Of the yardsticks that the records of one run took, the least steady counts. 0 with fewer
-    than 4 times of it: nothing is known.
+    A yardstick at a point is the median of its passes, as what is timed there. What others do on a machine comes in
+    spells: one point in five may be twice as slow, and the rest steady, so that no deviation tells of it. The least
+    steady yardstick counts. 0 with fewer than 4 times of it: nothing is known.
     """
     values: dict[str, set[float]] = {}
     for timing in timings:
         for name, by_pass in timing.yardsticks.items():
-            values.setdefault(name, set()).update(map(math.log, by_pass))
+            values.setdefault(name, set()).add(math.log(statistics.median(by_pass)))
     found = 0.0
     for logs in values.values():
         if len(logs) >= 4:
             middle = statistics.median(logs)
             off = [abs(value - middle) for value in logs]
-            found = max(found, 2 * math.sqrt(2) * 1.4826 * statistics.median(off))
-            if max(off) > SPELL:
-                found = max(found, *off)
+            deviation = 1.4826 * statistics.median(off)
+            found = max(found, math.sqrt(2) * (max(off) if max(off) > SPELL else 2 * deviation))
     return found
 
 
