@@ -227,7 +227,11 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*map(_address, tensors))
+    return _places([_address(tensor) for tensor in tensors])
+
+
+def _places(addresses: Sequence[int | None]) -> Any:
+    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 def _longs(values: Sequence[int]) -> Any:
@@ -372,29 +376,117 @@ def gamma_pass(
     Returns a tuple of the gradient, None without credit; None, and nothing is done, where there is no library. Mutates
     gammas, where m is given.
     """
+    batch, count, units, _ = gammas[0].shape
+    m, entering, y, credit = (None if a is None else a.contiguous() for a in (m, entering, y, credit))
+    return _pass(
+        gammas,
+        m,
+        None if entering is None else _parts(entering, (0, 3)),
+        None if y is None else _parts(y, (2,)),
+        None if credit is None else _parts(credit, (0,)),
+        (
+            batch * units,
+            batch * count * units,
+            count * units,
+            0 if y is None else y[0].numel(),
+            0 if y is None else y[0, 0].numel(),
+        ),
+        1 if y is None else len(y),
+        1 if y is None else y.shape[-1],
+        before,
+        room,
+    )
+
+
+def gamma_step(
+    gammas: Sequence[Tensor],
+    m: Tensor,
+    phi: Sequence[Tensor | None],
+    y: Sequence[Tensor],
+    delta: Tensor | None,
+    t: int,
+    room: Room | None = None,
+) -> tuple[Tensor | None] | None:
+    """`gamma_pass` by step t of T, whose arrays lie apart, as linearisation leaves them.
+
+    m (S, S, T, B, N); phi S·K of (T, B, N), state by state, None: zeros; y K of (T, B, Y); delta (S, T, B, N) or None.
+    """
+    m, phi, y = (
+        m.contiguous(),
+        [None if a is None else a.contiguous() for a in phi],
+        [a.contiguous() for a in y],
+    )
+    rows, reads, item = m.shape[3] * m.shape[4], y[0].shape[1] * y[0].shape[2], m.element_size()
+    credit = None
+    if delta is not None:
+        delta = delta.contiguous()
+        credit = _places(
+            [delta.data_ptr() + (nu * delta.shape[1] + t) * rows * item for nu in range(len(delta))]
+        )
+    return _pass(
+        gammas,
+        m,
+        _places([None if a is None else a.data_ptr() + t * rows * item for a in phi]),
+        _places([a.data_ptr() + t * reads * item for a in y]),
+        credit,
+        (m.shape[2] * rows, rows, m.shape[4], reads, y[0].shape[2]),
+        1,
+        y[0].shape[2],
+        False,
+        room,
+        t * rows * item,
+    )
+
+
+def _pass(
+    gammas: Sequence[Tensor],
+    m: Tensor | None,
+    entering: Any,
+    y: Any,
+    credit: Any,
+    apart: Sequence[int],
+    steps: int,
+    reads: int,
+    before: bool,
+    room: Room | None,
+    skipped: int = 0,
+) -> tuple[Tensor | None] | None:
+    """`gamma_pass` of tables of addresses and distances, as in `native/gamma.cpp`; skipped: bytes of m."""
     code = library()
     if code is None:
         return None
     first = gammas[0]
-    batch, matrices, units, fan_in = first.shape
-    shape = matrices, units, fan_in
+    batch, *shape = first.shape
     total = None
     if credit is not None:
         total = first.new_empty(shape) if room is None else room.empty(shape, first)
-    given = [None if a is None else a.contiguous() for a in (m, entering, y, credit)]
     code.gamma_pass(
         _addresses(gammas),
-        *map(_address, (*given, total)),
+        None if m is None else m.data_ptr() + skipped,
+        entering,
+        y,
+        credit,
+        _address(total),
+        _longs(apart),
         len(gammas),
-        1 if y is None else len(y),
+        steps,
         batch,
         *shape,
-        fan_in if y is None else y.shape[-1],
+        reads,
         before,
         first.element_size(),
         torch.get_num_threads(),
     )
     return (total,)
+
+
+def _parts(array: Tensor, dims: Sequence[int]) -> Any:
+    """Addresses of the parts of a contiguous array that lie along some dimensions, the last one fastest."""
+    begin, item = array.data_ptr(), array.element_size()
+    offsets = [0]
+    for dim in dims:
+        offsets = [offset + i * array.stride(dim) for offset in offsets for i in range(array.shape[dim])]
+    return _places([begin + offset * item for offset in offsets])
 
 
 def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -429,7 +521,7 @@ def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
         (code.rgc_linearize, 7, 5),
         (code.reverse_scan, 5, 3),
         (code.exact_credits, 12, 5),
-        (code.gamma_pass, 6, 10),
+        (code.gamma_pass, 7, 10),
         (code.gamma_arriving, 4, 6),
         (code.activate, 1, 2),
         (code.gated_scan, 9, 6),

@@ -405,6 +405,54 @@ def gamma_step_(
     return rfp.gamma_step_(gammas, m, phi, y, delta, rng_state)
 
 
+def gamma_steps_(
+    gammas: Sequence[Tensor],
+    matrices: Sequence[Matrix],
+    lin: Linearization,
+    inputs: Tensor | None,
+    m: Tensor,
+    delta: Tensor | None = None,
+    *,
+    rng_state: Tensor | None = None,
+    backend: str = "torch",
+    room: Room | None = None,
+) -> Tensor | None:
+    """`gamma_step_` by each step of a linearisation in turn, and the gradients' sum.
+
+    matrices: those of one shape whose Γ it is; inputs (T, B, I), if one reads the layer's; m (S, S, T, B, N), delta
+    (S, T, B, N) or None. Compiled code takes φ and y where they lie; else they are made one array each. Mutates gammas,
+    and counts steps in rng_state.
+    """
+    steps = range(lin.steps)
+    total: Tensor | None = None
+    given = (*gammas, m, lin.before, inputs, delta)
+    if backend == "compile" and _has_memory(*given) and _native.library() is not None:
+        entries = [lin.immediate(matrix) for matrix in matrices]
+        apart = [by.get(nu) for nu in range(len(gammas)) for by in entries]
+        read = [rfp.signal(matrix, lin, inputs) for matrix in matrices]
+        for t in steps:
+            passed = _native.gamma_step(gammas, m, apart, read, delta, t, room)
+            assert passed is not None
+            total = passed[0] if total is None or passed[0] is None else total.add_(passed[0])
+        return total
+    phi, y = rfp.immediates(matrices, lin), rfp.signals(matrices, lin, inputs)
+    for t in steps:
+        part = gamma_step_(
+            gammas,
+            m.select(2, t),
+            phi.select(1, t),
+            y[t],
+            None if delta is None else delta.select(1, t),
+            rng_state=rng_state,
+            backend=backend,
+            room=room,
+        )
+        if rng_state is not None:
+            rng_state[1] += 1
+        total = part if total is None or part is None else total.add_(part)
+    return total
+
+
 def rtrl_heads_(
     gamma: Tensor, jacobian: Tensor, phi: Tensor, y: Tensor, delta: Tensor | None
 ) -> tuple[Tensor | None] | None:

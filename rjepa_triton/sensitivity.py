@@ -157,26 +157,20 @@ class PerUnit(Carried):
                 group.rng_state[1] = 0
 
     def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
-        lin, m = block.lin, block.m
-        totals = []
-        for group in self.groups:
-            phi, y = rfp.immediates(group.matrices, lin), rfp.signals(group.matrices, lin, block.inputs)
-            total: Tensor | None = None
-            for t in range(lin.steps):
-                part = ops.gamma_step_(
-                    group.gammas,
-                    m.select(2, t),
-                    phi.select(1, t),
-                    y[t],
-                    None if delta is None else delta.select(1, t),
-                    rng_state=group.rng_state,
-                    backend=group.backend,
-                    room=group.room,
-                )
-                if group.rng_state is not None:
-                    group.rng_state[1] += 1
-                total = part if total is None or part is None else total.add_(part)
-            totals.append(total)
+        totals = [
+            ops.gamma_steps_(
+                group.gammas,
+                group.matrices,
+                block.lin,
+                block.inputs,
+                block.m,
+                delta,
+                rng_state=group.rng_state,
+                backend=group.backend,
+                room=group.room,
+            )
+            for group in self.groups
+        ]
         return self._by_matrix(totals)
 
     def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:

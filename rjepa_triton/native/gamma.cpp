@@ -2,7 +2,8 @@
 //
 // A row is what unit n has of matrix k: M numbers a state and batch row, which share their coefficients. All batch rows
 // of a few units are gone through together, so that their sum, the gradient's rows, stays in the nearest cache. Rows
-// are shared among threads by OpenMP, of which torch has the same library in use. All arrays are contiguous.
+// are shared among threads by OpenMP, of which torch has the same library in use. Arrays are contiguous, but where a
+// distance is given.
 
 #include <algorithm>
 #include <cstddef>
@@ -19,16 +20,22 @@ constexpr int SUMS = 4;
 #endif
 
 template <typename real> struct Arrays {
-    real *const *gammas;  // S of (B, K, N, M)
-    const real *m;        // (S, S, B, N), or null: Γ stays as it is
-    const real *entering; // (S, C, B, K, N), of C ≥ 1 steps
-    const real *y;        // (C, B, K, Y): Y = M, which every row reads, or Y = N, of which a row reads its head's M
-    const real *credit;   // (S, B, N), or null
-    real *total;          // (K, N, M): Σ credit · Γ over states and batch rows; written where there is credit
+    real *const *gammas;         // S of (B, K, N, M)
+    const real *m;               // (S, S, B, N), entries `next_m` apart, or null: Γ stays as it is
+    const real *const *entering; // S·K of (C, B, N), of C ≥ 1 steps; null: zeros
+    const real *const *y;        // K of (C, B, Y): Y = M, which every row reads, or N, of which a row reads its head's M
+    const real *const *credit;   // S of (B, N), null: zeros; or null
+    real *total;                 // (K, N, M): Σ credit · Γ over states and batch rows; written where there is credit
+    long next_m, next_step, next_row, next_y_step, next_y_row; // from one step, or batch row, to the next
     long steps, batch, matrices, units, fan_in, reads;
 
     // What rows of unit n read.
     long head(long n) const { return reads == fan_in ? 0 : n / fan_in * fan_in; }
+
+    real entered(int nu, long k, long t, long b, long n) const {
+        const real *from = entering[nu * matrices + k];
+        return from ? from[t * next_step + b * next_row + n] : real(0);
+    }
 };
 
 // Of one row: S×S transitions, what a step's immediates are, and the credit that reads.
@@ -90,16 +97,14 @@ void rows(const Arrays<real> &a, long k, long n) {
         for (int r = 0; r < R; r++) {
             for (int nu = 0; nu < S; nu++) {
                 for (int source = 0; moves && source < S; source++)
-                    c[r].m[nu][source] = a.m[((nu * S + source) * a.batch + b) * a.units + n + r];
-                if (moves)
-                    c[r].phi[nu] =
-                        a.steps > 1 ? real(1) : a.entering[((nu * a.batch + b) * a.matrices + k) * a.units + n + r];
-                if (reads) c[r].credit[nu] = a.credit[(nu * a.batch + b) * a.units + n + r];
+                    c[r].m[nu][source] = a.m[(nu * S + source) * a.next_m + b * a.units + n + r];
+                if (moves) c[r].phi[nu] = a.steps > 1 ? real(1) : a.entered(nu, k, 0, b, n + r);
+                if (reads) c[r].credit[nu] = a.credit[nu] ? a.credit[nu][b * a.units + n + r] : real(0);
             }
             begin[r] = ((b * a.matrices + k) * a.units + n + r) * (size_t)a.fan_in;
         }
-        const size_t stride = (size_t)a.batch * a.matrices * a.reads;
-        const real *y = !moves ? nullptr : a.y + (b * a.matrices + k) * (size_t)a.reads + a.head(n);
+        const size_t stride = (size_t)a.next_y_step;
+        const real *y = !moves ? nullptr : a.y[k] + b * (size_t)a.next_y_row + a.head(n);
         const long tile = moves && a.steps > 1 ? TILE : a.fan_in;
         for (long first = 0; first < a.fan_in; first += tile) {
             const long count = std::min(tile, a.fan_in - first);
@@ -109,10 +114,7 @@ void rows(const Arrays<real> &a, long k, long n) {
                     const long steps = std::min(BLOCK, a.steps - t);
                     for (long i = 0; i < steps; i++)
                         for (int nu = 0; nu < S; nu++)
-                            for (int r = 0; r < R; r++)
-                                u[(i * S + nu) * R + r] =
-                                    a.entering[(((nu * a.steps + t + i) * a.batch + b) * a.matrices + k) * a.units +
-                                               n + r];
+                            for (int r = 0; r < R; r++) u[(i * S + nu) * R + r] = a.entered(nu, k, t + i, b, n + r);
                     add_products<real, S * R>(u, y + t * stride + first, stride, sums, steps, count);
                 }
             }
@@ -213,12 +215,26 @@ void arrive_of_type(const void *m, const void *phi, void *arrived, void *whole, 
 }
 
 template <typename real>
-void of_type(void *const *gammas, const void *m, const void *entering, const void *y, const void *credit, void *total,
-             long states, long steps, long batch, long matrices, long units, long fan_in, long reads, bool before,
-             int threads) {
-    const Arrays<real> a{(real *const *)gammas, (const real *)m, (const real *)entering, (const real *)y,
-                         (const real *)credit,  (real *)total,   steps,                  batch,
-                         matrices,              units,           fan_in,                 reads};
+void of_type(void *const *gammas, const void *m, const void *const *entering, const void *const *y,
+             const void *const *credit, void *total, const long *apart, long states, long steps, long batch,
+             long matrices, long units, long fan_in, long reads, bool before, int threads) {
+    const Arrays<real> a{(real *const *)gammas,
+                         (const real *)m,
+                         (const real *const *)entering,
+                         (const real *const *)y,
+                         (const real *const *)credit,
+                         (real *)total,
+                         apart[0],
+                         apart[1],
+                         apart[2],
+                         apart[3],
+                         apart[4],
+                         steps,
+                         batch,
+                         matrices,
+                         units,
+                         fan_in,
+                         reads};
     if (states == 1)
         of_states<real, 1>(a, before, threads);
     else
@@ -227,13 +243,15 @@ void of_type(void *const *gammas, const void *m, const void *entering, const voi
 
 } // namespace
 
-// Γ ← M Γ + Σ_t U(t) y(t)ᵀ in place, and total = Σ credit · Γ: of S = 1 or 2 states, arrays as in `Arrays`, of floats,
-// or of doubles where `item` is 8. `before`: Γ is read before it moves.
-extern "C" void gamma_pass(void *const *gammas, const void *m, const void *entering, const void *y, const void *credit,
-                           void *total, long states, long steps, long batch, long matrices, long units, long fan_in,
-                           long reads, long before, long item, long threads) {
+// Γ ← M Γ + Σ_t U(t) y(t)ᵀ in place, and total = Σ credit · Γ: of S = 1 or 2 states, arrays and their five distances
+// `apart` as in `Arrays`, of floats, or of doubles where `item` is 8. `before`: Γ is read before it moves.
+extern "C" void gamma_pass(void *const *gammas, const void *m, const void *const *entering, const void *const *y,
+                           const void *const *credit, void *total, const long *apart, long states, long steps,
+                           long batch, long matrices, long units, long fan_in, long reads, long before, long item,
+                           long threads) {
     const auto run = item == sizeof(double) ? of_type<double> : of_type<float>;
-    run(gammas, m, entering, y, credit, total, states, steps, batch, matrices, units, fan_in, reads, before, threads);
+    run(gammas, m, entering, y, credit, total, apart, states, steps, batch, matrices, units, fan_in, reads, before,
+        threads);
 }
 
 // `arrive` of S = 1 or 2 states, of floats, or of doubles where `item` is 8.
