@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional, ops
-from .._tape import Block, Recorded, Tape
+from .._tape import Block, Tape, linearized
 from ..cells import RGCCell
 from ..reference import rfp, rtrl
 from ..reference.rtrl import ExactSensitivity
@@ -169,11 +169,10 @@ class _Stream(Case):
         self.cell = RGCCell()
         self.state: Sequence[Tensor] = problem.state
         self.position = 0
-        self.diagonals = [w.diagonal() for w in problem.weights]
         asked = "auto" if problem.backend == "compile" else problem.backend  # as OnlineLearner does
         self.loops = ops.choose_scan(asked, problem.x.device, problem.x.dtype)
 
-    def record(self, steps: int) -> tuple[Recorded, Tensor]:
+    def record(self, steps: int) -> tuple[Block, Tensor]:
         """Run the layer on: the next `steps` steps, and their δ (S, C, B, N)."""
         begin = self.position
         x, delta = self.problem.x[begin : begin + steps], self.problem.deltas[:, begin : begin + steps]
@@ -181,12 +180,13 @@ class _Stream(Case):
         self.state = trajectory.states[:, -1].unbind()
         # start over where fewer steps are left than a run takes: a stream has no end
         self.position = begin + steps if begin + 2 * steps <= self.problem.steps else 0
-        return Recorded(self.cell, trajectory, self.diagonals, None, backend=self.loops), delta
+        weights = self.problem.weights
+        return linearized(self.cell, trajectory, weights, None, backend=self.loops), delta
 
     def advance(self, steps: int) -> tuple[Linearization, Tensor, Tensor]:
         """Run the layer on: linearisation, transition M and δ (S, C, B, N) of the next `steps` steps."""
-        recorded, delta = self.record(steps)
-        return recorded.block.lin, recorded.block.m, delta
+        block, delta = self.record(steps)
+        return block.lin, block.m, delta
 
 
 class _Online(_Stream):
@@ -223,8 +223,8 @@ class RfpStep(_Online):
     covers = 1
 
     def run(self) -> Sequence[Tensor]:
-        recorded, delta = self.record(1)
-        gradient = self.sensitivity.step_(recorded.block, delta)
+        block, delta = self.record(1)
+        gradient = self.sensitivity.step_(block, delta)
         assert gradient is not None
         return gradient
 
@@ -291,8 +291,7 @@ class RfpChunk(_Online):
         self.covers = problem.chunk
 
     def run(self) -> Sequence[Tensor]:
-        recorded, delta = self.record(self.covers)
-        block = recorded.block
+        block, delta = self.record(self.covers)
         credit, first = ops.reverse_scan(block.m, delta, backend=self.loops)
         past = self.sensitivity.chunk_(block, first)
         own = rfp.weight_gradients(block.lin, self.cell.matrices, self.problem.weights, credit)

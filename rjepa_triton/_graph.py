@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import ops
 from . import weights as weight_ops
-from ._tape import Recorded
+from ._tape import linearized
 from .layer import TwoPointRNN
 from .reference import rfp
 from .sensitivity import Carried
@@ -90,7 +90,7 @@ class GraphedStep:
         ]
         trajectory = Trajectory(x, states, saved, self._resets)
         diagonals = rest[: len(cell.matrices)]
-        block = Recorded(cell, trajectory, diagonals, inputs if readers else None, self._rule).block
+        block = linearized(cell, trajectory, diagonals, inputs if readers else None, self._rule)
         per_unit = rfp.input_gradient(block.lin, self._delta, len(cell.inputs))
         gradients = self._carried.step_(block, self._delta)
         assert gradients is not None

@@ -162,13 +162,13 @@ def gated_scan(
 
 
 def gated_linearize(
-    cell: Cell, trajectory: Trajectory, before: Tensor, diagonals: Sequence[Tensor]
+    cell: Cell, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Partials, Tensor] | None:
     """The partials of a `gated_cell`, and RFP's M, of T steps, in one pass.
 
-    trajectory: as `gated_scan` makes it; before (S, T, B, N): the states that its steps read; diagonals of the G
-    matrices, (N,) each; float32, on the CPU. Returns the partials, and M (S, S, T, B, N), zero where reset; None where
-    there is no library. Nothing is mutated.
+    trajectory: as `gated_scan` makes it; before (S, T, B, N): the states that its steps read; weights of the G
+    matrices, (N, N), or their own parts (N,); float32, on the CPU. Returns the partials, and M (S, S, T, B, N), zero
+    where reset; None where there is no library. Nothing is mutated.
     """
     code = library()
     if code is None:
@@ -187,8 +187,7 @@ def gated_linearize(
         sums.data_ptr(),
         before.data_ptr(),
         _address(marks),
-        _addresses(diagonals),
-        _longs([diagonal.stride(0) for diagonal in diagonals]),
+        *_own(weights),
         out.data_ptr(),
         kind,
         len(x),
@@ -239,9 +238,9 @@ def _longs(values: Sequence[int]) -> Any:
 
 
 def rgc_linearize(
-    cell: Cell, trajectory: Trajectory, before: Tensor, diagonals: Sequence[Tensor]
+    cell: Cell, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Partials, Tensor] | None:
-    """`gated_linearize` of an RGC; diagonals of ss, ms, mm and sm."""
+    """`gated_linearize` of an RGC; weights ss, ms, mm and sm."""
     code = library()
     if code is None:
         return None
@@ -255,9 +254,8 @@ def rgc_linearize(
         before.data_ptr(),
         x.data_ptr(),
         _address(marks),
-        _addresses(diagonals),
+        *_own(weights),
         out.data_ptr(),
-        _longs([diagonal.stride(0) for diagonal in diagonals]),
         before.stride(0),
         *x.shape,
         torch.get_num_threads(),
@@ -270,6 +268,11 @@ def rgc_linearize(
         input=[{0: of_s, 1: of_m}],
     )
     return partials, out[6:].view(2, 2, *x.shape)
+
+
+def _own(weights: Sequence[Tensor]) -> tuple[Any, Any]:
+    """Addresses of the own parts of weights (N, N) or (N,), and how far their numbers lie apart."""
+    return _addresses(weights), _longs([sum(weight.stride()) for weight in weights])
 
 
 def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor] | None:

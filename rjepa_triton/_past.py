@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from . import ops
-from ._tape import Block, Recorded, Tape
+from ._tape import Block, Tape
 from .reference import rfp
 from .sensitivity import Carried, Nothing
 from .two_point import Matrix
@@ -31,12 +31,13 @@ from .two_point import Matrix
 class Record:
     """Steps start + 1 … end, made by one call, and what their backward leaves for the chunk's first call.
 
-    linked: credit passes on to the call before it in its chunk, whose first call gives the gradients.
+    inputs: per-unit inputs that the layer's input drives. linked: credit passes on to the call before it in its chunk,
+    whose first call gives the gradients.
     """
 
-    def __init__(self, start: int, recorded: Recorded, linked: bool, epoch: object) -> None:
-        self.start, self.end = start, start + recorded.steps
-        self.recorded, self.linked, self.epoch = recorded, linked, epoch
+    def __init__(self, start: int, block: Block, inputs: int, linked: bool, epoch: object) -> None:
+        self.start, self.end = start, start + block.steps
+        self.block, self.inputs, self.linked, self.epoch = block, inputs, linked, epoch
         self.credit: Tensor
         self.received = False
 
@@ -88,10 +89,10 @@ class Past:
     def nbytes(self) -> int:
         return self._tape.nbytes + (0 if self.sensitivity is None else self.sensitivity.nbytes)
 
-    def add(self, recorded: Recorded, linked: bool) -> Record:
+    def add(self, block: Block, inputs: int, linked: bool) -> Record:
         """Put new steps on the window."""
-        record = Record(self.now, recorded, linked, self._epoch)
-        self._tape.append(recorded)
+        record = Record(self.now, block, inputs, linked, self._epoch)
+        self._tape.append(block)
         self.now = record.end
         if self.sensitivity is not None:
             self._ends.append(record.end)
@@ -148,11 +149,10 @@ class Past:
         Raises RuntimeError if Γ has moved on, so that it can't give this gradient any more.
         """
         self._refuse_if_late(record)
-        recorded, sensitivity = record.recorded, self.sensitivity
+        block, sensitivity = record.block, self.sensitivity
 
         def for_input(due: Tensor) -> Tensor | None:
-            lin = recorded.block.lin
-            return rfp.input_gradient(lin, due, len(recorded.cell.inputs)) if needs_input else None
+            return rfp.input_gradient(block.lin, due, record.inputs) if needs_input else None
 
         if record.end <= self.base:
             assert sensitivity is not None
@@ -161,16 +161,14 @@ class Past:
         alone = record.start == self.base
         if self.form == "step" and alone and record.end <= self.now - self.lag:
             assert sensitivity is not None
-            block = recorded.block
-            due = for_input(delta if recorded.steps == 1 else self._credit(block, delta)[0])
+            due = for_input(delta if block.steps == 1 else self._credit(block, delta)[0])
             gradients = sensitivity.step_(block, delta)
             assert gradients is not None
             self._move_base(record.end)
             return due, None, gradients
 
-        block = recorded.block
         credit, passed = self._credit(block, delta, arrived)
-        due = for_input(delta if recorded.steps == 1 else credit)
+        due = for_input(delta if block.steps == 1 else credit)
         record.received = arrived is not None
         if record.linked:
             record.credit = credit

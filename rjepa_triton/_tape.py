@@ -1,8 +1,7 @@
-"""Recorded steps: linearised when needed, joined along time without copying a step more than a few times."""
+"""Linearised steps, joined along time without copying a step more than a few times."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,49 +76,33 @@ class Block:
         return self.map(lambda t: t.narrow(TIME, start, stop - start))
 
 
-class Recorded:
-    """Steps as they were run, linearised when that is first asked for.
+def linearized(
+    cell: Cell,
+    trajectory: Trajectory,
+    recurrent: Sequence[Tensor],
+    inputs: Tensor | None,
+    rule: str = "rfp",
+    weights: tuple[Tensor, ...] | None = None,
+    backend: str = "torch",
+) -> Block:
+    """Steps as they were run, linearised: the block has arrays of its own, and the trajectory's states.
 
-    diagonals: each unit's own part of the recurrent weights at that time, (N,) each; inputs (T, B, I) or
+    recurrent: the weights that they ran with, or their own parts (N,), of which nothing is kept; inputs (T, B, I) or
     None; rule: what of M is kept (`rfp.transition`); weights: as in `Block`; backend: of the linearisation
-    (`ops.linearize`). Owns its arrays.
+    (`ops.linearize`).
     """
-
-    def __init__(
-        self,
-        cell: Cell,
-        trajectory: Trajectory,
-        diagonals: Sequence[Tensor],
-        inputs: Tensor | None,
-        rule: str = "rfp",
-        weights: tuple[Tensor, ...] | None = None,
-        backend: str = "torch",
-    ) -> None:
-        self.cell, self.trajectory, self.diagonals, self.inputs = cell, trajectory, diagonals, inputs
-        self.rule, self.weights, self._backend = rule, weights, backend
-
-    @property
-    def steps(self) -> int:
-        return self.trajectory.states.shape[1] - 1
-
-    @functools.cached_property
-    def block(self) -> Block:
-        lin, m = ops.linearize(self.cell, self.trajectory, self.diagonals, self.rule, backend=self._backend)
-        if self.weights is None:
-            kept = Partials((), lin.partials.gate, lin.partials.input)
-            return Block(Linearization(kept, lin.before), m, self.inputs)
-        resets = lin.resets
-        if resets is None:  # always there, so that blocks can be joined
-            resets = torch.zeros(lin.before.shape[1:3], dtype=torch.bool, device=lin.before.device)
-        return Block(Linearization(lin.partials, lin.before, resets), m, self.inputs, self.weights)
-
-    @property
-    def nbytes(self) -> int:
-        return self.block.nbytes
+    lin, m = ops.linearize(cell, trajectory, recurrent, rule, backend=backend)
+    if weights is None:
+        kept = Partials((), lin.partials.gate, lin.partials.input)
+        return Block(Linearization(kept, lin.before), m, inputs)
+    resets = lin.resets
+    if resets is None:  # always there, so that blocks can be joined
+        resets = torch.zeros(lin.before.shape[1:3], dtype=torch.bool, device=lin.before.device)
+    return Block(Linearization(lin.partials, lin.before, resets), m, inputs, weights)
 
 
 class Tape:
-    """Recorded steps in a row, as runs of steps that ran with the same weights, where that matters."""
+    """Steps in a row, as runs of steps that ran with the same weights, where that matters."""
 
     def __init__(self) -> None:
         self._runs: list[_Run] = []
@@ -133,7 +116,7 @@ class Tape:
         """Bytes held, spare room in the buffers among them; without the weights."""
         return sum(run.nbytes for run in self._runs)
 
-    def append(self, steps: Block | Recorded) -> None:
+    def append(self, steps: Block) -> None:
         if not self._runs or self._runs[-1].weights is not steps.weights:
             self._runs.append(_Run(steps.weights))
         self._runs[-1].append(steps)
@@ -170,7 +153,7 @@ class _Run:
         self.weights = weights
         self._buffer: Block | None = None
         self._filled = 0
-        self._pending: list[Block | Recorded] = []
+        self._pending: list[Block] = []
 
     @property
     def steps(self) -> int:
@@ -181,7 +164,7 @@ class _Run:
         held = 0 if self._buffer is None else self._buffer.nbytes
         return held + sum(block.nbytes for block in self._pending)
 
-    def append(self, steps: Block | Recorded) -> None:
+    def append(self, steps: Block) -> None:
         self._pending.append(steps)
 
     def joined(self) -> Block:
@@ -191,18 +174,18 @@ class _Run:
         if self._filled:
             assert self._buffer is not None
             return self._buffer.narrow(0, self._filled)
-        return _block(self._pending[0])
+        return self._pending[0]
 
     def _flush(self) -> None:
         total = self.steps
         if self._buffer is None or total > self._buffer.steps:
             room = max(total, 2 * self._filled)
-            new = _block(self._pending[0]).map(lambda t: _resized(t, room))
+            new = self._pending[0].map(lambda t: _resized(t, room))
             if self._buffer is not None:
                 for target, source in zip(new.tensors(), self._buffer.tensors(), strict=True):
                     target.narrow(TIME, 0, self._filled).copy_(source.narrow(TIME, 0, self._filled))
             self._buffer = new
-        for block in map(_block, self._pending):
+        for block in self._pending:
             for target, source in zip(self._buffer.tensors(), block.tensors(), strict=True):
                 target.narrow(TIME, self._filled, block.steps).copy_(source)
             self._filled += block.steps
@@ -217,10 +200,6 @@ class _Run:
     def drop_first(self, steps: int) -> None:
         rest = self.joined().narrow(steps, self.steps).map(Tensor.clone)
         self._buffer, self._filled, self._pending = None, 0, [rest]
-
-
-def _block(steps: Block | Recorded) -> Block:
-    return steps.block if isinstance(steps, Recorded) else steps
 
 
 def _resized(like: Tensor, steps: int) -> Tensor:

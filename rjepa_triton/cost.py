@@ -386,7 +386,9 @@ def gamma_pass(problem: Problem) -> Work:
 
 def gamma_work(problem: Problem) -> Work:
     """A recorded step linearised, and `gamma_pass`."""
-    return gamma_pass(problem) + problem.linearize() + problem.pointwise(problem.calls.stacked)
+    work = gamma_pass(problem) + problem.linearize()
+    # compiled code takes φ and y where they lie
+    return work if problem.runs == "compile" else work + problem.pointwise(problem.calls.stacked)
 
 
 def reading_work(problem: Problem) -> Work:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from . import ops
 from . import weights as weight_ops
-from ._tape import Block, Recorded
+from ._tape import Block, linearized
 from .cost import Calls, Line, Problem, Work, counted, runs_gamma
 from .layer import TwoPointRNN
 from .reference import bptt, rfp
 from .reference.rtrl import PIECES, ExactSensitivity
 from .sensitivity import PerUnit
-from .two_point import Cell, Matrix, state_read
+from .two_point import Cell, Matrix, Trajectory, state_read
 
 UNITS, FEATURES = 4, 3
 # One step may have a way of its own.
@@ -73,7 +73,6 @@ class _Count:
         self.count = len(cell.matrices)
         self.weights = [_zeros(*self._shape(matrix, dim)) for matrix, dim in zip(matrices, dims, strict=True)]
         self.recurrent = self.weights[: self.count]
-        self.diagonals = [weight_ops.own(weight) for weight in self.recurrent]
         self.state = [_zeros(1, UNITS)] * len(cell.states)
         self.x = _zeros(len(cell.per_unit), LONG, 1, UNITS)
         self.inputs = _zeros(LONG, 1, FEATURES)
@@ -83,14 +82,17 @@ class _Count:
         fan_in = FEATURES if matrix.reads == "input" else UNITS
         return ((), (UNITS,), (UNITS, fan_in), (2, UNITS // 2, UNITS // 2))[dim]
 
-    def recorded(self, steps: int) -> Recorded:
-        """`steps` steps, as a learner records them."""
-        trajectory = self.cell.scan(self.x[:, :steps], self.recurrent, self.state)
-        return Recorded(self.cell, trajectory, self.diagonals, self.inputs[:steps])
+    def scan(self, steps: int) -> Trajectory:
+        """`steps` steps of the layer."""
+        return self.cell.scan(self.x[:, :steps], self.recurrent, self.state)
+
+    def block(self, steps: int) -> Block:
+        """The same, as a learner records them."""
+        return linearized(self.cell, self.scan(steps), self.recurrent, self.inputs[:steps])
 
     def calls(self) -> Calls:
-        step = _calls(lambda: self.recorded(1))
-        block = self.recorded(1).block
+        step = _calls(lambda: self.scan(1))
+        block = self.block(1)
         delta = _zeros(len(self.cell.states), LONG, 1, UNITS)
 
         count = len(self.cell.states)
@@ -104,21 +106,21 @@ class _Count:
         stacked = _calls(stack)
 
         def chunk(steps: int) -> Work:
-            whole = self.recorded(steps).block
+            whole = self.block(steps)
             return _calls(lambda: gamma.chunk_(whole, delta[:, 0]))
 
         def credit(steps: int) -> Work:
-            whole = self.recorded(steps).block
+            whole = self.block(steps)
             return _calls(lambda: rfp.reverse_scan(whole.m, delta[:, :steps]))
 
         def exact(steps: int) -> Work:
-            lin = self.cell.linearize(self.recorded(steps).trajectory)
+            lin = self.cell.linearize(self.scan(steps))
             return _calls(lambda: bptt.credits(lin, self.cell.matrices, self.recurrent, delta[:, :steps]))
 
         return Calls(
             step=step,
-            loop=_line(lambda steps: _calls(lambda: self.recorded(steps))),
-            linearize=_calls(lambda: self.recorded(1).block) + step * -1.0,
+            loop=_line(lambda steps: _calls(lambda: self.scan(steps))),
+            linearize=_calls(lambda: self.block(1)) + step * -1.0,
             stacked=stacked,
             gamma=_calls(lambda: gamma.step_(block, delta[:, :1])) + stacked * -1.0,
             read=_calls(lambda: gamma.read(delta[:, 0])),

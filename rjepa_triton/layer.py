@@ -145,7 +145,9 @@ class TwoPointRNN(nn.Module):
 
     def weights(self) -> tuple[nn.Parameter, ...]:
         """The parameters of `matrices`, in their order: all that the recursion gives gradients of."""
-        return tuple(getattr(self, name) for name in self._names)
+        own = self._parameters
+        # `getattr` takes longer, and a step of a small layer asks often; what is parametrized has none here
+        return tuple([own[name] if name in own else getattr(self, name) for name in self._names])  # type: ignore[misc]
 
     def recurrent_weights(self) -> tuple[nn.Parameter, ...]:
         """The parameters of the cell's matrices."""

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from . import _checks as check
 from . import cost, ops
-from . import weights as weight_ops
 from ._device import autocast_is_on, available_bytes, without_autocast
 from ._graph import Capture, Graphed, GraphedStep
 from ._graph import cuda_graph as capture_cuda_graph
 from ._past import FullCredit, Past, Record
-from ._tape import Block, Recorded
+from ._tape import Block, linearized
 from .counting import problem as problem_of
 from .exactness import Exactness, exactness
 from .layer import TwoPointRNN
@@ -308,36 +307,34 @@ class OnlineLearner:
             )
         self._versions = versions
 
-    def _run(self, x: Tensor, resets: Tensor | None, link: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Outputs (C, B, N) of x (C, B, F), and the port that credit from a later step of the chunk enters by."""
+    def _run(self, x: Tensor, resets: Tensor | None, link: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Outputs (C, B, N) of x (C, B, F), and the port that credit from later in the chunk enters by, if any."""
         resets = self._prepare(x, resets)
-        token, self._state, *shown = _Steps.apply(self, resets, x, link, *self.layer.weights())
+        token, *shown = _Steps.apply(self, resets, x, link, *self.layer.weights())
         return self.layer.readout(shown, x), token
 
     def advance(
         self, x: Tensor, resets: Tensor | None, linked: bool, weights: Sequence[Tensor]
-    ) -> tuple[_Call, Tensor, list[Tensor]]:
-        """Run steps from the state and record them; the state isn't changed.
+    ) -> tuple[_Call, list[Tensor]]:
+        """Run steps from the state on and record them.
 
-        Returns the call, the state after it (S, B, N), and the cell's outputs (C, B, N) each.
+        Returns the call, and the cell's outputs (C, B, N) each.
         """
         layer, past, cell = self.layer, self._past, self.layer.cell
         recurrent = weights[: len(cell.matrices)]
         x = x.clone()  # callers may write the next input where this one was
         state = self._state.unbind(0)
         trajectory = ops.scan(cell, layer.drive(x), recurrent, state, resets, backend=past.scan_backend)
-        diagonals: Sequence[Tensor] = ()
-        if recurrent:
-            diagonals = torch.stack([weight_ops.own(weight) for weight in recurrent]).unbind(0)
         readers = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
         rule = self.learning if self.learning in rfp.RULES else "rfp"
-        steps = Recorded(
-            cell, trajectory, diagonals, x if readers else None, rule, self._chunk_weights, past.scan_backend
+        block = linearized(
+            cell, trajectory, recurrent, x if readers else None, rule, self._chunk_weights, past.scan_backend
         )
-        record = past.add(steps, linked=linked)
+        record = past.add(block, len(cell.inputs), linked)
         # the caller's own: the window goes on reading the trajectory
         shown = [trajectory.after[nu].clone() for nu in cell.outputs]
-        return _Call(layer, past, record, readers), trajectory.states[:, -1].clone(), shown
+        self._state = trajectory.states[:, -1].clone()
+        return _Call(layer, past, record, readers), shown
 
     def _prepare(self, x: Tensor, resets: Tensor | None) -> Tensor | None:
         """Before new steps: make room for them, keep the weights if they are needed; resets with those due."""
@@ -362,7 +359,7 @@ class OnlineLearner:
         """What the operator `learner_steps` does: the cell's outputs (C, B, N) of x (C, B, F), and their time."""
         self._position, self._token, self._past.filling = 0, None, False
         resets = self._prepare(x, resets)
-        call, self._state, shown = self.advance(x, resets, False, self.layer.weights())
+        call, shown = self.advance(x, resets, False, self.layer.weights())
         self._calls[call.record.end] = call
         while len(self._calls) > 1 + self.lag:
             del self._calls[next(iter(self._calls))]
@@ -601,8 +598,8 @@ class _Call:
 
         grads: of the cell's outputs, (C, B, N) or None each; arrived (S, B, N): credit from the chunk's later calls.
         """
-        after = self.record.recorded.trajectory.after
-        delta = after.new_zeros(after.shape)
+        before = self.record.block.lin.before
+        delta = before.new_zeros(before.shape)
         for nu, grad in zip(self.layer.cell.outputs, grads, strict=True):
             if grad is not None:
                 delta[nu] = grad
@@ -613,7 +610,10 @@ class _Call:
 
 
 class _Steps(torch.autograd.Function):
-    """The node of one call: (token, state, the cell's outputs). Credit enters at the token and leaves at the link."""
+    """The node of one call: the token, None but in chunks, and the cell's outputs.
+
+    Credit enters at the token and leaves at the link.
+    """
 
     @staticmethod
     def forward(
@@ -623,22 +623,20 @@ class _Steps(torch.autograd.Function):
         x: Tensor,
         link: Tensor | None,
         *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         linked = link is not None and link.requires_grad
-        call, last, shown = learner.advance(x, resets, linked, weights)
+        call, shown = learner.advance(x, resets, linked, weights)
         # saved so that autograd notices if they change before the backward pass
-        ctx.call = replace(call, readers=())
+        ctx.call = replace(call, readers=()) if call.readers else call
         ctx.save_for_backward(*call.readers)
         ctx.set_materialize_grads(False)
-        token = shown[0].new_zeros(1).expand_as(last)
-        ctx.mark_non_differentiable(last)
-        return token, last, *shown
+        if learner.form != "chunk":
+            return None, *shown
+        return shown[0].new_zeros(1).expand_as(learner._state), *shown
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, arrived: Tensor | None, _: Tensor | None, *grads: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, arrived: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if arrived is None and all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         needs_x, _, *needs_weight = ctx.needs_input_grad[2:]

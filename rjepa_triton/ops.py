@@ -216,7 +216,7 @@ def linearize(
         and _has_memory(trajectory.x, trajectory.states, trajectory.saved, trajectory.resets, *weights)
     ):
         before = trajectory.before
-        own = [weight_ops.own(weight) for weight in weights]
+        own = [weight if weight.dim() < 3 else weight_ops.own(weight) for weight in weights]
         find = _native.rgc_linearize if isinstance(cell, RGCCell) else _native.gated_linearize
         made = find(cell, trajectory, before, own)
         if made is not None:

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rjepa_triton import _native, ops
+from rjepa_triton._tape import linearized
+from rjepa_triton.cells import ElmanCell, GRUCell, LSTMCell, RGCCell
 from rjepa_triton.reference import rfp
+from rjepa_triton.sensitivity import PerUnit
+from rjepa_triton.two_point import Cell, Matrix
 
 F32, F64 = torch.float32, torch.float64
 TOLERANCE = {F32: 3e-6, F64: 1e-13}
@@ -151,3 +155,40 @@ def test_three_states_are_torchs() -> None:
     assert why == ("torch", "compiled code takes 1 or 2 states a unit, got 3")
     with pytest.raises(ValueError, match="'compile' can't run: compiled code takes 1 or 2 states a unit"):
         ops.choose_gamma("compile", torch.device("cpu"), F32, F32, 3)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("with_delta", [True, False])
+@pytest.mark.parametrize("name", ["rgc", "lstm", "gru", "elman"])
+def test_steps_take_immediates_and_signals_where_they_lie(
+    name: str, with_delta: bool, dtype: torch.dtype
+) -> None:
+    cell: Cell = {"rgc": RGCCell, "lstm": LSTMCell, "gru": GRUCell, "elman": ElmanCell}[name]()
+    torch.manual_seed(0)
+    steps, batch, units, features = 5, 3, 17, 6
+    x = torch.randn(len(cell.per_unit), steps, batch, units, dtype=F64)
+    # a dense one, a diagonal one, and what reads the layer's input and 1
+    weights = [0.3 * torch.randn(units, units, dtype=F64) for _ in cell.matrices]
+    weights[-1] = weights[-1].diagonal().clone()
+    state = [torch.randn(batch, units, dtype=F64) for _ in cell.states]
+    resets = torch.rand(steps, batch) < 0.3
+    delta = torch.randn(len(cell.states), steps, batch, units, dtype=F64) if with_delta else None
+    inputs = torch.randn(steps, batch, features, dtype=F64)
+    matrices = (*cell.matrices, Matrix("in", ("input", 0), "input"), Matrix("bias", ("input", 0), "one"))
+    all_weights = [*weights, torch.zeros(units, features, dtype=F64), torch.zeros(units, dtype=F64)]
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        given = [w.to(dtype) for w in weights]
+        trajectory = cell.scan(x.to(dtype), given, [c.to(dtype) for c in state], resets)
+        block = linearized(cell, trajectory, given, inputs.to(dtype))
+        held = [w.to(dtype) for w in all_weights]
+        gamma = PerUnit(matrices, held, len(cell.states), batch, dtype, backend)
+        # the second time from a Γ that isn't zero
+        found = [gamma.step_(block, None if delta is None else delta.to(dtype)) or [] for _ in range(2)]
+        return [*gamma.tensors(), *found[0], *found[1]]
+
+    want = run(F64, "torch")
+    for got, wanted in zip(run(dtype, "compile"), want, strict=True):
+        scale = float(wanted.abs().max())
+        assert scale > 0
+        assert float((got.double() - wanted).abs().max()) <= 5 * TOLERANCE[dtype] * scale

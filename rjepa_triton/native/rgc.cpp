@@ -48,7 +48,7 @@ extern "C" void rgc_scan(const float *x, const float *ss, const float *ms, const
 // N numbers each `strides` apart. Writes out (10, T, B, N): the gates' partials ss, ms, mm, sm, x's of s and m, and M by
 // rows, zero where reset.
 extern "C" void rgc_linearize(const float *gates, const float *before, const float *x, const unsigned char *resets,
-                              const float *const *diagonals, float *out, const long *strides, long next_before,
+                              const float *const *diagonals, const long *strides, float *out, long next_before,
                               long steps, long batch, long units, long threads) {
     const long rows = steps * batch, plane = rows * units;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && plane >= SPREAD_FROM)
