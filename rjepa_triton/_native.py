@@ -380,25 +380,22 @@ def gamma_pass(
     gammas, where m is given.
     """
     batch, count, units, _ = gammas[0].shape
-    m, entering, y, credit = (None if a is None else a.contiguous() for a in (m, entering, y, credit))
-    return _pass(
-        gammas,
-        m,
-        None if entering is None else _parts(entering, (0, 3)),
-        None if y is None else _parts(y, (2,)),
-        None if credit is None else _parts(credit, (0,)),
-        (
-            batch * units,
-            batch * count * units,
-            count * units,
-            0 if y is None else y[0].numel(),
-            0 if y is None else y[0, 0].numel(),
-        ),
-        1 if y is None else len(y),
-        1 if y is None else y.shape[-1],
-        before,
-        room,
-    )
+    m, entering, y, credit = [None if a is None else a.contiguous() for a in (m, entering, y, credit)]
+    item, steps, reads = gammas[0].element_size(), 1, 1
+    immediates = signals = credits = None
+    if entering is not None and y is not None:
+        steps, reads = len(y), y.shape[3]
+        state, begin = steps * batch * count * units, entering.data_ptr()
+        immediates = _places(
+            [begin + (nu * state + k * units) * item for nu in range(len(gammas)) for k in range(count)]
+        )
+        begin = y.data_ptr()
+        signals = _places([begin + k * reads * item for k in range(count)])
+    if credit is not None:
+        begin = credit.data_ptr()
+        credits = _places([begin + nu * batch * units * item for nu in range(len(gammas))])
+    apart = (batch * units, batch * count * units, count * units, batch * count * reads, count * reads)
+    return _pass(gammas, m, immediates, signals, credits, apart, steps, reads, before, room)
 
 
 def gamma_step(
@@ -481,15 +478,6 @@ def _pass(
         torch.get_num_threads(),
     )
     return (total,)
-
-
-def _parts(array: Tensor, dims: Sequence[int]) -> Any:
-    """Addresses of the parts of a contiguous array that lie along some dimensions, the last one fastest."""
-    begin, item = array.data_ptr(), array.element_size()
-    offsets = [0]
-    for dim in dims:
-        offsets = [offset + i * array.stride(dim) for offset in offsets for i in range(array.shape[dim])]
-    return _places([begin + offset * item for offset in offsets])
 
 
 def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor] | None:

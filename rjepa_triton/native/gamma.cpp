@@ -31,11 +31,6 @@ template <typename real> struct Arrays {
 
     // What rows of unit n read.
     long head(long n) const { return reads == fan_in ? 0 : n / fan_in * fan_in; }
-
-    real entered(int nu, long k, long t, long b, long n) const {
-        const real *from = entering[nu * matrices + k];
-        return from ? from[t * next_step + b * next_row + n] : real(0);
-    }
 };
 
 // Of one row: S×S transitions, what a step's immediates are, and the credit that reads.
@@ -46,7 +41,7 @@ template <typename real, int S> struct Coefficients {
 // `count` numbers of a row: new = M Γ + φ y, y by state; and credit · new to `total`, or added to it; credit · Γ where
 // Γ is read before it moves.
 template <typename real, int S, bool moves, bool reads, bool before>
-inline void pass(real *const *gammas, const Coefficients<real, S> &c, const real *const *y, real *total, bool add,
+inline __attribute__((always_inline)) void pass(real *const *gammas, const Coefficients<real, S> &c, const real *const *y, real *total, bool add,
                  long count) {
 #pragma omp simd
     for (long i = 0; i < count; i++) {
@@ -94,12 +89,19 @@ void rows(const Arrays<real> &a, long k, long n) {
     for (long b = 0; b < a.batch; b++) {
         Coefficients<real, S> c[R];
         size_t begin[R];
+        const real *entered[S], *credit[S]; // of this batch row from unit n on, or null: zeros
+        for (int nu = 0; nu < S; nu++) {
+            const real *phi = moves ? a.entering[nu * a.matrices + k] : nullptr;
+            entered[nu] = phi ? phi + b * a.next_row + n : nullptr;
+            credit[nu] = reads && a.credit[nu] ? a.credit[nu] + b * a.units + n : nullptr;
+        }
+        const real *m = moves ? a.m + b * a.units + n : nullptr;
         for (int r = 0; r < R; r++) {
             for (int nu = 0; nu < S; nu++) {
                 for (int source = 0; moves && source < S; source++)
-                    c[r].m[nu][source] = a.m[(nu * S + source) * a.next_m + b * a.units + n + r];
-                if (moves) c[r].phi[nu] = a.steps > 1 ? real(1) : a.entered(nu, k, 0, b, n + r);
-                if (reads) c[r].credit[nu] = a.credit[nu] ? a.credit[nu][b * a.units + n + r] : real(0);
+                    c[r].m[nu][source] = m[(nu * S + source) * a.next_m + r];
+                if (moves) c[r].phi[nu] = a.steps > 1 ? real(1) : entered[nu] ? entered[nu][r] : real(0);
+                if (reads) c[r].credit[nu] = credit[nu] ? credit[nu][r] : real(0);
             }
             begin[r] = ((b * a.matrices + k) * a.units + n + r) * (size_t)a.fan_in;
         }
@@ -114,7 +116,9 @@ void rows(const Arrays<real> &a, long k, long n) {
                     const long steps = std::min(BLOCK, a.steps - t);
                     for (long i = 0; i < steps; i++)
                         for (int nu = 0; nu < S; nu++)
-                            for (int r = 0; r < R; r++) u[(i * S + nu) * R + r] = a.entered(nu, k, t + i, b, n + r);
+                            for (int r = 0; r < R; r++)
+                                u[(i * S + nu) * R + r] =
+                                    entered[nu] ? entered[nu][(t + i) * a.next_step + r] : real(0);
                     add_products<real, S * R>(u, y + t * stride + first, stride, sums, steps, count);
                 }
             }
