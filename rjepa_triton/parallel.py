@@ -44,8 +44,9 @@ ROUNDING, ROUNDING_ALONE = 4.0, 16.0
 # that finds nothing left.
 ASSUMED_ROUNDS, AFFINE_ROUNDS = 8, 2
 # The part of the loop's predicted time that "auto" may spend on rounds before it runs the loop after all; more where
-# it is known how many there will be.
-SHARE, AFFINE_SHARE = 0.25, 0.6
+# it is known how many there will be. On the CPU the model takes a loop for up to 2 times as long as it is, and the
+# rounds for down to half as long (`bench/results/forward-cpu.jsonl`).
+SHARE, AFFINE_SHARE, AFFINE_SHARE_CPU = 0.25, 0.6, 0.3
 
 
 class Divergence(UserWarning):
@@ -182,7 +183,7 @@ def rounds_worth(
 ) -> int:
     """How many rounds "auto" tries before it runs the loop; 0: none, the loop at once.
 
-    As many as `cost.forward_seconds` predicts to take SHARE of the loop's time (AFFINE_SHARE of an affine cell's), if
+    As many as `cost.forward_seconds` predicts to take SHARE of the loop's time (of an affine cell's AFFINE_SHARE), if
     those are what the cell may be expected to need, ASSUMED_ROUNDS (AFFINE_ROUNDS). On the CPU of an affine cell alone,
     and with one thread alone: elsewhere a round isn't certain to pay, since it moves many times the bytes of the loop,
     in passes at the end of which each thread waits for all. Where the loop is one launch (`ops.one_launch`), rounds
@@ -197,7 +198,8 @@ def rounds_worth(
     compiled = device.type == "cpu" and ops.choose_scan("auto", device, dtype) == "compile"
     problem = forward_problem(cell, weights, sizes, dtype, kernel, compiled)
     loop, round_ = cost.forward_seconds(problem, 1, cost.rates_of(device))
-    share, expected = (AFFINE_SHARE, AFFINE_ROUNDS) if cell.affine else (SHARE, ASSUMED_ROUNDS)
+    known = AFFINE_SHARE_CPU if device.type == "cpu" else AFFINE_SHARE
+    share, expected = (known, AFFINE_ROUNDS) if cell.affine else (SHARE, ASSUMED_ROUNDS)
     rounds = min(MAX_ROUNDS, int(share * loop / round_))
     return rounds if rounds >= expected else 0
 
