@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ def run(
                     "pairs_of_slopes": found.pairs_of_slopes,
                     "within": found.within,
                     "largest_ratio": _largest(name, compared),
+                    "noise": _noise(name, compared),
                 },
             )
         )
@@ -111,8 +113,15 @@ def _largest(name: str, compared: Sequence[Comparison]) -> float:
     return math.exp(max(ratios, default=0.0))
 
 
+def _noise(name: str, compared: Sequence[Comparison]) -> float | None:
+    """The median of the ratios that `compare` took for noise: a smaller change isn't seen half the time."""
+    taken = [c.noise for made in compared for c in made.changes if c.a.algorithm == name]
+    return statistics.median(taken) if taken else None
+
+
 def table(records: Sequence[Record]) -> Table:
-    """By case: changes seen where nothing changed, the largest ratio, and slopes within the run before's interval."""
+    """By case: changes seen where nothing changed, the largest ratio, what counted as noise, and slopes within the run
+    before's interval."""
     runs = records[0].payload["runs"] if records else 0
     out = Table(title=f"{runs} runs of one sweep, each compared with the one before")
     for heading in (
@@ -120,13 +129,15 @@ def table(records: Sequence[Record]) -> Table:
         "comparisons",
         "changes seen",
         "largest ratio",
+        "noise (median)",
         "slopes within the interval",
     ):
         out.add_column(heading, justify="left" if heading == "algorithm" else "right")
     for r in records:
         p = r.payload
         within = f"{p['within']} of {p['pairs_of_slopes']}" if p["pairs_of_slopes"] else ""
+        noise = "" if p.get("noise") is None else f"{p['noise']:.3f}"
         out.add_row(
-            r.algorithm, str(p["matched"]), str(len(p["changes"])), f"{p['largest_ratio']:.3f}", within
+            r.algorithm, str(p["matched"]), str(len(p["changes"])), f"{p['largest_ratio']:.3f}", noise, within
         )
     return out

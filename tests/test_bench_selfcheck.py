@@ -31,6 +31,7 @@ def test_two_runs_through_the_command(tmp_path: Path) -> None:
     assert [(r.algorithm, r.payload["matched"]) for r in made] == [("rfp-dual", 2), ("bptt", 2)]
     assert made[0].params["points"] == [[8, 1], [16, 1]]
     assert made[0].payload["largest_ratio"] >= 1
+    assert made[0].payload["noise"] > 1
     runs = sorted((tmp_path / selfcheck.FOLDER).glob("*.jsonl"))
     assert [len(record.load(file)) for file in runs] == [4, 4]
     # whole runs are kept
