@@ -41,6 +41,9 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
                     for r in timed
                     if (r.params["task"], r.params["B"], r.params["N"]) == (task, batch, units)
                 ]
+                if not here:
+                    axes.set_axis_off()
+                    continue
                 _panel(axes, here, TASKS[task].ours[0])
                 axes.set_title(f"{task}, N = {units}, B = {batch}", fontsize=10)
         figure.suptitle(f"Peers, T = {timed[0].params['T']}  ·  {where(timed)}", fontsize=12)
