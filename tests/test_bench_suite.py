@@ -42,7 +42,7 @@ def test_what_is_no_time_is_an_error(text: str, tmp_path: Path) -> None:
 def test_what_is_finished_is_not_run_again_and_the_report_is_of_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = "scaling --hidden {} --batch 1 --steps 4 --chunk 2 --algorithms rfp-dual,bptt --sample 0.01"
+    small = "scaling --hidden {} --batch 1 --steps 4 --chunk 2 --algorithms rfp-dual,bptt --sample 0.01 --passes 1"
     order = tuple((f"scaling-{n}", small.format(n), 60.0) for n in (8, 16))
     monkeypatch.setattr(suite, "ORDER", order[:1])
     said: list[str] = []
