@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from rjepa_triton import nn
 from rjepa_triton.bench import cases, record, summary
 from rjepa_triton.bench.cli import bench
-from rjepa_triton.bench.peers import registry, run, tasks
+from rjepa_triton.bench.peers import plot, registry, run, tasks
 from rjepa_triton.bench.peers.registry import PEERS, Peer
 from rjepa_triton.bench.peers.run import Point, Settings, Worker
 from rjepa_triton.bench.peers.tasks import TASKS
@@ -437,3 +438,17 @@ def test_by_the_command(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output
     assert "| rfp-dual | rfp |" in again.output
     assert len(record.load(tmp_path / "peers.jsonl")) == 2
+
+
+def test_a_panel_of_what_was_not_timed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(task: str, units: int) -> record.Record:
+        params = {"task": task, "N": units, "B": 1, "T": 5, "threads": 1, "device": "cpu"}
+        timing = record.Timing(1e-3, 0.9e-3, 1.1e-3, 9)
+        return record.Record(
+            "peers", TASKS[task].ours[0], params, "ok", "a machine", {}, None, "", "", timing=timing
+        )
+
+    figures: list[Figure] = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure) or [])
+    plot.draw([made("rgc-sequence", 8), made("rgc-sequence", 16), made("rgc-online", 8)], tmp_path / "a")
+    assert [axes.axison for axes in figures[0].axes] == [True, True, True, False]
