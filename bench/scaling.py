@@ -206,16 +206,18 @@ def sweep(
                     message = "the process that measured this point died; did the system run out of memory?"
                     results = {name: {"status": "error", "message": message} for name in due}
                 for name, result in results.items():
-                    before = made[at].get(name)
-                    if result["status"] == "ok" and before is not None and before.timing is not None:
-                        timing = measure.pooled(before.timing, result["timing"])
-                        after = replace(before, timing=timing, time=record.now(), run=shared["run"])
-                    else:
-                        after = Record(algorithm=name, time=record.now(), **common[at], **result)
-                    made[at][name] = after
-                    record.append(path, after)
-                    on_record(after)
+                    new = Record(algorithm=name, time=record.now(), **common[at], **result)
+                    made[at][name] = _after(made[at].get(name), new)
+                    record.append(path, made[at][name])
+                    on_record(made[at][name])
     return kept
+
+
+def _after(before: Record | None, new: Record) -> Record:
+    """The record of a case after one pass more: with the passes before, if there are any and this one went well."""
+    if before is None or before.timing is None or new.timing is None:
+        return new
+    return replace(before, timing=measure.pooled(before.timing, new.timing), time=new.time, run=new.run)
 
 
 def _passes(made: Record | None) -> int:
