@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -69,3 +71,13 @@ def test_crossover_of_two_powers() -> None:
     assert n == pytest.approx(100)
     assert y == pytest.approx(100.0**4)
     assert fit.crossovers(a, {n: 2 * y for n, y in a.items()}) == []
+
+
+def test_points_that_are_little_known_widen_the_interval() -> None:
+    y = [3e-6 * n**2.0 for n in N]
+    sure, unsure = fit.slope(N, y), fit.slope(N, y, deviations=[0.1] * len(N))
+    assert sure is not None
+    assert unsure is not None
+    assert (sure.value, sure.half_width) == pytest.approx((2.0, 0.0))
+    logs = np.log(N)
+    assert unsure.half_width == pytest.approx(1.96 * 0.1 / math.sqrt(((logs - logs.mean()) ** 2).sum()))

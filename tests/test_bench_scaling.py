@@ -156,9 +156,14 @@ def test_a_process_that_dies_costs_its_point_only(tmp_path: Path) -> None:
 
 
 def test_a_pass_is_a_process_with_as_many_threads() -> None:
-    with scaling.own_process() as process:
-        assert process.submit(os.getpid).result() != os.getpid()
-        assert process.submit(torch.get_num_threads).result() == torch.get_num_threads()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)  # which isn't what a process has by itself
+        with scaling.own_process() as process:
+            assert process.submit(os.getpid).result() != os.getpid()
+            assert process.submit(torch.get_num_threads).result() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_what_failed_is_tried_again(tmp_path: Path) -> None:
