@@ -185,7 +185,9 @@ def _amd_facts(compiled: Any) -> Facts:
     )
 
 
-def _gamma_types(dtype: str, pointers: Sequence[str], integers: Sequence[str]) -> dict[str, str]:
+def _gamma_types(
+    dtype: str, pointers: Sequence[str], integers: Sequence[str]
+) -> dict[str, str | Sequence[str | None]]:
     return {
         "gamma0_ptr": f"*{dtype}",
         "gamma1_ptr": f"*{dtype}",
@@ -202,11 +204,15 @@ def step_build(
     mode: str = "gradient",
     divisible: Sequence[str] = (),
     rounding: str = "nearest",
+    matrices: int = 4,
 ) -> Build:
-    """Γ's step. mode: "advance", "gradient", or "weight", which takes the weights' step as well."""
+    """Γ's step. mode: "advance", "gradient", or "weight", which takes the weights' step as well.
+
+    Each matrix enters one state, as an RGC's do.
+    """
     absent = {
-        "advance": ["delta_ptr", "grad_ptr", "weight_ptr"],
-        "gradient": ["weight_ptr"],
+        "advance": ["delta_ptr", "grad_ptr", "weight_ptrs", "lr_ptr"],
+        "gradient": ["weight_ptrs", "lr_ptr"],
         "weight": ["grad_ptr"],
     }[mode]
     if states == 1:
@@ -218,12 +224,21 @@ def step_build(
         "BLOCK_M": config.block_m,
         "VECTOR": config.vector,
     }
-    pointers = ("m", "phi", "y", "delta", "grad", "weight")
-    integers = ("ROWS", "K", "N", "M", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta")
+    integers = ("ROWS", "N", "M", "next_phi", "next_y", "stride_m_to", "stride_m_from", "stride_delta")
+    entered = [k * states // matrices for k in range(matrices)]
+    tuples: dict[str, Sequence[str | None]] = {
+        "phi_ptrs": ["*fp32" if nu == entered[k] else None for nu in range(states) for k in range(matrices)],
+        "y_ptrs": ["*fp32"] * matrices,
+        "weight_ptrs": ["*fp32"] * matrices,
+    }
     return Build(
         target,
         "rjepa_triton.kernels.gamma_step:_gamma_step_kernel",
-        types={**_gamma_types(dtype, pointers, integers), "lr": "fp32", "rng_state_ptr": "*i64"},
+        types={
+            **_gamma_types(dtype, ("m", "delta", "grad", "lr"), integers),
+            **tuples,
+            "rng_state_ptr": "*i64",
+        },
         constants={**dict.fromkeys(absent), **tile},
         divisible=divisible,
         options={"num_warps": config.num_warps},

@@ -49,25 +49,29 @@ def _round_stochastically(value, rng_state_ptr, state: tl.constexpr, matrix, M, 
 
 
 # Only N and M set a layout: the rest shall not compile the kernel anew when it is 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["ROWS", "K", "stride_m_to", "stride_m_from", "stride_phi", "stride_delta"])
+@triton.jit(
+    do_not_specialize=[
+        "ROWS", "next_phi", "next_y", "stride_m_to", "stride_m_from", "stride_delta",
+    ]
+)  # fmt: skip
 def _gamma_step_kernel(
     gamma0_ptr,  # [B, K, N, M]
     gamma1_ptr,  # [B, K, N, M], or None for one state
     m_ptr,  # [S, S, B, N]
-    phi_ptr,  # [S, B, K, N]
-    y_ptr,  # [B, K, M]
+    phi_ptrs,  # by state, then by matrix: [B, N], rows `next_phi` apart, or None for zero
+    y_ptrs,  # by matrix: [B, M], rows `next_y` apart
     delta_ptr,  # [S, B, N], or None to advance only
-    grad_ptr,  # [parts, K, N, M], or None where weight takes the step itself
-    weight_ptr,  # [K, N, M], or None
+    grad_ptr,  # [parts, K, N, M], or None where weights take the step themselves
+    weight_ptrs,  # by matrix: [N, M], or None for one that stays; or None
+    lr_ptr,  # [1], or None
     rng_state_ptr,  # [2], a seed and a step, or None to round to nearest
-    lr,
     ROWS,  # of the batch in one part, B = parts · ROWS
-    K,
     N,
     M,
+    next_phi,
+    next_y,
     stride_m_to,
     stride_m_from,
-    stride_phi,
     stride_delta,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -75,7 +79,9 @@ def _gamma_step_kernel(
 ):
     # One program: rows i and columns j of one matrix k, over its part of the batch, whose sum stays in
     # registers. All matrices in one program would need K accumulators: it spills, and saves only loads of m.
-    M = M // VECTOR * VECTOR  # M itself, and the compiler sees that VECTOR divides it
+    K: tl.constexpr = len(y_ptrs)
+    M = M // VECTOR * VECTOR  # M itself and the distance, and the compiler sees that VECTOR divides them
+    next_y = tl.cast(next_y, tl.int64) // VECTOR * VECTOR
     tiles_m = tl.cdiv(M, BLOCK_M)
     i0 = (tl.program_id(0) // tiles_m) * BLOCK_N
     j0 = (tl.program_id(0) % tiles_m) * BLOCK_M
@@ -89,18 +95,36 @@ def _gamma_step_kernel(
     in_m = j0 + col < M
     inside = in_n[:, None] & in_m[None, :]
 
-    # 64 bits for what grows with B, K, N and M; the offset inside a tile fits in 32.
-    corner = (k * N + i0) * M + j0
-    tile = row[:, None] * M + col[None, :]
-    wide_k = tl.cast(K, tl.int64)
-    wide_n = tl.cast(N, tl.int64)
+    # What is of matrix k. Where it does not enter a state, nothing is loaded from where `phi` then points.
+    y_ptr = y_ptrs[0]
+    phi0_ptr = m_ptr
+    phi1_ptr = m_ptr
+    last0 = 0
+    last1 = 0
+    for each in tl.static_range(K):
+        if k == each:
+            y_ptr = y_ptrs[each]
+            if phi_ptrs[each] is not None:
+                phi0_ptr = phi_ptrs[each]
+                last0 = N
+            if gamma1_ptr is not None and phi_ptrs[K + each] is not None:
+                phi1_ptr = phi_ptrs[K + each]
+                last1 = N
 
-    gamma0_ptr += b0 * K * N * M + corner
+    # 64 bits for what grows with B, K, N and M; the offset inside a tile fits in 32.
+    corner = i0.to(tl.int64) * M + j0
+    matrix = tl.cast(N, tl.int64) * M
+    tile = row[:, None] * M + col[None, :]
+    wide_n = tl.cast(N, tl.int64)
+    wide_phi = tl.cast(next_phi, tl.int64)
+
+    gamma0_ptr += (b0 * K + k) * matrix + corner
     if gamma1_ptr is not None:
-        gamma1_ptr += b0 * K * N * M + corner
+        gamma1_ptr += (b0 * K + k) * matrix + corner
     m_ptr += b0 * N + i0
-    phi_ptr += (b0 * K + k) * N + i0
-    y_ptr += (b0 * K + k) * M + j0
+    phi0_ptr += i0
+    phi1_ptr += i0
+    y_ptr += b0 * next_y + j0
     if delta_ptr is not None:
         delta_ptr += b0 * N + i0
 
@@ -109,14 +133,14 @@ def _gamma_step_kernel(
         y = tl.load(y_ptr + col, mask=in_m, other=0.0)[None, :]
         old0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         m00 = tl.load(m_ptr + row, mask=in_n, other=0.0)[:, None]
-        phi0 = tl.load(phi_ptr + row, mask=in_n, other=0.0)[:, None]
+        phi0 = tl.load(phi0_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < last0, other=0.0)[:, None]
         new0 = m00 * old0 + phi0 * y
         if gamma1_ptr is not None:
             old1 = tl.load(gamma1_ptr + tile, mask=inside, other=0.0).to(tl.float32)
             m01 = tl.load(m_ptr + stride_m_from + row, mask=in_n, other=0.0)[:, None]
             m10 = tl.load(m_ptr + stride_m_to + row, mask=in_n, other=0.0)[:, None]
             m11 = tl.load(m_ptr + stride_m_to + stride_m_from + row, mask=in_n, other=0.0)[:, None]
-            phi1 = tl.load(phi_ptr + stride_phi + row, mask=in_n, other=0.0)[:, None]
+            phi1 = tl.load(phi1_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < last1, other=0.0)[:, None]
             new0 += m01 * old1
             new1 = m10 * old0 + m11 * old1 + phi1 * y
             if rng_state_ptr is not None:
@@ -136,19 +160,21 @@ def _gamma_step_kernel(
                 total += tl.load(delta_ptr + stride_delta + row, mask=in_n, other=0.0)[:, None] * new1
             delta_ptr += wide_n
 
-        gamma0_ptr += wide_k * N * M
+        gamma0_ptr += K * matrix
         if gamma1_ptr is not None:
-            gamma1_ptr += wide_k * N * M
+            gamma1_ptr += K * matrix
         m_ptr += wide_n
-        phi_ptr += wide_k * N
-        y_ptr += wide_k * M
+        y_ptr += next_y
 
-    if weight_ptr is not None:
-        weight_ptr += corner
-        weight = tl.load(weight_ptr + tile, mask=inside, other=0.0)
-        tl.store(weight_ptr + tile, weight - lr * total, mask=inside)
+    if weight_ptrs is not None:
+        lr = tl.load(lr_ptr)
+        for each in tl.static_range(K):
+            if weight_ptrs[each] is not None:  # noqa: SIM102 - known as the kernel is compiled, k later
+                if k == each:
+                    at = weight_ptrs[each] + corner + tile
+                    tl.store(at, tl.load(at, mask=inside, other=0.0) - lr * total, mask=inside)
     elif grad_ptr is not None:
-        tl.store(grad_ptr + part * wide_k * N * M + corner + tile, total, mask=inside)
+        tl.store(grad_ptr + (part * K + k) * matrix + corner + tile, total, mask=inside)
 
 
 class Config(NamedTuple):
@@ -180,19 +206,19 @@ def pick_config(N: int, M: int, dtype: torch.dtype, stochastic: bool = False) ->
 def gamma_step_(
     gammas: Sequence[Tensor],
     m: Tensor,
-    phi: Tensor,
-    y: Tensor,
+    phi: Tensor | Sequence[Tensor | None],
+    y: Tensor | Sequence[Tensor],
     delta: Tensor | None = None,
     *,
-    weight: Tensor | None = None,
-    lr: float = 0.0,
+    weights: Sequence[Tensor | None] | None = None,
+    lr: Tensor | None = None,
     rng_state: Tensor | None = None,
 ) -> Tensor | None:
     """Advance Γ in place by one step; with delta, read the gradient from it in the same pass (paper, eq. 14).
 
         Γ^{ν,k} ← Σ_ν' M^{νν'} ⊙_rows Γ^{ν',k} + φ^{ν,k} y^kᵀ
         G^k     = Σ_{b,ν} δ^ν ⊙_rows Γ^{ν,k}
-        W^k     ← W^k - lr · G^k                                 with weight, in the same pass
+        W^k     ← W^k - lr · G^k                                 with weights, in the same pass
 
     Arithmetic is in float32. Γ in bfloat16 is rounded after the gradient has read it. To nearest, what a step
     adds or forgets is lost where it is less than 2⁻⁹ of Γ; stochastically, Γ is right in the mean over seeds,
@@ -201,54 +227,61 @@ def gamma_step_(
     Inputs of either sign dither Γ themselves: to nearest is a little better then, 3.4 % against 4.4 %.
 
     The batch is summed in order; where Γ is too small to fill the GPU and the batch is large, by parts, whose
-    sums a second pass adds up, and weight then takes its step after it. Two runs on one GPU agree in every bit.
+    sums a second pass adds up, and weights then take their step after it. Two runs on one GPU agree in every bit.
 
     Args:
         gammas: S tensors (B, K, N, M), S of 1 or 2, contiguous, float32 or bfloat16. Mutated. Fast where a
             row is a multiple of 16 bytes.
         m: (S, S, B, N) float32, first index the row ν.
-        phi: (S, B, K, N) float32, zero where a matrix does not enter a state.
-        y: (B, K, M) float32, contiguous.
+        phi: (S, B, K, N) float32, zero where a matrix does not enter a state; or where they lie, S·K of (B, N)
+            state by state, None for zero. Rows contiguous, and as far apart in all.
+        y: (B, K, M) float32; or K of (B, M), rows as of phi.
         delta: (S, B, N) float32, or None to advance only.
-        weight: (K, N, M) float32, contiguous, or None. Mutated. It needs delta.
-        lr: the learning rate of weight's step.
+        weights: K of (N, M) float32, contiguous, None for one that stays as it is; or None. Mutated. They need delta
+            and lr.
+        lr: the learning rate of the weights' step, (1,) float32. It is read on the GPU, so a CUDA graph takes what
+            it is when it is replayed.
         rng_state: for Γ in bfloat16, a seed and a step that stochastic rounding draws from, (2,) int64,
             contiguous; None rounds to nearest. Stochastic rounding takes either neighbour, with probability
             proportional to how near it is, in 1/65,536ths; a bfloat16 number stays, NaN and infinity too.
             The same two round the same values alike in every bit: advance the step between two calls on one
             Γ. It is read on the GPU, so a CUDA graph that advances it draws anew each time it is replayed.
 
-    With weight, W's gradient never touches memory: of 128·N² bytes a step at B = 1 (RGC in float32: Γ 64, the
-    gradient 16, SGD after it 48) 32 are saved. It is for a loop that calls kernels itself. `OnlineLearner` has no
-    such step: its gradients are autograd's, and a weight that backward() changed would be wrong for what else
-    reads it there (the input's gradient, a second backward() of the same step), would hide its gradient from
-    hooks, clipping and optimizers with state, and would take each loss of a step by itself. Also a layer's K
-    matrices are parameters apart, and this takes them as one array.
+    With weights, their gradient never touches memory: of 128·N² bytes a step at B = 1 (RGC in float32: Γ 64, the
+    gradient 16, SGD after it 48) 32 are saved.
 
     The indices before the batch of m, phi and delta may have any stride, so that one step of a sequence needs
-    no copy; what they index must be contiguous.
+    no copy; what they index must be contiguous, but for phi's and y's rows.
 
     Returns:
-        The gradient (K, N, M) float32, or None without delta and with weight.
+        The gradient (K, N, M) float32, or None without delta and with weights.
 
     Raises:
         TypeError: an argument that isn't a tensor, or a wrong dtype.
-        ValueError: a wrong shape, device or stride; weight without delta; lr without weight; rng_state
-            where Γ is float32; tensors that aren't on a GPU, where kernels aren't interpreted.
+        ValueError: a wrong shape, device, stride or number of tensors; weights without delta, or one of weights and
+            lr without the other; rng_state where Γ is float32; tensors that aren't on a GPU, where kernels aren't
+            interpreted.
     """
     batch, matrices, units, fan_in = check_gammas(gammas)
     gamma, states = gammas[0], len(gammas)
     check_tensor("m", m, (states, states, batch, units), gamma, any_stride=2)
-    check_tensor("phi", phi, (states, batch, matrices, units), gamma, any_stride=1)
-    check_tensor("y", y, (batch, matrices, fan_in), gamma)
+    entering, next_phi = _apart("phi", phi, (states, matrices), (batch, units), gamma)
+    read, next_y = _apart("y", y, (1, matrices), (batch, fan_in), gamma)
+    if None in read:
+        raise TypeError(f"y[{read.index(None)}] must be a torch.Tensor, got None")
     if delta is not None:
         check_tensor("delta", delta, (states, batch, units), gamma, any_stride=1)
-    if weight is not None:
-        check_tensor("weight", weight, (matrices, units, fan_in), gamma)
+    if (weights is None) != (lr is None):
+        raise ValueError("weights and lr must be given together, got one of them")
+    if weights is not None:
+        if len(weights) != matrices:
+            raise ValueError(f"weights must hold {matrices} tensors, one a matrix, got {len(weights)}")
+        for k, weight in enumerate(weights):
+            if weight is not None:
+                check_tensor(f"weights[{k}]", weight, (units, fan_in), gamma)
+        check_tensor("lr", lr, (1,), gamma)
         if delta is None:
-            raise ValueError("delta must be given with weight, got None")
-    elif lr != 0.0:
-        raise ValueError(f"lr must be 0 without weight, got {lr}")
+            raise ValueError("delta must be given with weights, got None")
     if rng_state is not None:
         check_tensor("rng_state", rng_state, (2,), gamma, (torch.int64,))
         if gamma.dtype != torch.bfloat16:
@@ -257,8 +290,9 @@ def gamma_step_(
 
     rows = split_rows(states * gamma.nbytes // batch, batch, device_sizes(gamma).multiprocessors)
     parts = batch // rows
+    in_pass = weights is not None and parts == 1
     gradients = None
-    if delta is not None and (weight is None or parts > 1):
+    if delta is not None and not in_pass:
         shape = (parts, matrices, units, fan_in)
         gradients = torch.empty(shape, dtype=torch.float32, device=gamma.device)
     config = pick_config(units, fan_in, gamma.dtype, rng_state is not None)
@@ -268,20 +302,20 @@ def gamma_step_(
             gamma,
             gammas[1] if states == 2 else None,
             m,
-            phi,
-            y,
+            entering,
+            read,
             delta,
             gradients,
-            weight if parts == 1 else None,
+            tuple(weights) if weights is not None and in_pass else None,
+            lr if in_pass else None,
             rng_state,
-            float(lr),
             rows,
-            matrices,
             units,
             fan_in,
+            next_phi,
+            next_y,
             m.stride(0),
             m.stride(1),
-            phi.stride(0),
             0 if delta is None else delta.stride(0),
             BLOCK_N=config.block_n,
             BLOCK_M=config.block_m,
@@ -291,7 +325,44 @@ def gamma_step_(
     if gradients is None:
         return None
     gradient = gradients[0] if parts == 1 else gradients.sum(0)
-    if weight is None:
+    if weights is None or lr is None:
         return gradient
-    weight.sub_(gradient, alpha=lr)
+    for weight, own in zip(weights, gradient.unbind(0), strict=True):
+        if weight is not None:
+            weight.addcmul_(own, lr, value=-1)
     return None
+
+
+def _apart(
+    name: str,
+    given: Tensor | Sequence[Tensor | None],
+    counts: tuple[int, int],
+    shape: tuple[int, int],
+    like: Tensor,
+) -> tuple[tuple[Tensor | None, ...], int]:
+    """The arrays (B, ·) of `given`, one each for S·K, and how far their rows are apart.
+
+    given: (S, B, K, ·), or without S where it is 1; or S·K arrays. Raises TypeError or ValueError as `gamma_step_`.
+    """
+    states, matrices = counts
+    if isinstance(given, Tensor):
+        batch, numbers = shape
+        whole = (states, batch, matrices, numbers) if name == "phi" else (batch, matrices, numbers)
+        check_tensor(name, given, whole, like, any_stride=int(name == "phi"))
+        by_state = given if name == "phi" else given[None]
+        arrays = [by_state[nu, :, k] for nu in range(states) for k in range(matrices)]
+        return tuple(arrays), matrices * numbers
+    if not isinstance(given, (tuple, list)):
+        raise TypeError(f"{name} must be a torch.Tensor or a sequence of them, got {type(given).__name__}")
+    if len(given) != states * matrices:
+        raise ValueError(f"{name} must hold {states * matrices} tensors, got {len(given)}")
+    apart = {}
+    for index, each in enumerate(given):
+        if each is not None:
+            check_tensor(f"{name}[{index}]", each, shape, like, any_stride=1)
+            apart[index] = each.stride(0)
+    distance = next(iter(apart.values()), 0)
+    other = next((index for index, found in apart.items() if found != distance), None)
+    if other is not None:
+        raise ValueError(f"{name}'s rows must be as far apart in all, got {distance} and {apart[other]}")
+    return tuple(given), distance

@@ -6,6 +6,7 @@ address: inputs are copied in, results copied out.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class GraphedStep:
     """The steps of a learner of form "step" by graphs. Owns the layer's state and advances `carried`.
 
     layer: its parameters keep their storage; state (S, B, N), zero; carried: what is carried forward, zero;
-    backend: of `ops.scan`.
+    backend: of `ops.scan`; lr (1,) or None: of the step of SGD that the second graph takes (`ops.Descent`).
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class GraphedStep:
         state: Tensor,
         rule: str,
         backend: str,
+        lr: Tensor | None = None,
         capture: Capture = cuda_graph,
     ) -> None:
         self._layer, self._carried, self.state = layer, carried, state
@@ -61,6 +63,7 @@ class GraphedStep:
         self._delta = state.new_zeros(len(layer.cell.states), 1, batch, layer.hidden_size)
         self._addresses = self._storage()
         self._rule, self._backend_of_scan = rule, backend
+        self._descent = None if lr is None else ops.Descent.down(layer.weights(), lr)
         self._now, self._folded = 0, True  # steps made; whether Γ is that of the last
         with torch.no_grad():
             self._forward, self._replay_forward = capture(self._run_forward)
@@ -92,9 +95,9 @@ class GraphedStep:
         diagonals = rest[: len(cell.matrices)]
         block = linearized(cell, trajectory, diagonals, inputs if readers else None, self._rule)
         per_unit = rfp.input_gradient(block.lin, self._delta, len(cell.inputs))
-        gradients = self._carried.step_(block, self._delta)
-        assert gradients is not None
-        return [layer.input_gradient(per_unit, readers)[0], *gradients]
+        for_input = layer.input_gradient(per_unit, readers)[0]
+        gradients = self._carried.step_(block, self._delta, self._descent)
+        return [for_input, *(gradients or [])]
 
     def step(self, x: Tensor, forget: Tensor | None) -> list[Tensor]:
         """x (B, F), rows to reset before it (B,) bool or None → the cell's outputs, (B, N) each."""
@@ -129,7 +132,10 @@ class GraphedStep:
         return self._now
 
     def gradients(self, step: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Of the layer's input (B, F) and weights at step `step`, from those of the outputs. Advances Γ."""
+        """Of the layer's input (B, F) and weights at step `step`, from those of the outputs. Advances Γ.
+
+        With lr the input's alone: the weights have taken theirs.
+        """
         if step != self._now or self._folded:
             raise RuntimeError(
                 f"backward of step {step} comes too late: Γ is that of step {self._now} now. With cuda_graph=True, "
@@ -140,6 +146,8 @@ class GraphedStep:
             if grad is not None:
                 self._delta[nu, 0].copy_(grad)
         self._advance()
+        if self._descent is not None:
+            self._descent.taken()
         return [made.clone() for made in self._backward]
 
 
@@ -161,5 +169,5 @@ class Graphed(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         gradients = ctx.graphed.gradients(ctx.step, grads)
-        needed = zip(gradients, ctx.needs_input_grad[2:], strict=True)
+        needed = itertools.zip_longest(gradients, ctx.needs_input_grad[2:])
         return None, None, *(g if needs else None for g, needs in needed)

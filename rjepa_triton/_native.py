@@ -406,10 +406,13 @@ def gamma_step(
     delta: Tensor | None,
     t: int,
     room: Room | None = None,
+    descent: tuple[Sequence[Tensor | None], float] | None = None,
 ) -> tuple[Tensor | None] | None:
     """`gamma_pass` by step t of T, whose arrays lie apart, as linearisation leaves them.
 
     m (S, S, T, B, N); phi S·K of (T, B, N), state by state, None: zeros; y K of (T, B, Y); delta (S, T, B, N) or None.
+    descent: K weights of N·M numbers, contiguous, None for one that stays, and a rate: they take a step down the
+    gradient, which is None then. Mutates gammas, and those.
     """
     m, phi, y = (
         m.contiguous(),
@@ -435,6 +438,7 @@ def gamma_step(
         False,
         room,
         t * rows * item,
+        descent,
     )
 
 
@@ -450,6 +454,7 @@ def _pass(
     before: bool,
     room: Room | None,
     skipped: int = 0,
+    descent: tuple[Sequence[Tensor | None], float] | None = None,
 ) -> tuple[Tensor | None] | None:
     """`gamma_pass` of tables of addresses and distances, as in `native/gamma.cpp`; skipped: bytes of m."""
     code = library()
@@ -458,7 +463,8 @@ def _pass(
     first = gammas[0]
     batch, *shape = first.shape
     total = None
-    if credit is not None:
+    weights, rate = descent or (None, 0.0)
+    if credit is not None and weights is None:
         total = first.new_empty(shape) if room is None else room.empty(shape, first)
     code.gamma_pass(
         _addresses(gammas),
@@ -467,7 +473,9 @@ def _pass(
         y,
         credit,
         _address(total),
+        None if weights is None else _addresses(weights),
         _longs(apart),
+        rate,
         len(gammas),
         steps,
         batch,
@@ -512,13 +520,13 @@ def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
         (code.rgc_linearize, 7, 5),
         (code.reverse_scan, 5, 3),
         (code.exact_credits, 12, 5),
-        (code.gamma_pass, 7, 10),
         (code.gamma_arriving, 4, 6),
         (code.activate, 1, 2),
         (code.gated_scan, 9, 6),
         (code.gated_linearize, 8, 7),
     ):
         function.argtypes, function.restype = [pointer] * pointers + [count] * counts, None
+    code.gamma_pass.argtypes, code.gamma_pass.restype = [pointer] * 8 + [ctypes.c_double] + [count] * 10, None
     return code
 
 

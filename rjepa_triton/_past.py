@@ -138,13 +138,15 @@ class Past:
         weights: Sequence[Tensor],
         delta: Tensor,
         arrived: Tensor | None,
-        needs_input: bool,
+        to_input: Callable[[Tensor], Tensor] | None,
+        descent: ops.Descent | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
         """Gradients from one call's steps. May fold them into Γ, where that saves a pass over it.
 
         delta (S, C, B, N): the loss's gradient with respect to the states; arrived (S, B, N): credit from the
-        chunk's later calls. Returns the gradient of the call's per-unit inputs (J, C, B, N) if needs_input,
-        what a linked call passes on (S, B, N), and the weights' gradients.
+        chunk's later calls. Returns what to_input makes of the gradient of the call's per-unit inputs (J, C, B, N),
+        what a linked call passes on (S, B, N), and the weights' gradients: none of them with a descent, of form
+        "step", which the weights take once to_input has run.
 
         Raises RuntimeError if Γ has moved on, so that it can't give this gradient any more.
         """
@@ -152,21 +154,25 @@ class Past:
         block, sensitivity = record.block, self.sensitivity
 
         def for_input(due: Tensor) -> Tensor | None:
-            return rfp.input_gradient(block.lin, due, record.inputs) if needs_input else None
+            return None if to_input is None else to_input(rfp.input_gradient(block.lin, due, record.inputs))
 
         if record.end <= self.base:
             assert sensitivity is not None
-            return for_input(delta), None, sensitivity.read(delta[:, 0])
+            due, read = for_input(delta), sensitivity.read(delta[:, 0])
+            if descent is not None:
+                descent.take_(read)
+                return due, None, [None] * len(self.matrices)
+            return due, None, read
 
         alone = record.start == self.base
         if self.form == "step" and alone and record.end <= self.now - self.lag:
             assert sensitivity is not None
             due = for_input(delta if block.steps == 1 else self._credit(block, delta)[0])
-            gradients = sensitivity.step_(block, delta)
-            assert gradients is not None
+            gradients = sensitivity.step_(block, delta, descent)
             self._move_base(record.end)
-            return due, None, gradients
+            return due, None, [None] * len(self.matrices) if gradients is None else gradients
 
+        assert descent is None
         credit, passed = self._credit(block, delta, arrived)
         due = for_input(delta if block.steps == 1 else credit)
         record.received = arrived is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from .layer import TwoPointRNN
 from .reference import refine as refinement
 from .reference import rfp, rtrl
 from .sensitivity import Carried, Exact, Nothing, PerUnit, RankOne
+from .two_point import Matrix
 
 Form = Literal["auto", "step", "lazy", "chunk", "history"]
 FORMS = ("auto", "step", "lazy", "chunk", "history")
@@ -46,6 +48,9 @@ class OnlineLearner:
             s_t = learner.step(x_t)
             loss(s_t, target).backward()          # adds to layer.weight_ss.grad, …, and to what made x_t
             optimizer.step(); optimizer.zero_grad()
+
+    Or with lr=0.01, and no optimizer for the layer: backward() takes its weights' step of SGD in the pass over Γ that
+    finds their gradient, which never goes to memory then.
 
     RFP's gradient is Σ_{b,ν} δ^ν(t) ⊙_rows Γ^{ν,k}(t) (paper, eq. 4 and 14; `docs/math.md`): exact for a
     diagonal layer, an approximation for a dense one (`docs/exactness.md`). Weights may change after any
@@ -88,10 +93,15 @@ class OnlineLearner:
         cuda_graph: run each step, and its backward, as a CUDA graph, so that small layers don't wait for kernel
             launches. For a layer on a GPU, form "step", lag 0, and rules that carry Γ; step by step (no chunk()),
             one backward() a step, and the layer's parameters must keep their storage.
+        lr: η ≥ 0 of plain SGD, W ← W - η ∂E/∂W, which backward() takes itself of those of the layer's weights() that
+            require a gradient: their `.grad` stays as it is, hooks on it aren't called, and what else in the graph
+            depends on them goes to `.grad` as ever. The input's gradient is that of the weights before. Form "step",
+            lag 0, update_every 1, contiguous weights; not under torch.compile. `learner.lr` may be set at any time.
+            None: gradients go to `.grad`.
 
     Under autocast the layer and its learning run in the parameters' own dtype.
 
-    step(), chunk(), reset() and backward() mutate the learner's state and Γ; nothing here changes weights.
+    step(), chunk(), reset() and backward() mutate the learner's state and Γ; with lr alone, backward() the weights.
 
     Raises:
         TypeError, ValueError: an argument out of its range, naming it; a combination that can't be, naming the
@@ -116,6 +126,7 @@ class OnlineLearner:
         backend: str = "auto",
         seed: int = 0,
         cuda_graph: bool = False,
+        lr: float | None = None,
     ) -> None:
         if not isinstance(layer, TwoPointRNN):
             raise TypeError(f"layer must be a recurrent layer such as RGC, got {type(layer).__name__}")
@@ -140,6 +151,8 @@ class OnlineLearner:
         if gamma_rounding == "stochastic":
             form = _form_of_stochastic(self.learning, form, gamma_dtype)
         weights = layer.weights()
+        if lr is not None:
+            form = _form_of_lr(form, lag, self.update_every, layer.matrices, weights)
         check.floating("layer", weights[0], (torch.float64, torch.float32))
         for matrix, weight in zip(layer.matrices, weights, strict=True):
             check.finite(f"layer's {matrix.name}", weight)
@@ -195,6 +208,10 @@ class OnlineLearner:
         self._calls: dict[
             int, _Call
         ] = {}  # of operators, by time of their last step, while a loss may reach them
+        self._lr: Tensor | None = None
+        if lr is not None:
+            self._lr = weights[0].detach().new_zeros(1)  # where a captured step reads it
+            self.lr = lr
         self._graph: GraphedStep | None = None
         if cuda_graph:
             if device.type != "cuda":
@@ -212,7 +229,9 @@ class OnlineLearner:
                 f"cuda_graph=True goes with form='step', lag=0 and a rule of {', '.join(rfp.RULES)}, "
                 f"got form={self.form!r}, lag={self.lag}, learning={self.learning!r}"
             )
-        return GraphedStep(self.layer, carried, self._state, self.learning, self._past.scan_backend, capture)
+        return GraphedStep(
+            self.layer, carried, self._state, self.learning, self._past.scan_backend, self._lr, capture
+        )
 
     def _refuse_if_too_large(self, device: torch.device) -> None:
         need, per_step = self.carried_bytes, self._problem.window_bytes(1)
@@ -223,6 +242,21 @@ class OnlineLearner:
                 f"form='history' takes {per_step:,} bytes for each step since reset, "
                 f"so up to {self._available // per_step:,} steps"
             )
+
+    @property
+    def lr(self) -> float | None:
+        """η of the step of SGD that backward() takes; None where gradients go to `.grad`."""
+        return None if self._lr is None else float(self._lr)
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        if self._lr is None:
+            raise ValueError(
+                f"lr can't be set to {value} in a learner that was made without: OnlineLearner(..., lr=…)"
+            )
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"lr must be a finite number ≥ 0, got {value!r}")
+        self._lr.fill_(value)
 
     @property
     def lag(self) -> int:
@@ -334,7 +368,7 @@ class OnlineLearner:
         # the caller's own: the window goes on reading the trajectory
         shown = [trajectory.after[nu].clone() for nu in cell.outputs]
         self._state = trajectory.states[:, -1].clone()
-        return _Call(layer, past, record, readers), shown
+        return _Call(layer, past, record, readers, self._lr), shown
 
     def _prepare(self, x: Tensor, resets: Tensor | None) -> Tensor | None:
         """Before new steps: make room for them, keep the weights if they are needed; resets with those due."""
@@ -350,6 +384,8 @@ class OnlineLearner:
 
     def _by_operator(self, x: Tensor, resets: Tensor | None) -> Tensor:
         """Outputs (C, B, N) of x (C, B, F) by the operator that torch.compile takes as it is."""
+        if self._lr is not None:
+            raise ValueError("lr can't go under torch.compile, which must know of weights that change")
         weights = list(self.layer.weights())
         made = torch.ops.rjepa_triton.learner_steps(self.number, x, resets, weights, self._clock)
         *shown, self._clock = made
@@ -582,14 +618,36 @@ def _full_credit(layer: TwoPointRNN, rounds: int | None, scan: str) -> FullCredi
     return credits
 
 
+def _form_of_lr(
+    form: str, lag: int, update_every: int, matrices: Sequence[Matrix], weights: Sequence[Tensor]
+) -> Form:
+    """The form in which backward() may change weights; raise where it can't."""
+    if form not in ("auto", "step"):
+        raise ValueError(
+            f"lr goes with form='step', whose weights may change at every step, got form={form!r}"
+        )
+    for name, value, wanted in (("lag", lag, 0), ("update_every", update_every, 1)):
+        if value != wanted:
+            raise ValueError(
+                f"lr goes with {name}={wanted}: backward() changes the weights, got {name}={value}"
+            )
+    for matrix, weight in zip(matrices, weights, strict=True):
+        if not weight.is_contiguous():
+            raise ValueError(
+                f"lr goes with contiguous weights, got {matrix.name} of strides {weight.stride()}"
+            )
+    return "step"
+
+
 @dataclass(frozen=True)
 class _Call:
-    """Steps that one call has run: their record, and the weights that read the layer's input, as they were."""
+    """Steps that one call has run: their record, the weights that read the layer's input, as they were, and `lr`."""
 
     layer: TwoPointRNN
     past: Past
     record: Record
     readers: Sequence[Tensor]
+    lr: Tensor | None = None
 
     def gradients(
         self, grads: Sequence[Tensor | None], arrived: Tensor | None, needs_x: bool
@@ -604,8 +662,13 @@ class _Call:
             if grad is not None:
                 delta[nu] = grad
         weights = self.layer.weights()
-        per_unit, passed, by_weight = self.past.gradients(self.record, weights, delta, arrived, needs_x)
-        for_x = self.layer.input_gradient(per_unit, self.readers) if per_unit is not None else None
+        to_input = functools.partial(self.layer.input_gradient, readers=self.readers) if needs_x else None
+        descent = None if self.lr is None else ops.Descent.down(weights, self.lr)
+        for_x, passed, by_weight = self.past.gradients(
+            self.record, weights, delta, arrived, to_input, descent
+        )
+        if descent is not None:
+            descent.taken()
         return for_x, passed if self.record.linked else None, by_weight
 
 

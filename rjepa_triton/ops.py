@@ -19,7 +19,8 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -405,6 +406,39 @@ def gamma_step_(
     return rfp.gamma_step_(gammas, m, phi, y, delta, rng_state)
 
 
+_Array = TypeVar("_Array", Tensor, Tensor | None)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A step of SGD, W ← W - lr · G, taken where G is found: of weights, detached, None for one that stays.
+
+    lr (1,), of the weights' dtype and device: what it is when G is found.
+    """
+
+    weights: Sequence[Tensor | None]
+    lr: Tensor
+
+    @classmethod
+    def down(cls, weights: Sequence[Tensor], lr: Tensor) -> Descent:
+        """Of those parameters that require a gradient."""
+        return cls([weight.detach() if weight.requires_grad else None for weight in weights], lr)
+
+    def taken(self) -> None:
+        """Tell autograd that the weights have changed: kernels don't."""
+        torch.autograd.graph.increment_version([weight for weight in self.weights if weight is not None])
+
+    def of(self, indices: Sequence[int]) -> Descent:
+        """Of some of the weights."""
+        return Descent([self.weights[index] for index in indices], self.lr)
+
+    def take_(self, gradients: Tensor | Sequence[Tensor]) -> None:
+        """Take the step by these gradients, one a weight and of as many numbers."""
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            if weight is not None:
+                weight.addcmul_(gradient.view(weight.shape), self.lr, value=-1)
+
+
 def gamma_steps_(
     gammas: Sequence[Tensor],
     matrices: Sequence[Matrix],
@@ -416,41 +450,86 @@ def gamma_steps_(
     rng_state: Tensor | None = None,
     backend: str = "torch",
     room: Room | None = None,
+    descent: Descent | None = None,
 ) -> Tensor | None:
-    """`gamma_step_` by each step of a linearisation in turn, and the gradients' sum.
+    """`gamma_step_` by each step of a linearisation in turn, and the gradients' sum (K, N, M); None without delta.
 
     matrices: those of one shape whose Γ it is; inputs (T, B, I), if one reads the layer's; m (S, S, T, B, N), delta
-    (S, T, B, N) or None. Compiled code takes φ and y where they lie; else they are made one array each. Mutates gammas,
-    and counts steps in rng_state.
+    (S, T, B, N) or None. Compiled code and kernels take φ and y where they lie; else they are made one array each.
+    descent: of the matrices' weights, which take each step's gradient, and None is returned: Γ doesn't depend on them
+    here, so that their steps add up to that of the sum. Mutates gammas, counts steps in rng_state.
     """
-    steps = range(lin.steps)
-    total: Tensor | None = None
-    given = (*gammas, m, lin.before, inputs, delta)
-    if backend == "compile" and _has_memory(*given) and _native.library() is not None:
+    if delta is None:
+        descent = None
+    native = backend == "compile" and _has_memory(*gammas, m, lin.before, inputs, delta)
+    apart: list[Tensor | None] = []
+    read: list[Tensor] = []
+    if native or backend == "triton":
         entries = [lin.immediate(matrix) for matrix in matrices]
         apart = [by.get(nu) for nu in range(len(gammas)) for by in entries]
         read = [rfp.signal(matrix, lin, inputs) for matrix in matrices]
-        for t in steps:
-            passed = _native.gamma_step(gammas, m, apart, read, delta, t, room)
-            assert passed is not None
-            total = passed[0] if total is None or passed[0] is None else total.add_(passed[0])
-        return total
-    phi, y = rfp.immediates(matrices, lin), rfp.signals(matrices, lin, inputs)
-    for t in steps:
-        part = gamma_step_(
-            gammas,
-            m.select(2, t),
-            phi.select(1, t),
-            y[t],
-            None if delta is None else delta.select(1, t),
-            rng_state=rng_state,
-            backend=backend,
-            room=room,
-        )
+    stacked: tuple[Tensor, Tensor] | None = None
+    total: Tensor | None = None
+    for t in range(lin.steps):
+        done: tuple[Tensor | None] | None = None
+        if native:
+            taken = None if descent is None else (descent.weights, descent.lr.item())
+            done = _native.gamma_step(gammas, m, apart, read, delta, t, room, taken)
+        elif backend == "triton":
+            done = _launched_step(gammas, m, apart, read, delta, t, rng_state, descent)
+        if done is None:
+            if stacked is None:
+                stacked = rfp.immediates(matrices, lin), rfp.signals(matrices, lin, inputs)
+            credit = None if delta is None else delta.select(1, t)
+            part = rfp.gamma_step_(
+                gammas, m.select(2, t), stacked[0].select(1, t), stacked[1][t], credit, rng_state
+            )
+            if descent is not None and part is not None:
+                descent.take_(part)
+                part = None
+            done = (part,)
         if rng_state is not None:
             rng_state[1] += 1
-        total = part if total is None or part is None else total.add_(part)
+        total = done[0] if total is None or done[0] is None else total.add_(done[0])
     return total
+
+
+def _launched_step(
+    gammas: Sequence[Tensor],
+    m: Tensor,
+    phi: Sequence[Tensor | None],
+    y: Sequence[Tensor],
+    delta: Tensor | None,
+    t: int,
+    rng_state: Tensor | None,
+    descent: Descent | None,
+) -> tuple[Tensor | None] | None:
+    """A tuple of the gradient of step t, or None with a descent; None if the kernel can't be launched, and nothing
+    done."""
+    from .kernels import gamma_step as kernels
+
+    def launch() -> tuple[Tensor | None]:
+        step = kernels.gamma_step_(
+            gammas,
+            m.select(2, t),
+            _evenly([None if each is None else each[t] for each in phi]),
+            _evenly([each[t] for each in y]),
+            None if delta is None else delta.select(1, t),
+            weights=None if descent is None else descent.weights,
+            lr=None if descent is None else descent.lr,
+            rng_state=rng_state,
+        )
+        return (step,)
+
+    return _launched("gamma_step", launch)
+
+
+def _evenly(arrays: Sequence[_Array]) -> list[_Array]:
+    """(B, ·) arrays whose numbers are contiguous and rows as far apart in all: as they are, or copied."""
+    there = [a for a in arrays if a is not None]
+    if len({a.stride(0) for a in there}) <= 1 and all(a.stride(-1) == 1 or a.shape[-1] == 1 for a in there):
+        return list(arrays)
+    return [None if a is None else a.contiguous() for a in arrays]
 
 
 def rtrl_heads_(

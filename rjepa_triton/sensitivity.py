@@ -51,8 +51,13 @@ class Carried(ABC):
         self.forget_(None)
 
     @abstractmethod
-    def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
-        """Advance by each step in turn; with delta (S, T, B, N), return Σ_t δ(t) · sensitivity(t) a matrix."""
+    def step_(
+        self, block: Block, delta: Tensor | None = None, descent: ops.Descent | None = None
+    ) -> list[Tensor] | None:
+        """Advance by each step in turn; with delta (S, T, B, N), return Σ_t δ(t) · sensitivity(t) a matrix.
+
+        descent: of the layer's weights, which take that gradient, and None is returned. Mutates them.
+        """
 
     @abstractmethod
     def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
@@ -71,6 +76,14 @@ def _forget_(tensors: Sequence[Tensor], rows: Tensor | None) -> None:
             tensor.zero_()
         else:
             tensor[rows] = 0
+
+
+def _taken(descent: ops.Descent | None, gradients: list[Tensor] | None) -> list[Tensor] | None:
+    """The gradients, or None where the weights have taken them."""
+    if descent is None or gradients is None:
+        return gradients
+    descent.take_(gradients)
+    return None
 
 
 # Between the seeds of two groups: more than between seeds that a user would try one after the other.
@@ -156,7 +169,9 @@ class PerUnit(Carried):
             if group.rng_state is not None:
                 group.rng_state[1] = 0
 
-    def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
+    def step_(
+        self, block: Block, delta: Tensor | None = None, descent: ops.Descent | None = None
+    ) -> list[Tensor] | None:
         totals = [
             ops.gamma_steps_(
                 group.gammas,
@@ -168,6 +183,7 @@ class PerUnit(Carried):
                 rng_state=group.rng_state,
                 backend=group.backend,
                 room=group.room,
+                descent=None if descent is None else descent.of(group.indices),
             )
             for group in self.groups
         ]
@@ -210,14 +226,16 @@ class PerUnit(Carried):
 class _StepByStep(Carried):
     """What is advanced one step at a time and has no formula for a chunk."""
 
-    def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
+    def step_(
+        self, block: Block, delta: Tensor | None = None, descent: ops.Descent | None = None
+    ) -> list[Tensor] | None:
         totals: list[Tensor] | None = None
         for t in range(block.steps):
             self._advance(block, t)
             if delta is not None:
                 parts = self.read(delta[:, t])
                 totals = parts if totals is None else [a.add_(b) for a, b in zip(totals, parts, strict=True)]
-        return totals
+        return _taken(descent, totals)
 
     def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
         gradients = None if credit is None else self.read(credit)
@@ -265,14 +283,16 @@ class Exact(_StepByStep):
     def tensors(self) -> list[Tensor]:
         return self._gamma.gammas
 
-    def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
+    def step_(
+        self, block: Block, delta: Tensor | None = None, descent: ops.Descent | None = None
+    ) -> list[Tensor] | None:
         if not self._one_pass:
-            return super().step_(block, delta)
+            return super().step_(block, delta, descent)
         totals: list[Tensor] | None = None
         for t in range(block.steps):
             parts = self._step_by_kernel(block, t, None if delta is None else delta[:, t])
             totals = parts if totals is None else [a.add_(b) for a, b in zip(totals, parts, strict=True)]
-        return None if delta is None else totals
+        return None if delta is None else _taken(descent, totals)
 
     def _step_by_kernel(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
         """Advance by step t of the block; gradients by matrix with delta (S, B, N), else none."""
@@ -411,7 +431,9 @@ class Nothing(Carried):
     def tensors(self) -> list[Tensor]:
         return []
 
-    def step_(self, block: Block, delta: Tensor | None = None) -> list[Tensor] | None:
+    def step_(
+        self, block: Block, delta: Tensor | None = None, descent: ops.Descent | None = None
+    ) -> list[Tensor] | None:
         raise AssertionError("truncated BPTT has no step form")
 
     def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:

@@ -51,7 +51,7 @@ def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], o
     return [
         lambda: gamma_step.gamma_step_(*step),
         lambda: gamma_step.gamma_step_(*step, delta[:, 0]),
-        lambda: gamma_step.gamma_step_(*step, delta[:, 0], weight=weight, lr=0.1),
+        lambda: gamma_step.gamma_step_(*step, delta[:, 0], weights=weight.unbind(0), lr=zeros(1)),
         lambda: gamma_step.gamma_step_([g.bfloat16() for g in gammas], *step[1:], rng_state=zeros(2).long()),
         lambda: gamma_read.gamma_read(gammas, carry),
         lambda: gamma_chunk.gamma_chunk_(*chunk),

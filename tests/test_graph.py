@@ -45,7 +45,7 @@ def graphed(layer: TwoPointRNN, batch: int, **options: Any) -> OnlineLearner:
 def run(learner: OnlineLearner, x: Tensor, delta: Tensor, skip: set[int] = frozenset()) -> list[Tensor]:  # type: ignore[assignment]
     """Outputs, input gradients, parameters after learning with every loss but those of steps in `skip`."""
     layer = learner.layer
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)  # has nothing to do where the learner has lr
     found = []
     for t in range(len(x)):
         if t == 3:
@@ -74,6 +74,18 @@ def test_a_graphed_learner_is_the_plain_one(name: str, skip: set[int]) -> None:
     want = run(OnlineLearner(plain, 2, form="step"), x, delta, skip)
     got = run(graphed(twin, 2), x, delta, skip)
     assert oracle.relative(got, want) < 1e-12
+
+
+@by_layer
+def test_a_graph_that_takes_the_weights_step(name: str) -> None:
+    plain, twin = LAYERS[name](), LAYERS[name]()
+    twin.load_state_dict(plain.state_dict())
+    x, delta = torch.randn(9, 2, plain.fan_in, dtype=F64), torch.randn(9, 2, plain.hidden_size, dtype=F64)
+    want = run(OnlineLearner(plain, 2, form="step"), x, delta, {2, 7})
+    learner = graphed(twin, 2, lr=0.5)
+    learner.lr = 0.1  # after the capture
+    assert oracle.relative(run(learner, x, delta, {2, 7}), want) < 1e-12
+    assert all(weight.grad is None for weight in twin.weights())
 
 
 @pytest.mark.parametrize("learning", ["eprop", "snap0"])

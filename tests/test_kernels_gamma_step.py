@@ -25,6 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = torch.float32
 # A few roundings of a sum of at most S + 1 products, then a batch of S products: each below 2⁻²⁴ of its terms.
 TOLERANCE = 1e-6
+LR = torch.full((1,), 0.1, device=DEVICE)
 
 
 def _random(*shape: int) -> Tensor:
@@ -230,13 +231,33 @@ def test_long_memory_is_better_rounded_stochastically():
     assert error(stochastic) < math.sqrt(500 / 6) * 2**-7 < error(nearest)
 
 
-def test_weight_takes_the_step_that_the_gradient_says():
-    gammas, m, phi, y, delta = _problem(2, 3, 3, 33, 65)
-    weight = _random(3, 33, 65)
-    before, twin = weight.clone(), [g.clone() for g in gammas]
+@pytest.mark.parametrize("batch", [3, 16])  # in the pass, and after parts of the batch are added up
+def test_weights_take_the_step_that_the_gradient_says(batch):
+    gammas, m, phi, y, delta = _problem(2, batch, 3, 33, 65)
+    weights = [_random(33, 65) for _ in range(3)]
+    before, twin = [w.clone() for w in weights], [g.clone() for g in gammas]
     gradient = gamma_step_(twin, m, phi, y, delta)
-    assert gamma_step_(gammas, m, phi, y, delta, weight=weight, lr=0.1) is None
-    torch.testing.assert_close(weight, before - 0.1 * gradient, rtol=0, atol=1e-6)
+    # the second stays as it is
+    assert gamma_step_(gammas, m, phi, y, delta, weights=[weights[0], None, weights[2]], lr=LR) is None
+    for k in (0, 2):
+        torch.testing.assert_close(weights[k], before[k] - 0.1 * gradient[k], rtol=0, atol=1e-6)
+    assert torch.equal(weights[1], before[1])
+    assert all(torch.equal(a, b) for a, b in zip(gammas, twin, strict=True))
+
+
+@pytest.mark.parametrize("states", [1, 2])
+def test_immediates_and_signals_that_lie_apart(states):
+    """As linearisation leaves them: a step of (T, B, N) each, some of them not there; rows as far apart in all."""
+    shape = (states, 3, 4, 33, 65)
+    gammas, m, phi, y, delta = _problem(*shape)
+    twin = [g.clone() for g in gammas]
+    apart = [phi[nu, :, k].contiguous() for nu in range(states) for k in range(4)]
+    there = [each if each.any() else None for each in apart]
+    assert (None in there) == (states == 2)
+    want = gamma_step_(twin, m, phi, y, delta)
+    wide = torch.full((4, 3, 70), math.nan, device=DEVICE)
+    wide[:, :, :65] = y.transpose(0, 1)
+    assert torch.equal(want, gamma_step_(gammas, m, there, wide[:, :, :65].unbind(0), delta))
     assert all(torch.equal(a, b) for a, b in zip(gammas, twin, strict=True))
 
 
@@ -261,7 +282,7 @@ def test_a_split_batch(states, batch, rows, monkeypatch):
     assert torch.equal(gradient, gamma_step_(twins[1], m, phi, y, delta))
     weight = _random(2, 9, 67)
     before = weight.clone()
-    assert gamma_step_(twins[2], m, phi, y, delta, weight=weight, lr=0.1) is None
+    assert gamma_step_(twins[2], m, phi, y, delta, weights=weight.unbind(0), lr=LR) is None
     torch.testing.assert_close(weight, before - 0.1 * gradient, rtol=0, atol=1e-6)
     for twin in twins:
         assert all(torch.equal(a, b) for a, b in zip(twin, gammas, strict=True))
@@ -352,14 +373,32 @@ def _valid() -> dict[str, object]:
         ({"gammas": [torch.zeros(2, 3, 7, 5).mT]}, ValueError, r"gammas\[0\] must be contiguous"),
         ({"m": torch.zeros(2, 2, 2, 4)}, ValueError, r"m must have shape \(2, 2, 2, 5\), got \(2, 2, 2, 4\)"),
         ({"m": torch.zeros(2, 2, 5, 2).mT}, ValueError, "m must be contiguous beyond its first 2"),
-        ({"phi": None}, TypeError, "phi must be a torch.Tensor, got NoneType"),
+        ({"phi": None}, TypeError, "phi must be a torch.Tensor or a sequence of them, got NoneType"),
+        ({"phi": [torch.zeros(2, 5)] * 3}, ValueError, "phi must hold 6 tensors, got 3"),
+        ({"phi": [torch.zeros(2, 4)] * 6}, ValueError, r"phi\[0\] must have shape \(2, 5\), got \(2, 4\)"),
+        (
+            {"y": [torch.zeros(2, 7), torch.zeros(2, 8)[:, :7], torch.zeros(2, 7)]},
+            ValueError,
+            "y's rows must be as far apart in all, got 7 and 8",
+        ),
+        ({"y": [torch.zeros(2, 7), None, None]}, TypeError, r"y\[1\] must be a torch.Tensor, got None"),
         ({"phi": torch.zeros(2, 2, 3, 5).double()}, TypeError, "phi must have dtype torch.float32"),
         ({"y": torch.zeros(2, 3, 1, 7)}, ValueError, r"y must have shape \(2, 3, 7\)"),
         ({"y": torch.zeros(2, 3, 7, device="meta")}, ValueError, "y must be on"),
         ({"delta": torch.zeros(1, 2, 5)}, ValueError, r"delta must have shape \(2, 2, 5\)"),
-        ({"weight": torch.zeros(3, 5, 8)}, ValueError, r"weight must have shape \(3, 5, 7\)"),
-        ({"weight": torch.zeros(3, 5, 7), "delta": None}, ValueError, "delta must be given with weight"),
-        ({"lr": 0.1}, ValueError, "lr must be 0 without weight, got 0.1"),
+        ({"weights": torch.zeros(3, 5, 8), "lr": LR}, ValueError, r"weights\[0\] must have shape \(5, 7\)"),
+        (
+            {"weights": torch.zeros(2, 5, 7), "lr": LR},
+            ValueError,
+            "weights must hold 3 tensors, one a matrix, got 2",
+        ),
+        (
+            {"weights": torch.zeros(3, 5, 7), "lr": LR, "delta": None},
+            ValueError,
+            "delta must be given with weights",
+        ),
+        ({"weights": torch.zeros(3, 5, 7), "lr": 0.1}, TypeError, "lr must be a torch.Tensor, got float"),
+        ({"lr": LR}, ValueError, "weights and lr must be given together, got one of them"),
         (
             {"rng_state": torch.zeros(2).long()},
             ValueError,

@@ -177,18 +177,34 @@ def test_steps_take_immediates_and_signals_where_they_lie(
     matrices = (*cell.matrices, Matrix("in", ("input", 0), "input"), Matrix("bias", ("input", 0), "one"))
     all_weights = [*weights, torch.zeros(units, features, dtype=F64), torch.zeros(units, dtype=F64)]
 
-    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    def run(dtype: torch.dtype, backend: str, descends: bool = False) -> list[Tensor]:
+        """Γ and both gradients; where the weights descend by 1, of which one stays, those in place of gradients."""
         given = [w.to(dtype) for w in weights]
         trajectory = cell.scan(x.to(dtype), given, [c.to(dtype) for c in state], resets)
         block = linearized(cell, trajectory, given, inputs.to(dtype))
-        held = [w.to(dtype) for w in all_weights]
+        held = [torch.zeros_like(w, dtype=dtype) for w in all_weights]
         gamma = PerUnit(matrices, held, len(cell.states), batch, dtype, backend)
+        credit = None if delta is None else delta.to(dtype)
+        if descends:
+            descent = ops.Descent([None, *held[1:]], torch.ones(1, dtype=dtype))
+            for _ in range(2):
+                assert gamma.step_(block, credit, descent) is None
+            return [*gamma.tensors(), *held]
         # the second time from a Γ that isn't zero
-        found = [gamma.step_(block, None if delta is None else delta.to(dtype)) or [] for _ in range(2)]
+        found = [gamma.step_(block, credit) or [] for _ in range(2)]
         return [*gamma.tensors(), *found[0], *found[1]]
 
+    def compare(got: list[Tensor], want: list[Tensor]) -> None:
+        for value, wanted in zip(got, want, strict=True):
+            scale = float(wanted.abs().max())
+            assert float((value.double() - wanted).abs().max()) <= 5 * TOLERANCE[dtype] * scale
+
     want = run(F64, "torch")
-    for got, wanted in zip(run(dtype, "compile"), want, strict=True):
-        scale = float(wanted.abs().max())
-        assert scale > 0
-        assert float((got.double() - wanted).abs().max()) <= 5 * TOLERANCE[dtype] * scale
+    assert all(bool(wanted.any()) for wanted in want)
+    compare(run(dtype, "compile"), want)
+    count = len(all_weights)
+    gammas, first, second = want[: len(want) - 2 * count], want[-2 * count : -count], want[-count:]
+    if delta is None:
+        gammas, first, second = want, [torch.zeros(1)] * count, [torch.zeros(1)] * count
+    moved = [-a - b for a, b in zip(first, second, strict=True)]
+    compare(run(dtype, "compile", descends=True), [*gammas, moved[0] * 0, *moved[1:]])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rjepa_triton import RGC, OnlineLearner, cost, counting, ops
+from rjepa_triton import GRU, LSTM, RGC, OnlineLearner, TwoPointRNN, cost, counting, ops
 
 F64 = torch.float64
 
@@ -816,3 +816,134 @@ def test_weights_changed_inside_a_chunk_are_refused() -> None:
         made.weight_ss.add_(1)
     with pytest.raises(ValueError, match="weights changed inside a chunk, after step 1 of update_every=4"):
         learner.step(torch.randn(2, 5, dtype=F64))
+
+
+# backend and dtype, and how near the learner with lr comes to one with an optimizer
+DESCENTS = [
+    ("torch", F64, 1e-12),
+    ("compile", F64, 1e-12),
+    ("compile", torch.float32, 1e-5),
+    *(("triton", torch.float32, 1e-5) for _ in backends()[1:]),
+]
+
+
+def descended(made: TwoPointRNN, x: Tensor, delta: Tensor, lr: float | None, **options: Any) -> list[Tensor]:
+    """Outputs and input gradients of a stream with two losses at some steps; then the parameters.
+
+    Without lr an optimizer changes them, by 0.05 at first and 0.02 later.
+    """
+    learner = OnlineLearner(made, x.shape[1], form="step", lr=lr, **options)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.05)
+    found = []
+    for t in range(len(x)):
+        if t == 3:
+            learner.reset(torch.arange(x.shape[1]) == 1)
+        if t == 5:
+            optimizer.param_groups[0]["lr"] = 0.02
+            if lr is not None:
+                learner.lr = 0.02
+        given = x[t].clone().requires_grad_(t % 2 == 0)
+        output = learner.step(given)
+        found.append(output.detach().clone())
+        if t != 6:  # no loss
+            (output * delta[t]).sum().backward()
+            if given.grad is not None:
+                found.append(given.grad)
+            if lr is None:
+                optimizer.step()
+                optimizer.zero_grad()
+    return [*found, *(p.detach().clone() for p in made.parameters())]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), DESCENTS, ids=str)
+@pytest.mark.parametrize("batch", [2, 16])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda dtype: RGC(9, input_size=3, init="uniform", dtype=dtype),
+        lambda dtype: RGC(9, recurrence="diagonal", init="uniform", dtype=dtype),
+        lambda dtype: LSTM(3, 8, heads=4, dtype=dtype),
+        lambda dtype: GRU(3, 5, dtype=dtype),
+    ],
+    ids=["rgc", "rgc-diagonal", "lstm-heads", "gru"],
+)
+def test_lr_is_what_sgd_does(
+    build: Any, batch: int, backend: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    if backend == "triton" and batch > 2:
+        pytest.skip("a split batch is the kernel's test; the interpreter takes its time")
+    plain, twin = build(dtype), build(dtype)
+    twin.load_state_dict(plain.state_dict())
+    plain.weights()[1].requires_grad_(False)
+    twin.weights()[1].requires_grad_(False)
+    x = torch.randn(9, batch, plain.fan_in, dtype=dtype)
+    delta = torch.randn(9, batch, plain.hidden_size, dtype=dtype)
+    want = descended(plain, x, delta, None, backend=backend)
+    got = descended(twin, x, delta, 0.05, backend=backend)
+    assert oracle.relative(got, want) < tolerance
+    assert all(p.grad is None for p in twin.parameters())
+
+
+@pytest.mark.parametrize("learning", ["eprop", "rtrl", "uoro"])
+def test_lr_with_other_rules(learning: str) -> None:
+    plain, twin = (LSTM(3, 5, dtype=F64) for _ in range(2))
+    twin.load_state_dict(plain.state_dict())
+    x, delta = torch.randn(9, 2, 3, dtype=F64), torch.randn(9, 2, 5, dtype=F64)
+    want = descended(plain, x, delta, None, learning=learning)
+    assert oracle.relative(descended(twin, x, delta, 0.05, learning=learning), want) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["torch", "compile"])
+def test_two_losses_of_a_step_take_two_steps_and_other_graphs_see_them(backend: str) -> None:
+    made, x = layer(), torch.randn(2, 2, 5, dtype=F64)
+    before = [w.detach().clone() for w in made.weights()]
+    want = gradients(run(layer_like(made), x[:1], torch.ones(1, 2, 5, dtype=F64), "each").layer)
+    learner = OnlineLearner(made, 2, lr=0.1, backend=backend)
+    penalty = made.weight_ss.square().sum()
+    s = learner.step(x[0])
+    s.sum().backward(retain_graph=True)
+    s.sum().backward()
+    for weight, old, gradient in zip(made.weights(), before, want, strict=True):
+        torch.testing.assert_close(weight.detach(), old - 0.2 * gradient, rtol=0, atol=1e-12)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty.backward()
+
+
+def layer_like(made: RGC) -> RGC:
+    twin = layer()
+    twin.load_state_dict(made.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, r"lr must be a finite number ≥ 0, got -0\.1"),
+        ({"lr": float("nan")}, "lr must be a finite number ≥ 0, got nan"),
+        ({"lr": "0.1"}, "lr must be a finite number ≥ 0, got '0.1'"),
+        (
+            {"form": "lazy"},
+            "lr goes with form='step', whose weights may change at every step, got form='lazy'",
+        ),
+        ({"learning": "tbptt"}, "lr goes with form='step'.*got form='chunk'"),
+        ({"lag": 1}, "lr goes with lag=0: backward\\(\\) changes the weights, got lag=1"),
+        ({"update_every": 4}, "lr goes with update_every=1"),
+    ],
+    ids=str,
+)
+def test_where_lr_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OnlineLearner(layer(), 2, **{"lr": 0.1, **options})
+
+
+def test_lr_of_a_learner_without() -> None:
+    learner = OnlineLearner(layer(), 2)
+    assert learner.lr is None
+    with pytest.raises(ValueError, match=r"lr can't be set to 0\.1 in a learner that was made without"):
+        learner.lr = 0.1
+    learner = OnlineLearner(layer(), 2, lr=0.5)
+    assert learner.lr == 0.5
+    made = layer()
+    made.weight_ms.data = made.weight_ms.data.t()
+    with pytest.raises(ValueError, match=r"lr goes with contiguous weights, got ms of strides \(1, 5\)"):
+        OnlineLearner(made, 2, lr=0.1)

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <vector>
 
 namespace {
 
@@ -26,6 +27,8 @@ template <typename real> struct Arrays {
     const real *const *y;        // K of (C, B, Y): Y = M, which every row reads, or N, of which a row reads its head's M
     const real *const *credit;   // S of (B, N), null: zeros; or null
     real *total;                 // (K, N, M): Σ credit · Γ over states and batch rows; written where there is credit
+    real *const *weights;        // K of (N, M), or null: they take a step down that sum, which goes nowhere then; or null
+    real rate;                   // of that step
     long next_m, next_step, next_row, next_y_step, next_y_row; // from one step, or batch row, to the next
     long steps, batch, matrices, units, fan_in, reads;
 
@@ -39,10 +42,10 @@ template <typename real, int S> struct Coefficients {
 };
 
 // `count` numbers of a row: new = M Γ + φ y, y by state; and credit · new to `total`, or added to it; credit · Γ where
-// Γ is read before it moves.
-template <typename real, int S, bool moves, bool reads, bool before>
+// Γ is read before it moves. descends: the sum goes to the weight, which takes a step of `rate` down it.
+template <typename real, int S, bool moves, bool reads, bool before, bool descends>
 inline __attribute__((always_inline)) void pass(real *const *gammas, const Coefficients<real, S> &c, const real *const *y, real *total, bool add,
-                 long count) {
+                 real *weight, real rate, long count) {
 #pragma omp simd
     for (long i = 0; i < count; i++) {
         real was[S], now[S];
@@ -56,7 +59,10 @@ inline __attribute__((always_inline)) void pass(real *const *gammas, const Coeff
         if (reads) {
             real sum = add ? total[i] : real(0);
             for (int nu = 0; nu < S; nu++) sum += c.credit[nu] * (before ? was : now)[nu];
-            total[i] = sum;
+            if (descends)
+                weight[i] -= rate * sum;
+            else
+                total[i] = sum;
         }
     }
 }
@@ -82,9 +88,11 @@ void add_products(const real *__restrict u, const real *__restrict y, size_t str
             for (int r = 0; r < COUNT; r++) sums[r * TILE + i] += u[t * COUNT + r] * y[t * stride + i];
 }
 
-// All that is done to R rows, of matrix k from unit n on, which read the same.
+// All that is done to R rows, of matrix k from unit n on, which read the same. room: of R · M numbers where weights step.
 template <typename real, int S, int R, bool moves, bool reads, bool before>
-void rows(const Arrays<real> &a, long k, long n) {
+void rows(const Arrays<real> &a, long k, long n, real *room) {
+    real *const totals = a.weights ? room : a.total + (k * a.units + n) * (size_t)a.fan_in;
+    real *const weights = a.weights && a.weights[k] ? a.weights[k] + n * (size_t)a.fan_in : nullptr;
     real u[BLOCK * S * R], sums[S * R * TILE];
     for (long b = 0; b < a.batch; b++) {
         Coefficients<real, S> c[R];
@@ -129,8 +137,12 @@ void rows(const Arrays<real> &a, long k, long n) {
                     gammas[nu] = a.gammas[nu] + begin[r] + first;
                     arrived[nu] = a.steps > 1 ? sums + (nu * R + r) * TILE : y + first;
                 }
-                real *total = reads ? a.total + (k * a.units + n + r) * (size_t)a.fan_in + first : nullptr;
-                pass<real, S, moves, reads, before>(gammas, c[r], arrived, total, b > 0, count);
+                real *total = reads ? totals + r * (size_t)a.fan_in + first : nullptr;
+                if (reads && weights && b == a.batch - 1)
+                    pass<real, S, moves, reads, before, true>(gammas, c[r], arrived, total, b > 0,
+                                                              weights + r * (size_t)a.fan_in + first, a.rate, count);
+                else
+                    pass<real, S, moves, reads, before, false>(gammas, c[r], arrived, total, b > 0, nullptr, 0, count);
             }
         }
     }
@@ -141,14 +153,18 @@ void all_rows(const Arrays<real> &a, int threads) {
     constexpr int R = SUMS / S;
     const long blocks = (a.units + R - 1) / R;
     const long numbers = S * a.batch * a.matrices * a.units * a.fan_in;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && numbers >= SHARED_FROM)
-    for (long block = 0; block < a.matrices * blocks; block++) {
-        const long k = block / blocks, n = block % blocks * R;
-        if (n + R <= a.units && a.head(n) == a.head(n + R - 1)) {
-            rows<real, S, R, moves, reads, before>(a, k, n);
-        } else {
-            for (long each = n; each < std::min(n + R, a.units); each++)
-                rows<real, S, 1, moves, reads, before>(a, k, each);
+#pragma omp parallel num_threads(threads) if (threads > 1 && numbers >= SHARED_FROM)
+    {
+        std::vector<real> room(a.weights ? R * a.fan_in : 0);
+#pragma omp for schedule(static)
+        for (long block = 0; block < a.matrices * blocks; block++) {
+            const long k = block / blocks, n = block % blocks * R;
+            if (n + R <= a.units && a.head(n) == a.head(n + R - 1)) {
+                rows<real, S, R, moves, reads, before>(a, k, n, room.data());
+            } else {
+                for (long each = n; each < std::min(n + R, a.units); each++)
+                    rows<real, S, 1, moves, reads, before>(a, k, each, room.data());
+            }
         }
     }
 }
@@ -220,14 +236,16 @@ void arrive_of_type(const void *m, const void *phi, void *arrived, void *whole, 
 
 template <typename real>
 void of_type(void *const *gammas, const void *m, const void *const *entering, const void *const *y,
-             const void *const *credit, void *total, const long *apart, long states, long steps, long batch,
-             long matrices, long units, long fan_in, long reads, bool before, int threads) {
+             const void *const *credit, void *total, void *const *weights, const long *apart, double rate, long states,
+             long steps, long batch, long matrices, long units, long fan_in, long reads, bool before, int threads) {
     const Arrays<real> a{(real *const *)gammas,
                          (const real *)m,
                          (const real *const *)entering,
                          (const real *const *)y,
                          (const real *const *)credit,
                          (real *)total,
+                         (real *const *)weights,
+                         (real)rate,
                          apart[0],
                          apart[1],
                          apart[2],
@@ -248,14 +266,15 @@ void of_type(void *const *gammas, const void *m, const void *const *entering, co
 } // namespace
 
 // Γ ← M Γ + Σ_t U(t) y(t)ᵀ in place, and total = Σ credit · Γ: of S = 1 or 2 states, arrays and their five distances
-// `apart` as in `Arrays`, of floats, or of doubles where `item` is 8. `before`: Γ is read before it moves.
+// `apart` as in `Arrays`, of floats, or of doubles where `item` is 8. `before`: Γ is read before it moves. weights, or
+// null: they take a step of `rate` down the sum, in place of `total`.
 extern "C" void gamma_pass(void *const *gammas, const void *m, const void *const *entering, const void *const *y,
-                           const void *const *credit, void *total, const long *apart, long states, long steps,
-                           long batch, long matrices, long units, long fan_in, long reads, long before, long item,
-                           long threads) {
+                           const void *const *credit, void *total, void *const *weights, const long *apart, double rate,
+                           long states, long steps, long batch, long matrices, long units, long fan_in, long reads,
+                           long before, long item, long threads) {
     const auto run = item == sizeof(double) ? of_type<double> : of_type<float>;
-    run(gammas, m, entering, y, credit, total, apart, states, steps, batch, matrices, units, fan_in, reads, before,
-        threads);
+    run(gammas, m, entering, y, credit, total, weights, apart, rate, states, steps, batch, matrices, units, fan_in,
+        reads, before, threads);
 }
 
 // `arrive` of S = 1 or 2 states, of floats, or of doubles where `item` is 8.
