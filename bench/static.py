@@ -3,7 +3,7 @@
 A kernel is only compiled in a process that imports triton without TRITON_INTERPRET; `compile_all` starts one:
 this module, which reads builds and writes facts as JSON. The last part says what this package's launchers
 would have compiled: `step_build`, `read_build`, `chunk_build`, `scan_build`, `suffix_build`, `rgc_small_build`,
-`rgc_persistent_build`, `rgc_pointwise_build`, `rgc_backward_build`, `rtrl_build`, `heads_build`.
+`rgc_persistent_build`, `rgc_step_build`, `rgc_pointwise_build`, `rgc_backward_build`, `rtrl_build`, `heads_build`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # triton need not be there to import this
-    from ..kernels import gamma_chunk, gamma_step, rgc_forward, rgc_persistent, rtrl_heads, rtrl_step
+    from ..kernels import (
+        gamma_chunk,
+        gamma_step,
+        rgc_forward,
+        rgc_persistent,
+        rgc_step,
+        rtrl_heads,
+        rtrl_step,
+    )
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -413,6 +421,28 @@ def rgc_persistent_build(
         },
         divisible=divisible,
         options={"num_warps": config.num_warps, "launch_cooperative_grid": True},
+    )
+
+
+def rgc_step_build(
+    target: str, config: rgc_step.Config, vector: int, *, resets: bool = True, divisible: Sequence[str] = ()
+) -> Build:
+    """One step of an RGC and its linearisation."""
+    absent = [] if resets else ["resets_ptr", "before_ptr"]
+    arrays = ("u", "ss", "ms", "mm", "sm", "state", "before", "after", "partials")
+    return Build(
+        target,
+        "rjepa_triton.kernels.rgc_step:_rgc_step_kernel",
+        types={**{f"{name}_ptr": "*fp32" for name in arrays}, "resets_ptr": "*u8", "B": "i32", "N": "i32"},
+        constants={
+            **dict.fromkeys(absent),
+            "UNITS": config.units,
+            "COLUMNS": config.columns,
+            "ROWS": config.rows,
+            "VECTOR": vector,
+        },
+        divisible=divisible,
+        options={"num_warps": config.num_warps},
     )
 
 

@@ -23,6 +23,7 @@ from rjepa_triton.kernels import (
     rgc_backward,
     rgc_forward,
     rgc_persistent,
+    rgc_step,
     rtrl_heads,
     rtrl_step,
 )
@@ -35,6 +36,7 @@ MODULES = (
     rgc_backward,
     rgc_forward,
     rgc_persistent,
+    rgc_step,
     rtrl_heads,
     rtrl_step,
 )
@@ -79,6 +81,8 @@ def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
         lambda: rgc_forward.rgc_forward_small(*small, resets, save_gates=False),
         lambda: rgc_persistent.rgc_forward_persistent(x, weights, [x[0]] * 2),
         lambda: rgc_persistent.rgc_forward_persistent(x, weights, [x[0]] * 2, resets, save_gates=False),
+        lambda: rgc_step.rgc_step(x[0], weights, both[:, 0].contiguous()),
+        lambda: rgc_step.rgc_step(x[0], weights, both[:, 0].contiguous(), resets[0]),
         # a step and no more: the next would be the same launch
         lambda: rgc_forward.rgc_pointwise_(gates[:, 0], both[:, 0], x[0], both[:, 1]),
         lambda: rgc_forward.rgc_pointwise_(gates[:, 0], both[:, 0], x[0], both[:, 1], resets[0], both[:, 0]),
@@ -137,7 +141,7 @@ def compile_() -> None:
     for sizes in ((2, 64, 2, 4, 512, 512), (1, 1, 1, 1, 1, 1)):
         for call in calls(*sizes):
             call()
-    assert len(_CompileOnly.made) == 49, len(_CompileOnly.made)
+    assert len(_CompileOnly.made) == 53, len(_CompileOnly.made)
     # Programs that wait for one another must all run at once, and none may read what was there before.
     waiting = [made for made in _CompileOnly.made if made.metadata.name == "_rgc_persistent_kernel"]
     assert len(waiting) == 4

@@ -31,6 +31,7 @@ from rjepa_triton.bench.static import (
     rgc_persistent_build,
     rgc_pointwise_build,
     rgc_small_build,
+    rgc_step_build,
     rtrl_build,
     scan_build,
     step_build,
@@ -41,6 +42,7 @@ from rjepa_triton.kernels import (
     gamma_step,
     rgc_forward,
     rgc_persistent,
+    rgc_step,
     rtrl_heads,
     rtrl_step,
 )
@@ -74,6 +76,8 @@ NARROW_STORES = {
     "rgc-small": 6,
     # Eight units of a row, a number to a thread: gates and states as above.
     "rgc-persistent": 6,
+    # What a unit and a batch row have, once: two states, as read and as made, and ten partials.
+    "rgc-step": 14,
     # φ y goes to one row a state of each column, and a column has one gradient: number by number.
     "rtrl-heads": 3,
 }
@@ -102,6 +106,11 @@ RGC_PERSISTENT_CONFIGS = {
             for b in (1, 2, 4, 8, 16, 1000)
         }
     )
+    for warp in (32, 64)
+}
+
+RGC_STEP_CONFIGS = {
+    warp: sorted({rgc_step.pick_config(n, b, warp) for n in (1, 512, 1024, 4096) for b in (1, 2, 3, 8)})
     for warp in (32, 64)
 }
 
@@ -214,6 +223,10 @@ def _cases() -> Iterator[tuple[str, Case]]:
             loads += 2 * (config.tile_rows * columns // threads // 4)
             case = Case(rgc_persistent_build(target, config, vector), 255, loads if vector == 4 else 0)
             yield f"rgc-persistent-{target}-{columns}x{config.tile_rows}-{vector}", case
+        for config, vector in itertools.product(RGC_STEP_CONFIGS[WARP[target]], (4, 1)):
+            # Four numbers of each matrix for a thread.
+            case = Case(rgc_step_build(target, config, vector), 128, 4 if vector == 4 else 0)
+            yield f"rgc-step-{target}-{config.units}x{config.rows}-{vector}", case
         for vector, loads in ((4, 7), (1, 0)):
             yield f"rgc-pointwise-{target}-{vector}", Case(rgc_pointwise_build(target, vector), 64, loads)
         for vector, last in itertools.product((4, 1), (False, True)):
@@ -255,6 +268,7 @@ OF_ONE = {
             rgc_persistent_build("sm_90", rgc_persistent.pick_config(1, 1, 132, 32), 1),
             ("N",),
         ),
+        ("rgc-step", rgc_step_build("sm_90", rgc_step.pick_config(1, 1, 32), 1), ("N",)),
         ("rgc-pointwise", rgc_pointwise_build("sm_90", 1), ("N",)),
         ("rgc-backward", rgc_backward_build("sm_90", 1), ("N",)),
         ("rtrl-jacobian", rtrl_build("sm_90", "jacobian", rtrl_step.pick_config(1)), ("N",)),
@@ -344,6 +358,7 @@ def test_every_configuration_is_built():
     assert [len(configs) for configs in CHUNK_CONFIGS.values()] == [4, 4]
     assert (len(RGC_SMALL_CONFIGS), len(RTRL_CONFIGS)) == (3, 2)
     assert [len(configs) for configs in RGC_PERSISTENT_CONFIGS.values()] == [9, 9]
+    assert [len(configs) for configs in RGC_STEP_CONFIGS.values()] == [9, 9]
     for target in TARGETS:
         assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 6
         assert sum(name.startswith(f"step-{target}") and "stochastic-S2" in name for name in CASES) == 3
