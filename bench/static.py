@@ -213,10 +213,11 @@ def step_build(
     divisible: Sequence[str] = (),
     rounding: str = "nearest",
     matrices: int = 4,
+    own: bool = False,
 ) -> Build:
     """Γ's step. mode: "advance", "gradient", or "weight", which takes the weights' step as well.
 
-    Each matrix enters one state, as an RGC's do.
+    Each matrix enters one state, as an RGC's do. own: each row reads its own number.
     """
     absent = {
         "advance": ["delta_ptr", "grad_ptr", "weight_ptrs", "lr_ptr"],
@@ -231,6 +232,7 @@ def step_build(
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "VECTOR": config.vector,
+        "OWN": own,
     }
     integers = ("ROWS", "N", "M", "next_phi", "next_y", "stride_m_to", "stride_m_from", "stride_delta")
     entered = [k * states // matrices for k in range(matrices)]

@@ -59,7 +59,7 @@ def _gamma_step_kernel(
     gamma1_ptr,  # [B, K, N, M], or None for one state
     m_ptr,  # [S, S, B, N]
     phi_ptrs,  # by state, then by matrix: [B, N], rows `next_phi` apart, or None for zero
-    y_ptrs,  # by matrix: [B, M], rows `next_y` apart
+    y_ptrs,  # by matrix: [B, M], or [B, N] of which each row of Γ reads its own; rows `next_y` apart
     delta_ptr,  # [S, B, N], or None to advance only
     grad_ptr,  # [parts, K, N, M], or None where weights take the step themselves
     weight_ptrs,  # by matrix: [N, M], or None for one that stays; or None
@@ -76,6 +76,7 @@ def _gamma_step_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     VECTOR: tl.constexpr,  # a divisor of M: numbers of Γ that one access moves
+    OWN: tl.constexpr,  # whether each row reads its own number, M = 1
 ):
     # One program: rows i and columns j of one matrix k, over its part of the batch, whose sum stays in
     # registers. All matrices in one program would need K accumulators: it spills, and saves only loads of m.
@@ -124,13 +125,16 @@ def _gamma_step_kernel(
     m_ptr += b0 * N + i0
     phi0_ptr += i0
     phi1_ptr += i0
-    y_ptr += b0 * next_y + j0
+    y_ptr += b0 * next_y + (i0 if OWN else j0)
     if delta_ptr is not None:
         delta_ptr += b0 * N + i0
 
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for b in range(ROWS):
-        y = tl.load(y_ptr + col, mask=in_m, other=0.0)[None, :]
+        if OWN:
+            y = tl.load(y_ptr + row, mask=in_n, other=0.0)[:, None]
+        else:
+            y = tl.load(y_ptr + col, mask=in_m, other=0.0)[None, :]
         old0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         m00 = tl.load(m_ptr + row, mask=in_n, other=0.0)[:, None]
         phi0 = tl.load(phi0_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < last0, other=0.0)[:, None]
@@ -193,6 +197,9 @@ def pick_config(N: int, M: int, dtype: torch.dtype, stochastic: bool = False) ->
     more programs a multiprocessor, in either dtype. Twice as many spill. Rows of 64 are whole cache lines.
     """
     vector = vector_width(M, dtype)
+    if M == 1 and not stochastic:
+        # One number a row: what lies together are rows.
+        return Config(128, 1, vector, num_warps=1)
     if vector == 1:
         # An address and a mask a number: half as many numbers a thread, or registers spill; and half of that with
         # random bits for each.
@@ -235,7 +242,8 @@ def gamma_step_(
         m: (S, S, B, N) float32, first index the row ν.
         phi: (S, B, K, N) float32, zero where a matrix does not enter a state; or where they lie, S·K of (B, N)
             state by state, None for zero. Rows contiguous, and as far apart in all.
-        y: (B, K, M) float32; or K of (B, M), rows as of phi.
+        y: (B, K, M) float32; or K of (B, M), rows as of phi. With M = 1 also N numbers, of which each row of Γ reads
+            its own, as a diagonal matrix does.
         delta: (S, B, N) float32, or None to advance only.
         weights: K of (N, M) float32, contiguous, None for one that stays as it is; or None. Mutated. They need delta
             and lr.
@@ -266,7 +274,9 @@ def gamma_step_(
     gamma, states = gammas[0], len(gammas)
     check_tensor("m", m, (states, states, batch, units), gamma, any_stride=2)
     entering, next_phi = _apart("phi", phi, (states, matrices), (batch, units), gamma)
-    read, next_y = _apart("y", y, (1, matrices), (batch, fan_in), gamma)
+    first = y if isinstance(y, Tensor) else y[0] if isinstance(y, (tuple, list)) and y else None
+    own = fan_in == 1 < units and isinstance(first, Tensor) and first.shape[-1:] == (units,)
+    read, next_y = _apart("y", y, (1, matrices), (batch, units if own else fan_in), gamma)
     if None in read:
         raise TypeError(f"y[{read.index(None)}] must be a torch.Tensor, got None")
     if delta is not None:
@@ -320,6 +330,7 @@ def gamma_step_(
             BLOCK_N=config.block_n,
             BLOCK_M=config.block_m,
             VECTOR=config.vector,
+            OWN=own,
             num_warps=config.num_warps,
         )
     if gradients is None:
@@ -327,9 +338,9 @@ def gamma_step_(
     gradient = gradients[0] if parts == 1 else gradients.sum(0)
     if weights is None or lr is None:
         return gradient
-    for weight, own in zip(weights, gradient.unbind(0), strict=True):
+    for weight, step in zip(weights, gradient.unbind(0), strict=True):
         if weight is not None:
-            weight.addcmul_(own, lr, value=-1)
+            weight.addcmul_(step, lr, value=-1)
     return None
 
 

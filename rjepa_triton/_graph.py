@@ -6,7 +6,6 @@ address: inputs are copied in, results copied out.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +13,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from . import weights as weight_ops
-from ._tape import linearized
+from ._tape import recorded
 from .layer import TwoPointRNN
 from .reference import rfp
 from .sensitivity import Carried
-from .two_point import Trajectory
 
 # Takes a function of fixed arrays and gives what it returned and how to run it again, into the same arrays.
 Capture = Callable[[Callable[[], list[Tensor]]], tuple[list[Tensor], Callable[[], None]]]
@@ -66,7 +63,9 @@ class GraphedStep:
         self._descent = None if lr is None else ops.Descent.down(layer.weights(), lr)
         self._now, self._folded = 0, True  # steps made; whether Γ is that of the last
         with torch.no_grad():
-            self._forward, self._replay_forward = capture(self._run_forward)
+            (self._after, *arrays), self._replay_forward = capture(self._run_forward)
+            fixed = iter(arrays)  # where replays write, of the structure that the last run left
+            self._block = self._structure.map(lambda _: next(fixed))
             self._backward, self._replay_backward = capture(self._run_backward)
             self.state.zero_()
             carried.restart_()
@@ -76,27 +75,29 @@ class GraphedStep:
 
     def _run_forward(self) -> list[Tensor]:
         layer, cell = self._layer, self._layer.cell
-        recurrent = [weight.detach() for weight in layer.recurrent_weights()]
-        drive = layer.drive(self._x)
-        state = self.state.unbind(0)
-        trajectory = ops.scan(cell, drive, recurrent, state, self._resets, backend=self._backend_of_scan)
-        diagonals = [weight_ops.own(weight).clone() for weight in recurrent]
-        shown = [trajectory.after[nu, 0].clone() for nu in cell.outputs]
-        self.state.copy_(trajectory.states[:, -1])
-        return [trajectory.x, trajectory.states, trajectory.saved, self._x.clone(), *diagonals, *shown]
+        reads = any(matrix.reads == "input" for matrix in layer.matrices)
+        after, block = recorded(
+            cell,
+            layer.drive(self._x),
+            [weight.detach() for weight in layer.recurrent_weights()],
+            self.state,
+            self._resets,
+            self._x if reads else None,
+            self._rule,
+            backend=self._backend_of_scan,
+        )
+        self.state.copy_(after[:, -1])
+        self._structure = block
+        return [after, *block.tensors()]
 
     def _run_backward(self) -> list[Tensor]:
-        layer, cell = self._layer, self._layer.cell
-        x, states, saved, inputs, *rest = self._forward
+        layer = self._layer
         readers = [
             w.detach() for k, w in zip(layer.matrices, layer.weights(), strict=True) if k.reads == "input"
         ]
-        trajectory = Trajectory(x, states, saved, self._resets)
-        diagonals = rest[: len(cell.matrices)]
-        block = linearized(cell, trajectory, diagonals, inputs if readers else None, self._rule)
-        per_unit = rfp.input_gradient(block.lin, self._delta, len(cell.inputs))
+        per_unit = rfp.input_gradient(self._block.lin, self._delta, len(layer.cell.inputs))
         for_input = layer.input_gradient(per_unit, readers)[0]
-        gradients = self._carried.step_(block, self._delta, self._descent)
+        gradients = self._carried.step_(self._block, self._delta, self._descent)
         return [for_input, *(gradients or [])]
 
     def step(self, x: Tensor, forget: Tensor | None) -> list[Tensor]:
@@ -112,8 +113,10 @@ class GraphedStep:
             self._resets.copy_(forget[None])
         self._x.copy_(x[None])
         self._replay_forward()
+        if forget is not None:
+            self._resets.zero_()
         self._now, self._folded = self._now + 1, False
-        return [shown.clone() for shown in self._forward[4 + len(self._layer.cell.matrices) :]]
+        return [self._after[nu, 0].clone() for nu in self._layer.cell.outputs]
 
     def fold(self) -> None:
         """Advance Γ over the last step, if no backward has."""
@@ -123,7 +126,6 @@ class GraphedStep:
 
     def _advance(self) -> None:
         self._replay_backward()
-        self._resets.zero_()
         self._folded = True
 
     @property
@@ -131,24 +133,26 @@ class GraphedStep:
         """Steps made so far."""
         return self._now
 
-    def gradients(self, step: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    def gradients(
+        self, step: int, grads: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
         """Of the layer's input (B, F) and weights at step `step`, from those of the outputs. Advances Γ.
 
-        With lr the input's alone: the weights have taken theirs.
+        needed: which are; with lr the input's alone is given: the weights have taken theirs.
         """
         if step != self._now or self._folded:
             raise RuntimeError(
                 f"backward of step {step} comes too late: Γ is that of step {self._now} now. With cuda_graph=True, "
                 f"call backward() once, on the sum of the losses, before step {step + 1}"
             )
-        self._delta.zero_()
+        # of states that are no outputs it is always zero
         for nu, grad in zip(self._layer.cell.outputs, grads, strict=True):
-            if grad is not None:
-                self._delta[nu, 0].copy_(grad)
+            target = self._delta[nu, 0]
+            target.zero_() if grad is None else target.copy_(grad)
         self._advance()
         if self._descent is not None:
             self._descent.taken()
-        return [made.clone() for made in self._backward]
+        return [made.clone() if need else None for made, need in zip(self._backward, needed, strict=False)]
 
 
 class Graphed(torch.autograd.Function):
@@ -168,6 +172,6 @@ class Graphed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        gradients = ctx.graphed.gradients(ctx.step, grads)
-        needed = itertools.zip_longest(gradients, ctx.needs_input_grad[2:])
-        return None, None, *(g if needs else None for g, needs in needed)
+        needed = ctx.needs_input_grad[2:]
+        gradients = ctx.graphed.gradients(ctx.step, grads, needed)
+        return None, None, *gradients, *(None,) * (len(needed) - len(gradients))

@@ -101,6 +101,31 @@ def linearized(
     return Block(Linearization(lin.partials, lin.before, resets), m, inputs, weights)
 
 
+def recorded(
+    cell: Cell,
+    x: Tensor,
+    recurrent: Sequence[Tensor],
+    state: Tensor,
+    resets: Tensor | None,
+    inputs: Tensor | None,
+    rule: str = "rfp",
+    weights: tuple[Tensor, ...] | None = None,
+    backend: str = "torch",
+) -> tuple[Tensor, Block]:
+    """Steps run from `state` (S, B, N) on, and linearised: the states after each, (S, T, B, N), and the block.
+
+    x (J, T, B, N): the cell's per-unit inputs; resets (T, B) bool or None; the rest as in `linearized`. Where a backend
+    runs a step and linearises it at once (`ops.step`), it does.
+    """
+    if weights is None and rule == "rfp":
+        made = ops.step(cell, x, recurrent, state, resets, backend=backend)
+        if made is not None:
+            after, lin, m = made
+            return after, Block(Linearization(replace(lin.partials, own=()), lin.before), m, inputs)
+    trajectory = ops.scan(cell, x, recurrent, state.unbind(0), resets, backend=backend)
+    return trajectory.after, linearized(cell, trajectory, recurrent, inputs, rule, weights, backend)
+
+
 class Tape:
     """Steps in a row, as runs of steps that ran with the same weights, where that matters."""
 

@@ -163,8 +163,8 @@ class TwoPointRNN(nn.Module):
             for matrix, weight in zip(self.matrices, self.weights(), strict=True):
                 if matrix.reads in ("input", "one") and matrix.into[1] < len(inputs):
                     given[str(matrix.reads)].append(weight)
-            bias = torch.cat(given["one"]) if given["one"] else None
-            driven = nn.functional.linear(x, torch.cat(given["input"]), bias)
+            bias = _joined(given["one"]) if given["one"] else None
+            driven = nn.functional.linear(x, _joined(given["input"]), bias)
             driven = driven.unflatten(-1, (len(inputs), self.hidden_size)).movedim(-2, 0)
         if not parameters:
             return driven
@@ -293,3 +293,8 @@ def _heads(heads: int, hidden_size: int, recurrence: str) -> int:
             f"heads={heads} can't go with recurrence='diagonal', which is heads={hidden_size}: give one of the two"
         )
     return heads
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """Rows of all, one weight as it is."""
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))

@@ -19,7 +19,7 @@ from ._device import autocast_is_on, available_bytes, without_autocast
 from ._graph import Capture, Graphed, GraphedStep
 from ._graph import cuda_graph as capture_cuda_graph
 from ._past import FullCredit, Past, Record
-from ._tape import Block, linearized
+from ._tape import Block, recorded
 from .counting import problem as problem_of
 from .exactness import Exactness, exactness
 from .layer import TwoPointRNN
@@ -357,17 +357,22 @@ class OnlineLearner:
         layer, past, cell = self.layer, self._past, self.layer.cell
         recurrent = weights[: len(cell.matrices)]
         x = x.clone()  # callers may write the next input where this one was
-        state = self._state.unbind(0)
-        trajectory = ops.scan(cell, layer.drive(x), recurrent, state, resets, backend=past.scan_backend)
         readers = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
-        rule = self.learning if self.learning in rfp.RULES else "rfp"
-        block = linearized(
-            cell, trajectory, recurrent, x if readers else None, rule, self._chunk_weights, past.scan_backend
+        after, block = recorded(
+            cell,
+            layer.drive(x),
+            recurrent,
+            self._state,
+            resets,
+            x if readers else None,
+            self.learning if self.learning in rfp.RULES else "rfp",
+            self._chunk_weights,
+            past.scan_backend,
         )
         record = past.add(block, len(cell.inputs), linked)
-        # the caller's own: the window goes on reading the trajectory
-        shown = [trajectory.after[nu].clone() for nu in cell.outputs]
-        self._state = trajectory.states[:, -1].clone()
+        # the caller's own: the window goes on reading the states
+        shown = [after[nu].clone() for nu in cell.outputs]
+        self._state = after[:, -1].clone()
         return _Call(layer, past, record, readers, self._lr), shown
 
     def _prepare(self, x: Tensor, resets: Tensor | None) -> Tensor | None:

@@ -31,11 +31,12 @@ from . import weights as weight_ops
 from ._room import Room
 from .cells import RGCCell
 from .reference import bptt, rfp
-from .two_point import ByState, Cell, Linearization, Matrix, Trajectory
+from .two_point import ByState, Cell, Linearization, Matrix, Partials, Trajectory
 
 BACKENDS = ("auto", "torch", "compile", "triton")
 HEAD_UNITS = 64  # of a head, that the exact kernel takes
 ON_CHIP_UNITS = 64  # of an RGC, up to which one launch runs all steps of its loop
+STEP_ROWS = 8  # of the batch, up to which a step of an RGC and its linearisation are one launch
 SCAN_STATES = 2  # states a unit that kernels scan; more are torch's
 # Up to how many units and rows a loop is compiled code's: as far as it was timed, and faster than torch's. Of fewer
 # than FEW_STEPS, for which weights are laid out anew or read as they are, up to few rows, or units.
@@ -224,6 +225,45 @@ def linearize(
             return Linearization(made[0], before, trajectory.resets), made[1]
     lin = cell.linearize(trajectory)
     return lin, rfp.transition(lin, cell.matrices, weights, rule)
+
+
+def step(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    state: Tensor,
+    resets: Tensor | None = None,
+    *,
+    backend: str = "torch",
+) -> tuple[Tensor, Linearization, Tensor] | None:
+    """One step and its linearisation at once, where the backend has code for that: "triton", of an RGC with dense
+    weights and few rows. Else None, and nothing is done.
+
+    x (J, 1, B, N), state (S, B, N), resets (1, B) bool or None. Returns the states after it (S, 1, B, N), and what
+    `linearize` does.
+    """
+    few = x.shape[1] == 1 and x.shape[2] <= STEP_ROWS
+    if backend != "triton" or not few or not is_dense_rgc(cell, weights):
+        return None
+    from .kernels import rgc_step as kernels
+
+    def launch() -> tuple[Any, ...]:
+        dense, marks = [w.contiguous() for w in weights], None if resets is None else resets[0].contiguous()
+        return kernels.rgc_step(x[0, 0].contiguous(), dense, state.contiguous(), marks)
+
+    done = _launched("rgc_step", launch)
+    if done is None:
+        return None
+    after, before, arrays = done
+    partials, m = _rgc_partials(arrays[:, None])
+    return after[:, None], Linearization(partials, before[:, None], resets), m
+
+
+def _rgc_partials(arrays: Tensor) -> tuple[Partials, Tensor]:
+    """The partials but own-state ones, and M, of an RGC's (10, T, B, N) as kernels write them."""
+    ss, ms, mm, sm, of_s, of_m = arrays[:6].unbind(0)
+    gate: list[ByState] = [{0: ss}, {0: ms}, {1: mm}, {1: sm}]
+    return Partials((), gate, [{0: of_s, 1: of_m}]), arrays[6:].view(2, 2, *arrays.shape[1:])
 
 
 def one_launch(cell: Cell, weights: Sequence[Tensor]) -> bool:
@@ -515,7 +555,9 @@ def _launched_step(
             _evenly([None if each is None else each[t] for each in phi]),
             _evenly([each[t] for each in y]),
             None if delta is None else delta.select(1, t),
-            weights=None if descent is None else descent.weights,
+            weights=None
+            if descent is None
+            else [w if w is None else w.view(len(w), -1) for w in descent.weights],
             lr=None if descent is None else descent.lr,
             rng_state=rng_state,
         )
@@ -590,7 +632,9 @@ def gamma_chunk_(
 
     Mutates gammas.
     """
-    if backend == "triton":
+    if (
+        backend == "triton" and y.shape[-1] == gammas[0].shape[-1]
+    ):  # else each row reads its own, which is little
         from .kernels import gamma_chunk, reverse_scan
 
         def launch() -> tuple[Tensor | None]:

@@ -135,9 +135,7 @@ class PerUnit(Carried):
             fan_in = weight_ops.fan_in(first)
             units = first.numel() // fan_in
             chosen, why = ops.choose_gamma(backend, first.device, first.dtype, dtype, states)
-            if len(shape) == 1 and chosen == "triton":
-                chosen, why = "torch", "one number a unit"
-            elif len(shape) == 3 and chosen == "triton":
+            if len(shape) == 3 and chosen == "triton":
                 chosen, why = "torch", "kernels take dense matrices, not blocks"
             gammas = [
                 torch.zeros(batch, len(indices), units, fan_in, dtype=dtype, device=first.device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton import GRU, LRU, LSTM, RGC, OnlineLearner, TwoPointRNN
+from rjepa_triton import GRU, LRU, LSTM, RGC, OnlineLearner, TwoPointRNN, cost, ops
 
 F64 = torch.float64
 
@@ -86,6 +86,51 @@ def test_a_graph_that_takes_the_weights_step(name: str) -> None:
     learner.lr = 0.1  # after the capture
     assert oracle.relative(run(learner, x, delta, {2, 7}), want) < 1e-12
     assert all(weight.grad is None for weight in twin.weights())
+
+
+@pytest.mark.parametrize(("features", "kernels", "forward", "backward"), [(None, 2, 1, 3), (3, 4, 2, 5)])
+def test_what_a_graph_of_kernels_is_made_of(
+    features: int | None, kernels: int, forward: int, backward: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Triton, with lr: the step's kernel and Γ's, and of torch the state kept and the input's gradient.
+
+    With an input of its own a product more each way, and two more groups of matrices, W_in and the bias.
+    """
+    pytest.importorskip("triton")
+    if ops._no_triton(torch.device("cpu"), torch.float32) is not None:
+        pytest.skip("the interpreter is off: a GPU is here")
+    from rjepa_triton.kernels import gamma_step, rgc_step
+
+    learner = graphed(RGC(16, input_size=features), 1, backend="triton", lr=0.1)
+    graph = learner._graph
+    assert graph is not None
+    launched: list[object] = []
+    for module, name in ((rgc_step, "_rgc_step_kernel"), (gamma_step, "_gamma_step_kernel")):
+        monkeypatch.setattr(module, name, Unlaunched(launched))
+    with torch.no_grad():
+        made = [cost.counted(function).calls for function in (graph._run_forward, graph._run_backward)]
+    assert len(launched) == kernels
+    assert made == [forward, backward]
+
+
+class Unlaunched:
+    """In a kernel's place: writes down that it would be launched."""
+
+    def __init__(self, launched: list[object]) -> None:
+        self.launched = launched
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments, **options: self.launched.append(grid)
+
+
+def test_a_graphed_learner_by_kernels() -> None:
+    if ops._no_triton(torch.device("cpu"), torch.float32) is not None:
+        pytest.skip("no triton, or a GPU is here")
+    plain, twin = (RGC(9, input_size=3, init="uniform") for _ in range(2))
+    twin.load_state_dict(plain.state_dict())
+    x, delta = torch.randn(9, 2, 3), torch.randn(9, 2, 9)
+    want = run(OnlineLearner(plain, 2, form="step", backend="torch"), x, delta)
+    assert oracle.relative(run(graphed(twin, 2, backend="triton", lr=0.1), x, delta), want) < 1e-5
 
 
 @pytest.mark.parametrize("learning", ["eprop", "snap0"])

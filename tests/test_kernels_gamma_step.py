@@ -245,6 +245,19 @@ def test_weights_take_the_step_that_the_gradient_says(batch):
     assert all(torch.equal(a, b) for a, b in zip(gammas, twin, strict=True))
 
 
+@pytest.mark.parametrize("units", [2, 127, 300])
+@pytest.mark.parametrize("states", [1, 2])
+def test_rows_that_read_their_own_number(states, units):
+    """A diagonal matrix: Γ of one number a unit, y of a number a unit."""
+    gammas, m, phi, _, delta = _problem(states, 3, 2, units, 1)
+    y = _random(3, 2, units)
+    want, want_gradient = _reference(gammas, m, phi, y, delta)
+    gradient = gamma_step_(gammas, m, phi, y, delta)
+    _assert_near(gradient, want_gradient, TOLERANCE, terms=3)
+    for got, expected in zip(gammas, want, strict=True):
+        _assert_near(got, expected, TOLERANCE)
+
+
 @pytest.mark.parametrize("states", [1, 2])
 def test_immediates_and_signals_that_lie_apart(states):
     """As linearisation leaves them: a step of (T, B, N) each, some of them not there; rows as far apart in all."""
@@ -349,6 +362,7 @@ def test_writes_nothing_beyond_gamma():
 def test_pick_config():
     fp32, bf16 = torch.float32, torch.bfloat16
     assert pick_config(512, 512, fp32) == pick_config(4096, 1000, fp32) == Config(32, 64, 4, 4)
+    assert pick_config(512, 1, fp32) == pick_config(1, 1, bf16) == Config(128, 1, 1, 1)
     assert pick_config(512, 512, bf16) == pick_config(4096, 1000, bf16) == Config(32, 64, 8, 4)
     assert pick_config(1, 4, fp32) == pick_config(128, 128, fp32) == Config(8, 64, 4, 1)
     # Rows that aren't a multiple of 16 bytes: number by number.

@@ -175,6 +175,9 @@ def _cases() -> Iterator[tuple[str, Case]]:
                     # its memory's bandwidth.
                     limit = 192 if target == "sm_80" else 168
                     yield name, Case(build, limit, vectors(config), rounded=rounded)
+                    if config.block_m == 1:
+                        own = step_build(target, config, dtype, states, mode, own=True)
+                        yield name + "-own", Case(own, limit, vectors(config), rounded=rounded)
             for config in STOCHASTIC_CONFIGS if dtype == "bf16" else ():
                 build = step_build(target, config, dtype, states, rounding="stochastic")
                 name = f"step-{target}-{config.block_n}x{config.block_m}-stochastic-S{states}"
@@ -354,13 +357,13 @@ def test_what_does_not_compile_says_why():
 
 
 def test_every_configuration_is_built():
-    assert [len(configs) for configs in STEP_CONFIGS.values()] == [3, 3]
+    assert [len(configs) for configs in STEP_CONFIGS.values()] == [4, 4]
     assert [len(configs) for configs in CHUNK_CONFIGS.values()] == [4, 4]
     assert (len(RGC_SMALL_CONFIGS), len(RTRL_CONFIGS)) == (3, 2)
     assert [len(configs) for configs in RGC_PERSISTENT_CONFIGS.values()] == [9, 9]
     assert [len(configs) for configs in RGC_STEP_CONFIGS.values()] == [9, 9]
     for target in TARGETS:
-        assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 6
+        assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 10
         assert sum(name.startswith(f"step-{target}") and "stochastic-S2" in name for name in CASES) == 3
         assert sum(name.startswith(f"read-{target}") and "S2" in name for name in CASES) == 6
         assert sum(name.startswith(f"chunk-{target}") and "S2" in name for name in CASES) == 8

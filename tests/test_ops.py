@@ -252,6 +252,33 @@ def test_rgc_by_its_own_kernels(units: int, reset: bool, learning: str, recomput
     assert oracle.relative(found[1], found[0]) < 1e-5
 
 
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_step_of_rgc_and_its_linearisation_at_once(reset: bool) -> None:
+    if not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    cell, batch, units = RGCCell(), 3, 17
+    x, weights, state, *_ = oracle.problem(1, batch, units)
+    resets = torch.tensor([[False, True, False]]) if reset else None
+    trajectory = cell.scan(x[None], weights, state, resets)
+    lin, m = ops.linearize(cell, trajectory, weights)
+    narrow = [w.float() for w in weights]
+    c, given = torch.stack(state).float(), x[None].float()
+    made = ops.step(cell, given, narrow, c, resets, backend="triton")
+    assert made is not None
+    after, found, found_m = made
+    assert oracle.relative([after, found.before, found_m], [trajectory.after, lin.before, m]) < 1e-5
+    for group, want in ((found.partials.gate, lin.partials.gate), (found.partials.input, lin.partials.input)):
+        for got, wanted in zip(group, want, strict=True):
+            assert list(got) == list(wanted)
+            assert oracle.relative(list(got.values()), list(wanted.values())) < 1e-5
+    # what it isn't for
+    assert ops.step(cell, given, narrow, c, resets, backend="torch") is None
+    assert ops.step(cell, given, [w.diagonal() for w in narrow], c, resets, backend="triton") is None
+    many = torch.zeros(1, 1, ops.STEP_ROWS + 1, units)
+    assert ops.step(cell, many, narrow, torch.zeros(2, ops.STEP_ROWS + 1, units), backend="triton") is None
+    assert ops.step(cell, torch.zeros(1, 2, batch, units), narrow, c, backend="triton") is None
+
+
 def test_limits_are_those_of_the_kernels() -> None:
     heads = pytest.importorskip("rjepa_triton.kernels.rtrl_heads")
     forward = pytest.importorskip("rjepa_triton.kernels.rgc_forward")
