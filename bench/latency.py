@@ -18,6 +18,8 @@ LOOKS = {
     "step": Look("#0072B2", "o"),
     "lazy": Look("#332288", "p", DASHED),
     "step-graph": Look("#56B4E9", "v"),
+    "step-lr": Look("#D55E00", "X"),
+    "step-graph-lr": Look("#882255", "P"),
     "chunk": Look("#009E73", "s", DASHED),
     "carry": Look("#CC79A7", "D", DASHED),
     "tbptt": Look("#E69F00", "^", DASHED),

@@ -30,20 +30,26 @@ from .summary import bytes_text, place, seconds_text
 FILE = "online.jsonl"
 LEAST_STEPS = 10_000
 WARM_STEPS = 200
+LEARNING_RATE = 1e-4
 INPUTS_KEPT = 64  # steps of x and δ that a stream repeats, so that it fits in a cache whatever its length
 # What is timed: options of the learner, and steps between updates.
 FORMS: dict[str, dict[str, Any]] = {
     "step": {"form": "step"},
+    "step-lr": {"form": "step", "lr": LEARNING_RATE},
     "lazy": {"form": "lazy"},
     "chunk": {"form": "chunk"},
     "carry": {"form": "chunk", "credit": "carry"},
     "tbptt": {"learning": "tbptt"},
     "step-graph": {"form": "step", "cuda_graph": True},
+    "step-graph-lr": {"form": "step", "cuda_graph": True, "lr": LEARNING_RATE},
 }
 CHUNKED = ("chunk", "carry", "tbptt")
 EXACT_AT_FIRST = ("carry", "tbptt")  # forms whose gradient of the first chunk is BPTT's
 POINTS = {"cpu": ((64, 1), (256, 1), (1024, 1)), "cuda": ((64, 1), (256, 1), (1024, 1), (2048, 1), (256, 32))}
-DEFAULT_FORMS = {"cpu": ("step", "chunk"), "cuda": ("step", "step-graph", "chunk")}
+DEFAULT_FORMS = {
+    "cpu": ("step", "step-lr", "chunk"),
+    "cuda": ("step", "step-graph", "step-graph-lr", "chunk"),
+}
 # Of the distribution, what is recorded: from the fastest step to the slowest, closely at the slow end.
 QUANTILES = (
     0.0,
@@ -59,7 +65,6 @@ QUANTILES = (
     0.9999,
     1.0,
 )
-LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ class Stream:
     """An RGC that learns online: `step()` takes one whole step.
 
     The loss is Σ δ(t)·s(t) with δ given: what a step costs without a readout of the user's own. Weights change by SGD
-    after every step, or after the last of a chunk.
+    after every step, or after the last of a chunk; by an optimizer, or where the form has `lr` by backward() itself.
     """
 
     def __init__(
@@ -129,7 +134,11 @@ class Stream:
                 weight.copy_(value)
         self.every = settings.chunk if form in CHUNKED else 1
         self.learner = OnlineLearner(self.layer, batch, update_every=self.every, **FORMS[form])
-        self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=rate)
+        self.optimizer: torch.optim.SGD | None = None
+        if self.learner.lr is None:
+            self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=rate)
+        else:
+            self.learner.lr = rate
         self.x = inputs.inputs("noise", INPUTS_KEPT, batch, units, settings.seed, like)
         self.delta = inputs.normal((INPUTS_KEPT, batch, units), settings.seed, 3, like)
         self.at = 0
@@ -147,8 +156,9 @@ class Stream:
             torch.autograd.backward(self.outputs, self.deltas)
             self.outputs.clear()
             self.deltas.clear()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            if self.optimizer is not None:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
         return shown
 
 
@@ -157,18 +167,18 @@ def verify(form: str, units: int, batch: int, settings: Settings) -> None:
 
     `cases.oracle`: float64 autograd of RFP, or of BPTT where a form is exact within its first chunk.
     """
-    stream = Stream(form, units, batch, settings, rate=0.0)
-    gradients = [torch.zeros_like(w) for w in stream.layer.recurrent_weights()]
-
-    def collect(*_: object) -> None:
-        for total, weight in zip(gradients, stream.layer.recurrent_weights(), strict=True):
-            assert weight.grad is not None
-            total.add_(weight.grad)
-
-    stream.optimizer.register_step_pre_hook(collect)
+    stream = Stream(form, units, batch, settings, rate=1.0)
+    kept = [weight.detach().clone() for weight in stream.layer.recurrent_weights()]
+    gradients = [torch.zeros_like(weight) for weight in kept]
     steps = min(settings.chunk, cases.CHECK_STEPS) if form not in CHUNKED else settings.chunk
     for _ in range(steps):
         stream.step()
+        if stream.at % stream.every:
+            continue
+        with torch.no_grad():  # by how much they went down is the gradient
+            for total, weight, before in zip(gradients, stream.layer.recurrent_weights(), kept, strict=True):
+                total.add_(before - weight)
+                weight.copy_(before)
     zero = stream.x.new_zeros(batch, units)
     weights: list[Tensor] = list(stream.layer.recurrent_weights())
     short = cases.Problem(
