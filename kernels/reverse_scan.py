@@ -24,7 +24,7 @@ from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vec
 
 
 @triton.jit
-def _load_transition(m_ptr, at, stride_from, stride_to, mask, STATES: tl.constexpr):
+def load_transition(m_ptr, at, stride_from, stride_to, mask, STATES: tl.constexpr):
     """M of the units `at`: four entries by row, of which one state has the first alone."""
     m00 = tl.load(m_ptr + at, mask=mask, other=0.0)
     if STATES == 1:
@@ -36,7 +36,7 @@ def _load_transition(m_ptr, at, stride_from, stride_to, mask, STATES: tl.constex
 
 
 @triton.jit
-def _load_states(ptr, at, stride, mask, STATES: tl.constexpr):
+def load_states(ptr, at, stride, mask, STATES: tl.constexpr):
     """A number a state of the units `at`, of which one state has the first alone."""
     of0 = tl.load(ptr + at, mask=mask, other=0.0)
     if STATES == 1:
@@ -45,7 +45,7 @@ def _load_states(ptr, at, stride, mask, STATES: tl.constexpr):
 
 
 @triton.jit
-def _pass_back(m00, m01, m10, m11, credit0, credit1, STATES: tl.constexpr):
+def pass_back(m00, m01, m10, m11, credit0, credit1, STATES: tl.constexpr):
     """Mᵀ λ."""
     if STATES == 1:
         return m00 * credit0, credit1
@@ -53,7 +53,7 @@ def _pass_back(m00, m01, m10, m11, credit0, credit1, STATES: tl.constexpr):
 
 
 @triton.jit
-def _times(r00, r01, r10, r11, m00, m01, m10, m11, STATES: tl.constexpr):
+def times(r00, r01, r10, r11, m00, m01, m10, m11, STATES: tl.constexpr):
     """R M."""
     if STATES == 1:
         return r00 * m00, r01, r10, r11
@@ -63,6 +63,48 @@ def _times(r00, r01, r10, r11, m00, m01, m10, m11, STATES: tl.constexpr):
         r10 * m00 + r11 * m10,
         r10 * m01 + r11 * m11,
     )
+
+
+@triton.jit
+def store_summary(
+    product_ptr, local_ptr, r00, r01, r10, r11, local0, local1, unit, BN, mask, STATES: tl.constexpr
+):
+    """R and ℓ of the block of time that this program summarises."""
+    wide_bn = tl.cast(BN, tl.int64)
+    at = tl.program_id(1) * wide_bn + unit
+    plane = wide_bn * tl.num_programs(1)
+    tl.store(product_ptr + at, r00, mask=mask)
+    tl.store(local_ptr + at, local0, mask=mask)
+    if STATES == 2:
+        tl.store(product_ptr + plane + at, r01, mask=mask)
+        tl.store(product_ptr + 2 * plane + at, r10, mask=mask)
+        tl.store(product_ptr + 3 * plane + at, r11, mask=mask)
+        tl.store(local_ptr + plane + at, local1, mask=mask)
+
+
+@triton.jit
+def through_blocks(
+    product_ptr,
+    local_ptr,
+    arriving0,
+    arriving1,
+    unit,
+    BN,
+    mask,
+    STATES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What arrives at the end of this program's block of time, of what arrives at the end of the last."""
+    summaries = tl.num_programs(1) - 1
+    stride = tl.cast(BN, tl.int64) * summaries
+    for step in tl.range(0, summaries - tl.program_id(1), num_stages=STAGES):
+        at = tl.cast(summaries - 1 - step, tl.int64) * BN + unit
+        r00, r01, r10, r11 = load_transition(product_ptr, at, stride, STATES * stride, mask, STATES)
+        local0, local1 = load_states(local_ptr, at, stride, mask, STATES)
+        through0, through1 = pass_back(r00, r01, r10, r11, arriving0, arriving1, STATES)
+        arriving0 = local0 + through0
+        arriving1 = local1 + through1
+    return arriving0, arriving1
 
 
 # T and the steps of a block set no layout, so they shall not compile a kernel anew when 1 or a multiple of 16.
@@ -96,20 +138,12 @@ def _block_summary_kernel(
     arriving1 = tl.zeros((BLOCK,), tl.float32)
     for step in tl.range(0, count, num_stages=STAGES):
         at = tl.cast(first + count - 1 - step, tl.int64) * BN + unit
-        m00, m01, m10, m11 = _load_transition(m_ptr, at, plane, STATES * plane, mask, STATES)
-        delta0, delta1 = _load_states(delta_ptr, at, plane, mask, STATES)
-        arriving0, arriving1 = _pass_back(m00, m01, m10, m11, delta0 + arriving0, delta1 + arriving1, STATES)
-        r00, r01, r10, r11 = _times(r00, r01, r10, r11, m00, m01, m10, m11, STATES)
+        m00, m01, m10, m11 = load_transition(m_ptr, at, plane, STATES * plane, mask, STATES)
+        delta0, delta1 = load_states(delta_ptr, at, plane, mask, STATES)
+        arriving0, arriving1 = pass_back(m00, m01, m10, m11, delta0 + arriving0, delta1 + arriving1, STATES)
+        r00, r01, r10, r11 = times(r00, r01, r10, r11, m00, m01, m10, m11, STATES)
 
-    at = tl.program_id(1) * wide_bn + unit
-    plane = wide_bn * tl.num_programs(1)
-    tl.store(product_ptr + at, r00, mask=mask)
-    tl.store(local_ptr + at, arriving0, mask=mask)
-    if STATES == 2:
-        tl.store(product_ptr + plane + at, r01, mask=mask)
-        tl.store(product_ptr + 2 * plane + at, r10, mask=mask)
-        tl.store(product_ptr + 3 * plane + at, r11, mask=mask)
-        tl.store(local_ptr + plane + at, arriving1, mask=mask)
+    store_summary(product_ptr, local_ptr, r00, r01, r10, r11, arriving0, arriving1, unit, BN, mask, STATES)
 
 
 @triton.jit(do_not_specialize=["T", "block_steps"])
@@ -143,26 +177,20 @@ def _reverse_scan_kernel(
     arriving0 = tl.zeros((BLOCK,), tl.float32)
     arriving1 = tl.zeros((BLOCK,), tl.float32)
     if carry_ptr is not None:
-        arriving0, arriving1 = _load_states(carry_ptr, unit, wide_bn, mask, STATES)
+        arriving0, arriving1 = load_states(carry_ptr, unit, wide_bn, mask, STATES)
     if product_ptr is not None:
-        summaries = tl.num_programs(1) - 1
-        for step in tl.range(0, summaries - tl.program_id(1), num_stages=STAGES):
-            at = tl.cast(summaries - 1 - step, tl.int64) * BN + unit
-            stride = wide_bn * summaries
-            r00, r01, r10, r11 = _load_transition(product_ptr, at, stride, STATES * stride, mask, STATES)
-            local0, local1 = _load_states(local_ptr, at, stride, mask, STATES)
-            through0, through1 = _pass_back(r00, r01, r10, r11, arriving0, arriving1, STATES)
-            arriving0 = local0 + through0
-            arriving1 = local1 + through1
+        arriving0, arriving1 = through_blocks(
+            product_ptr, local_ptr, arriving0, arriving1, unit, BN, mask, STATES, STAGES
+        )
 
     for step in tl.range(0, count, num_stages=STAGES):
         at = tl.cast(first + count - 1 - step, tl.int64) * BN + unit
-        m00, m01, m10, m11 = _load_transition(m_ptr, at, plane, STATES * plane, mask, STATES)
-        delta0, delta1 = _load_states(delta_ptr, at, plane, mask, STATES)
+        m00, m01, m10, m11 = load_transition(m_ptr, at, plane, STATES * plane, mask, STATES)
+        delta0, delta1 = load_states(delta_ptr, at, plane, mask, STATES)
         credit0 = delta0 + arriving0
         credit1 = delta1 + arriving1
         credits = (credit0, credit1)
-        arriving0, arriving1 = _pass_back(m00, m01, m10, m11, credit0, credit1, STATES)
+        arriving0, arriving1 = pass_back(m00, m01, m10, m11, credit0, credit1, STATES)
         if credit_ptr is not None:
             tl.store(credit_ptr + at, credit0, mask=mask)
             if STATES == 2:
@@ -230,8 +258,8 @@ def _suffix_kernel(
                     phi1 = tl.load(phi_ptr + plane * MATRICES + at_k, mask=mask, other=0.0)
                     tl.store(arriving_ptr + at_k, r00 * phi0 + r01 * phi1, mask=mask)
                     tl.store(arriving_ptr + plane * MATRICES + at_k, r10 * phi0 + r11 * phi1, mask=mask)
-        m00, m01, m10, m11 = _load_transition(m_ptr, at, plane, STATES * plane, mask, STATES)
-        r00, r01, r10, r11 = _times(r00, r01, r10, r11, m00, m01, m10, m11, STATES)
+        m00, m01, m10, m11 = load_transition(m_ptr, at, plane, STATES * plane, mask, STATES)
+        r00, r01, r10, r11 = times(r00, r01, r10, r11, m00, m01, m10, m11, STATES)
 
     tl.store(whole_ptr + unit, r00, mask=mask)
     if STATES == 2:
@@ -275,18 +303,26 @@ def pick_scan_config(
 ) -> ScanConfig:
     """Of credits, for T steps of B·N units with S states, so many partials, and numbers written, of each. Pure.
 
-    Units and stages as in `pick_config`. However little a program reads, it waits for memory step after step. Blocks
-    of time read M and δ twice, and wait for the steps of two blocks and a summary a block: for the fewest where there
-    are √(2T) blocks. One pass it is where moving these bytes takes longer than the waits of one pass, and under 256
-    steps, whose waits are short beside a second launch.
+    Units and stages as in `pick_config`. By blocks of time, M and δ are read twice.
     """
     block, stages = 4 * warp_size, 4 if S * S + S + partials <= 24 else 1
     tiles = -(-BN // block)
     moved = tiles * block * (2 * (S * S + S) + partials + written)
+    return ScanConfig(block, stages, pick_steps(T, tiles, moved, multiprocessors))
+
+
+def pick_steps(T: int, tiles: int, moved: int, multiprocessors: int) -> int:
+    """Of a block of time, of T by so many tiles of units; moved: numbers a step, by blocks. Pure.
+
+    However little a program reads, it waits for memory step after step. Blocks of time read twice what M and δ are
+    made of, and wait for the steps of two blocks and a summary a block: for the fewest where there are √(2T) blocks.
+    One pass it is where moving these bytes takes longer than the waits of one pass, and under 256 steps, whose waits
+    are short beside a second launch.
+    """
     if T < 256 or moved > STEP_NUMBERS * multiprocessors:
-        return ScanConfig(block, stages, T)
+        return T
     blocks = min(math.isqrt(2 * T), 8 * multiprocessors // tiles)
-    return ScanConfig(block, stages, -(-T // blocks))
+    return -(-T // blocks)
 
 
 def _check_transitions(m: Tensor) -> tuple[int, int, int, int]:
