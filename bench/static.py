@@ -3,7 +3,8 @@
 A kernel is only compiled in a process that imports triton without TRITON_INTERPRET; `compile_all` starts one:
 this module, which reads builds and writes facts as JSON. The last part says what this package's launchers
 would have compiled: `step_build`, `read_build`, `chunk_build`, `scan_build`, `suffix_build`, `rgc_small_build`,
-`rgc_persistent_build`, `rgc_step_build`, `rgc_pointwise_build`, `rgc_backward_build`, `rtrl_build`, `heads_build`.
+`rgc_persistent_build`, `rgc_step_build`, `rgc_pointwise_build`, `rgc_backward_build`, `rgc_linearize_build`,
+`rgc_dual_build`, `rtrl_build`, `heads_build`.
 """
 
 from __future__ import annotations
@@ -492,6 +493,76 @@ def rgc_backward_build(
         divisible=divisible,
         options={"num_warps": 1},
     )
+
+
+_OWN = ("ss", "ms", "mm", "sm")
+_PARTIALS_TYPES = {
+    **{f"{name}_ptr": "*fp32" for name in ("gates", "before", "u", *_OWN)},
+    **dict.fromkeys(["T", "BN", "N", *(f"stride_{name}" for name in ("before", *_OWN))], "i32"),
+}
+
+
+def rgc_linearize_build(
+    target: str, vector: int, *, resets: bool = True, divisible: Sequence[str] = ()
+) -> Build:
+    """An RGC's partials and M from its gates."""
+    from ..kernels import rgc_partials
+
+    return Build(
+        target,
+        "rjepa_triton.kernels.rgc_partials:_linearize_kernel",
+        types={**_PARTIALS_TYPES, "out_ptr": "*fp32", "resets_ptr": "*u8", "steps": "i32"},
+        constants={
+            **dict.fromkeys([] if resets else ["resets_ptr"]),
+            "BLOCK": rgc_partials.pick_config(1, 1, WARP[target], 1).block,
+            "VECTOR": vector,
+        },
+        divisible=divisible,
+        options={"num_warps": 1},
+    )
+
+
+def rgc_dual_build(
+    target: str,
+    vector: int,
+    *,
+    steps: int = 64,
+    units: int = 1024,
+    multiprocessors: int = 132,
+    resets: bool = True,
+    carry: bool = True,
+    divisible: Sequence[str] = (),
+) -> list[Build]:
+    """RFP's dual form of an RGC over `steps` steps of `units` units, B·N.
+
+    One build, or where blocks of time are scanned side by side, their summary's and the scan's.
+    """
+    from ..kernels import rgc_partials
+
+    config = rgc_partials.pick_dual_config(steps, units, WARP[target], multiprocessors)
+    module, options = "rjepa_triton.kernels.rgc_partials", {"num_warps": 1}
+    pointers = ("delta", "product", "local", "carry", "entering", "for_input", "passed")
+    types = {
+        **_PARTIALS_TYPES,
+        **{f"{name}_ptr": "*fp32" for name in pointers},
+        "resets_ptr": "*i32",
+        "block_steps": "i32",
+    }
+    shared = {
+        **dict.fromkeys([] if resets else ["resets_ptr"]),
+        "BLOCK": config.block,
+        "STAGES": config.stages,
+        "VECTOR": vector,
+    }
+    absent = [] if carry else ["carry_ptr"]
+    if config.steps == steps:
+        absent += ["product_ptr", "local_ptr"]
+    scan = Build(
+        target, f"{module}:_dual_kernel", types, {**dict.fromkeys(absent), **shared}, divisible, options
+    )
+    if config.steps == steps:
+        return [scan]
+    return [Build(target, f"{module}:_dual_summary_kernel", types, shared, divisible, options), scan]
 
 
 def rtrl_build(

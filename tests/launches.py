@@ -22,6 +22,7 @@ from rjepa_triton.kernels import (
     reverse_scan,
     rgc_backward,
     rgc_forward,
+    rgc_partials,
     rgc_persistent,
     rgc_step,
     rtrl_heads,
@@ -35,6 +36,7 @@ MODULES = (
     reverse_scan,
     rgc_backward,
     rgc_forward,
+    rgc_partials,
     rgc_persistent,
     rgc_step,
     rtrl_heads,
@@ -75,6 +77,7 @@ def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
     x, resets, square, n = zeros(2, B, N), zeros(2, B).bool(), zeros(N, N), min(N, 64)
     weights, gates, both = [square] * 4, zeros(2, 2, B, 2, N), zeros(2, 2, B, N)
     small = (x[..., :n].contiguous(), [zeros(n, n)] * 4, [zeros(B, n)] * 2)
+    own, long = [square.diagonal(), zeros(N), *[square.diagonal()] * 2], 512
     phi, head = [zeros(B, n)] * 4, (zeros(B, 1, 2, n, 4, n, n), zeros(B, 1, 2 * n, 2 * n), zeros(2, B, 4, n))
     return [
         lambda: rgc_forward.rgc_forward_small(*small),
@@ -88,6 +91,13 @@ def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
         lambda: rgc_forward.rgc_pointwise_(gates[:, 0], both[:, 0], x[0], both[:, 1], resets[0], both[:, 0]),
         # two: the last of a sequence, and one with a step after it
         lambda: rgc_backward.bptt_credits(gates, both, x, weights, both, resets),
+        lambda: rgc_partials.rgc_linearize(gates, both, x, own, resets),
+        lambda: rgc_partials.rgc_linearize(gates, both, x, own),
+        lambda: rgc_partials.rgc_dual(gates, both, x, own, both, resets, both[:, 0].contiguous()),
+        # by blocks of time: two kernels
+        lambda: rgc_partials.rgc_dual(
+            zeros(2, long, B, 2, N), zeros(2, long, B, N), zeros(long, B, N), own, zeros(2, long, B, N)
+        ),
         lambda: rtrl_heads.rtrl_heads_(*head, zeros(B, 4, 1, n), zeros(2, B, n)),
         lambda: rtrl_heads.rtrl_heads_(*head, zeros(B, 4, n)),
         lambda: rtrl_step.rtrl_jacobian([x[0]] * 2, [x[0]] * 4, weights, resets[0]),
@@ -141,7 +151,7 @@ def compile_() -> None:
     for sizes in ((2, 64, 2, 4, 512, 512), (1, 1, 1, 1, 1, 1)):
         for call in calls(*sizes):
             call()
-    assert len(_CompileOnly.made) == 53, len(_CompileOnly.made)
+    assert len(_CompileOnly.made) == 63, len(_CompileOnly.made)
     # Programs that wait for one another must all run at once, and none may read what was there before.
     waiting = [made for made in _CompileOnly.made if made.metadata.name == "_rgc_persistent_kernel"]
     assert len(waiting) == 4

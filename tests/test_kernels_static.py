@@ -28,6 +28,8 @@ from rjepa_triton.bench.static import (
     heads_build,
     read_build,
     rgc_backward_build,
+    rgc_dual_build,
+    rgc_linearize_build,
     rgc_persistent_build,
     rgc_pointwise_build,
     rgc_small_build,
@@ -237,6 +239,23 @@ def _cases() -> Iterator[tuple[str, Case]]:
             loads = 0 if vector == 1 else 9 if last else 11
             build = rgc_backward_build(target, vector, last)
             yield f"rgc-backward-{target}-{vector}{'-last' * last}", Case(build, 96, loads)
+        for vector in (4, 1):
+            # Gates, states and input, of a program each once.
+            case = Case(rgc_linearize_build(target, vector), *((64, 7) if vector == 4 else (96, 0)))
+            yield f"rgc-linearize-{target}-{vector}", case
+            for steps in (64, 4096):
+                # Nine numbers a step, as often as steps are under way; what blocks of time are summarised as, likewise;
+                # and the credit of later steps. Where each number is an access, so many addresses take registers.
+                *summary, build = rgc_dual_build(target, vector, steps=steps, units=64)
+                assert len(summary) == (steps == 4096)
+                stages = build.constants["STAGES"]
+                loads = stages * (9 + 6 * len(summary)) + 2
+                by = "blocks" if summary else "one-pass"
+                limit, of_summary = (96, 96) if vector == 4 else (192, 128)
+                yield f"rgc-dual-{target}-{by}-{vector}", Case(build, limit, loads if vector == 4 else 0)
+                for build in summary:
+                    case = Case(build, of_summary, 9 * stages if vector == 4 else 0)
+                    yield f"rgc-dual-summary-{target}-{vector}", case
         for kernel, config in itertools.product(("jacobian", "immediate"), RTRL_CONFIGS):
             # Tiles of four matrices.
             per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)
@@ -274,6 +293,10 @@ OF_ONE = {
         ("rgc-step", rgc_step_build("sm_90", rgc_step.pick_config(1, 1, 32), 1), ("N",)),
         ("rgc-pointwise", rgc_pointwise_build("sm_90", 1), ("N",)),
         ("rgc-backward", rgc_backward_build("sm_90", 1), ("N",)),
+        ("rgc-linearize", rgc_linearize_build("sm_90", 1), ("N",)),
+        ("rgc-dual", rgc_dual_build("sm_90", 1)[0], ("N",)),
+        ("rgc-dual-summary", rgc_dual_build("sm_90", 1, steps=4096, units=1)[0], ("N", "BN")),
+        ("rgc-dual by blocks", rgc_dual_build("sm_90", 1, steps=4096, units=1)[1], ("N", "BN")),
         ("rtrl-jacobian", rtrl_build("sm_90", "jacobian", rtrl_step.pick_config(1)), ("N",)),
         ("rtrl-immediate", rtrl_build("sm_90", "immediate", rtrl_step.pick_config(1)), ("N",)),
     ]
