@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ._room import Room
-from .cells import ElmanCell, GRUCell, LSTMCell
+from .cells import ElmanCell, GRUCell, LSTMCell, RGCCell
 from .two_point import Cell, Linearization, Matrix, Partials, Trajectory, state_read
 
 SOURCES = Path(__file__).with_name("native")
@@ -260,14 +260,7 @@ def rgc_linearize(
         *x.shape,
         torch.get_num_threads(),
     )
-    ss, ms, mm, sm, of_s, of_m = out.unbind(0)[:6]
-    own_s, own_m = gates[..., 0, :].unbind(0)
-    partials = Partials(
-        own=[{0: own_s}, {1: own_m}],
-        gate=[{0: ss}, {0: ms}, {1: mm}, {1: sm}],
-        input=[{0: of_s, 1: of_m}],
-    )
-    return partials, out[6:].view(2, 2, *x.shape)
+    return RGCCell.partials_in(out, gates)
 
 
 def _own(weights: Sequence[Tensor]) -> tuple[Any, Any]:

@@ -316,6 +316,22 @@ class RGCCell(Cell):
             input=[{0: open_s, 1: open_m}],
         )
 
+    @staticmethod
+    def partials_in(planes: Tensor, gates: Tensor | None = None) -> tuple[Partials, Tensor]:
+        """Partials and M (2, 2, …, N) in the arrays that compiled code and kernels write.
+
+        planes (10, …, N): φ of ss, ms, mm and sm, the input's partials of s and m, M by rows; gates as in
+        `_partials_from_gates`, or None where own-state partials are left out.
+        """
+        ss, ms, mm, sm, of_s, of_m = planes[:6].unbind(0)
+        own = [] if gates is None else [{nu: gate} for nu, gate in enumerate(gates[..., 0, :].unbind(0))]
+        partials = Partials(
+            own=own,
+            gate=[{0: ss}, {0: ms}, {1: mm}, {1: sm}],
+            input=[{0: of_s, 1: of_m}],
+        )
+        return partials, planes[6:].unflatten(0, (2, 2))
+
     @torch.no_grad()
     def scan(
         self,

@@ -118,15 +118,17 @@ def gradients(
         if needs_weights and learning == "rtrl" and weights:
             by_weight = rtrl.weight_gradients(lin, cell.matrices, weights, delta)
         elif needs_weights:
-            by_weight = rfp.outer_products(lin, cell.matrices, weights, entering)
+            by_weight = rfp.outer_products(lin.before, cell.matrices, weights, entering)
         return for_x, first, by_weight
-    lin, m = ops.linearize(cell, trajectory, weights, learning, backend=runs)
     if rounds == 0:
         matrices = cell.matrices if needs_weights else ()
-        entering, for_x, first = ops.dual(lin, m, delta, matrices, inputs, backend=runs)
+        entering, for_x, first = ops.dual_of(
+            cell, trajectory, weights, delta, matrices, inputs, learning, backend=runs
+        )
         if needs_weights:
-            by_weight = rfp.outer_products(lin, matrices, weights, entering)
+            by_weight = rfp.outer_products(trajectory.before, matrices, weights, entering)
         return for_x, first, by_weight
+    lin, m = ops.linearize(cell, trajectory, weights, learning, backend=runs)
     scan = functools.partial(ops.reverse_scan, backend=runs)
     credit, first = refinement.credits(lin, m, cell.matrices, weights, delta, rounds=rounds, scan=scan)
     if needs_weights:

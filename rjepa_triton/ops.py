@@ -31,7 +31,7 @@ from . import weights as weight_ops
 from ._room import Room
 from .cells import RGCCell
 from .reference import bptt, rfp
-from .two_point import ByState, Cell, Linearization, Matrix, Partials, Trajectory
+from .two_point import ByState, Cell, Linearization, Matrix, Trajectory
 
 BACKENDS = ("auto", "torch", "compile", "triton")
 HEAD_UNITS = 64  # of a head, that the exact kernel takes
@@ -207,7 +207,9 @@ def linearize(
     *,
     backend: str = "torch",
 ) -> tuple[Linearization, Tensor]:
-    """`cell.linearize` and `rfp.transition` by the chosen backend: by "compile" in one pass, of `compiled_partials`.
+    """`cell.linearize` and `rfp.transition` by the chosen backend.
+
+    In one pass by "compile", of `compiled_partials`, and by "triton", of an RGC; of RFP's rule alone.
 
     weights: the recurrent ones, of any shape, or their own parts (N,). Returns the linearisation and M (S, S, T, B, N).
     """
@@ -223,8 +225,32 @@ def linearize(
         made = find(cell, trajectory, before, own)
         if made is not None:
             return Linearization(made[0], before, trajectory.resets), made[1]
+    if backend == "triton" and rule == "rfp" and isinstance(cell, RGCCell):
+        from .kernels import rgc_partials as kernels
+
+        def launch() -> tuple[Any, ...]:
+            gates, before, u, own, resets = _of_circuit(trajectory, weights)
+            return RGCCell.partials_in(kernels.rgc_linearize(gates, before, u, own, resets), gates)
+
+        done = _launched("rgc_linearize", launch)
+        if done is not None:
+            return Linearization(done[0], trajectory.before, trajectory.resets), done[1]
     lin = cell.linearize(trajectory)
     return lin, rfp.transition(lin, cell.matrices, weights, rule)
+
+
+def _of_circuit(
+    trajectory: Trajectory, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor | None]:
+    """What `kernels.rgc_partials` takes of an RGC's trajectory: gates, states, input, own parts and resets."""
+    before, resets = trajectory.states[:, :-1], trajectory.resets
+    return (
+        trajectory.saved.contiguous(),
+        before if before[0].is_contiguous() else before.contiguous(),
+        trajectory.x[0].contiguous(),
+        [weight_ops.own(weight) for weight in weights],
+        None if resets is None else resets.contiguous(),
+    )
 
 
 def step(
@@ -255,15 +281,8 @@ def step(
     if done is None:
         return None
     after, before, arrays = done
-    partials, m = _rgc_partials(arrays[:, None])
+    partials, m = RGCCell.partials_in(arrays[:, None])
     return after[:, None], Linearization(partials, before[:, None], resets), m
-
-
-def _rgc_partials(arrays: Tensor) -> tuple[Partials, Tensor]:
-    """The partials but own-state ones, and M, of an RGC's (10, T, B, N) as kernels write them."""
-    ss, ms, mm, sm, of_s, of_m = arrays[:6].unbind(0)
-    gate: list[ByState] = [{0: ss}, {0: ms}, {1: mm}, {1: sm}]
-    return Partials((), gate, [{0: of_s, 1: of_m}]), arrays[6:].view(2, 2, *arrays.shape[1:])
 
 
 def one_launch(cell: Cell, weights: Sequence[Tensor]) -> bool:
@@ -413,6 +432,39 @@ def dual(
     return in_turn, rfp.input_gradient(lin, credit, inputs), first
 
 
+def dual_of(
+    cell: Cell,
+    trajectory: Trajectory,
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    matrices: Sequence[Matrix],
+    inputs: int,
+    learning: str,
+    *,
+    backend: str,
+) -> tuple[Iterable[Tensor], Tensor, Tensor]:
+    """What `dual` returns, of a trajectory by one of `rfp.RULES`: `linearize` and then `dual`.
+
+    Of an RGC by "rfp" Triton does both in one pass, which writes no partial. weights: the recurrent ones, of any shape;
+    delta (S, T, B, N); matrices: those of the cell whose E^k is wanted.
+    """
+    if backend == "triton" and learning == "rfp" and isinstance(cell, RGCCell):
+        from .kernels import rgc_partials as kernels
+
+        def launch() -> tuple[Any, ...]:
+            gates, before, u, own, resets = _of_circuit(trajectory, weights)
+            return kernels.rgc_dual(gates, before, u, own, delta.contiguous(), resets)
+
+        done = _launched("rgc_dual", launch)
+        if done is not None:
+            entering, for_input, first = done
+            (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in entering.unbind(0))
+            found = {"ss": ss, "ms": ms, "mm": mm, "sm": sm}
+            return [found[matrix.name] for matrix in matrices], for_input[None][:inputs], first
+    lin, m = linearize(cell, trajectory, weights, learning, backend=backend)
+    return dual(lin, m, delta, matrices, inputs, backend=backend)
+
+
 def _all_contiguous(by_state: ByState) -> ByState:
     return {nu: partial.contiguous() for nu, partial in by_state.items()}
 
@@ -507,7 +559,7 @@ def gamma_steps_(
     if native or backend == "triton":
         entries = [lin.immediate(matrix) for matrix in matrices]
         apart = [by.get(nu) for nu in range(len(gammas)) for by in entries]
-        read = [rfp.signal(matrix, lin, inputs) for matrix in matrices]
+        read = [rfp.signal(matrix, lin.before, inputs) for matrix in matrices]
     stacked: tuple[Tensor, Tensor] | None = None
     total: Tensor | None = None
     for t in range(lin.steps):

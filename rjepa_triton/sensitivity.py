@@ -379,7 +379,7 @@ class RankOne(_StepByStep):
             rows = torch.zeros_like(self._c[0])
             for nu, phi in lin.immediate(matrix).items():
                 rows.addcmul_(signs[nu], phi[t])
-            y = rfp.signal(matrix, lin, block.inputs)[t]
+            y = rfp.signal(matrix, lin.before, block.inputs)[t]
             read = rfp.rows_read(y[:, None], theta.shape[-1])[:, 0]
             entering.append(rows[:, :, None] * read)
         before, after = _ratio(_norm(self._theta), _norm([moved.transpose(0, 1)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,7 @@ from rjepa_triton import RGC, Cell, Matrix, OnlineLearner, ops
 from rjepa_triton.cells import GRUCell, LSTMCell, RGCCell
 from rjepa_triton.functional import rgc
 from rjepa_triton.reference import rfp
+from rjepa_triton.two_point import Trajectory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -213,6 +215,142 @@ def test_the_dual_forms_parts_by_triton(cell: Cell, arrays: int, monkeypatch: py
         for got, want in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert written == ([arrays] * 2 if arrays else [])
+
+
+SHAPED = {
+    "dense": lambda: torch.randn(6, 6) / 3,
+    "heads": lambda: torch.randn(3, 2, 2) / 2,
+    "diagonal": lambda: torch.randn(6) / 2,
+}
+by_shape = pytest.mark.parametrize("shaped", [*SHAPED, "mixed"])
+
+
+def _weights(shaped: str) -> list[Tensor]:
+    shapes = ["dense", "heads", "diagonal", "dense"] if shaped == "mixed" else [shaped] * 4
+    return [SHAPED[shape]() for shape in shapes]
+
+
+def _count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the launchers of `rgc_partials` as they are called."""
+    if not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    from rjepa_triton.kernels import rgc_partials
+
+    called: list[str] = []
+
+    def counted(name: str, launch: Any, *arguments: Any) -> Any:
+        called.append(name)
+        return launch(*arguments)
+
+    for name in ("rgc_linearize", "rgc_dual"):
+        monkeypatch.setattr(rgc_partials, name, functools.partial(counted, name, getattr(rgc_partials, name)))
+    return called
+
+
+def _trajectories(
+    weights: list[Tensor], steps: int, reset: bool
+) -> tuple[Trajectory, Trajectory, list[Tensor]]:
+    """In float64, and rounded to float32; and the weights in float64."""
+    resets = torch.rand(steps, 2) < 0.4 if reset else None
+    given = torch.randn(1, steps, 2, 6).double(), [torch.randn(2, 6).double() for _ in range(2)]
+    exact_weights = [weight.double() for weight in weights]
+    exact = RGCCell().scan(given[0], exact_weights, given[1], resets)
+    rounded = Trajectory(exact.x.float(), exact.states.float(), exact.saved.float(), resets)
+    return exact, rounded, exact_weights
+
+
+@by_shape
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_an_rgcs_linearisation_by_triton(
+    shaped: str, reset: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = _count(monkeypatch)
+    weights = _weights(shaped)
+    exact, rounded, exact_weights = _trajectories(weights, steps, reset)
+    want, want_m = ops.linearize(RGCCell(), exact, exact_weights)
+    got, m = ops.linearize(RGCCell(), rounded, weights, backend="triton")
+    assert called == ["rgc_linearize"]
+    torch.testing.assert_close(m.double(), want_m, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.before.double(), want.before, rtol=0, atol=1e-6)
+    assert got.resets is exact.resets
+    for group in ("own", "gate", "input"):
+        for a, b in zip(getattr(got.partials, group), getattr(want.partials, group), strict=True):
+            assert a.keys() == b.keys()
+            for nu in a:
+                torch.testing.assert_close(a[nu].double(), b[nu], rtol=0, atol=1e-6)
+    rule_m = ops.linearize(RGCCell(), rounded, weights, "eprop", backend="triton")[1]
+    assert called == ["rgc_linearize"]
+    torch.testing.assert_close(rule_m, ops.linearize(RGCCell(), rounded, weights, "eprop")[1])
+
+
+@by_shape
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_the_dual_form_of_an_rgc_by_triton(
+    shaped: str, reset: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = _count(monkeypatch)
+    cell, weights = RGCCell(), _weights(shaped)
+    exact, rounded, exact_weights = _trajectories(weights, steps, reset)
+    delta = torch.randn(2, steps, 2, 6)
+    for learning in ("rfp", "eprop"):
+        for matrices in (cell.matrices, cell.matrices[1:3], ()):
+            want = ops.dual_of(
+                cell, exact, exact_weights, delta.double(), matrices, 1, learning, backend="torch"
+            )
+            got = ops.dual_of(cell, rounded, weights, delta, matrices, 1, learning, backend="triton")
+            for a, b in zip([*got[0], *got[1:]], [*want[0], *want[1:]], strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    assert called == ["rgc_dual"] * 3
+
+
+@by_shape
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("steps", [1, 7, 260])
+def test_the_layers_gradient_by_triton_is_that_of_the_oracle(
+    shaped: str, reset: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of autograd through the graph in which a matrix passes gradients to its own unit alone, by one launch.
+
+    Weights are small, for with larger ones the float32 states of 260 steps drift from float64's.
+    """
+    called = _count(monkeypatch)
+    weights = [(weight / 4).double().requires_grad_() for weight in _weights(shaped)]
+    x, _, state, ds, dm = oracle.problem(steps, 2, 6)
+    resets = torch.rand(steps, 2) < 0.2 if reset else None
+    want_s, want_m = oracle.rgc(x, weights, state, resets, "own")
+    want = torch.autograd.grad((want_s * ds + want_m * dm).sum(), [x, *state, *weights])
+    given = [t.detach().float().requires_grad_() for t in (x, *state, *weights)]
+    s, m = rgc(
+        given[0], *given[3:], (given[1], given[2]), resets=resets, forward="sequential", backend="triton"
+    )
+    got = torch.autograd.grad((s * ds.float() + m * dm.float()).sum(), given)
+    assert called == ["rgc_dual"]
+    assert oracle.relative(got, want) < 4e-6
+
+
+def test_a_dual_form_that_can_not_launch_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    from triton.runtime.errors import OutOfResources
+
+    from rjepa_triton.kernels import rgc_partials
+
+    def refuse(*_: object) -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    for name in ("rgc_dual", "rgc_linearize"):
+        monkeypatch.setattr(rgc_partials, name, refuse)
+    monkeypatch.setattr(ops, "_failed", set())
+    cell, weights = RGCCell(), _weights("dense")
+    _, rounded, _ = _trajectories(weights, 6, True)
+    delta = torch.randn(2, 6, 2, 6)
+    with pytest.warns(UserWarning, match="Triton kernel rgc_(dual|linearize) can't be launched"):
+        got = ops.dual_of(cell, rounded, weights, delta, cell.matrices, 1, "rfp", backend="triton")
+    want = ops.dual_of(cell, rounded, weights, delta, cell.matrices, 1, "rfp", backend="torch")
+    for a, b in zip([*got[0], *got[1:]], [*want[0], *want[1:]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_no_triton_is_a_clear_refusal() -> None:

@@ -180,12 +180,15 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def signal(matrix: Matrix, lin: Linearization, inputs: Tensor | None) -> Tensor:
-    """y^k (T, B, M): what a matrix reads. inputs (T, B, I) is the layer's input, if any matrix reads it."""
+def signal(matrix: Matrix, before: Tensor, inputs: Tensor | None) -> Tensor:
+    """y^k (T, B, M): what a matrix reads, of the states that the steps read, before (S, T, B, N).
+
+    inputs (T, B, I) is the layer's input, if any matrix reads it.
+    """
     if isinstance(matrix.reads, int):
-        return lin.before[matrix.reads]
+        return before[matrix.reads]
     if matrix.reads == "one":
-        return torch.ones_like(lin.before[0])
+        return torch.ones_like(before[0])
     if inputs is None:
         raise ValueError(f"inputs must be given: matrix {matrix.name!r} reads the layer's input")
     return inputs
@@ -202,7 +205,7 @@ def immediates(matrices: Sequence[Matrix], lin: Linearization) -> Tensor:
 
 def signals(matrices: Sequence[Matrix], lin: Linearization, inputs: Tensor | None) -> Tensor:
     """What some matrices of one shape read, (T, B, K, Y): see `rows_read` for Y."""
-    return torch.stack([signal(matrix, lin, inputs) for matrix in matrices], dim=2)
+    return torch.stack([signal(matrix, lin.before, inputs) for matrix in matrices], dim=2)
 
 
 def entering_credit(matrix: Matrix, lin: Linearization, credit: Tensor) -> Tensor:
@@ -222,19 +225,19 @@ def weight_gradients(
 ) -> list[Tensor]:
     """The dual form's last step: one product a matrix over all of (T, B). credit λ (S, T, B, N)."""
     entering = (entering_credit(matrix, lin, credit) for matrix in matrices)
-    return outer_products(lin, matrices, weights, entering, inputs)
+    return outer_products(lin.before, matrices, weights, entering, inputs)
 
 
 def outer_products(
-    lin: Linearization,
+    before: Tensor,
     matrices: Sequence[Matrix],
     weights: Sequence[Tensor],
     entering: Iterable[Tensor],
     inputs: Tensor | None = None,
 ) -> list[Tensor]:
-    """Σ_{t,b} E^k(t) y^k(t)ᵀ of each matrix, its E^k (T, B, N) taken when its turn comes."""
+    """Σ_{t,b} E^k(t) y^k(t)ᵀ of each matrix, its E^k (T, B, N) taken when its turn comes; before as in `signal`."""
     return [
-        weight_ops.outer(credit, signal(matrix, lin, inputs), weight)
+        weight_ops.outer(credit, signal(matrix, before, inputs), weight)
         for matrix, weight, credit in zip(matrices, weights, entering, strict=True)
     ]
 

@@ -145,7 +145,7 @@ class ExactSensitivity:
         new = self.gammas[group]
         for k, index in enumerate(self.groups[group][1]):
             matrix = self.matrices[index]
-            y = self._read(rfp.signal(matrix, lin, inputs)[t], new.shape[-1])
+            y = self._read(rfp.signal(matrix, lin.before, inputs)[t], new.shape[-1])
             for nu, phi in lin.immediate(matrix).items():
                 own = new[:, :, nu, :, k].diagonal(dim1=2, dim2=3)  # (B, H, M, b): unit i against row i
                 own.addcmul_(self._by_head(phi[t])[:, :, None], y)
