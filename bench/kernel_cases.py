@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _native, ops
 from ..cells import RGCCell
 from ..reference import rfp
-from ..two_point import Trajectory
+from ..two_point import Partials, Trajectory
 
 STATES, MATRICES = 2, 4
 BY = ("triton", "torch", "compile")
@@ -63,12 +63,13 @@ class Problem(Given):
 class Circuit(Given):
     """What an RGC's own kernels are given.
 
-    x (T, B, N), weights (4, N, N), state (2, B, N), gates (2, T, B, 2, N), before and delta (2, T, B, N); and of
-    one step, own (2, B, N) and phi (4, B, N).
+    x (T, B, N), weights (4, N, N) and a view of their diagonals (4, N), state (2, B, N), gates (2, T, B, 2, N), before
+    and delta (2, T, B, N); and of one step, own (2, B, N) and phi (4, B, N).
     """
 
     x: Tensor
     weights: Tensor
+    diagonals: Tensor
     state: Tensor
     gates: Tensor
     before: Tensor
@@ -551,6 +552,7 @@ def _circuit_shapes(units: int, batch: int, steps: int) -> dict[str, tuple[int, 
     return {
         "x": (steps, batch, units),
         "weights": (MATRICES, units, units),
+        "diagonals": (MATRICES, units),
         "state": (STATES, batch, units),
         "gates": (2, steps, batch, 2, units),
         "before": (STATES, steps, batch, units),
@@ -572,6 +574,7 @@ class OfCircuit(WithoutGamma):
         size = self.shapes(units, batch, steps)
         drawn = {name: torch.randn(size[name], generator=generator, device=device) for name in size}
         drawn["weights"] *= 0.3 / math.sqrt(units)
+        drawn["diagonals"] = drawn["weights"].diagonal(dim1=1, dim2=2)
         drawn["gates"].tanh_()
         return Circuit(gammas=[], **drawn)
 
@@ -620,6 +623,38 @@ class RGCBackward(OfCircuit):
 
     def written(self, units: int, batch: int, steps: int) -> int:
         return (STATES * (steps + 1) + MATRICES * steps) * batch * units
+
+
+class RGCLinearize(OfCircuit):
+    """Partials of an RGC and RFP's M, from its gates."""
+
+    def __init__(self) -> None:
+        takes = ("gates", "before", "x", "diagonals")
+        super().__init__("rgc-linearize", takes, _linearize, _pure_linearize, _launch_linearize)
+        self.loop = functools.partial(_linearize, backend="compile")
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # φ: three a matrix; the input's, one a state; M: a product a matrix, and two sums
+        return batch * steps * units * (3 * MATRICES + STATES + MATRICES + 2)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return (MATRICES + STATES + STATES**2) * batch * steps * units
+
+
+class RGCDual(OfCircuit):
+    """RFP's dual form of an RGC, from its gates: what enters each matrix, and the input's gradient."""
+
+    def __init__(self) -> None:
+        takes = ("gates", "before", "x", "diagonals", "delta")
+        super().__init__("rgc-dual", takes, _dual, _pure_dual, _launch_dual)
+        self.loop = functools.partial(_dual, backend="compile")
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # partials as above; δ added to Mᵀλ, E: a product a matrix, and S products and S - 1 additions for x
+        return batch * steps * units * (4 * MATRICES + STATES + 2 + 8 + MATRICES + 2 * STATES - 1)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return ((MATRICES + 1) * steps + STATES) * batch * units
 
 
 class RTRLJacobian(OfCircuit):
@@ -677,12 +712,15 @@ def _launch_persistent(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Te
     return states, gates
 
 
+def _trajectory(gates: Tensor, before: Tensor, x: Tensor) -> Trajectory:
+    return Trajectory(x[None], torch.cat([before, before[:, -1:]], 1), gates)  # the last is read by no step
+
+
 def _backward(
     gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor, backend: str = "torch"
 ) -> tuple[Tensor, Tensor, Tensor]:
     cell, dense = RGCCell(), weights.unbind(0)
-    states = torch.cat([before, before[:, -1:]], 1)  # the last is read by no step
-    lin = ops.linearize(cell, Trajectory(x[None], states, gates), dense, backend=backend)[0]
+    lin = ops.linearize(cell, _trajectory(gates, before, x), dense, backend=backend)[0]
     credit, passed = ops.exact_credits(cell, lin, dense, delta, backend=backend)
     ss, ms, mm, sm = (rfp.entering_credit(matrix, lin, credit) for matrix in cell.matrices)
     return credit, passed, torch.stack([torch.stack([ss, sm], -2), torch.stack([mm, ms], -2)])
@@ -715,6 +753,65 @@ def _launch_backward(
     from ..kernels import rgc_backward
 
     return rgc_backward.bptt_credits(gates, before, x, weights.unbind(0), delta)
+
+
+def _parts(partials: Partials, m: Tensor) -> tuple[Tensor, ...]:
+    """φ of ss, ms, mm and sm, the input's partials of s and m, and M."""
+    phi, by_input = (next(iter(by_state.values())) for by_state in partials.gate), partials.input[0]
+    return *phi, by_input[0], by_input[1], m
+
+
+def _linearize(
+    gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor, backend: str = "torch"
+) -> tuple[Tensor, ...]:
+    trajectory = _trajectory(gates, before, x)
+    lin, m = ops.linearize(RGCCell(), trajectory, diagonals.unbind(0), backend=backend)
+    return _parts(lin.partials, m)
+
+
+def _pure_linearize(gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor) -> tuple[Tensor, ...]:
+    (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in gates.unbind(0))
+    w_ss, w_ms, w_mm, w_sm = diagonals
+    by_ss, by_ms = (1 - ss * ss) * before[0], (ms * ms - 1) * x
+    by_mm, by_sm = (1 - mm * mm) * before[1], (sm * sm - 1) * x
+    m = torch.stack([ss + by_ss * w_ss, by_ms * w_ms, by_sm * w_sm, mm + by_mm * w_mm])
+    return by_ss, by_ms, by_mm, by_sm, 1 - ms, 1 - sm, m.view(STATES, STATES, *x.shape)
+
+
+def _launch_linearize(gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor) -> Sequence[Tensor]:
+    from ..kernels import rgc_partials
+
+    planes = rgc_partials.rgc_linearize(gates, before, x, diagonals.unbind(0))
+    return _parts(*RGCCell.partials_in(planes, gates))
+
+
+def _dual(
+    gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor, delta: Tensor, backend: str = "torch"
+) -> tuple[Tensor, ...]:
+    cell, trajectory = RGCCell(), _trajectory(gates, before, x)
+    entering, for_input, passed = ops.dual_of(
+        cell, trajectory, diagonals.unbind(0), delta, cell.matrices, 1, "rfp", backend=backend
+    )
+    return *entering, for_input[0], passed
+
+
+def _pure_dual(
+    gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor, delta: Tensor
+) -> tuple[Tensor, ...]:
+    *phi, of_s, of_m, m = _pure_linearize(gates, before, x, diagonals)
+    credit, passed = _pure_scan(m, delta)
+    entering = [credit[entered(k)] * phi[k] for k in range(MATRICES)]
+    return *entering, credit[0] * of_s + credit[1] * of_m, passed
+
+
+def _launch_dual(
+    gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor, delta: Tensor
+) -> Sequence[Tensor]:
+    from ..kernels import rgc_partials
+
+    entering, for_input, passed = rgc_partials.rgc_dual(gates, before, x, diagonals.unbind(0), delta)
+    (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in entering.unbind(0))
+    return ss, ms, mm, sm, for_input, passed
 
 
 def _jacobian(own: Tensor, phi: Tensor, weights: Tensor) -> tuple[Tensor]:
@@ -820,6 +917,8 @@ _KERNELS: tuple[Kernel, ...] = (
     RGCForward("rgc-forward", _launch_forward),
     RGCForwardPersistent(),
     RGCBackward(),
+    RGCLinearize(),
+    RGCDual(),
     RTRLJacobian(),
     RTRLHeads(),
 )  # fmt: skip

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.table import Table
@@ -39,6 +39,9 @@ from .kernel_cases import (
 from .kernels import floor, rate_text
 from .record import Record
 from .summary import bytes_text, seconds_text
+
+if TYPE_CHECKING:  # triton need not be there to import this
+    from ..kernels.reverse_scan import ScanConfig
 
 FILE = "roofline.jsonl"
 DEFAULT_HIDDEN, DEFAULT_BATCHES = (64, 256, 1001, 1024, 4096), (8,)
@@ -155,7 +158,7 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
     total = batch * units
     aligned = tuple(name for name, value in (("BN", total), ("N", units)) if value % 16 == 0)
     if "delta" in kernel.takes:
-        return scan_launch(kernel, total, steps, gpu, gpu.multiprocessors)
+        return scan_launch(kernel, total, steps, gpu)
     matrices = MATRICES if "phi" in kernel.takes else 0
     width = vector_width(units if matrices else total, torch.float32)
     picked = reverse_scan.pick_config(matrices, static.WARP[target])
@@ -165,11 +168,8 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
     return Launch(build, words, -(-total // picked.block), picked.block, 1, waits)
 
 
-def scan_launch(kernel: Kernel, total: int, steps: int, gpu: Gpu, multiprocessors: int) -> Launch:
-    """Of credits of B·N = `total` units: `launch`, by what is picked for so many multiprocessors.
-
-    For none, that is one pass over all steps. Without a carry, as a sequence's last chunk is.
-    """
+def scan_launch(kernel: Kernel, total: int, steps: int, gpu: Gpu) -> Launch:
+    """Of credits of B·N = `total` units: `launch`. Without a carry, as a sequence's last chunk is."""
     from ..kernels import reverse_scan
     from ..kernels._launch import vector_width
 
@@ -178,24 +178,31 @@ def scan_launch(kernel: Kernel, total: int, steps: int, gpu: Gpu, multiprocessor
     if "partials" in kernel.takes:
         partials = [*([entered(k)] for k in range(MATRICES)), list(range(STATES))]
     count, written = sum(map(len, partials)), len(partials) or STATES
-    picked = reverse_scan.pick_scan_config(steps, total, STATES, count, written, warp, multiprocessors)
+    picked = reverse_scan.pick_scan_config(steps, total, STATES, count, written, warp, gpu.multiprocessors)
     build = static.scan_build(
         gpu.target,
         STATES,
         partials,
         steps=steps,
         units=total,
-        multiprocessors=multiprocessors,
+        multiprocessors=gpu.multiprocessors,
         carry=False,
         vector=width,
         divisible=("BN",) if total % 16 == 0 else (),
     )[-1]
+    return by_blocks(build, picked, total, steps, width, STATES**2 + STATES)
+
+
+def by_blocks(
+    build: static.Build, picked: ScanConfig, total: int, steps: int, width: int, read: int
+) -> Launch:
+    """Of a scan in one pass, or of blocks of time, which read so many numbers of each unit and step twice: `launch`."""
     tiles, blocks = -(-total // picked.block), -(-steps // picked.steps)
     words, under_way = f"{picked.block} w1 v{width} s{picked.stages}", max(1, picked.stages - 1)
     if blocks == 1:
         return Launch(build, words, tiles, picked.block, 1, steps / under_way)
-    # M and δ of all blocks but the first; and a summary of each, written once and read again
-    again = 4 * total * (STATES**2 + STATES) * (steps - picked.steps + 2 * (blocks - 1))
+    # of all blocks but the first; and a summary of each, written once and read again
+    again = 4 * total * (read * (steps - picked.steps) + 2 * (STATES**2 + STATES) * (blocks - 1))
     waits = (2 * picked.steps + blocks - 1) / under_way
     return Launch(build, f"{words} t{picked.steps}", tiles * blocks, picked.block, 1, waits, again)
 
@@ -217,10 +224,11 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
     """Of an RGC's own kernels: `launch`, of a step where each step is a launch.
 
     Such a step waits for its product, which isn't compiled here, and then for its pass; a step on chip for its input.
+    Partials wait for each step of a program, the dual form as scans do.
     Where programs wait for one another, they wait for each tile of rows, and between steps until their states are
     stored and the last to arrive is seen: two ways to the cache that they share and back, taken for half a load each.
     """
-    from ..kernels import rgc_backward, rgc_forward, rgc_persistent, rtrl_step
+    from ..kernels import rgc_backward, rgc_forward, rgc_partials, rgc_persistent, rtrl_step
     from ..kernels._launch import vector_width
 
     target = gpu.target
@@ -243,6 +251,28 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
         words = f"{dealt.units}×{dealt.tile_rows} w{dealt.num_warps} v{width}"
         waits = steps * -(-dealt.rows // dealt.tile_rows) + steps - 1
         return Launch(build, words, dealt.slices * dealt.parts, dealt.units, dealt.num_warps, waits)
+    if name in ("rgc-linearize", "rgc-dual"):
+        total, width = batch * units, vector_width(units, torch.float32)
+        divisible = (*divisible, *(("BN",) if total % 16 == 0 else ()))
+        at = (steps, total, static.WARP[target], gpu.multiprocessors)
+        if name == "rgc-dual":
+            build = static.rgc_dual_build(
+                target,
+                width,
+                steps=steps,
+                units=total,
+                multiprocessors=gpu.multiprocessors,
+                resets=False,
+                carry=False,
+                divisible=divisible,
+            )[-1]
+            read = MATRICES + STATES + 1 + STATES
+            return by_blocks(build, rgc_partials.pick_dual_config(*at), total, steps, width, read)
+        build = static.rgc_linearize_build(target, width, resets=False, divisible=divisible)
+        some = rgc_partials.pick_config(*at)
+        programs = -(-total // some.block) * -(-steps // some.steps)
+        words = f"{some.block} w1 v{width} t{some.steps}"
+        return Launch(build, words, programs, some.block, 1, some.steps)
     config: rgc_forward.PointwiseConfig | rgc_backward.Config
     if name == "rgc-forward":
         config = rgc_forward.pick_pointwise_config(units, static.WARP[target])
@@ -332,7 +362,8 @@ def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 6
             made = launch(kernel, units, batch, steps, gpu)
             launches[name, name, units, batch] = made
             if made.again:
-                one_pass = scan_launch(kernel, units * batch, steps, gpu, 0)
+                # as it would be picked for no multiprocessors
+                one_pass = launch(kernel, units, batch, steps, dataclasses.replace(gpu, multiprocessors=0))
                 launches[f"{name}-one-pass", name, units, batch] = one_pass
     by_text = {_text(made.build): made.build for made in launches.values()}
     compiled = dict(zip(by_text, static.compile_all(list(by_text.values())), strict=True))

@@ -44,6 +44,10 @@ GPU_ONLY = ("chunk-C64-tf32", "rgc-forward-persistent")
         ("rgc-forward-persistent", 4 * ((7 * 20 + 4) * 30 + 400), (80 + 28) * 20 * 30),
         # gates 4, states 2, x 1, δ 2, λ 2, E 4 a step; what passes on, four weights
         ("rgc-backward", 4 * ((15 * 20 + 2) * 30 + 400), (80 + 20) * 20 * 30),
+        # gates 4, states 2, x 1, φ 4, ∂F/∂x 2, M 4 a step; four diagonals
+        ("rgc-linearize", 4 * (17 * 20 * 30 + 40), 20 * 20 * 30),
+        # gates 4, states 2, x 1, δ 2, E 4, ∂E/∂x 1 a step; 2 at the end, four diagonals
+        ("rgc-dual", 4 * ((14 * 20 + 2) * 30 + 40), 35 * 20 * 30),
         # own 2BN, φ 4BN, four weights, J 4BN²
         ("rtrl-jacobian", 4 * (6 * 30 + 400 + 400 * 3), 4 * 300 + 2 * 30),
         # five heads of two: γ 8BN·4, in and out; J 5·4·4B, φ 8BN, y 4BN, δ 2BN; the gradient 4N·2
@@ -289,6 +293,24 @@ def test_a_prediction_of_a_long_scan_of_few_units(tmp_path: Path, monkeypatch: p
     assert one.predicted_seconds == pytest.approx(4096 / 3 * 600e-9)
 
 
+def test_a_prediction_of_a_long_dual_form_of_few_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By blocks of time, which read nine numbers of each unit and step twice, and by one pass."""
+    pytest.importorskip("triton")
+    if roofline.static.cuobjdump() is None:
+        pytest.skip("this triton comes without cuobjdump")
+    monkeypatch.setattr(roofline, "KERNELS", {"rgc-dual": KERNELS["rgc-dual"]})
+    blocks, one = roofline.run(tmp_path / roofline.FILE, "h100", ((64, 1),), 4096)
+    assert (blocks.algorithm, one.algorithm) == ("rgc-dual", "rgc-dual-one-pass")
+    assert (blocks.payload["config"], blocks.payload["programs"]) == ("128 w1 v4 s4 t46", 90)
+    assert (one.payload["config"], one.payload["programs"]) == ("128 w1 v4 s4", 1)
+    again = 4 * 64 * (9 * (4096 - 46) + 2 * 6 * 89)
+    assert blocks.payload["bytes"] == one.payload["bytes"] + again
+    assert blocks.predicted_seconds == pytest.approx((2 * 46 + 89) / 3 * 600e-9)
+    assert one.predicted_seconds == pytest.approx(4096 / 3 * 600e-9)
+
+
 def test_a_prediction_of_programs_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For each tile of rows and at each barrier; and nothing of what the GPU is too small for."""
     pytest.importorskip("triton")
@@ -322,6 +344,7 @@ def test_a_prediction_compiles_what_the_launcher_launches(
         reverse_scan,
         rgc_backward,
         rgc_forward,
+        rgc_partials,
         rgc_persistent,
         rtrl_heads,
         rtrl_step,
@@ -341,7 +364,7 @@ def test_a_prediction_compiles_what_the_launcher_launches(
 
     modules = (
         *(gamma_step, gamma_read, gamma_chunk, reverse_scan),
-        *(rgc_backward, rgc_forward, rgc_persistent, rtrl_heads, rtrl_step),
+        *(rgc_backward, rgc_forward, rgc_partials, rgc_persistent, rtrl_heads, rtrl_step),
     )
     monkeypatch.setattr(rgc_persistent, "_INTERPRETED", False)
     for module in modules:
