@@ -55,7 +55,7 @@ def _load_step(
 
 
 @triton.jit
-def _partials(ss, ms, mm, sm, s, m, u, w_ss, w_ms, w_mm, w_sm):
+def rgc_partials(ss, ms, mm, sm, s, m, u, w_ss, w_ms, w_mm, w_sm):
     """φ of ss, ms, mm and sm, and M by rows, had nothing been reset."""
     by_ss = s - ss * ss * s
     by_ms = ms * ms * u - u
@@ -136,7 +136,7 @@ def _linearize_kernel(
             stride_before,
             mask,
         )
-        by_ss, by_ms, by_mm, by_sm, m00, m01, m10, m11 = _partials(
+        by_ss, by_ms, by_mm, by_sm, m00, m01, m10, m11 = rgc_partials(
             ss, ms, mm, sm, s, m, u, w_ss, w_ms, w_mm, w_sm
         )
         if resets_ptr is not None:
@@ -222,7 +222,7 @@ def _dual_summary_kernel(
             mask,
         )
         delta0, delta1 = load_states(delta_ptr, t * BN + unit, plane, mask, 2)
-        _, _, _, _, m00, m01, m10, m11 = _partials(ss, ms, mm, sm, s, m, u, w_ss, w_ms, w_mm, w_sm)
+        _, _, _, _, m00, m01, m10, m11 = rgc_partials(ss, ms, mm, sm, s, m, u, w_ss, w_ms, w_mm, w_sm)
         arriving0, arriving1 = pass_back(m00, m01, m10, m11, delta0 + arriving0, delta1 + arriving1, 2)
         r00, r01, r10, r11 = times(r00, r01, r10, r11, m00, m01, m10, m11, 2)
         if resets_ptr is not None:
@@ -310,7 +310,7 @@ def _dual_kernel(
             mask,
         )
         delta0, delta1 = load_states(delta_ptr, at, plane, mask, 2)
-        by_ss, by_ms, by_mm, by_sm, m00, m01, m10, m11 = _partials(
+        by_ss, by_ms, by_mm, by_sm, m00, m01, m10, m11 = rgc_partials(
             ss, ms, mm, sm, s, m, u, w_ss, w_ms, w_mm, w_sm
         )
         credit0 = delta0 + arriving0

@@ -12,20 +12,11 @@ from torch import Tensor
 
 from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vector_width
 from .rgc_forward import tanh
+from .rgc_partials import rgc_partials
 
 # Batch rows of one program at most: each takes sums of its own. Beyond twice as many, weights that are read again for
 # each four rows take longer than a product by torch.
 MOST_ROWS = 4
-
-
-@triton.jit
-def _partials(ss, ms, mm, sm, s, m, u, w_ss, w_ms, w_mm, w_sm):
-    """φ of ss, ms, mm and sm, and M by rows, had nothing been reset."""
-    by_ss = s - ss * ss * s
-    by_ms = ms * ms * u - u
-    by_mm = m - mm * mm * m
-    by_sm = sm * sm * u - u
-    return by_ss, by_ms, by_mm, by_sm, ss + by_ss * w_ss, by_ms * w_ms, by_sm * w_sm, mm + by_mm * w_mm
 
 
 # B and N set no layout but by VECTOR, so they shall not compile the kernel anew when they are 1 or multiples of 16.
@@ -104,7 +95,7 @@ def _rgc_step_kernel(
     w_ms = tl.load(ms_ptr + diagonal, mask=mine, other=0.0)[None, :]
     w_mm = tl.load(mm_ptr + diagonal, mask=mine, other=0.0)[None, :]
     w_sm = tl.load(sm_ptr + diagonal, mask=mine, other=0.0)[None, :]
-    by_ss, by_ms, by_mm, by_sm, m00, m01, m10, m11 = _partials(
+    by_ss, by_ms, by_mm, by_sm, m00, m01, m10, m11 = rgc_partials(
         ss, ms, mm, sm, s, m, u, w_ss, w_ms, w_mm, w_sm
     )
     partials_ptr += own
