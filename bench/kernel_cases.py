@@ -350,9 +350,15 @@ class GammaStep(Kernel):
 
             def launched(p: Problem) -> Sequence[Tensor]:
                 drawn = rng_state(p.m.device)
-                return self._outputs(
-                    p, gamma_step.gamma_step_(p.gammas, *self._arguments(p), rng_state=drawn)
-                )
+                m, phi, y, delta = self._arguments(p)
+                # where they lie, without the zeros, as a learner's
+                there = [
+                    phi[nu, :, k] if entered(k) == nu else None
+                    for nu in range(STATES)
+                    for k in range(MATRICES)
+                ]
+                total = gamma_step.gamma_step_(p.gammas, m, there, y, delta, rng_state=drawn)
+                return self._outputs(p, total)
 
             return {"triton": launched, "torch": self.reference, "compile": compiled}
         # compiled code of `ops` takes Γ in the dtype of the rest alone
@@ -609,6 +615,23 @@ class RGCForwardPersistent(RGCForward):
         return {by: run for by, run in super().runners(device).items() if by == "triton"}
 
 
+class RGCStep(OfCircuit):
+    """One step of an RGC and its linearisation: the first launch of an online step."""
+
+    steps = 1
+
+    def __init__(self) -> None:
+        super().__init__("rgc-step", ("x", "weights", "state"), _step, _pure_step, _launch_step)
+        self.loop = functools.partial(_step, backend="compile")
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # a step as above; φ: three a matrix; the input's, one a state; M: a product a matrix, and two sums
+        return batch * units * (8 * units + 28 + 3 * MATRICES + STATES + MATRICES + 2)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return (STATES + MATRICES + STATES + STATES**2) * batch * units
+
+
 class RGCBackward(OfCircuit):
     """Exact credits of an RGC, backward in time, and what enters each matrix."""
 
@@ -686,6 +709,26 @@ def _pure_forward(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, Te
         states.append(torch.stack([s, m]))
         gates.append(torch.stack([torch.stack(by_s, -2), torch.stack(by_m, -2)]))
     return torch.stack(states, 1), torch.stack(gates, 1)
+
+
+def _step(x: Tensor, weights: Tensor, state: Tensor, backend: str = "torch") -> tuple[Tensor, ...]:
+    cell, dense = RGCCell(), weights.unbind(0)
+    trajectory = ops.scan(cell, x[None, :1], dense, state.unbind(0), backend=backend)
+    lin, m = ops.linearize(cell, trajectory, dense, backend=backend)
+    return trajectory.states[:, 1], *_parts(lin.partials, m)
+
+
+def _pure_step(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    states, gates = _pure_forward(x[:1], weights, state)
+    own = weights.diagonal(dim1=1, dim2=2)
+    return states[:, 1], *_pure_linearize(gates, state[:, None], x[:1], own)
+
+
+def _launch_step(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
+    from ..kernels import rgc_step
+
+    after, _, planes = rgc_step.rgc_step(x[0], weights.unbind(0), state)
+    return after, *_parts(*RGCCell.partials_in(planes[:, None]))
 
 
 def _loop_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor] | None:
@@ -916,6 +959,7 @@ _KERNELS: tuple[Kernel, ...] = (
          _launch("arriving")),
     RGCForward("rgc-forward", _launch_forward),
     RGCForwardPersistent(),
+    RGCStep(),
     RGCBackward(),
     RGCLinearize(),
     RGCDual(),

@@ -224,11 +224,11 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
     """Of an RGC's own kernels: `launch`, of a step where each step is a launch.
 
     Such a step waits for its product, which isn't compiled here, and then for its pass; a step on chip for its input.
-    Partials wait for each step of a program, the dual form as scans do.
+    Partials wait for each step of a program, the dual form as scans do, a step on its own for each block of columns.
     Where programs wait for one another, they wait for each tile of rows, and between steps until their states are
     stored and the last to arrive is seen: two ways to the cache that they share and back, taken for half a load each.
     """
-    from ..kernels import rgc_backward, rgc_forward, rgc_partials, rgc_persistent, rtrl_step
+    from ..kernels import rgc_backward, rgc_forward, rgc_partials, rgc_persistent, rgc_step, rtrl_step
     from ..kernels._launch import vector_width
 
     target = gpu.target
@@ -251,6 +251,15 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
         words = f"{dealt.units}×{dealt.tile_rows} w{dealt.num_warps} v{width}"
         waits = steps * -(-dealt.rows // dealt.tile_rows) + steps - 1
         return Launch(build, words, dealt.slices * dealt.parts, dealt.units, dealt.num_warps, waits)
+    if name == "rgc-step":
+        some_rows = rgc_step.pick_config(units, batch, static.WARP[target])
+        width = vector_width(units, torch.float32)
+        build = static.rgc_step_build(target, some_rows, width, resets=False, divisible=divisible)
+        words = f"{some_rows.units}×{some_rows.rows} w{some_rows.num_warps} v{width}"
+        programs = -(-units // some_rows.units) * -(-batch // some_rows.rows)
+        # loads of columns one after the other, and then of the unit's own
+        waits = -(-units // some_rows.columns) + 1
+        return Launch(build, words, programs, some_rows.units, some_rows.num_warps, waits)
     if name in ("rgc-linearize", "rgc-dual"):
         total, width = batch * units, vector_width(units, torch.float32)
         divisible = (*divisible, *(("BN",) if total % 16 == 0 else ()))
