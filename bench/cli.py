@@ -36,6 +36,7 @@ from . import (
     selfcheck,
     suite,
     summary,
+    targets,
     tasks,
     views,
 )
@@ -623,6 +624,22 @@ def roofline_command(
         file = out / roofline.FILE
         show(roofline.tables(roofline.run(file, gpu, roofline.points(*sizes), steps)))
         typer.echo(f"records: {file}")
+
+
+@bench.command("targets")
+def targets_command(
+    results: Annotated[
+        Path | None, typer.Argument(help="Folder of a GPU's records, to be shown beside predictions.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help=", ".join(roofline.GPUS))] = "h100",
+    markdown: Markdown = False,
+) -> None:
+    """What the kernels are meant to reach on a GPU: predicted, and beside it what was measured on one."""
+    with user_errors():
+        measured = [] if results is None else record.load_all(results)
+        print_tables(
+            [targets.table(gpu, [r for r in measured if r.params.get("device") == "cuda"])], markdown
+        )
 
 
 @bench.command("all")

@@ -3,7 +3,7 @@
 Each kernel is compiled at the configuration that its launcher picks, and read from the machine code
 (`static`). The time is a floor, max(bytes / copy rate, FLOP / rate, waits): launches, and how near a kernel
 comes to it, are not predicted. A scan waits for memory step after step, whatever it moves: that is a load's
-latency for as many steps as have their loads under way at once.
+latency for as many steps as have their loads under way at once. A pass over Γ waits for each batch row's tile.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class Launch:
     """What a launcher would launch: a build, its configuration in words, programs, and numbers of a program.
 
     numbers: of Γ, both states, in a program's tile, or of J; of a scan or a loop, its units.
-    waits: of a scan or a loop, loads that a call waits for, one after the other.
+    waits: loads that a program waits for, one after the other: of Γ a batch row's tile each, of a scan or a loop its
+    steps. Programs of Γ that don't fit on the GPU at once wait for their turn as well.
     again: bytes moved beside those that a call must move: blocks of time are read twice, and summarised.
     """
 
@@ -154,6 +155,7 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
             tiles * MATRICES * parts,
             STATES * config.block_n * config.block_m,
             config.num_warps,
+            batch // parts if isinstance(kernel, (GammaStep, GammaRead)) else batch,
         )
     total = batch * units
     aligned = tuple(name for name, value in (("BN", total), ("N", units)) if value % 16 == 0)
@@ -317,10 +319,11 @@ def predict(
     moved, flop = kernel.bytes(*size) + made.again, kernel.flop(*size)
     rate: Rate = getattr(gpu, kernel.rate)
     seconds, bound = floor(moved, flop, gpu.copy.value, rate.value)
-    waiting = made.waits * gpu.latency.value
+    fit, limit = occupancy(gpu, facts.registers, facts.shared, made.warps)
+    turns = -(-made.programs // (fit * gpu.multiprocessors)) if kernel.has_gamma else 1
+    waiting = made.waits * turns * gpu.latency.value
     if waiting > seconds:
         seconds, bound = waiting, "waits"
-    fit, limit = occupancy(gpu, facts.registers, facts.shared, made.warps)
     return {
         "predicted": True,
         "config": made.config,
@@ -335,7 +338,7 @@ def predict(
         "copy_basis": gpu.copy.basis,
         "flop_per_second": rate.value,
         "flop_basis": rate.basis,
-        "waits": made.waits,
+        "waits": made.waits * turns,
         "latency_seconds": gpu.latency.value,
         "latency_basis": gpu.latency.basis,
         "seconds": seconds,
@@ -356,12 +359,7 @@ def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 6
         check.integer("hidden", units, 1)
         check.integer("batch", batch, 1)
     check.integer("steps", steps, 2)
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError(
-            "a prediction compiles the kernels, which needs triton: pip install 'rjepa-triton[triton]'"
-        )
-    if static.cuobjdump() is None:
-        raise ValueError("a prediction reads machine code by cuobjdump, and this triton comes without it")
+    needs_compiler()
     gpu = GPUS[gpu_name]
     launches: dict[tuple[str, str, int, int], Launch] = {}
     for name, kernel in KERNELS.items():
@@ -394,6 +392,16 @@ def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 6
             )
         record.append(path, records[-1])
     return records
+
+
+def needs_compiler() -> None:
+    """Raise ValueError unless kernels can be compiled and read here."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "a prediction compiles the kernels, which needs triton: pip install 'rjepa-triton[triton]'"
+        )
+    if static.cuobjdump() is None:
+        raise ValueError("a prediction reads machine code by cuobjdump, and this triton comes without it")
 
 
 def _text(build: static.Build) -> str:
