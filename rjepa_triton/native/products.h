@@ -8,6 +8,10 @@
 #include <cstddef>
 #include <cstring>
 
+#ifdef __AVX512F__ // a call of memcpy would have every register saved
+#include <immintrin.h>
+#endif
+
 namespace {
 
 // One register of AVX-512, two of AVX, four of SSE and NEON, by the compiler.
@@ -54,16 +58,24 @@ inline wide sigmoid_of(wide x) { return chosen(x != x, x, 1.0f / (1.0f + exp_of(
 // `count` numbers, at most WIDTH, in the first places of a register, and back.
 inline wide load(const float *from, long count) {
     if (count >= WIDTH) return *(const wide *)from;
+#ifdef __AVX512F__
+    return (wide)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+#else
     wide found{};
     memcpy(&found, from, count * sizeof(float));
     return found;
+#endif
 }
 
 inline void store(float *to, wide values, long count) {
     if (count >= WIDTH)
         *(wide *)to = values;
     else
+#ifdef __AVX512F__
+        _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)values);
+#else
         memcpy(to, &values, count * sizeof(float));
+#endif
 }
 
 // Matrices (N, N) that read one state, their rows one after the other: as they are, or packed as well.
