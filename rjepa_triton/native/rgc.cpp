@@ -1,7 +1,7 @@
 // A reciprocal gated circuit (`cells.RGCCell`) on the CPU, float32: its loop over time, and its partials. All arrays are
 // contiguous, but where strides are given.
 
-#include "products.h"
+#include "cells.h"
 
 // T steps: states (2, T + 1, B, N) written, from s0 and m0 (B, N) on; gates (2, T, B, 2, N) written; x (T, B, N); resets
 // (T, B) bytes or null; weights ss, ms, mm, sm (N, N) each. kept: 2 · B · N numbers for what a step reads where rows are
@@ -55,25 +55,19 @@ extern "C" void rgc_linearize(const float *gates, const float *before, const flo
     for (long row = 0; row < rows; row++) {
         const float *from_s = gates + row * 2 * units, *from_m = from_s + 2 * plane;
         const float *s = before + row * units, *m = s + next_before, *u = x + row * units;
-        const float *w_ss = diagonals[0], *w_ms = diagonals[1], *w_mm = diagonals[2], *w_sm = diagonals[3];
-        const long d_ss = strides[0], d_ms = strides[1], d_mm = strides[2], d_sm = strides[3];
         const bool reset = resets && resets[row];
-        float *to = out + row * units;
-#pragma omp simd
-        for (long i = 0; i < units; i++) {
-            const float ss = from_s[i], sm = from_s[units + i], mm = from_m[i], ms = from_m[units + i];
-            const float by_ss = s[i] - ss * ss * s[i], by_ms = ms * ms * u[i] - u[i];
-            const float by_mm = m[i] - mm * mm * m[i], by_sm = sm * sm * u[i] - u[i];
-            to[i] = by_ss;
-            to[plane + i] = by_ms;
-            to[2 * plane + i] = by_mm;
-            to[3 * plane + i] = by_sm;
-            to[4 * plane + i] = 1.0f - ms;
-            to[5 * plane + i] = 1.0f - sm;
-            to[6 * plane + i] = reset ? 0.0f : ss + by_ss * w_ss[i * d_ss];
-            to[7 * plane + i] = reset ? 0.0f : by_ms * w_ms[i * d_ms];
-            to[8 * plane + i] = reset ? 0.0f : by_sm * w_sm[i * d_sm];
-            to[9 * plane + i] = reset ? 0.0f : mm + by_mm * w_mm[i * d_mm];
+        for (long i = 0; i < units; i += WIDTH) {
+            const long here = units - i < WIDTH ? units - i : WIDTH;
+            const wide c[] = {load(s + i, here), load(m + i, here)}, given = load(u + i, here);
+            const wide p[] = {load(from_s + i, here), load(from_m + units + i, here), load(from_m + i, here),
+                              load(from_s + units + i, here)};
+            wide w[4] = {}, found[Rgc::DISTINCT], whole[4];
+            for (int k = 0; k < 4; k++)
+                for (long lane = 0; lane < here; lane++) w[k][lane] = diagonals[k][(i + lane) * strides[k]];
+            Rgc::partials(c, p, &given, 1, w, found, whole);
+            float *to = out + row * units + i;
+            for (int k = 0; k < Rgc::DISTINCT; k++, to += plane) store(to, found[k], here);
+            for (int k = 0; k < 4; k++, to += plane) store(to, reset ? wide{} : whole[k], here);
         }
     }
 }
