@@ -437,9 +437,10 @@ class RfpDual(_Sequence):
     @classmethod
     def peak_bytes(cls, size: Size) -> int:
         whole = super().peak_bytes(size)
-        if size.steps * size.batch * size.units <= functional.LARGE:
+        large, window = functional.LARGE[size.itemsize == 4]
+        if size.steps * size.batch * size.units <= large:
             return whole
-        windows = 15 * functional.WINDOW * size.itemsize
+        windows = 15 * window * size.itemsize
         return min(whole, _sequence(size, cls.BY_WINDOWS) + windows + _gradients(size))
 
 

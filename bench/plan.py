@@ -65,6 +65,8 @@ SEQUENCE = ("rfp-dual", "bptt", "bptt-autograd")
 BACKWARD_ARRAYS = 12
 # Arrays of that size that the dual form's backward touches, a window of time after the other where that is large.
 TOUCHED_ARRAYS = 20
+# The same where it is one pass of compiled code: what is read, and what is written.
+ONE_PASS_ARRAYS = 14
 # Passes over W's bytes a step of an eager loop under autograd, beside its reading forward and backward: the sum of
 # gradients is read and written; each new one, of one matrix, is written where the last one was, and read right away.
 EAGER_PASSES, EAGER_NEAR_PASSES = 2.0, 2.0
@@ -196,17 +198,24 @@ class Model:
         return Phase("forward", work + rest + joined, self.weight_bytes)
 
     def _outer(self, steps: int) -> Work:
-        """The products Σ E yᵀ over a sequence, with linearisation."""
+        """The products Σ E yᵀ over a sequence, with linearisation and what E is made of."""
+        problem = self.problem
+        return (
+            problem.linearize(steps) + problem.pointwise(problem.calls.outer, steps) + self._products(steps)
+        )
+
+    def _products(self, steps: int) -> Work:
+        """The products Σ E yᵀ over a sequence."""
         problem, count = self.problem, max(1, len(self.problem.fan_ins))
-        work = problem.linearize(steps) + problem.pointwise(problem.calls.outer, steps)
-        work += Work(flop=2.0 * problem.batch * problem.weight_numbers * steps, bytes=self.weight_bytes)
+        work = Work(flop=2.0 * problem.batch * problem.weight_numbers * steps, bytes=self.weight_bytes)
         return work + Work(fresh_bytes=fresh_bytes_of(self.weight_bytes / count, count))
 
-    def _touched(self, steps: int) -> float:
+    def _touched(self, steps: int, *, one_pass: bool = False) -> float:
         numbers = steps * self.problem.batch * self.problem.units
-        if not self.gpu and numbers > functional.LARGE:
-            numbers = functional.WINDOW
-        return float(TOUCHED_ARRAYS * numbers * self.problem.item)
+        large, window = functional.LARGE[one_pass]
+        if not self.gpu and numbers > large:
+            numbers = window
+        return float((ONE_PASS_ARRAYS if one_pass else TOUCHED_ARRAYS) * numbers * self.problem.item)
 
     def _credits(self, steps: int) -> Phase:
         """BPTT's credits: a product a matrix and step."""
@@ -218,6 +227,11 @@ class Model:
 
     def _dual(self) -> list[Phase]:
         steps, problem = self._length(), self.problem
+        if problem.partials:  # one product for all recurrent matrices, one for each of the others
+            count = 1 + len(self.layer.matrices) - len(self.layer.cell.matrices)
+            work = problem.dual(steps) + self._products(steps) + Work(calls=count)
+            phase = Phase("gradient", work * (1 / steps), self._touched(steps, one_pass=True))
+            return [self._forward(steps), phase]
         work = self._outer(steps)
         if self.kernel:
             work += cost.scan_work(problem.states, steps, problem.batch * problem.units, problem.item, True)

@@ -15,6 +15,7 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 import warnings
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from ._room import Room
 from .cells import ElmanCell, GRUCell, LSTMCell, RGCCell
+from .reference.rfp import Joined
 from .two_point import Cell, Linearization, Matrix, Partials, Trajectory, state_read
 
 SOURCES = Path(__file__).with_name("native")
@@ -225,16 +227,16 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> Any:
+def _addresses(tensors: Sequence[Tensor | None]) -> bytes:
     return _places([_address(tensor) for tensor in tensors])
 
 
-def _places(addresses: Sequence[int | None]) -> Any:
-    return (ctypes.c_void_p * len(addresses))(*addresses)
+def _places(addresses: Sequence[int | None]) -> bytes:
+    return struct.pack(f"{len(addresses)}P", *[address or 0 for address in addresses])
 
 
-def _longs(values: Sequence[int]) -> Any:
-    return (ctypes.c_long * len(values))(*values)
+def _longs(values: Sequence[int]) -> bytes:
+    return struct.pack(f"{len(values)}l", *values)
 
 
 def rgc_linearize(
@@ -263,9 +265,87 @@ def rgc_linearize(
     return RGCCell.partials_in(out, gates)
 
 
-def _own(weights: Sequence[Tensor]) -> tuple[Any, Any]:
+def _own(weights: Sequence[Tensor]) -> tuple[bytes, bytes]:
     """Addresses of the own parts of weights (N, N) or (N,), and how far their numbers lie apart."""
     return _addresses(weights), _longs([sum(weight.stride()) for weight in weights])
+
+
+def dual(
+    cell: Cell,
+    trajectory: Trajectory,
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    carry: Tensor | None = None,
+) -> tuple[Joined, Tensor, Tensor] | None:
+    """`ops.dual_of` of a `gated_cell` or an RGC, in one pass: E^k of all the cell's matrices, and all J inputs'.
+
+    trajectory: as `gated_scan` or `rgc_scan` makes it; weights as `gated_linearize` takes them; delta (S, T, B, N);
+    carry (S, B, N) or None; float32, on the CPU. None where there is no library. Nothing is mutated.
+    """
+    code = library()
+    if code is None:
+        return None
+    kind = gated_cell(cell)
+    x, delta = _units_together(trajectory.x), _units_together(delta)
+    states, saved = _units_together(trajectory.states), _units_together(trajectory.saved)
+    marks = None if trajectory.resets is None else trajectory.resets.contiguous()
+    carry = None if carry is None else carry.contiguous()
+    inputs, steps, batch, units = x.shape
+    if kind is None:
+        kind = RGC
+        made, for_x = x.new_empty(2, steps, batch, 2, units), x.new_empty(x.shape)
+        arrays, places = made.flatten(3), RGC_PLACES
+        gates = _by_gate(saved)
+        out: list[int | None] = [*_by_gate(made), for_x.data_ptr()]
+        row, last_row = 2 * units, units
+    else:
+        order, count = PLANES[kind], saved.shape[0]
+        planes = inputs + 1 if kind == 3 else count
+        made = x.new_empty(steps, batch, planes, units)
+        arrays, places = made.flatten(2)[None, :, :, : count * units], [(0, k) for k in order[:count]]
+        for_x = made[:, :, planes - inputs :].movedim(2, 0)
+        first = made.data_ptr()
+        gates = _each(saved)
+        out = [first + 4 * units * k if k < planes else None for k in order]
+        row = last_row = planes * units
+    passed = x.new_empty(states.shape[0], batch, units)
+    given = ((x, inputs), (saved, len(gates)), (states, states.shape[0]), (delta, delta.shape[0]))
+    code.dual_pass(
+        _places([*_each(x), *gates, *_each(states), *_each(delta)]),
+        _longs([distance for array, count in given for distance in array.stride()[1:3] * count]),
+        _places(out),
+        _longs((batch * row, row) * (len(out) - 1) + (batch * last_row, last_row)),
+        *_own(weights),
+        _address(carry),
+        _address(marks),
+        passed.data_ptr(),
+        kind,
+        inputs,
+        steps,
+        batch,
+        units,
+        torch.get_num_threads(),
+    )
+    return Joined(arrays, places, units), for_x, passed
+
+
+def _each(array: Tensor) -> list[int]:
+    """Where each of the float32 arrays begins that an array is made of."""
+    first, apart = array.data_ptr(), 4 * array.stride(0)
+    return [first + apart * k for k in range(array.shape[0])]
+
+
+def _by_gate(array: Tensor) -> list[int]:
+    """Where ss, ms, mm and sm begin in an array (2, T, B, 2, N) by source, as `rgc_scan` has gates."""
+    first, source, gate = array.data_ptr(), 4 * array.stride(0), 4 * array.stride(3)
+    return [first, first + source + gate, first + source, first + gate]
+
+
+# Number of an RGC in `native/dual.cpp`, beside those of `gated_cell`, and where E^k of its matrices are put, as in
+# `Joined`. Of the other cells, the planes of what enters gates, then inputs: those of gates first, of inputs last.
+RGC = 4
+RGC_PLACES = [(0, 0), (1, 1), (1, 0), (0, 1)]
+PLANES = {0: (0,), 1: (0,), 2: (0, 1, 2, 3), 3: (1, 2, 0, 3, 4)}
 
 
 def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -511,6 +591,7 @@ def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
     for function, pointers, counts in (
         (code.rgc_scan, 12, 4),
         (code.rgc_linearize, 7, 5),
+        (code.dual_pass, 9, 6),
         (code.reverse_scan, 5, 3),
         (code.exact_credits, 12, 5),
         (code.gamma_arriving, 4, 6),

@@ -181,6 +181,7 @@ class Work:
 # What a call of compiled code takes beside its arithmetic: room for arrays, views of them, what it is told (`_native`).
 COMPILED_LOOP, COMPILED_REVERSE = Work(calls=1, views=3), Work(calls=1, views=2)
 COMPILED_LINEARIZE, COMPILED_EXACT = Work(calls=2, views=8), Work(calls=4, views=8)
+COMPILED_DUAL = Work(calls=2, views=8)
 COMPILED_PASS, COMPILED_ARRIVING = Work(calls=1, views=3), Work(calls=1, views=2)
 
 
@@ -349,6 +350,10 @@ class Problem:
         if not self.partials:
             return self.pointwise(self.calls.linearize, steps)
         return COMPILED_LINEARIZE + Work(bytes=17.0 * steps * self.batch * self.units * self.item)
+
+    def dual(self, steps: float) -> Work:
+        """A sequence's backward without the products: RGC's gates, states, x and δ go in, five arrays out; compiled."""
+        return COMPILED_DUAL + Work(bytes=14.0 * steps * self.batch * self.units * self.item)
 
 
 def runs_gamma(gpu: bool, item: int, gamma_item: int, states: int) -> str:

@@ -106,9 +106,10 @@ def gradients(
     delta (S, T, B, N); rounds as `rule` gives them. The weights' are left out if not needed.
     """
     runs = ops.choose_scan(backend, delta.device, delta.dtype)
-    large = delta.device.type == "cpu" and delta[0].numel() > LARGE
-    if learning in rfp.RULES and rounds == 0 and runs != "triton" and large:
-        return _dual_by_windows(cell, trajectory, weights, delta, learning, runs, needs_weights)
+    if learning in rfp.RULES and rounds == 0 and runs != "triton" and delta.device.type == "cpu":
+        large, window = LARGE[ops.one_pass(cell, learning, runs)]
+        if delta[0].numel() > large:
+            return _dual_by_windows(cell, trajectory, weights, delta, learning, runs, needs_weights, window)
     trajectory = trajectory.with_saved(cell, weights)
     inputs = len(cell.per_unit)
     by_weight: Sequence[Tensor] = [delta.new_empty(0)] * len(weights)
@@ -136,9 +137,10 @@ def gradients(
     return rfp.input_gradient(lin, credit, inputs), first, by_weight
 
 
-# Numbers of T·B·N beyond which the dual form on the CPU takes windows of time, and those of a window: what some twenty
-# arrays of them take stays in cache, where whole sequences' don't.
-LARGE, WINDOW = 1 << 18, 1 << 16
+# Numbers of T·B·N beyond which the dual form on the CPU takes windows of time, and those of a window, by whether it is
+# one pass (`ops.one_pass`). If not, what some twenty arrays of them take stays in cache, where whole sequences' don't.
+# If it is, what it writes is memory that was written before, as that of larger arrays isn't.
+LARGE = {False: (1 << 18, 1 << 16), True: (1 << 20, 1 << 19)}
 
 
 def _dual_by_windows(
@@ -149,25 +151,28 @@ def _dual_by_windows(
     learning: str,
     runs: str,
     needs_weights: bool,
+    window: int,
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-    """`gradients` by the dual form, a window of time after the other, the last one first.
+    """`gradients` by the dual form, windows of so many numbers one after the other, the last one first.
 
     Credit passes from each window to the one before; the partials of one window are forgotten before the next.
     """
     _, steps, batch, units = delta.shape
     inputs = len(cell.per_unit)
-    length = max(1, WINDOW // (batch * units))
-    for_x = delta.new_empty(inputs, *delta.shape[1:])
+    length = max(1, window // (batch * units))
+    matrices = cell.matrices if needs_weights else ()
+    # units of all inputs next to one another, as the layer's own input reads them
+    for_x = delta.new_empty(steps, batch, inputs, units).movedim(2, 0)
     by_weight: Sequence[Tensor] | None = None
     passed: Tensor | None = None
     for stop in range(steps, 0, -length):
         start = max(0, stop - length)
-        window = trajectory.window(start, stop).with_saved(cell, weights)
-        lin, m = ops.linearize(cell, window, weights, learning, backend=runs)
-        credit, passed = ops.reverse_scan(m, delta[:, start:stop], passed, backend=runs)
-        for_x[:, start:stop] = rfp.input_gradient(lin, credit, inputs)
+        part = trajectory.window(start, stop).with_saved(cell, weights)
+        entering, for_x[:, start:stop], passed = ops.dual_of(
+            cell, part, weights, delta[:, start:stop], matrices, inputs, learning, passed, backend=runs
+        )
         if needs_weights:
-            found = rfp.weight_gradients(lin, cell.matrices, weights, credit)
+            found = rfp.outer_products(part.before, matrices, weights, entering)
             by_weight = (
                 found if by_weight is None else [a.add_(b) for a, b in zip(by_weight, found, strict=True)]
             )

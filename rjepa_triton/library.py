@@ -77,7 +77,12 @@ def rgc_gradients(
         RGCCell(), trajectory, weights, grad_states[:, 1:].contiguous(), learning, rounds, backend
     )
     first = first + grad_states[:, 0]
-    return [for_x, first[0].clone(), first[1].clone(), *(g.contiguous() for g in by_weight)]
+    return [
+        for_x,
+        first[0].clone(),
+        first[1].clone(),
+        *(g.clone(memory_format=torch.contiguous_format) for g in by_weight),
+    ]
 
 
 @rgc_gradients.register_fake

@@ -110,6 +110,11 @@ def compiled_partials(cell: Cell) -> bool:
     return isinstance(cell, RGCCell) or _native.gated_cell(cell) is not None
 
 
+def one_pass(cell: Cell, learning: str, backend: str) -> bool:
+    """Whether `dual_of` is one call of compiled code."""
+    return backend == "compile" and learning == "rfp" and compiled_partials(cell)
+
+
 def compiled_reverse(numbers: int) -> bool:
     """Whether "compile" runs the reverse scan over `numbers` of B·N as one call."""
     return numbers <= REVERSE_NUMBERS
@@ -220,9 +225,8 @@ def linearize(
         and _has_memory(trajectory.x, trajectory.states, trajectory.saved, trajectory.resets, *weights)
     ):
         before = trajectory.before
-        own = [weight if weight.dim() < 3 else weight_ops.own(weight) for weight in weights]
         find = _native.rgc_linearize if isinstance(cell, RGCCell) else _native.gated_linearize
-        made = find(cell, trajectory, before, own)
+        made = find(cell, trajectory, before, _own(weights))
         if made is not None:
             return Linearization(made[0], before, trajectory.resets), made[1]
     if backend == "triton" and rule == "rfp" and isinstance(cell, RGCCell):
@@ -391,23 +395,56 @@ def affine_scan(m: Tensor, r: Tensor, *, backend: str = "torch") -> Tensor:
     return reverse_scan(turned, r.flip(1), backend=backend)[0].flip(1)
 
 
+def dual_of(
+    cell: Cell,
+    trajectory: Trajectory,
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    matrices: Sequence[Matrix],
+    inputs: int,
+    learning: str,
+    carry: Tensor | None = None,
+    *,
+    backend: str = "torch",
+) -> tuple[Iterable[Tensor], Tensor, Tensor]:
+    """`dual` of a trajectory, by `linearize`; by "compile" in one pass, of `compiled_partials`, E^k of all matrices.
+
+    weights as `linearize` takes them; carry (S, B, N): credit that later steps pass to the last; learning: one of
+    `rfp.RULES`.
+    """
+    if one_pass(cell, learning, backend) and _has_memory(
+        delta, carry, trajectory.x, trajectory.states, trajectory.saved, trajectory.resets, *weights
+    ):
+        made = _native.dual(cell, trajectory, _own(weights), delta, carry)
+        if made is not None:
+            return made
+    lin, m = linearize(cell, trajectory, weights, learning, backend=backend)
+    return dual(lin, m, delta, matrices, inputs, carry, backend=backend)
+
+
+def _own(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Weights as they are, but of heads their own parts alone."""
+    return [weight if weight.dim() < 3 else weight_ops.own(weight) for weight in weights]
+
+
 def dual(
     lin: Linearization,
     m: Tensor,
     delta: Tensor,
     matrices: Sequence[Matrix],
     inputs: int,
+    carry: Tensor | None = None,
     *,
     backend: str = "torch",
 ) -> tuple[Iterable[Tensor], Tensor, Tensor]:
     """From δ to all that the dual form's gradients are made of, by the chosen backend.
 
-    m (S, S, T, B, N), delta (S, T, B, N). Returns the credit that enters each matrix, E^k (T, B, N), to be taken one
-    after the other; the gradient of the first `inputs` = J per-unit inputs (J, T, B, N); and M(1)ᵀ λ(1) (S, B, N).
-    Torch makes λ, and of λ these. Triton makes them in one pass, once what a matrix and an input share, and λ not at
-    all.
+    m (S, S, T, B, N), delta (S, T, B, N), carry as `reverse_scan` takes it, which Triton's kernel doesn't. Returns the
+    credit that enters each matrix, E^k (T, B, N), to be taken one after the other; the gradient of the first `inputs` =
+    J per-unit inputs (J, T, B, N); and M(1)ᵀ λ(1) (S, B, N). Torch makes λ, and of λ these. Triton makes them in one
+    pass, once what a matrix and an input share, and λ not at all.
     """
-    if backend == "triton" and delta.shape[0] <= SCAN_STATES:
+    if backend == "triton" and carry is None and delta.shape[0] <= SCAN_STATES:
         from .kernels import reverse_scan as kernels
 
         given = [_all_contiguous(by_state) for by_state in lin.partials.input[:inputs]]
@@ -427,7 +464,7 @@ def dual(
             entering, for_inputs, first = done
             found = [*for_inputs.unbind(0), *entering.unbind(0)]
             return [found[place[id(lin.immediate(matrix))]] for matrix in matrices], for_inputs, first
-    credit, first = reverse_scan(m, delta, backend=backend)
+    credit, first = reverse_scan(m, delta, carry, backend=backend)
     in_turn = (rfp.entering_credit(matrix, lin, credit) for matrix in matrices)
     return in_turn, rfp.input_gradient(lin, credit, inputs), first
 

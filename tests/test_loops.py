@@ -190,6 +190,150 @@ def test_exact_credits(
             torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6 * scale)
 
 
+def ran(
+    cell: Cell, steps: int, batch: int, units: int, shape: str, reset: bool
+) -> tuple[Trajectory, list[Tensor]]:
+    """A trajectory of a cell, and the weights that it ran with."""
+    heads = next(h for h in (3, 2, 1) if units % h == 0)
+    size = {"dense": (units, units), "heads": (heads, units // heads, units // heads), "diagonal": (units,)}
+    weights = [0.5 * torch.randn(size[shape]) for _ in cell.matrices]
+    weights = [w / w.shape[-1] ** 0.5 if w.dim() > 1 else w for w in weights]
+    x = torch.randn(len(cell.per_unit), steps, batch, units)
+    resets = torch.rand(steps, batch) < 0.2 if reset else None
+    return cell.scan(x, weights, [torch.randn(batch, units) for _ in cell.states], resets), weights
+
+
+def assert_dual(
+    cell: Cell, trajectory: Trajectory, weights: list[Tensor], delta: Tensor, carry: Tensor | None = None
+) -> list[Tensor]:
+    """That one pass gives what float64 gives of the same trajectory; what it gives, flat."""
+    inputs, exact = len(cell.per_unit), [w.double() for w in weights]
+    arrays = (a.double() for a in (trajectory.x, trajectory.states, trajectory.saved))
+    double = Trajectory(*arrays, trajectory.resets)
+    last = None if carry is None else carry.double()
+    given = delta.double(), cell.matrices, inputs, "rfp", last
+    entering, *rest = ops.dual_of(cell, double, exact, *given)
+    want = [*entering, *rest]
+    made = _native.dual(cell, trajectory, ops._own(weights), delta, carry)
+    assert made is not None
+    entering, *rest = made
+    got = [*entering, *rest]
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.shape == theirs.shape
+        scale = max(1.0, float(theirs.abs().max()))
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6 * scale)
+    by_weight = [
+        rfp.outer_products(t.before, cell.matrices, w, e)
+        for t, w, e in ((trajectory, weights, made[0]), (double, exact, iter(want[: len(exact)])))
+    ]
+    for ours, theirs in zip(*by_weight, strict=True):
+        assert ours.shape == theirs.shape
+        scale = max(1.0, float(theirs.abs().max()))
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5 * scale)
+    return [*got, *by_weight[0]]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is taken is full of NaN."""
+    take = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: take(*a, **k).fill_(math.nan))
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("name", ["rgc", *CELLS])
+@pytest.mark.parametrize(
+    ("steps", "batch", "units", "shape"),
+    [
+        (1, 1, 1, "dense"),
+        (5, 3, 63, "dense"),
+        (6, 2, 127, "heads"),
+        (7, 5, 64, "diagonal"),
+        (9, 1, 66, "heads"),
+        (1, 300, 15, "dense"),
+    ],
+)
+def test_the_dual_form_in_one_pass(
+    name: str, steps: int, batch: int, units: int, shape: str, reset: bool, carried: bool, poisoned: None
+) -> None:
+    cell = CELLS.get(name, CELL)
+    trajectory, weights = ran(cell, steps, batch, units, shape, reset)
+    delta = torch.randn_like(trajectory.after)
+    carry = torch.randn(len(delta), batch, units) if carried else None
+    found = [assert_dual(cell, trajectory, weights, delta, carry) for _ in range(2)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["rgc", *CELLS])
+def test_the_dual_form_by_threads_and_strides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough rows and units that threads share them, and that one takes them in more than one go."""
+    cell = CELLS.get(name, CELL)
+    trajectory, weights = ran(cell, 8, 17, 260, "dense", True)
+    delta = torch.randn_like(trajectory.after)
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        found.append(assert_dual(cell, trajectory, weights, delta))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    turned = [
+        a.transpose(-1, 1).contiguous().transpose(-1, 1)
+        for a in (trajectory.x, trajectory.states, trajectory.saved, delta)
+    ]
+    assert trajectory.resets is not None
+    resets = trajectory.resets.t().contiguous().t()
+    other = [w.t().contiguous().t() for w in weights]
+    again = assert_dual(
+        cell, Trajectory(*turned[:3], resets), other, turned[3], torch.zeros(2, 17, 520)[: len(delta), :, ::2]
+    )
+    torch.testing.assert_close(again, found[0], rtol=0, atol=0)
+    # δ of a sum, the batch first, and a window of steps
+    batch_first = trajectory.x.transpose(1, 2).contiguous().transpose(1, 2)
+    of_sum = torch.ones(()).expand(delta.shape)
+    first = Trajectory(batch_first, trajectory.states, trajectory.saved, trajectory.resets)
+    assert_dual(cell, first.window(2, 7), weights, of_sum[:, 2:7])
+
+
+@pytest.mark.parametrize("name", ["rgc", *CELLS])
+def test_what_is_not_finite_passes_no_reset_backward(name: str) -> None:
+    cell = CELLS.get(name, CELL)
+    trajectory, weights = ran(cell, 6, 2, 20, "dense", False)
+    resets = torch.zeros(6, 2, dtype=torch.bool)
+    resets[3, 0] = True
+    delta = torch.randn_like(trajectory.after)
+    delta[:, 4, 0, 7] = math.nan
+    made = _native.dual(
+        cell, Trajectory(trajectory.x, trajectory.states, trajectory.saved, resets), weights, delta
+    )
+    assert made is not None
+    for entering in (*made[0], *made[1]):
+        lost = ~entering.isfinite()
+        assert lost[3:5, 0, 7].all()
+        assert lost.sum() == 2
+    assert made[2].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", ["dense", "heads", "diagonal"])
+def test_the_dual_forms_gradient_is_the_oracles(shape: str) -> None:
+    """Of all leaves, against autograd of the graph that RFP is exact of; gradients don't share what they are."""
+    x, weights, state, ds, dm = oracle.problem(9, 2, 18)
+    size = {"dense": (18, 18), "heads": (3, 6, 6), "diagonal": (18,)}[shape]
+    weights = [(0.2 * torch.randn(size, dtype=F64)).requires_grad_() for _ in weights]
+    resets = torch.rand(9, 2) < 0.3
+    s, m = oracle.rgc(x, weights, state, resets, through="own")
+    want = torch.autograd.grad((s * ds + m * dm).sum(), [x, *weights, *state])
+    leaves = [t.detach().to(F32).requires_grad_() for t in (x, *weights, *state)]
+    for _ in range(2):  # gradients are added to those that are there
+        s, m = rgc(leaves[0], *leaves[1:5], tuple(leaves[5:]), resets=resets, backend="compile")
+        (s * ds.to(F32) + m * dm.to(F32)).sum().backward()
+    got = [leaf.grad.clone() for leaf in leaves]
+    assert oracle.relative([g.double() / 2 for g in got], want) < 1e-5
+    for leaf, was in zip(leaves, got, strict=True):
+        leaf.grad.mul_(3)
+        torch.testing.assert_close(leaf.grad, 3 * was)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], [3 * g for g in got])
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_other_cells_by_threads_strides_and_what_is_not_finite(
     name: str, monkeypatch: pytest.MonkeyPatch

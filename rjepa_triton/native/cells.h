@@ -1,6 +1,7 @@
 // Cells on the CPU, float32 (`cells`): what becomes of one unit's S states c, G pre-activations p and J inputs x, sixteen
 // units at once. `update` gives its new states, `partials` the DISTINCT numbers that its partials are made of, own ones
-// among them, and, added up from these and the matrices' diagonals w, M by rows.
+// among them, and, added up from these and the matrices' diagonals w, M by rows. `entering` gives, of these numbers and
+// the credit λ of the S states, what enters each gate and each input, ENTERING numbers: the gates first.
 
 #pragma once
 
@@ -10,7 +11,7 @@ namespace {
 
 // p: tanh of what enters ss, ms, mm and sm; c: s, m; x: one.
 struct Rgc {
-    static constexpr int S = 2, G = 4, DISTINCT = 6;
+    static constexpr int S = 2, G = 4, DISTINCT = 6, ENTERING = 5;
 
     // The gates' ss, ms, mm, sm; of x to s and to m.
     static void partials(const wide *c, const wide *p, const wide *x, int, const wide *w, wide *found, wide *m) {
@@ -25,10 +26,18 @@ struct Rgc {
         m[2] = found[3] * w[3];
         m[3] = p[2] + found[2] * w[2];
     }
+
+    static void entering(const wide *found, const wide *credit, wide *e) {
+        e[0] = credit[0] * found[0];
+        e[1] = credit[0] * found[1];
+        e[2] = credit[1] * found[2];
+        e[3] = credit[1] * found[3];
+        e[4] = credit[0] * found[4] + credit[1] * found[5];
+    }
 };
 
 template <bool relu> struct Elman {
-    static constexpr int S = 1, G = 1, DISTINCT = 1;
+    static constexpr int S = 1, G = 1, DISTINCT = 1, ENTERING = 1;
 
     static void update(const wide *, const wide *p, const wide *x, int, wide *now) { now[0] = f(p[0] + x[0]); }
 
@@ -38,13 +47,15 @@ template <bool relu> struct Elman {
         m[0] = found[0] * w[0];
     }
 
+    static void entering(const wide *found, const wide *credit, wide *e) { e[0] = credit[0] * found[0]; }
+
   private:
     static wide f(wide value) { return relu ? chosen(value < 0.0f, wide{}, value) : tanh_of(value); }
 };
 
 // p, x: i, f, g, o; c: h, c.
 struct Lstm {
-    static constexpr int S = 2, G = 4, DISTINCT = 9;
+    static constexpr int S = 2, G = 4, DISTINCT = 9, ENTERING = 4;
 
     static void update(const wide *c, const wide *p, const wide *x, int, wide *now) {
         now[1] = sigmoid_of(p[1] + x[1]) * c[1] + sigmoid_of(p[0] + x[0]) * tanh_of(p[2] + x[2]);
@@ -68,11 +79,16 @@ struct Lstm {
         m[2] = found[0] * w[0] + found[1] * w[1] + found[2] * w[2];
         m[3] = found[8];
     }
+
+    static void entering(const wide *found, const wide *credit, wide *e) {
+        for (int k = 0; k < 3; k++) e[k] = credit[0] * found[3 + k] + credit[1] * found[k];
+        e[3] = credit[0] * found[6];
+    }
 };
 
 // p: r, z, n; x: r, z, n, and the bias inside n where there are four; c: h.
 struct Gru {
-    static constexpr int S = 1, G = 3, DISTINCT = 5;
+    static constexpr int S = 1, G = 3, DISTINCT = 5, ENTERING = 5;
 
     static void update(const wide *c, const wide *p, const wide *x, int inputs, wide *now) {
         const wide r = sigmoid_of(p[0] + x[0]), z = sigmoid_of(p[1] + x[1]);
@@ -90,6 +106,12 @@ struct Gru {
         found[2] = found[3] * r;
         found[4] = z;
         m[0] = z + found[0] * w[0] + found[1] * w[1] + found[2] * w[2];
+    }
+
+    // r, z, what W_hn h' enters, x_n, and the bias inside n, which enters what W_hn h' does.
+    static void entering(const wide *found, const wide *credit, wide *e) {
+        for (int k = 0; k < 4; k++) e[k] = credit[0] * found[k];
+        e[4] = e[2];
     }
 
   private:

@@ -22,7 +22,8 @@ state, (B, K, N, M), for K matrices of one shape, where M is 1 for diagonal matr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -181,7 +182,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def signal(matrix: Matrix, before: Tensor, inputs: Tensor | None) -> Tensor:
-    """y^k (T, B, M): what a matrix reads, of the states that the steps read, before (S, T, B, N).
+    """y^k (T, B, M): what a matrix reads of the states before each step (S, T, B, N).
 
     inputs (T, B, I) is the layer's input, if any matrix reads it.
     """
@@ -228,6 +229,29 @@ def weight_gradients(
     return outer_products(lin.before, matrices, weights, entering, inputs)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """E^k of matrices that read states, those that read one as columns of one array.
+
+    arrays  (S', T, B, ·): for each of the first S' states, its readers' E^k (T, B, N) next to one another
+    places  of each matrix, the state that it reads, and its place among the readers
+    units   N
+    """
+
+    arrays: Tensor
+    places: Sequence[tuple[int, int]]
+    units: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.arrays[nu].narrow(-1, k * self.units, self.units) for nu, k in self.places)
+
+    def outer(self, before: Tensor) -> list[Tensor]:
+        """Σ_{t,b} E^k(t) y^k(t)ᵀ (N, N) of each matrix, as one product a state: views of one array."""
+        read = before[: self.arrays.shape[0]].flatten(1, 2)
+        made = torch.bmm(self.arrays.flatten(1, 2).mT, read)
+        return [made[nu].narrow(0, k * self.units, self.units) for nu, k in self.places]
+
+
 def outer_products(
     before: Tensor,
     matrices: Sequence[Matrix],
@@ -235,7 +259,12 @@ def outer_products(
     entering: Iterable[Tensor],
     inputs: Tensor | None = None,
 ) -> list[Tensor]:
-    """Σ_{t,b} E^k(t) y^k(t)ᵀ of each matrix, its E^k (T, B, N) taken when its turn comes; before as in `signal`."""
+    """Σ_{t,b} E^k(t) y^k(t)ᵀ of each matrix, its E^k (T, B, N) taken when its turn comes.
+
+    before (S, T, B, N): the states that the steps read.
+    """
+    if isinstance(entering, Joined) and all(weight.dim() == 2 for weight in weights):
+        return entering.outer(before)
     return [
         weight_ops.outer(credit, signal(matrix, before, inputs), weight)
         for matrix, weight, credit in zip(matrices, weights, entering, strict=True)
