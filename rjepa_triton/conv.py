@@ -14,7 +14,6 @@ from torch.nn.grad import conv2d_weight
 from . import _checks as check
 from . import ops
 from .cells import RGCCell
-from .reference import rfp
 from .two_point import Trajectory, reset_steps_of
 
 Learning = Literal["rfp", "bptt"]
@@ -181,16 +180,17 @@ class _Dual(torch.autograd.Function):
     def backward(ctx: Any, grad_s: Tensor, grad_m: Tensor) -> tuple[Tensor | None, ...]:
         flat, states, gates, resets, *weights = ctx.saved_tensors
         maps = ctx.maps
-        lin = _CELL.linearize(Trajectory(flat[None], states, gates, resets))
+        trajectory = Trajectory(flat[None], states, gates, resets)
         pixels = maps[1] * maps[2]
         own = [_own(weight).repeat_interleave(pixels) for weight in weights]
-        transition = rfp.transition(lin, _CELL.matrices, own)
         delta = torch.stack([grad_s, grad_m]).reshape(2, *flat.shape)
         backend = ops.choose_scan("auto", delta.device, delta.dtype)
-        entering, for_x, first = ops.dual(lin, transition, delta, _CELL.matrices, 1, backend=backend)
+        entering, for_x, first = ops.dual_of(
+            _CELL, trajectory, own, delta, _CELL.matrices, 1, "rfp", backend=backend
+        )
         by_weight = []
         for credit, signal, weight in zip(
-            entering, (lin.before[j] for j in (0, 1, 1, 0)), weights, strict=True
+            entering, (trajectory.before[j] for j in (0, 1, 1, 0)), weights, strict=True
         ):
             by_weight.append(
                 conv2d_weight(
