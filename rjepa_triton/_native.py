@@ -274,20 +274,21 @@ def dual(
     cell: Cell,
     trajectory: Trajectory,
     weights: Sequence[Tensor],
-    delta: Tensor,
+    delta: Tensor | Sequence[Tensor | None],
     carry: Tensor | None = None,
 ) -> tuple[Joined, Tensor, Tensor] | None:
     """`ops.dual_of` of a `gated_cell` or an RGC, in one pass: E^k of all the cell's matrices, and all J inputs'.
 
-    trajectory: as `gated_scan` or `rgc_scan` makes it; weights as `gated_linearize` takes them; delta (S, T, B, N);
-    carry (S, B, N) or None; float32, on the CPU. None where there is no library. Nothing is mutated.
+    trajectory: as `gated_scan` or `rgc_scan` makes it; weights as `gated_linearize` takes them; delta (S, T, B, N), or
+    (T, B, N) of each state, None for zeros; carry (S, B, N) or None; float32, on the CPU. None where there is no
+    library. Nothing is mutated.
     """
     code = library()
     if code is None:
         return None
     kind = gated_cell(cell)
-    x, delta = _units_together(trajectory.x), _units_together(delta)
-    states, saved = _units_together(trajectory.states), _units_together(trajectory.saved)
+    x, states, saved = (_units_together(a) for a in (trajectory.x, trajectory.states, trajectory.saved))
+    source = [None if one is None else _units_together(one) for one in delta]
     marks = None if trajectory.resets is None else trajectory.resets.contiguous()
     carry = None if carry is None else carry.contiguous()
     inputs, steps, batch, units = x.shape
@@ -309,10 +310,16 @@ def dual(
         out = [first + 4 * units * k if k < planes else None for k in order]
         row = last_row = planes * units
     passed = x.new_empty(states.shape[0], batch, units)
-    given = ((x, inputs), (saved, len(gates)), (states, states.shape[0]), (delta, delta.shape[0]))
+    apart = [
+        *x.stride()[1:3] * inputs,
+        *saved.stride()[1:3] * len(gates),
+        *states.stride()[1:3] * len(source),
+    ]
+    for one in source:
+        apart += (0, 0) if one is None else one.stride()[:2]
     code.dual_pass(
-        _places([*_each(x), *gates, *_each(states), *_each(delta)]),
-        _longs([distance for array, count in given for distance in array.stride()[1:3] * count]),
+        _places([*_each(x), *gates, *_each(states), *[_address(one) for one in source]]),
+        _longs(apart),
         _places(out),
         _longs((batch * row, row) * (len(out) - 1) + (batch * last_row, last_row)),
         *_own(weights),

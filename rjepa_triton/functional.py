@@ -76,12 +76,11 @@ class _TwoPoint(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cell: Cell = ctx.cell
         x, states, saved, resets, *weights = ctx.saved_tensors
-        delta = torch.stack([torch.zeros_like(states[0, 1:]) if g is None else g for g in grads])
         needs_x, *needs = ctx.needs_input_grad[7:]
         needs_state, needs_weight = needs[: len(grads)], needs[len(grads) :]
         trajectory = Trajectory(x, states, saved, resets)
         for_x, first, by_weight = gradients(
-            cell, trajectory, weights, delta, ctx.learning, ctx.rounds, ctx.backend, any(needs_weight)
+            cell, trajectory, weights, grads, ctx.learning, ctx.rounds, ctx.backend, any(needs_weight)
         )
         return (
             *(None,) * 7,
@@ -95,7 +94,7 @@ def gradients(
     cell: Cell,
     trajectory: Trajectory,
     weights: Sequence[Tensor],
-    delta: Tensor,
+    delta: ops.OfStates,
     learning: str,
     rounds: int | None = 0,
     backend: str = "auto",
@@ -103,17 +102,20 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """Gradients of x (J, T, B, N), of the initial state (S, B, N) and of the weights, by a learning rule.
 
-    delta (S, T, B, N); rounds as `rule` gives them. The weights' are left out if not needed.
+    delta (S, T, B, N), or one for each state, None for zeros; rounds as `rule` gives them. The weights' are left out if
+    not needed.
     """
-    runs = ops.choose_scan(backend, delta.device, delta.dtype)
-    if learning in rfp.RULES and rounds == 0 and runs != "triton" and delta.device.type == "cpu":
+    x = trajectory.x
+    runs = ops.choose_scan(backend, x.device, x.dtype)
+    if learning in rfp.RULES and rounds == 0 and runs != "triton" and x.device.type == "cpu":
         large, window = LARGE[ops.one_pass(cell, learning, runs)]
-        if delta[0].numel() > large:
+        if x[0].numel() > large:
             return _dual_by_windows(cell, trajectory, weights, delta, learning, runs, needs_weights, window)
     trajectory = trajectory.with_saved(cell, weights)
     inputs = len(cell.per_unit)
-    by_weight: Sequence[Tensor] = [delta.new_empty(0)] * len(weights)
+    by_weight: Sequence[Tensor] = [x.new_empty(0)] * len(weights)
     if learning not in rfp.RULES:
+        delta = ops.of_states(delta, trajectory)
         lin = cell.linearize(trajectory)
         entering, for_x, first = ops.exact(cell, trajectory, lin, weights, delta, backend=runs)
         if needs_weights and learning == "rtrl" and weights:
@@ -129,6 +131,7 @@ def gradients(
         if needs_weights:
             by_weight = rfp.outer_products(trajectory.before, matrices, weights, entering)
         return for_x, first, by_weight
+    delta = ops.of_states(delta, trajectory)
     lin, m = ops.linearize(cell, trajectory, weights, learning, backend=runs)
     scan = functools.partial(ops.reverse_scan, backend=runs)
     credit, first = refinement.credits(lin, m, cell.matrices, weights, delta, rounds=rounds, scan=scan)
@@ -147,7 +150,7 @@ def _dual_by_windows(
     cell: Cell,
     trajectory: Trajectory,
     weights: Sequence[Tensor],
-    delta: Tensor,
+    delta: ops.OfStates,
     learning: str,
     runs: str,
     needs_weights: bool,
@@ -157,19 +160,19 @@ def _dual_by_windows(
 
     Credit passes from each window to the one before; the partials of one window are forgotten before the next.
     """
-    _, steps, batch, units = delta.shape
-    inputs = len(cell.per_unit)
+    inputs, steps, batch, units = trajectory.x.shape
     length = max(1, window // (batch * units))
     matrices = cell.matrices if needs_weights else ()
     # units of all inputs next to one another, as the layer's own input reads them
-    for_x = delta.new_empty(steps, batch, inputs, units).movedim(2, 0)
+    for_x = trajectory.x.new_empty(steps, batch, inputs, units).movedim(2, 0)
     by_weight: Sequence[Tensor] | None = None
     passed: Tensor | None = None
     for stop in range(steps, 0, -length):
         start = max(0, stop - length)
         part = trajectory.window(start, stop).with_saved(cell, weights)
+        source = [None if of_state is None else of_state[start:stop] for of_state in delta]
         entering, for_x[:, start:stop], passed = ops.dual_of(
-            cell, part, weights, delta[:, start:stop], matrices, inputs, learning, passed, backend=runs
+            cell, part, weights, source, matrices, inputs, learning, passed, backend=runs
         )
         if needs_weights:
             found = rfp.outer_products(part.before, matrices, weights, entering)
@@ -177,7 +180,7 @@ def _dual_by_windows(
                 found if by_weight is None else [a.add_(b) for a, b in zip(by_weight, found, strict=True)]
             )
     assert passed is not None
-    return for_x, passed, [delta.new_empty(0)] * len(weights) if by_weight is None else by_weight
+    return for_x, passed, [for_x.new_empty(0)] * len(weights) if by_weight is None else by_weight
 
 
 def two_point(

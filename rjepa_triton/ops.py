@@ -33,6 +33,8 @@ from .cells import RGCCell
 from .reference import bptt, rfp
 from .two_point import ByState, Cell, Linearization, Matrix, Trajectory
 
+OfStates = Tensor | Sequence[Tensor | None]  # (S, T, B, N), or (T, B, N) of each state, None for zeros
+
 BACKENDS = ("auto", "torch", "compile", "triton")
 HEAD_UNITS = 64  # of a head, that the exact kernel takes
 ON_CHIP_UNITS = 64  # of an RGC, up to which one launch runs all steps of its loop
@@ -395,11 +397,19 @@ def affine_scan(m: Tensor, r: Tensor, *, backend: str = "torch") -> Tensor:
     return reverse_scan(turned, r.flip(1), backend=backend)[0].flip(1)
 
 
+def of_states(given: OfStates, trajectory: Trajectory) -> Tensor:
+    """As one array (S, T, B, N)."""
+    if isinstance(given, Tensor):
+        return given
+    like = trajectory.after[0]
+    return torch.stack([torch.zeros_like(like) if one is None else one for one in given])
+
+
 def dual_of(
     cell: Cell,
     trajectory: Trajectory,
     weights: Sequence[Tensor],
-    delta: Tensor,
+    delta: OfStates,
     matrices: Sequence[Matrix],
     inputs: int,
     learning: str,
@@ -413,13 +423,13 @@ def dual_of(
     `rfp.RULES`.
     """
     if one_pass(cell, learning, backend) and _has_memory(
-        delta, carry, trajectory.x, trajectory.states, trajectory.saved, trajectory.resets, *weights
+        *delta, carry, trajectory.x, trajectory.states, trajectory.saved, trajectory.resets, *weights
     ):
         made = _native.dual(cell, trajectory, _own(weights), delta, carry)
         if made is not None:
             return made
     lin, m = linearize(cell, trajectory, weights, learning, backend=backend)
-    return dual(lin, m, delta, matrices, inputs, carry, backend=backend)
+    return dual(lin, m, of_states(delta, trajectory), matrices, inputs, carry, backend=backend)
 
 
 def _own(weights: Sequence[Tensor]) -> list[Tensor]:

@@ -287,6 +287,12 @@ def test_the_dual_form_by_threads_and_strides(name: str, monkeypatch: pytest.Mon
         cell, Trajectory(*turned[:3], resets), other, turned[3], torch.zeros(2, 17, 520)[: len(delta), :, ::2]
     )
     torch.testing.assert_close(again, found[0], rtol=0, atol=0)
+    # of one state alone
+    apart = [delta[0], *[None] * (len(delta) - 1)]
+    made = _native.dual(cell, trajectory, weights, apart)
+    assert made is not None
+    want = assert_dual(cell, trajectory, weights, torch.stack([delta[0], *(0 * delta[1:])]))
+    torch.testing.assert_close([*made[0], *made[1:]], want[: -len(weights)], rtol=0, atol=0)
     # δ of a sum, the batch first, and a window of steps
     batch_first = trajectory.x.transpose(1, 2).contiguous().transpose(1, 2)
     of_sum = torch.ones(()).expand(delta.shape)
