@@ -21,6 +21,8 @@ def tensor(name: str, value: object) -> Tensor:
 def shape(name: str, value: Tensor, want: Sequence[int | str], why: str = "") -> None:
     """Raise ValueError unless `value` has the shape `want`; a str stands for any size (≥ 1)."""
     got = tuple(value.shape)
+    if got == want:  # numbers alone, as it mostly is: the rest takes longer
+        return
     fits = len(got) == len(want) and all(
         g >= 1 if isinstance(w, str) else g == w for g, w in zip(got, want, strict=True)
     )

@@ -249,7 +249,8 @@ class Joined:
         """Σ_{t,b} E^k(t) y^k(t)ᵀ (N, N) of each matrix, as one product a state: views of one array."""
         read = before[: self.arrays.shape[0]].flatten(1, 2)
         made = torch.bmm(self.arrays.flatten(1, 2).mT, read)
-        return [made[nu].narrow(0, k * self.units, self.units) for nu, k in self.places]
+        found, readers = made.view(-1, self.units, self.units).unbind(0), made.shape[1] // self.units
+        return [found[nu * readers + k] for nu, k in self.places]
 
 
 def outer_products(
