@@ -24,8 +24,8 @@ from .summary import seconds_text
 # Of an online step of an RGC without an input of its own, as graphs: two kernels, and of torch the state kept and
 # three calls for the input's gradient (tests/test_graph.py counts them); and copies of input, output and δ beside them.
 STEP_NODES = 9
-# Of a dual form's backward pass: δ stacked, states zeroed where reset, the scan, a product a matrix.
-DUAL_NODES = 3 + MATRICES
+# Of a dual form's backward pass: δ stacked and zeros for it, the scan, and for each state a product of all readers.
+DUAL_NODES = 3 + STATES
 # A loop in torch: two products, tanh, and three calls for the states (`cells.RGCCell.scan`); by kernels a product for
 # both sources and a pass.
 EAGER_NODES, KERNEL_NODES = 6, 2

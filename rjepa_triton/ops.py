@@ -417,10 +417,11 @@ def dual_of(
     *,
     backend: str = "torch",
 ) -> tuple[Iterable[Tensor], Tensor, Tensor]:
-    """`dual` of a trajectory, by `linearize`; by "compile" in one pass, of `compiled_partials`, E^k of all matrices.
+    """`dual` of a trajectory by one of `rfp.RULES`: `linearize` and then `dual`, or both in one pass.
 
-    weights as `linearize` takes them; carry (S, B, N): credit that later steps pass to the last; learning: one of
-    `rfp.RULES`.
+    That is of RFP's rule, by "compile" of `compiled_partials` and by "triton" of an RGC; no partial is written then,
+    and E^k are those of all matrices, for one product a state (`rfp.Joined`). weights as `linearize` takes them;
+    carry (S, B, N): credit that later steps pass to the last.
     """
     if one_pass(cell, learning, backend) and _has_memory(
         *delta, carry, trajectory.x, trajectory.states, trajectory.saved, trajectory.resets, *weights
@@ -428,6 +429,27 @@ def dual_of(
         made = _native.dual(cell, trajectory, _own(weights), delta, carry)
         if made is not None:
             return made
+    if backend == "triton" and learning == "rfp" and isinstance(cell, RGCCell):
+        from .kernels import rgc_partials as kernels
+
+        def launch() -> tuple[Any, ...]:
+            gates, before, u, own, resets = _of_circuit(trajectory, weights)
+            source, later = (
+                of_states(delta, trajectory).contiguous(),
+                None if carry is None else carry.contiguous(),
+            )
+            return kernels.rgc_dual(gates, before, u, own, source, resets, later)
+
+        done = _launched("rgc_dual", launch)
+        if done is not None:
+            entering, for_input, first = done
+            # ss and sm read s, mm and ms read m
+            places = ((0, 0), (1, 1), (1, 0), (0, 1))
+            return (
+                rfp.Joined(entering.flatten(-2), places, for_input.shape[-1]),
+                for_input[None][:inputs],
+                first,
+            )
     lin, m = linearize(cell, trajectory, weights, learning, backend=backend)
     return dual(lin, m, of_states(delta, trajectory), matrices, inputs, carry, backend=backend)
 
@@ -477,39 +499,6 @@ def dual(
     credit, first = reverse_scan(m, delta, carry, backend=backend)
     in_turn = (rfp.entering_credit(matrix, lin, credit) for matrix in matrices)
     return in_turn, rfp.input_gradient(lin, credit, inputs), first
-
-
-def dual_of(
-    cell: Cell,
-    trajectory: Trajectory,
-    weights: Sequence[Tensor],
-    delta: Tensor,
-    matrices: Sequence[Matrix],
-    inputs: int,
-    learning: str,
-    *,
-    backend: str,
-) -> tuple[Iterable[Tensor], Tensor, Tensor]:
-    """What `dual` returns, of a trajectory by one of `rfp.RULES`: `linearize` and then `dual`.
-
-    Of an RGC by "rfp" Triton does both in one pass, which writes no partial. weights: the recurrent ones, of any shape;
-    delta (S, T, B, N); matrices: those of the cell whose E^k is wanted.
-    """
-    if backend == "triton" and learning == "rfp" and isinstance(cell, RGCCell):
-        from .kernels import rgc_partials as kernels
-
-        def launch() -> tuple[Any, ...]:
-            gates, before, u, own, resets = _of_circuit(trajectory, weights)
-            return kernels.rgc_dual(gates, before, u, own, delta.contiguous(), resets)
-
-        done = _launched("rgc_dual", launch)
-        if done is not None:
-            entering, for_input, first = done
-            (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in entering.unbind(0))
-            found = {"ss": ss, "ms": ms, "mm": mm, "sm": sm}
-            return [found[matrix.name] for matrix in matrices], for_input[None][:inputs], first
-    lin, m = linearize(cell, trajectory, weights, learning, backend=backend)
-    return dual(lin, m, delta, matrices, inputs, backend=backend)
 
 
 def _all_contiguous(by_state: ByState) -> ByState:
