@@ -242,8 +242,8 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
         words = f"{square.block_n}×{square.block_m} w{square.num_warps} v{square.vector}"
         numbers = MATRICES * square.block_n * square.block_m
         return Launch(build, words, batch * tiles, numbers, square.num_warps)
-    if name == "rgc-forward" and units <= rgc_forward.SMALL:
-        small = rgc_forward.pick_small_config(units)
+    if name == "rgc-forward" and rgc_forward.on_chip(units, batch, gpu.multiprocessors):
+        small = rgc_forward.pick_small_config(units, static.WARP[target])
         build = static.rgc_small_build(target, small, resets=False)
         return Launch(build, f"{small.block} w{small.num_warps}", batch, small.block, small.num_warps, steps)
     if name == "rgc-forward-persistent":

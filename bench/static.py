@@ -387,7 +387,12 @@ def rgc_small_build(target: str, config: rgc_forward.SmallConfig, *, resets: boo
             "resets_ptr": "*u8",
             **dict.fromkeys("TBN", "i32"),
         },
-        constants={**dict.fromkeys([] if resets else ["resets_ptr"]), "BLOCK": config.block},
+        constants={
+            **dict.fromkeys([] if resets else ["resets_ptr"]),
+            "BLOCK": config.block,
+            "LANES": WARP[target],
+            "ALL_KEPT": config.all_kept,
+        },
         options={"num_warps": config.num_warps},
     )
 

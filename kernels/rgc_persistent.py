@@ -238,7 +238,7 @@ def rgc_forward_persistent(
     in every bit.
 
     Nothing else calls it: whether it beats a launch or two a step, and up to which N and B, is for `rjepa bench
-    kernels` to say on a GPU (`rgc-forward-persistent` beside `rgc-forward`). It is meant for 64 < N ≤ 1,024 and
+    kernels` to say on a GPU (`rgc-forward-persistent` beside `rgc-forward`). It is meant for 128 < N ≤ 1,024 and
     few batch rows, where launches are what takes time.
 
     Programs wait without a bound, because none can wait for ever: the launch is cooperative, so that it fails at

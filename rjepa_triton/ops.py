@@ -37,7 +37,9 @@ OfStates = Tensor | Sequence[Tensor | None]  # (S, T, B, N), or (T, B, N) of eac
 
 BACKENDS = ("auto", "torch", "compile", "triton")
 HEAD_UNITS = 64  # of a head, that the exact kernel takes
-ON_CHIP_UNITS = 64  # of an RGC, up to which one launch runs all steps of its loop
+# Of an RGC, up to which one launch runs all steps of its loop: of any number of rows, and of no more than the GPU has
+# multiprocessors.
+SMALL_UNITS, ON_CHIP_UNITS = 64, 128
 STEP_ROWS = 8  # of the batch, up to which a step of an RGC and its linearisation are one launch
 SCAN_STATES = 2  # states a unit that kernels scan; more are torch's
 # Up to how many units and rows a loop is compiled code's: as far as it was timed, and faster than torch's. Of fewer
@@ -291,9 +293,18 @@ def step(
     return after[:, None], Linearization(partials, before[:, None], resets), m
 
 
-def one_launch(cell: Cell, weights: Sequence[Tensor]) -> bool:
-    """Whether Triton's loop is one launch for all steps, with the weights on chip."""
-    return is_dense_rgc(cell, weights) and weights[0].shape[0] <= ON_CHIP_UNITS
+def one_launch(cell: Cell, weights: Sequence[Tensor], batch: int) -> bool:
+    """Whether Triton's loop over `batch` rows is one launch for all steps, with the weights on chip.
+
+    As `kernels.rgc_forward.on_chip` has it, of the weights' GPU; of an H100 if they lie elsewhere.
+    """
+    if not is_dense_rgc(cell, weights):
+        return False
+    units, device = weights[0].shape[0], weights[0].device
+    if units <= SMALL_UNITS or units > ON_CHIP_UNITS:
+        return units <= SMALL_UNITS
+    on_gpu = device.type == "cuda"
+    return batch <= (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132)
 
 
 def is_dense_rgc(cell: Cell, weights: Sequence[Tensor]) -> bool:

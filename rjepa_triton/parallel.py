@@ -189,7 +189,8 @@ def rounds_worth(
     in passes at the end of which each thread waits for all. Where the loop is one launch (`ops.one_launch`), rounds
     rarely pay.
 
-    weights: of any device, shapes alone count. sizes: T, B, N. kernel: whether Triton serves the scan.
+    weights: their shapes count, and where a GPU holds them, how many multiprocessors it has. sizes: T, B, N. kernel:
+    whether Triton serves the scan.
     """
     if device.type not in ("cpu", "cuda") or dtype not in (torch.float32, torch.float64) or sizes[0] == 1:
         return 0
@@ -226,7 +227,7 @@ def forward_problem(
         step=replace(step, bytes=step.bytes * scale),
         round=replace(round_, bytes=round_.bytes * scale),
         kernel=kernel,
-        launch=kernel and ops.one_launch(cell, weights),
+        launch=kernel and ops.one_launch(cell, weights, batch),
         compiled=compiled and ops.compiled_loop(cell, weights, steps, batch),
     )
 

@@ -76,12 +76,16 @@ def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
     """Of what is an RGC's own: S = 2 and K = 4. Exact sensitivities are of 64 units at most, to fit in memory."""
     x, resets, square, n = zeros(2, B, N), zeros(2, B).bool(), zeros(N, N), min(N, 64)
     weights, gates, both = [square] * 4, zeros(2, 2, B, 2, N), zeros(2, 2, B, N)
-    small = (x[..., :n].contiguous(), [zeros(n, n)] * 4, [zeros(B, n)] * 2)
+    small, most = (
+        (x[..., :width].contiguous(), [zeros(width, width)] * 4, [zeros(B, width)] * 2)
+        for width in (n, min(N, 128))
+    )
     own, long = [square.diagonal(), zeros(N), *[square.diagonal()] * 2], 512
     phi, head = [zeros(B, n)] * 4, (zeros(B, 1, 2, n, 4, n, n), zeros(B, 1, 2 * n, 2 * n), zeros(2, B, 4, n))
     return [
         lambda: rgc_forward.rgc_forward_small(*small),
         lambda: rgc_forward.rgc_forward_small(*small, resets, save_gates=False),
+        lambda: rgc_forward.rgc_forward_small(*most, resets),
         lambda: rgc_persistent.rgc_forward_persistent(x, weights, [x[0]] * 2),
         lambda: rgc_persistent.rgc_forward_persistent(x, weights, [x[0]] * 2, resets, save_gates=False),
         lambda: rgc_step.rgc_step(x[0], weights, both[:, 0].contiguous()),
@@ -151,7 +155,7 @@ def compile_() -> None:
     for sizes in ((2, 64, 2, 4, 512, 512), (1, 1, 1, 1, 1, 1)):
         for call in calls(*sizes):
             call()
-    assert len(_CompileOnly.made) == 63, len(_CompileOnly.made)
+    assert len(_CompileOnly.made) == 65, len(_CompileOnly.made)
     # Programs that wait for one another must all run at once, and none may read what was there before.
     waiting = [made for made in _CompileOnly.made if made.metadata.name == "_rgc_persistent_kernel"]
     assert len(waiting) == 4

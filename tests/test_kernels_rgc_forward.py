@@ -18,6 +18,8 @@ from rjepa_triton.kernels import rgc_forward as kernels
 from rjepa_triton.kernels.rgc_forward import (
     PointwiseConfig,
     SmallConfig,
+    in_quarters,
+    on_chip,
     pick_pointwise_config,
     pick_small_config,
     rgc_forward,
@@ -34,7 +36,7 @@ SHAPES = [(1, 1), (5, 3)]  # T, B
 
 @pytest.mark.parametrize("with_resets", [False, True])
 @pytest.mark.parametrize(("steps", "batch"), SHAPES)
-@pytest.mark.parametrize("units", [1, 17, 63, 64, 127, 130])
+@pytest.mark.parametrize("units", [1, 17, 63, 64, 65, 100, 127, 128, 130])
 def test_forward_is_that_of_the_cell(monkeypatch, units, steps, batch, with_resets):
     given = problem(steps, batch, units, with_resets)
     want = reference(*given)
@@ -50,13 +52,13 @@ def test_steps_one_by_one_are_those_of_one_launch(monkeypatch, units, with_reset
     given = problem(5, 3, units, with_resets)
     want = reference(*given)
     poison(monkeypatch)
-    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(kernels, "on_chip", lambda *_: False)
     states, gates = rgc_forward(*given)
     assert_near(states, want.states)
     assert_near(gates, want.saved)
 
 
-@pytest.mark.parametrize("units", [17, 68])
+@pytest.mark.parametrize("units", [17, 65, 100, 127, 128, 130])
 def test_gates_need_not_be_saved(monkeypatch, units):
     given = problem(5, 3, units, True)
     states, gates = rgc_forward(*given)
@@ -70,7 +72,7 @@ def test_gates_need_not_be_saved(monkeypatch, units):
     torch.testing.assert_close(product.tanh().view_as(gates), gates, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("units", [17, 68])
+@pytest.mark.parametrize("units", [17, 68, 130])
 def test_parameters_are_weights_and_nothing_is_differentiated(units):
     x, weights, state, _ = problem(2, 3, units, False)
     states, gates = rgc_forward(x, [torch.nn.Parameter(w) for w in weights], state)
@@ -79,7 +81,7 @@ def test_parameters_are_weights_and_nothing_is_differentiated(units):
     assert torch.equal(states, rgc_forward(x, weights, state)[0])
 
 
-@pytest.mark.parametrize("units", [17, 68])
+@pytest.mark.parametrize("units", [17, 68, 130])
 def test_what_is_saved_linearises(units):
     x, weights, state, resets = problem(5, 2, units, True)
     states, gates = rgc_forward(x, weights, state, resets)
@@ -92,7 +94,7 @@ def test_what_is_saved_linearises(units):
     assert_near(got.before, want.before)
 
 
-@pytest.mark.parametrize("units", [63, 68])
+@pytest.mark.parametrize("units", [63, 68, 130])
 def test_state_carries_over_and_two_runs_agree_in_every_bit(units):
     x, weights, state, resets = problem(5, 3, units, True)
     states, gates = rgc_forward(x, weights, state, resets)
@@ -144,9 +146,11 @@ def test_pointwise(units, resets_next):
 
 
 def test_pick_config():
-    assert pick_small_config(1) == pick_small_config(16) == SmallConfig(16, 1)
-    assert pick_small_config(17) == pick_small_config(32) == SmallConfig(32, 4)
-    assert pick_small_config(33) == pick_small_config(64) == SmallConfig(64, 8)
+    assert pick_small_config(1, 32) == pick_small_config(32, 32) == SmallConfig(32, True, 2)
+    assert pick_small_config(33, 32) == pick_small_config(64, 32) == SmallConfig(64, True, 4)
+    assert pick_small_config(65, 32) == pick_small_config(128, 32) == SmallConfig(128, False, 8)
+    assert pick_small_config(1, 64) == pick_small_config(64, 64) == SmallConfig(64, True, 4)
+    assert pick_small_config(65, 64) == pick_small_config(128, 64) == SmallConfig(128, True, 8)
     assert pick_pointwise_config(512, 32) == PointwiseConfig(128, 4)
     assert pick_pointwise_config(511, 64) == PointwiseConfig(256, 1)
 
@@ -182,8 +186,32 @@ def test_errors_name_the_argument(change, error, message):
 
 
 def test_small_says_how_small():
-    with pytest.raises(ValueError, match="x must have at most 64 units, got 65"):
-        rgc_forward_small(*problem(1, 1, 65, False))
+    with pytest.raises(ValueError, match="x must have at most 128 units, got 129"):
+        rgc_forward_small(*problem(1, 1, 129, False))
+
+
+def test_on_chip():
+    assert on_chip(64, 10_000, 132)
+    assert on_chip(65, 132, 132)
+    assert on_chip(128, 132, 132)
+    assert not on_chip(65, 133, 132)
+    assert not on_chip(129, 1, 132)
+
+
+@pytest.mark.parametrize(("units", "lanes"), [(1, 32), (63, 32), (100, 32), (128, 64)])
+def test_quarters_hold_every_weight(units, lanes):
+    """A matrix multiplied as the kernel takes it apart: by quarter, group of columns, warp, lanes, rows, columns."""
+    block = pick_small_config(units, lanes).block
+    weights = [random(units, units) for _ in range(4)]
+    parts = in_quarters(weights, block, lanes)
+    tiles = parts.view(4, 4, block // lanes, block // 16, 8, lanes // 8, 2, 2)
+    state = torch.nn.functional.pad(random(units), (0, block - units))
+    by_column = state.view(4, block // lanes, lanes // 8, 2)
+    ss, ms, mm, sm = weights
+    for matrix, weight in zip(tiles, (ss, sm, mm, ms), strict=True):
+        product = torch.einsum("qgwrlab,qglb->wra", matrix.double(), by_column.double()).flatten()
+        assert_near(product[:units].float(), weight.double() @ state[:units].double())
+        assert product[units:].eq(0).all()
 
 
 def test_pointwise_needs_both_or_neither():

@@ -74,8 +74,8 @@ class Case:
 NARROW_STORES = {
     # A matrix product leaves four numbers in a row to a lane: 128 bits of float32, 64 of bfloat16.
     "chunk-gfx942-64x32x32-bf16": 8,
-    # A row of N numbers for N lanes or more: the four gates and the two states of a step, number by number.
-    "rgc-small": 6,
+    # A step's four gates and two states of each unit, joined, number by number: two and one of a thread.
+    "rgc-small": 3,
     # Eight units of a row, a number to a thread: gates and states as above.
     "rgc-persistent": 6,
     # What a unit and a batch row have, once: two states, as read and as made, and ten partials.
@@ -97,7 +97,10 @@ CHUNK_CONFIGS = {
     name: _configs(gamma_chunk.pick_config, (1, 31, 32, 100), [dtype], ("ieee", "tf32"))
     for name, dtype in DTYPES.items()
 }
-RGC_SMALL_CONFIGS = sorted({rgc_forward.pick_small_config(n) for n in range(1, rgc_forward.SMALL + 1)})
+RGC_SMALL_CONFIGS = {
+    warp: sorted({rgc_forward.pick_small_config(n, warp) for n in range(1, rgc_forward.MOST + 1)})
+    for warp in (32, 64)
+}
 
 # What differs in the code alone: how units are dealt out is the launch's.
 RGC_PERSISTENT_CONFIGS = {
@@ -217,10 +220,15 @@ def _cases() -> Iterator[tuple[str, Case]]:
         for states in (1, 2):
             build = scan_build(target, states, steps=4096, units=64)[0]
             yield f"block-summary-{target}-S{states}", Case(build, 96, states * states + states)
-        for config in RGC_SMALL_CONFIGS:
-            # The weights, 128 bits a load, once for all steps.
+        for config, resets in itertools.product(RGC_SMALL_CONFIGS[WARP[target]], (True, False)):
+            # The weights, 128 bits a load: once for all steps, or half of them and the other half in the loop.
             loads = 4 * config.block**2 // (WARP[target] * config.num_warps) // 4
-            yield f"rgc-small-{target}-{config.block}", Case(rgc_small_build(target, config), 168, loads)
+            case = Case(
+                rgc_small_build(target, config, resets=resets),
+                {32: 128, 64: 208, 128: 255}[config.block],
+                loads,
+            )
+            yield f"rgc-small-{target}-{config.block}{'-resets' * resets}", case
         for config, vector in itertools.product(RGC_PERSISTENT_CONFIGS[WARP[target]], (4, 1)):
             columns, threads = config.chunks * config.lanes, WARP[target] * config.num_warps
             # The weights, once for all steps; both states of the rows under way, if there are four for each thread.
@@ -382,7 +390,8 @@ def test_what_does_not_compile_says_why():
 def test_every_configuration_is_built():
     assert [len(configs) for configs in STEP_CONFIGS.values()] == [4, 4]
     assert [len(configs) for configs in CHUNK_CONFIGS.values()] == [4, 4]
-    assert (len(RGC_SMALL_CONFIGS), len(RTRL_CONFIGS)) == (3, 2)
+    assert [len(configs) for configs in RGC_SMALL_CONFIGS.values()] == [3, 2]
+    assert len(RTRL_CONFIGS) == 2
     assert [len(configs) for configs in RGC_PERSISTENT_CONFIGS.values()] == [9, 9]
     assert [len(configs) for configs in RGC_STEP_CONFIGS.values()] == [9, 9]
     for target in TARGETS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
 import sys
 import warnings
@@ -365,7 +366,7 @@ def test_no_triton_is_a_clear_refusal() -> None:
 
 
 @pytest.mark.parametrize("reset", [False, True])
-@pytest.mark.parametrize("units", [5, 68])
+@pytest.mark.parametrize("units", [5, 130])
 @pytest.mark.parametrize("learning", ["bptt", "rtrl", "rfp"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_rgc_by_its_own_kernels(units: int, reset: bool, learning: str, recompute: bool) -> None:
@@ -422,4 +423,8 @@ def test_limits_are_those_of_the_kernels() -> None:
     heads = pytest.importorskip("rjepa_triton.kernels.rtrl_heads")
     forward = pytest.importorskip("rjepa_triton.kernels.rgc_forward")
     assert (ops.SCAN_STATES, ops.HEAD_UNITS) == (heads.MAX_STATES, heads.MAX_UNITS)
-    assert ops.ON_CHIP_UNITS == forward.SMALL
+    cell = RGCCell()
+    for units, batch in itertools.product((1, 64, 65, 128, 129), (1, 132, 133)):
+        weights = [torch.empty(units, units)] * 4
+        assert ops.one_launch(cell, weights, batch) == forward.on_chip(units, batch, 132)
+    assert not ops.one_launch(cell, [torch.empty(2, 3, 3)] * 4, 1)

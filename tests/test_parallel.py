@@ -230,7 +230,8 @@ def test_auto_is_a_choice_by_sizes_device_and_threads(monkeypatch: pytest.Monkey
 
     # A loop in one launch leaves rounds nothing to save.
     assert parallel.rounds_worth(rgc, weights, (4096, 1, 64), GPU, F32, True) == 0
-    assert rounds(rgc, (4096, 1, 128), GPU) >= parallel.ASSUMED_ROUNDS
+    assert rounds(rgc, (4096, 132, 128), GPU) == 0
+    assert rounds(rgc, (4096, 1, 129), GPU) >= parallel.ASSUMED_ROUNDS
     assert rounds(rgc, (4096, 1, 64), GPU, F64) >= parallel.ASSUMED_ROUNDS
     assert rounds(LSTMCell(), (4096, 1, 64), GPU) >= parallel.ASSUMED_ROUNDS
     assert rounds(LRUCell(), (4096, 1, 64), GPU) == parallel.MAX_ROUNDS
