@@ -273,7 +273,8 @@ class Problem:
 
     features   I, of the layer's input where a matrix reads it, else 0
     loop, one_step, partials, reverse   whether the layer's loop, a step on its own, the linearisation and the reverse
-               scan are each a call of compiled code (`ops.compiled_loop`, `ops.linearize`, `ops.compiled_reverse`)
+               scan are each a call of compiled code (`ops.compiled_loop`, `ops.linearize`, `ops.compiled_reverse`); of
+               an RGC on a GPU, whether a step and the linearisation are a launch (`ops.step`)
     runs       "torch", "compile" or "triton": what Γ's recursion is run by (`runs_gamma`)
     """
 
@@ -393,8 +394,8 @@ def gamma_pass(problem: Problem) -> Work:
 def gamma_work(problem: Problem) -> Work:
     """A recorded step linearised, and `gamma_pass`."""
     work = gamma_pass(problem) + problem.linearize()
-    # compiled code takes φ and y where they lie
-    return work if problem.runs == "compile" else work + problem.pointwise(problem.calls.stacked)
+    # compiled code and kernels take φ and y where they lie
+    return work + problem.pointwise(problem.calls.stacked) if problem.runs == "torch" else work
 
 
 def reading_work(problem: Problem) -> Work:

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import ops
 from . import weights as weight_ops
 from ._tape import Block, linearized
+from .cells import RGCCell
 from .cost import Calls, Line, Problem, Work, counted, runs_gamma
 from .layer import TwoPointRNN
 from .reference import bptt, rfp
@@ -47,7 +48,9 @@ def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bo
     weights, recurrent = layer.weights(), layer.recurrent_weights()
     fan_ins = [weight_ops.fan_in(weight) for weight in weights]
     item = weights[0].dtype.itemsize
-    compiled = not gpu and weights[0].dtype == torch.float32 and ops.cpp_compiler() is not None
+    narrow = weights[0].dtype == torch.float32
+    compiled = not gpu and narrow and ops.cpp_compiler() is not None
+    kernels = gpu and narrow and isinstance(layer.cell, RGCCell)
     return Problem(
         states=len(layer.cell.states),
         batch=batch,
@@ -59,8 +62,9 @@ def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bo
         features=layer.input_size or 0,
         runs=runs_gamma(gpu, item, gamma_dtype.itemsize, len(layer.cell.states)),
         loop=compiled and ops.compiled_loop(layer.cell, recurrent, LONG, batch),
-        one_step=compiled and ops.compiled_loop(layer.cell, recurrent, 1, batch),
-        partials=compiled and ops.compiled_partials(layer.cell),
+        one_step=(compiled and ops.compiled_loop(layer.cell, recurrent, 1, batch))
+        or (kernels and ops.is_dense_rgc(layer.cell, recurrent) and batch <= ops.STEP_ROWS),
+        partials=kernels or (compiled and ops.compiled_partials(layer.cell)),
         reverse=compiled and ops.compiled_reverse(batch * layer.hidden_size),
     )
 

@@ -454,13 +454,8 @@ def dual_of(
         done = _launched("rgc_dual", launch)
         if done is not None:
             entering, for_input, first = done
-            # ss and sm read s, mm and ms read m
-            places = ((0, 0), (1, 1), (1, 0), (0, 1))
-            return (
-                rfp.Joined(entering.flatten(-2), places, for_input.shape[-1]),
-                for_input[None][:inputs],
-                first,
-            )
+            joined = rfp.Joined(entering.flatten(-2), _native.RGC_PLACES, for_input.shape[-1])
+            return joined, for_input[None][:inputs], first
     lin, m = linearize(cell, trajectory, weights, learning, backend=backend)
     return dual(lin, m, of_states(delta, trajectory), matrices, inputs, carry, backend=backend)
 

@@ -168,7 +168,7 @@ def test_the_command_prints_the_table_and_why(tmp_path: Path) -> None:
     assert "**predicted, on NVIDIA H100: rgc N = 256, B = 1, no end, C = 16, float32**" in result.output
     assert "| rfp-step | RFP | step |" in result.output
     assert "nothing measured here; rates: estimated: float32" in result.output
-    assert "take rfp-chunk" in result.output
+    assert "take rfp-step" in result.output
     assert json.loads(file.read_text())["h100"]["name"] == H100.name
     assert run("--hidden", "256", "--device", str(file)).exit_code == 0
 
