@@ -397,5 +397,5 @@ def test_every_configuration_is_built():
     for target in TARGETS:
         assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 10
         assert sum(name.startswith(f"step-{target}") and "stochastic-S2" in name for name in CASES) == 3
-        assert sum(name.startswith(f"read-{target}") and "S2" in name for name in CASES) == 6
+        assert sum(name.startswith(f"read-{target}") and "S2" in name for name in CASES) == 8
         assert sum(name.startswith(f"chunk-{target}") and "S2" in name for name in CASES) == 8
