@@ -377,8 +377,11 @@ def suffix_build(
     )
 
 
-def rgc_small_build(target: str, config: rgc_forward.SmallConfig, *, resets: bool = True) -> Build:
+def rgc_small_build(
+    target: str, config: rgc_forward.SmallConfig, *, resets: bool = True, gates: bool = True
+) -> Build:
     """All steps of an RGC whose weights are on chip."""
+    absent = [name for name, given in (("resets_ptr", resets), ("gates_ptr", gates)) if not given]
     return Build(
         target,
         "rjepa_triton.kernels.rgc_forward:_rgc_small_kernel",
@@ -388,7 +391,7 @@ def rgc_small_build(target: str, config: rgc_forward.SmallConfig, *, resets: boo
             **dict.fromkeys("TBN", "i32"),
         },
         constants={
-            **dict.fromkeys([] if resets else ["resets_ptr"]),
+            **dict.fromkeys(absent),
             "BLOCK": config.block,
             "LANES": WARP[target],
             "ALL_KEPT": config.all_kept,

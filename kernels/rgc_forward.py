@@ -128,12 +128,13 @@ def _rgc_small_kernel(
             m = tl.where(keep, m, 0.0)
             resets_ptr += B
             reset = tl.load(resets_ptr, mask=t + 1 < T, other=0)
+        # What is read comes first: in the other order it was found to spill on sm_100.
         of_m = _split(m, BLOCK)
-        mm = tanh(_product(w_mm, of_m, weight_ptr, 2, True, BLOCK, LANES))
         ms = tanh(_product(w_ms, of_m, weight_ptr, 3, ALL_KEPT, BLOCK, LANES))
+        mm = tanh(_product(w_mm, of_m, weight_ptr, 2, True, BLOCK, LANES))
         of_s = _split(s, BLOCK)
-        ss = tanh(_product(w_ss, of_s, weight_ptr, 0, True, BLOCK, LANES))
         sm = tanh(_product(w_sm, of_s, weight_ptr, 1, ALL_KEPT, BLOCK, LANES))
+        ss = tanh(_product(w_ss, of_s, weight_ptr, 0, True, BLOCK, LANES))
         # Joined, they go through shared memory to where they are stored from in one round.
         if gates_ptr is not None:
             gates = tl.permute(tl.join(tl.join(ss, sm), tl.join(mm, ms)), [0, 2, 1])
@@ -472,7 +473,7 @@ def joined_by_source(weights: Sequence[Tensor]) -> Tensor:
 def in_quarters(weights: Sequence[Tensor], block: int, lanes: int) -> Tensor:
     """Weights as `_quarter` reads them, zero beyond their units: (4, 4, block² / 4) by matrix and quarter of columns.
 
-    Within a quarter: BLOCK // LANES groups of columns, a warp's 16 rows, eight and LANES // 8 lanes, two rows, two
+    Within a quarter: block // lanes groups of columns, block // 16 warps, eight and lanes // 8 lanes, two rows, two
     columns.
     """
     units = weights[0].shape[0]

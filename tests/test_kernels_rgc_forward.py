@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from rgc_problems import DEVICE, TOLERANCE, assert_near, poison, problem, random, reference
 
 from rjepa_triton.kernels import rgc_forward as kernels
+from rjepa_triton.kernels._launch import DeviceSizes
 from rjepa_triton.kernels.rgc_forward import (
     PointwiseConfig,
     SmallConfig,
@@ -196,6 +197,27 @@ def test_on_chip():
     assert on_chip(128, 132, 132)
     assert not on_chip(65, 133, 132)
     assert not on_chip(129, 1, 132)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the lanes of a GPU are its own")
+@pytest.mark.parametrize("units", [17, 65, 128])
+def test_warps_of_64_lanes(monkeypatch, units):
+    monkeypatch.setattr(kernels, "device_sizes", lambda _: DeviceSizes(64, 304))
+    given = problem(2, 2, units, True)
+    want = reference(*given)
+    poison(monkeypatch)
+    states, gates = rgc_forward_small(*given)
+    assert_near(states, want.states)
+    assert_near(gates, want.saved)
+
+
+def test_more_rows_than_multiprocessors_go_by_step(monkeypatch):
+    monkeypatch.setattr(kernels, "device_sizes", lambda _: DeviceSizes(32, 2))
+    monkeypatch.setattr(kernels, "_small", lambda *_: "on chip")
+    monkeypatch.setattr(kernels, "_by_step", lambda *_: "by step")
+    assert rgc_forward(*problem(1, 2, 65, False)) == "on chip"
+    assert rgc_forward(*problem(1, 3, 65, False)) == "by step"
+    assert rgc_forward(*problem(1, 3, 64, False)) == "on chip"
 
 
 @pytest.mark.parametrize(("units", "lanes"), [(1, 32), (63, 32), (100, 32), (128, 64)])

@@ -220,15 +220,16 @@ def _cases() -> Iterator[tuple[str, Case]]:
         for states in (1, 2):
             build = scan_build(target, states, steps=4096, units=64)[0]
             yield f"block-summary-{target}-S{states}", Case(build, 96, states * states + states)
-        for config, resets in itertools.product(RGC_SMALL_CONFIGS[WARP[target]], (True, False)):
+        for config, resets, gates in itertools.product(
+            RGC_SMALL_CONFIGS[WARP[target]], (True, False), (True, False)
+        ):
+            if config.block < 128 and not (resets and gates):
+                continue  # takes fewer registers, and far from all
             # The weights, 128 bits a load: once for all steps, or half of them and the other half in the loop.
             loads = 4 * config.block**2 // (WARP[target] * config.num_warps) // 4
-            case = Case(
-                rgc_small_build(target, config, resets=resets),
-                {32: 128, 64: 208, 128: 255}[config.block],
-                loads,
-            )
-            yield f"rgc-small-{target}-{config.block}{'-resets' * resets}", case
+            build = rgc_small_build(target, config, resets=resets, gates=gates)
+            name = f"rgc-small-{target}-{config.block}{'-resets' * resets}{'-gates' * gates}"
+            yield name, Case(build, {32: 128, 64: 208, 128: 255}[config.block], loads)
         for config, vector in itertools.product(RGC_PERSISTENT_CONFIGS[WARP[target]], (4, 1)):
             columns, threads = config.chunks * config.lanes, WARP[target] * config.num_warps
             # The weights, once for all steps; both states of the rows under way, if there are four for each thread.
