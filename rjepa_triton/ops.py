@@ -726,9 +726,8 @@ def gamma_chunk_(
 
     Mutates gammas.
     """
-    if (
-        backend == "triton" and y.shape[-1] == gammas[0].shape[-1]
-    ):  # else each row reads its own, which is little
+    same = y.shape[-1] == gammas[0].shape[-1]  # else each row of Γ reads its own number: little, and torch's
+    if backend == "triton" and same:
         from .kernels import gamma_chunk, reverse_scan
 
         def launch() -> tuple[Tensor | None]:
