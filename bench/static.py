@@ -215,10 +215,11 @@ def step_build(
     rounding: str = "nearest",
     matrices: int = 4,
     own: bool = False,
+    both: bool = False,
 ) -> Build:
     """Γ's step. mode: "advance", "gradient", or "weight", which takes the weights' step as well.
 
-    Each matrix enters one state, as an RGC's do. own: each row reads its own number.
+    Each matrix enters one state, as an RGC's do, or both, as an LSTM's. own: each row reads its own number.
     """
     absent = {
         "advance": ["delta_ptr", "grad_ptr", "weight_ptrs", "lr_ptr"],
@@ -238,7 +239,9 @@ def step_build(
     integers = ("ROWS", "N", "M", "next_phi", "next_y", "stride_m_to", "stride_m_from", "stride_delta")
     entered = [k * states // matrices for k in range(matrices)]
     tuples: dict[str, Sequence[str | None]] = {
-        "phi_ptrs": ["*fp32" if nu == entered[k] else None for nu in range(states) for k in range(matrices)],
+        "phi_ptrs": [
+            "*fp32" if both or nu == entered[k] else None for nu in range(states) for k in range(matrices)
+        ],
         "y_ptrs": ["*fp32"] * matrices,
         "weight_ptrs": ["*fp32"] * matrices,
     }

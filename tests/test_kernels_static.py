@@ -183,10 +183,18 @@ def _cases() -> Iterator[tuple[str, Case]]:
                     if config.block_m == 1:
                         own = step_build(target, config, dtype, states, mode, own=True)
                         yield name + "-own", Case(own, limit, vectors(config), rounded=rounded)
+                    if mode == "weight":
+                        full = step_build(target, config, dtype, states, mode, both=True)
+                        yield name + "-both", Case(full, limit, vectors(config), rounded=rounded)
+                        alone = step_build(target, config, dtype, states, mode, matrices=1)
+                        yield name + "-alone", Case(alone, limit, vectors(config), rounded=rounded)
             for config in STOCHASTIC_CONFIGS if dtype == "bf16" else ():
                 build = step_build(target, config, dtype, states, rounding="stochastic")
                 name = f"step-{target}-{config.block_n}x{config.block_m}-stochastic-S{states}"
                 yield name, Case(build, 168, vectors(config))
+                if config.vector == 1:
+                    own = step_build(target, config, dtype, states, rounding="stochastic", own=True)
+                    yield name + "-own", Case(own, 168, 0)
             for config in STEP_CONFIGS[dtype]:
                 build = read_build(target, config, dtype, states)
                 name = f"read-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}"
@@ -397,6 +405,6 @@ def test_every_configuration_is_built():
     assert [len(configs) for configs in RGC_STEP_CONFIGS.values()] == [9, 9]
     for target in TARGETS:
         assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 10
-        assert sum(name.startswith(f"step-{target}") and "stochastic-S2" in name for name in CASES) == 3
+        assert sum(name.startswith(f"step-{target}") and "stochastic-S2" in name for name in CASES) == 4
         assert sum(name.startswith(f"read-{target}") and "S2" in name for name in CASES) == 8
         assert sum(name.startswith(f"chunk-{target}") and "S2" in name for name in CASES) == 8
