@@ -936,6 +936,13 @@ def test_where_lr_cannot_be(options: dict[str, Any], message: str) -> None:
         OnlineLearner(layer(), 2, **{"lr": 0.1, **options})
 
 
+def test_lr_is_refused_under_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = OnlineLearner(layer(), 2, lr=0.1)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ValueError, match=r"lr can't go under torch\.compile"):
+        learner.step(torch.randn(2, 5, dtype=F64))
+
+
 def test_lr_of_a_learner_without() -> None:
     learner = OnlineLearner(layer(), 2)
     assert learner.lr is None
