@@ -15,7 +15,7 @@ test: $(VENV)/.test
 # On a machine with a GPU whose own python has torch, triton and what the extra `test` names: tests of what runs on
 # the GPU, kernels against the roofline, scaling, plots, in under nine minutes, into $(OUT). Exits 2 without a GPU.
 gpu-check:
-	$(PYTHON) -m rjepa_triton.bench.gpu_check --out $(OUT)
+	$(PYTHON) -m rjepa_triton.bench.report.gpu_check --out $(OUT)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

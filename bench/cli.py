@@ -9,40 +9,28 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .. import _checks as check
-from .. import devices, ops
 from .._command import user_errors
-from . import (
-    cases,
-    compare,
-    fidelity,
-    forward,
-    frontier,
-    gpu_check,
-    inputs,
-    kernel_cases,
-    kernels,
-    learn,
-    memory,
-    online,
-    plan,
-    plot,
-    record,
-    report,
-    roofline,
-    scaling,
-    selfcheck,
-    suite,
-    summary,
-    targets,
-    tasks,
-    views,
-)
+from ..backends import dispatch as ops
+from ..planning import devices
+from .harness import compare, inputs, record
+from .harness.tables import place
+from .harness.terminal import print_tables, show
+from .kernels import cases as kernel_cases
+from .kernels import roofline, targets
+from .kernels import timing as kernels
+from .learning import fidelity, frontier, learn, tasks
 from .peers import registry as peer_registry
 from .peers import run as peers
 from .peers import tasks as peer_tasks
+from .planner import plan
+from .report import gpu_check, suite, views
+from .report import page as report
+from .scaling import cases, forward, memory, plot, selfcheck
+from .scaling import tables as scaling_tables
+from .scaling import timing as scaling
+from .streams import online
 
 bench = typer.Typer(no_args_is_help=True, help="Time, memory and fidelity of the learning rules.")
 OUT = Path("bench-out")
@@ -107,23 +95,6 @@ def tell_files(records: Sequence[record.Record], file: Path, markdown: bool = Fa
         typer.echo(f"{kind + ':':8} {path}", err=markdown)
 
 
-def show(tables: Sequence[Table]) -> None:
-    """Tables on stdout, as wide as they need where that isn't a terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    for table in tables:
-        console.print(table)
-
-
-def print_tables(tables: Sequence[Table], markdown: bool) -> None:
-    """Tables on stdout, as Markdown or for a terminal."""
-    if markdown:
-        typer.echo("\n\n".join(map(summary.markdown, tables)))
-    else:
-        show(tables)
-
-
 @bench.command("scaling")
 def scaling_command(
     hidden: Hidden = "",
@@ -167,7 +138,7 @@ def scaling_command(
         )
         file = file_in(out, scaling.FILE, fresh)
         records = scaling.run(settings, file, Console(stderr=True))
-        show(summary.tables(records))
+        show(scaling_tables.tables(records))
         typer.echo(f"records: {file}")
         for batch in sorted({r.params["B"] for r in records}):
             here = [r for r in records if r.params["B"] == batch]
@@ -220,7 +191,7 @@ def compare_command(
         show([compare.table(found)])
         for file, only in ((a, found.only_a), (b, found.only_b)):
             for r in only:
-                typer.echo(f"only in {file}: {summary.place(r)}")
+                typer.echo(f"only in {file}: {place(r)}")
         beyond = [change for change in found.changes if change.beyond_noise]
         slower = sum(change.ratio > 1 for change in beyond)
         typer.echo(

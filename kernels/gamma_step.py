@@ -10,14 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import (
-    check_gammas,
-    check_runnable,
-    check_tensor,
-    device_sizes,
-    split_rows,
-    vector_width,
-)
+from ._launch import check_gammas, check_runnable, check_tensor, device_sizes, split_rows, vector_width
 
 # Of Philox. 7 pass all tests of BigCrush (Salmon et al. 2011) and 10 are usual: rounding needs no more than 6.
 ROUNDS = tl.constexpr(6)

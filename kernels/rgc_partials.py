@@ -22,15 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vector_width
-from .reverse_scan import (
-    ScanConfig,
-    load_states,
-    pass_back,
-    pick_steps,
-    store_summary,
-    through_blocks,
-    times,
-)
+from .reverse_scan import ScanConfig, load_states, pass_back, pick_steps, store_summary, through_blocks, times
 
 
 @triton.jit

@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import RESULTS, ROOT
 
 from rjepa_triton import RGC, OnlineLearner
-from rjepa_triton.bench import fidelity, forward, learn, plan, record, report, summary
-from rjepa_triton.cells import RGCCell
-from rjepa_triton.reference import rtrl
+from rjepa_triton.bench.harness import record
+from rjepa_triton.bench.harness.tables import markdown
+from rjepa_triton.bench.learning import fidelity, learn
+from rjepa_triton.bench.planner import plan
+from rjepa_triton.bench.report import page as report
+from rjepa_triton.bench.scaling import forward
+from rjepa_triton.bench.scaling import tables as scaling_tables
+from rjepa_triton.cells.builtin import RGCCell
 from rjepa_triton.rjepa import figures, theory_runs
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
+from rjepa_triton.rules import rtrl
 
 
 def test_bytes_of_learning_state() -> None:
@@ -53,7 +57,7 @@ def test_the_report_is_that_of_the_records() -> None:
     }
     for section in found:
         for table in section.view.tables(section.records):
-            assert summary.markdown(table) in page
+            assert markdown(table) in page
     html = (ROOT / "docs" / "report" / report.PAGE).read_text()
     assert all(f'id="{section.stem}"' in html for section in found)
 
@@ -69,7 +73,7 @@ def test_the_tables_of_fidelity_are_those_of_the_record() -> None:
 def test_the_plans_table_is_what_the_model_says_of_the_records() -> None:
     """To three points of a hundred: another torch may make a few calls more."""
     page = (ROOT / "docs" / "report" / report.NOTES).read_text().splitlines()
-    want = summary.markdown(plan.check_table(plan.against(record.load_all(RESULTS)))).splitlines()
+    want = markdown(plan.check_table(plan.against(record.load_all(RESULTS)))).splitlines()
     start = page.index(want[0])
     for told, line in zip(page[start : start + len(want)], want, strict=True):
         told_cells, cells = ([cell.strip() for cell in text.split("|")] for text in (told, line))
@@ -85,7 +89,7 @@ def test_the_tables_of_learning_are_those_of_the_records() -> None:
     tables = learn.tables(learnt)
     assert len(tables) == len(learn.TASKS)
     for table in tables:
-        assert summary.markdown(table) in page
+        assert markdown(table) in page
     seconds = sum(r.payload["cpu_seconds"] for r in learnt)
     assert f"{len(learnt)} runs took {seconds:.0f} s of processor time" in page.replace("\n", " ")
 
@@ -100,12 +104,12 @@ def test_the_tables_of_the_forward_pass_are_those_of_the_record() -> None:
 def test_the_tables_of_the_theory_are_those_of_the_record() -> None:
     page = (ROOT / "docs" / "theory.md").read_text()
     for table in theory_runs.tables(record.load(RESULTS / "theory.jsonl")):
-        assert summary.markdown(table) in page
+        assert markdown(table) in page
 
 
 def test_the_tables_of_rjepa_are_those_of_its_records() -> None:
     page = (ROOT / "docs" / "rjepa.md").read_text()
-    step = summary.markdown(summary.tables(record.load(RESULTS / "rjepa-step-cpu.jsonl"))[0])
+    step = markdown(scaling_tables.tables(record.load(RESULTS / "rjepa-step-cpu.jsonl"))[0])
     assert step.split("\n\n", 1)[1] in page
     lines = (RESULTS / "rjepa-demo-cpu.jsonl").read_text().splitlines()
     for row in figures.summary(figures.by_rule([("record", json.loads(line)) for line in lines])):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, OnlineLearner, TwoPointRNN
-from rjepa_triton.functional import rgc
-from rjepa_triton.reference import rfp
+from rjepa_triton.layers.functional import rgc
+from rjepa_triton.rules import rfp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda"
@@ -192,7 +192,7 @@ def test_a_cuda_graph_of_the_step(with_delta: bool) -> None:
 @pytest.mark.parametrize("batch", [1, 3, 40])
 def test_programs_that_wait_for_one_another(units: int, batch: int) -> None:
     """Many steps, so that a state read too early shows; again and again, so that it shows if it is rare."""
-    from rjepa_triton.cells import RGCCell
+    from rjepa_triton.cells.builtin import RGCCell
     from rjepa_triton.kernels.rgc_persistent import most_units, rgc_forward_persistent
 
     held = most_units(torch.cuda.get_device_properties(DEVICE).multi_processor_count)

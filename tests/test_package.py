@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from checkout import ROOT
+
 import rjepa_triton
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pytest itself needs it there
     import tomli as tomllib
-
-ROOT = Path(__file__).parent.parent
 
 
 def python(code: str) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import functional, nn
-from ...online import OnlineLearner
-from .. import cases
+from ...layers import functional
+from ...layers import named as nn
+from ...online.learner import OnlineLearner
+from ..scaling import cases
 from .runner import Runner
 from .tasks import STATE
 

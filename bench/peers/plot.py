@@ -9,9 +9,9 @@ from matplotlib import pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
 
-from ..plot import STYLE, save, unmixed, where
-from ..record import Record
-from ..summary import seconds_text
+from ..harness.record import Record
+from ..harness.style import STYLE, save, unmixed, where
+from ..harness.tables import seconds_text
 from .tasks import TASKS
 
 OURS, THEIRS, EXACT = "#0072B2", "#D55E00", "#009E73"

@@ -28,9 +28,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ... import _checks as check
-from .. import cases, inputs, measure, record, scaling
-from ..record import Record
-from ..summary import place, seconds_text
+from ..harness import inputs, measure, record
+from ..harness.record import Record
+from ..harness.tables import place, seconds_text
+from ..scaling import cases
+from ..scaling import timing as scaling
 from . import tasks
 from .registry import PEERS, Peer
 from .tasks import TASKS

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import cases
-from ..cases import Size
+from ..scaling import cases
+from ..scaling.cases import Size
 
 # (library, what enters through the recurrent matrices, what is given by the input, state) -> the next state
 Step = Callable[[Any, Sequence[Any], Sequence[Any], Sequence[Any]], tuple[Any, ...]]

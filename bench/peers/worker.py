@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import cases, measure
+from ..harness import measure
+from ..scaling import cases
 from .runner import Runner
 
 

@@ -293,7 +293,7 @@ def _show_summary(runs: Runs, markdown: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..bench.summary import markdown as as_markdown
+    from ..bench.harness.tables import markdown as as_markdown
     from . import figures
 
     rows, title = figures.summary(runs), "after training, mean ± half a 95 % interval over seeds"
@@ -322,7 +322,7 @@ def theory_command(
     """Theorem 1 and Appendix B of the paper, as they hold: tables, a plot and the numbers, in half a minute."""
     from rich.console import Console
 
-    from ..bench.cli import print_tables
+    from ..bench.harness.terminal import print_tables
     from . import theory_plot, theory_runs
 
     with user_errors():

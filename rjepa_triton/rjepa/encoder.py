@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _checks as check
-from ..conv import ConvRGC
-from ..functional import rgc
-from ..nn import RGC
+from ..layers.conv import ConvRGC
+from ..layers.functional import rgc
+from ..layers.named import RGC
 from .backbone import Backbone, GaborBank
 
 Preset = Literal["initial", "full"]

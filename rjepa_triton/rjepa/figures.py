@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from ..bench.fit import interval
-from ..bench.plot import STYLE, save
+from ..bench.harness.statistics import interval
+from ..bench.harness.style import STYLE, save
 from . import config
 from .evaluation import PROBE_FROM
 from .train import EVALUATION

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from ..bench.plot import DASHED, SOLID, STYLE, Look, save
-from ..bench.record import Record
+from ..bench.harness.record import Record
+from ..bench.harness.style import DASHED, SOLID, STYLE, Look, save
 from . import theory
 from .theory_runs import CORRELATION, ETA, HIDDEN, MOMENTS, alive, decays_text, select
 

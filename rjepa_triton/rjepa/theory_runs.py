@@ -15,8 +15,8 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import _checks as check
-from ..bench import record
-from ..bench.record import Record
+from ..bench.harness import record
+from ..bench.harness.record import Record
 from . import theory
 from .theory import DTYPE, Covariances, Weights
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..online import OnlineLearner
+from ..online.learner import OnlineLearner
 from . import backbone, config
 from .config import Config
 from .encoder import Encoder

@@ -1,0 +1,297 @@
+"""Time and memory of a call: interleaved samples, medians and their intervals; peak allocator bytes; rates.
+
+The statistics of every benchmark are here and in `fit` and `compare`: warm up until stable, take samples of several
+functions in turn, give the median with its bootstrap interval, and time pieces of work that never change beside them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..._device import available_bytes as available_bytes
+from .record import Timing, rounded
+
+# The profiler's library reports its start, and the lack of a GPU driver, on stderr. It reads this once, when
+# first used; 6 is above its highest level.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+SAMPLE_SECONDS = 2e-3  # a sample is at least this long: 1e4 times the clock's resolution
+STABLE = 0.05  # warm when the best of three calls is within this of the best of the three before
+WARM_SECONDS = 0.5  # and warm enough after this long in any case
+LEAST_ROUNDS = 7  # with fewer, one that is held up widens the interval of all
+LEAST_OF_A_PASS = 5  # of several
+MOST_ROUNDS = 40
+RESAMPLES = 1000  # of a bootstrap
+GAUGE_SAMPLES = 4  # of each yardstick at a time
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Have this process keep the memory that it frees; whether its C library is one that can be told.
+
+    By default glibc gives large blocks back to the system, which maps each page anew when it is next written. How often
+    depends on what else lies where, so it differs from process to process of the same code, and it can take longer than
+    what is timed.
+    """
+    try:
+        told = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, or another system
+        return False
+    return bool(told(M_MMAP_MAX, 0) and told(M_TRIM_THRESHOLD, -1))
+
+
+def seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds a call, over `calls` calls in a row. On CUDA from events around them, so launches overlap."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) / calls
+
+
+def least_rounds(passes: int) -> int:
+    """Samples that `interleave` takes of each function at least in each of so many passes."""
+    return LEAST_ROUNDS if passes == 1 else LEAST_OF_A_PASS
+
+
+def warm_up(function: Callable[[], object], device: torch.device) -> float:
+    """Call until three calls are no faster, to 5 %, than the three before, or 0.5 s are over; the fastest call."""
+    begin, taken = time.perf_counter(), [seconds(function, 1, device)]
+    while time.perf_counter() - begin < WARM_SECONDS:
+        taken.append(seconds(function, 1, device))
+        if len(taken) >= 6 and min(taken[-3:]) > (1 - STABLE) * min(taken[-6:-3]):
+            break
+    return min(taken)
+
+
+def timing(*passes: Sequence[float] | np.ndarray) -> Timing:
+    """Median, 20th/80th percentiles and the median's 95 % bootstrap interval of samples that were taken in passes.
+
+    Each pass counts alike, however many samples it has. The bootstrap draws passes, with replacement, and samples of
+    each: so the interval has in it what differs from pass to pass. Of the same samples it is the same.
+    """
+    taken = [np.sort(np.asarray(samples, dtype=np.float64)) for samples in passes]
+    most = max(map(len, taken))
+    places = (np.arange(most) + 0.5) / most
+    values = np.concatenate([np.quantile(samples, places, method="hazen") for samples in taken])
+    p20, median, p80 = np.quantile(values, [0.2, 0.5, 0.8]).tolist()
+    repeats = sum(map(len, taken))
+    if repeats < 2:
+        return Timing(median, p20, p80, repeats)
+    low, high = np.quantile(_medians_of_passes(taken), [0.025, 0.975]).tolist()
+    return Timing(median, p20, p80, repeats, low, high)
+
+
+def medians(samples: Sequence[float] | np.ndarray, seed: int = 0) -> np.ndarray:
+    """Medians of `RESAMPLES` draws, with replacement, of as many samples as there are."""
+    values = np.asarray(samples, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    return np.median(values[drawn], axis=1)
+
+
+def _medians_of_passes(passes: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
+    """Medians of `RESAMPLES` draws of as many passes as there are, and of samples of each that is drawn."""
+    if len(passes) == 1:
+        return medians(passes[0], seed)
+    rng = np.random.default_rng(seed)
+    counts, most = np.array([len(samples) for samples in passes]), max(map(len, passes))
+    table = np.stack([np.resize(samples, most) for samples in passes])
+    chosen = rng.integers(len(passes), size=(RESAMPLES, len(passes), 1))
+    places = (rng.random((RESAMPLES, len(passes), most)) * counts[chosen]).astype(int)
+    return np.median(table[chosen, places].reshape(RESAMPLES, -1), axis=1)
+
+
+def pooled(earlier: Timing, later: Timing) -> Timing:
+    """Both as passes of one measurement. They have samples, and the same yardsticks."""
+    samples = [*earlier.samples, *later.samples]
+    gauges = {name: [*earlier.yardsticks[name], *later.yardsticks[name]] for name in later.yardsticks}
+    return replace(timing(*samples), yardsticks=gauges, samples=samples)
+
+
+def yardsticks(device: torch.device) -> dict[str, Callable[[], object]]:
+    """Work that is the same in every version of this package, and what of the machine it feels.
+
+    calls     64 additions to 16 numbers: what it costs to call torch
+    product   one product of matrices, 2·512³ FLOP on the CPU and 2·4096³ on a GPU
+    copy      one copy of 16 MB on the CPU, of 1 GB on a GPU
+    cache     a matrix of 8 MB times a vector: what others leave of the last cache, where a layer's weights lie
+    """
+    large = device.type == "cuda"
+    small = torch.zeros(16, device=device)
+    a = torch.full((4096, 4096) if large else (512, 512), 1e-3, device=device)
+    source = torch.ones(1 << (28 if large else 22), device=device)
+    product, target = torch.empty_like(a), torch.empty_like(source)
+    matrix, vector = torch.full((1448, 1448), 1e-3, device=device), torch.ones(1448, device=device)
+    read = torch.empty_like(vector)
+
+    def calls() -> None:
+        for _ in range(64):
+            small.add_(1e-3)
+
+    return {
+        "calls": calls,
+        "product": lambda: torch.mm(a, a, out=product),
+        "copy": lambda: target.copy_(source),
+        "cache": lambda: torch.mv(matrix, vector, out=read),
+    }
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    case_seconds: float = 0.5,
+    passes: int = 1,
+) -> dict[str, Timing | Exception]:
+    """Seconds a call of several functions, sampled in turn: what disturbs the machine disturbs all alike.
+
+    Each round takes one sample of each; a sample is as many calls as take 2 ms. A function leaves the rounds
+    when it has had 7 samples and `case_seconds`, or 40 samples; where this is one of several `passes` (`pooled`), when
+    it has had 5 samples and its part of `case_seconds`, or of 40. One that raises gives its exception instead.
+
+    The `yardsticks` are sampled in the first round, in rounds 2, 4, 8, … and after the last, so that they see what the
+    functions see. They drive the functions' data out of the caches, so a function is called once more, untimed, before
+    its sample then.
+    """
+    if not functions:
+        return {}
+    keep_freed_memory()
+    gauges = {name: _Sampled(function, device) for name, function in yardsticks(device).items()}
+    cases = {name: _Sampled(function, device) for name, function in functions.items()}
+    gc.collect()
+    gc.disable()  # a collection in the middle of a sample would be charged to whoever ran
+    try:
+        for each in (*gauges.values(), *cases.values()):
+            each.warm()
+        least = least_rounds(passes)
+        for round_ in range(max(least, math.ceil(MOST_ROUNDS / passes))):
+            due = [case for case in cases.values() if not case.done(least, case_seconds / passes)]
+            gauging = not due or (round_ != 1 and round_ & (round_ - 1) == 0)
+            for gauge in gauges.values() if gauging else ():
+                for _ in range(GAUGE_SAMPLES):
+                    gauge.sample(again=False)
+            if not due:
+                break
+            for case in due:
+                case.sample(again=gauging)
+    finally:
+        gc.enable()
+    drift: dict[str, list[float]] = {}
+    for name, gauge in gauges.items():
+        if gauge.error is not None:
+            raise gauge.error
+        drift[name] = [float(np.median(gauge.samples))]
+    return {
+        name: case.error
+        if case.error is not None
+        else replace(timing(case.samples), yardsticks=drift, samples=[rounded(case.samples)])
+        for name, case in cases.items()
+    }
+
+
+class _Sampled:
+    """A function, the samples of it, and what it raised."""
+
+    def __init__(self, function: Callable[[], object], device: torch.device) -> None:
+        self._function, self._device, self._calls = function, device, 1
+        self.samples: list[float] = []
+        self.error: Exception | None = None
+
+    def warm(self) -> None:
+        """Call it until it is warm; how many calls take as long as a sample."""
+        try:
+            self._calls = max(1, math.ceil(SAMPLE_SECONDS / warm_up(self._function, self._device)))
+        except Exception as error:
+            self.error = error
+
+    def done(self, least: int, case_seconds: float) -> bool:
+        spent = sum(self.samples) * self._calls
+        return self.error is not None or (len(self.samples) >= least and spent >= case_seconds)
+
+    def sample(self, again: bool) -> None:
+        """Take a sample; again: after a call that isn't timed, where a sample is several calls."""
+        try:
+            if again and self._calls > 1:
+                self._function()
+            self.samples.append(seconds(self._function, self._calls, self._device))
+        except Exception as error:
+            self.error = error
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """The most bytes alive at once during one call, above what was alive before it.
+
+    So that what an algorithm keeps from call to call counts, `function` should build it, then run it. These
+    are bytes of torch's allocator, as the profiler sees them on the CPU and `torch.cuda.max_memory_allocated`
+    on CUDA; not the process's resident memory, which includes torch itself, and not what a library such as
+    MKL takes by itself.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
+        function()
+    # Every allocation is in the exported trace; the profiler's `events()` folds most into their operators.
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    alive = most = 0
+    for _, change in changes:
+        alive += change
+        most = max(most, alive)
+    return most
+
+
+def flop_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of a large matrix product: what predictions of time divide by."""
+    size = 8192 if device.type == "cuda" else 1024  # enough to fill a GPU
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    b = torch.ones(size, 2 * size, dtype=dtype, device=device)
+    return 2 * size * size * 2 * size / min(seconds(lambda: a @ b, 1, device) for _ in range(4))
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second of a large copy, read and written ones together: what traffic is held against."""
+    numbers = 1 << (28 if device.type == "cuda" else 25)  # beyond caches, so far as memory allows
+    source = torch.ones(numbers, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), 1, device) for _ in range(6))
+
+
+def cache_bytes() -> int:
+    """Bytes of the processor's last cache, as Linux tells them; 0 where it doesn't."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text[-1:] in ("K", "M") and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) << (10 if text[-1] == "K" else 20))
+    return max(sizes, default=0)

@@ -1,0 +1,322 @@
+"""The record of one measurement, and the file of records: JSON Lines, one record a line, only appended to.
+
+A line is written whole or not at all, so a run that was interrupted or met a full disk leaves a file that the
+next run goes on with.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from ..._device import device_name as device_name
+
+SCHEMA = 3
+# 1: timings without a median's interval and yardsticks; 2: without samples, and one time of each yardstick
+READABLE = (1, 2, 3)
+STATUSES = ("ok", "oom", "error", "over_budget", "missing")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: median and 20th/80th percentiles of `repeats` samples.
+
+    low, high     the ends of the median's 95 % bootstrap interval; None in records of schema 1, and of one sample
+    yardsticks    seconds of pieces of work that never change, taken among the samples (`measure.yardsticks`), by pass:
+                  what they differ by from another record's, the machine does; none in records of schema 1
+    samples       of each pass, to 4 digits, where cases were sampled in turn (`measure.interleave`); else none
+    """
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+    low: float | None = None
+    high: float | None = None
+    yardsticks: dict[str, list[float]] = field(default_factory=dict)
+    samples: list[list[float]] = field(default_factory=list)
+
+    def per(self, count: int) -> Timing:
+        """The same for one of `count` equal parts."""
+        low, high = (None if end is None else end / count for end in (self.low, self.high))
+        parts = (self.median / count, self.p20 / count, self.p80 / count)
+        samples = [rounded(one / count for one in taken) for taken in self.samples]
+        return Timing(*parts, self.repeats, low, high, self.yardsticks, samples)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement of one algorithm at one point.
+
+    benchmark, algorithm    "scaling" and a case's name, "fidelity" and a method, "learn" and a learning rule,
+                            "kernels" and kernel/runner, "roofline" and a kernel, "forward" and a mode,
+                            "forward-predicted" and a way to take a training step, or "peers" and a peer
+    params                  what was asked for: N, B, T, C, dtype, device, input, scale, threads, …
+    status, message         "ok"; or "oom", "error", "over_budget", "missing" (a package or a device), and why
+    timing                  seconds per time step, of "kernels", "forward" and "peers" per call; None unless "ok"
+    state_bytes             bytes of learning state, as counted from its formula
+    peak_bytes              peak bytes as measured: see `measure.peak_bytes`
+    predicted_peak_bytes    and predicted_seconds (a time step): known before anything is built; of a call
+                            in "kernels" and "roofline", of a training step in "forward-predicted"
+    compile_seconds         wall time of the first call where something was compiled, that call included
+    backend                 what ran the Γ recursion, and why; None for a case that has none
+    device                  name of the processor or GPU
+    versions, git           of python, torch, …; revision of the checkout, "-dirty" if changed, or None
+    run, time               ISO times of the sweep's start and of this record
+    command                 what was typed to make it; "" in records of schema 1, and where it was no command
+    payload                 results that are not times, by benchmark
+    """
+
+    benchmark: str
+    algorithm: str
+    params: dict[str, Any]
+    status: str
+    device: str
+    versions: dict[str, str | None]
+    git: str | None
+    run: str
+    time: str
+    message: str = ""
+    timing: Timing | None = None
+    state_bytes: int | None = None
+    peak_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
+    predicted_seconds: float | None = None
+    compile_seconds: float | None = None
+    backend: str | None = None
+    payload: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    schema: int = SCHEMA
+
+
+def rounded(seconds: Iterable[float]) -> list[float]:
+    """To 4 digits, so that a line with all samples stays short: less than any clock or machine tells."""
+    return [float(f"{one:.4g}") for one in seconds]
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC, to the millisecond."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of all that a time depends on; None for what is not installed."""
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
+    for package, name in (("triton", "triton"), ("rjepa_triton", "rjepa-triton")):
+        try:
+            found[package] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_revision() -> str | None:
+    """The checkout's revision, with "-dirty" if a tracked file was changed; None outside of a checkout."""
+    here = Path(__file__).resolve().parent.parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        # an installed copy may lie inside some other repository: that one's revision says nothing about it
+        if Path(git("rev-parse", "--show-toplevel")) != here.parent:
+            return None
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def key(record: Record, *, versions: bool = True) -> str:
+    """What makes two records measurements of the same thing; without versions, to compare two of them.
+
+    Benchmark, algorithm, params, device and torch's version; never the git revision.
+    """
+    parts: list[Any] = [record.benchmark, record.algorithm, record.params, record.device]
+    if versions:
+        parts.append(record.versions.get("torch"))
+    return json.dumps(parts, sort_keys=True)
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The last record of each key, in the order of the keys' first appearance."""
+    return list({key(record): record for record in records}.values())
+
+
+def started(benchmark: str, device: torch.device | str) -> dict[str, Any]:
+    """What all records of one run share, as fields: a torch device, or the name of what isn't one."""
+    return {
+        "benchmark": benchmark,
+        "device": device if isinstance(device, str) else device_name(device),
+        "versions": versions(),
+        "git": git_revision(),
+        "run": now(),
+        "command": command(),
+    }
+
+
+def command() -> str:
+    """`rjepa …` as it was typed, or as `python -m rjepa_triton …`; "" in another program."""
+    program, *arguments = sys.argv or [""]
+    path = Path(program)
+    ours = path.name == "rjepa" or path.parts[-2:] == ("rjepa_triton", "__main__.py")
+    return shlex.join(["rjepa", *arguments]) if ours else ""
+
+
+def measured(path: Path) -> set[str]:
+    """Keys of what a file holds measurements ("ok") of, by the last record of each; none without a file."""
+    earlier = latest(load(path)) if path.exists() else []
+    return {key(record) for record in earlier if record.status == "ok"}
+
+
+def here(path: Path, benchmark: str, device: str) -> list[Record]:
+    """A file's last records of a benchmark that this device made with this torch."""
+    name = device_name(torch.device(device))
+    return [
+        record
+        for record in latest(load(path))
+        if (record.benchmark, record.device) == (benchmark, name)
+        and record.versions.get("torch") == torch.__version__
+    ]
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one line to the file, and sync it: the whole line, or an OSError and the file as it was.
+
+    What an interrupted write left after the last newline is cut off first, with a warning.
+    """
+    line = (json.dumps(asdict(record), sort_keys=True, allow_nan=False) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = _cut_broken_tail(descriptor, path)
+        try:
+            written = os.write(descriptor, line)
+            if written < len(line):
+                raise OSError(f"wrote {written} of {len(line)} bytes; is the disk full?")
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            raise OSError(f"could not add a record to {path}: {error}") from error
+    finally:
+        os.close(descriptor)
+
+
+def _cut_broken_tail(descriptor: int, path: Path) -> int:
+    """Truncate the file after its last whole line, and return its size."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with open(descriptor, "rb", closefd=False) as file:
+        body = file.read()
+    kept = body.rfind(b"\n") + 1
+    last = body[:kept].splitlines(keepends=True)[-1:]
+    if last and not _is_json(last[0].decode(errors="replace")):
+        kept -= len(last[0])
+    if kept < len(body):
+        os.ftruncate(descriptor, kept)
+        warnings.warn(
+            f"{path}: cut off the last {len(body) - kept} bytes, which an interrupted write had left",
+            stacklevel=3,
+        )
+    return kept
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def load(path: Path | str) -> list[Record]:
+    """All records of a file, in order.
+
+    A last line that an interrupted write broke is left out with a warning. Raises ValueError, naming file,
+    line and fault, for a broken line elsewhere, another schema, or missing or unknown fields; OSError if
+    unreadable.
+    """
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    records: list[Record] = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        whole = line.endswith("\n") and _is_json(line)
+        if not whole and number == len(lines):
+            warnings.warn(f"{where}: left out, an interrupted write broke it", stacklevel=2)
+        elif not whole:
+            raise ValueError(f"{where}: not a line of JSON: {line[:60]!r}")
+        else:
+            records.append(_record(json.loads(line), where))
+    return records
+
+
+def load_all(path: Path) -> list[Record]:
+    """The last records of a file, or of all files of records in a folder.
+
+    Raises ValueError if there are none; and as `load`.
+    """
+    found = [r for file in files_of(path) for r in latest(load(file))]
+    if not found:
+        raise ValueError(f"{path} has no records of a benchmark")
+    return found
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file, or a folder's files of records: other runs may keep logs of their own beside them."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.glob("*.jsonl")) if _holds_records(file)]
+
+
+def _holds_records(file: Path) -> bool:
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        return '"benchmark"' in lines.readline()
+
+
+def _record(data: object, where: str) -> Record:
+    """A record from parsed JSON, or ValueError."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: a record must be a JSON object, got {type(data).__name__}")
+    schema = data.get("schema")
+    if schema not in READABLE:
+        newer = isinstance(schema, int) and schema > SCHEMA
+        hint = "; a newer rjepa-triton wrote it" if newer else ""
+        wanted = f"{', '.join(map(str, READABLE[:-1]))} or {READABLE[-1]}"
+        raise ValueError(f"{where}: schema must be {wanted}, got {schema!r}{hint}")
+    data = {"command": "", **data} if schema == 1 else data
+    known = {f.name for f in fields(Record)}
+    for kind, names in (("missing", known - data.keys()), ("unknown", data.keys() - known)):
+        if names:
+            raise ValueError(f"{where}: {kind} fields: {', '.join(sorted(names))}")
+    if data["status"] not in STATUSES:
+        raise ValueError(f"{where}: status must be one of {', '.join(STATUSES)}, got {data['status']!r}")
+    for name in ("params", "versions", "payload"):
+        if not isinstance(data[name], dict):
+            raise ValueError(f"{where}: {name} must be an object, got {type(data[name]).__name__}")
+    timing = data["timing"]
+    if timing is not None:
+        try:
+            if schema == 2:  # one time of each
+                timing = {**timing, "yardsticks": {name: [one] for name, one in timing["yardsticks"].items()}}
+            timing = Timing(**timing)
+        except (TypeError, KeyError, AttributeError):
+            raise ValueError(f"{where}: timing must have median, p20, p80, repeats, got {timing!r}") from None
+    return Record(**{**data, "timing": timing})

@@ -1,0 +1,70 @@
+"""How every plot of the package looks, and what each checks of the records that it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from .record import Record, latest
+
+Dashes = tuple[float, Sequence[float]]
+SOLID: Dashes = (0, ())
+DASHED: Dashes = (0, (4, 2))
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "rjepa-triton",  # the same records give the same file
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    colour: str
+    marker: str
+    line: Dashes = SOLID
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure as PNG and SVG beside each other, and close it; `path` with such an ending, .jsonl or none."""
+    stem = path.with_suffix("") if path.suffix in (".png", ".svg", ".jsonl") else path
+    written = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
+    try:
+        for file in written:
+            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    finally:
+        plt.close(figure)
+    return written
+
+
+def unmixed(records: Sequence[Record], benchmark: str, alike: Mapping[str, str]) -> list[Record]:
+    """The last records of a benchmark, of one device and with one value of each parameter that `alike` names.
+
+    alike: parameters by what they are called in words. Raises ValueError without records, or saying what is mixed.
+    """
+    mine = [r for r in latest(records) if r.benchmark == benchmark]
+    if not mine:
+        raise ValueError(f"there are no records of the benchmark {benchmark!r} to draw")
+    found = {"devices": {r.device for r in mine}}
+    found |= {what: {r.params[name] for r in mine} for what, name in alike.items()}
+    for what, values in found.items():
+        if len(values) > 1:
+            raise ValueError(f"one plot can't mix {what}, got {', '.join(map(str, sorted(values)))}")
+    return mine
+
+
+def where(records: Sequence[Record]) -> str:
+    """The device of records that have one, and on a CPU the threads."""
+    threads = sorted({r.params["threads"] for r in records})
+    on_cpu = records[0].params["device"] == "cpu"
+    count = f"{'/'.join(map(str, threads))} thread{'s' * (threads != [1])}"
+    return records[0].device + (f", {count}" if on_cpu else "")

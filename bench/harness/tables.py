@@ -1,0 +1,48 @@
+"""How records are told: bytes and seconds in words, what a record is of, a table as Markdown."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from .record import Record
+
+# What tells a benchmark's records of one algorithm apart, where it isn't N and B.
+SWEPT = {
+    "fidelity": ("cell", "N", "T", "B", "scale"),
+    "learn": ("task", "stage", "lr", "seed"),
+    "forward": ("cell", "N", "B", "T"),
+    "forward-predicted": ("N", "B", "T"),
+    "online": ("N", "B"),
+    "memory": ("N", "B", "T"),
+    "peers": ("task", "N", "B", "T"),
+}
+
+
+def place(made: Record) -> str:
+    """What a record is of: rfp-step N=64 B=1, or what else was swept in its benchmark."""
+    swept = SWEPT.get(made.benchmark, ("N", "B"))
+    return " ".join([made.algorithm, *(f"{name}={made.params.get(name)}" for name in swept)])
+
+
+def bytes_text(count: float) -> str:
+    """Bytes to three digits: 512 B, 1.5 MB, 34.4 GB (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def seconds_text(value: float) -> str:
+    """Seconds to three digits: 12.3 µs, 4.56 ms, 1.2 s."""
+    if value < 999.5e-6:
+        return f"{value * 1e6:.3g} µs"
+    return f"{value * 1e3:.3g} ms" if value < 999.5e-3 else f"{value:.3g} s"
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, its title above it."""
+    rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
+    cells = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    rows += [list(row) for row in cells]
+    return "\n".join([f"**{table.title}**", "", *("| " + " | ".join(row) + " |" for row in rows)])

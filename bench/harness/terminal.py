@@ -1,0 +1,28 @@
+"""Tables on stdout: for a terminal, or as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import tables as texts
+
+
+def show(tables: Sequence[Table]) -> None:
+    """Tables on stdout, as wide as they need where that isn't a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    for table in tables:
+        console.print(table)
+
+
+def print_tables(tables: Sequence[Table], markdown: bool) -> None:
+    """Tables on stdout, as Markdown or for a terminal."""
+    if markdown:
+        typer.echo("\n\n".join(map(texts.markdown, tables)))
+    else:
+        show(tables)

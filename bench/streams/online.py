@@ -1,0 +1,325 @@
+"""Latency of a whole online step, one by one: the layer, the loss's gradient, learning, and the optimiser's step.
+
+What a stream waits for is not the mean: with form "chunk" most steps are cheap and the last one of a chunk pays for
+all. So every step is timed by itself, over 10,000 steps and more, and what is given is the distribution.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from ... import _checks as check
+from ...layers.named import RGC
+from ...online.learner import OnlineLearner
+from ..harness import energy, inputs, measure, record
+from ..harness.record import Record
+from ..harness.tables import bytes_text, place, seconds_text
+from ..scaling import cases
+from ..scaling import timing as scaling
+
+FILE = "online.jsonl"
+LEAST_STEPS = 10_000
+WARM_STEPS = 200
+LEARNING_RATE = 1e-4
+INPUTS_KEPT = 64  # steps of x and δ that a stream repeats, so that it fits in a cache whatever its length
+# What is timed: options of the learner, and steps between updates.
+FORMS: dict[str, dict[str, Any]] = {
+    "step": {"form": "step"},
+    "step-lr": {"form": "step", "lr": LEARNING_RATE},
+    "lazy": {"form": "lazy"},
+    "chunk": {"form": "chunk"},
+    "carry": {"form": "chunk", "credit": "carry"},
+    "tbptt": {"learning": "tbptt"},
+    "step-graph": {"form": "step", "cuda_graph": True},
+    "step-graph-lr": {"form": "step", "cuda_graph": True, "lr": LEARNING_RATE},
+}
+CHUNKED = ("chunk", "carry", "tbptt")
+EXACT_AT_FIRST = ("carry", "tbptt")  # forms whose gradient of the first chunk is BPTT's
+POINTS = {"cpu": ((64, 1), (256, 1), (1024, 1)), "cuda": ((64, 1), (256, 1), (1024, 1), (2048, 1), (256, 32))}
+DEFAULT_FORMS = {
+    "cpu": ("step", "step-lr", "chunk"),
+    "cuda": ("step", "step-graph", "step-graph-lr", "chunk"),
+}
+# Of the distribution, what is recorded: from the fastest step to the slowest, closely at the slow end.
+QUANTILES = (
+    0.0,
+    *(i / 20 for i in range(1, 20)),
+    0.97,
+    0.98,
+    0.99,
+    0.995,
+    0.998,
+    0.999,
+    0.9995,
+    0.9998,
+    0.9999,
+    1.0,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Points (N, B), forms, and how many steps each is timed for; chunk: C of the forms that take chunks.
+
+    budget: seconds that a form may take at a point, as its first steps predict.
+    """
+
+    points: tuple[tuple[int, int], ...]
+    forms: tuple[str, ...]
+    steps: int = LEAST_STEPS
+    chunk: int = 16
+    device: str = "cpu"
+    scale: float = 0.1
+    seed: int = 0
+    budget: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not self.forms:
+            raise ValueError(f"forms must name at least one of {', '.join(FORMS)}")
+        for name in self.forms:
+            check.one_of("forms", name, FORMS)
+        for units, batch in self.points:
+            check.integer("hidden", units, 1)
+            check.integer("batch", batch, 1)
+        check.integer("steps", self.steps, 100)
+        check.integer("chunk", self.chunk, 2)
+        for name in ("scale", "budget"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        scaling.check_device(self.device)
+
+    def params(self, form: str, units: int, batch: int) -> dict[str, Any]:
+        """What identifies a measurement, as recorded."""
+        return {
+            "N": units,
+            "B": batch,
+            "C": self.chunk if form in CHUNKED else 1,
+            "steps": self.steps,
+            "cell": "rgc",
+            "optimizer": "SGD",
+            "dtype": "float32",
+            "device": torch.device(self.device).type,
+            "scale": self.scale,
+            "seed": self.seed,
+            "threads": torch.get_num_threads(),
+        }
+
+
+class Stream:
+    """An RGC that learns online: `step()` takes one whole step.
+
+    The loss is Σ δ(t)·s(t) with δ given: what a step costs without a readout of the user's own. Weights change by SGD
+    after every step, or after the last of a chunk; by an optimizer, or where the form has `lr` by backward() itself.
+    """
+
+    def __init__(
+        self, form: str, units: int, batch: int, settings: Settings, rate: float = LEARNING_RATE
+    ) -> None:
+        device = torch.device(settings.device)
+        like = torch.empty(0, device=device)
+        self.layer = RGC(units).to(device)
+        with torch.no_grad():
+            drawn = inputs.weights(units, settings.scale, settings.seed, like)
+            for weight, value in zip(self.layer.recurrent_weights(), drawn, strict=True):
+                weight.copy_(value)
+        self.every = settings.chunk if form in CHUNKED else 1
+        self.learner = OnlineLearner(self.layer, batch, update_every=self.every, **FORMS[form])
+        self.optimizer: torch.optim.SGD | None = None
+        if self.learner.lr is None:
+            self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=rate)
+        else:
+            self.learner.lr = rate
+        self.x = inputs.inputs("noise", INPUTS_KEPT, batch, units, settings.seed, like)
+        self.delta = inputs.normal((INPUTS_KEPT, batch, units), settings.seed, 3, like)
+        self.at = 0
+        self.outputs: list[Tensor] = []
+        self.deltas: list[Tensor] = []
+
+    def step(self) -> Tensor:
+        """One step, and at a chunk's end what its steps have to be learnt from; the layer's output."""
+        now = self.at % INPUTS_KEPT
+        shown = self.learner.step(self.x[now])
+        self.outputs.append(shown)
+        self.deltas.append(self.delta[now])
+        self.at += 1
+        if self.at % self.every == 0:
+            torch.autograd.backward(self.outputs, self.deltas)
+            self.outputs.clear()
+            self.deltas.clear()
+            if self.optimizer is not None:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return shown
+
+
+def verify(form: str, units: int, batch: int, settings: Settings) -> None:
+    """Raise ArithmeticError unless the gradient summed over a chunk, the weights held still, is the oracle's.
+
+    `cases.oracle`: float64 autograd of RFP, or of BPTT where a form is exact within its first chunk.
+    """
+    stream = Stream(form, units, batch, settings, rate=1.0)
+    kept = [weight.detach().clone() for weight in stream.layer.recurrent_weights()]
+    gradients = [torch.zeros_like(weight) for weight in kept]
+    steps = min(settings.chunk, cases.CHECK_STEPS) if form not in CHUNKED else settings.chunk
+    for _ in range(steps):
+        stream.step()
+        if stream.at % stream.every:
+            continue
+        with torch.no_grad():  # by how much they went down is the gradient
+            for total, weight, before in zip(gradients, stream.layer.recurrent_weights(), kept, strict=True):
+                total.add_(before - weight)
+                weight.copy_(before)
+    zero = stream.x.new_zeros(batch, units)
+    weights: list[Tensor] = list(stream.layer.recurrent_weights())
+    short = cases.Problem(
+        stream.x[:steps], stream.delta[:steps], (zero, zero), weights, settings.chunk, "auto"
+    )
+    wanted = cases.oracle(short, form in EXACT_AT_FIRST)
+    for name, got, want in zip(("ss", "ms", "mm", "sm"), gradients, wanted, strict=True):
+        error = float((got.double() - want).norm() / want.norm())
+        if not error <= cases.TOLERANCE[torch.float32]:
+            raise ArithmeticError(
+                f"{form}'s gradient of W_{name} differs from float64 by {error:.1e} relative"
+            )
+
+
+def latencies(step: Callable[[], object], steps: int, device: torch.device) -> np.ndarray:
+    """Seconds of each of `steps` steps, one after the other; on a GPU until its work is done."""
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    stamps = np.empty(steps + 1)
+    wait()
+    stamps[0] = time.perf_counter()
+    for i in range(steps):
+        step()
+        wait()
+        stamps[i + 1] = time.perf_counter()
+    return np.diff(stamps)
+
+
+def measure_form(form: str, units: int, batch: int, settings: Settings) -> dict[str, Any]:
+    """What was found of one form at one point, as fields of its record."""
+    device = torch.device(settings.device)
+    try:
+        begin = time.perf_counter()
+        Stream(form, units, batch, settings).step()
+        first = time.perf_counter() - begin
+        verify(form, units, batch, settings)
+        stream = Stream(form, units, batch, settings)
+        step = stream.step
+        warm = latencies(step, WARM_STEPS, device)
+        predicted = float(warm.mean()) * settings.steps
+        if predicted > settings.budget:
+            return {
+                "status": "over_budget",
+                "message": f"{seconds_text(float(warm.mean()))} a step, {predicted:.0f} s in all, "
+                f"budget {settings.budget:g} s",
+            }
+        meter = energy.meter(device)
+        before = meter.read()
+        taken = latencies(step, settings.steps, device)
+        joules = meter.between(before, meter.read())
+        flowing = measure.seconds(step, settings.steps // 10, device)
+    except Exception as error:
+        status, message = scaling.failure(error)
+        return {"status": status, "message": message}
+    points = np.quantile(taken, QUANTILES).tolist()
+    return {
+        "status": "ok",
+        "timing": measure.timing(taken),
+        "state_bytes": stream.learner.nbytes,
+        "compile_seconds": first,
+        "payload": {
+            "quantiles": [[q, value] for q, value in zip(QUANTILES, points, strict=True)],
+            "mean": float(taken.mean()),
+            "steps_per_second": batch / flowing,
+            "joules_per_step": None if joules is None else joules / settings.steps,
+            "energy": meter.source,
+            "form": stream.learner.form,
+        },
+    }
+
+
+def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = lambda made: None) -> int:
+    """Measure what the file at `path` lacks, and append it there; returns how many records were kept."""
+    device = torch.device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    shared = record.started("online", device)
+    done = record.measured(path)
+    kept = 0
+    for units, batch in settings.points:
+        for form in settings.forms:
+            common = {**shared, "algorithm": form, "params": settings.params(form, units, batch)}
+            if record.key(Record(status="ok", time="", **common)) in done:
+                kept += 1
+                continue
+            made = Record(time=record.now(), **common, **measure_form(form, units, batch, settings))
+            record.append(path, made)
+            on_record(made)
+    return kept
+
+
+def run(settings: Settings, path: Path, console: Console) -> list[Record]:
+    """`sweep` with progress on `console`; the file's records of these settings afterwards."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("online", total=len(settings.points) * len(settings.forms))
+
+        def on_record(made: Record) -> None:
+            progress.update(bar, description=f"online {place(made)}", advance=1)
+            if made.status != "ok":
+                progress.console.print(
+                    f"{place(made)}: {made.status}: {made.message}", highlight=False, soft_wrap=True
+                )
+
+        kept = sweep(settings, path, on_record)
+        progress.update(bar, description="online", advance=kept)
+    if kept:
+        console.print(f"kept {kept} records measured earlier; --fresh measures them again", highlight=False)
+    wanted = [settings.params(form, *point) for point in settings.points for form in settings.forms]
+    return [r for r in record.here(path, "online", settings.device) if r.params in wanted]
+
+
+def quantile(made: Record, q: float) -> float:
+    """Seconds that a part q of the steps don't exceed; q one of `QUANTILES`."""
+    return dict(map(tuple, made.payload["quantiles"]))[q]
+
+
+def table(records: Sequence[Record]) -> Table:
+    """By point and form: the distribution of a step's latency, throughput, bytes of learning state, energy."""
+    timed = [r for r in records if r.benchmark == "online"]
+    meters = sorted({r.payload["energy"] for r in timed if r.timing})
+    steps = sorted({r.params["steps"] for r in timed})
+    out = Table(
+        title=f"latency of one whole online step, over {', '.join(f'{n:,}' for n in steps)} steps",
+        caption="steps/s: rows times steps, without waiting for each; energy: " + "; ".join(meters),
+    )
+    for heading in ("N", "B", "form", "C", "p50", "p90", "p99", "max", "steps/s", "state", "energy a step"):
+        out.add_column(heading, justify="left" if heading == "form" else "right", no_wrap=True)
+    order = list(FORMS)
+    for r in sorted(timed, key=lambda r: (r.params["B"], r.params["N"], order.index(r.algorithm))):
+        at = [str(r.params["N"]), str(r.params["B"]), r.algorithm, str(r.params["C"])]
+        if r.timing is None:
+            out.add_row(*at, r.status)
+            continue
+        joules = r.payload["joules_per_step"]
+        out.add_row(
+            *at,
+            *(seconds_text(quantile(r, q)) for q in (0.5, 0.9, 0.99, 1.0)),
+            f"{r.payload['steps_per_second']:,.0f}",
+            bytes_text(r.state_bytes or 0),
+            "" if joules is None else f"{1e3 * joules:.3g} mJ",
+        )
+    return out

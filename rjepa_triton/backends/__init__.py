@@ -1,0 +1,1 @@
+"""What runs the recursions: plain torch, code compiled for the CPU, Triton kernels."""

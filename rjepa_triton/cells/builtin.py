@@ -1,0 +1,453 @@
+"""The built-in two-point cells, each with its partials in closed form.
+
+    ElmanCell      h = f(W h' + x); with a diagonal W an independently recurrent unit
+    LeakyCell      h = (1 - α) h' + α f(W h' + x)
+    LSTMCell, GRUCell   as torch.nn's
+    ELSTMCell      element-wise LSTM: forget gate and candidate
+    TimeDecayCell  c = τ c' + x
+    LRUCell        linear recurrent unit, recurrent trace unit: a complex decay a unit
+    RGCCell        reciprocal gated circuit, the paper's
+
+A prime is the step before. How to write one: docs/cells.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from . import weights as weight_ops
+from .two_point import Cell, Linearization, Matrix, Partials, Trajectory, reset_steps_of
+
+Nonlinearity = Literal["tanh", "relu"]
+NONLINEARITIES = ("tanh", "relu")
+
+
+def _apply(nonlinearity: str, value: Tensor) -> Tensor:
+    return torch.tanh(value) if nonlinearity == "tanh" else torch.relu(value)
+
+
+def _derivative(nonlinearity: str, result: Tensor) -> Tensor:
+    """f' from f's own result."""
+    return 1 - result.square() if nonlinearity == "tanh" else (result > 0).to(result.dtype)
+
+
+class ElmanCell(Cell):
+    """h = f(W h' + x), f = tanh or relu (Elman 1990; torch.nn.RNN). With diagonal W: IndRNN (Li et al. 2018)."""
+
+    states = ("h",)
+    gates = ("hh",)
+    matrices = (Matrix("hh", ("gate", 0), 0),)
+
+    def __init__(self, nonlinearity: Nonlinearity = "tanh") -> None:
+        check.one_of("nonlinearity", nonlinearity, NONLINEARITIES)
+        self.nonlinearity = nonlinearity
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (_apply(self.nonlinearity, p[0] + x[0]),)
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        slope = {0: _derivative(self.nonlinearity, self.update(c, p, x)[0])}
+        return Partials(own=[{}], gate=[slope], input=[slope])
+
+
+class LeakyCell(Cell):
+    """h = (1 - α) h' + α f(W h' + x): a leaky, or continuous-time, recurrent network by Euler's step α = dt/τ.
+
+    0 < α ≤ 1; f = tanh or relu.
+    """
+
+    states = ("h",)
+    gates = ("hh",)
+    matrices = (Matrix("hh", ("gate", 0), 0),)
+
+    def __init__(self, alpha: float, nonlinearity: Nonlinearity = "tanh") -> None:
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1], got {alpha}")
+        check.one_of("nonlinearity", nonlinearity, NONLINEARITIES)
+        self.alpha, self.nonlinearity = alpha, nonlinearity
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return ((1 - self.alpha) * c[0] + self.alpha * _apply(self.nonlinearity, p[0] + x[0]),)
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        slope = {0: self.alpha * _derivative(self.nonlinearity, _apply(self.nonlinearity, p[0] + x[0]))}
+        return Partials(own=[{0: torch.full_like(c[0], 1 - self.alpha)}], gate=[slope], input=[slope])
+
+
+class LSTMCell(Cell):
+    """Long short-term memory (Hochreiter & Schmidhuber 1997), as torch.nn.LSTM has it.
+
+        i, f, o = σ(W h' + x), g = tanh(W_g h' + x_g);    c = f c' + i g;    h = o tanh(c)
+
+    The four gates' input parts are four per-unit inputs.
+    """
+
+    states = ("h", "c")
+    gates = ("i", "f", "g", "o")
+    inputs = ("i", "f", "g", "o")
+    matrices = tuple(Matrix(f"h{name}", ("gate", j), 0) for j, name in enumerate("ifgo"))
+
+    @staticmethod
+    def _gates(p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        i, f, g, o = (a + b for a, b in zip(p, x, strict=True))
+        return i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        i, f, g, o = self._gates(p, x)
+        cell = f * c[1] + i * g
+        return o * cell.tanh(), cell
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        i, f, g, o = self._gates(p, x)
+        shown = (f * c[1] + i * g).tanh()
+        to_h = o * (1 - shown.square())  # ∂h/∂c
+        into_c = [g * i * (1 - i), c[1] * f * (1 - f), i * (1 - g.square())]
+        gates = [{0: to_h * value, 1: value} for value in into_c] + [{0: shown * o * (1 - o)}]
+        return Partials(own=[{}, {0: to_h * f, 1: f}], gate=gates, input=gates)
+
+
+class GRUCell(Cell):
+    """Gated recurrent unit in torch.nn.GRU's variant (Cho et al. 2014, with the reset gate after the product).
+
+        r, z = σ(W h' + x);    n = tanh(x_n + r (W_hn h' + b_hn));    h = (1 - z) n + z h'
+
+    The variant with U(r ⊙ h') is not two-point: there one matrix reads what another has gated in the same step.
+    """
+
+    states = ("h",)
+    gates = ("r", "z", "n")
+    inputs = ("r", "z", "n")
+    matrices = tuple(Matrix(f"h{name}", ("gate", j), 0) for j, name in enumerate("rzn"))
+
+    def __init__(self, bias: bool = True) -> None:
+        self.parameters = ("bias_hn",) if bias else ()
+
+    @staticmethod
+    def _gates(p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r, z = (p[0] + x[0]).sigmoid(), (p[1] + x[1]).sigmoid()
+        recurrent = p[2] + x[3] if len(x) > 3 else p[2]
+        return r, z, recurrent, (x[2] + r * recurrent).tanh()
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        _, z, _, n = self._gates(p, x)
+        return ((1 - z) * n + z * c[0],)
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        r, z, recurrent, n = self._gates(p, x)
+        into_n = (1 - z) * (1 - n.square())
+        by_r = {0: into_n * recurrent * r * (1 - r)}
+        by_z = {0: (c[0] - n) * z * (1 - z)}
+        by_hn = {0: into_n * r}
+        inputs = [by_r, by_z, {0: into_n}, by_hn]
+        return Partials(own=[{0: z}], gate=[by_r, by_z, by_hn], input=inputs[: len(x)])
+
+
+class ELSTMCell(Cell):
+    """The recurrent part of eLSTM (Irie et al. 2024), element-wise: forget gate and candidate.
+
+        f = σ(w_f c' + x_f),    z = tanh(w_z c' + x_z),    c = f c' + (1 - f) z
+
+    Its output gate reads c(t) itself, so it is no part of the recurrence: `nn.ELSTM` puts it on top.
+    """
+
+    states = ("c",)
+    gates = ("f", "z")
+    inputs = ("f", "z")
+    matrices = (Matrix("cf", ("gate", 0), 0), Matrix("cz", ("gate", 1), 0))
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        f, z = (p[0] + x[0]).sigmoid(), (p[1] + x[1]).tanh()
+        return (f * c[0] + (1 - f) * z,)
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        f, z = (p[0] + x[0]).sigmoid(), (p[1] + x[1]).tanh()
+        gates = [{0: (c[0] - z) * f * (1 - f)}, {0: (1 - f) * (1 - z.square())}]
+        return Partials(own=[{0: f}], gate=gates, input=gates)
+
+
+class TimeDecayCell(Cell):
+    """Time-decay unit (paper, Appendix A.4): c = τ c' + x, with a decay τ a unit that is learned.
+
+    The paper's τ_l is one number a layer; here each unit has its own.
+    """
+
+    states = ("c",)
+    gates = ()
+    parameters = ("tau",)
+    matrices = ()
+    affine = True
+
+    def initial_parameters(self, units: int) -> dict[str, Tensor]:
+        """τ ~ U(0, 1)."""
+        return {"tau": torch.rand(units)}
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (x[1] * c[0] + x[0],)
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        return Partials(own=[{0: x[1]}], gate=[], input=[{0: torch.ones_like(c[0])}, {0: c[0]}])
+
+
+class LRUCell(Cell):
+    """Linear recurrent unit (Orvieto et al. 2023), and recurrent trace unit (Elelimy et al. 2024).
+
+        z = λ z' + √(1 - |λ|²) x,    λ = exp(-exp(ν) + i exp(θ)),    z complex: two states, re and im
+
+    ν and θ are learned, a number a unit each. With a nonlinearity, f is applied to re and im: the
+    recurrent trace unit's nonlinear form. At first |λ| is uniform over the ring [r_min, r_max], the phase over
+    [0, max_phase].
+    """
+
+    states = ("re", "im")
+    gates = ()
+    inputs = ("re", "im")
+    parameters = ("nu", "theta")
+    matrices = ()
+    outputs = (0, 1)
+
+    def __init__(
+        self,
+        nonlinearity: Nonlinearity | None = None,
+        r_min: float = 0.9,
+        r_max: float = 0.999,
+        max_phase: float = 2 * math.pi,
+    ) -> None:
+        check.one_of("nonlinearity", nonlinearity, (None, *NONLINEARITIES))
+        if not 0 <= r_min < r_max < 1:
+            raise ValueError(f"r_min and r_max must be 0 ≤ r_min < r_max < 1, got {r_min} and {r_max}")
+        if not 0 < max_phase <= 2 * math.pi:
+            raise ValueError(f"max_phase must be in (0, 2π], got {max_phase}")
+        self.nonlinearity, self.r_min, self.r_max, self.max_phase = nonlinearity, r_min, r_max, max_phase
+        self.affine = nonlinearity is None
+
+    def initial_parameters(self, units: int) -> dict[str, Tensor]:
+        """λ uniform over the ring."""
+        tiny = torch.finfo(torch.float32).tiny
+        square = self.r_min**2 + torch.rand(units) * (self.r_max**2 - self.r_min**2)
+        phase = (torch.rand(units) * self.max_phase).clamp_min(tiny)
+        return {"nu": (-0.5 * square.clamp_min(tiny).log()).log(), "theta": phase.log()}
+
+    @staticmethod
+    def _decay(x: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """λ's real and imaginary part, and √(1 - |λ|²)."""
+        rate, phase = x[2].exp(), x[3].exp()
+        modulus = (-rate).exp()
+        return modulus * phase.cos(), modulus * phase.sin(), (-torch.expm1(-2 * rate)).sqrt()
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        a, b, gain = self._decay(x)
+        re, im = a * c[0] - b * c[1] + gain * x[0], b * c[0] + a * c[1] + gain * x[1]
+        return (
+            (re, im)
+            if self.nonlinearity is None
+            else (_apply(self.nonlinearity, re), _apply(self.nonlinearity, im))
+        )
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        a, b, gain = self._decay(x)
+        rate, phase = x[2].exp(), x[3].exp()
+        # dλ/dν = -rate λ, dλ/dθ = i phase λ, d gain/dν = rate |λ|² / gain
+        gain_by_nu = rate * (a.square() + b.square()) / gain
+        turned_re, turned_im = a * c[0] - b * c[1], b * c[0] + a * c[1]
+        by_nu = {0: gain_by_nu * x[0] - rate * turned_re, 1: gain_by_nu * x[1] - rate * turned_im}
+        by_theta = {0: -phase * turned_im, 1: phase * turned_re}
+        own: list[dict[int, Tensor]] = [{0: a, 1: b}, {0: -b, 1: a}]
+        given: list[dict[int, Tensor]] = [{0: gain}, {1: gain}, by_nu, by_theta]
+        if self.nonlinearity is not None:
+            slopes = [_derivative(self.nonlinearity, value) for value in self.update(c, p, x)]
+            own, given = (
+                [{nu: slopes[nu] * value for nu, value in by.items()} for by in group]
+                for group in (own, given)
+            )
+        return Partials(own=own, gate=[], input=given)
+
+
+class RGCCell(Cell):
+    """Reciprocal gated circuit (Nayebi et al. 2022; paper, Section 2.2 and eq. 13; σ is tanh).
+
+        s(t) = (1 - tanh(W_ms m')) x + tanh(W_ss s') s'          prime: t - 1
+        m(t) = (1 - tanh(W_sm s')) x + tanh(W_mm m') m'
+
+    With a = the gate on the input and b = the gate on the state itself, of each state:
+
+        own   ∂s/∂s' = b_s                  ∂m/∂m' = b_m
+        gate  ∂s/∂p_ss = (1 - b_s²) s'      ∂s/∂p_ms = -(1 - a_s²) x       and likewise for m
+        input ∂s/∂x = 1 - a_s               ∂m/∂x = 1 - a_m
+    """
+
+    states = ("s", "m")
+    gates = ("ss", "ms", "mm", "sm")
+    matrices = (
+        Matrix("ss", ("gate", 0), 0),
+        Matrix("ms", ("gate", 1), 1),
+        Matrix("mm", ("gate", 2), 1),
+        Matrix("sm", ("gate", 3), 0),
+    )
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        s, m = c
+        ss, ms, mm, sm = p
+        (u,) = x
+        return (1 - ms.tanh()) * u + ss.tanh() * s, (1 - sm.tanh()) * u + mm.tanh() * m
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        ss, ms, mm, sm = p
+        gates = torch.stack([torch.stack([ss, sm]), torch.stack([mm, ms])]).tanh()
+        return self._partials_from_gates(gates.movedim(1, -2), torch.stack(tuple(c)), x[0])
+
+    @staticmethod
+    def _partials_from_gates(gates: Tensor, c: Tensor, x: Tensor) -> Partials:
+        """gates (2, …, 2, N): tanh of ss, sm by source s, then of mm, ms by source m; c (2, …, N)."""
+        own_gate, cross_gate = gates.unbind(-2)
+        own_square, cross_square = gates.square().unbind(-2)
+        from_ss, from_mm = torch.addcmul(c, own_square, c, value=-1).unbind(0)
+        from_sm, from_ms = torch.addcmul(x.neg(), cross_square, x).unbind(0)
+        open_m, open_s = (1 - cross_gate).unbind(0)
+        b_s, b_m = own_gate.unbind(0)
+        return Partials(
+            own=[{0: b_s}, {1: b_m}],
+            gate=[{0: from_ss}, {0: from_ms}, {1: from_mm}, {1: from_sm}],
+            input=[{0: open_s, 1: open_m}],
+        )
+
+    @staticmethod
+    def partials_in(planes: Tensor, gates: Tensor | None = None) -> tuple[Partials, Tensor]:
+        """Partials and M (2, 2, …, N) in the arrays that compiled code and kernels write.
+
+        planes (10, …, N): φ of ss, ms, mm and sm, the input's partials of s and m, M by rows; gates as in
+        `_partials_from_gates`, or None where own-state partials are left out.
+        """
+        ss, ms, mm, sm, of_s, of_m = planes[:6].unbind(0)
+        own = [] if gates is None else [{nu: gate} for nu, gate in enumerate(gates[..., 0, :].unbind(0))]
+        partials = Partials(
+            own=own,
+            gate=[{0: ss}, {0: ms}, {1: mm}, {1: sm}],
+            input=[{0: of_s, 1: of_m}],
+        )
+        return partials, planes[6:].unflatten(0, (2, 2))
+
+    @torch.no_grad()
+    def scan(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        state: Sequence[Tensor],
+        resets: Tensor | None = None,
+    ) -> Trajectory:
+        """As `Cell.scan`; `saved` is tanh of the gates by source, (2, T, B, 2, N).
+
+        saved[0, …, 0, :] is ss, saved[0, …, 1, :] sm, saved[1, …, 0, :] mm and saved[1, …, 1, :] ms: what
+        one source drives lies together, so a step is one matrix product per source and four pointwise calls.
+        """
+        (u,) = x.unbind(0)
+        steps, batch, units = u.shape
+        if steps == 1:
+            return self._one_step(x, u[0], weights, torch.stack(tuple(state)), resets)
+        states = x.new_empty(2, steps + 1, batch, units)
+        states[0, 0], states[1, 0] = state
+        gates = x.new_empty(2, steps, batch, 2, units)
+        (drive_s, by_s, s_gates), (drive_m, by_m, m_gates) = (
+            _source_drive(*pair, gates[j]) for j, pair in enumerate(_by_source(weights))
+        )
+        reset_steps = reset_steps_of(resets)
+
+        # views of all steps at once, none in the loop: where a layer is small, one costs what a product does
+        at, u_at, gate_at = states.unbind(1), u.unbind(0), gates.unbind(1)
+        s_at, m_at = states[0].unbind(0), states[1].unbind(0)
+        own_at = gates[..., 0, :].unbind(1)
+        ms_at, sm_at = gates[1, :, :, 1].unbind(0), gates[0, :, :, 1].unbind(0)
+        for t in range(steps):
+            before, s, m, given = at[t], s_at[t], m_at[t], u_at[t]
+            if t in reset_steps:
+                assert resets is not None
+                before = before.masked_fill(resets[t, :, None], 0)
+                s, m = before
+            drive_s(s, by_s, out=s_gates[t])
+            drive_m(m, by_m, out=m_gates[t])
+            gate_at[t].tanh_()
+            torch.addcmul(given, own_at[t], before, out=at[t + 1])
+            s_at[t + 1].addcmul_(ms_at[t], given, value=-1)
+            m_at[t + 1].addcmul_(sm_at[t], given, value=-1)
+        return Trajectory(x, states, gates, resets)
+
+    def _one_step(
+        self, x: Tensor, u: Tensor, weights: Sequence[Tensor], old: Tensor, resets: Tensor | None
+    ) -> Trajectory:
+        """`scan` of one step: fewer calls, since here they cost more than what they do."""
+        before = old if resets is None else old.masked_fill(resets[0, :, None], 0)
+        s, m = before.unbind(0)
+        gates = x.new_empty(2, 1, *u.shape[:1], 2, u.shape[1])
+        from_s, from_m = gates.squeeze(1).unbind(0)
+        (ss, sm), (mm, ms) = from_s.unbind(1), from_m.unbind(1)
+        for weight, signal, out in zip(weights, (s, m, m, s), (ss, ms, mm, sm), strict=True):
+            _multiply_into(weight, signal, out)
+        gates.tanh_()
+        new = torch.addcmul(u, gates.squeeze(1).select(2, 0), before)
+        new_s, new_m = new.unbind(0)
+        new_s.addcmul_(ms, u, value=-1)
+        new_m.addcmul_(sm, u, value=-1)
+        return Trajectory(x, torch.stack([old, new], dim=1), gates, resets)
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, before: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        (u,) = x.unbind(0)
+        gates = x.new_empty(2, *u.shape[:2], 2, u.shape[2])
+        for j, (w_own, w_cross) in enumerate(_by_source(weights)):
+            if w_own.dim() == w_cross.dim() == 2:
+                rows, out = before[j].flatten(0, -2), gates[j].flatten(0, -3).flatten(1)
+                torch.mm(rows, torch.cat([w_own, w_cross]).t(), out=out)
+            else:
+                gates[j, ..., 0, :] = weight_ops.multiply(w_own, before[j])
+                gates[j, ..., 1, :] = weight_ops.multiply(w_cross, before[j])
+        gates.tanh_()
+        after = torch.addcmul(u, gates[..., 0, :], before)
+        after[0].addcmul_(gates[1, ..., 1, :], u, value=-1)
+        after[1].addcmul_(gates[0, ..., 1, :], u, value=-1)
+        return after, gates
+
+    @torch.no_grad()
+    def linearize(self, trajectory: Trajectory) -> Linearization:
+        before = trajectory.before
+        partials = self._partials_from_gates(trajectory.saved, before, trajectory.x[0])
+        return Linearization(partials, before, trajectory.resets)
+
+
+def _by_source(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """RGC's weights that read s, then m: into the gate on the state itself, and on the other's input."""
+    ss, ms, mm, sm = weights
+    return (ss, sm), (mm, ms)
+
+
+def _source_drive(
+    w_own: Tensor, w_cross: Tensor, gates: Tensor
+) -> tuple[Callable[..., object], Any, Sequence[Tensor]]:
+    """How both gates that one source drives are made, step by step: product(signal, weights, out=out) writes them.
+
+    gates (T, B, 2, N). Returns the product, its weights, and `out` of every step.
+    """
+    if w_own.dim() == w_cross.dim() == 2:
+        # one product with the joined matrix is one call, not two
+        return torch.mm, torch.cat([w_own, w_cross]).t(), gates.flatten(-2).unbind(0)
+    return _multiply_apart, (w_own, w_cross), gates.unbind(0)
+
+
+def _multiply_apart(signal: Tensor, weights: tuple[Tensor, Tensor], *, out: Tensor) -> None:
+    """out (B, 2, N) ← [signal W_ownᵀ, signal W_crossᵀ], for weights of any shape."""
+    for j, weight in enumerate(weights):
+        _multiply_into(weight, signal, out[:, j])
+
+
+def _multiply_into(weight: Tensor, signal: Tensor, out: Tensor) -> None:
+    """out ← W signal, (B, N) each."""
+    if weight.dim() == 1:
+        torch.mul(signal, weight, out=out)
+    elif weight.dim() == 2:
+        torch.mm(signal, weight.t(), out=out)
+    else:
+        out.copy_(weight_ops.multiply(weight, signal))

@@ -1,0 +1,1 @@
+"""Recurrent layers: modules and functions over sequences."""

@@ -1,0 +1,206 @@
+"""Reciprocal gated circuits over maps: a unit a channel and pixel, gates by convolutions (paper, Section 2.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
+
+from .. import _checks as check
+from ..backends import dispatch as ops
+from ..cells.builtin import RGCCell
+from ..cells.two_point import Trajectory, reset_steps_of
+
+Learning = Literal["rfp", "bptt"]
+LEARNING = ("rfp", "bptt")
+_CELL = RGCCell()
+
+
+class ConvRGC(nn.Module):
+    """A reciprocal gated circuit at each channel and pixel of a map; * is a convolution that keeps the map's size.
+
+        s(t) = (1 - tanh(W_ms * m')) x + tanh(W_ss * s') s'        prime = t-1, zero at first
+        m(t) = (1 - tanh(W_sm * s')) x + tanh(W_mm * m') m'
+
+    With learning="rfp" each unit's credit goes back in time through its own S×S block of the Jacobian alone, in which a
+    convolution has the middle tap of a channel with itself; the weights' gradient is then one convolution's over all
+    steps. Exact where units don't meet (`depthwise` with kernel_size=1), else an approximation: what passes between
+    pixels and channels in the step before is left out, as for dense weights (docs/exactness.md).
+
+    Args:
+        channels: C.
+        kernel_size: odd, of all four gates.
+        depthwise: gates of a channel read that channel alone.
+        learning: "rfp", in its dual form; or "bptt", exact, by autograd.
+        device, dtype: of the parameters.
+
+    Parameters: weight_ss, weight_ms, weight_mm, weight_sm, (C, C, k, k), or (C, 1, k, k) depthwise; zero at first, so
+    that the input passes through: s(t) = m(t) = x(t).
+
+    Raises TypeError or ValueError for an argument out of its range, naming it.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        kernel_size: int = 3,
+        depthwise: bool = False,
+        learning: Learning = "rfp",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = check.integer("channels", channels, 1)
+        self.kernel_size = check.integer("kernel_size", kernel_size, 1)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, so that a unit has a middle tap, got {kernel_size}")
+        check.one_of("learning", learning, LEARNING)
+        self.depthwise, self.learning = depthwise, learning
+        shape = (channels, 1 if depthwise else channels, kernel_size, kernel_size)
+        for matrix in _CELL.matrices:
+            weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+            self.register_parameter(f"weight_{matrix.name}", weight)
+
+    def weights(self) -> list[Tensor]:
+        """ss, ms, mm, sm."""
+        return [getattr(self, f"weight_{matrix.name}") for matrix in _CELL.matrices]
+
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, resets: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """s over a sequence (T, B, C, H, W), and the last (s, m), each (B, C, H, W), for x (T, B, C, H, W).
+
+        state: (s, m) before the first step; zero if None. resets (T, B) bool: rows whose state counts as zero before
+        that step. Nothing is mutated. Raises TypeError or ValueError for a wrong shape, dtype or device.
+        """
+        check.shape("x", check.tensor("x", x), ("T", "B", self.channels, "H", "W"))
+        s, m = self._state(state, x[0])
+        if resets is not None:
+            resets = check.mask("resets", resets, x.shape[:2], x.device)
+        if self.learning == "rfp":
+            s_all, m_all = _Dual.apply(resets, x, s, m, *self.weights())
+            return s_all, (s_all[-1], m_all[-1])
+        outputs = []
+        for t, now in enumerate(x.unbind(0)):
+            if resets is not None:
+                s, m = (c.masked_fill(resets[t, :, None, None, None], 0) for c in (s, m))
+            s, m = self._advance(now, s, m)
+            outputs.append(s)
+        return torch.stack(outputs), (s, m)
+
+    def step(
+        self, x: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One step by autograd: s (B, C, H, W) and (s, m), for x (B, C, H, W); credit as `learning` has it.
+
+        For networks in which a map's input depends on later areas' past, so that no sequence of it is there at once.
+        """
+        check.shape("x", check.tensor("x", x), ("B", self.channels, "H", "W"))
+        s, m = self._advance(x, *self._state(state, x))
+        return s, (s, m)
+
+    def _state(self, state: Sequence[Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        check.like("x", like, "the weights", self.weights()[0])
+        if state is None:
+            return torch.zeros_like(like), torch.zeros_like(like)
+        s, m = state
+        for name, value in (("state[0]", s), ("state[1]", m)):
+            check.shape(name, check.tensor(name, value), like.shape)
+            check.like(name, value, "x", like)
+        return s, m
+
+    def _advance(self, x: Tensor, s: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        gates = []
+        for weight, signal in zip(self.weights(), (s, m, m, s), strict=True):
+            if self.learning == "rfp":
+                # the value of a convolution, with each unit's own tap alone as the way back in time
+                own = _own(weight)[:, None, None] * (signal - signal.detach())
+                gates.append(_convolve(weight, signal.detach()) + own)
+            else:
+                gates.append(_convolve(weight, signal))
+        ss, ms, mm, sm = gates
+        return _CELL.update((s, m), (ss, ms, mm, sm), (x,))  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        depthwise = ", depthwise=True" if self.depthwise else ""
+        return f"{self.channels}, kernel_size={self.kernel_size}{depthwise}, learning={self.learning!r}"
+
+
+def _own(weight: Tensor) -> Tensor:
+    """(C,): what each unit reads of itself, the middle tap of a channel with itself."""
+    middle = weight.shape[-1] // 2
+    taps = weight[:, :, middle, middle]
+    return taps[:, 0] if weight.shape[1] == 1 else taps.diagonal()
+
+
+def _convolve(weight: Tensor, signal: Tensor) -> Tensor:
+    """weight * signal, of the signal's size: (B, C, H, W)."""
+    groups = signal.shape[1] // weight.shape[1]
+    return F.conv2d(signal, weight, padding=weight.shape[-1] // 2, groups=groups)
+
+
+class _Dual(torch.autograd.Function):
+    """A sequence forward; backward by RFP's dual form. Units are flat, N = C·H·W, for all but the convolutions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, resets: Tensor | None, x: Tensor, s: Tensor, m: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        steps, batch, *maps = x.shape
+        units = math.prod(maps)
+        flat = x.reshape(steps, batch, units)
+        states = x.new_empty(2, steps + 1, batch, units)
+        states[0, 0], states[1, 0] = s.reshape(batch, units), m.reshape(batch, units)
+        gates = x.new_empty(2, steps, batch, 2, units)  # by source, as RGCCell keeps them
+        ss, ms, mm, sm = weights
+        reset_steps = reset_steps_of(resets)
+        for t in range(steps):
+            before = states[:, t]
+            if resets is not None and t in reset_steps:
+                before = before.masked_fill(resets[t, :, None], 0)
+            for source, pair in enumerate(((ss, sm), (mm, ms))):
+                signal = before[source].view(batch, *maps)
+                for gate, weight in enumerate(pair):
+                    torch.tanh(_convolve(weight, signal).view(batch, units), out=gates[source, t, :, gate])
+            torch.addcmul(flat[t], gates[:, t, :, 0], before, out=states[:, t + 1])
+            states[0, t + 1].addcmul_(gates[1, t, :, 1], flat[t], value=-1)
+            states[1, t + 1].addcmul_(gates[0, t, :, 1], flat[t], value=-1)
+        ctx.maps = maps
+        ctx.save_for_backward(flat, states, gates, resets, *weights)
+        return states[0, 1:].view(x.shape), states[1, 1:].view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_s: Tensor, grad_m: Tensor) -> tuple[Tensor | None, ...]:
+        flat, states, gates, resets, *weights = ctx.saved_tensors
+        maps = ctx.maps
+        trajectory = Trajectory(flat[None], states, gates, resets)
+        pixels = maps[1] * maps[2]
+        own = [_own(weight).repeat_interleave(pixels) for weight in weights]
+        delta = torch.stack([grad_s, grad_m]).reshape(2, *flat.shape)
+        backend = ops.choose_scan("auto", delta.device, delta.dtype)
+        entering, for_x, first = ops.dual_of(
+            _CELL, trajectory, own, delta, _CELL.matrices, 1, "rfp", backend=backend
+        )
+        by_weight = []
+        for credit, signal, weight in zip(
+            entering, (trajectory.before[j] for j in (0, 1, 1, 0)), weights, strict=True
+        ):
+            by_weight.append(
+                conv2d_weight(
+                    signal.reshape(-1, *maps),
+                    weight.shape,
+                    credit.reshape(-1, *maps),
+                    padding=weight.shape[-1] // 2,
+                    groups=maps[0] // weight.shape[1],
+                )
+            )
+        steps, batch = flat.shape[:2]
+        first = first.view(2, batch, *maps)
+        return None, for_x[0].view(steps, batch, *maps), first[0], first[1], *by_weight

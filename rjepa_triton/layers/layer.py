@@ -1,0 +1,300 @@
+"""A recurrent layer of any two-point cell, and a stack of them. The named layers are in `nn.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from .._device import autocast_is_on, without_autocast
+from ..cells.two_point import Cell, Matrix, verify
+from ..rules.exactness import Exactness, exactness
+from . import functional, parallel
+
+Recurrence = Literal["dense", "diagonal"]
+Init = Literal["zeros", "uniform"]
+State = Tensor | tuple[Tensor, ...]
+
+
+class TwoPointRNN(nn.Module):
+    """A recurrent layer of a two-point cell (`two_point.Cell`), run over sequences as torch.nn.LSTM is.
+
+        c(t) = F(c(t-1), {W_k c_k(t-1)}, {W_j u(t) + b_j}),     output(t) = the cell's first state
+
+    Args:
+        cell: the cell. It is checked to be two-point, numerically.
+        hidden_size: N, units.
+        input_size: I, features of the layer's input u; None: u itself, of N features, is the cell's input,
+            which must be its only one.
+        recurrence: "dense", recurrent weights (N, N); or "diagonal", (N,), for which RFP is exact.
+        heads: H, or None. Recurrent weights are block-diagonal, (H, b, b) with b = N/H: units meet within
+            their head alone, and exact RTRL takes S·b·Σ_k N·M_k numbers a batch row.
+        learning: how gradients are found, "rfp" | "bptt" | "rtrl" | "eprop" | "rflo" | "snap0", as
+            `functional.two_point` says.
+        refine: rounds of refinement of RFP's credits, 0 for none, or "exact".
+        forward: how the states of a sequence are found, "auto" | "sequential" | "parallel" in time, as
+            `functional.two_point` says.
+        recompute: keep the states of a sequence alone until backward(), which makes the gates again: less memory, one
+            product more a matrix. An `OnlineLearner` keeps no sequence, and has no use for it.
+        init: of the recurrent weights: "uniform", U(-1/√N, 1/√N), or "zeros".
+        bias: with input_size, whether a bias enters each of the cell's inputs.
+        batch_first: inputs and outputs are (B, T, ·) instead of (T, B, ·).
+        device, dtype: of the parameters.
+
+    Parameters: weight_<matrix> for each of the cell's; with input_size, weight_in (N, I) and bias (N,), or
+    weight_in_<input> and bias_<input> for a cell of several inputs; and the cell's own per-unit ones.
+
+    Raises ValueError or TypeError for an argument out of its range, naming it, and for a cell that isn't
+    two-point, with the reason.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        hidden_size: int,
+        *,
+        input_size: int | None = None,
+        recurrence: Recurrence = "dense",
+        heads: int | None = None,
+        learning: functional.Learning = "rfp",
+        refine: int | Literal["exact"] = 0,
+        forward: parallel.Forward = "auto",
+        recompute: bool = False,
+        init: Init = "uniform",
+        bias: bool = True,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(cell, Cell):
+            raise TypeError(f"cell must be a two_point.Cell, got {type(cell).__name__}")
+        verify(cell)
+        self.hidden_size = check.integer("hidden_size", hidden_size, 1)
+        self.input_size = None if input_size is None else check.integer("input_size", input_size, 1)
+        if input_size is None and len(cell.inputs) != 1:
+            raise ValueError(
+                f"input_size must be given: {type(cell).__name__} has {len(cell.inputs)} inputs a unit, got None"
+            )
+        check.one_of("recurrence", recurrence, ("dense", "diagonal"))
+        check.one_of("init", init, ("zeros", "uniform"))
+        self.heads = None if heads is None else _heads(heads, hidden_size, recurrence)
+        functional.rule("learning", learning, refine)
+        check.one_of("forward", forward, parallel.FORWARD)
+        self.forward_mode = forward  # `forward` is the module's method
+        self.recurrence, self.learning, self.refine = recurrence, learning, refine
+        self.recompute = recompute
+        self.init, self.batch_first, self.cell = init, batch_first, cell
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        shape: tuple[int, ...] = (hidden_size, hidden_size) if recurrence == "dense" else (hidden_size,)
+        if self.heads is not None:
+            shape = (self.heads, hidden_size // self.heads, hidden_size // self.heads)
+        self._names: list[str] = []
+        for matrix in cell.matrices:
+            self._add(f"weight_{matrix.name}", shape, factory)
+        matrices = list(cell.matrices)
+        if input_size is not None:
+            for j, name in enumerate(cell.inputs):
+                suffix = f"_{name}" if len(cell.inputs) > 1 else ""
+                self._add(f"weight_in{suffix}", (hidden_size, input_size), factory)
+                matrices.append(Matrix(f"in{suffix}", ("input", j), "input"))
+                if bias:
+                    self._add(f"bias{suffix}", (hidden_size,), factory)
+                    matrices.append(Matrix(f"bias{suffix}", ("input", j), "one"))
+        for j, name in enumerate(cell.parameters, start=len(cell.inputs)):
+            self._add(name, (hidden_size,), factory)
+            matrices.append(Matrix(name, ("input", j), "one"))
+        if not matrices:
+            raise ValueError(
+                f"input_size must be given: without it {type(cell).__name__} has nothing to learn"
+            )
+        self.matrices: Sequence[Matrix] = tuple(matrices)
+        self.reset_parameters()
+
+    def _add(self, name: str, shape: tuple[int, ...], factory: dict[str, Any]) -> None:
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)))
+        self._names.append(name)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew: recurrent ones as `init` says, weight_in and bias as torch.nn.Linear's."""
+        with torch.no_grad():
+            bound = 1 / math.sqrt(self.hidden_size)
+            for weight in self.recurrent_weights():
+                if self.init == "zeros":
+                    weight.zero_()
+                else:
+                    weight.uniform_(-bound, bound)
+            own = self.cell.initial_parameters(self.hidden_size)
+            for name, value in own.items():
+                getattr(self, name).copy_(value)
+            if self.input_size is not None:
+                bound = 1 / math.sqrt(self.input_size)
+                for name in self._names[len(self.cell.matrices) :]:
+                    if name not in own:
+                        getattr(self, name).uniform_(-bound, bound)
+
+    @property
+    def fan_in(self) -> int:
+        """Features of the layer's input."""
+        return self.hidden_size if self.input_size is None else self.input_size
+
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The parameters of `matrices`, in their order: all that the recursion gives gradients of."""
+        own = self._parameters
+        # `getattr` takes longer, and a step of a small layer asks often; what is parametrized has none here
+        return tuple([own[name] if name in own else getattr(self, name) for name in self._names])  # type: ignore[misc]
+
+    def recurrent_weights(self) -> tuple[nn.Parameter, ...]:
+        """The parameters of the cell's matrices."""
+        return self.weights()[: len(self.cell.matrices)]
+
+    def drive(self, x: Tensor) -> Tensor:
+        """The cell's per-unit inputs (J, T, B, N) from the layer's input (T, B, fan_in)."""
+        inputs, parameters = self.cell.inputs, self.cell.parameters
+        if self.input_size is None:
+            driven = x[None]
+        else:
+            given: dict[str, list[Tensor]] = {"input": [], "one": []}
+            for matrix, weight in zip(self.matrices, self.weights(), strict=True):
+                if matrix.reads in ("input", "one") and matrix.into[1] < len(inputs):
+                    given[str(matrix.reads)].append(weight)
+            bias = _joined(given["one"]) if given["one"] else None
+            driven = nn.functional.linear(x, _joined(given["input"]), bias)
+            driven = driven.unflatten(-1, (len(inputs), self.hidden_size)).movedim(-2, 0)
+        if not parameters:
+            return driven
+        own = torch.stack([getattr(self, name) for name in parameters])[:, None, None]
+        return torch.cat([driven, own.expand(-1, *driven.shape[1:])])
+
+    def input_gradient(self, per_unit: Tensor, readers: Sequence[Tensor]) -> Tensor:
+        """Gradient of the layer's input (T, B, fan_in) from that of the per-unit inputs (J, T, B, N).
+
+        readers: the weights of the matrices that read the layer's input, in order; none if it is x itself.
+        """
+        if not readers:
+            return per_unit[0]
+        into = [matrix.into[1] for matrix in self.matrices if matrix.reads == "input"]
+        parts = [per_unit[j] @ weight for j, weight in zip(into, readers, strict=True)]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    def readout(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The layer's output from the cell's `outputs` (…, N) and the layer's input (…, fan_in) of that step.
+
+        What a layer computes here has no part in the recurrence; autograd differentiates it.
+        """
+        return states[0]
+
+    def zero_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
+        """The S states (B, N) that a sequence starts from if none are given."""
+        return tuple(like.new_zeros(batch, self.hidden_size) for _ in self.cell.states)
+
+    def forward(
+        self, x: Tensor, state: State | None = None, resets: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Run over a sequence, as torch.nn.LSTM does.
+
+        Args:
+            x: (T, B, F), or (B, T, F) with batch_first; or (T, F) without a batch. F is input_size or N.
+            state: the cell's states, each (B, N), or (N,) without a batch: a tuple, or one tensor for a cell
+                of one state. Zero if None.
+            resets: bool, x's shape without F: a new episode starts at that step.
+
+        Returns:
+            output, of x's layout with N features; and the last state, in the form of `state`.
+
+        Gradients of all parameters, x and state are by `learning`. Under autocast all runs in the parameters'
+        own dtype: gates are sums over many units, and states over many steps. Raises as `functional.two_point`.
+        """
+        x = check.tensor("x", x)
+        if autocast_is_on(x.device):
+            with without_autocast(x.device):
+                dtype = self.weights()[0].dtype
+                if isinstance(state, Tensor):
+                    state = state.to(dtype)
+                elif state is not None:
+                    state = tuple(value.to(dtype) for value in state)
+                return self(x.to(dtype), state, resets)
+        if x.dim() not in (2, 3):
+            raise ValueError(f"x must have 2 or 3 dimensions, got shape {tuple(x.shape)}")
+        check.shape("x", x, (*("T", "B")[: x.dim() - 1], self.fan_in), "to match the layer")
+        check.like("x", x, "the layer", self.weights()[0])
+        batched = x.dim() == 3
+        time_first = not (batched and self.batch_first)
+        names = self.cell.states
+        if state is None:
+            given: tuple[Tensor, ...] | None = None
+        else:
+            if len(names) == 1 and isinstance(state, Tensor):
+                state = (state,)
+            given = functional.state_tuple(state, names)
+        if not batched:
+            x = x[:, None]
+            given = None if given is None else tuple(value[None] for value in given)
+            resets = None if resets is None else resets[:, None]
+        if not time_first:
+            x = x.transpose(0, 1)
+            resets = None if resets is None else resets.transpose(0, 1)
+        start = self.zero_state(x.shape[1], x) if given is None else given
+        states = functional.two_point(
+            self.cell,
+            self.drive(x),
+            self.recurrent_weights(),
+            start,
+            resets=resets,
+            learning=self.learning,
+            refine=self.refine,
+            forward=self.forward_mode,
+            recompute=self.recompute,
+        )
+        output = self.readout([states[nu] for nu in self.cell.outputs], x)
+        output = output if time_first else output.transpose(0, 1)
+        last = tuple(value[-1] for value in states)
+        if not batched:
+            output, last = output[:, 0], tuple(value[0] for value in last)
+        return output, last if len(last) > 1 else last[0]
+
+    def exactness(self) -> Exactness:
+        """Whether this layer's gradient is exact, and why or why not: print it, or use it as a condition.
+
+        Of recurrence and learning as they are; what an `OnlineLearner` runs, `OnlineLearner.exactness` tells.
+        """
+        return exactness(self.cell, self.recurrent_weights(), self.learning, self.refine)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        parts = [str(self.hidden_size)]
+        if self.input_size is not None:
+            parts.append(f"input_size={self.input_size}")
+        if self.heads is not None:
+            parts.append(f"heads={self.heads}")
+        parts += [f"recurrence={self.recurrence!r}", f"learning={self.learning!r}"]
+        if self.refine:
+            parts.append(f"refine={self.refine!r}")
+        if self.forward_mode != "auto":
+            parts.append(f"forward={self.forward_mode!r}")
+        if self.recompute:
+            parts.append("recompute=True")
+        if self.batch_first:
+            parts.append("batch_first=True")
+        return ", ".join(parts)
+
+
+def _heads(heads: int, hidden_size: int, recurrence: str) -> int:
+    check.integer("heads", heads, 1)
+    if hidden_size % heads:
+        raise ValueError(f"heads must divide hidden_size, {hidden_size}, got {heads}")
+    if recurrence == "diagonal":
+        raise ValueError(
+            f"heads={heads} can't go with recurrence='diagonal', which is heads={hidden_size}: give one of the two"
+        )
+    return heads
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """Rows of all, one weight as it is."""
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))

@@ -1,0 +1,224 @@
+"""Recurrent layers as modules, by name. Each is a `TwoPointRNN` of one cell; what they share is told there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cells.builtin import (
+    ElmanCell,
+    ELSTMCell,
+    GRUCell,
+    LeakyCell,
+    LRUCell,
+    LSTMCell,
+    Nonlinearity,
+    RGCCell,
+    TimeDecayCell,
+)
+from .layer import Init, TwoPointRNN
+
+__all__ = ["CTRNN", "ELSTM", "GRU", "LRU", "LSTM", "RGC", "RNN", "IndRNN", "TimeDecay", "TwoPointRNN"]
+
+
+class RGC(TwoPointRNN):
+    """Reciprocal gated circuit: a recurrent layer with two states a unit (paper, Section 2.2).
+
+        s(t) = (1 - tanh(W_ms m(t-1))) x(t) + tanh(W_ss s(t-1)) s(t-1)
+        m(t) = (1 - tanh(W_sm s(t-1))) x(t) + tanh(W_mm m(t-1)) m(t-1)
+
+    x(t) is the layer's input, of N = hidden_size features, or W_in u(t) + b if input_size is given. Output s,
+    state (s, m). init is "zeros", the paper's: no dynamics at first. Other arguments: `TwoPointRNN`.
+
+    Parameters: weight_ss, weight_ms, weight_mm, weight_sm; weight_in and bias with input_size.
+    """
+
+    def __init__(self, hidden_size: int, *, init: Init = "zeros", **options: Any) -> None:
+        super().__init__(RGCCell(), hidden_size, init=init, **options)
+
+
+class _TorchWeights(TwoPointRNN):
+    """A layer that also loads the state_dict of torch.nn's layer of its kind, one layer, one direction."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        theirs = {
+            key: state_dict.pop(prefix + key)
+            for key in [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
+            if key.startswith(("weight_ih_l", "weight_hh_l", "bias_ih_l", "bias_hh_l"))
+        }
+        if theirs:
+            deeper = sorted(key for key in theirs if not key.endswith("_l0"))
+            if deeper:
+                raise ValueError(
+                    f"state_dict must be of one layer and one direction of torch.nn, got {', '.join(deeper)}; "
+                    "load each layer into its own"
+                )
+            for key, value in self._from_torch(theirs).items():
+                state_dict[prefix + key] = value
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _from_torch(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our parameters from torch.nn's: its gates are rows of joint weights, its two biases are one here."""
+        inputs, count = self.cell.inputs, len(self.cell.inputs)
+        suffixes = [f"_{name}" for name in inputs] if count > 1 else [""]
+        ours: dict[str, Tensor] = {}
+        for suffix, value in zip(suffixes, theirs["weight_ih_l0"].chunk(count), strict=True):
+            ours[f"weight_in{suffix}"] = value
+        for matrix, value in zip(self.cell.matrices, theirs["weight_hh_l0"].chunk(count), strict=True):
+            ours[f"weight_{matrix.name}"] = value
+        if "bias_ih_l0" in theirs:
+            for_input, recurrent = theirs["bias_ih_l0"].chunk(count), theirs["bias_hh_l0"].chunk(count)
+            for j, suffix in enumerate(suffixes):
+                ours[f"bias{suffix}"] = for_input[j] + recurrent[j]
+        return ours
+
+
+class RNN(_TorchWeights):
+    """Elman network, h = f(W_hh h' + W_in u + b), as torch.nn.RNN: f = "tanh" or "relu".
+
+    Output and state h. Loads the state_dict of a one-layer torch.nn.RNN. Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, nonlinearity: Nonlinearity = "tanh", **options: Any
+    ) -> None:
+        super().__init__(ElmanCell(nonlinearity), hidden_size, input_size=input_size, **options)
+
+
+class IndRNN(TwoPointRNN):
+    """Independently recurrent network (Li et al. 2018): h = f(w ⊙ h' + W_in u + b), f = "relu" or "tanh".
+
+    Diagonal, so RFP is exact. w starts from U(0, 1). Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, nonlinearity: Nonlinearity = "relu", **options: Any
+    ) -> None:
+        cell = ElmanCell(nonlinearity)
+        super().__init__(cell, hidden_size, input_size=input_size, recurrence="diagonal", **options)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.get_parameter("weight_hh").uniform_(0, 1)
+
+
+class CTRNN(TwoPointRNN):
+    """Leaky, or continuous-time, network by Euler's step α = dt/τ: h = (1 - α) h' + α f(W_hh h' + W_in u + b).
+
+    Output and state h. alpha in (0, 1]; f = "tanh" or "relu". Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        alpha: float = 0.1,
+        nonlinearity: Nonlinearity = "tanh",
+        **options: Any,
+    ) -> None:
+        super().__init__(LeakyCell(alpha, nonlinearity), hidden_size, input_size=input_size, **options)
+
+
+class LSTM(_TorchWeights):
+    """Long short-term memory, as torch.nn.LSTM: output h, state (h, c).
+
+    Loads the state_dict of a one-layer torch.nn.LSTM, and then gives its outputs. weight_h<g> (N, N),
+    weight_in_<g> (N, I), bias_<g> (N,) for the gates g = i, f, g, o. Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
+        super().__init__(LSTMCell(), hidden_size, input_size=input_size, **options)
+
+
+class GRU(_TorchWeights):
+    """Gated recurrent unit, as torch.nn.GRU: output and state h.
+
+    Loads the state_dict of a one-layer torch.nn.GRU, and then gives its outputs. weight_h<g> (N, N),
+    weight_in_<g> (N, I), bias_<g> (N,) for g = r, z, n, and bias_hn (N,), which the reset gate multiplies.
+    Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, bias: bool = True, **options: Any) -> None:
+        super().__init__(GRUCell(bias), hidden_size, input_size=input_size, bias=bias, **options)
+
+    def _from_torch(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ours = super()._from_torch(theirs)
+        if "bias_ih_l0" in theirs:
+            ours["bias_n"], ours["bias_hn"] = (theirs[f"bias_{k}_l0"].chunk(3)[2] for k in ("ih", "hh"))
+        return ours
+
+
+class ELSTM(TwoPointRNN):
+    """Element-wise LSTM (Irie et al. 2024), with the same weights for the gates' inputs as an LSTM has:
+
+        f = σ(w_f c' + F u),    z = tanh(w_z c' + Z u),    c = f c' + (1 - f) z
+        o = σ(O u + W_o c),     output h = o c
+
+    Diagonal, so RFP is exact for what enters c; O and W_o lie outside the recurrence and learn by the step's own
+    gradient, which is exact. State c. Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
+        super().__init__(ELSTMCell(), hidden_size, input_size=input_size, recurrence="diagonal", **options)
+        like = self.get_parameter("weight_in_f")
+        factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        self.output_in = nn.Linear(input_size, hidden_size, **factory)
+        self.output_cell = nn.Linear(hidden_size, hidden_size, bias=False, **factory)
+
+    def readout(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
+        (c,) = states
+        return torch.sigmoid(self.output_in(x) + self.output_cell(c)) * c
+
+
+class TimeDecay(TwoPointRNN):
+    """Time-decay units (paper, Appendix A.4): c = τ c' + P u, each unit with a decay τ of its own that is learned.
+
+    Linear and without recurrent matrices, so RFP is exact. Output and state c. Parameters weight_in (P), bias,
+    tau (N,), from U(0, 1). Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(self, input_size: int | None, hidden_size: int, **options: Any) -> None:
+        super().__init__(TimeDecayCell(), hidden_size, input_size=input_size, **options)
+
+
+class LRU(TwoPointRNN):
+    """Linear recurrent unit (Orvieto et al. 2023); with a nonlinearity, recurrent trace units (Elelimy et al. 2024).
+
+        z = λ z' + √(1 - |λ|²) B u,    output y = Re(C z) + D u,    λ = exp(-exp(ν) + i exp(θ)) a unit
+
+    N complex units; B, C complex, D real; y has N features. Diagonal, so RFP is exact. State (re, im) of z.
+    r_min, r_max, max_phase: of λ at first. nonlinearity: None, "tanh" or "relu", of re and im.
+
+    Parameters: weight_in_re, weight_in_im, their biases, nu, theta; output_re, output_im, skip outside the
+    recurrence. Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        nonlinearity: Nonlinearity | None = None,
+        r_min: float = 0.9,
+        r_max: float = 0.999,
+        max_phase: float = 2 * math.pi,
+        **options: Any,
+    ) -> None:
+        cell = LRUCell(nonlinearity, r_min, r_max, max_phase)
+        super().__init__(cell, hidden_size, input_size=input_size, **options)
+        like = self.get_parameter("nu")
+        factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        self.output_re = nn.Linear(hidden_size, hidden_size, bias=False, **factory)
+        self.output_im = nn.Linear(hidden_size, hidden_size, bias=False, **factory)
+        self.skip = nn.Linear(input_size, hidden_size, bias=False, **factory)
+
+    def readout(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
+        re, im = states
+        return self.output_re(re) - self.output_im(im) + self.skip(x)

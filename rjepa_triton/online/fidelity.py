@@ -1,0 +1,139 @@
+"""How true a learning rule's gradient is, in numbers: against the exact one, on some data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..layers import functional
+from ..layers.layer import TwoPointRNN
+from .learner import OnlineLearner
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """An estimated gradient against the exact one: cosine, and |estimate - exact| / |exact|, by parameter name.
+
+    total_cosine and total_error are of all parameters together. NaN where the exact gradient is zero.
+    str() gives a table.
+    """
+
+    cosine: Mapping[str, float]
+    error: Mapping[str, float]
+    total_cosine: float
+    total_error: float
+
+    def __str__(self) -> str:
+        rows = [(name, self.cosine[name], self.error[name]) for name in self.cosine]
+        rows.append(("total", self.total_cosine, self.total_error))
+        width = max(len(name) for name, _, _ in rows)
+        return "\n".join(f"{name:{width}}  cosine {cos:7.4f}  error {err:8.2e}" for name, cos, err in rows)
+
+
+def fidelity(
+    layer: TwoPointRNN,
+    x: Tensor,
+    grad_output: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
+    learning: functional.Learning | None = None,
+    refine: Any = None,
+    online: Mapping[str, Any] | None = None,
+) -> Fidelity:
+    """Compare a learning rule's gradient with BPTT's exact one, on a sequence.
+
+    Args:
+        layer: the layer; its parameters and their gradients are left as they are.
+        x: (T, B, F); batch_first is left aside.
+        grad_output: (T, B, N), ∂L/∂output of a loss Σ_t L(t); random normal numbers from a fixed seed if None.
+        resets: (T, B) bool or None.
+        learning, refine: the rule; the layer's own if None.
+        online: options of an `OnlineLearner` that estimates the gradient instead, x given to it in pieces of
+            `update_every` steps from the zero state; the weights stay as they are.
+
+    Raises TypeError or ValueError for an argument out of its range, as the layer and the learner do.
+    """
+    check.shape("x", check.tensor("x", x), ("T", "B", layer.fan_in), "to match the layer")
+    shape = (*x.shape[:2], layer.hidden_size)
+    if grad_output is None:
+        generator = torch.Generator().manual_seed(0)
+        grad_output = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
+    check.shape("grad_output", check.tensor("grad_output", grad_output), shape, "to match x")
+    estimate = gradients(layer, x, grad_output, resets, learning=learning, refine=refine, online=online)
+    return compare(estimate, gradients(layer, x, grad_output, resets, learning="bptt"))
+
+
+def gradients(
+    layer: TwoPointRNN,
+    x: Tensor,
+    grad_output: Tensor,
+    resets: Tensor | None = None,
+    *,
+    learning: functional.Learning | None = None,
+    refine: Any = None,
+    online: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """A rule's gradient of each parameter, by name; arguments as in `fidelity`. The layer is left as it is."""
+    if online is not None and not (learning is None and refine is None):
+        raise ValueError("online must hold learning and refine too where it is given, got them beside it")
+    kept = (layer.learning, layer.refine, layer.batch_first, [p.grad for p in layer.parameters()])
+    try:
+        if learning is not None:
+            layer.learning, layer.refine = learning, 0
+        if refine is not None:
+            layer.refine = refine
+        layer.batch_first = False
+        layer.zero_grad(set_to_none=True)
+        if online is None:
+            functional.rule("learning", layer.learning, layer.refine)
+            layer(x, resets=resets)[0].backward(grad_output)
+        else:
+            _stream(layer, x, resets, grad_output, online)
+        return {
+            name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in layer.named_parameters()
+        }
+    finally:
+        layer.learning, layer.refine, layer.batch_first = kept[:3]
+        for parameter, grad in zip(layer.parameters(), kept[3], strict=True):
+            parameter.grad = grad
+
+
+def _stream(
+    layer: TwoPointRNN,
+    x: Tensor,
+    resets: Tensor | None,
+    grad_output: Tensor,
+    options: Mapping[str, Any],
+) -> None:
+    learner = OnlineLearner(layer, x.shape[1], **options)
+    every = learner.update_every
+    for start in range(0, x.shape[0], every):
+        part = slice(start, start + every)
+        output = learner.chunk(x[part], None if resets is None else resets[part])
+        output.backward(grad_output[part])
+
+
+def compare(estimate: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Fidelity:
+    """An estimate of each parameter's gradient against the exact one."""
+    pairs = {name: (estimate[name].flatten(), exact[name].flatten()) for name in exact}
+    joint = [torch.cat([pair[i] for pair in pairs.values()]) for i in (0, 1)]
+    return Fidelity(
+        cosine={name: _cosine(*pair) for name, pair in pairs.items()},
+        error={name: _error(*pair) for name, pair in pairs.items()},
+        total_cosine=_cosine(*joint),
+        total_error=_error(*joint),
+    )
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    norms = a.norm() * b.norm()
+    return float((a * b).sum() / norms) if float(norms) > 0 else float("nan")
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm()) if float(b.norm()) > 0 else float("nan")

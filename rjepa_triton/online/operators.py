@@ -1,0 +1,204 @@
+"""torch.library operators: what torch.compile sees in place of the loops over time and a learner's own state.
+
+rjepa_triton::rgc                RGC over a sequence: (states, saved), as `RGCCell.scan` gives them
+rjepa_triton::rgc_gradients      its backward by a learning rule
+rjepa_triton::gamma_step_        Γ one step on, in place, and the gradient (`ops.gamma_step_`)
+rjepa_triton::gamma_chunk_       Γ a chunk on, in place, and what a credit reads of it before (`ops.gamma_chunk_`)
+rjepa_triton::learner_steps      steps of an `OnlineLearner`, by its number
+rjepa_triton::learner_gradients  their backward
+
+Eager calls don't come through here: `functional` and `online` run the same functions with less overhead.
+"""
+
+# No `from __future__ import annotations`: torch reads the operators' schemas from the annotations themselves.
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ..backends import dispatch as ops
+from ..cells.builtin import RGCCell
+from ..cells.two_point import Trajectory
+from ..layers import functional
+from .learner import LEARNERS
+
+
+@torch.library.custom_op("rjepa_triton::rgc", mutates_args=())
+def rgc(
+    x: Tensor,
+    s0: Tensor,
+    m0: Tensor,
+    weights: Sequence[Tensor],
+    resets: Optional[Tensor],  # noqa: UP045
+    learning: str,
+    rounds: Optional[int],  # noqa: UP045
+    backend: str,
+    recompute: bool,
+) -> tuple[Tensor, Tensor]:
+    """x (1, T, B, N), s0, m0 (B, N), four weights → states (2, T + 1, B, N), saved (2, T, B, 2, N) or empty."""
+    runs = ops.choose_scan(backend, x.device, x.dtype)
+    trajectory = ops.scan(RGCCell(), x, weights, (s0, m0), resets, backend=runs, keep=not recompute)
+    return trajectory.states, trajectory.saved
+
+
+@rgc.register_fake
+def _(
+    x: Tensor,
+    s0: Tensor,
+    m0: Tensor,
+    weights: Sequence[Tensor],
+    resets: Tensor | None,
+    learning: str,
+    rounds: int | None,
+    backend: str,
+    recompute: bool,
+) -> tuple[Tensor, Tensor]:
+    _, steps, batch, units = x.shape
+    saved = (0,) if recompute else (2, steps, batch, 2, units)
+    return x.new_empty(2, steps + 1, batch, units), x.new_empty(saved)
+
+
+@torch.library.custom_op("rjepa_triton::rgc_gradients", mutates_args=())
+def rgc_gradients(
+    x: Tensor,
+    states: Tensor,
+    saved: Tensor,
+    weights: Sequence[Tensor],
+    resets: Optional[Tensor],  # noqa: UP045
+    grad_states: Tensor,
+    learning: str,
+    rounds: Optional[int],  # noqa: UP045
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of x, s0, m0 and the weights from that of all states (2, T + 1, B, N)."""
+    trajectory = Trajectory(x, states, saved, resets)
+    for_x, first, by_weight = functional.gradients(
+        RGCCell(), trajectory, weights, grad_states[:, 1:].contiguous(), learning, rounds, backend
+    )
+    first = first + grad_states[:, 0]
+    return [
+        for_x,
+        first[0].clone(),
+        first[1].clone(),
+        *(g.clone(memory_format=torch.contiguous_format) for g in by_weight),
+    ]
+
+
+@rgc_gradients.register_fake
+def _(
+    x: Tensor,
+    states: Tensor,
+    saved: Tensor,
+    weights: Sequence[Tensor],
+    resets: Tensor | None,
+    grad_states: Tensor,
+    learning: str,
+    rounds: int | None,
+    backend: str,
+) -> list[Tensor]:
+    return [torch.empty_like(x), *(torch.empty_like(states[0, 0]) for _ in range(2)),
+            *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights)]  # fmt: skip
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, _, weights, resets, ctx.learning, ctx.rounds, ctx.backend, _ = inputs
+    states, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(x, states, saved, resets, *weights)
+
+
+def _backward(ctx: Any, grad_states: Tensor, _: Any) -> tuple[Any, ...]:
+    x, states, saved, resets, *weights = ctx.saved_tensors
+    for_x, for_s0, for_m0, *by_weight = rgc_gradients(
+        x, states, saved, weights, resets, grad_states, ctx.learning, ctx.rounds, ctx.backend
+    )
+    return for_x, for_s0, for_m0, by_weight, None, None, None, None, None
+
+
+rgc.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("rjepa_triton::gamma_step_", mutates_args=("gammas",))
+def gamma_step_(
+    gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor, backend: str
+) -> Tensor:
+    """gammas S of (B, K, N, M), mutated; m (S, S, B, N), phi (S, B, K, N), y (B, K, Y), delta (S, B, N) → (K, N, M)."""
+    total = ops.gamma_step_(gammas, m, phi, y, delta, backend=backend)
+    assert total is not None
+    return total
+
+
+@torch.library.custom_op("rjepa_triton::gamma_chunk_", mutates_args=("gammas",))
+def gamma_chunk_(
+    gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor, credit: Tensor, backend: str
+) -> Tensor:
+    """As `gamma_step_`, over C steps: m (S, S, C, B, N), phi (S, C, B, K, N), y (C, B, K, Y), credit (S, B, N)."""
+    total = ops.gamma_chunk_(gammas, m, phi, y, credit, backend=backend)
+    assert total is not None
+    return total
+
+
+@gamma_step_.register_fake
+@gamma_chunk_.register_fake
+def _(gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor, credit: Tensor, backend: str) -> Tensor:
+    return credit.new_empty(gammas[0].shape[1:])
+
+
+@torch.library.custom_op("rjepa_triton::learner_steps", mutates_args=())
+def learner_steps(
+    learner: int,
+    x: Tensor,
+    resets: Optional[Tensor],  # noqa: UP045
+    weights: Sequence[Tensor],
+    clock: Tensor,
+) -> list[Tensor]:
+    """x (C, B, F) → the cell's outputs (C, B, N) each, and the time of the last step, an int64 scalar.
+
+    Advances the learner: its state and sensitivities are its own, and not among the arguments. `clock` is the time that
+    the call before gave, so that two calls are never taken for one, nor put in another order. weights: the layer's,
+    for their gradients.
+    """
+    shown, time = LEARNERS[learner].operate(x, resets)
+    return [*shown, torch.tensor(time)]
+
+
+@learner_steps.register_fake
+def _(
+    learner: int, x: Tensor, resets: Tensor | None, weights: Sequence[Tensor], clock: Tensor
+) -> list[Tensor]:
+    layer = LEARNERS[learner].layer
+    shown = [x.new_empty(x.shape[0], x.shape[1], layer.hidden_size) for _ in layer.cell.outputs]
+    return [*shown, torch.empty((), dtype=torch.int64)]
+
+
+@torch.library.custom_op("rjepa_triton::learner_gradients", mutates_args=())
+def learner_gradients(
+    learner: int, time: Tensor, x: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of x (C, B, F) and of the weights, from those of the outputs of the steps that end at `time`."""
+    made = LEARNERS[learner].operator_gradients(int(time), grads)
+    return [gradient.clone(memory_format=torch.contiguous_format) for gradient in made]
+
+
+@learner_gradients.register_fake
+def _(
+    learner: int, time: Tensor, x: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    return [torch.empty_like(a, memory_format=torch.contiguous_format) for a in (x, *weights)]
+
+
+def _save_steps(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.learner, x, _, weights, _ = inputs
+    ctx.mark_non_differentiable(output[-1])
+    ctx.save_for_backward(output[-1], x, *weights)
+
+
+def _steps_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    time, x, *weights = ctx.saved_tensors
+    for_x, *by_weight = learner_gradients(ctx.learner, time, x, weights, list(grads[:-1]))
+    return None, for_x, None, by_weight, None
+
+
+learner_steps.register_autograd(_steps_backward, setup_context=_save_steps)

@@ -1,0 +1,233 @@
+"""Linearised steps, joined along time without copying a step more than a few times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import dispatch as ops
+from ..cells.two_point import Cell, Linearization, Partials, Trajectory
+
+TIME = -3  # of every array below
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps in a row: gate and input partials, transitions M (S, S, T, B, N), and inputs (T, B, I) or None.
+
+    weights: the recurrent weights that the steps ran with, for rules that need the full Jacobian: `lin` is
+    complete then, own-state partials and resets included. Else None: M is zero at a reset, and all that is
+    needed of the own-state path.
+    """
+
+    lin: Linearization
+    m: Tensor
+    inputs: Tensor | None
+    weights: tuple[Tensor, ...] | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.lin.steps
+
+    def tensors(self) -> list[Tensor]:
+        """Every array along time, in a fixed order."""
+        p = self.lin.partials
+        arrays = [self.m, self.lin.before]
+        arrays += [value for group in (p.own, p.gate, p.input) for by in group for value in by.values()]
+        if self.lin.resets is not None:
+            arrays.append(self.lin.resets[..., None])
+        return arrays if self.inputs is None else [*arrays, self.inputs]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block as lists and tensors, for a checkpoint."""
+        p = self.lin.partials
+        keys = [[list(by) for by in group] for group in (p.own, p.gate, p.input)]
+        has = [self.lin.resets is not None, self.inputs is not None]
+        weights = None if self.weights is None else list(self.weights)
+        return {"keys": keys, "has": has, "tensors": self.tensors(), "weights": weights}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Block:
+        """The block that `to_dict` wrote."""
+        given = iter(saved["tensors"])
+        m, before = next(given), next(given)
+        groups = [[{nu: next(given) for nu in by} for by in group] for group in saved["keys"]]
+        has_resets, has_inputs = saved["has"]
+        resets = next(given)[..., 0] if has_resets else None
+        inputs = next(given) if has_inputs else None
+        weights = None if saved["weights"] is None else tuple(saved["weights"])
+        return cls(Linearization(Partials(*groups), before, resets), m, inputs, weights)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Block:
+        """A block of this structure with other arrays; the weights are the same."""
+        saved = {**self.to_dict(), "tensors": [function(t) for t in self.tensors()]}
+        return replace(self.from_dict(saved), weights=self.weights)
+
+    def narrow(self, start: int, stop: int) -> Block:
+        """Steps start … stop - 1, without copying."""
+        return self.map(lambda t: t.narrow(TIME, start, stop - start))
+
+
+def linearized(
+    cell: Cell,
+    trajectory: Trajectory,
+    recurrent: Sequence[Tensor],
+    inputs: Tensor | None,
+    rule: str = "rfp",
+    weights: tuple[Tensor, ...] | None = None,
+    backend: str = "torch",
+) -> Block:
+    """Steps as they were run, linearised: the block has arrays of its own, and the trajectory's states.
+
+    recurrent: the weights that they ran with, or their own parts (N,), of which nothing is kept; inputs (T, B, I) or
+    None; rule: what of M is kept (`rfp.transition`); weights: as in `Block`; backend: of the linearisation
+    (`ops.linearize`).
+    """
+    lin, m = ops.linearize(cell, trajectory, recurrent, rule, backend=backend)
+    if weights is None:
+        kept = Partials((), lin.partials.gate, lin.partials.input)
+        return Block(Linearization(kept, lin.before), m, inputs)
+    resets = lin.resets
+    if resets is None:  # always there, so that blocks can be joined
+        resets = torch.zeros(lin.before.shape[1:3], dtype=torch.bool, device=lin.before.device)
+    return Block(Linearization(lin.partials, lin.before, resets), m, inputs, weights)
+
+
+def recorded(
+    cell: Cell,
+    x: Tensor,
+    recurrent: Sequence[Tensor],
+    state: Tensor,
+    resets: Tensor | None,
+    inputs: Tensor | None,
+    rule: str = "rfp",
+    weights: tuple[Tensor, ...] | None = None,
+    backend: str = "torch",
+) -> tuple[Tensor, Block]:
+    """Steps run from `state` (S, B, N) on, and linearised: the states after each, (S, T, B, N), and the block.
+
+    x (J, T, B, N): the cell's per-unit inputs; resets (T, B) bool or None; the rest as in `linearized`. Where a backend
+    runs a step and linearises it at once (`ops.step`), it does.
+    """
+    if weights is None and rule == "rfp":
+        made = ops.step(cell, x, recurrent, state, resets, backend=backend)
+        if made is not None:
+            after, lin, m = made
+            return after, Block(Linearization(replace(lin.partials, own=()), lin.before), m, inputs)
+    trajectory = ops.scan(cell, x, recurrent, state.unbind(0), resets, backend=backend)
+    return trajectory.after, linearized(cell, trajectory, recurrent, inputs, rule, weights, backend)
+
+
+class Tape:
+    """Steps in a row, as runs of steps that ran with the same weights, where that matters."""
+
+    def __init__(self) -> None:
+        self._runs: list[_Run] = []
+
+    @property
+    def steps(self) -> int:
+        return sum(run.steps for run in self._runs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, spare room in the buffers among them; without the weights."""
+        return sum(run.nbytes for run in self._runs)
+
+    def append(self, steps: Block) -> None:
+        if not self._runs or self._runs[-1].weights is not steps.weights:
+            self._runs.append(_Run(steps.weights))
+        self._runs[-1].append(steps)
+
+    def blocks(self, stop: int | None = None) -> list[Block]:
+        """The runs as blocks, up to step `stop`."""
+        left = self.steps if stop is None else stop
+        blocks = []
+        for run in self._runs:
+            if left <= 0:
+                break
+            block = run.joined()
+            blocks.append(block if block.steps <= left else block.narrow(0, left))
+            left -= block.steps
+        return blocks
+
+    def forget_(self, rows: Tensor) -> None:
+        """Be as if nothing had happened in the batch rows where `rows` (B,) is True."""
+        for run in self._runs:
+            run.forget_(rows)
+
+    def drop_first(self, steps: int) -> None:
+        """Forget the first `steps` steps; the memory they took is kept only if others remain."""
+        while self._runs and steps >= self._runs[0].steps:
+            steps -= self._runs.pop(0).steps
+        if steps:
+            self._runs[0].drop_first(steps)
+
+
+class _Run:
+    """Steps of one kind. Joining copies each step once, into a buffer that doubles when it is full."""
+
+    def __init__(self, weights: tuple[Tensor, ...] | None) -> None:
+        self.weights = weights
+        self._buffer: Block | None = None
+        self._filled = 0
+        self._pending: list[Block] = []
+
+    @property
+    def steps(self) -> int:
+        return self._filled + sum(block.steps for block in self._pending)
+
+    @property
+    def nbytes(self) -> int:
+        held = 0 if self._buffer is None else self._buffer.nbytes
+        return held + sum(block.nbytes for block in self._pending)
+
+    def append(self, steps: Block) -> None:
+        self._pending.append(steps)
+
+    def joined(self) -> Block:
+        """All steps as one block; there is at least one."""
+        if self._pending and (self._filled or len(self._pending) > 1):
+            self._flush()
+        if self._filled:
+            assert self._buffer is not None
+            return self._buffer.narrow(0, self._filled)
+        return self._pending[0]
+
+    def _flush(self) -> None:
+        total = self.steps
+        if self._buffer is None or total > self._buffer.steps:
+            room = max(total, 2 * self._filled)
+            new = self._pending[0].map(lambda t: _resized(t, room))
+            if self._buffer is not None:
+                for target, source in zip(new.tensors(), self._buffer.tensors(), strict=True):
+                    target.narrow(TIME, 0, self._filled).copy_(source.narrow(TIME, 0, self._filled))
+            self._buffer = new
+        for block in self._pending:
+            for target, source in zip(self._buffer.tensors(), block.tensors(), strict=True):
+                target.narrow(TIME, self._filled, block.steps).copy_(source)
+            self._filled += block.steps
+        self._pending = []
+
+    def forget_(self, rows: Tensor) -> None:
+        self._flush()
+        assert self._buffer is not None
+        for array in self._buffer.tensors():
+            array.narrow(TIME, 0, self._filled).masked_fill_(rows[:, None], 0)
+
+    def drop_first(self, steps: int) -> None:
+        rest = self.joined().narrow(steps, self.steps).map(Tensor.clone)
+        self._buffer, self._filled, self._pending = None, 0, [rest]
+
+
+def _resized(like: Tensor, steps: int) -> Tensor:
+    shape = list(like.shape)
+    shape[TIME] = steps
+    return torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -1,0 +1,1 @@
+"""What learning costs in time and memory, and on which device."""

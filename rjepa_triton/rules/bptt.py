@@ -1,0 +1,98 @@
+"""Backpropagation through time by hand: the dual form's code path with the full Jacobian.
+
+    λ(t) = δ(t) + A(t+1)ᵀ λ(t+1) + Σ_k W^kᵀ E^k(t+1)        E^k = Σ_ν λ^ν φ^{ν,k}, into the state k reads
+    ∂E/∂W^k = Σ_{t,b} E^k(t) y^k(t)ᵀ
+
+It differs from Recurrent Forward Propagation in the recurrent matrices' off-diagonal entries only, and costs
+one product a state and step in the loop. Weight gradients are one product a matrix over all of (T, B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..cells import weights as weight_ops
+from ..cells.two_point import Linearization, Matrix
+
+
+def credits(
+    lin: Linearization,
+    matrices: Sequence[Matrix],
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    carry: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Exact credits λ (S, T, B, N) for delta (S, T, B, N), and what they pass to the initial state (S, B, N).
+
+    matrices and weights: the recurrent ones, of any shape (`weights.py`); carry (S, B, N) or None: credit
+    that later steps pass to the last.
+    """
+    count, steps = delta.shape[:2]
+    credit = torch.empty_like(delta)
+    credit[:, -1] = delta[:, -1] if carry is None else delta[:, -1] + carry
+    by_source = [_Source(lin, nu, matrices, weights) for nu in range(count)]
+    keep = None if lin.resets is None else (~lin.resets).to(delta.dtype)[..., None].unbind(0)
+    credit_at, delta_at = credit.unbind(1), delta.unbind(1)
+    for t in range(steps - 1, 0, -1):
+        passed = [source.pass_back(t, credit_at[t]) for source in by_source]
+        for nu, value in enumerate(passed):
+            if keep is not None:
+                value = value * keep[t]
+            torch.add(delta_at[t - 1][nu], value, out=credit_at[t - 1][nu])
+    first = torch.stack([source.pass_back(0, credit_at[0]) for source in by_source])
+    return credit, first if keep is None else first * keep[0]
+
+
+class _Source:
+    """Credit that flows back into one state: through its own path, and through each matrix that reads it."""
+
+    def __init__(
+        self, lin: Linearization, source: int, matrices: Sequence[Matrix], weights: Sequence[Tensor]
+    ) -> None:
+        self.own = [(nu, a.unbind(0)) for nu, a in lin.partials.own[source].items()]
+        self.sparse: list[tuple[dict[int, tuple[Tensor, ...]], Tensor]] = []  # diagonal and block-diagonal
+        self.dense: list[dict[int, tuple[Tensor, ...]]] = []
+        dense_weights = []
+        for matrix, weight in zip(matrices, weights, strict=True):
+            if matrix.reads != source:
+                continue
+            phi = {nu: value.unbind(0) for nu, value in lin.immediate(matrix).items()}
+            if weight.dim() != 2:
+                self.sparse.append((phi, weight))
+            else:
+                self.dense.append(phi)
+                dense_weights.append(weight)
+        # one product for all dense matrices that read this state: [E^k …] (B, K'·N) by [W^k …] (K'·N, N)
+        self.joined = torch.cat(dense_weights) if dense_weights else None
+        batch, units = lin.before.shape[2:]
+        self.entering = lin.before.new_zeros(batch, len(self.dense), units)
+
+    def pass_back(self, t: int, credit: Tensor) -> Tensor:
+        """What credit (S, B, N) at step t gives the state that step read: (B, N)."""
+        if self.joined is None:
+            out = torch.zeros_like(credit[0])
+        else:
+            for j, phi in enumerate(self.dense):
+                _entering(phi, t, credit, out=self.entering[:, j])
+            out = self.entering.flatten(1) @ self.joined
+        for nu, own in self.own:
+            out.addcmul_(own[t], credit[nu])
+        for phi, weight in self.sparse:
+            entering = _entering(phi, t, credit, out=torch.empty_like(out))
+            out += weight_ops.multiply_transposed(weight, entering)
+        return out
+
+
+def _entering(phi: dict[int, tuple[Tensor, ...]], t: int, credit: Tensor, out: Tensor) -> Tensor:
+    """E^k(t) = Σ_ν λ^ν φ^{ν,k}(t), written to `out`."""
+    started = False
+    for nu, value in phi.items():
+        if started:
+            out.addcmul_(credit[nu], value[t])
+        else:
+            torch.mul(credit[nu], value[t], out=out)
+            started = True
+    return out if started else out.zero_()

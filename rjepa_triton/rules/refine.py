@@ -1,0 +1,133 @@
+"""From RFP's credits to the exact ones, round by round: each round one product over (T, B) and one per-unit scan.
+
+Split the recurrent Jacobian into each unit's own part M and the rest, O: credit that passes from unit to unit,
+through the matrices' off-diagonal entries. The exact credit solves λ(t) = δ(t) + (M + O)(t+1)ᵀ λ(t+1), and
+
+    λ⁽⁰⁾ = RFP's credit,       λ⁽ʳ⁺¹⁾(t) = δ(t) + O(t+1)ᵀ λ⁽ʳ⁾(t+1) + M(t+1)ᵀ λ⁽ʳ⁺¹⁾(t+1)
+
+λ⁽ʳ⁾ counts every path with at most r steps from unit to unit. The series ends after T rounds at the latest, but with
+large weights its terms grow before they vanish; that is noticed, and the sequential backward run instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..cells import weights as weight_ops
+from ..cells.two_point import Linearization, Matrix, state_read
+from . import bptt, rfp
+
+Scan = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+MAX_ROUNDS = 100  # of refinement to a tolerance, before the sequential backward is run instead
+
+
+class Divergence(UserWarning):
+    """Refinement diverged, or did not converge in time; the exact sequential backward ran in its place."""
+
+
+def credits(
+    lin: Linearization,
+    m: Tensor,
+    matrices: Sequence[Matrix],
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    carry: Tensor | None = None,
+    *,
+    rounds: int | None = None,
+    tolerance: float | None = None,
+    scan: Scan = rfp.reverse_scan,
+) -> tuple[Tensor, Tensor]:
+    """Refined credits λ (S, T, B, N), and what they pass to the state before the first step (S, B, N).
+
+    lin, matrices, weights, delta, carry: as in `bptt.credits`; m: `rfp.transition` of them.
+    rounds: r ≥ 0; None: until a round changes λ by at most tolerance·‖λ‖ (1e-10 in float64, else 1e-6).
+    scan: what runs the reverse scan.
+
+    Warns `Divergence` and returns the exact credits of `bptt.credits` where the rounds diverge: a term
+    larger than the first or not finite, or no convergence within MAX_ROUNDS.
+    """
+    if tolerance is None:
+        tolerance = 1e-10 if delta.dtype == torch.float64 else 1e-6
+    between = _Between(lin, matrices, weights)
+    credit, passed = scan(m, delta, carry)
+    first = torch.linalg.vector_norm(credit)
+    last_round = MAX_ROUNDS if rounds is None else rounds
+    term = first
+    for done in range(1, last_round + 1):
+        source = between.all_steps(credit)
+        refined, passed = scan(m, delta + source, carry)
+        term = torch.linalg.vector_norm(refined - credit)
+        credit = refined
+        if rounds is None:
+            size = float(term)
+            if size <= tolerance * float(torch.linalg.vector_norm(credit)):
+                break
+            if not size <= float(first) or done == last_round:
+                return _fall_back(lin, matrices, weights, delta, carry, done, size, float(first))
+    else:
+        # one look at the end: each look is a wait for the device
+        if rounds and not float(term) <= float(first):
+            return _fall_back(lin, matrices, weights, delta, carry, rounds, float(term), float(first))
+    return credit, passed + between.first_step(credit)
+
+
+def _fall_back(
+    lin: Linearization,
+    matrices: Sequence[Matrix],
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    carry: Tensor | None,
+    rounds: int,
+    term: float,
+    first: float,
+) -> tuple[Tensor, Tensor]:
+    warnings.warn(
+        f"refinement did not converge in {rounds} rounds: the last changed the credits by {term:.3g}, "
+        f"of {first:.3g} at first; the sequential backward ran instead, which is exact and slower",
+        Divergence,
+        stacklevel=2,
+    )
+    return bptt.credits(lin, matrices, weights, delta, carry)
+
+
+class _Between:
+    """Oᵀ: what credit passes back from unit to unit, through the off-diagonal entries of each matrix."""
+
+    def __init__(self, lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor]) -> None:
+        self.lin = lin
+        self.by_source: dict[int, list[tuple[Matrix, Tensor]]] = {}
+        for matrix, weight in zip(matrices, weights, strict=True):
+            if weight.dim() > 1:
+                reader = (matrix, weight_ops.hollow(weight))
+                self.by_source.setdefault(state_read(matrix), []).append(reader)
+
+    def all_steps(self, credit: Tensor) -> Tensor:
+        """O(t+1)ᵀ λ(t+1) at each t, zero at the last: (S, T, B, N)."""
+        out = torch.zeros_like(credit)
+        if credit.shape[1] > 1:
+            self._add(credit, slice(1, None), out[:, :-1])
+        return out
+
+    def first_step(self, credit: Tensor) -> Tensor:
+        """O(1)ᵀ λ(1): (S, B, N)."""
+        out = torch.zeros_like(credit[:, :1])
+        self._add(credit, slice(0, 1), out)
+        return out[:, 0]
+
+    def _add(self, credit: Tensor, steps: slice, out: Tensor) -> None:
+        """out (S, T', B, N) += Oᵀ λ of `steps`."""
+        for source, readers in self.by_source.items():
+            for matrix, weight in readers:
+                entering: Tensor | None = None
+                for nu, phi in self.lin.immediate(matrix).items():
+                    part = credit[nu, steps] * phi[steps]
+                    entering = part if entering is None else entering + part
+                if entering is not None:
+                    out[source] += weight_ops.multiply_transposed(weight, entering)
+            if self.lin.resets is not None:
+                out[source].masked_fill_(self.lin.resets[steps][..., None], 0)

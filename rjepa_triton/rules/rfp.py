@@ -1,0 +1,426 @@
+"""Recurrent Forward Propagation in plain torch, any floating dtype, any device.
+
+The recursion (paper, eq. 14 and 18, for S states a unit and any K matrices):
+
+    M^{νν'} = A^{νν'} + Σ_{k reads ν'} φ^{ν,k} diag(W^k)                                     per unit
+    Γ^{ν,k}(t) = Σ_ν' M^{νν'}(t) ⊙_rows Γ^{ν',k}(t-1) + φ^{ν,k}(t) y^k(t)ᵀ
+    ∂E/∂W^k   = Σ_{t,b,ν} δ^ν(t) ⊙_rows Γ^{ν,k}(t),        δ^ν(t) = ∂L(t)/∂c^ν(t), instantaneous
+
+The same gradient without Γ ("dual"): credits run backward in time per unit, no matrix in the loop,
+
+    λ(t) = δ(t) + M(t+1)ᵀ λ(t+1),       E^k = Σ_ν λ^ν φ^{ν,k},       ∂E/∂W^k = Σ_{t,b} E^k(t) y^k(t)ᵀ
+
+and over a chunk of C steps that starts from Γ₀, with suffix products R(t) = M(C) … M(t+1):
+
+    Γ ← R(0) ⊙_rows Γ₀ + Σ_t (R(t) φ(t)) y(t)ᵀ,       ∂E/∂W = Σ_b (M(1)ᵀλ(1)) ⊙_rows Γ₀ + Σ_{t,b} E(t) y(t)ᵀ
+
+Only suffix products, never ratios or logarithms of prefixes: M can be zero or negative.
+
+Layout: per-unit arrays (S, T, B, N); transitions (S, S, T, B, N), first index the row ν; Γ is one tensor a
+state, (B, K, N, M), for K matrices of one shape, where M is 1 for diagonal matrices and biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..cells import weights as weight_ops
+from ..cells.two_point import Linearization, Matrix, state_read
+from .rounding import round_stochastically
+
+# Rules that are this recursion with more or less of M kept.
+RULES = ("rfp", "eprop", "rflo", "snap0")
+
+
+@torch.no_grad()
+def transition(
+    lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor], rule: str = "rfp"
+) -> Tensor:
+    """M (S, S, T, B, N): each unit's own S×S transition, zero where the state was reset.
+
+    matrices and weights: the recurrent ones, of any shape (`weights.py`), or their own parts (N,).
+    rule: what of M is kept.
+        "rfp"    all: SnAp-1 (Menick et al. 2021) with each unit's S×S block
+        "eprop"  A: the path through no matrix (e-prop's eligibility trace, Bellec et al. 2020)
+        "rflo"   A's diagonal: each state's own leak (random-feedback local online learning's trace, Murray
+                 2019; the feedback itself is the caller's)
+        "snap0"  nothing: the step's immediate sensitivity alone
+    """
+    states = range(lin.before.shape[0])
+    terms: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    if rule == "rfp":
+        for matrix, weight in zip(matrices, weights, strict=True):
+            for nu, phi in lin.immediate(matrix).items():
+                terms.setdefault((nu, state_read(matrix)), []).append((phi, weight_ops.own(weight)))
+    m = lin.before.new_empty(len(states), *lin.before.shape)
+    for nu in states:
+        for source in states:
+            kept = rule in ("rfp", "eprop") or (rule == "rflo" and nu == source)
+            own, out = lin.partials.own[source].get(nu) if kept else None, m[nu, source]
+            entering = terms.get((nu, source), [])
+            if own is not None and entering:
+                torch.addcmul(own, *entering.pop(), out=out)
+            elif entering:
+                torch.mul(*entering.pop(), out=out)
+            elif own is not None:
+                out.copy_(own)
+            else:
+                out.zero_()
+            for phi, diagonal in entering:
+                out.addcmul_(phi, diagonal)
+    return m if lin.resets is None else m.masked_fill_(lin.resets[..., None], 0)
+
+
+def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Credits λ(t) = δ(t) + M(t+1)ᵀ λ(t+1), and what they pass on to the state before the first step.
+
+    m (S, S, T, B, N), delta (S, T, B, N), carry (S, B, N) or None: credit that later steps pass to the last.
+    Returns λ (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N).
+    """
+    count, steps = delta.shape[:2]
+    if steps == 1:
+        credit = delta if carry is None else delta + carry[:, None]
+        return credit, pass_back(m[:, :, 0], credit[:, 0])
+    credit = torch.empty_like(delta)
+    rows = [m[nu].unbind(1) for nu in range(count)]
+    credit_at, delta_at = credit.unbind(1), delta.unbind(1)
+    if carry is None:
+        credit_at[-1].copy_(delta_at[-1])
+    else:
+        torch.add(delta_at[-1], carry, out=credit_at[-1])
+    # views of every step made together, and none in the loop: where a layer is small, one costs what a product does
+    by_state = [credit[nu].unbind(0) for nu in range(count)]
+    for t in range(steps - 2, -1, -1):
+        now = credit_at[t]
+        torch.addcmul(delta_at[t], rows[0][t + 1], by_state[0][t + 1], out=now)
+        for nu in range(1, count):
+            now.addcmul_(rows[nu][t + 1], by_state[nu][t + 1])
+    return credit, pass_back(m[:, :, 0], credit[:, 0])
+
+
+def pass_back(m: Tensor, credit: Tensor) -> Tensor:
+    """Mᵀ λ for one step: m (S, S, B, N), credit (S, B, N)."""
+    out = m[0] * credit[0]
+    for nu in range(1, m.shape[0]):
+        out.addcmul_(m[nu], credit[nu])
+    return out
+
+
+SERIAL_STEPS = 16  # up to which one by one takes fewer calls than halving them
+
+
+def affine_scan(m: Tensor, r: Tensor, *, until: int = SERIAL_STEPS) -> Tensor:
+    """c(t) = M(t) c(t-1) + r(t) from c(0) = 0: unit by unit, in about log₂ T passes that each halve the steps.
+
+    Two steps are one: c(2k) = M(2k) M(2k-1) c(2k-2) + M(2k) r(2k-1) + r(2k), whose solution is every second c;
+    one more product gives those between (odd-even reduction: O(T) work).
+
+    m (S, S, T, B, N), whose first step meets c(0) and is not read; r (S, T, B, N), T ≥ 1. Returns c (S, T, B, N).
+    The at most `until` steps that are left are solved one by one.
+    """
+    steps = r.shape[1]
+    if steps <= max(1, until):
+        return _affine_steps(m, r)
+    paired = steps // 2 * 2
+    early, late = slice(0, paired, 2), slice(1, paired, 2)
+    c_late = affine_scan(
+        _matmul(m[:, :, late], m[:, :, early]),
+        _advanced(m[:, :, late], r[:, early], r[:, late]),
+        until=until,
+    )
+    c = torch.empty_like(r)
+    c[:, late] = c_late
+    c[:, 0] = r[:, 0]
+    between = slice(2, None, 2)
+    c[:, between] = _advanced(m[:, :, between], c_late[:, : (steps - 1) // 2], r[:, between])
+    return c
+
+
+def _affine_steps(m: Tensor, r: Tensor) -> Tensor:
+    """`affine_scan` step by step."""
+    c = torch.empty_like(r)
+    columns = [m[:, nu].unbind(1) for nu in range(r.shape[0])]
+    c_at, r_at = c.unbind(1), r.unbind(1)
+    c_at[0].copy_(r_at[0])
+    for t in range(1, r.shape[1]):
+        now, before = c_at[t], c_at[t - 1]
+        torch.addcmul(r_at[t], columns[0][t], before[0], out=now)
+        for nu in range(1, len(columns)):
+            now.addcmul_(columns[nu][t], before[nu])
+    return c
+
+
+def _advanced(m: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    """M c + r, of any number of steps: m (S, S, …), c and r (S, …)."""
+    out = torch.addcmul(r, m[:, 0], c[0])
+    for nu in range(1, m.shape[1]):
+        out.addcmul_(m[:, nu], c[nu])
+    return out
+
+
+def suffix_products(m: Tensor) -> tuple[Tensor, Tensor]:
+    """R(t) = M(C) … M(t+1) for t = 1 … C, and R(0): (S, S, C, B, N) and (S, S, B, N)."""
+    count = m.shape[1]
+    identity = torch.eye(count, dtype=m.dtype, device=m.device)[:, :, None, None]
+    products = [identity.expand_as(m[:, :, 0])]
+    for step in reversed(m.unbind(2)):
+        products.append(_matmul(products[-1], step))
+    whole = products.pop()
+    return torch.stack(products[::-1], dim=2), whole
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Per-unit product of S×S matrices, each (S, S, B, N)."""
+    out = a[:, :1] * b[:1]
+    for j in range(1, a.shape[1]):
+        out = torch.addcmul(out, a[:, j : j + 1], b[j : j + 1])
+    return out
+
+
+def signal(matrix: Matrix, before: Tensor, inputs: Tensor | None) -> Tensor:
+    """y^k (T, B, M): what a matrix reads of the states before each step (S, T, B, N).
+
+    inputs (T, B, I) is the layer's input, if any matrix reads it.
+    """
+    if isinstance(matrix.reads, int):
+        return before[matrix.reads]
+    if matrix.reads == "one":
+        return torch.ones_like(before[0])
+    if inputs is None:
+        raise ValueError(f"inputs must be given: matrix {matrix.name!r} reads the layer's input")
+    return inputs
+
+
+def immediates(matrices: Sequence[Matrix], lin: Linearization) -> Tensor:
+    """φ of some matrices as one array (S, T, B, K, N), zero where a matrix does not enter a state."""
+    zero = torch.zeros_like(lin.before[0])
+    entries = [lin.immediate(matrix) for matrix in matrices]
+    states = len(lin.before)
+    stacked = torch.stack([by.get(nu, zero) for nu in range(states) for by in entries], dim=2)
+    return stacked.view(*stacked.shape[:2], states, len(entries), -1).movedim(2, 0).contiguous()
+
+
+def signals(matrices: Sequence[Matrix], lin: Linearization, inputs: Tensor | None) -> Tensor:
+    """What some matrices of one shape read, (T, B, K, Y): see `rows_read` for Y."""
+    return torch.stack([signal(matrix, lin.before, inputs) for matrix in matrices], dim=2)
+
+
+def entering_credit(matrix: Matrix, lin: Linearization, credit: Tensor) -> Tensor:
+    """E^k = Σ_ν λ^ν φ^{ν,k} (T, B, N), contiguous."""
+    out: Tensor | None = None
+    for nu, phi in lin.immediate(matrix).items():
+        out = credit[nu] * phi if out is None else out.addcmul_(credit[nu], phi)
+    return torch.zeros_like(credit[0]) if out is None else out
+
+
+def weight_gradients(
+    lin: Linearization,
+    matrices: Sequence[Matrix],
+    weights: Sequence[Tensor],
+    credit: Tensor,
+    inputs: Tensor | None = None,
+) -> list[Tensor]:
+    """The dual form's last step: one product a matrix over all of (T, B). credit λ (S, T, B, N)."""
+    entering = (entering_credit(matrix, lin, credit) for matrix in matrices)
+    return outer_products(lin.before, matrices, weights, entering, inputs)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """E^k of matrices that read states, those that read one as columns of one array.
+
+    arrays  (S', T, B, ·): for each of the first S' states, its readers' E^k (T, B, N) next to one another
+    places  of each matrix, the state that it reads, and its place among the readers
+    units   N
+    """
+
+    arrays: Tensor
+    places: Sequence[tuple[int, int]]
+    units: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.arrays[nu].narrow(-1, k * self.units, self.units) for nu, k in self.places)
+
+    def outer(self, before: Tensor) -> list[Tensor]:
+        """Σ_{t,b} E^k(t) y^k(t)ᵀ (N, N) of each matrix, as one product a state: views of one array."""
+        read = before[: self.arrays.shape[0]].flatten(1, 2)
+        made = torch.bmm(self.arrays.flatten(1, 2).mT, read)
+        found, readers = made.view(-1, self.units, self.units).unbind(0), made.shape[1] // self.units
+        return [found[nu * readers + k] for nu, k in self.places]
+
+
+def outer_products(
+    before: Tensor,
+    matrices: Sequence[Matrix],
+    weights: Sequence[Tensor],
+    entering: Iterable[Tensor],
+    inputs: Tensor | None = None,
+) -> list[Tensor]:
+    """Σ_{t,b} E^k(t) y^k(t)ᵀ of each matrix, its E^k (T, B, N) taken when its turn comes.
+
+    before (S, T, B, N): the states that the steps read.
+    """
+    if isinstance(entering, Joined) and all(weight.dim() == 2 for weight in weights):
+        return entering.outer(before)
+    return [
+        weight_ops.outer(credit, signal(matrix, before, inputs), weight)
+        for matrix, weight, credit in zip(matrices, weights, entering, strict=True)
+    ]
+
+
+def input_gradient(lin: Linearization, credit: Tensor, count: int) -> Tensor:
+    """Σ_ν λ^ν ∂F_ν/∂x^j, (J, T, B, N), for the first `count` = J per-unit inputs."""
+    out = credit.new_zeros(count, *credit.shape[1:])
+    for j, entries in enumerate(lin.partials.input[:count]):
+        for nu, partial in entries.items():
+            out[j].addcmul_(credit[nu], partial)
+    return out
+
+
+def _rows(gammas: Sequence[Tensor], limit: int = 1 << 20) -> range:
+    """Starts of batch blocks of at most `limit` numbers of Γ^ν, or one row: a pass stays in cache."""
+    batch = gammas[0].shape[0]
+    return range(0, batch, max(1, limit // max(1, gammas[0][0].numel())))
+
+
+def _over_rows(per_unit: Tensor) -> Tensor:
+    """(B, N) → (B, 1, N, 1): a per-unit factor against Γ's (B, K, N, M)."""
+    return per_unit[:, None, :, None]
+
+
+def carried(gammas: Sequence[Tensor], m: Tensor) -> list[Tensor]:
+    """Σ_ν' M^{νν'} ⊙_rows Γ^{ν'}, out of place: gammas S of (B, K, N, M), m (S, S, B, N)."""
+    out = []
+    for nu in range(len(gammas)):
+        total = _over_rows(m[nu, 0]) * gammas[0].to(m.dtype)
+        for source in range(1, len(gammas)):
+            total = total + _over_rows(m[nu, source]) * gammas[source].to(m.dtype)
+        out.append(total)
+    return out
+
+
+def rows_read(y: Tensor, fan_in: int) -> Tensor:
+    """y (B, K, Y) as it meets Γ (B, K, N, M), M = fan_in: what each row's unit reads.
+
+    Y = M: all rows read the same, (B, K, 1, M). Else Y = N, and each row reads the M numbers of its head:
+    (B, K, N, M); a diagonal weight or a bias is the case M = 1.
+    """
+    if y.shape[-1] == fan_in:
+        return y[..., None, :]
+    if fan_in == 1:
+        return y[..., None]
+    by_head = y.unflatten(-1, (-1, 1, fan_in))
+    return by_head.expand(*by_head.shape[:-2], fan_in, fan_in).flatten(-3, -2)
+
+
+def advanced(gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor) -> list[Tensor]:
+    """Γ one step on, out of place: `carried` and φ yᵀ. phi (S, B, K, N), y (B, K, Y)."""
+    read = rows_read(y, gammas[0].shape[-1])
+    return [kept + phi[nu][..., None] * read for nu, kept in enumerate(carried(gammas, m))]
+
+
+def read_rows(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
+    """Σ_ν λ^ν ⊙_rows Γ^ν of each batch row, (B, K, N, M). credit (S, B, N)."""
+    total = _over_rows(credit[0]) * gammas[0].to(credit.dtype)
+    for nu in range(1, len(gammas)):
+        total = total + _over_rows(credit[nu]) * gammas[nu].to(credit.dtype)
+    return total
+
+
+def gamma_read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
+    """Σ_{b,ν} λ^ν ⊙_rows Γ^ν, (K, N, M). credit (S, B, N)."""
+    rows = _rows(gammas)
+    total = None
+    for b in rows:
+        part = read_rows([g[b : b + rows.step] for g in gammas], credit[:, b : b + rows.step]).sum(0)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def gamma_step_(
+    gammas: Sequence[Tensor],
+    m: Tensor,
+    phi: Tensor,
+    y: Tensor,
+    delta: Tensor | None = None,
+    rng_state: Tensor | None = None,
+) -> Tensor | None:
+    """Advance Γ in place by one step; with delta (S, B, N), return Σ_{b,ν} δ^ν ⊙_rows Γ^ν as well, (K, N, M).
+
+    Arguments as in `advanced`. Γ may be kept in fewer bits than m: the arithmetic is in m's dtype, the
+    gradient is taken before rounding, to nearest; with rng_state (2,) int64, of Γ in bfloat16 stochastically
+    (`rounding`). Mutates gammas.
+    """
+    rows = _rows(gammas)
+    row_numbers = gammas[0][0].numel()
+    total = None
+    for b in rows:
+        block = slice(b, b + rows.step)
+        old = [g[block] for g in gammas]
+        new = advanced(old, m[:, :, block], phi[:, block], y[block])
+        if delta is not None:
+            part = read_rows(new, delta[:, block]).sum(0)
+            total = part if total is None else total.add_(part)
+        for nu, (target, value) in enumerate(zip(old, new, strict=True)):
+            if rng_state is not None:
+                first = nu * gammas[0].numel() + b * row_numbers
+                value = round_stochastically(value, rng_state, first, len(gammas) * gammas[0].numel())
+            target.copy_(value)
+    return total
+
+
+def gamma_chunk_(
+    gammas: Sequence[Tensor],
+    suffix: Tensor,
+    whole: Tensor,
+    phi: Tensor,
+    y: Tensor,
+    credit: Tensor | None = None,
+) -> Tensor | None:
+    """Advance Γ in place by C steps; with credit M(1)ᵀλ(1) (S, B, N), return Σ_{b,ν} credit ⊙_rows Γ₀ too.
+
+    suffix (S, S, C, B, N) and whole (S, S, B, N) as `suffix_products` returns them; phi (S, C, B, K, N);
+    y (C, B, K, Y), Y as in `rows_read`. Mutates gammas.
+    """
+    entering = arriving(suffix, phi)
+    rows = _rows(gammas)
+    total = None
+    for b in rows:
+        block = slice(b, b + rows.step)
+        old = [g[block] for g in gammas]
+        if credit is not None:
+            part = read_rows(old, credit[:, block]).sum(0)
+            total = part if total is None else total.add_(part)
+        new = carried(old, whole[:, :, block])
+        for nu, value in enumerate(new):
+            add_arriving_(value, entering[nu][:, block], y[:, block])
+        for target, value in zip(old, new, strict=True):
+            target.copy_(value)
+    return total
+
+
+def arriving(suffix: Tensor, phi: Tensor) -> Tensor:
+    """U^{ν,k}(t) = Σ_ν' R^{νν'}(t) φ^{ν',k}(t): what step t adds at the chunk's end, (S, C, B, K, N)."""
+    out = torch.zeros_like(phi)
+    for nu in range(phi.shape[0]):
+        for source in range(phi.shape[0]):
+            out[nu].addcmul_(suffix[nu, source][:, :, None], phi[source])
+    return out
+
+
+def add_arriving_(gamma: Tensor, entering: Tensor, y: Tensor) -> None:
+    """Γ += Σ_t U(t) y(t)ᵀ: gamma (B, K, N, M), entering (C, B, K, N), y (C, B, K, Y). Mutates gamma."""
+    fan_in = gamma.shape[-1]
+    if y.shape[-1] == fan_in:
+        left, right = entering.permute(1, 2, 3, 0), y.permute(1, 2, 0, 3)
+        gamma.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
+    elif fan_in == 1:
+        gamma.add_((entering * y).sum(0)[..., None])
+    else:
+        by_head = (a.unflatten(-1, (-1, fan_in)) for a in (entering, y))
+        gamma.add_(torch.einsum("cbkhi,cbkhj->bkhij", *by_head).flatten(2, 3))

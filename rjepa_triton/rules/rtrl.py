@@ -1,0 +1,198 @@
+"""Exact real-time recurrent learning (Williams & Zipser 1989; paper, eq. 15), head by head.
+
+    γ(t) = J(t) γ(t-1) + R(t)        γ ∈ R^{SN × P}, P the number of weights
+
+J is the layer's full recurrent Jacobian and R the immediate term, R[(ν, i), (k, i, j)] = φ^{ν,k}_i y^k_j. With
+recurrent weights that join units within H heads of b = N/H alone (`weights.py`), J is block-diagonal and a weight
+of unit i meets the states of i's head alone. So γ takes S·b·B·Σ_k N·M_k numbers, and a step
+2·B·(S·b)²·Σ_k N·M_k FLOP. For K dense matrices (H = 1, b = M = N) that is S·K·B·N³ numbers and 2·S²·K·B·N⁴
+FLOP (32·B·N⁴ for RGC); for recurrent blocks of b = M = √N it is S·K·B·N² numbers, as many as Γ of dense ones.
+The gradient is exact for any two-point cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..cells import weights as weight_ops
+from ..cells.two_point import Linearization, Matrix, state_read
+from . import rfp
+
+# γ is multiplied in as many pieces, where it has several heads or rows: what is left over of the second buffer.
+PIECES = 8
+
+
+def rows_at_once(blocks: int) -> int:
+    """How many of γ's B·H = `blocks` blocks are multiplied at once, and so the blocks of the second buffer."""
+    return -(-blocks // PIECES)
+
+
+def joint_heads(weights: Sequence[Tensor], units: int) -> int:
+    """H: the finest division of the units that all recurrent weights keep to. N if there are none."""
+    return min((weight_ops.heads_of(weight) for weight in weights), default=units)
+
+
+def jacobian(
+    lin: Linearization, t: int, matrices: Sequence[Matrix], weights: Sequence[Tensor], heads: int = 1
+) -> Tensor:
+    """J(t) (B, H, S·b, S·b) = ∂c(t)/∂c(t-1) of each head, zero for rows reset at t.
+
+    matrices and weights: the recurrent ones.
+    """
+    count, _, batch, units = lin.before.shape
+    size = units // heads
+    out = lin.before.new_zeros(batch, heads, count, size, count, size)
+    for source, entries in enumerate(lin.partials.own):
+        for nu, own in entries.items():
+            diagonal = out[:, :, nu, :, source].diagonal(dim1=2, dim2=3)
+            diagonal.add_(own[t].unflatten(-1, (heads, size)))
+    for matrix, weight in zip(matrices, weights, strict=True):
+        for nu, phi in lin.immediate(matrix).items():
+            block = out[:, :, nu, :, state_read(matrix)]
+            by_head = phi[t].unflatten(-1, (heads, size))
+            if weight.dim() == 1:
+                block.diagonal(dim1=2, dim2=3).addcmul_(by_head, weight.view(heads, size))
+            else:
+                block.addcmul_(by_head[..., None], weight.view(heads, size, size))
+    if lin.resets is not None:
+        out.masked_fill_(lin.resets[t].view(-1, *(1,) * 5), 0)
+    return out.flatten(4).flatten(2, 3)
+
+
+class ExactSensitivity:
+    """γ, zero at first, advanced one step at a time.
+
+    matrices, weights: all whose gradient is wanted; those that read a state are the recurrent ones, and make
+    J. states S, batch B. γ of the matrices of one shape lies together, (B, H, S, b, K, b, M). A product can't be
+    made in place, so each has a second buffer: of γ's size if there is one head of one row, else of an eighth.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Matrix], weights: Sequence[Tensor], states: int, batch: int
+    ) -> None:
+        self.states = states
+        self.recurrent = [i for i, matrix in enumerate(matrices) if isinstance(matrix.reads, int)]
+        self.matrices = list(matrices)
+        first = weights[0]
+        self.units = first.shape[0] if first.dim() < 3 else first.shape[0] * first.shape[1]
+        self.heads = joint_heads([weights[i] for i in self.recurrent], self.units)
+        size = self.units // self.heads
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, weight in enumerate(weights):
+            by_shape.setdefault(tuple(weight.shape), []).append(i)
+        self.groups = list(by_shape.items())
+        self.gammas = [
+            first.new_zeros(
+                batch, self.heads, states, size, len(indices), size, weight_ops.fan_in(weights[indices[0]])
+            )
+            for _, indices in self.groups
+        ]
+        blocks = batch * self.heads
+        self._at_once = rows_at_once(blocks)
+        self._spare = [
+            torch.empty_like(gamma) if blocks == 1 else torch.empty_like(_rows(gamma)[: self._at_once])
+            for gamma in self.gammas
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of γ itself, without the second buffers."""
+        return sum(gamma.nbytes for gamma in self.gammas)
+
+    @property
+    def spare_nbytes(self) -> int:
+        """Bytes of the second buffers."""
+        return sum(spare.nbytes for spare in self._spare)
+
+    def multiply_(self, group: int, step: Tensor) -> None:
+        """γ ← J γ for one group; step (B, H, S·b, S·b) is J."""
+        step = step.flatten(0, 1)
+        gamma, spare = self.gammas[group], self._spare[group]
+        if len(step) == 1:
+            torch.bmm(step, _rows(gamma), out=_rows(spare))
+            self.gammas[group], self._spare[group] = spare, gamma
+            return
+        rows = _rows(gamma)
+        for start in range(0, len(step), self._at_once):
+            piece = slice(start, start + self._at_once)
+            made = spare[: len(rows[piece])]
+            torch.bmm(step[piece], rows[piece], out=made)
+            rows[piece].copy_(made)
+
+    def step_(
+        self, lin: Linearization, t: int, weights: Sequence[Tensor], inputs: Tensor | None = None
+    ) -> None:
+        """γ ← J γ + R at step t of `lin`. weights: the recurrent ones; inputs (T, B, I) or None. Mutates γ."""
+        step = self.jacobian(lin, t, weights)
+        for group in range(len(self.groups)):
+            self.advance_(group, step, lin, t, inputs)
+
+    def jacobian(self, lin: Linearization, t: int, weights: Sequence[Tensor]) -> Tensor:
+        """J(t) (B, H, S·b, S·b)."""
+        recurrent = [self.matrices[i] for i in self.recurrent]
+        return jacobian(lin, t, recurrent, weights, self.heads)
+
+    def advance_(self, group: int, step: Tensor, lin: Linearization, t: int, inputs: Tensor | None) -> None:
+        """`step_` of one group; step (B, H, S·b, S·b) is J."""
+        self.multiply_(group, step)
+        self.enter_(group, lin, t, inputs)
+
+    def enter_(self, group: int, lin: Linearization, t: int, inputs: Tensor | None) -> None:
+        """γ ← γ + R for one group."""
+        new = self.gammas[group]
+        for k, index in enumerate(self.groups[group][1]):
+            matrix = self.matrices[index]
+            y = self._read(rfp.signal(matrix, lin.before, inputs)[t], new.shape[-1])
+            for nu, phi in lin.immediate(matrix).items():
+                own = new[:, :, nu, :, k].diagonal(dim1=2, dim2=3)  # (B, H, M, b): unit i against row i
+                own.addcmul_(self._by_head(phi[t])[:, :, None], y)
+
+    def _by_head(self, per_unit: Tensor) -> Tensor:
+        """(B, N) → (B, H, b)."""
+        return per_unit.unflatten(-1, (self.heads, -1))
+
+    def _read(self, y: Tensor, fan_in: int) -> Tensor:
+        """y (B, Y), Y as in `rfp.rows_read`, against a matrix's own rows (B, H, M, b)."""
+        if y.shape[-1] == fan_in:
+            return y[:, None, :, None]
+        return self._by_head(y)[:, :, None] if fan_in == 1 else self._by_head(y)[..., None]
+
+    def read(self, delta: Tensor) -> list[Tensor]:
+        """Σ_b δ · γ for each weight, of its shape. delta (S, B, N)."""
+        return self.by_matrix([self.read_group(group, delta) for group in range(len(self.groups))])
+
+    def read_group(self, group: int, delta: Tensor) -> Tensor:
+        """Σ_b δ · γ of one group, (H, K, b, M)."""
+        gamma, batch = self.gammas[group], delta.shape[1]
+        by_head = delta.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3).reshape(batch * self.heads, 1, -1)
+        return torch.bmm(by_head, _rows(gamma)).view(batch, self.heads, *gamma.shape[4:]).sum(0)
+
+    def by_matrix(self, totals: Sequence[Tensor]) -> list[Tensor]:
+        """The groups' (H, K, b, M) as one gradient a weight, of its shape."""
+        found: dict[int, Tensor] = {}
+        for (shape, indices), total in zip(self.groups, totals, strict=True):
+            for k, index in enumerate(indices):
+                found[index] = total[:, k].reshape(shape)
+        return [found[index] for index in sorted(found)]
+
+
+def _rows(gamma: Tensor) -> Tensor:
+    """γ (B, H, S, b, K, b, M) as (B·H, S·b, K·b·M)."""
+    return gamma.flatten(4).flatten(2, 3).flatten(0, 1)
+
+
+def weight_gradients(
+    lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor], delta: Tensor
+) -> list[Tensor]:
+    """Exact gradients of the recurrent weights over a whole sequence, forward in time. delta (S, T, B, N)."""
+    count, steps, batch, _ = delta.shape
+    sensitivity = ExactSensitivity(matrices, weights, count, batch)
+    total = [torch.zeros_like(w) for w in weights]
+    for t in range(steps):
+        sensitivity.step_(lin, t, weights)
+        for sum_, part in zip(total, sensitivity.read(delta[:, t]), strict=True):
+            sum_.add_(part)
+    return total

@@ -1,0 +1,623 @@
+"""Loops compiled for the CPU: what torch's give, and how the library is built, found and done without."""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from rjepa_triton import RGC, RNN, OnlineLearner
+from rjepa_triton.backends import dispatch as ops
+from rjepa_triton.backends.native import calls as _native
+from rjepa_triton.cells.builtin import ElmanCell, GRUCell, LeakyCell, LSTMCell, RGCCell
+from rjepa_triton.cells.two_point import Cell, Trajectory
+from rjepa_triton.layers import parallel
+from rjepa_triton.layers.functional import rgc
+from rjepa_triton.online import counting
+from rjepa_triton.planning import cost
+from rjepa_triton.rules import bptt, rfp
+
+F32, F64 = torch.float32, torch.float64
+CELL = RGCCell()
+
+pytestmark = pytest.mark.skipif(_native.compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def found_again() -> Iterator[None]:
+    """The library is looked for anew, now and after the test."""
+    _native.library.cache_clear()
+    yield
+    _native.library.cache_clear()
+
+
+def sizes() -> list[tuple[int, int, int]]:
+    """T, B, N."""
+    return [(1, 1, 1), (1, 3, 65), (5, 1, 1), (6, 3, 63), (6, 1, 64), (7, 4, 65), (3, 9, 16), (4, 2, 200)]
+
+
+def given(steps: int, batch: int, units: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    weights = [torch.randn(units, units) / units**0.5 for _ in range(4)]
+    return torch.randn(1, steps, batch, units), weights, [torch.randn(batch, units) for _ in range(2)]
+
+
+@pytest.mark.parametrize(("sigmoid", "most"), [(False, 2), (True, 4)])
+def test_tanh_and_sigmoid_are_within_ulps_over_the_whole_range(sigmoid: bool, most: int) -> None:
+    some = torch.cat([torch.linspace(-12, 12, 400_001), torch.logspace(-44, 38, 200_001)])
+    if sigmoid:
+        some = torch.cat([some, torch.linspace(-86, 12, 200_001)])
+    found, exact = some.clone(), some.double().sigmoid() if sigmoid else some.double().tanh()
+    assert _native.activate_(found, sigmoid=sigmoid)
+    ulp = (torch.nextafter(exact.float().abs(), torch.tensor(2.0)) - exact.float().abs()).double()
+    assert float(((found.double() - exact).abs() / ulp).max()) < most
+    assert float(found.abs().max()) == 1
+
+
+def test_tanh_and_sigmoid_of_what_is_no_ordinary_number() -> None:
+    odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-45, 3e38, -3e38])
+    found = odd.clone()
+    _native.activate_(found)
+    torch.testing.assert_close(found, odd.tanh(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit()[1:], odd.signbit()[1:])
+    found = odd.clone()
+    _native.activate_(found, sigmoid=True)
+    torch.testing.assert_close(found, odd.sigmoid(), rtol=0, atol=1e-37, equal_nan=True)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize(("steps", "batch", "units"), sizes())
+def test_the_forward_loop_is_torchs(steps: int, batch: int, units: int, reset: bool) -> None:
+    x, weights, state = given(steps, batch, units)
+    resets = torch.rand(steps, batch) < 0.4 if reset else None
+    found = _native.rgc_scan(x[0], weights, state, resets)
+    assert found is not None
+    exact = CELL.scan(x.double(), [w.double() for w in weights], [s.double() for s in state], resets)
+    ours, theirs = found, CELL.scan(x, weights, state, resets)
+    for got, one, want in zip(ours, (theirs.states, theirs.saved), (exact.states, exact.saved), strict=True):
+        assert got.shape == one.shape
+        assert got.stride() == one.stride()
+        scale = float(want.abs().max())
+        error, torchs = float((got - want).abs().max()) / scale, float((one - want).abs().max()) / scale
+        assert error <= max(3 * torchs, 1e-6)
+
+
+def test_strides_don_t_matter() -> None:
+    x, weights, state = given(6, 3, 10)
+    resets = torch.rand(6, 3) < 0.4
+    want = ops.scan(CELL, x, weights, state, resets, backend="compile")
+    turned = [
+        x.transpose(1, 3).contiguous().transpose(1, 3),
+        [w.t().contiguous().t() for w in weights],
+        [s.repeat(1, 2)[:, ::2] if i else s.t().contiguous().t() for i, s in enumerate(state)],
+        resets.t().contiguous().t(),
+    ]
+    turned[2][1] = torch.stack([state[1], state[1]], -1)[..., 0]
+    got = ops.scan(CELL, *turned, backend="compile")
+    torch.testing.assert_close([got.states, got.saved], [want.states, want.saved], rtol=0, atol=0)
+    assert ops.scan(CELL, x, weights, state, resets, backend="compile", keep=False).saved.shape == (0,)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_goes_where_torch_has_it_go(value: float) -> None:
+    x, weights, state = given(5, 3, 20)
+    x[0, 1, 0, 4] = value
+    resets = torch.zeros(5, 3, dtype=torch.bool)
+    resets[3, 0] = True  # forgotten here
+    got, want = (ops.scan(CELL, x, weights, state, resets, backend=b) for b in ("compile", "torch"))
+    torch.testing.assert_close(got.states, want.states, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(got.saved, want.saved, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert got.states[:, 4:].isfinite().all()
+
+
+CELLS: dict[str, Cell] = {
+    "tanh": ElmanCell(),
+    "relu": ElmanCell("relu"),
+    "lstm": LSTMCell(),
+    "gru": GRUCell(),
+    "gru without its bias": GRUCell(bias=False),
+}
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(("steps", "batch", "units"), sizes())
+def test_other_cells(name: str, steps: int, batch: int, units: int, reset: bool) -> None:
+    """Their loop and their linearisation, as float64 has them."""
+    cell = CELLS[name]
+    x = torch.randn(len(cell.per_unit), steps, batch, units)
+    weights = [torch.randn(units, units) / units**0.5 for _ in cell.matrices]
+    state = [torch.randn(batch, units) for _ in cell.states]
+    resets = torch.rand(steps, batch) < 0.4 if reset else None
+    got = ops.scan(cell, x, weights, state, resets, backend="compile")
+    want = cell.scan(x.double(), [w.double() for w in weights], [s.double() for s in state], resets)
+    for ours, exact, like in zip(
+        (got.states, got.saved),
+        (want.states, want.saved),
+        (cell.scan(x, weights, state, resets).states, cell.scan(x, weights, state, resets).saved),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=3e-6)
+        assert ours.stride() == like.stride()
+    lin, m = ops.linearize(cell, got, weights, backend="compile")
+    exact_lin, exact_m = ops.linearize(cell, want, [w.double() for w in weights])
+    torch.testing.assert_close(m.double(), exact_m, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(
+        lin.partials.__dict__.values(), exact_lin.partials.__dict__.values(), strict=True
+    ):
+        double = [{nu: value.double() for nu, value in by.items()} for by in ours]
+        torch.testing.assert_close(double, list(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("name", ["rgc", *CELLS])
+@pytest.mark.parametrize(
+    ("steps", "batch", "units"), [(16, 1, 1), (20, 1, 33), (7, 5, 64), (16, 3, 65), (3, 9, 200)]
+)
+def test_exact_credits(
+    name: str, steps: int, batch: int, units: int, reset: bool, carried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one thread and by two, as float64 has them of the same states."""
+    cell = CELLS.get(name, CELL)
+    weights = [0.5 * torch.randn(units, units) / units**0.5 for _ in cell.matrices]
+    state = [torch.randn(batch, units) for _ in cell.states]
+    resets = torch.rand(steps, batch) < 0.2 if reset else None
+    ran = cell.scan(torch.randn(len(cell.per_unit), steps, batch, units), weights, state, resets)
+    exact = Trajectory(ran.x.double(), ran.states.double(), ran.saved.double(), resets)
+    delta = torch.randn(len(state), steps, batch, units)
+    carry = torch.randn(len(state), batch, units) if carried else None
+    want = bptt.credits(
+        cell.linearize(exact),
+        cell.matrices,
+        [w.double() for w in weights],
+        delta.double(),
+        None if carry is None else carry.double(),
+    )
+    lin = cell.linearize(ran)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        got = ops.exact_credits(cell, lin, weights, delta, carry, backend="compile")
+        for ours, theirs in zip(got, want, strict=True):
+            scale = float(want[0].abs().max())
+            torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6 * scale)
+
+
+def ran(
+    cell: Cell, steps: int, batch: int, units: int, shape: str, reset: bool
+) -> tuple[Trajectory, list[Tensor]]:
+    """A trajectory of a cell, and the weights that it ran with."""
+    heads = next(h for h in (3, 2, 1) if units % h == 0)
+    size = {"dense": (units, units), "heads": (heads, units // heads, units // heads), "diagonal": (units,)}
+    weights = [0.5 * torch.randn(size[shape]) for _ in cell.matrices]
+    weights = [w / w.shape[-1] ** 0.5 if w.dim() > 1 else w for w in weights]
+    x = torch.randn(len(cell.per_unit), steps, batch, units)
+    resets = torch.rand(steps, batch) < 0.2 if reset else None
+    return cell.scan(x, weights, [torch.randn(batch, units) for _ in cell.states], resets), weights
+
+
+def assert_dual(
+    cell: Cell, trajectory: Trajectory, weights: list[Tensor], delta: Tensor, carry: Tensor | None = None
+) -> list[Tensor]:
+    """That one pass gives what float64 gives of the same trajectory; what it gives, flat."""
+    inputs, exact = len(cell.per_unit), [w.double() for w in weights]
+    arrays = (a.double() for a in (trajectory.x, trajectory.states, trajectory.saved))
+    double = Trajectory(*arrays, trajectory.resets)
+    last = None if carry is None else carry.double()
+    given = delta.double(), cell.matrices, inputs, "rfp", last
+    entering, *rest = ops.dual_of(cell, double, exact, *given)
+    want = [*entering, *rest]
+    made = _native.dual(cell, trajectory, ops._own(weights), delta, carry)
+    assert made is not None
+    entering, *rest = made
+    got = [*entering, *rest]
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.shape == theirs.shape
+        scale = max(1.0, float(theirs.abs().max()))
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6 * scale)
+    by_weight = [
+        rfp.outer_products(t.before, cell.matrices, w, e)
+        for t, w, e in ((trajectory, weights, made[0]), (double, exact, iter(want[: len(exact)])))
+    ]
+    for ours, theirs in zip(*by_weight, strict=True):
+        assert ours.shape == theirs.shape
+        scale = max(1.0, float(theirs.abs().max()))
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5 * scale)
+    return [*got, *by_weight[0]]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is taken is full of NaN."""
+    take = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: take(*a, **k).fill_(math.nan))
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("name", ["rgc", *CELLS])
+@pytest.mark.parametrize(
+    ("steps", "batch", "units", "shape"),
+    [
+        (1, 1, 1, "dense"),
+        (5, 3, 63, "dense"),
+        (6, 2, 127, "heads"),
+        (7, 5, 64, "diagonal"),
+        (9, 1, 66, "heads"),
+        (1, 300, 15, "dense"),
+    ],
+)
+def test_the_dual_form_in_one_pass(
+    name: str, steps: int, batch: int, units: int, shape: str, reset: bool, carried: bool, poisoned: None
+) -> None:
+    cell = CELLS.get(name, CELL)
+    trajectory, weights = ran(cell, steps, batch, units, shape, reset)
+    delta = torch.randn_like(trajectory.after)
+    carry = torch.randn(len(delta), batch, units) if carried else None
+    found = [assert_dual(cell, trajectory, weights, delta, carry) for _ in range(2)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["rgc", *CELLS])
+def test_the_dual_form_by_threads_and_strides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough rows and units that threads share them, and that one takes them in more than one go."""
+    cell = CELLS.get(name, CELL)
+    trajectory, weights = ran(cell, 8, 17, 260, "dense", True)
+    delta = torch.randn_like(trajectory.after)
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        found.append(assert_dual(cell, trajectory, weights, delta))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    turned = [
+        a.transpose(-1, 1).contiguous().transpose(-1, 1)
+        for a in (trajectory.x, trajectory.states, trajectory.saved, delta)
+    ]
+    assert trajectory.resets is not None
+    resets = trajectory.resets.t().contiguous().t()
+    other = [w.t().contiguous().t() for w in weights]
+    again = assert_dual(
+        cell, Trajectory(*turned[:3], resets), other, turned[3], torch.zeros(2, 17, 520)[: len(delta), :, ::2]
+    )
+    torch.testing.assert_close(again, found[0], rtol=0, atol=0)
+    # of one state alone
+    apart = [delta[0], *[None] * (len(delta) - 1)]
+    made = _native.dual(cell, trajectory, weights, apart)
+    assert made is not None
+    want = assert_dual(cell, trajectory, weights, torch.stack([delta[0], *(0 * delta[1:])]))
+    torch.testing.assert_close([*made[0], *made[1:]], want[: -len(weights)], rtol=0, atol=0)
+    # δ of a sum, the batch first, and a window of steps
+    batch_first = trajectory.x.transpose(1, 2).contiguous().transpose(1, 2)
+    of_sum = torch.ones(()).expand(delta.shape)
+    first = Trajectory(batch_first, trajectory.states, trajectory.saved, trajectory.resets)
+    assert_dual(cell, first.window(2, 7), weights, of_sum[:, 2:7])
+
+
+@pytest.mark.parametrize("name", ["rgc", *CELLS])
+def test_what_is_not_finite_passes_no_reset_backward(name: str) -> None:
+    cell = CELLS.get(name, CELL)
+    trajectory, weights = ran(cell, 6, 2, 20, "dense", False)
+    resets = torch.zeros(6, 2, dtype=torch.bool)
+    resets[3, 0] = True
+    delta = torch.randn_like(trajectory.after)
+    delta[:, 4, 0, 7] = math.nan
+    made = _native.dual(
+        cell, Trajectory(trajectory.x, trajectory.states, trajectory.saved, resets), weights, delta
+    )
+    assert made is not None
+    for entering in (*made[0], *made[1]):
+        lost = ~entering.isfinite()
+        assert lost[3:5, 0, 7].all()
+        assert lost.sum() == 2
+    assert made[2].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", ["dense", "heads", "diagonal"])
+def test_the_dual_forms_gradient_is_the_oracles(shape: str) -> None:
+    """Of all leaves, against autograd of the graph that RFP is exact of; gradients don't share what they are."""
+    x, weights, state, ds, dm = oracle.problem(9, 2, 18)
+    size = {"dense": (18, 18), "heads": (3, 6, 6), "diagonal": (18,)}[shape]
+    weights = [(0.2 * torch.randn(size, dtype=F64)).requires_grad_() for _ in weights]
+    resets = torch.rand(9, 2) < 0.3
+    s, m = oracle.rgc(x, weights, state, resets, through="own")
+    want = torch.autograd.grad((s * ds + m * dm).sum(), [x, *weights, *state])
+    leaves = [t.detach().to(F32).requires_grad_() for t in (x, *weights, *state)]
+    for _ in range(2):  # gradients are added to those that are there
+        s, m = rgc(leaves[0], *leaves[1:5], tuple(leaves[5:]), resets=resets, backend="compile")
+        (s * ds.to(F32) + m * dm.to(F32)).sum().backward()
+    got = [leaf.grad.clone() for leaf in leaves]
+    assert oracle.relative([g.double() / 2 for g in got], want) < 1e-5
+    for leaf, was in zip(leaves, got, strict=True):
+        leaf.grad.mul_(3)
+        torch.testing.assert_close(leaf.grad, 3 * was)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], [3 * g for g in got])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_other_cells_by_threads_strides_and_what_is_not_finite(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, units = CELLS[name], 260
+    x = torch.randn(3, 6, units, len(cell.per_unit)).movedim(-1, 0)  # its units apart
+    x[0, 1, 2, 7] = math.nan
+    x[-1, 0, 1, 9] = math.inf
+    resets = torch.zeros(3, 6, dtype=torch.bool)
+    resets[2, 2] = True
+    weights = [torch.randn(units, units).t() / units**0.5 for _ in cell.matrices]
+    state = [torch.randn(6, units) for _ in cell.states]
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        made = ops.scan(cell, x, weights, state, resets, backend="compile")
+        found.append([made.states, made.saved, ops.linearize(cell, made, weights, backend="compile")[1]])
+    monkeypatch.undo()
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+    want = cell.scan(x, weights, state, resets)
+    m = ops.linearize(cell, want, weights)[1]
+    torch.testing.assert_close(found[0], [want.states, want.saved, m], rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert found[0][0][:, 3, 2].isfinite().all()  # what came before is forgotten there
+
+
+def test_a_cell_of_ones_own_is_torchs() -> None:
+    class Squared(LSTMCell):
+        def update(self, *given: Any) -> tuple[Tensor, ...]:
+            return tuple(value.square() for value in super().update(*given))
+
+    weights = [torch.randn(5, 5) for _ in range(4)]
+    assert ops.compiled_loop(LSTMCell(), weights, 9, 1)
+    assert ops.compiled_partials(LSTMCell())
+    assert not ops.compiled_loop(Squared(), weights, 9, 1)
+    assert not ops.compiled_partials(Squared())
+
+
+@pytest.mark.parametrize("packed_from", [1, 1 << 30])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_forward_loop_by_weights_packed_or_not_and_by_threads(
+    packed_from: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "PACKED_FROM", packed_from)
+    x, weights, state = given(3, 6, 210)  # so much that threads share a step
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = _native.rgc_scan(x[0], weights, state, None)
+    assert found is not None
+    want = CELL.scan(x.double(), [w.double() for w in weights], [s.double() for s in state])
+    torch.testing.assert_close(found[0].double(), want.states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), want.saved, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("shape", ["dense", "heads", "diagonal"])
+@pytest.mark.parametrize(("steps", "batch", "units"), [(1, 1, 2), (5, 3, 66), (40, 9, 100)])
+def test_the_linearisation_is_torchs(steps: int, batch: int, units: int, shape: str, reset: bool) -> None:
+    x, weights, state = given(steps, batch, units)
+    if shape != "dense":
+        weights = [torch.randn((units,) if shape == "diagonal" else (2, units // 2, units // 2))] * 4
+    resets = torch.rand(steps, batch) < 0.4 if reset else None
+    trajectory = CELL.scan(x, weights, state, resets)
+    found = [ops.linearize(CELL, trajectory, weights, backend=backend) for backend in ("compile", "torch")]
+    (lin, m), (want, want_m) = found
+    torch.testing.assert_close(m, want_m, rtol=1e-5, atol=1e-6)
+    for got, wanted in zip(lin.partials.__dict__.values(), want.partials.__dict__.values(), strict=True):
+        torch.testing.assert_close(list(got), list(wanted), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lin.before, want.before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("states", [1, 2, 3])
+@pytest.mark.parametrize(("steps", "batch", "units"), sizes())
+def test_the_reverse_scan_is_torchs(states: int, steps: int, batch: int, units: int) -> None:
+    m, delta = torch.randn(states, states, steps, batch, units) / 2, torch.randn(states, steps, batch, units)
+    apart = m.movedim(2, 0).contiguous().movedim(0, 2), delta.movedim(1, 0).contiguous().movedim(0, 1)
+    for carry in (None, torch.randn(states, batch, units)):
+        exact = rfp.reverse_scan(m.double(), delta.double(), None if carry is None else carry.double())
+        for one, other in ((m, delta), apart):
+            got = ops.reverse_scan(one, other, carry, backend="compile")
+            for a, b in zip(got, exact, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("learning", ["rfp", "bptt"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("refine", [0, 2])
+def test_the_layers_gradient(learning: str, recompute: bool, refine: int) -> None:
+    if learning == "bptt" and refine:
+        pytest.skip("there is nothing to refine")
+    x, weights, state, ds, dm = oracle.problem(7, 3, 17, dtype=F64)
+    resets = torch.rand(7, 3) < 0.3
+    found = []
+    for dtype, backend in ((F64, "torch"), (F32, "compile")):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *weights, *state)]
+        s, m = rgc(
+            leaves[0],
+            *leaves[1:5],
+            tuple(leaves[5:]),
+            resets=resets,
+            learning=learning,
+            refine=refine,
+            recompute=recompute,
+            backend=backend,
+        )
+        found.append(torch.autograd.grad((s * ds.to(dtype) + m * dm.to(dtype)).sum(), leaves))
+    assert oracle.relative([g.double() for g in found[1]], found[0]) < 1e-5
+
+
+def test_auto_takes_them_and_torch_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = RGC(8), torch.randn(5, 2, 8)
+    learner = OnlineLearner(layer, 2, update_every=4, form="chunk")
+    stepping = OnlineLearner(layer, 2, form="step")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch's loop ran")
+
+    monkeypatch.setattr(RGCCell, "scan", refuse)
+    monkeypatch.setattr(rfp, "reverse_scan", refuse)
+    monkeypatch.setattr(bptt, "credits", refuse)
+    layer(x)[0].sum().backward()
+    learner.chunk(x[:4]).sum().backward()
+    stepping.step(x[0]).sum().backward()
+    RGC(8, learning="bptt")(torch.randn(8, 2, 8))[0].sum().backward()
+    with pytest.raises(AssertionError, match="torch's loop ran"):
+        rgc(x, *layer.weights(), backend="torch")
+
+
+def test_the_model_of_cost_knows_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(units: int, dtype: torch.dtype = F32, gpu: bool = False, batch: int = 1) -> cost.Problem:
+        return counting.problem(RGC(units, device="meta", dtype=dtype), batch, dtype, gpu=gpu)
+
+    def forward(units: int) -> float:
+        weights = [torch.empty(units, units, device="meta")] * 4
+        return parallel.forward_problem(CELL, weights, (50, 1, units), F32, False, True).sequential().calls
+
+    def compiled(problem: cost.Problem) -> tuple[bool, ...]:
+        return problem.loop, problem.one_step, problem.partials, problem.reverse
+
+    small = told(64)
+    assert compiled(small) == (True, True, True, True)
+    assert compiled(told(64, batch=16)) == (True, True, True, True)
+    assert compiled(told(256, batch=16)) == (True, False, True, True)
+    assert compiled(told(4096, batch=16)) == (False, False, True, False)
+    assert not any(compiled(told(64, F64)))
+    # on a GPU a step of few rows and the linearisation are launches of an RGC's own kernels, loops are calls
+    assert compiled(told(64, gpu=True)) == (False, True, True, False)
+    assert compiled(told(64, gpu=True, batch=16)) == (False, False, True, False)
+    assert not any(compiled(told(64, F64, gpu=True)))
+    assert forward(64) == cost.COMPILED_LOOP.calls
+    assert forward(4096) == 6 * 50
+    assert small.linearize(50).calls == cost.COMPILED_LINEARIZE.calls
+    assert small.credit(50).calls == cost.COMPILED_REVERSE.calls
+    assert told(64, gpu=True).credit(50).calls > 100
+    calls = [cost.loop_phase(one, 16).work.calls for one in (small, told(64, gpu=True))]
+    assert calls[0] < calls[1] / 10
+    monkeypatch.setattr(ops, "cpp_compiler", lambda: None)
+    assert not any(compiled(told(64)))
+
+
+def test_limits() -> None:
+    def dense(units: int) -> list[Tensor]:
+        return [torch.empty(units, units, device="meta")] * 4
+
+    assert ops.compiled_loop(CELL, dense(2048), 50, 128)
+    assert not ops.compiled_loop(CELL, dense(2049), 50, 1)
+    assert not ops.compiled_loop(CELL, dense(256), 50, 129)
+    # of a few steps
+    assert ops.compiled_loop(CELL, dense(2048), 1, 8)
+    assert not ops.compiled_loop(CELL, dense(129), 1, 9)
+    assert ops.compiled_loop(CELL, dense(128), 1, 9)
+    assert ops.compiled_loop(CELL, dense(129), 4, 9)
+    assert not ops.compiled_loop(CELL, [torch.empty(8)] * 4, 50, 1)
+    assert ops.compiled_loop(LSTMCell(), dense(8), 50, 1)
+    assert not ops.compiled_loop(LeakyCell(0.5), dense(8)[:1], 50, 1)
+    m, delta = torch.randn(1, 1, 2, 3, 1 << 13), torch.randn(1, 2, 3, 1 << 13)
+    assert not ops.compiled_reverse(m[0, 0, 0].numel())
+    torch.testing.assert_close(ops.reverse_scan(m, delta, backend="compile"), rfp.reverse_scan(m, delta))
+
+
+@pytest.mark.parametrize("layer", [RGC(6), RNN(6, 6)], ids=lambda layer: type(layer).__name__)
+def test_under_torch_compile_with_a_full_graph(layer: Any) -> None:
+    x = torch.randn(5, 2, 6)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (compiled, layer):
+        layer.zero_grad()
+        run(x)[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_layer_that_ran_is_copied_and_pickled() -> None:
+    layer, x = RGC(6), torch.randn(3, 1, 6)
+    want = layer(x)[0]
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(other(x)[0], want, rtol=0, atol=0)
+
+
+def _made(_: int) -> list[float]:
+    torch.manual_seed(0)
+    x, weights, state = given(4, 1, 5)
+    return ops.scan(CELL, x, weights, state, backend="compile").states.flatten().tolist()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_in_other_processes(method: str) -> None:
+    want = _made(0)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(_made, range(2)) == [want] * 2
+
+
+def test_the_library_is_kept_and_found_by_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_again: None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = "from rjepa_triton import _native; assert _native.library() is not None"
+    at_once = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait() for process in at_once] == [0, 0]
+    (kept,) = (tmp_path / "rjepa_triton").iterdir()  # nothing else is left
+    run, commands = subprocess.run, []
+    monkeypatch.setattr(_native.subprocess, "run", lambda c, **o: commands.append(c) or run(c, **o))
+    assert _native.library() is not None
+    assert [command[1:] for command in commands] == [["--version"]]
+    # another compiler, processor, source or flag is another library
+    monkeypatch.setattr(_native, "_processor", lambda: "another")
+    _native.library.cache_clear()
+    assert _native.library() is not None
+    assert len(list(kept.parent.iterdir())) == 2
+
+
+def test_a_cache_that_can_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_again: None
+) -> None:
+    (tmp_path / "rjepa_triton").write_text("a file where the folder would be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _native.library() is not None
+
+
+@pytest.mark.parametrize("broken", ["source", "compiler", "library"])
+def test_what_can_not_be_built_gives_way_to_torch_with_one_warning(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_again: None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if broken == "source":
+        monkeypatch.setattr(_native, "SOURCES", tmp_path)
+        (tmp_path / "loops.cpp").write_text("not C++")
+    else:
+        false = tmp_path / "cc"
+        false.write_text(
+            "#!/bin/sh\nexit 1\n"
+            if broken == "compiler"
+            else '#!/bin/sh\nfor a; do [ "$b" = -o ] && echo text > "$a"; b=$a; done\nexit 0\n'
+        )
+        os.chmod(false, 0o755)
+        monkeypatch.setattr(_native, "compiler", lambda: str(false))
+    x, weights, state = given(4, 1, 5)
+    says = {"source": "error", "compiler": "exit status 1", "library": "too short"}[broken]
+    with pytest.warns(
+        UserWarning, match=f"(?s)can't be built by .* torch runs in its place from now on.*{says}"
+    ):
+        got = ops.scan(CELL, x, weights, state, backend="compile")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = ops.scan(CELL, x, weights, state, backend="compile")
+    want = CELL.scan(x, weights, state)
+    torch.testing.assert_close([got.states, again.saved], [want.states, want.saved], rtol=0, atol=0)
+    assert not list(tmp_path.glob("rjepa_triton/*"))  # nothing that a later process would find
+
+
+def test_without_a_compiler_torch_runs_and_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, found_again: None
+) -> None:
+    monkeypatch.setattr(_native, "compiler", lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RGC(5)(torch.randn(3, 1, 5))[0].sum().backward()
+    assert _native.library() is None

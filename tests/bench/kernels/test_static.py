@@ -1,0 +1,410 @@
+"""Every kernel, at every tile its launcher can pick, compiled for four GPUs: is the machine code what it should be?
+
+A GPU that isn't here can't time a kernel, but its compiler says whether registers were spilled, whether Γ goes
+through 128-bit accesses, and whether matrix products run on tensor cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from rjepa_triton.bench.kernels.static import (
+    SHARED_LIMIT,
+    TARGETS,
+    WARP,
+    Build,
+    Facts,
+    chunk_build,
+    compile_all,
+    cuobjdump,
+    heads_build,
+    read_build,
+    rgc_backward_build,
+    rgc_dual_build,
+    rgc_linearize_build,
+    rgc_persistent_build,
+    rgc_pointwise_build,
+    rgc_small_build,
+    rgc_step_build,
+    rtrl_build,
+    scan_build,
+    step_build,
+    suffix_build,
+)
+from rjepa_triton.kernels import (
+    gamma_chunk,
+    gamma_step,
+    rgc_forward,
+    rgc_persistent,
+    rgc_step,
+    rtrl_heads,
+    rtrl_step,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Config = gamma_step.Config | gamma_chunk.Config
+
+
+@dataclass(frozen=True)
+class Case:
+    """A build and what is asked of it.
+
+    registers    at most so many a thread on NVIDIA, where they decide how many programs share a multiprocessor
+    wide_loads   at least so many of 128 bits, and all stores of 128 bits; 0 where rows allow neither
+    tensor_core  whether there must be matrix instructions
+    rounded      whether there must be conversions to bfloat16 that round to nearest
+    """
+
+    build: Build
+    registers: int
+    wide_loads: int
+    tensor_core: bool = False
+    rounded: bool = False
+
+
+# Stores of fewer than 128 bits, by the start of a case's name, and why they are left so.
+NARROW_STORES = {
+    # A matrix product leaves four numbers in a row to a lane: 128 bits of float32, 64 of bfloat16.
+    "chunk-gfx942-64x32x32-bf16": 8,
+    # A step's four gates and two states of each unit, joined, number by number: two and one of a thread.
+    "rgc-small": 3,
+    # Eight units of a row, a number to a thread: gates and states as above.
+    "rgc-persistent": 6,
+    # What a unit and a batch row have, once: two states, as read and as made, and ten partials.
+    "rgc-step": 14,
+    # φ y goes to one row a state of each column, and a column has one gradient: number by number.
+    "rtrl-heads": 3,
+}
+
+
+def _configs(pick: Callable[..., Config], *choices: Iterable[object]) -> list[Config]:
+    """Everything `pick` can return over sizes, fan-ins and the choices."""
+    sizes = (1, 63, 64, 128, 256, 512, 1000, 4096)
+    return sorted({pick(*arguments) for arguments in itertools.product(sizes, sizes, *choices)})
+
+
+STEP_CONFIGS = {name: _configs(gamma_step.pick_config, [dtype]) for name, dtype in DTYPES.items()}
+STOCHASTIC_CONFIGS = _configs(gamma_step.pick_config, [torch.bfloat16], [True])
+CHUNK_CONFIGS = {
+    name: _configs(gamma_chunk.pick_config, (1, 31, 32, 100), [dtype], ("ieee", "tf32"))
+    for name, dtype in DTYPES.items()
+}
+RGC_SMALL_CONFIGS = {
+    warp: sorted({rgc_forward.pick_small_config(n, warp) for n in range(1, rgc_forward.MOST + 1)})
+    for warp in (32, 64)
+}
+
+# What differs in the code alone: how units are dealt out is the launch's.
+RGC_PERSISTENT_CONFIGS = {
+    warp: sorted(
+        {
+            rgc_persistent.pick_config(n, b, 132, warp)._replace(slices=1, parts=1, rows=1)
+            for n in range(1, 1025)
+            for b in (1, 2, 4, 8, 16, 1000)
+        }
+    )
+    for warp in (32, 64)
+}
+
+RGC_STEP_CONFIGS = {
+    warp: sorted({rgc_step.pick_config(n, b, warp) for n in (1, 512, 1024, 4096) for b in (1, 2, 3, 8)})
+    for warp in (32, 64)
+}
+
+RTRL_CONFIGS = sorted({rtrl_step.pick_config(n) for n in range(1, 257)})
+
+HEADS_CONFIGS = {
+    precision: sorted(
+        {
+            rtrl_heads.pick_config(rows, columns, precision)
+            for rows in range(1, 129)
+            for columns in (1, 6, 16, 1024)
+        }
+    )
+    for precision in rtrl_heads.PRECISIONS
+}
+
+# Credits alone, and what cells make of them: states, and those that each output has partials of.
+SCANS: dict[str, tuple[int, list[list[int]]]] = {
+    "S1": (1, []),
+    "S2": (2, []),
+    "rgc": (2, [[0], [0], [1], [1], [0, 1]]),
+    "lstm": (2, [[0, 1], [0, 1], [0, 1], [0]]),
+    "gru": (1, [[0], [0], [0], [0]]),
+    "many": (2, [[0, 1]] * 10),
+}
+
+
+def _cases() -> Iterator[tuple[str, Case]]:
+    """Two states on every target; what takes fewer registers, one state and less to do, on one of them.
+
+    At sizes that VECTOR divides and 16 doesn't: the least that the compiler is ever told of a wide row.
+    """
+
+    def vectors(config: Config) -> int:
+        """Loads of 128 bits that bring a batch row's tile of Γ to a thread."""
+        if config.vector == 1:
+            return 0
+        per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)
+        return states * per_thread // config.vector
+
+    for target, (precision, configs) in itertools.product(TARGETS, HEADS_CONFIGS.items()):
+        if precision == "tf32x3" and target.startswith("gfx"):
+            continue  # NVIDIA's alone
+        for config in configs:
+            # γ's rows of one product, 128 bits a load.
+            tile = config.block_k * config.block_p // (WARP[target] * config.num_warps)
+            name = f"rtrl-heads-{target}-{config.block_r}x{config.block_p}-v{config.vector}{config.vector_j}-{precision}"
+            for gradient in (True, False) if target == "sm_90" else (True,):
+                build = heads_build(target, config, precision, gradient=gradient)
+                loads = tile // 4 if config.vector == 4 else 0
+                yield name + "-gradient" * gradient, Case(build, config.registers, loads)
+    for target in TARGETS:
+        for dtype, states in itertools.product(DTYPES, (2, 1) if target == "sm_90" else (2,)):
+            rounded = dtype == "bf16" and not target.startswith("gfx")
+            for config in STEP_CONFIGS[dtype]:
+                for mode in (
+                    ("gradient", "weight", "advance") if target == "sm_90" else ("gradient", "weight")
+                ):
+                    build = step_build(target, config, dtype, states, mode)
+                    name = f"step-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}-{mode}"
+                    # Three programs of four warps; on an A100 two, whose loads under way are three times what fills
+                    # its memory's bandwidth.
+                    limit = 192 if target == "sm_80" else 168
+                    yield name, Case(build, limit, vectors(config), rounded=rounded)
+                    if config.block_m == 1:
+                        own = step_build(target, config, dtype, states, mode, own=True)
+                        yield name + "-own", Case(own, limit, vectors(config), rounded=rounded)
+                    if mode == "weight":
+                        full = step_build(target, config, dtype, states, mode, both=True)
+                        yield name + "-both", Case(full, limit, vectors(config), rounded=rounded)
+                        alone = step_build(target, config, dtype, states, mode, matrices=1)
+                        yield name + "-alone", Case(alone, limit, vectors(config), rounded=rounded)
+            for config in STOCHASTIC_CONFIGS if dtype == "bf16" else ():
+                build = step_build(target, config, dtype, states, rounding="stochastic")
+                name = f"step-{target}-{config.block_n}x{config.block_m}-stochastic-S{states}"
+                yield name, Case(build, 168, vectors(config))
+                if config.vector == 1:
+                    own = step_build(target, config, dtype, states, rounding="stochastic", own=True)
+                    yield name + "-own", Case(own, 168, 0)
+            for config in STEP_CONFIGS[dtype]:
+                build = read_build(target, config, dtype, states)
+                name = f"read-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}"
+                # Six programs of four warps.
+                yield name, Case(build, 80, vectors(config))
+            for config in CHUNK_CONFIGS[dtype]:
+                build, product = chunk_build(target, config, dtype, states), config.block_c > 1
+                tile = f"{config.block_n}x{config.block_m}x{config.block_c}"
+                # A product's operands take registers: two programs of four warps on two targets.
+                limit = 255 if product and target in ("sm_80", "sm_100") else 168
+                case = Case(build, limit, vectors(config), tensor_core=product, rounded=rounded)
+                yield f"chunk-{target}-{tile}-{dtype}-S{states}", case
+                if product and dtype == "fp32" and states == 2:
+                    # Units in a number that 4 doesn't divide: U comes number by number, Γ doesn't.
+                    odd = dataclasses.replace(build, constants={**build.constants, "VECTOR_U": 1})
+                    yield (
+                        f"chunk-{target}-{tile}-odd-units",
+                        dataclasses.replace(case, build=odd, registers=255),
+                    )
+        for states, matrices in ((2, 0), (2, 4), (2, 9), (1, 4)):
+            build = suffix_build(target, states, matrices)
+            loads = states * states + states * matrices
+            yield f"suffix-{target}-S{states}-K{matrices}", Case(build, 128, loads)
+        for (cell, (states, partials)), steps in itertools.product(SCANS.items(), (64, 4096)):
+            # The last of two launches, or the one: the steps' arrays, and what blocks of time are summarised as.
+            *summary, build = scan_build(target, states, partials, steps=steps, units=64)
+            assert len(summary) == (steps == 4096)
+            loads = (1 + len(summary)) * (states * states + states) + sum(map(len, partials))
+            by = "blocks" if summary else "one-pass"
+            yield f"reverse-scan-{target}-{cell}-{by}", Case(build, 96, loads)
+        for states in (1, 2):
+            build = scan_build(target, states, steps=4096, units=64)[0]
+            yield f"block-summary-{target}-S{states}", Case(build, 96, states * states + states)
+        for config, resets, gates in itertools.product(
+            RGC_SMALL_CONFIGS[WARP[target]], (True, False), (True, False)
+        ):
+            if config.block < 128 and not (resets and gates):
+                continue  # takes fewer registers, and far from all
+            # The weights, 128 bits a load: once for all steps, or half of them and the other half in the loop.
+            loads = 4 * config.block**2 // (WARP[target] * config.num_warps) // 4
+            build = rgc_small_build(target, config, resets=resets, gates=gates)
+            name = f"rgc-small-{target}-{config.block}{'-resets' * resets}{'-gates' * gates}"
+            yield name, Case(build, {32: 128, 64: 208, 128: 255}[config.block], loads)
+        for config, vector in itertools.product(RGC_PERSISTENT_CONFIGS[WARP[target]], (4, 1)):
+            columns, threads = config.chunks * config.lanes, WARP[target] * config.num_warps
+            # The weights, once for all steps; both states of the rows under way, if there are four for each thread.
+            loads = 4 * config.units * columns // threads // 4
+            loads += 2 * (config.tile_rows * columns // threads // 4)
+            case = Case(rgc_persistent_build(target, config, vector), 255, loads if vector == 4 else 0)
+            yield f"rgc-persistent-{target}-{columns}x{config.tile_rows}-{vector}", case
+        for config, vector in itertools.product(RGC_STEP_CONFIGS[WARP[target]], (4, 1)):
+            # Four numbers of each matrix for a thread.
+            case = Case(rgc_step_build(target, config, vector), 128, 4 if vector == 4 else 0)
+            yield f"rgc-step-{target}-{config.units}x{config.rows}-{vector}", case
+        for vector, loads in ((4, 7), (1, 0)):
+            yield f"rgc-pointwise-{target}-{vector}", Case(rgc_pointwise_build(target, vector), 64, loads)
+        for vector, last in itertools.product((4, 1), (False, True)):
+            # Gates, states, input and credits; what the step after passes, unless it is the last.
+            loads = 0 if vector == 1 else 9 if last else 11
+            build = rgc_backward_build(target, vector, last)
+            yield f"rgc-backward-{target}-{vector}{'-last' * last}", Case(build, 96, loads)
+        for vector in (4, 1):
+            # Gates, states and input, of a program each once.
+            case = Case(rgc_linearize_build(target, vector), *((64, 7) if vector == 4 else (96, 0)))
+            yield f"rgc-linearize-{target}-{vector}", case
+            for steps in (64, 4096):
+                # Nine numbers a step, as often as steps are under way; what blocks of time are summarised as, likewise;
+                # and the credit of later steps. Where each number is an access, so many addresses take registers.
+                *summary, build = rgc_dual_build(target, vector, steps=steps, units=64)
+                assert len(summary) == (steps == 4096)
+                stages = build.constants["STAGES"]
+                loads = stages * (9 + 6 * len(summary)) + 2
+                by = "blocks" if summary else "one-pass"
+                limit, of_summary = (96, 96) if vector == 4 else (192, 128)
+                yield f"rgc-dual-{target}-{by}-{vector}", Case(build, limit, loads if vector == 4 else 0)
+                for build in summary:
+                    case = Case(build, of_summary, 9 * stages if vector == 4 else 0)
+                    yield f"rgc-dual-summary-{target}-{vector}", case
+        for kernel, config in itertools.product(("jacobian", "immediate"), RTRL_CONFIGS):
+            # Tiles of four matrices.
+            per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)
+            loads = 0 if config.vector == 1 else 4 * per_thread // config.vector
+            yield (
+                f"rtrl-{kernel}-{target}-{config.vector}",
+                Case(rtrl_build(target, kernel, config), 168, loads),
+            )
+
+
+CASES = dict(_cases())
+
+# Arguments that are 1 are constants to the compiler: that other form of each kernel must compile as well.
+OF_ONE = {
+    f"{name} of one": dataclasses.replace(
+        build, constants={**build.constants, **dict.fromkeys(units, 1), "VECTOR": 1}
+    )
+    for name, build, units in [
+        ("step", step_build("sm_90", gamma_step.pick_config(1, 1, torch.float32)), ("N", "M")),
+        (
+            "step-stochastic",
+            step_build("sm_90", gamma_step.Config(2, 64, 1, 1), "bf16", rounding="stochastic"),
+            ("N", "M"),
+        ),
+        ("read", read_build("sm_90", gamma_step.pick_config(1, 1, torch.float32)), ("N", "M")),
+        ("chunk", chunk_build("sm_90", CHUNK_CONFIGS["fp32"][0]), ("N", "M")),
+        ("reverse_scan", scan_build("sm_90", 2, [[0], [0, 1], []])[0], ("BN",)),
+        ("block_summary", scan_build("sm_90", 2, steps=4096, units=1)[0], ("BN",)),
+        ("suffix", suffix_build("sm_90", 2, 2), ("BN", "N")),
+        (
+            "rgc-persistent",
+            rgc_persistent_build("sm_90", rgc_persistent.pick_config(1, 1, 132, 32), 1),
+            ("N",),
+        ),
+        ("rgc-step", rgc_step_build("sm_90", rgc_step.pick_config(1, 1, 32), 1), ("N",)),
+        ("rgc-pointwise", rgc_pointwise_build("sm_90", 1), ("N",)),
+        ("rgc-backward", rgc_backward_build("sm_90", 1), ("N",)),
+        ("rgc-linearize", rgc_linearize_build("sm_90", 1), ("N",)),
+        ("rgc-dual", rgc_dual_build("sm_90", 1)[0], ("N",)),
+        ("rgc-dual-summary", rgc_dual_build("sm_90", 1, steps=4096, units=1)[0], ("N", "BN")),
+        ("rgc-dual by blocks", rgc_dual_build("sm_90", 1, steps=4096, units=1)[1], ("N", "BN")),
+        ("rtrl-jacobian", rtrl_build("sm_90", "jacobian", rtrl_step.pick_config(1)), ("N",)),
+        ("rtrl-immediate", rtrl_build("sm_90", "immediate", rtrl_step.pick_config(1)), ("N",)),
+    ]
+}
+
+# Builds that the gate must catch, by the complaint that it is to make: one that passes all would go unnoticed.
+CONTROLS = {
+    # Rows that don't start on 16 bytes, moved as if they might not.
+    "wide loads": Case(step_build("sm_90", gamma_step.Config(8, 64, vector=1, num_warps=1)), 255, 8),
+    "narrow stores": Case(step_build("gfx942", gamma_step.Config(8, 64, vector=1, num_warps=1)), 255, 8),
+    # Four times the numbers a thread, as all four matrices of an RGC in one program would have.
+    "spills": Case(step_build("sm_90", gamma_step.Config(128, 64, vector=4, num_warps=4)), 255, 32),
+    # A warp group's product takes 64 rows: with 32 it falls back to a warp's.
+    "tensor-core": Case(
+        chunk_build("sm_90", gamma_chunk.Config(32, 64, 32, vector=4, num_warps=4, num_stages=1)),
+        255,
+        8,
+        tensor_core=True,
+    ),
+    "registers": Case(step_build("sm_90", gamma_step.Config(32, 64, vector=4, num_warps=4)), 64, 8),
+}
+
+
+def complaints(name: str, case: Case, facts: Facts) -> list[str]:
+    """What `facts` lacks of what `case` asks; empty if nothing."""
+    target = case.build.target
+    narrow = next((n for start, n in NARROW_STORES.items() if name.startswith(start)), 0)
+    found = {
+        "spills": facts.spills,
+        f"shared {facts.shared} > {SHARED_LIMIT[target]}": facts.shared > SHARED_LIMIT[target],
+        f"registers {facts.registers} > {case.registers}": (
+            not target.startswith("gfx") and facts.registers > case.registers
+        ),
+        f"wide loads {facts.wide_loads} < {case.wide_loads}": facts.wide_loads < case.wide_loads,
+        f"narrow stores {facts.narrow_stores} > {narrow}": case.wide_loads > 0
+        and facts.narrow_stores > narrow,
+        "no tensor-core instruction": case.tensor_core and facts.tensor_core == 0,
+        "no rounding to bfloat16": case.rounded and not facts.bf16_rounded,
+    }
+    return [what for what, is_so in found.items() if is_so]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Facts | str]:
+    if cuobjdump() is None:
+        pytest.skip("this triton comes without cuobjdump")
+    builds = {
+        **{name: case.build for name, case in CASES.items()},
+        **{f"control {name}": case.build for name, case in CONTROLS.items()},
+        **OF_ONE,
+    }
+    return dict(zip(builds, compile_all(list(builds.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_machine_code(compiled, name):
+    facts = compiled[name]
+    assert isinstance(facts, Facts), facts
+    assert complaints(name, CASES[name], facts) == [], facts
+
+
+@pytest.mark.parametrize("name", OF_ONE)
+def test_sizes_of_one_compile(compiled, name):
+    facts = compiled[name]
+    assert isinstance(facts, Facts), facts
+    assert not facts.spills
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_negative_controls_are_caught(compiled, name):
+    facts = compiled[f"control {name}"]
+    assert isinstance(facts, Facts), facts
+    assert any(name in complaint for complaint in complaints(name, CONTROLS[name], facts)), facts
+
+
+def test_what_does_not_compile_says_why():
+    build = CONTROLS["registers"].build
+    (result,) = compile_all([dataclasses.replace(build, constants={**build.constants, "BLOCK_N": 33})])
+    assert isinstance(result, str)
+    assert "power of 2" in result
+
+
+def test_every_configuration_is_built():
+    assert [len(configs) for configs in STEP_CONFIGS.values()] == [4, 4]
+    assert [len(configs) for configs in CHUNK_CONFIGS.values()] == [4, 4]
+    assert [len(configs) for configs in RGC_SMALL_CONFIGS.values()] == [3, 2]
+    assert len(RTRL_CONFIGS) == 2
+    assert [len(configs) for configs in RGC_PERSISTENT_CONFIGS.values()] == [9, 9]
+    assert [len(configs) for configs in RGC_STEP_CONFIGS.values()] == [9, 9]
+    for target in TARGETS:
+        assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 10
+        assert sum(name.startswith(f"step-{target}") and "stochastic-S2" in name for name in CASES) == 4
+        assert sum(name.startswith(f"read-{target}") and "S2" in name for name in CASES) == 8
+        assert sum(name.startswith(f"chunk-{target}") and "S2" in name for name in CASES) == 8

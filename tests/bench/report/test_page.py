@@ -1,0 +1,188 @@
+"""The report: one page that loads nothing, read by a real browser; and the same in Markdown."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+from typer.testing import CliRunner
+
+from rjepa_triton.bench.cli import bench
+from rjepa_triton.bench.harness import record
+from rjepa_triton.bench.harness.record import Record, Timing
+from rjepa_triton.bench.report import page as report
+from rjepa_triton.bench.report import views
+
+RESULTS = ROOT / "bench" / "results"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Told by the page itself, after it has been laid out.
+PROBE = """<script>addEventListener("load", () => {
+  const made = document.createElement("pre"); made.id = "probe";
+  made.textContent = JSON.stringify({
+    width: innerWidth, scroll: document.documentElement.scrollWidth,
+    pictures: [...document.images].map(image => image.naturalWidth),
+    loaded: performance.getEntriesByType("resource").map(r => r.name).filter(name => !name.startsWith("data:")),
+    sections: document.querySelectorAll("section").length, tables: document.querySelectorAll("table").length,
+    targets: [...document.querySelectorAll("nav a")].map(a => !!document.querySelector(a.getAttribute("href"))),
+  });
+  document.body.append(made);
+});</script>"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    report.write([RESULTS], out)
+    return out
+
+
+def probe(page: Path, width: int, folder: Path) -> dict[str, object]:
+    """What a browser of that width says of the page."""
+    assert BROWSER is not None
+    # a page of that width within a window: no browser's window is as narrow as a phone
+    (folder / "page.html").write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    shell = f'<iframe id="f" width="{width}" height="800" src="page.html"></iframe>'
+    tell = """<script>f.onload = () => setTimeout(() => { document.body.append(
+        f.contentDocument.getElementById("probe").cloneNode(true)); }, 300);</script>"""
+    (folder / "shell.html").write_text(f"<!doctype html><body>{shell}{tell}</body>")
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+        "--virtual-time-budget=20000", f"--user-data-dir={folder / 'profile'}", "--dump-dom",
+        (folder / "shell.html").as_uri(),
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = re.search(r'<pre id="probe">(.*?)</pre>', shown, re.DOTALL)
+    assert found, shown[-2000:]
+    return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_whole_and_loads_nothing(written: Path, width: int, tmp_path: Path) -> None:
+    told = probe(written / report.PAGE, width, tmp_path)
+    assert told["width"] == width
+    # wide pictures and tables scroll by themselves; the page doesn't
+    assert told["scroll"] <= width  # type: ignore[operator]
+    assert told["pictures"]
+    assert all(told["pictures"])  # type: ignore[arg-type]
+    assert told["loaded"] == []
+    assert told["sections"] > 3  # type: ignore[operator]
+    assert all(told["targets"])  # type: ignore[arg-type]
+
+
+class Balance(HTMLParser):
+    """Checks that tags close in the order in which they opened."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_one_file_and_well_formed(written: Path) -> None:
+    parser = Balance()
+    parser.feed((written / report.PAGE).read_text())
+    assert parser.open == []
+    assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in parser.sources)
+
+
+def test_the_markdown_has_every_table_and_its_pictures(written: Path) -> None:
+    text = (written / report.NOTES).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (written / target).exists(), target
+    for file in record.files_of(RESULTS):
+        for name, mine in views.of(record.load(file)).items():
+            assert views.VIEWS[name].command in text
+            for table in views.VIEWS[name].tables(mine):
+                assert str(table.title) in text
+
+
+def scaling(n: int, device: str = "a <machine>") -> Record:
+    params = {
+        "N": n,
+        "B": 1,
+        "T": 4,
+        "C": 4,
+        "backend": "auto",
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+    }
+    return Record(
+        "scaling", "rfp-dual", params, "ok", device, {"torch": "2"}, "a" * 40 + "-dirty", "2026-01-02T03", "",
+        timing=Timing(1e-3 * n, 1e-3 * n, 1e-3 * n, 9), state_bytes=n, command="rjepa bench scaling --hidden '<8>'",
+    )  # fmt: skip
+
+
+def test_what_records_say_is_escaped_and_devices_are_apart(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    for n in (8, 16, 32):
+        for device in ("a <machine>", "another"):
+            record.append(file, scaling(n, device))
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')  # another program's
+    arguments = ["report", str(tmp_path), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(bench, arguments)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "out" / report.PAGE).read_text()
+    assert "a &lt;machine&gt;" in text
+    assert "rjepa bench scaling --hidden &#x27;&lt;8&gt;&#x27;" in text
+    assert "<machine>" not in text
+    assert text.count("<section") == 3  # two devices, and the model of cost
+    assert "revision aaaaaaaaaa-dirty, 2026-01-02" in text
+    assert [(s.device, s.stem) for s in report.sections([file])] == [
+        ("a <machine>", "scaling-mine"),
+        ("another", "scaling-mine-2"),
+    ]
+    assert len(list((tmp_path / "out").glob("*.svg"))) == 2
+
+
+@pytest.mark.parametrize("fault", ["nothing", "missing", "newer"])
+def test_what_cannot_be_shown_is_an_error_and_nothing_is_written(tmp_path: Path, fault: str) -> None:
+    file = tmp_path / "mine.jsonl"
+    if fault == "newer":
+        record.append(file, replace(scaling(8), schema=record.SCHEMA + 1))
+    elif fault == "nothing":
+        record.append(file, replace(scaling(8), benchmark="theory"))
+    result = CliRunner().invoke(bench, ["report", str(file), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    wanted = {
+        "nothing": "have no records of",
+        "missing": "No such file",
+        "newer": "a newer rjepa-triton wrote it",
+    }
+    assert wanted[fault] in result.output.replace("\n", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_the_page_before(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / report.PAGE
+    page.write_text("before")
+
+    def full(self: Path, text: str, **_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write([RESULTS / "heads-cpu.jsonl"], tmp_path)
+    monkeypatch.undo()
+    assert page.read_text() == "before"
+    assert not list(tmp_path.glob("*.part"))

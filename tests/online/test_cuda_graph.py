@@ -1,0 +1,210 @@
+"""Graphed steps, with a stand-in for CUDA's graphs that runs the same function into the same arrays."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from rjepa_triton import GRU, LRU, LSTM, RGC, OnlineLearner, TwoPointRNN
+from rjepa_triton.backends import dispatch as ops
+from rjepa_triton.planning import cost
+
+F64 = torch.float64
+
+LAYERS: dict[str, Any] = {
+    "rgc": lambda: RGC(5, input_size=3, init="uniform", dtype=F64),
+    "rgc-without-input": lambda: RGC(5, init="uniform", dtype=F64),
+    "lstm-heads": lambda: LSTM(3, 6, heads=3, dtype=F64),
+    "gru": lambda: GRU(3, 5, dtype=F64),
+    "lru": lambda: LRU(3, 5, dtype=F64),
+}
+by_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def stand_in(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+    made = function()
+
+    def replay() -> None:
+        with torch.no_grad():
+            for target, value in zip(made, function(), strict=True):
+                target.copy_(value)
+
+    return made, replay
+
+
+def graphed(layer: TwoPointRNN, batch: int, **options: Any) -> OnlineLearner:
+    learner = OnlineLearner(layer, batch, **{"form": "step", **options})
+    learner._graph = learner._graphed(stand_in)
+    return learner
+
+
+def run(learner: OnlineLearner, x: Tensor, delta: Tensor, skip: set[int] = frozenset()) -> list[Tensor]:  # type: ignore[assignment]
+    """Outputs, input gradients, parameters after learning with every loss but those of steps in `skip`."""
+    layer = learner.layer
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)  # has nothing to do where the learner has lr
+    found = []
+    for t in range(len(x)):
+        if t == 3:
+            learner.reset(torch.tensor([True, False]))
+        if t == 6:
+            learner.reset()
+        given = x[t].clone().requires_grad_()
+        output = learner.step(given)
+        found.append(output.detach().clone())
+        if t not in skip:
+            optimizer.zero_grad()
+            (output * delta[t]).sum().backward()
+            assert given.grad is not None
+            found.append(given.grad)
+            optimizer.step()
+    return [*found, *(p.detach().clone() for p in layer.parameters())]
+
+
+@by_layer
+@pytest.mark.parametrize("skip", [set(), {2, 3, 7}], ids=str)
+def test_a_graphed_learner_is_the_plain_one(name: str, skip: set[int]) -> None:
+    plain = LAYERS[name]()
+    twin = LAYERS[name]()
+    twin.load_state_dict(plain.state_dict())
+    x, delta = torch.randn(9, 2, plain.fan_in, dtype=F64), torch.randn(9, 2, plain.hidden_size, dtype=F64)
+    want = run(OnlineLearner(plain, 2, form="step"), x, delta, skip)
+    got = run(graphed(twin, 2), x, delta, skip)
+    assert oracle.relative(got, want) < 1e-12
+
+
+@by_layer
+def test_a_graph_that_takes_the_weights_step(name: str) -> None:
+    plain, twin = LAYERS[name](), LAYERS[name]()
+    twin.load_state_dict(plain.state_dict())
+    x, delta = torch.randn(9, 2, plain.fan_in, dtype=F64), torch.randn(9, 2, plain.hidden_size, dtype=F64)
+    want = run(OnlineLearner(plain, 2, form="step"), x, delta, {2, 7})
+    learner = graphed(twin, 2, lr=0.5)
+    learner.lr = 0.1  # after the capture
+    assert oracle.relative(run(learner, x, delta, {2, 7}), want) < 1e-12
+    assert all(weight.grad is None for weight in twin.weights())
+
+
+@pytest.mark.parametrize(("features", "kernels", "forward", "backward"), [(None, 2, 1, 3), (3, 4, 2, 5)])
+def test_what_a_graph_of_kernels_is_made_of(
+    features: int | None, kernels: int, forward: int, backward: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Triton, with lr: the step's kernel and Γ's, and of torch the state kept and the input's gradient.
+
+    With an input of its own a product more each way, and two more groups of matrices, W_in and the bias.
+    """
+    pytest.importorskip("triton")
+    if ops._no_triton(torch.device("cpu"), torch.float32) is not None:
+        pytest.skip("the interpreter is off: a GPU is here")
+    from rjepa_triton.kernels import gamma_step, rgc_step
+
+    learner = graphed(RGC(16, input_size=features), 1, backend="triton", lr=0.1)
+    graph = learner._graph
+    assert graph is not None
+    launched: list[object] = []
+    for module, name in ((rgc_step, "_rgc_step_kernel"), (gamma_step, "_gamma_step_kernel")):
+        monkeypatch.setattr(module, name, Unlaunched(launched))
+    with torch.no_grad():
+        made = [cost.counted(function).calls for function in (graph._run_forward, graph._run_backward)]
+    assert len(launched) == kernels
+    assert made == [forward, backward]
+
+
+class Unlaunched:
+    """In a kernel's place: writes down that it would be launched."""
+
+    def __init__(self, launched: list[object]) -> None:
+        self.launched = launched
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments, **options: self.launched.append(grid)
+
+
+def test_a_graphed_learner_by_kernels() -> None:
+    if ops._no_triton(torch.device("cpu"), torch.float32) is not None:
+        pytest.skip("no triton, or a GPU is here")
+    plain, twin = (RGC(9, input_size=3, init="uniform") for _ in range(2))
+    twin.load_state_dict(plain.state_dict())
+    x, delta = torch.randn(9, 2, 3), torch.randn(9, 2, 9)
+    want = run(OnlineLearner(plain, 2, form="step", backend="torch"), x, delta)
+    assert oracle.relative(run(graphed(twin, 2, backend="triton", lr=0.1), x, delta), want) < 1e-5
+
+
+@pytest.mark.parametrize("learning", ["eprop", "snap0"])
+def test_rules_with_less_of_m(learning: str) -> None:
+    plain, twin = LAYERS["gru"](), LAYERS["gru"]()
+    twin.load_state_dict(plain.state_dict())
+    x, delta = torch.randn(9, 2, 3, dtype=F64), torch.randn(9, 2, 5, dtype=F64)
+    want = run(OnlineLearner(plain, 2, learning=learning, form="step"), x, delta)
+    assert oracle.relative(run(graphed(twin, 2, learning=learning), x, delta), want) < 1e-12
+
+
+def test_stochastic_rounding_draws_anew_at_each_replay() -> None:
+    """As the plain learner draws, whatever was drawn while the graphs were captured."""
+    plain, twin = (RGC(5, input_size=3, init="uniform") for _ in range(2))
+    twin.load_state_dict(plain.state_dict())
+    x, delta = torch.randn(9, 2, 3), torch.randn(9, 2, 5)
+    options: dict[str, Any] = {"gamma_dtype": torch.bfloat16, "gamma_rounding": "stochastic", "seed": 5}
+    want = run(OnlineLearner(plain, 2, form="step", **options), x, delta, {4})
+    assert oracle.relative(run(graphed(twin, 2, **options), x, delta, {4}), want) < 1e-6
+
+
+def test_a_checkpoint_serves_both_kinds() -> None:
+    layer = LAYERS["rgc"]()
+    x = torch.randn(8, 2, 3, dtype=F64)
+
+    def go_on(learner: OnlineLearner) -> list[Tensor]:
+        layer.zero_grad()
+        for t in range(5, 8):
+            learner.step(x[t]).square().sum().backward()
+        return [p.grad.clone() for p in layer.parameters()]
+
+    first = graphed(layer, 2)
+    for t in range(5):
+        first.step(x[t])
+    saved = io.BytesIO()
+    torch.save(first.state_dict(), saved)
+    want = go_on(first)
+    for learner in (OnlineLearner(layer, 2, form="step"), graphed(layer, 2)):
+        saved.seek(0)
+        learner.load_state_dict(torch.load(saved, weights_only=True))
+        assert oracle.relative(go_on(learner), want) < 1e-12
+
+
+def test_gradients_handed_out_stay_as_they_are() -> None:
+    layer = LAYERS["rgc"]()
+    learner = graphed(layer, 2)
+    first = torch.autograd.grad(learner.step(torch.randn(2, 3, dtype=F64)).sum(), layer.weight_in)[0]
+    kept = first.clone()
+    output = learner.step(torch.randn(2, 3, dtype=F64))
+    shown = output.detach().clone()
+    torch.autograd.grad(output.sum(), layer.weight_in)
+    learner.step(torch.randn(2, 3, dtype=F64))
+    assert torch.equal(first, kept)
+    assert torch.equal(output, shown)
+
+
+def test_what_a_graph_cannot_do_is_said() -> None:
+    layer = LAYERS["rgc"]()
+    with pytest.raises(ValueError, match="cuda_graph=True needs a layer on a CUDA or ROCm device, got cpu"):
+        OnlineLearner(layer, 2, cuda_graph=True)
+    for options in ({"lag": 1}, {"learning": "rtrl"}, {"form": "lazy"}):
+        with pytest.raises(
+            ValueError, match="cuda_graph=True goes with form='step', lag=0 and a rule of rfp"
+        ):
+            graphed(layer, 2, **options)
+    learner = graphed(layer, 2)
+    with pytest.raises(ValueError, match=r"chunk\(\) can't go with cuda_graph=True"):
+        learner.chunk(torch.randn(3, 2, 3, dtype=F64))
+    late = learner.step(torch.randn(2, 3, dtype=F64))
+    learner.step(torch.randn(2, 3, dtype=F64))
+    with pytest.raises(RuntimeError, match="backward of step 1 comes too late: Γ is that of step 2 now"):
+        late.sum().backward()
+    layer.weight_ss.data = layer.weight_ss.detach().clone()
+    with pytest.raises(RuntimeError, match="a parameter of the layer has new storage"):
+        learner.step(torch.randn(2, 3, dtype=F64))

@@ -1,0 +1,71 @@
+"""Every kind of cell that tests run: those built in, and one whose two states enter one gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from rjepa_triton.cells.builtin import (
+    ElmanCell,
+    ELSTMCell,
+    GRUCell,
+    LeakyCell,
+    LRUCell,
+    LSTMCell,
+    RGCCell,
+    TimeDecayCell,
+)
+from rjepa_triton.cells.two_point import Cell, Matrix
+
+F64 = torch.float64
+
+
+class SharedGate(Cell):
+    """Two states that enter one gate through two matrices."""
+
+    states = ("u", "v")
+    gates = ("g",)
+    matrices = (Matrix("u", ("gate", 0), 0), Matrix("v", ("gate", 0), 1))
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        u = torch.tanh(p[0] + x[0])
+        return u, 0.5 * c[1] + 0.5 * u * c[0]
+
+
+CELLS: dict[str, Cell] = {
+    "elman-tanh": ElmanCell(),
+    "elman-relu": ElmanCell("relu"),
+    "leaky": LeakyCell(0.3),
+    "leaky-relu": LeakyCell(1.0, "relu"),
+    "lstm": LSTMCell(),
+    "gru": GRUCell(),
+    "gru-without-bias": GRUCell(bias=False),
+    "elstm": ELSTMCell(),
+    "time-decay": TimeDecayCell(),
+    "lru": LRUCell(),
+    "rtu": LRUCell("relu"),
+    "rgc": RGCCell(),
+    "shared-gate": SharedGate(),
+}
+by_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS.keys())
+# How recurrent weights may be shaped, for N = 6.
+SHAPES = {"dense": (6, 6), "blocks": (3, 2, 2), "diagonal": (6,)}
+
+
+def random_point(cell: Cell, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    return tuple(
+        [torch.randn(shape, dtype=F64) for _ in names] for names in (cell.states, cell.gates, cell.per_unit)
+    )  # type: ignore[return-value]
+
+
+def problem(
+    cell: Cell, shape: str, steps: int = 6, batch: int = 2
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """x, weights, state, δ of all states, all leaves."""
+    weights = [(torch.randn(SHAPES[shape], dtype=F64) * 0.4).requires_grad_() for _ in cell.matrices]
+    x = torch.randn(len(cell.per_unit), steps, batch, 6, dtype=F64).requires_grad_()
+    state = [torch.randn(batch, 6, dtype=F64).requires_grad_() for _ in cell.states]
+    return x, weights, state, torch.randn(len(cell.states), steps, batch, 6, dtype=F64)
