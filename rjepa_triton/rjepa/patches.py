@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .. import _checks as check
-from .fixations import POLICIES, SHOWN, FixationError, Fixations
+from .rows import POLICIES, SHOWN, FixationError, Fixations
 from .scanpath import ScanPath, Statistics, simulate
 from .video import Film, VideoError, decode, probe, there_and_back
 
