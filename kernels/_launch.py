@@ -1,4 +1,7 @@
-"""What every launcher checks before it launches. Each message names the argument, the wish and what came."""
+"""Checks and sizes that all kernel launchers share.
+
+Every error message names the argument, says what it must be, and what was given.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,14 @@ def check_tensor(
     *,
     any_stride: int = 0,
 ) -> None:
-    """Raise unless `value` is a contiguous tensor of `shape`, of one of `dtypes`, on the device of `like`.
+    """Check that `value` is a contiguous tensor of `shape`, of one of `dtypes`, on the device of `like`.
 
-    The first `any_stride` dimensions may have any stride: what they index must each be contiguous.
+    The first `any_stride` dimensions may have any stride: only `value[i]` (for any_stride=1; `value[i, j]` for 2)
+    has to be contiguous, so that a slice such as one step of a sequence needs no copy.
+
+    Raises:
+        TypeError: `value` isn't a tensor, or has another dtype.
+        ValueError: its shape, device or strides are others.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -38,7 +46,12 @@ def check_tensor(
 
 
 def check_dims(name: str, value: object, letters: str) -> tuple[int, ...]:
-    """The sizes of `value`; raise unless it is a tensor of one dimension a letter, none of them empty."""
+    """The shape of `value`, a tensor with one dimension per letter of `letters`, for example "TBN".
+
+    Raises:
+        TypeError: `value` isn't a tensor.
+        ValueError: it has another number of dimensions, or one of size 0.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dim() != len(letters) or 0 in value.shape:
@@ -48,7 +61,12 @@ def check_dims(name: str, value: object, letters: str) -> tuple[int, ...]:
 
 
 def check_gammas(gammas: object) -> tuple[int, int, int, int]:
-    """(B, K, N, M) of Γ; raise unless it is one or two contiguous float32 or bfloat16 tensors of one kind."""
+    """(B, K, N, M) of Γ, given as one tensor (B, K, N, M) per state.
+
+    Raises:
+        TypeError: `gammas` isn't a tuple or list of tensors, or one of them isn't float32 or bfloat16.
+        ValueError: there aren't one or two; they aren't contiguous, differ in shape, dtype or device, or share memory.
+    """
     if not isinstance(gammas, (tuple, list)):
         raise TypeError(f"gammas must be a tuple or a list of tensors, got {type(gammas).__name__}")
     if len(gammas) not in (1, 2):
@@ -64,28 +82,32 @@ def check_gammas(gammas: object) -> tuple[int, int, int, int]:
 
 
 def vector_width(size: int, dtype: torch.dtype) -> int:
-    """Numbers in 128 bits if they divide rows of `size`, else 1. Pure.
+    """How many numbers one memory access may move: as many as 128 bits hold where that divides `size`, else 1.
 
-    Triton learns of an argument only that 16 divides it: a kernel that is told this as a constant, and
-    computes size // width * width, keeps wide accesses at sizes like 1,000 as well.
+    Of an integer argument Triton's compiler learns only whether 16 divides it. A kernel that gets the width as a
+    constant and computes `size // width * width` shows the compiler that the width divides the size, and so keeps
+    128-bit accesses at sizes like 1,000 as well.
     """
     width = 16 // dtype.itemsize
     return width if size % width == 0 else 1
 
 
-# One multiprocessor's share of the bytes that must be under way to fill the memory's bandwidth: on an H100
-# 132 · 16 KiB, at 3.0 TB/s 0.7 µs, about what a load takes. Estimated, not measured.
+# Bytes of loads that each multiprocessor must have under way at once for the memory's bandwidth to be used in full.
+# On an H100 132 · 16 KiB are 0.7 µs at 3.0 TB/s, about the time that one load takes. Estimated, not measured.
 IN_FLIGHT = 16 * 1024
-# Rows that a part of the batch must have at least: the second pass costs about as much as a few of them.
+# Fewest batch rows in one part of a split batch: the second pass, which adds up the parts, costs as much as a few.
 LEAST_ROWS = 8
 
 
 def split_rows(row_bytes: int, batch: int, multiprocessors: int) -> int:
-    """Batch rows that one program takes, all of them or fewer. Pure: bits depend on sizes and the GPU alone.
+    """How many batch rows one program walks: the whole batch, or an equal part of it.
 
-    Programs that walk the batch have one of its rows of Γ under way at a time, `row_bytes` of all states.
-    Where that is too little to fill the GPU, the batch is split into parts of one size: a count of rows that
-    the compiler can't take from an argument costs 40 registers a thread. So a prime batch is never split.
+    Programs that loop over the batch have Γ of one batch row under way at a time, `row_bytes` counting all states.
+    Where that is too little to fill the GPU, the batch is split into parts of equal size. The parts must be equal
+    because a number of rows that a program computes, where it could be an argument, costs 40 registers a thread; so a
+    prime batch is never split.
+
+    A pure function: the order of the sum, and so each bit of the result, depends on the sizes and the GPU alone.
     """
     most = max(1, min(IN_FLIGHT * multiprocessors // row_bytes, batch // LEAST_ROWS))
     parts = next(parts for parts in range(most, 0, -1) if batch % parts == 0)
@@ -93,14 +115,18 @@ def split_rows(row_bytes: int, batch: int, multiprocessors: int) -> int:
 
 
 class DeviceSizes(NamedTuple):
-    """Lanes of a warp, and multiprocessors."""
+    """What launchers need to know of a GPU.
+
+    warp             threads in one warp (a wavefront on AMD)
+    multiprocessors  how many there are
+    """
 
     warp: int
     multiprocessors: int
 
 
 def device_sizes(value: Tensor) -> DeviceSizes:
-    """Of the GPU of `value`; an H100's where kernels are interpreted."""
+    """`DeviceSizes` of the GPU that holds `value`; an H100's for CPU tensors, on which kernels are interpreted."""
     return _device_sizes(value.device) if value.is_cuda else DeviceSizes(32, 132)
 
 
@@ -111,7 +137,7 @@ def _device_sizes(device: torch.device) -> DeviceSizes:
 
 
 def check_runnable(kernel: object, name: str, value: Tensor) -> None:
-    """Raise unless `kernel` can run on the device of `value`."""
+    """Raise ValueError unless `kernel` can run on the device of `value`: a GPU, or any under Triton's interpreter."""
     if not value.is_cuda and isinstance(kernel, triton.JITFunction):
         raise ValueError(
             f"{name} must be on a GPU, got {value.device}: Triton kernels need a GPU tensor, or "

@@ -1,4 +1,15 @@
-"""Γ over a chunk of steps, in place: one read and one write of Γ for all of them."""
+"""Advance RFP's sensitivity Γ over a chunk of C steps, in place: Γ is read once and written once for all C.
+
+Recursion (paper, eq. 14 unrolled over C steps; M(t) is each unit's own S×S transition):
+
+    Γ^{ν,k} ← Σ_ν' R(0)^{νν'} ⊙_rows Γ₀^{ν',k} + Σ_t U^{ν,k}(t) y^k(t)ᵀ
+    R(t) = M(C) … M(t+1),        U^{ν,k}(t) = Σ_ν' R(t)^{νν'} φ^{ν',k}(t)        both by `reverse_scan.arriving`
+
+Grid: (tiles of BLOCK_N × BLOCK_M of one N × M matrix, K matrices).
+A program owns one tile of one matrix and loops over the batch, so that the sum over the batch of the gradient that is
+read from Γ₀ stays in registers. Per batch row it reads the tile of Γ₀ of all S states, R(0) and the credit of its
+units, and U(t) and y(t) of all C steps; it writes the tile of Γ. At the end it writes its tile of the gradient.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +24,14 @@ from torch import Tensor
 from ._launch import check_dims, check_gammas, check_runnable, check_tensor, vector_width
 
 
-# B, C and K set no layout, so they shall not compile the kernel anew when they are 1 or multiples of 16.
+# Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. No memory layout depends on B, C
+# or K, so it would be wasted work.
 @triton.jit(do_not_specialize=["C", "B", "K"])
 def _gamma_chunk_kernel(
     gamma0_ptr,  # [B, K, N, M]
     gamma1_ptr,  # [B, K, N, M], or None for one state
-    whole_ptr,  # [S, S, B, N]
-    u_ptr,  # [S, C, B, K, N]
+    whole_ptr,  # [S, S, B, N], R(0)
+    u_ptr,  # [S, C, B, K, N], U
     y_ptr,  # [C, B, K, M]
     credit_ptr,  # [S, B, N], or None with grad_ptr
     grad_ptr,  # [K, N, M], or None
@@ -30,14 +42,13 @@ def _gamma_chunk_kernel(
     M,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    VECTOR: tl.constexpr,  # a divisor of M: numbers of Γ that one access moves
-    VECTOR_U: tl.constexpr,  # a divisor of N: numbers of U that one access moves
-    BLOCK_C: tl.constexpr,  # steps that one matrix product takes; 1 for outer products in registers
+    VECTOR: tl.constexpr,  # numbers of Γ that one memory access moves; divides M
+    VECTOR_U: tl.constexpr,  # numbers of U that one memory access moves; divides N
+    BLOCK_C: tl.constexpr,  # steps that one `tl.dot` sums over; 1 for outer products in registers
 ):
-    # One program: rows i and columns j of one matrix k, over the whole batch, so that the batch sum stays in
-    # registers. The gradient's other part, Σ E yᵀ, would be a third product: it is a GEMM of its own.
+    # The chunk's own part of the gradient, Σ E yᵀ, would need a third accumulator here: a GEMM of its own makes it.
 
-    # N and M themselves, and the compiler sees what divides them.
+    # These leave N and M as they are, and show the compiler what divides them.
     N = N // VECTOR_U * VECTOR_U
     M = M // VECTOR * VECTOR
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -51,7 +62,8 @@ def _gamma_chunk_kernel(
     in_m = j0 + col < M
     inside = in_n[:, None] & in_m[None, :]
 
-    # 64 bits for what grows with B, C, K, N and M; the offset inside a tile fits in 32.
+    # Offsets that grow with B, C, K, N and M need 64 bits (`wide_…`, `…_step`, `plane`, `corner`); those inside a
+    # tile fit in 32. plane: numbers of one (B, N) array.
     corner = (k * N + i0) * M + j0
     tile = row[:, None] * M + col[None, :]
     wide_k = tl.cast(K, tl.int64)
@@ -85,7 +97,7 @@ def _gamma_chunk_kernel(
             if credit_ptr is not None:
                 total += tl.load(credit_ptr + plane + row, mask=in_n, other=0.0)[:, None] * old1
 
-        # The products add to what was carried: sums of their own would cost registers, and spill.
+        # The products accumulate into the transformed Γ₀: accumulators of their own would take registers, and spill.
         if BLOCK_C == 1:
             u_at = u_ptr + row
             y_at = y_ptr + col
@@ -126,7 +138,13 @@ def _gamma_chunk_kernel(
 
 
 class Config(NamedTuple):
-    """One program's tile of Γ, steps of one matrix product (1 for outer products), numbers of one access."""
+    """How one program is laid out.
+
+    block_n, block_m       rows and columns of its tile of Γ
+    block_c                steps that one matrix product sums over; 1 for outer products in registers
+    vector                 numbers of Γ that one memory access moves
+    num_warps, num_stages  Triton's options of the same names
+    """
 
     block_n: int
     block_m: int
@@ -137,21 +155,24 @@ class Config(NamedTuple):
 
 
 def pick_config(N: int, M: int, C: int, dtype: torch.dtype, precision: str) -> Config:
-    """The tile for Γ of (B, K, N, M) over C steps. Pure, for a kernel that works in place can't be tuned.
+    """The layout for Γ (B, K, N, M) over C steps.
 
-    A thread holds 16 numbers of each state, which leaves room for two or more programs a multiprocessor.
-    Tensor cores are worth it from 32 steps a chunk, and take no less than 64 rows; below, and in float32,
-    outer products in registers are as fast and smaller.
+    A pure function, no autotuner: an autotuner runs a kernel repeatedly, and this one works in place.
+
+    A thread holds 16 numbers of each state, which leaves room for two or more programs per multiprocessor.
+    Tensor cores pay from 32 steps per chunk on, and need tiles of at least 64 rows. For shorter chunks, and in float32
+    ("ieee"), outer products in registers are as fast and take less room.
     """
     vector = vector_width(M, dtype)
     if vector == 1:
-        # An address and a mask a number: half as many numbers a thread, or registers spill.
+        # Each number has an address and a mask of its own: with more than half as many numbers per thread, registers
+        # spill.
         return Config(4, 64, 1, vector, num_warps=1, num_stages=1)
     if triton.cdiv(N, 32) * triton.cdiv(M, 64) < 64:
-        # Too few programs to fill a GPU: smaller ones, of as many numbers a thread.
+        # Programs of four warps would be too few to fill a GPU: take one warp each, with as many numbers per thread.
         return Config(8, 64, 1, vector, num_warps=1, num_stages=1)
     if precision == "tf32" and C >= 32:
-        # One stage: keeping the next operands in flight costs registers and a program per multiprocessor.
+        # One stage: loading the next operands ahead takes registers, and room for one program per multiprocessor.
         return Config(64, 32, 32, vector, num_warps=4, num_stages=1)
     return Config(32, 64, 1, vector, num_warps=4, num_stages=1)
 
@@ -165,32 +186,35 @@ def gamma_chunk_(
     *,
     precision: Literal["ieee", "tf32"] = "ieee",
 ) -> Tensor | None:
-    """Advance Γ in place by C steps; with credit, read the past's part of the chunk's gradient as well.
+    """Advance Γ in place by C steps; with credit, return what the chunk's gradient takes from the Γ before it.
 
         Γ^{ν,k} ← Σ_ν' R(0)^{νν'} ⊙_rows Γ₀^{ν',k} + Σ_t U^{ν,k}(t) y^k(t)ᵀ
         G^k     = Σ_{b,ν} credit^ν ⊙_rows Γ₀^{ν,k},          credit = M(1)ᵀ λ(1)
 
-    The steps' own part of the gradient, Σ_{t,b} E^k(t) y^k(t)ᵀ, is a GEMM apart. Arithmetic is in float32,
-    but for the products U yᵀ under "tf32"; Γ in bfloat16 is rounded to nearest at the end. The batch is
-    summed in order: two runs agree in every bit.
+    (Paper, eq. 14, over C steps; R and U are this module's.) The gradient's other part, from the steps of the chunk
+    themselves, is Σ_{t,b} E^k(t) y^k(t)ᵀ: one GEMM, which the caller runs. Arithmetic is in float32, except for the
+    products U yᵀ under "tf32"; Γ in bfloat16 is rounded to nearest once, at the end. The sum over the batch has a
+    fixed order: two runs agree in every bit.
 
     Args:
-        gammas: S tensors (B, K, N, M), S of 1 or 2, contiguous, float32 or bfloat16. Mutated. Fast where a
-            row is a multiple of 16 bytes.
-        whole: R(0), (S, S, B, N) float32, contiguous, first index the row ν.
-        arriving: U, (S, C, B, K, N) float32, contiguous, C ≥ 1.
-        y: (C, B, K, M) float32, contiguous.
-        credit: (S, B, N) float32, contiguous, or None.
-        precision: of the products U yᵀ. "tf32" allows tensor cores to keep 10 bits of each factor, an error
-            of 2⁻¹⁰ or less of each product; they are used where C is 32 or more and Γ fills the GPU.
+        gammas: Γ₀, one tensor (B, K, N, M) per state, S of 1 or 2, contiguous, float32 or bfloat16. Mutated: Γ after
+            the chunk. Fast where a row of M numbers is a multiple of 16 bytes.
+        whole: R(0), the product of the chunk's transitions, (S, S, B, N) float32, contiguous; the first index is the
+            row ν.
+        arriving: U, what the immediate sensitivity φ of each step has become at the chunk's end, (S, C, B, K, N)
+            float32, contiguous, C ≥ 1.
+        y: what each matrix reads at each step, (C, B, K, M) float32, contiguous.
+        credit: what the chunk passes back to the states before it, (S, B, N) float32, contiguous; or None.
+        precision: of the products U yᵀ. "tf32" allows tensor cores, which keep 10 bits of each factor: an error
+            of 2⁻¹⁰ or less of each product. They are used where C is 32 or more and Γ is large enough to fill the GPU.
 
     Returns:
-        The gradient's part (K, N, M) float32, or None without credit.
+        That part of the gradient, (K, N, M) float32, or None without credit.
 
     Raises:
-        TypeError: an argument that isn't a tensor, or a wrong dtype.
-        ValueError: a wrong shape (a size of 0 among them), device, stride or precision; tensors that aren't
-            on a GPU, where kernels aren't interpreted.
+        TypeError: an argument isn't a tensor, or has another dtype.
+        ValueError: a wrong shape (a dimension of size 0 among them), device, stride or precision; or tensors that
+            aren't on a GPU while kernels aren't interpreted.
     """
     batch, matrices, units, fan_in = check_gammas(gammas)
     gamma, states = gammas[0], len(gammas)

@@ -1,23 +1,32 @@
-"""What a credit reads from Γ: one pass that reads it, and writes none of it.
+"""Read a gradient from RFP's sensitivity Γ: one pass that reads Γ and writes none of it.
 
-With it, Γ can be kept lazily: read at every step, rewritten once in C. At step t of a chunk that started from Γ₀,
+    G^k = Σ_{b,ν} credit^ν ⊙_rows Γ^{ν,k}                                                          (paper, eq. 14)
+
+Grid: (tiles of BLOCK_N × BLOCK_M of one N × M matrix, K matrices, parts of the batch).
+A program owns one tile of one matrix and loops over the batch rows of its part. Per row it reads the tile of Γ of all
+S states and the credit of its units, and adds to a sum that stays in registers; at the end it writes its tile of that
+part's gradient. The launcher adds up the parts.
+
+What it is for: Γ can be kept lazily, read at every step and rewritten once in C steps. At step t of a chunk that
+started from Γ₀,
 
     Γ^ν(t) = Σ_ν' R(0,t)^{νν'} ⊙_rows Γ₀^ν' + Σ_{τ≤t} U^ν(τ→t) y(τ)ᵀ,       R(τ,t) = M(t) … M(τ+1), U = R φ
 
-so the step's gradient Σ_{b,ν} δ^ν ⊙_rows Γ^ν(t) needs no Γ(t), only credits passed back per unit,
+so the step's gradient Σ_{b,ν} δ^ν ⊙_rows Γ^ν(t) needs no Γ(t), only credit passed back unit by unit,
 
     λ(t) = δ(t),   λ(τ-1) = M(τ)ᵀ λ(τ)                                       `reverse_scan`, no matrix in it
     G(t) = Σ_b λ(0) ⊙_rows Γ₀ + Σ_{b,τ≤t} E(τ) y(τ)ᵀ,     E = Σ_ν λ^ν φ^ν    `gamma_read`, and one GEMM over (τ, b)
 
-and `gamma_chunk_` folds the chunk into Γ at its last step, which it reads in the same pass. That is the gradient of
-`gamma_step_`, also where weights change at every step: M, φ and y are kept as they were. Γ in bfloat16 is rounded
-once in C steps, where `gamma_step_` rounds at every one.
+and at the chunk's last step `gamma_chunk_` folds the chunk into Γ and reads that step's gradient in the same pass.
+The gradients equal those of `gamma_step_`, also where weights change at every step, because M, φ and y are kept as
+they were at each step. Γ in bfloat16 is rounded once in C steps, where `gamma_step_` rounds it at every one.
 
-Bytes of Γ a step, for an RGC in float32: `gamma_step_` moves 64·B·N²; this 32·B·N² · (1 + 1/C), and arrays of
-O(C·B·N). The GEMM takes 8·B·N²·t FLOP at step t, 4·B·N²·(C + 1) on average, which grows with C. At an H100's
-3.0 TB/s and about 60 TFLOP/s in float32 the sum of both is least near C = 13, 1.7 times less than the step form's
-time; at about 400 TFLOP/s in TF32 near C = 33, 1.9 times. Predicted, not measured. It leaves out launches, three or
-more a step in place of one: at 10 µs each, two more are made up for where 64·B·N² is 150 MB.
+Cost per step, for an RGC in float32: `gamma_step_` moves 64·B·N² bytes of Γ; the lazy form 32·B·N² · (1 + 1/C), and
+arrays of O(C·B·N). Its GEMM takes 8·B·N²·t FLOP at step t, 4·B·N²·(C + 1) on average, which grows with C. At an
+H100's 3.0 TB/s and about 60 TFLOP/s in float32 the sum of both times is least near C = 13, 1.7 times less than the
+step form's time; at about 400 TFLOP/s in TF32 it is least near C = 33, 1.9 times less. That is predicted, not
+measured, and leaves launches out: there are three or more per step in place of one. At 10 µs each, two more launches
+are made up for where 64·B·N² is 150 MB.
 """
 
 from __future__ import annotations
@@ -33,24 +42,24 @@ from ._launch import check_gammas, check_runnable, check_tensor, device_sizes, s
 from .gamma_step import pick_config
 
 
-# Only N and M set a layout: the rest shall not compile the kernel anew when it is 1 or a multiple of 16.
+# Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. Memory layout depends on N and M
+# alone, so for the others it would be wasted work.
 @triton.jit(do_not_specialize=["ROWS", "K", "stride_credit"])
 def _gamma_read_kernel(
     gamma0_ptr,  # [B, K, N, M]
     gamma1_ptr,  # [B, K, N, M], or None for one state
     credit_ptr,  # [S, B, N]
     grad_ptr,  # [parts, K, N, M]
-    ROWS,  # of the batch in one part, B = parts · ROWS
+    ROWS,  # batch rows of one part; B = parts · ROWS
     K,
     N,
     M,
     stride_credit,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    VECTOR: tl.constexpr,  # a divisor of M: numbers of Γ that one access moves
+    VECTOR: tl.constexpr,  # numbers of Γ that one memory access moves; divides M
 ):
-    # One program: rows i and columns j of one matrix k, over its part of the batch, whose sum stays in registers.
-    M = M // VECTOR * VECTOR  # M itself, and the compiler sees that VECTOR divides it
+    M = M // VECTOR * VECTOR  # leaves M as it is, and shows the compiler that VECTOR divides it
     tiles_m = tl.cdiv(M, BLOCK_M)
     i0 = (tl.program_id(0) // tiles_m) * BLOCK_N
     j0 = (tl.program_id(0) % tiles_m) * BLOCK_M
@@ -63,7 +72,7 @@ def _gamma_read_kernel(
     in_n = i0 + row < N
     inside = in_n[:, None] & (j0 + col < M)[None, :]
 
-    # 64 bits for what grows with B, K, N and M; the offset inside a tile fits in 32.
+    # Offsets that grow with B, K, N and M need 64 bits; those inside a tile fit in 32.
     corner = (k * N + i0) * M + j0
     tile = row[:, None] * M + col[None, :]
     wide_k = tl.cast(K, tl.int64)
@@ -87,25 +96,25 @@ def _gamma_read_kernel(
 
 
 def gamma_read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
-    """What a credit reads from Γ, which is left as it is.
+    """The gradient that a credit reads from the sensitivity Γ (paper, eq. 14). Nothing is mutated.
 
         G^k = Σ_{b,ν} credit^ν ⊙_rows Γ^{ν,k}
 
-    Arithmetic is in float32. The batch is summed in order; where Γ is too small to fill the GPU and the batch
-    is large, by parts, whose sums a second pass adds up. Two runs on one GPU agree in every bit.
+    Arithmetic is in float32. The batch is summed in a fixed order. Where Γ is too small to fill the GPU and the batch
+    is large, programs sum parts of the batch, and a second pass adds those up. Two runs on one GPU agree in every bit.
 
     Args:
-        gammas: S tensors (B, K, N, M), S of 1 or 2, contiguous, float32 or bfloat16. Fast where a row is a
-            multiple of 16 bytes.
-        credit: (S, B, N) float32, contiguous beyond its first dimension.
+        gammas: Γ, one tensor (B, K, N, M) per state, S of 1 or 2, contiguous, float32 or bfloat16. Fast where a row
+            of M numbers is a multiple of 16 bytes.
+        credit: ∂L/∂(state), (S, B, N) float32, contiguous beyond its first dimension.
 
     Returns:
         The gradient (K, N, M) float32.
 
     Raises:
-        TypeError: an argument that isn't a tensor, or a wrong dtype.
-        ValueError: a wrong shape, device or stride; tensors that aren't on a GPU, where kernels aren't
-            interpreted.
+        TypeError: an argument isn't a tensor, or has another dtype.
+        ValueError: a wrong shape (a dimension of size 0 among them), device or stride; or tensors that aren't on a
+            GPU while kernels aren't interpreted.
     """
     batch, matrices, units, fan_in = check_gammas(gammas)
     gamma, states = gammas[0], len(gammas)

@@ -1,4 +1,16 @@
-"""Γ one step on, in place, and the gradient that the step reads from it: one pass over Γ."""
+"""Advance RFP's sensitivity Γ by one step, in place, and read the step's gradient from it in the same pass.
+
+Recursion (paper, eq. 14; M is each unit's own S×S transition, φ the immediate sensitivity, y what a matrix reads):
+
+    Γ^{ν,k} ← Σ_ν' M^{νν'} ⊙_rows Γ^{ν',k} + φ^{ν,k} y^kᵀ
+    G^k     = Σ_{b,ν} δ^ν ⊙_rows Γ^{ν,k}
+
+Grid: (tiles of BLOCK_N × BLOCK_M of one N × M matrix, K matrices, parts of the batch).
+A program owns one tile of one matrix and loops over the batch rows of its part. Per row it reads the tile of Γ of all
+S states, M, φ and δ of its rows and y of its columns, and writes the tile of Γ. The gradient's sum over the batch
+stays in registers: at the end the program writes its tile of that part's gradient, or subtracts lr times it from its
+tile of the weight.
+"""
 
 from __future__ import annotations
 
@@ -12,70 +24,73 @@ from torch import Tensor
 
 from ._launch import check_gammas, check_runnable, check_tensor, device_sizes, split_rows, vector_width
 
-# Of Philox. 7 pass all tests of BigCrush (Salmon et al. 2011) and 10 are usual: rounding needs no more than 6.
+# Rounds of the Philox generator. With 7 it passes all tests of BigCrush (Salmon et al. 2011), and 10 are usual: for
+# rounding, 6 are enough.
 ROUNDS = tl.constexpr(6)
 
 
 @triton.jit
 def _round_stochastically(value, rng_state_ptr, state: tl.constexpr, matrix, M, i0, j0):
-    """float32 [BLOCK_N, BLOCK_M] to bfloat16: the neighbour away from zero as often as `value` is near it.
+    """Round float32 [BLOCK_N, BLOCK_M] to bfloat16, away from zero with a probability that makes the mean right.
 
-    Random bits are of (seed, step, state, matrix, unit, column): no tile or part of the batch changes them. Seed and
-    step are 64 bits wide.
+    matrix: b·K + k, of the batch row and the matrix. The random bits depend on (seed, step, state, matrix, unit,
+    column) alone, so neither the tile's size nor how the batch is split changes them. Seed and step have 64 bits.
     """
-    # Read anew for each tile: what is kept over the loop over the batch takes registers.
+    # Loaded for each tile: kept in registers over the loop over the batch, they would be missed elsewhere.
     seed = tl.load(rng_state_ptr)
     step = tl.load(rng_state_ptr + 1)
-    # One draw has 16 bits for each of 8 numbers in a row. All four counters are 32 bits wide.
+    # One draw of Philox gives 128 bits, 16 for each of 8 numbers of a row. Its four counters have 32 bits each.
     row = i0 + tl.arange(0, value.shape[0])
     group = j0 // 8 + tl.arange(0, value.shape[1] // 8)
     within = row[:, None] * tl.cdiv(M, 8) + group[None, :]
-    late = ((step >> 32) * 2 + state).to(tl.int32)
-    a, b, c, d = tl.philox(seed, within, matrix.to(tl.int32), step.to(tl.int32), late, n_rounds=ROUNDS)
+    step_high = ((step >> 32) * 2 + state).to(tl.int32)
+    a, b, c, d = tl.philox(seed, within, matrix.to(tl.int32), step.to(tl.int32), step_high, n_rounds=ROUNDS)
     words = tl.join(tl.join(a, b), tl.join(c, d)).reshape(value.shape[0], value.shape[1] // 2)
     random = tl.join(words & 0xFFFF, words >> 16).reshape(value.shape)
-    # In integers, which the interpreter doesn't round otherwise. What carries out of the low half makes the
-    # high half the next bfloat16, away from zero; a NaN must not carry into the sign.
+    # Integer arithmetic, because the interpreter truncates float32 to bfloat16. Random bits are added to the low half;
+    # a carry makes the high half the next bfloat16 away from zero. A NaN must not carry into its sign.
     bits = value.to(tl.uint32, bitcast=True)
     bits = tl.where(value == value, bits + random, bits)
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
-# Only N and M set a layout: the rest shall not compile the kernel anew when it is 1 or a multiple of 16.
+# Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. Memory layout depends on N and M
+# alone, so for the others it would be wasted work.
 @triton.jit(
     do_not_specialize=[
-        "ROWS", "next_phi", "next_y", "stride_m_to", "stride_m_from", "stride_delta",
+        "ROWS", "stride_phi_b", "stride_y_b", "stride_m_to", "stride_m_from", "stride_delta",
     ]
 )  # fmt: skip
 def _gamma_step_kernel(
     gamma0_ptr,  # [B, K, N, M]
     gamma1_ptr,  # [B, K, N, M], or None for one state
     m_ptr,  # [S, S, B, N]
-    phi_ptrs,  # by state, then by matrix: [B, N], rows `next_phi` apart, or None for zero
-    y_ptrs,  # by matrix: [B, M], or [B, N] of which each row of Γ reads its own; rows `next_y` apart
+    phi_ptrs,  # S·K of [B, N], for state 0 and all matrices, then state 1; None where φ is zero
+    y_ptrs,  # K of [B, M]; with DIAGONAL of [B, N]
     delta_ptr,  # [S, B, N], or None to advance only
     grad_ptr,  # [parts, K, N, M], or None where weights take the step themselves
-    weight_ptrs,  # by matrix: [N, M], or None for one that stays; or None
-    lr_ptr,  # [1], or None
-    rng_state_ptr,  # [2], a seed and a step, or None to round to nearest
-    ROWS,  # of the batch in one part, B = parts · ROWS
+    weight_ptrs,  # K of [N, M], None for a weight that isn't updated; or None to update none
+    lr_ptr,  # [1], or None with weight_ptrs
+    rng_state_ptr,  # [2]: a seed and a step; or None to round to nearest
+    ROWS,  # batch rows of one part; B = parts · ROWS
     N,
     M,
-    next_phi,
-    next_y,
-    stride_m_to,
-    stride_m_from,
+    stride_phi_b,  # between batch rows, the same in all of phi_ptrs
+    stride_y_b,
+    stride_m_to,  # of M^{νν'}: between its rows ν
+    stride_m_from,  # and between its columns ν'
     stride_delta,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    VECTOR: tl.constexpr,  # a divisor of M: numbers of Γ that one access moves
-    OWN: tl.constexpr,  # whether each row reads its own number, M = 1
+    VECTOR: tl.constexpr,  # numbers of Γ that one memory access moves; divides M
+    DIAGONAL: tl.constexpr,  # M = 1 and row i of Γ reads y_i, as a diagonal matrix does; else all rows read all of y
 ):
-    # One program: rows i and columns j of one matrix k, over its part of the batch, whose sum stays in
-    # registers. All matrices in one program would need K accumulators: it spills, and saves only loads of m.
+    # One matrix per program: all of them would need K accumulators, which spills and saves only loads of M.
     K: tl.constexpr = len(y_ptrs)
-    M = M // VECTOR * VECTOR  # M itself and the distance, and the compiler sees that VECTOR divides them
-    next_y = tl.cast(next_y, tl.int64) // VECTOR * VECTOR
+    M = (
+        M // VECTOR * VECTOR
+    )  # leaves M and the stride as they are, and shows the compiler that VECTOR divides them
+    stride_y_b = tl.cast(stride_y_b, tl.int64) // VECTOR * VECTOR
     tiles_m = tl.cdiv(M, BLOCK_M)
     i0 = (tl.program_id(0) // tiles_m) * BLOCK_N
     j0 = (tl.program_id(0) % tiles_m) * BLOCK_M
@@ -89,28 +104,29 @@ def _gamma_step_kernel(
     in_m = j0 + col < M
     inside = in_n[:, None] & in_m[None, :]
 
-    # What is of matrix k. Where it does not enter a state, nothing is loaded from where `phi` then points.
+    # Select matrix k's arrays. Where it doesn't enter state ν, phiν_ptr is a stand-in that is never read: the mask of
+    # its loads is `i < phiν_end`, and phiν_end stays 0.
     y_ptr = y_ptrs[0]
     phi0_ptr = m_ptr
     phi1_ptr = m_ptr
-    last0 = 0
-    last1 = 0
+    phi0_end = 0
+    phi1_end = 0
     for each in tl.static_range(K):
         if k == each:
             y_ptr = y_ptrs[each]
             if phi_ptrs[each] is not None:
                 phi0_ptr = phi_ptrs[each]
-                last0 = N
+                phi0_end = N
             if gamma1_ptr is not None and phi_ptrs[K + each] is not None:
                 phi1_ptr = phi_ptrs[K + each]
-                last1 = N
+                phi1_end = N
 
-    # 64 bits for what grows with B, K, N and M; the offset inside a tile fits in 32.
+    # Offsets that grow with B, K, N and M need 64 bits; those inside a tile fit in 32.
     corner = i0.to(tl.int64) * M + j0
     matrix = tl.cast(N, tl.int64) * M
     tile = row[:, None] * M + col[None, :]
     wide_n = tl.cast(N, tl.int64)
-    wide_phi = tl.cast(next_phi, tl.int64)
+    wide_phi = tl.cast(stride_phi_b, tl.int64)
 
     gamma0_ptr += (b0 * K + k) * matrix + corner
     if gamma1_ptr is not None:
@@ -118,26 +134,26 @@ def _gamma_step_kernel(
     m_ptr += b0 * N + i0
     phi0_ptr += i0
     phi1_ptr += i0
-    y_ptr += b0 * next_y + (i0 if OWN else j0)
+    y_ptr += b0 * stride_y_b + (i0 if DIAGONAL else j0)
     if delta_ptr is not None:
         delta_ptr += b0 * N + i0
 
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for b in range(ROWS):
-        if OWN:
+        if DIAGONAL:
             y = tl.load(y_ptr + row, mask=in_n, other=0.0)[:, None]
         else:
             y = tl.load(y_ptr + col, mask=in_m, other=0.0)[None, :]
         old0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         m00 = tl.load(m_ptr + row, mask=in_n, other=0.0)[:, None]
-        phi0 = tl.load(phi0_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < last0, other=0.0)[:, None]
+        phi0 = tl.load(phi0_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < phi0_end, other=0.0)[:, None]
         new0 = m00 * old0 + phi0 * y
         if gamma1_ptr is not None:
             old1 = tl.load(gamma1_ptr + tile, mask=inside, other=0.0).to(tl.float32)
             m01 = tl.load(m_ptr + stride_m_from + row, mask=in_n, other=0.0)[:, None]
             m10 = tl.load(m_ptr + stride_m_to + row, mask=in_n, other=0.0)[:, None]
             m11 = tl.load(m_ptr + stride_m_to + stride_m_from + row, mask=in_n, other=0.0)[:, None]
-            phi1 = tl.load(phi1_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < last1, other=0.0)[:, None]
+            phi1 = tl.load(phi1_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < phi1_end, other=0.0)[:, None]
             new0 += m01 * old1
             new1 = m10 * old0 + m11 * old1 + phi1 * y
             if rng_state_ptr is not None:
@@ -151,7 +167,7 @@ def _gamma_step_kernel(
             kept0 = new0.to(gamma0_ptr.dtype.element_ty)
         tl.store(gamma0_ptr + tile, kept0, mask=inside)
         if delta_ptr is not None:
-            # From the float32 values: rounding Γ to its own dtype doesn't touch this step's gradient.
+            # Reads the float32 values: that Γ is rounded to its own dtype doesn't change this step's gradient.
             total += tl.load(delta_ptr + row, mask=in_n, other=0.0)[:, None] * new0
             if gamma1_ptr is not None:
                 total += tl.load(delta_ptr + stride_delta + row, mask=in_n, other=0.0)[:, None] * new1
@@ -161,12 +177,12 @@ def _gamma_step_kernel(
         if gamma1_ptr is not None:
             gamma1_ptr += K * matrix
         m_ptr += wide_n
-        y_ptr += next_y
+        y_ptr += stride_y_b
 
     if weight_ptrs is not None:
         lr = tl.load(lr_ptr)
         for each in tl.static_range(K):
-            if weight_ptrs[each] is not None:  # noqa: SIM102 - known as the kernel is compiled, k later
+            if weight_ptrs[each] is not None:  # noqa: SIM102 - decided at compile time, the next at run time
                 if k == each:
                     at = weight_ptrs[each] + corner + tile
                     tl.store(at, tl.load(at, mask=inside, other=0.0) - lr * total, mask=inside)
@@ -175,7 +191,12 @@ def _gamma_step_kernel(
 
 
 class Config(NamedTuple):
-    """One program's tile of Γ, the numbers that one access moves, and warps."""
+    """How one program is laid out.
+
+    block_n, block_m  rows and columns of its tile of Γ
+    vector            numbers of Γ that one memory access moves
+    num_warps         Triton's option
+    """
 
     block_n: int
     block_m: int
@@ -184,21 +205,23 @@ class Config(NamedTuple):
 
 
 def pick_config(N: int, M: int, dtype: torch.dtype, stochastic: bool = False) -> Config:
-    """The tile for Γ of (B, K, N, M). Pure, for a kernel that works in place can't be tuned.
+    """The layout for Γ (B, K, N, M), which is rounded stochastically or not.
 
-    A thread holds 16 numbers of each state: four 128-bit loads of float32 each, and registers for three or
-    more programs a multiprocessor, in either dtype. Twice as many spill. Rows of 64 are whole cache lines.
+    A pure function, no autotuner: an autotuner runs a kernel repeatedly, and this one works in place.
+
+    A thread holds 16 numbers of each state, which are four 128-bit loads of float32, and leave registers for three or
+    more programs per multiprocessor, in either dtype. Twice as many spill. Rows of 64 numbers are whole cache lines.
     """
     vector = vector_width(M, dtype)
     if M == 1 and not stochastic:
-        # One number a row: what lies together are rows.
+        # One number per row: it is rows that lie together in memory.
         return Config(128, 1, vector, num_warps=1)
     if vector == 1:
-        # An address and a mask a number: half as many numbers a thread, or registers spill; and half of that with
-        # random bits for each.
+        # Each number has an address and a mask of its own: with more than half as many numbers per thread, registers
+        # spill; with random bits for each number, with more than a quarter.
         return Config(2 if stochastic else 4, 64, vector, num_warps=1)
     if triton.cdiv(N, 32) * triton.cdiv(M, 64) < 64:
-        # Too few programs to fill a GPU: smaller ones, of as many numbers a thread.
+        # Programs of four warps would be too few to fill a GPU: take one warp each, with as many numbers per thread.
         return Config(8, 64, vector, num_warps=1)
     return Config(32, 64, vector, num_warps=4)
 
@@ -214,64 +237,69 @@ def gamma_step_(
     lr: Tensor | None = None,
     rng_state: Tensor | None = None,
 ) -> Tensor | None:
-    """Advance Γ in place by one step; with delta, read the gradient from it in the same pass (paper, eq. 14).
+    """Advance the sensitivity Γ in place by one step; with delta, return the step's gradient (paper, eq. 14).
 
         Γ^{ν,k} ← Σ_ν' M^{νν'} ⊙_rows Γ^{ν',k} + φ^{ν,k} y^kᵀ
         G^k     = Σ_{b,ν} δ^ν ⊙_rows Γ^{ν,k}
         W^k     ← W^k - lr · G^k                                 with weights, in the same pass
 
-    Arithmetic is in float32. Γ in bfloat16 is rounded after the gradient has read it. To nearest, what a step
-    adds or forgets is lost where it is less than 2⁻⁹ of Γ; stochastically, Γ is right in the mean over seeds,
-    at twice the variance of each rounding. That is far better where memory lasts 500 steps or more and what
-    enters has a mean, as a bias's y = 1 has: after 1,000 steps at a decay of 0.999, errors of 3 % against 31 %.
-    Inputs of either sign dither Γ themselves: to nearest is a little better then, 3.4 % against 4.4 %.
+    Arithmetic is in float32. Γ in bfloat16 is rounded after the gradient has been read. Rounding to nearest loses what
+    a step adds or forgets where that is less than 2⁻⁹ of Γ. Stochastic rounding keeps Γ right in the mean over seeds,
+    at twice the variance of each rounding. That is far better where memory lasts 500 steps or more and the
+    contributions have a mean, as a bias's y = 1 has: after 1,000 steps at a decay of 0.999, errors of 3 % against
+    31 %. Contributions of either sign dither Γ by themselves; rounding to nearest is then a little better, 3.4 %
+    against 4.4 %.
 
-    The batch is summed in order; where Γ is too small to fill the GPU and the batch is large, by parts, whose
-    sums a second pass adds up, and weights then take their step after it. Two runs on one GPU agree in every bit.
+    The batch is summed in a fixed order. Where Γ is too small to fill the GPU and the batch is large, programs sum
+    parts of the batch, a second pass adds those up, and the weights are updated after it. Two runs on one GPU agree in
+    every bit.
 
     Args:
-        gammas: S tensors (B, K, N, M), S of 1 or 2, contiguous, float32 or bfloat16. Mutated. Fast where a
-            row is a multiple of 16 bytes.
-        m: (S, S, B, N) float32, first index the row ν.
-        phi: (S, B, K, N) float32, zero where a matrix does not enter a state; or where they lie, S·K of (B, N)
-            state by state, None for zero. Rows contiguous, and as far apart in all.
-        y: (B, K, M) float32; or K of (B, M), rows as of phi. With M = 1 also N numbers, of which each row of Γ reads
-            its own, as a diagonal matrix does.
-        delta: (S, B, N) float32, or None to advance only.
-        weights: K of (N, M) float32, contiguous, None for one that stays as it is; or None. Mutated. They need delta
-            and lr.
-        lr: the learning rate of the weights' step, (1,) float32. It is read on the GPU, so a CUDA graph takes what
-            it is when it is replayed.
-        rng_state: for Γ in bfloat16, a seed and a step that stochastic rounding draws from, (2,) int64,
-            contiguous; None rounds to nearest. Stochastic rounding takes either neighbour, with probability
-            proportional to how near it is, in 1/65,536ths; a bfloat16 number stays, NaN and infinity too.
-            The same two round the same values alike in every bit: advance the step between two calls on one
-            Γ. It is read on the GPU, so a CUDA graph that advances it draws anew each time it is replayed.
+        gammas: Γ, one tensor (B, K, N, M) per state, S of 1 or 2, contiguous, float32 or bfloat16. Mutated. Fast
+            where a row of M numbers is a multiple of 16 bytes.
+        m: the transition M, (S, S, B, N) float32; the first index is the row ν.
+        phi: the immediate sensitivity φ, (S, B, K, N) float32, zero where a matrix doesn't enter a state. Or its parts
+            as separate tensors, S·K of (B, N), all matrices of the first state, then of the second, None for zero;
+            their rows are contiguous and equally far apart in all of them.
+        y: what each matrix reads, (B, K, M) float32; or K separate tensors (B, M), with rows as phi's. For diagonal
+            matrices, with M = 1, (B, K, N) or K of (B, N): row i of Γ reads y_i.
+        delta: instantaneous credit δ = ∂L(t)/∂(state), (S, B, N) float32, or None to advance Γ only.
+        weights: K of (N, M) float32, contiguous, None for one that isn't to be updated; or None. Mutated. They need
+            delta and lr.
+        lr: the learning rate of the weights' update, (1,) float32. It is read on the GPU, so a CUDA graph uses the
+            value that it has when the graph is replayed.
+        rng_state: a seed and a step, (2,) int64, contiguous, from which stochastic rounding of a bfloat16 Γ draws; or
+            None to round to nearest. Stochastic rounding takes either neighbour with a probability proportional to
+            how near it is, in 1/65,536ths; bfloat16 numbers stay as they are, NaN and infinity too. The same seed and
+            step round the same values alike in every bit, so advance the step between two calls on one Γ. It is
+            read on the GPU, so a CUDA graph that advances it draws anew each time it is replayed.
 
-    With weights, their gradient never touches memory: of 128·N² bytes a step at B = 1 (RGC in float32: Γ 64, the
-    gradient 16, SGD after it 48) 32 are saved.
+    With weights, their gradient never goes through memory. That saves 32 of 128·N² bytes per step at B = 1 (RGC in
+    float32: 64 for Γ, 16 for the gradient, 48 for SGD after it).
 
-    The indices before the batch of m, phi and delta may have any stride, so that one step of a sequence needs
-    no copy; what they index must be contiguous, but for phi's and y's rows.
+    The dimensions before the batch of m, phi and delta may have any stride, so that one step of a sequence needs no
+    copy; the rest must be contiguous, except for the distance between rows of separate phi and y.
 
     Returns:
-        The gradient (K, N, M) float32, or None without delta and with weights.
+        The gradient (K, N, M) float32; None without delta, and None with weights.
 
     Raises:
-        TypeError: an argument that isn't a tensor, or a wrong dtype.
+        TypeError: an argument isn't a tensor, or has another dtype.
         ValueError: a wrong shape, device, stride or number of tensors; weights without delta, or one of weights and
-            lr without the other; rng_state where Γ is float32; tensors that aren't on a GPU, where kernels aren't
+            lr without the other; rng_state where Γ is float32; or tensors that aren't on a GPU while kernels aren't
             interpreted.
     """
     batch, matrices, units, fan_in = check_gammas(gammas)
     gamma, states = gammas[0], len(gammas)
     check_tensor("m", m, (states, states, batch, units), gamma, any_stride=2)
-    entering, next_phi = _apart("phi", phi, (states, matrices), (batch, units), gamma)
+    phi_arrays, stride_phi_b = _separate_arrays("phi", phi, (states, matrices), (batch, units), gamma)
     first = y if isinstance(y, Tensor) else y[0] if isinstance(y, (tuple, list)) and y else None
-    own = fan_in == 1 < units and isinstance(first, Tensor) and first.shape[-1:] == (units,)
-    read, next_y = _apart("y", y, (1, matrices), (batch, units if own else fan_in), gamma)
-    if None in read:
-        raise TypeError(f"y[{read.index(None)}] must be a torch.Tensor, got None")
+    diagonal = fan_in == 1 < units and isinstance(first, Tensor) and first.shape[-1:] == (units,)
+    y_arrays, stride_y_b = _separate_arrays(
+        "y", y, (1, matrices), (batch, units if diagonal else fan_in), gamma
+    )
+    if None in y_arrays:
+        raise TypeError(f"y[{y_arrays.index(None)}] must be a torch.Tensor, got None")
     if delta is not None:
         check_tensor("delta", delta, (states, batch, units), gamma, any_stride=1)
     if (weights is None) != (lr is None):
@@ -305,8 +333,8 @@ def gamma_step_(
             gamma,
             gammas[1] if states == 2 else None,
             m,
-            entering,
-            read,
+            phi_arrays,
+            y_arrays,
             delta,
             gradients,
             tuple(weights) if weights is not None and in_pass else None,
@@ -315,15 +343,15 @@ def gamma_step_(
             rows,
             units,
             fan_in,
-            next_phi,
-            next_y,
+            stride_phi_b,
+            stride_y_b,
             m.stride(0),
             m.stride(1),
             0 if delta is None else delta.stride(0),
             BLOCK_N=config.block_n,
             BLOCK_M=config.block_m,
             VECTOR=config.vector,
-            OWN=own,
+            DIAGONAL=diagonal,
             num_warps=config.num_warps,
         )
     if gradients is None:
@@ -337,16 +365,17 @@ def gamma_step_(
     return None
 
 
-def _apart(
+def _separate_arrays(
     name: str,
     given: Tensor | Sequence[Tensor | None],
     counts: tuple[int, int],
     shape: tuple[int, int],
     like: Tensor,
 ) -> tuple[tuple[Tensor | None, ...], int]:
-    """The arrays (B, ·) of `given`, one each for S·K, and how far their rows are apart.
+    """phi or y as S·K separate arrays, each of `shape` (B, ·), and the stride between batch rows that they share.
 
-    given: (S, B, K, ·), or without S where it is 1; or S·K arrays. Raises TypeError or ValueError as `gamma_step_`.
+    given: phi (S, B, K, ·) or y (B, K, ·), for which S counts as 1; or the S·K arrays themselves. counts: (S, K).
+    Raises TypeError or ValueError as `gamma_step_` does.
     """
     states, matrices = counts
     if isinstance(given, Tensor):
@@ -360,13 +389,15 @@ def _apart(
         raise TypeError(f"{name} must be a torch.Tensor or a sequence of them, got {type(given).__name__}")
     if len(given) != states * matrices:
         raise ValueError(f"{name} must hold {states * matrices} tensors, got {len(given)}")
-    apart = {}
+    row_strides = {}
     for index, each in enumerate(given):
         if each is not None:
             check_tensor(f"{name}[{index}]", each, shape, like, any_stride=1)
-            apart[index] = each.stride(0)
-    distance = next(iter(apart.values()), 0)
-    other = next((index for index, found in apart.items() if found != distance), None)
+            row_strides[index] = each.stride(0)
+    row_stride = next(iter(row_strides.values()), 0)
+    other = next((index for index, found in row_strides.items() if found != row_stride), None)
     if other is not None:
-        raise ValueError(f"{name}'s rows must be as far apart in all, got {distance} and {apart[other]}")
-    return tuple(given), distance
+        raise ValueError(
+            f"{name}'s tensors must all have the same stride between rows, got {row_stride} and {row_strides[other]}"
+        )
+    return tuple(given), row_stride

@@ -234,9 +234,18 @@ def step_build(
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "VECTOR": config.vector,
-        "OWN": own,
+        "DIAGONAL": own,
     }
-    integers = ("ROWS", "N", "M", "next_phi", "next_y", "stride_m_to", "stride_m_from", "stride_delta")
+    integers = (
+        "ROWS",
+        "N",
+        "M",
+        "stride_phi_b",
+        "stride_y_b",
+        "stride_m_to",
+        "stride_m_from",
+        "stride_delta",
+    )
     entered = [k * states // matrices for k in range(matrices)]
     tuples: dict[str, Sequence[str | None]] = {
         "phi_ptrs": [

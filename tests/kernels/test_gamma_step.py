@@ -393,7 +393,7 @@ def _valid() -> dict[str, object]:
         (
             {"y": [torch.zeros(2, 7), torch.zeros(2, 8)[:, :7], torch.zeros(2, 7)]},
             ValueError,
-            "y's rows must be as far apart in all, got 7 and 8",
+            "y's tensors must all have the same stride between rows, got 7 and 8",
         ),
         ({"y": [torch.zeros(2, 7), None, None]}, TypeError, r"y\[1\] must be a torch.Tensor, got None"),
         ({"phi": torch.zeros(2, 2, 3, 5).double()}, TypeError, "phi must have dtype torch.float32"),
