@@ -1,12 +1,26 @@
-"""Scans backward in time, unit by unit: credits λ(t), suffix products R(t), and what partials make of each.
+"""Scans backward in time, each unit on its own: the credit λ(t) of RFP's dual form, and suffix products of M.
 
-Credits come of one pass, or where that would leave most of the chip empty, of blocks of time side by side. What a
-block does to the credit that arrives at its end is affine, of products alone, never ratios:
+Recursions (paper, eq. 14 in dual form; M(t) is each unit's own S×S transition):
+
+    λ(t) = δ(t) + M(t+1)ᵀ λ(t+1)                        credit; `reverse_scan`
+    E^k(t) = Σ_ν λ^ν(t) φ^{ν,k}(t)                      its products with partials; `reverse_scan_entering`
+    R(t) = R(t+1) M(t+1),   R(C) the identity           suffix products M(C) … M(t+1); `suffix_products`
+    U^{ν,k}(t) = Σ_ν' R(t)^{νν'} φ^{ν',k}(t)            their products with φ; `arriving`
+
+Grid: (tiles of BLOCK of the B·N units, blocks of time); for suffix products one block of time, the whole chunk.
+A program is one warp. It owns BLOCK units and walks its block of time from the last step to the first, with the S
+credits, or the S×S product, of each unit in registers. Per step it reads M, and δ or φ, of its units, and writes λ, or
+the products with partials, which then are all that is written; or R(t), or U(t).
+
+Credits take one pass over all T steps, or, where that would leave most of the GPU idle, several blocks of time side
+by side. What one block, of steps first … last, does to the credit from the steps after it is an affine map, and it is
+made by products alone, never by ratios:
 
     M(first)ᵀ λ(first) = ℓ + Rᵀ (M(last+1)ᵀ λ(last+1)),        R = M(last) … M(first)
 
-One launch finds ℓ and R of every block but the first; another takes each block's credit through the blocks after it,
-which are few, and then scans the block as the one pass does.
+One launch (`_block_summary_kernel`) finds ℓ and R of every block but the first. In a second one each program applies
+the maps of the blocks after its own, which are few, to the credit from beyond the sequence, and then scans its block
+as the one pass does.
 """
 
 from __future__ import annotations
@@ -25,7 +39,7 @@ from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vec
 
 @triton.jit
 def load_transition(m_ptr, at, stride_from, stride_to, mask, STATES: tl.constexpr):
-    """M of the units `at`: four entries by row, of which one state has the first alone."""
+    """The four entries of M, row by row, at the offsets `at`. With one state only the first has a meaning."""
     m00 = tl.load(m_ptr + at, mask=mask, other=0.0)
     if STATES == 1:
         return m00, m00, m00, m00
@@ -37,16 +51,16 @@ def load_transition(m_ptr, at, stride_from, stride_to, mask, STATES: tl.constexp
 
 @triton.jit
 def load_states(ptr, at, stride, mask, STATES: tl.constexpr):
-    """A number a state of the units `at`, of which one state has the first alone."""
-    of0 = tl.load(ptr + at, mask=mask, other=0.0)
+    """The values of both states at the offsets `at`. With one state only the first has a meaning."""
+    value0 = tl.load(ptr + at, mask=mask, other=0.0)
     if STATES == 1:
-        return of0, of0
-    return of0, tl.load(ptr + stride + at, mask=mask, other=0.0)
+        return value0, value0
+    return value0, tl.load(ptr + stride + at, mask=mask, other=0.0)
 
 
 @triton.jit
 def pass_back(m00, m01, m10, m11, credit0, credit1, STATES: tl.constexpr):
-    """Mᵀ λ."""
+    """Mᵀ λ, the credit that one step passes to the step before it. With one state the second value is unused."""
     if STATES == 1:
         return m00 * credit0, credit1
     return m00 * credit0 + m10 * credit1, m01 * credit0 + m11 * credit1
@@ -54,7 +68,7 @@ def pass_back(m00, m01, m10, m11, credit0, credit1, STATES: tl.constexpr):
 
 @triton.jit
 def times(r00, r01, r10, r11, m00, m01, m10, m11, STATES: tl.constexpr):
-    """R M."""
+    """The S×S product R M, row by row. With one state only the first entry has a meaning."""
     if STATES == 1:
         return r00 * m00, r01, r10, r11
     return (
@@ -69,7 +83,10 @@ def times(r00, r01, r10, r11, m00, m01, m10, m11, STATES: tl.constexpr):
 def store_summary(
     product_ptr, local_ptr, r00, r01, r10, r11, local0, local1, unit, BN, mask, STATES: tl.constexpr
 ):
-    """R and ℓ of the block of time that this program summarises."""
+    """Write R and ℓ of the block of time that this program summarises.
+
+    product_ptr [S, S, G, B·N] and local_ptr [S, G, B·N] hold G blocks, all but the first of the sequence.
+    """
     wide_bn = tl.cast(BN, tl.int64)
     at = tl.program_id(1) * wide_bn + unit
     plane = wide_bn * tl.num_programs(1)
@@ -86,43 +103,48 @@ def store_summary(
 def through_blocks(
     product_ptr,
     local_ptr,
-    arriving0,
-    arriving1,
+    later0,
+    later1,
     unit,
     BN,
     mask,
     STATES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What arrives at the end of this program's block of time, of what arrives at the end of the last."""
+    """The credit from later steps at the end of this program's block of time.
+
+    later0, later1: the same at the end of the last block. Each block in between applies its map ℓ + Rᵀ(…).
+    """
     summaries = tl.num_programs(1) - 1
     stride = tl.cast(BN, tl.int64) * summaries
     for step in tl.range(0, summaries - tl.program_id(1), num_stages=STAGES):
         at = tl.cast(summaries - 1 - step, tl.int64) * BN + unit
         r00, r01, r10, r11 = load_transition(product_ptr, at, stride, STATES * stride, mask, STATES)
         local0, local1 = load_states(local_ptr, at, stride, mask, STATES)
-        through0, through1 = pass_back(r00, r01, r10, r11, arriving0, arriving1, STATES)
-        arriving0 = local0 + through0
-        arriving1 = local1 + through1
-    return arriving0, arriving1
+        through0, through1 = pass_back(r00, r01, r10, r11, later0, later1, STATES)
+        later0 = local0 + through0
+        later1 = local1 + through1
+    return later0, later1
 
 
-# T and the steps of a block set no layout, so they shall not compile a kernel anew when 1 or a multiple of 16.
+# Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. No memory layout depends on T or
+# on the steps of a block, so for those it would be wasted work.
 @triton.jit(do_not_specialize=["T", "block_steps"])
 def _block_summary_kernel(
     m_ptr,  # [S, S, T, B·N]
     delta_ptr,  # [S, T, B·N]
-    product_ptr,  # [S, S, G, B·N]: R of each block of time but the first
-    local_ptr,  # [S, G, B·N]: ℓ of each
+    product_ptr,  # [S, S, G, B·N]: written, R of each of the G blocks of time after the first
+    local_ptr,  # [S, G, B·N]: written, ℓ of each
     T,
     block_steps,
     BN,
     STATES: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    VECTOR: tl.constexpr,  # a divisor of BN: numbers that one access moves
+    VECTOR: tl.constexpr,  # numbers that one memory access moves; divides BN
 ):
-    BN = BN // VECTOR * VECTOR  # BN itself, and the compiler sees what divides it
+    # One program: BLOCK units in one block of time, scanned from zero credit (ℓ) and multiplied up (R).
+    BN = BN // VECTOR * VECTOR  # leaves BN as it is, and shows the compiler what divides it
     unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = unit < BN
     first = (tl.program_id(1) + 1) * block_steps
@@ -134,16 +156,16 @@ def _block_summary_kernel(
     r01 = tl.zeros((BLOCK,), tl.float32)
     r10 = tl.zeros((BLOCK,), tl.float32)
     r11 = tl.full((BLOCK,), 1.0, tl.float32)
-    arriving0 = tl.zeros((BLOCK,), tl.float32)
-    arriving1 = tl.zeros((BLOCK,), tl.float32)
+    later0 = tl.zeros((BLOCK,), tl.float32)
+    later1 = tl.zeros((BLOCK,), tl.float32)
     for step in tl.range(0, count, num_stages=STAGES):
         at = tl.cast(first + count - 1 - step, tl.int64) * BN + unit
         m00, m01, m10, m11 = load_transition(m_ptr, at, plane, STATES * plane, mask, STATES)
         delta0, delta1 = load_states(delta_ptr, at, plane, mask, STATES)
-        arriving0, arriving1 = pass_back(m00, m01, m10, m11, delta0 + arriving0, delta1 + arriving1, STATES)
+        later0, later1 = pass_back(m00, m01, m10, m11, delta0 + later0, delta1 + later1, STATES)
         r00, r01, r10, r11 = times(r00, r01, r10, r11, m00, m01, m10, m11, STATES)
 
-    store_summary(product_ptr, local_ptr, r00, r01, r10, r11, arriving0, arriving1, unit, BN, mask, STATES)
+    store_summary(product_ptr, local_ptr, r00, r01, r10, r11, later0, later1, unit, BN, mask, STATES)
 
 
 @triton.jit(do_not_specialize=["T", "block_steps"])
@@ -151,22 +173,22 @@ def _reverse_scan_kernel(
     m_ptr,  # [S, S, T, B·N]
     delta_ptr,  # [S, T, B·N]
     carry_ptr,  # [S, B·N], or None for zero
-    product_ptr,  # [S, S, G, B·N], R of each block of time but the first, or None where there is one block
-    local_ptr,  # [S, G, B·N], ℓ of each, or None
-    partial_ptrs,  # by output, then by state: [T, B·N], or None for zero
-    credit_ptr,  # [S, T, B·N], or None
-    output_ptrs,  # [T, B·N] each
-    passed_ptr,  # [S, B·N]
+    product_ptr,  # [S, S, G, B·N], R of each block of time after the first; or None where there is one block
+    local_ptr,  # [S, G, B·N], ℓ of each; or None with product_ptr
+    partial_ptrs,  # S per output, of [T, B·N] each, None where the partial is zero
+    credit_ptr,  # [S, T, B·N]: written, λ; or None
+    output_ptrs,  # [T, B·N] each: written, Σ_ν λ^ν times the output's partial of state ν
+    passed_ptr,  # [S, B·N]: written, M(1)ᵀ λ(1)
     T,
     block_steps,
     BN,
     STATES: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    VECTOR: tl.constexpr,  # a divisor of BN: numbers that one access moves
+    VECTOR: tl.constexpr,  # numbers that one memory access moves; divides BN
 ):
     # One program: BLOCK units in one block of time.
-    BN = BN // VECTOR * VECTOR  # BN itself, and the compiler sees what divides it
+    BN = BN // VECTOR * VECTOR  # leaves BN as it is, and shows the compiler what divides it
     unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = unit < BN
     first = tl.program_id(1) * block_steps
@@ -174,23 +196,24 @@ def _reverse_scan_kernel(
     wide_bn = tl.cast(BN, tl.int64)
     plane = wide_bn * T  # numbers of one (T, B·N)
 
-    arriving0 = tl.zeros((BLOCK,), tl.float32)
-    arriving1 = tl.zeros((BLOCK,), tl.float32)
+    # The credit that the step after the current one passes back, M(t+1)ᵀ λ(t+1).
+    later0 = tl.zeros((BLOCK,), tl.float32)
+    later1 = tl.zeros((BLOCK,), tl.float32)
     if carry_ptr is not None:
-        arriving0, arriving1 = load_states(carry_ptr, unit, wide_bn, mask, STATES)
+        later0, later1 = load_states(carry_ptr, unit, wide_bn, mask, STATES)
     if product_ptr is not None:
-        arriving0, arriving1 = through_blocks(
-            product_ptr, local_ptr, arriving0, arriving1, unit, BN, mask, STATES, STAGES
+        later0, later1 = through_blocks(
+            product_ptr, local_ptr, later0, later1, unit, BN, mask, STATES, STAGES
         )
 
     for step in tl.range(0, count, num_stages=STAGES):
         at = tl.cast(first + count - 1 - step, tl.int64) * BN + unit
         m00, m01, m10, m11 = load_transition(m_ptr, at, plane, STATES * plane, mask, STATES)
         delta0, delta1 = load_states(delta_ptr, at, plane, mask, STATES)
-        credit0 = delta0 + arriving0
-        credit1 = delta1 + arriving1
+        credit0 = delta0 + later0
+        credit1 = delta1 + later1
         credits = (credit0, credit1)
-        arriving0, arriving1 = pass_back(m00, m01, m10, m11, credit0, credit1, STATES)
+        later0, later1 = pass_back(m00, m01, m10, m11, credit0, credit1, STATES)
         if credit_ptr is not None:
             tl.store(credit_ptr + at, credit0, mask=mask)
             if STATES == 2:
@@ -204,18 +227,18 @@ def _reverse_scan_kernel(
             tl.store(output_ptrs[o] + at, total, mask=mask)
 
     mask = mask & (tl.program_id(1) == 0)
-    tl.store(passed_ptr + unit, arriving0, mask=mask)
+    tl.store(passed_ptr + unit, later0, mask=mask)
     if STATES == 2:
-        tl.store(passed_ptr + wide_bn + unit, arriving1, mask=mask)
+        tl.store(passed_ptr + wide_bn + unit, later1, mask=mask)
 
 
 @triton.jit(do_not_specialize=["C"])
 def _suffix_kernel(
     m_ptr,  # [S, S, C, B·N]
     phi_ptr,  # [S, C, B, K, N], or None with arriving_ptr
-    suffix_ptr,  # [S, S, C, B·N], or None
-    arriving_ptr,  # [S, C, B, K, N], or None
-    whole_ptr,  # [S, S, B·N]
+    suffix_ptr,  # [S, S, C, B·N]: written, R(t) for t = 1 … C; or None
+    arriving_ptr,  # [S, C, B, K, N]: written, U(t); or None
+    whole_ptr,  # [S, S, B·N]: written, R(0)
     C,
     BN,
     N,
@@ -223,15 +246,17 @@ def _suffix_kernel(
     MATRICES: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    VECTOR: tl.constexpr,  # a divisor of BN, and of N if there is φ: numbers that one access moves
+    VECTOR: tl.constexpr,  # numbers that one memory access moves; divides BN, and N if there is φ
 ):
-    # BN and N themselves, and the compiler sees what divides them.
+    # One program: BLOCK units over the whole chunk. These leave BN and N as they are, and show the compiler what
+    # divides them.
     BN = BN // VECTOR * VECTOR
     if MATRICES > 0:
         N = N // VECTOR * VECTOR
     unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = unit < BN
-    in_matrix0 = (unit // N).to(tl.int64) * (MATRICES * N) + unit % N
+    # A unit's offset in (B, K, N) for matrix 0; matrix k's is k·N further on.
+    at_matrix0 = (unit // N).to(tl.int64) * (MATRICES * N) + unit % N
     wide_bn = tl.cast(BN, tl.int64)
     plane = wide_bn * C
 
@@ -250,7 +275,7 @@ def _suffix_kernel(
                 tl.store(suffix_ptr + 3 * plane + at, r11, mask=mask)
         if arriving_ptr is not None:
             for k in tl.static_range(MATRICES):
-                at_k = t * BN * MATRICES + in_matrix0 + k * N
+                at_k = t * BN * MATRICES + at_matrix0 + k * N
                 phi0 = tl.load(phi_ptr + at_k, mask=mask, other=0.0)
                 if STATES == 1:
                     tl.store(arriving_ptr + at_k, r00 * phi0, mask=mask)
@@ -269,41 +294,46 @@ def _suffix_kernel(
 
 
 class Config(NamedTuple):
-    """Units of one program, which is one warp, and how many steps' loads are under way at once."""
+    """How one program of one warp is laid out.
+
+    block   units that it owns
+    stages  steps whose loads are under way at once (Triton's num_stages)
+    """
 
     block: int
     stages: int
 
 
 def pick_config(K: int, warp_size: int) -> Config:
-    """Of suffix products, for φ of K matrices, 0 without φ. Pure.
+    """The layout for suffix products with φ of K matrices, K = 0 without φ. A pure function.
 
-    Four units a lane make 128-bit accesses, and one warp makes as many programs as there can be: they are
-    few, and each waits for its own loads alone. Over eight matrices the loads of four steps would ask for
-    too much shared memory, and have enough in one step.
+    Four units per thread make 128-bit accesses. One warp per program makes as many programs as possible: there are few
+    units, and each program then waits for its own loads alone. With more than eight matrices the loads of four steps
+    would ask for too much shared memory, and those of one step are enough to keep memory busy.
     """
     return Config(block=4 * warp_size, stages=4 if K <= 8 else 1)
 
 
 class ScanConfig(NamedTuple):
-    """`Config`, and the steps of a block of time: all T where there is one block."""
+    """`Config`, and how many steps one block of time has: all T where there is one block."""
 
     block: int
     stages: int
     steps: int
 
 
-# Numbers that a multiprocessor moves while a program waits for one step, of three whose loads are under way: of an
-# H100, a third of 0.6 µs at 1/132 of 3 TB/s.
+# Numbers that one multiprocessor could move while a program waits for the loads of one step, with those of three steps
+# under way: on an H100, a third of 0.6 µs at 1/132 of 3 TB/s.
 STEP_NUMBERS = 1024
 
 
 def pick_scan_config(
     T: int, BN: int, S: int, partials: int, written: int, warp_size: int, multiprocessors: int
 ) -> ScanConfig:
-    """Of credits, for T steps of B·N units with S states, so many partials, and numbers written, of each. Pure.
+    """The layout for credits, over T steps of B·N units with S states. A pure function.
 
-    Units and stages as in `pick_config`. By blocks of time, M and δ are read twice.
+    partials and written: numbers read beside M and δ, and numbers written, of each unit and step. Units and stages are
+    picked as in `pick_config`. With several blocks of time, M and δ are read twice.
     """
     block, stages = 4 * warp_size, 4 if S * S + S + partials <= 24 else 1
     tiles = -(-BN // block)
@@ -312,12 +342,15 @@ def pick_scan_config(
 
 
 def pick_steps(T: int, tiles: int, moved: int, multiprocessors: int) -> int:
-    """Of a block of time, of T by so many tiles of units; moved: numbers a step, by blocks. Pure.
+    """How many of T steps one block of time has; T itself for one pass over all of them. A pure function.
 
-    However little a program reads, it waits for memory step after step. Blocks of time read twice what M and δ are
-    made of, and wait for the steps of two blocks and a summary a block: for the fewest where there are √(2T) blocks.
-    One pass it is where moving these bytes takes longer than the waits of one pass, and under 256 steps, whose waits
-    are short beside a second launch.
+    tiles: programs per block of time; moved: numbers that all units together read and write per step when there are
+    several blocks.
+
+    However little a program reads, it waits for memory at every step. With several blocks of time, what M and δ are
+    made of is read twice, and a program waits for the steps of two blocks and for one summary per block; these waits
+    are fewest with √(2T) blocks. One pass is taken where moving those numbers takes longer than the waits of one pass,
+    and below 256 steps, whose waits are short compared with a second launch.
     """
     if T < 256 or moved > STEP_NUMBERS * multiprocessors:
         return T
@@ -326,7 +359,7 @@ def pick_steps(T: int, tiles: int, moved: int, multiprocessors: int) -> int:
 
 
 def _check_transitions(m: Tensor) -> tuple[int, int, int, int]:
-    """(S, T, B, N) of m (S, S, T, B, N)."""
+    """(S, T, B, N) of the transitions m (S, S, T, B, N). Raises TypeError or ValueError as `reverse_scan` does."""
     states, columns, steps, batch, units = check_dims("m", m, "SSTBN")
     if states not in (1, 2) or columns != states:
         raise ValueError(f"m must have shape (S, S, T, B, N) with S of 1 or 2, got {tuple(m.shape)}")
@@ -335,25 +368,25 @@ def _check_transitions(m: Tensor) -> tuple[int, int, int, int]:
 
 
 def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Credits of a sequence, and what they pass on to the state before its first step.
+    """Credits of a sequence, and the credit that they pass to the state before its first step (paper, eq. 14, dual).
 
         λ(t) = δ(t) + M(t+1)ᵀ λ(t+1)         M(T+1)ᵀ λ(T+1) = carry, or zero
 
     Args:
-        m: transitions M (S, S, T, B, N) float32, contiguous, first index the row; S of 1 or 2.
+        m: transitions M (S, S, T, B, N) float32, contiguous; the first index is the row. S of 1 or 2.
         delta: instantaneous credits δ (S, T, B, N) float32, contiguous.
-        carry: credit that later steps pass to the last, (S, B, N) float32, contiguous, or None.
+        carry: credit that the steps after the last pass to it, (S, B, N) float32, contiguous; or None.
 
     Nothing is mutated. Fast where four divides B·N. Where blocks of time are scanned side by side
-    (`pick_scan_config`), a product of M over one block must not overflow.
+    (`pick_scan_config`), the product of M over one block must not overflow.
 
     Returns:
         λ (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N), float32.
 
     Raises:
-        TypeError: an argument that isn't a tensor, or isn't float32.
-        ValueError: a wrong shape (a size of 0 among them), device or stride; tensors that aren't on a GPU,
-            where kernels aren't interpreted.
+        TypeError: an argument isn't a tensor, or has another dtype.
+        ValueError: a wrong shape (a dimension of size 0 among them), device or stride; or tensors that aren't on a
+            GPU while kernels aren't interpreted.
     """
     _check_scan(m, delta, carry)
     credit = torch.empty_like(delta)
@@ -367,22 +400,26 @@ def reverse_scan_entering(
     inputs: Sequence[Mapping[int, Tensor]],
     carry: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `reverse_scan`'s credits make of partials, in the same pass; λ itself is never written.
+    """`reverse_scan`, with its credits multiplied into partials in the same pass. λ itself is never written.
 
-        E^k(t) = Σ_ν λ^ν(t) φ^{ν,k}(t),        from which ∂E/∂W^k = Σ_{t,b} E^k(t) y^k(t)ᵀ: one GEMM a matrix
-        ∂E/∂x^j(t) = Σ_ν λ^ν(t) ∂F_ν/∂x^j(t)
+        E^k(t) = Σ_ν λ^ν(t) φ^{ν,k}(t)                  the loss's gradient to the pre-activation that matrix k enters
+        ∂E/∂x^j(t) = Σ_ν λ^ν(t) ∂F_ν/∂x^j(t)            and to input j
+
+    The weights' gradients are then ∂E/∂W^k = Σ_{t,b} E^k(t) y^k(t)ᵀ: one GEMM per matrix, which the caller runs.
 
     Args:
         m, delta, carry: as for `reverse_scan`.
-        matrices: of each matrix k, φ^{ν,k} (T, B, N) float32, contiguous, by state ν; a ν that is absent is zero.
-        inputs: of each input j, ∂F_ν/∂x^j likewise.
+        matrices: for each matrix k, φ^{ν,k} (T, B, N) float32, contiguous, by state ν; a ν that is absent stands for
+            zero.
+        inputs: for each input j, ∂F_ν/∂x^j in the same form.
 
     Nothing is mutated.
 
     Returns:
         E (K, T, B, N), ∂E/∂x (J, T, B, N) and M(1)ᵀ λ(1) (S, B, N), float32.
 
-    Raises: as `reverse_scan`; ValueError for a state that there isn't.
+    Raises:
+        As `reverse_scan`; also ValueError for a state ν that isn't below S.
     """
     states, *shape = _check_scan(m, delta, carry)
     for name, group in (("matrices", matrices), ("inputs", inputs)):
@@ -414,7 +451,10 @@ def _scan(
     credit: Tensor | None,
     outputs: Sequence[Tensor],
 ) -> Tensor:
-    """Write credit, if given, and of each output what its partials make of it; returns what passes on."""
+    """Launch the scan. Writes λ to `credit`, if given, and Σ_ν λ^ν partials[o][ν] to each outputs[o].
+
+    Returns M(1)ᵀ λ(1) (S, B, N).
+    """
     states, steps, batch, units = delta.shape
     total = batch * units
     by_state = [by.get(nu) for by in partials for nu in range(states)]
@@ -465,8 +505,11 @@ def _scan(
     return passed
 
 
-def _suffix(m: Tensor, phi: Tensor | None, suffix: Tensor | None, adds: Tensor | None) -> Tensor:
-    """Write R(t), or R(t) φ(t), whichever is given; returns R(0)."""
+def _suffix(m: Tensor, phi: Tensor | None, suffix: Tensor | None, at_end: Tensor | None) -> Tensor:
+    """Launch the suffix products. Writes R(t) to `suffix` and U(t) = R(t) φ(t) to `at_end`, where given.
+
+    Returns R(0) (S, S, B, N).
+    """
     check_runnable(_suffix_kernel, "m", m)
     states, _, steps, batch, units = m.shape
     matrices = 0 if phi is None else phi.shape[3]
@@ -477,7 +520,7 @@ def _suffix(m: Tensor, phi: Tensor | None, suffix: Tensor | None, adds: Tensor |
             m,
             phi,
             suffix,
-            adds,
+            at_end,
             whole,
             steps,
             batch * units,
@@ -493,15 +536,16 @@ def _suffix(m: Tensor, phi: Tensor | None, suffix: Tensor | None, adds: Tensor |
 
 
 def suffix_products(m: Tensor) -> tuple[Tensor, Tensor]:
-    """R(t) = M(C) … M(t+1) for t = 1 … C, R(C) the identity, and R(0) = M(C) … M(1).
+    """Suffix products of a chunk's transitions: R(t) = M(C) … M(t+1) for t = 1 … C, where R(C) is the identity.
 
     Args:
-        m: (S, S, C, B, N) float32, contiguous, first index the row; S of 1 or 2. Not mutated.
+        m: transitions M (S, S, C, B, N) float32, contiguous; the first index is the row. S of 1 or 2. Not mutated.
 
     Returns:
-        (S, S, C, B, N) and (S, S, B, N), float32.
+        R(1) … R(C) as (S, S, C, B, N), and R(0) = M(C) … M(1) as (S, S, B, N), float32.
 
-    Raises: as `reverse_scan`.
+    Raises:
+        As `reverse_scan`.
     """
     _check_transitions(m)
     suffix = torch.empty_like(m)
@@ -509,22 +553,25 @@ def suffix_products(m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-    """What each step of a chunk still adds to Γ at its end, and R(0); the products R(t) are never written.
+    """What the immediate sensitivity φ(t) of each step has become at a chunk's end, and R(0), for `gamma_chunk_`.
 
         U^{ν,k}(t) = Σ_ν' R^{νν'}(t) φ^{ν',k}(t),        R(t) = M(C) … M(t+1)
 
+    The products R(t) are never written.
+
     Args:
-        m: (S, S, C, B, N) float32, contiguous, first index the row; S of 1 or 2. Not mutated.
-        phi: (S, C, B, K, N) float32, contiguous, zero where a matrix does not enter a state. Not mutated.
-            Fast where four divides N.
+        m: transitions M (S, S, C, B, N) float32, contiguous; the first index is the row. S of 1 or 2. Not mutated.
+        phi: φ (S, C, B, K, N) float32, contiguous, zero where a matrix doesn't enter a state. Not mutated. Fast where
+            four divides N.
 
     Returns:
         U (S, C, B, K, N) and R(0) (S, S, B, N), float32.
 
-    Raises: as `reverse_scan`.
+    Raises:
+        As `reverse_scan`.
     """
     states, steps, batch, units = _check_transitions(m)
     matrices = check_dims("phi", phi, "STBKN")[3]
     check_tensor("phi", phi, (states, steps, batch, matrices, units), m)
-    adds = torch.empty_like(phi)
-    return adds, _suffix(m, phi, None, adds)
+    at_end = torch.empty_like(phi)
+    return at_end, _suffix(m, phi, None, at_end)

@@ -1,4 +1,16 @@
-"""RGC backward in time with the full Jacobian: a pointwise pass and a product a step in the loop, no more."""
+"""Backpropagation through time of an RGC, backward in time with the full recurrent Jacobian.
+
+Recursion (the exact counterpart of the paper's eq. 14 in dual form; A is the path through no matrix):
+
+    λ(t) = δ(t) + A(t+1)ᵀ λ(t+1) + Σ_k W^kᵀ E^k(t+1)        E^k = λ^ν φ^{ν,k}, ν the state that matrix k enters
+
+Each step of the loop is one launch of the kernel below and one batched matrix product by torch, for Σ_k W^kᵀ E^k.
+
+Grid: B · (tiles of BLOCK of the N units).
+A program, one warp, owns BLOCK units of one batch row at one step. It reads δ, the credit from the step after
+(`passed`), four gates, two states and the input; it writes λ, E of the four matrices, and the part A(t)ᵀ λ(t) of the
+credit for the step before, to which the product then adds the rest.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +41,10 @@ def _rgc_backward_kernel(
     before_ptr,  # [2, B, N]
     u_ptr,  # [B, N]
     delta_ptr,  # [2, B, N]
-    resets_ptr,  # [B]: of the step after, or None
-    credit_ptr,  # [2, B, N]
-    entering_ptr,  # [2, B, 2, N]
-    passed_ptr,  # [2, B, N]: what the step after passes back, then what passes no matrix of this one
+    resets_ptr,  # [B]: whether the step after this one reset the batch row; or None
+    credit_ptr,  # [2, B, N]: written, λ
+    entering_ptr,  # [2, B, 2, N]: written, E
+    passed_ptr,  # [2, B, N]: read, the credit from the step after; then written, Aᵀ λ of this step
     N,
     stride_gates,
     stride_before,
@@ -40,12 +52,11 @@ def _rgc_backward_kernel(
     stride_credit,
     stride_entering,
     stride_passed,
-    LAST: tl.constexpr,  # whether no step is after
+    LAST: tl.constexpr,  # whether this is the last step, which no credit reaches from a later one
     BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,  # a divisor of N and of every stride: numbers that one access moves
+    VECTOR: tl.constexpr,  # numbers that one memory access moves; divides N and every stride
 ):
-    # One program: BLOCK units of one batch row.
-    N = N // VECTOR * VECTOR  # N itself and the strides, and the compiler sees what divides them
+    N = N // VECTOR * VECTOR  # leaves N and the strides as they are, and shows the compiler what divides them
     stride_gates = tl.cast(stride_gates, tl.int64) // VECTOR * VECTOR
     stride_before = tl.cast(stride_before, tl.int64) // VECTOR * VECTOR
     stride_delta = tl.cast(stride_delta, tl.int64) // VECTOR * VECTOR
@@ -90,16 +101,20 @@ def _rgc_backward_kernel(
 
 
 class Config(NamedTuple):
-    """Units of one program, which is one warp, and the numbers that one access moves."""
+    """How one program of one warp is laid out.
+
+    block   units that it owns
+    vector  numbers that one memory access moves
+    """
 
     block: int
     vector: int
 
 
 def pick_config(N: int, warp_size: int) -> Config:
-    """For a layer of N units. Pure.
+    """The layout for a layer of N units. A pure function.
 
-    Four units a lane make 128-bit accesses, and one warp makes as many programs as there can be.
+    Four units per thread make 128-bit accesses, and one warp per program makes as many programs as possible.
     """
     return Config(4 * warp_size, vector_width(N, torch.float32))
 
@@ -108,8 +123,8 @@ class Credits(NamedTuple):
     """What `bptt_credits` returns.
 
     credit    λ (2, T, B, N)
-    passed    the credit to the state before the first step, (2, B, N)
-    entering  E (2, T, B, 2, N): by the source that a matrix reads, then ss and sm, or mm and ms
+    passed    the credit that the first step passes to the state before it, (2, B, N)
+    entering  E (2, T, B, 2, N): [0] of the matrices that read s, ss and sm; [1] of those that read m, mm and ms
     """
 
     credit: Tensor
@@ -126,36 +141,36 @@ def bptt_credits(
     delta: Tensor,
     resets: Tensor | None = None,
 ) -> Credits:
-    """Exact credits of an RGC, backward in time: backpropagation through time, its matrices dense.
+    """Exact credits of an RGC with dense matrices: backpropagation through time, backward in time.
 
-        λ(t) = δ(t) + A(t+1)ᵀ λ(t+1) + Σ_k W^kᵀ E^k(t+1)        E^k into the state that matrix k reads
-        E^ss = λ^s (1 - ss²) s'        E^ms = -λ^s (1 - ms²) u        ss, ms, mm, sm: the gates' tanh
-        E^mm = λ^m (1 - mm²) m'        E^sm = -λ^m (1 - sm²) u        prime: the step before
+        λ(t) = δ(t) + A(t+1)ᵀ λ(t+1) + Σ_k W^kᵀ E^k(t+1)        W^kᵀ E^k goes to the state that matrix k reads
+        E^ss = λ^s (1 - ss²) s'        E^ms = -λ^s (1 - ms²) u        ss, ms, mm, sm: tanh of the pre-activations
+        E^mm = λ^m (1 - mm²) m'        E^sm = -λ^m (1 - sm²) u        s', m': the state before the step
 
-    From a step to the one before, no credit passes in rows that the step resets.
-    A step is one pointwise pass and one product for both sources, by torch and in torch's precision for
-    float32 products. Weight gradients are products apart: with y = before[j].flatten(0, 1),
+    (The derivative of the paper's eq. 13.) Where a step resets a batch row, no credit passes to the step before.
+    Each step takes one pointwise pass and one batched matrix product, by torch and in torch's precision for float32
+    products. The caller makes the weights' gradients: with y = before[j].flatten(0, 1),
 
         entering[j].flatten(0, 1).flatten(1).T @ y        (2N, N), dW_ss above dW_sm, or dW_mm above dW_ms
 
     Args:
-        gates: tanh by source, (2, T, B, 2, N) float32, contiguous: `rgc_forward`'s second result.
-        before: the states that the steps read, zero where reset, (2, T, B, N) float32. The first index may
-            have any stride, so that all states but the last need no copy.
+        gates: tanh of the pre-activations, (2, T, B, 2, N) float32, contiguous, as `rgc_forward` returns them.
+        before: the states that the steps read, zero where reset, (2, T, B, N) float32. The first dimension may have
+            any stride, so that `states[:, :-1]` needs no copy.
         u: the layer's per-unit input, (T, B, N) float32, contiguous.
         weights: W_ss, W_ms, W_mm, W_sm, (N, N) float32 each, contiguous.
         delta: instantaneous credits δ (2, T, B, N) float32, contiguous.
-        resets: (T, B) bool or uint8, contiguous: rows whose state was zeroed before that step. Or None.
+        resets: (T, B) bool or uint8, contiguous: batch rows whose state was zeroed before that step. Or None.
 
-    Nothing is mutated, and nothing differentiated. Fast where four divides N.
+    Nothing is mutated, and autograd doesn't follow it. Fast where four divides N.
 
     Returns:
         `Credits`, float32.
 
     Raises:
-        TypeError: an argument that isn't a tensor, or a wrong dtype.
-        ValueError: a wrong shape (a size of 0 among them), device or stride; tensors that aren't on a GPU,
-            where kernels aren't interpreted.
+        TypeError: an argument isn't a tensor, or has another dtype.
+        ValueError: a wrong shape (a dimension of size 0 among them), device or stride; or tensors that aren't on a
+            GPU while kernels aren't interpreted.
     """
     steps, batch, units = check_dims("u", u, "TBN")
     check_tensor("u", u, (steps, batch, units), u)
@@ -179,7 +194,7 @@ def bptt_credits(
     vector = config.vector if all(stride % config.vector == 0 for stride in strides) else 1
     grid = (batch * triton.cdiv(units, config.block),)
     at = [a.unbind(1) for a in (gates, before, delta, credit, entering)]
-    left_at = entering.flatten(-2).unbind(1)
+    entering_at = entering.flatten(-2).unbind(1)
     for t in range(steps - 1, -1, -1):
         gates_t, before_t, delta_t, credit_t, entering_t = (a[t] for a in at)
         last = t == steps - 1
@@ -200,7 +215,7 @@ def bptt_credits(
                 VECTOR=vector,
                 num_warps=1,
             )
-        passed.baddbmm_(left_at[t], joined)
+        passed.baddbmm_(entering_at[t], joined)
     if resets is not None:
         passed.masked_fill_(resets[0, :, None] != 0, 0)
     return Credits(credit, passed, entering)

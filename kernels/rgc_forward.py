@@ -1,4 +1,18 @@
-"""RGC forward in time: one launch for up to 128 units, a product and a pointwise pass a step for more."""
+"""Run an RGC forward in time: one launch for all steps up to 128 units, a product and a pointwise pass per step beyond.
+
+Recursion (paper, eq. 13; a prime is the step before, u the layer's input):
+
+    s(t) = (1 - tanh(W_ms m')) u + tanh(W_ss s') s'
+    m(t) = (1 - tanh(W_sm s')) u + tanh(W_mm m') m'
+
+`_rgc_small_kernel`, all steps of up to 128 units. Grid: B. A program owns one batch row, all units and all steps,
+with all or half of the weights and both states in registers. Per step it reads u and writes both states and, if
+wanted, the four gates.
+
+`_rgc_pointwise_kernel`, one step of any number of units after torch has multiplied the matrices. Grid: B · (tiles of
+BLOCK of the N units). A program, one warp, owns BLOCK units of one batch row. It reads four pre-activations, two
+states and u; it writes four gates and two states.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +26,24 @@ from torch import Tensor
 
 from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vector_width
 
-# Units up to which one program takes a row through all steps: of MOST the weights are 256 KiB, as many bytes as a
-# multiprocessor has registers on NVIDIA. Up to SMALL two rows or more share one.
+# Largest layers that one program takes through all steps. The weights of MOST units are 256 KiB, as many bytes as a
+# multiprocessor of NVIDIA's has registers; up to SMALL units, two programs or more share a multiprocessor.
 SMALL, MOST = 64, 128
 
 
 @triton.jit
 def tanh(x):
-    # With exp(-2x) it would be NaN at large negative x.
+    # tanh by exp(2x): the form with exp(-2x) is NaN at large negative x.
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
 @triton.jit
 def _quarter(weight_ptr, INDEX: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """A quarter of a matrix's columns, [BLOCK, BLOCK // 4], as `in_quarters` lays it out.
+    """Load a quarter of a matrix's columns, [BLOCK, BLOCK // 4], from where `in_quarters` has put it.
 
-    A warp has 16 rows, a lane two of them and in each two columns of every LANES / 4: one access moves two by two
-    numbers, and a sum over columns ends with LANES / 8 lanes.
+    INDEX: 4 · matrix + quarter. A warp holds 16 rows; each of its threads (lanes) two of them, and in each of those two
+    columns out of every LANES / 4. So one memory access moves two by two numbers, and a sum over columns ends with a
+    sum over LANES / 8 lanes.
     """
     size: tl.constexpr = BLOCK * BLOCK // 4
     flat = tl.load(weight_ptr + INDEX * size + tl.arange(0, size), eviction_policy="evict_last")
@@ -38,6 +53,7 @@ def _quarter(weight_ptr, INDEX: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.con
 
 @triton.jit
 def _quarters(weight_ptr, MATRIX: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Load all four quarters of the columns of one matrix."""
     return (
         _quarter(weight_ptr, 4 * MATRIX, BLOCK, LANES),
         _quarter(weight_ptr, 4 * MATRIX + 1, BLOCK, LANES),
@@ -48,7 +64,7 @@ def _quarters(weight_ptr, MATRIX: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.c
 
 @triton.jit
 def _split(state, BLOCK: tl.constexpr):
-    """The four quarters of a state."""
+    """The four quarters [BLOCK // 4] of a state [BLOCK], as the matrices' columns are split."""
     low, high = tl.split(tl.permute(tl.reshape(state, [2, 2, BLOCK // 4]), [2, 1, 0]))
     first, second = tl.split(low)
     third, fourth = tl.split(high)
@@ -57,15 +73,15 @@ def _split(state, BLOCK: tl.constexpr):
 
 @triton.jit
 def _product(
-    kept,  # four of [BLOCK, BLOCK // 4]
+    kept,  # four of [BLOCK, BLOCK // 4]: the matrix
     state,  # four of [BLOCK // 4]
     weight_ptr,
     MATRIX: tl.constexpr,
-    KEPT: tl.constexpr,  # whether `kept` is in registers, else it is read again
+    KEPT: tl.constexpr,  # whether the matrix is kept in registers as `kept`; else it is loaded again
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    # Quarters add up in a thread by fused operations, what is left by a tree.
+    # W c, [BLOCK]: a thread sums over the quarters by fused multiply-adds; a tree sums what is left.
     total = tl.zeros([BLOCK, BLOCK // 4], tl.float32)
     for index in tl.static_range(4):
         if KEPT:
@@ -76,24 +92,25 @@ def _product(
     return tl.sum(total, axis=1)
 
 
-# B, T and N set no layout, so they shall not compile the kernel anew when they are 1 or multiples of 16.
+# Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. No memory layout depends on B, T
+# or N, so it would be wasted work.
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def _rgc_small_kernel(
     x_ptr,  # [T, B, N]
-    weight_ptr,  # `in_quarters`: ss, sm, mm, ms
+    weight_ptr,  # [4, 4, BLOCK² / 4]: W_ss, W_sm, W_mm, W_ms, as `in_quarters` lays them out
     resets_ptr,  # [T, B], or None
-    states_ptr,  # [2, T + 1, B, N], the first step given
-    gates_ptr,  # [2, T, B, 2, N], or None
+    states_ptr,  # [2, T + 1, B, N]: the first step is given, the others are written
+    gates_ptr,  # [2, T, B, 2, N]: written; or None
     T,
     B,
     N,
-    BLOCK: tl.constexpr,  # N or more
-    LANES: tl.constexpr,  # of a warp
-    ALL_KEPT: tl.constexpr,  # whether all weights are in registers; else sm and ms are read on each step
+    BLOCK: tl.constexpr,  # N or more, a power of 2
+    LANES: tl.constexpr,  # threads of a warp
+    ALL_KEPT: tl.constexpr,  # whether all weights stay in registers; else W_sm and W_ms are loaded at each step
 ):
-    # One program: one batch row, all of its units, all steps. A product of a matrix and a vector on each
-    # step: its latency is what a step takes, and a matrix product's tile would waste 15 rows in 16. Weights that
-    # aren't kept are 128 KiB at most, which the multiprocessor's own cache holds beside what goes through it.
+    # Each step is four products of a matrix and a vector, whose latency is what a step takes. `tl.dot` would waste 15
+    # of the 16 rows of its tile. Weights that aren't kept in registers are 128 KiB at most, which the multiprocessor's
+    # own cache holds beside the data that streams through it.
     b = tl.program_id(0).to(tl.int64)
     unit = tl.arange(0, BLOCK)
     inside = unit < N
@@ -119,7 +136,7 @@ def _rgc_small_kernel(
     m = tl.load(states_ptr + plane + unit, mask=inside, other=0.0)
     u = tl.load(x_ptr + unit, mask=inside, other=0.0)
     for t in range(T):
-        # What the next step takes from memory, asked for now.
+        # Load the next step's input and reset now, so that they have arrived when they are needed.
         x_ptr += step
         next_u = tl.load(x_ptr + unit, mask=inside & (t + 1 < T), other=0.0)
         if resets_ptr is not None:
@@ -128,14 +145,14 @@ def _rgc_small_kernel(
             m = tl.where(keep, m, 0.0)
             resets_ptr += B
             reset = tl.load(resets_ptr, mask=t + 1 < T, other=0)
-        # What is read comes first: in the other order it was found to spill on sm_100.
-        of_m = _split(m, BLOCK)
-        ms = tanh(_product(w_ms, of_m, weight_ptr, 3, ALL_KEPT, BLOCK, LANES))
-        mm = tanh(_product(w_mm, of_m, weight_ptr, 2, True, BLOCK, LANES))
-        of_s = _split(s, BLOCK)
-        sm = tanh(_product(w_sm, of_s, weight_ptr, 1, ALL_KEPT, BLOCK, LANES))
-        ss = tanh(_product(w_ss, of_s, weight_ptr, 0, True, BLOCK, LANES))
-        # Joined, they go through shared memory to where they are stored from in one round.
+        # Matrices that may be loaded come first: in the other order the kernel was found to spill on sm_100.
+        m_quarters = _split(m, BLOCK)
+        ms = tanh(_product(w_ms, m_quarters, weight_ptr, 3, ALL_KEPT, BLOCK, LANES))
+        mm = tanh(_product(w_mm, m_quarters, weight_ptr, 2, True, BLOCK, LANES))
+        s_quarters = _split(s, BLOCK)
+        sm = tanh(_product(w_sm, s_quarters, weight_ptr, 1, ALL_KEPT, BLOCK, LANES))
+        ss = tanh(_product(w_ss, s_quarters, weight_ptr, 0, True, BLOCK, LANES))
+        # Joined, the gates are rearranged for the store by one round through shared memory instead of four.
         if gates_ptr is not None:
             gates = tl.permute(tl.join(tl.join(ss, sm), tl.join(mm, ms)), [0, 2, 1])
             tl.store(gates_ptr + gates_at, gates, mask=inside[:, None, None])
@@ -149,22 +166,21 @@ def _rgc_small_kernel(
 
 @triton.jit(do_not_specialize=["stride_gates", "stride_before", "stride_after", "stride_next"])
 def _rgc_pointwise_kernel(
-    gates_ptr,  # [2, B, 2, N]: pre-activations, then their tanh
-    before_ptr,  # [2, B, N]
+    gates_ptr,  # [2, B, 2, N]: read, pre-activations; then written, their tanh
+    before_ptr,  # [2, B, N]: the state that the products read
     u_ptr,  # [B, N]
-    after_ptr,  # [2, B, N]
-    resets_ptr,  # [B], or None with next_ptr
-    next_ptr,  # [2, B, N], or None
+    after_ptr,  # [2, B, N]: written, the new state
+    resets_ptr,  # [B]: whether the next step resets the batch row; or None with next_ptr
+    next_ptr,  # [2, B, N]: written, the new state with those rows zeroed; or None
     N,
     stride_gates,
     stride_before,
     stride_after,
     stride_next,
     BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,  # a divisor of N: numbers that one access moves
+    VECTOR: tl.constexpr,  # numbers that one memory access moves; divides N
 ):
-    # One program: BLOCK units of one batch row.
-    N = N // VECTOR * VECTOR  # N itself, and the compiler sees what divides it
+    N = N // VECTOR * VECTOR  # leaves N and the strides as they are, and shows the compiler what divides them
     stride_gates = tl.cast(stride_gates, tl.int64) // VECTOR * VECTOR
     stride_before = tl.cast(stride_before, tl.int64) // VECTOR * VECTOR
     stride_after = tl.cast(stride_after, tl.int64) // VECTOR * VECTOR
@@ -199,7 +215,12 @@ def _rgc_pointwise_kernel(
 
 
 class SmallConfig(NamedTuple):
-    """Units of one program, N or more; whether all weights are in registers; and warps."""
+    """How one program of `_rgc_small_kernel` is laid out.
+
+    block      units that it has room for, N or more
+    all_kept   whether all weights stay in registers; else half of them
+    num_warps  Triton's option
+    """
 
     block: int
     all_kept: bool
@@ -207,36 +228,41 @@ class SmallConfig(NamedTuple):
 
 
 def pick_small_config(N: int, warp_size: int) -> SmallConfig:
-    """For a layer of N ≤ 128 units. Pure.
+    """The layout for a layer of N ≤ 128 units. A pure function.
 
-    All weights are kept where a lane has at most 128 of its 255 registers for them, as it has at 128 units where
-    warps have 64 lanes (AMD, with twice as many registers a multiprocessor). Where they have 32, half of them are
-    kept: a program takes all of a multiprocessor's registers, and three matrices were found to spill on sm_100.
+    All weights stay in registers where that takes at most 128 of the 255 registers of a thread. At 128 units that is so
+    where warps have 64 threads (AMD, with twice as many registers per multiprocessor). Where warps have 32, half of
+    the weights stay: a program then takes all registers of a multiprocessor, and keeping three matrices was found to
+    spill on sm_100.
     """
     block = max(warp_size, triton.next_power_of_2(N))
     return SmallConfig(block, all_kept=block <= 2 * warp_size, num_warps=block // 16)
 
 
 def on_chip(N: int, B: int, multiprocessors: int) -> bool:
-    """Whether one launch takes B rows of N units through all steps. Pure.
+    """Whether `rgc_forward` takes B batch rows of N units through all steps in one launch. A pure function.
 
-    Beyond 64 units a program has a multiprocessor to itself, and must be faster than two launches for all rows: so
-    there are no more rows than multiprocessors. Up to 64 any number goes.
+    Up to 64 units it does for any B. Beyond, each program has a multiprocessor to itself; one launch beats two per
+    step only if all rows run at once, so there may be no more rows than multiprocessors.
     """
     return N <= SMALL or (N <= MOST and multiprocessors >= B)
 
 
 class PointwiseConfig(NamedTuple):
-    """Units of one program, which is one warp, and the numbers that one access moves."""
+    """How one program, of one warp, of `_rgc_pointwise_kernel` is laid out.
+
+    block   units that it owns
+    vector  numbers that one memory access moves
+    """
 
     block: int
     vector: int
 
 
 def pick_pointwise_config(N: int, warp_size: int) -> PointwiseConfig:
-    """For a layer of N units. Pure.
+    """The layout for a layer of N units. A pure function.
 
-    Four units a lane make 128-bit accesses, and one warp makes as many programs as there can be.
+    Four units per thread make 128-bit accesses, and one warp per program makes as many programs as possible.
     """
     return PointwiseConfig(4 * warp_size, vector_width(N, torch.float32))
 
@@ -249,30 +275,31 @@ def rgc_pointwise_(
     next_resets: Tensor | None = None,
     next_before: Tensor | None = None,
 ) -> None:
-    """What an RGC step does beside its matrix products, in one pass (paper, eq. 13).
+    """One step of an RGC from its pre-activations, in one pass: what follows its matrix products (paper, eq. 13).
 
-        s(t) = (1 - tanh ms) u + tanh(ss) s'          m(t) = (1 - tanh sm) u + tanh(mm) m'
+        s(t) = (1 - tanh p_ms) u + tanh(p_ss) s'          m(t) = (1 - tanh p_sm) u + tanh(p_mm) m'
 
-    A step's products read the state before it, zero in the rows that it resets. So the step before writes it:
-    `after` is the state, next_before the same with the rows of next_resets zeroed. In place of `before` is
-    allowed, as this step's products have been made.
+    The products of the next step read the new state, zeroed in the batch rows that the next step resets. This pass
+    writes both: the new state to `after`, the zeroed copy to next_before. next_before may be `before` itself, because
+    this step's products have already read it.
 
     Args:
-        pre: pre-activations by source, (2, B, 2, N) float32: ss and sm of source s, mm and ms of source m.
-            Mutated: their tanh.
+        pre: pre-activations p by the state that their matrices read, (2, B, 2, N) float32: [0] is ss and sm, which
+            read s, [1] mm and ms, which read m. Mutated: replaced by their tanh.
         before: the state that the products read, s and m, (2, B, N) float32.
         u: the layer's input, (B, N) float32, contiguous.
-        after: the new state, (2, B, N) float32. Mutated.
-        next_resets: (B,) bool or uint8, rows that the next step resets, or None. It needs next_before.
-        next_before: (2, B, N) float32, or None. Mutated. It needs next_resets.
+        after: (2, B, N) float32. Mutated: receives the new state.
+        next_resets: (B,) bool or uint8, batch rows that the next step resets, or None. It needs next_before.
+        next_before: (2, B, N) float32, or None. Mutated: receives the new state with those rows zeroed. It needs
+            next_resets.
 
-    The first index of pre, before, after and next_before may have any stride; what it indexes must be
-    contiguous. Fast where four divides N, and those strides.
+    The first dimension of pre, before, after and next_before may have any stride; the rest must be contiguous. Fast
+    where four divides N and those strides.
 
     Raises:
-        TypeError: an argument that isn't a tensor, or a wrong dtype.
-        ValueError: a wrong shape (a size of 0 among them), device or stride; one of next_resets and
-            next_before without the other; tensors that aren't on a GPU, where kernels aren't interpreted.
+        TypeError: an argument isn't a tensor, or has another dtype.
+        ValueError: a wrong shape (a dimension of size 0 among them), device or stride; one of next_resets and
+            next_before without the other; or tensors that aren't on a GPU while kernels aren't interpreted.
     """
     _, batch, _, units = check_dims("pre", pre, "SBSN")
     check_tensor("pre", pre, (2, batch, 2, units), pre, any_stride=1)
@@ -298,7 +325,7 @@ def _pointwise(
     next_resets: Tensor | None,
     next_before: Tensor | None,
 ) -> None:
-    """`rgc_pointwise_` of arguments that are known to be right, next_resets in uint8."""
+    """`rgc_pointwise_` without its checks; next_resets in uint8."""
     batch, units = u.shape
     strides = [0 if a is None else a.stride(0) for a in (pre, before, after, next_before)]
     config = pick_pointwise_config(units, device_sizes(u).warp)
@@ -328,33 +355,34 @@ def rgc_forward(
     *,
     save_gates: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run an RGC over time (paper, eq. 13; prime is the step before, zero in the rows that are reset).
+    """Run an RGC over time (paper, eq. 13; a prime is the step before, zero in batch rows that are reset).
 
         s(t) = (1 - tanh(W_ms m')) x + tanh(W_ss s') s'
         m(t) = (1 - tanh(W_sm s')) x + tanh(W_mm m') m'
 
-    Up to 64 units, and up to 128 of as many rows as the GPU has multiprocessors, all steps are one launch,
-    `rgc_forward_small`; beyond, a step is one matrix product for both sources, by torch and in torch's precision
-    for float32 products, and one pointwise pass. No step waits for the host.
+    Up to 64 units, and up to 128 where there are no more batch rows than multiprocessors, all steps take one launch,
+    `rgc_forward_small`. Beyond, each step takes one batched matrix product, by torch and in torch's precision for
+    float32 products, and one pointwise pass. No step waits for the host.
 
     Args:
         x: the layer's per-unit input, (T, B, N) float32, contiguous.
         weights: W_ss, W_ms, W_mm, W_sm, (N, N) float32 each, contiguous.
         state: s and m before the first step, (B, N) float32 each, contiguous.
-        resets: (T, B) bool or uint8, contiguous: rows whose state counts as zero before that step. Or None.
-        save_gates: whether to return the gates. Without them memory is halved and more, and a product over
-            all of T and B makes them again: tanh of before @ Wᵀ.
+        resets: (T, B) bool or uint8, contiguous: batch rows whose state counts as zero before that step. Or None.
+        save_gates: whether to return the gates. Without them less than half the memory is used, and they can be made
+            again by one product over all of T and B: tanh of before @ Wᵀ.
 
-    Nothing is mutated, and nothing differentiated.
+    Nothing is mutated, and autograd doesn't follow it.
 
     Returns:
-        The states (2, T + 1, B, N), first the given ones, as they were before resets, and the gates
-        (2, T, B, 2, N): tanh of ss and sm by source s, of mm and ms by source m; or None. Float32.
+        The states (2, T + 1, B, N), starting with the given ones, each as it was before the next step's resets. And
+        the gates (2, T, B, 2, N), tanh of the pre-activations: [0] of ss and sm, which read s, [1] of mm and ms,
+        which read m; or None. Float32.
 
     Raises:
-        TypeError: an argument that isn't a tensor, or a wrong dtype.
-        ValueError: a wrong shape (a size of 0 among them), device or stride; tensors that aren't on a GPU,
-            where kernels aren't interpreted.
+        TypeError: an argument isn't a tensor, or has another dtype.
+        ValueError: a wrong shape (a dimension of size 0 among them), device or stride; or tensors that aren't on a
+            GPU while kernels aren't interpreted.
     """
     given = checked(x, weights, state, resets)
     _, batch, units = x.shape
@@ -371,18 +399,18 @@ def rgc_forward_small(
     *,
     save_gates: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`rgc_forward` of at most 128 units, in one launch for all steps.
+    """`rgc_forward` for at most 128 units, in one launch for all steps (paper, eq. 13).
 
     A program takes one batch row through all steps, with the weights in its registers, or half of them there and
-    half in the multiprocessor's own cache. Products are sums of float32 products, whatever torch's precision for
-    them.
+    half in the multiprocessor's own cache. Matrix products are in full float32, whatever torch's precision for them
+    is set to.
 
-    A step of 128 units on sm_90, counted from the machine code: 65,536 multiply-adds, of which the peak takes 512
-    clocks; 570 instructions of each of eight warps, 1,140 clocks of four schedulers; 128 KiB of weights from the
-    cache, 1,024 clocks, behind which 16 shuffles and 16 loads from shared memory of each warp take about 400. Predicted
-    from that, at 1.7 GHz: 0.9 to 1.1 µs; two launches in a CUDA graph are taken for 3 µs.
+    The cost of a step of 128 units on sm_90, counted from the machine code: 65,536 multiply-adds, which take 512
+    clocks at peak; 570 instructions of each of eight warps, 1,140 clocks of four schedulers; 128 KiB of weights from
+    the cache, 1,024 clocks; beside these, 16 shuffles and 16 loads from shared memory of each warp, about 400 clocks.
+    Predicted from that, at 1.7 GHz: 0.9 to 1.1 µs. Two launches in a CUDA graph are taken to cost 3 µs.
 
-    Args, returns and raises as `rgc_forward`; ValueError for more than 128 units as well.
+    Arguments, results and errors are those of `rgc_forward`; also ValueError for more than 128 units.
     """
     if isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] > MOST:
         raise ValueError(f"x must have at most {MOST} units, got {x.shape[2]}")
@@ -392,7 +420,11 @@ def rgc_forward_small(
 def checked(
     x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], resets: Tensor | None
 ) -> tuple[Tensor, Sequence[Tensor], Tensor, Tensor | None]:
-    """x, weights, an array of states with its first one written, and resets in uint8."""
+    """The checked arguments of a forward pass: x, weights, states (2, T + 1, B, N) whose first step is `state`, and
+    resets in uint8.
+
+    Raises TypeError or ValueError as `rgc_forward` does.
+    """
     steps, batch, units = check_dims("x", x, "TBN")
     check_tensor("x", x, (steps, batch, units), x)
     for name, values, shape, count in (
@@ -465,16 +497,16 @@ def _by_step(
 
 
 def joined_by_source(weights: Sequence[Tensor]) -> Tensor:
-    """(2, 2N, N): what source s drives, W_ss above W_sm, and what source m drives, W_mm above W_ms."""
+    """The weights by the state that they read, (2, 2N, N): [0] W_ss above W_sm, which read s; [1] W_mm above W_ms."""
     ss, ms, mm, sm = weights
     return torch.stack([ss, sm, mm, ms]).unflatten(0, (2, 2)).flatten(1, 2)
 
 
 def in_quarters(weights: Sequence[Tensor], block: int, lanes: int) -> Tensor:
-    """Weights as `_quarter` reads them, zero beyond their units: (4, 4, block² / 4) by matrix and quarter of columns.
+    """The weights in the order in which `_quarter` loads them, (4, 4, block² / 4): by matrix and quarter of columns.
 
-    Within a quarter: block // lanes groups of columns, block // 16 warps, eight and lanes // 8 lanes, two rows, two
-    columns.
+    Each matrix is padded with zeros to block × block. The order within a quarter is, from slow to fast: block // lanes
+    groups of columns, block // 16 warps, eight by lanes // 8 threads of a warp, two rows, two columns.
     """
     units = weights[0].shape[0]
     beyond = block - units

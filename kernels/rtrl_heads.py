@@ -1,4 +1,15 @@
-"""Exact RTRL of a layer whose recurrent weights are block-diagonal: each head's γ one step on, in place."""
+"""Advance exact RTRL's sensitivity γ by one step, in place, for block-diagonal recurrent weights: H heads of b units.
+
+Recursion (paper, eq. 15, head by head; J_h is the head's full S·b × S·b Jacobian):
+
+    γ_h ← J_h γ_h + R_h        R_h[(ν, i), (k, i, j)] = φ^{ν,k}_i y^k_j
+    G_h = Σ_batch δ_hᵀ γ_h
+
+Grid: H · (tiles of BLOCK_P of γ_h's K·b·M columns).
+A program owns all S·b rows and some columns of one head's γ, and loops over the batch. So it can write γ to where it
+has read it from, and the gradient's sum over the batch stays in registers. Per batch row it reads J_h, its columns
+of γ, φ, y and δ, and writes its columns of γ; at the end it writes its columns of the gradient.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +22,21 @@ from torch import Tensor
 
 from ._launch import check_dims, check_runnable, check_tensor, vector_width
 
-# A program holds all rows of a head's γ: states of a unit times units of a head, 128 at most.
+# A program holds all rows of a head's γ. There are S·b of them, states times units per head, at most 128.
 MAX_STATES, MAX_UNITS = 2, 64
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
-# The tile is all that sets a layout: no size shall compile the kernel anew when it is 1 or a multiple of 16.
+# Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. No memory layout depends on any
+# of them, only on the tile, so it would be wasted work.
 @triton.jit(do_not_specialize=["B", "H", "b", "K", "M", "stride_phi", "stride_delta"])
 def _rtrl_heads_kernel(
-    gamma_ptr,  # [B, H, S, b, K, b, M]: state, its unit, matrix, the matrix's row i, its column j
+    gamma_ptr,  # [B, H, S, b, K, b, M]: by state, its unit, matrix, the matrix's row i, its column j; mutated
     jacobian_ptr,  # [B, H, S·b, S·b]
     phi_ptr,  # [S, B, K, H·b]
     y_ptr,  # [B, K, H, M] with PER_HEAD, else [B, K, M]
     delta_ptr,  # [S, B, H·b], or None to advance only
-    grad_ptr,  # [H, K, b, M], or None with delta_ptr
+    grad_ptr,  # [H, K, b, M]: written; or None with delta_ptr
     B,
     H,
     b,
@@ -35,16 +47,13 @@ def _rtrl_heads_kernel(
     S: tl.constexpr,
     PER_HEAD: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # γ's rows, S·b, or more
-    BLOCK_P: tl.constexpr,  # columns
-    BLOCK_K: tl.constexpr,  # rows of γ that one matrix product takes
-    VECTOR: tl.constexpr,  # a divisor of γ's columns: numbers of γ that one access moves
-    VECTOR_J: tl.constexpr,  # a divisor of γ's rows: numbers of J that one access moves
+    BLOCK_R: tl.constexpr,  # rows of the tile of γ, S·b or more
+    BLOCK_P: tl.constexpr,  # columns of the tile of γ
+    BLOCK_K: tl.constexpr,  # rows of γ that one `tl.dot` sums over
+    VECTOR: tl.constexpr,  # numbers of γ that one memory access moves; divides its columns
+    VECTOR_J: tl.constexpr,  # numbers of J that one memory access moves; divides its rows
 ):
-    # One program: all rows and some columns of one head's γ, over the whole batch. So it can write γ where it
-    # has read it, and the batch sum stays in registers.
-
-    # γ's rows and columns, and the compiler sees what divides them.
+    # γ's rows and columns; the divisions leave them as they are, and show the compiler what divides them.
     rows = S * b // VECTOR_J * VECTOR_J
     columns = K * b * M // VECTOR * VECTOR
     tiles = tl.cdiv(columns, BLOCK_P)
@@ -56,7 +65,7 @@ def _rtrl_heads_kernel(
     in_r = row < rows
     in_p = c0 + col < columns
 
-    # Column by column, matrix k's number (i, j); where it finds φ and y in a head's part of a batch row.
+    # Each column of γ belongs to entry (i, j) of matrix k; phi_at and y_at are where it finds its φ and y.
     i = (c0 + col) // M % b
     j = (c0 + col) % M
     k = (c0 + col) // (b * M)
@@ -68,11 +77,11 @@ def _rtrl_heads_kernel(
     else:
         y_at = k * M + j
 
-    # 64 bits for what grows with B, and with rows of γ.
+    # Offsets that grow with B, or with rows of γ, need 64 bits.
     wide = tl.cast(columns, tl.int64)
     total = tl.zeros((BLOCK_P,), tl.float32)
-    # What is the same on every round is made anew: addresses and masks of a whole tile, kept over the product,
-    # would spill registers.
+    # disable_licm: the compiler must not move what is the same in every iteration out of the loop. Addresses and masks
+    # of a whole tile, kept in registers over the product, would spill.
     for n in tl.range(0, B, num_stages=1, disable_licm=True):
         n = tl.cast(n, tl.int64)
         head = n * H + h
@@ -107,34 +116,38 @@ def _rtrl_heads_kernel(
             mask=in_r[:, None] & in_p[None, :],
         )
 
-        # φ y goes to one row a state of each column. To read those again is less than to ask every number of
-        # the tile whether it is one.
+        # φ y is added to one number per state in each column. Loading those again costs less than a test on every
+        # number of the tile.
         y = tl.load(y_ptr + n * K * (H if PER_HEAD else 1) * M + y_at, mask=in_p, other=0.0)
         phi_at_n = phi_ptr + n * K * units + h * b + phi_at
-        enters0 = tl.load(phi_at_n, mask=in_p, other=0.0) * y
+        immediate0 = tl.load(phi_at_n, mask=in_p, other=0.0) * y
         if delta_ptr is not None:
-            total += tl.load(delta_ptr + unit0 + i, mask=in_p, other=0.0) * enters0
+            total += tl.load(delta_ptr + unit0 + i, mask=in_p, other=0.0) * immediate0
         if S == 2:
-            enters1 = tl.load(phi_at_n + stride_phi, mask=in_p, other=0.0) * y
+            immediate1 = tl.load(phi_at_n + stride_phi, mask=in_p, other=0.0) * y
             if delta_ptr is not None:
-                total += tl.load(delta_ptr + unit0 + stride_delta + i, mask=in_p, other=0.0) * enters1
+                total += tl.load(delta_ptr + unit0 + stride_delta + i, mask=in_p, other=0.0) * immediate1
         own_ptr = tile_ptr + i * wide + col
         tl.debug_barrier()  # every thread has written its part of the tile
         own0 = tl.load(own_ptr, mask=in_p, other=0.0)
         if S == 2:
             own1 = tl.load(own_ptr + b * wide, mask=in_p, other=0.0)
-            tl.store(own_ptr + b * wide, own1 + enters1, mask=in_p)
-        tl.store(own_ptr, own0 + enters0, mask=in_p)
+            tl.store(own_ptr + b * wide, own1 + immediate1, mask=in_p)
+        tl.store(own_ptr, own0 + immediate0, mask=in_p)
 
     if delta_ptr is not None:
         tl.store(grad_ptr + h * wide + c0 + col, total, mask=in_p)
 
 
 class Config(NamedTuple):
-    """One program's tile of γ, rows of one product, numbers of one access to γ and to J, and warps.
+    """How one program is laid out.
 
-    registers: at most so many a thread, on NVIDIA. Without a limit its compiler spills one or two to fit one
-    program more on a multiprocessor.
+    block_r, block_p  rows and columns of its tile of γ
+    block_k           rows of γ that one matrix product sums over
+    vector, vector_j  numbers of γ and of J that one memory access moves
+    num_warps         Triton's option
+    registers         most registers per thread, on NVIDIA. Without a limit its compiler spills one or two, to fit one
+                      more program on a multiprocessor.
     """
 
     block_r: int
@@ -147,18 +160,20 @@ class Config(NamedTuple):
 
 
 def pick_config(rows: int, columns: int, precision: str) -> Config:
-    """The tile for a head's γ of S·b ≤ 128 rows and K·b·M columns. Pure, for in place nothing can be tuned.
+    """The layout for a head's γ of S·b ≤ 128 rows and K·b·M columns.
 
-    Of 32 lanes and four warps a thread holds 16 or 32 numbers of γ, which leaves room for three or more
-    programs a multiprocessor. With 128 rows J is larger than the tile: float32 products take twice the
-    columns, and two programs; operands of tensor cores would spill then. One stage: loads in flight take
-    registers, and the other programs have work meanwhile.
+    A pure function, no autotuner: an autotuner runs a kernel repeatedly, and this one works in place.
+
+    With four warps of 32 threads, a thread holds 16 or 32 numbers of γ, which leaves room for three or more programs
+    per multiprocessor. With 128 rows J is larger than the tile: float32 products then take twice the columns, and two
+    programs fit; with operands of tensor cores that would spill. One stage: loading ahead takes registers, and the
+    other programs have work in the meantime.
     """
     vector, vector_j = vector_width(columns, torch.float32), vector_width(rows, torch.float32)
     block_r = max(16, triton.next_power_of_2(rows))
     registers = 255
     if vector == 1:
-        # An address and a mask a number: fewer numbers a thread.
+        # Each number has an address and a mask of its own, so a thread can hold fewer numbers.
         block_p = {16: 128, 32: 128, 64: 32, 128: 16}[block_r]
         vector_j = 1
     elif precision == "ieee":
@@ -178,39 +193,40 @@ def rtrl_heads_(
     *,
     precision: Literal["ieee", "tf32", "tf32x3"] = "ieee",
 ) -> Tensor | None:
-    """Advance γ of every head in place by one step; with delta, read the gradient in the same pass.
+    """Advance exact RTRL's γ of every head in place by one step; with delta, return the step's gradient (eq. 15).
 
-    The exact sensitivity (paper, eq. 15) of a layer whose units see only units of their own head, H heads of
-    b units: a layer of N = H·b units has H sensitivities of S·b rows instead of one of S·N.
+    γ is the exact sensitivity of a layer whose units read only units of their own head. With H heads of b units, the
+    layer of N = H·b units has H sensitivities of S·b rows instead of one of S·N.
 
         γ_h[(ν, r), (k, i, j)] ← Σ_(ν', r') J_h[(ν, r), (ν', r')] γ_h[(ν', r'), (k, i, j)] + [r = i] φ^{ν,k}_i y^k_j
         G_h[k, i, j]           = Σ_batch Σ_(ν, r) δ^ν_r γ_h[(ν, r), (k, i, j)]                      after the step
 
-    i and r count a head's units; φ, δ, and y where it is a state, are the head's part. A call takes matrices
-    of one shape: recurrent blocks (M = b), input matrices (M features) or biases (M = 1, y = 1). The batch is
-    summed in order: two runs agree in every bit.
+    i, r and r' count the units of a head; φ, δ, and y where it is a state, are the head's own part. One call takes
+    matrices of one shape: recurrent blocks (M = b), input matrices (M features) or biases (M = 1, y = 1). The sum over
+    the batch has a fixed order: two runs agree in every bit.
 
     Args:
         gamma: γ (B, H, S, b, K, b, M) float32, contiguous, S of 1 or 2 and b of at most 64. Mutated. Fast
             where four divides K·b·M.
-        jacobian: J (B, H, S·b, S·b) float32, contiguous, row (ν, r) by column (ν', r'). Zero where the step
-            resets a row of the batch, whose γ must be finite. Fast where four divides S·b.
-        phi: (S, B, K, N) float32, zero where a matrix does not enter a state.
-        y: (B, K, H, M) float32, a part for each head, or (B, K, M), one for all; contiguous.
-        delta: (S, B, N) float32, or None to advance only.
-        precision: of the products J γ. "tf32" keeps 10 bits of each factor, an error of 2⁻¹⁰ or less of each
-            product, and "tf32x3", which NVIDIA alone has, makes three such products for nearly all 23.
+        jacobian: J (B, H, S·b, S·b) float32, contiguous, row (ν, r) by column (ν', r'). Zero for batch rows that the
+            step resets; their γ must be finite. Fast where four divides S·b.
+        phi: the immediate sensitivity φ, (S, B, K, N) float32, zero where a matrix doesn't enter a state.
+        y: what each matrix reads: (B, K, H, M) float32 where each head reads its own, or (B, K, M) where all read the
+            same; contiguous.
+        delta: instantaneous credit δ = ∂L(t)/∂(state), (S, B, N) float32, or None to advance γ only.
+        precision: of the products J γ. "tf32" keeps 10 bits of each factor, an error of 2⁻¹⁰ or less of each product.
+            "tf32x3", on NVIDIA only, makes three such products to keep nearly all 23 bits.
 
-    The first index of phi and delta may have any stride, so that one step of a sequence needs no copy; what it
-    indexes must be contiguous.
+    The first dimension of phi and delta may have any stride, so that one step of a sequence needs no copy; the rest
+    must be contiguous.
 
     Returns:
         The gradient (H, K, b, M) float32, or None without delta.
 
     Raises:
-        TypeError: an argument that isn't a tensor, or a wrong dtype.
-        ValueError: a wrong shape (a size of 0, more than 2 states or more than 64 units a head among them),
-            device, stride or precision; tensors that aren't on a GPU, where kernels aren't interpreted.
+        TypeError: an argument isn't a tensor, or has another dtype.
+        ValueError: a wrong shape (a dimension of size 0, more than 2 states or more than 64 units per head among
+            them), device, stride or precision; or tensors that aren't on a GPU while kernels aren't interpreted.
     """
     batch, heads, states, units, matrices, _, fan_in = check_dims("gamma", gamma, "BHSbKbM")
     check_tensor("gamma", gamma, (batch, heads, states, units, matrices, units, fan_in), gamma)

@@ -1,4 +1,16 @@
-"""Exact RTRL of an RGC, beside its product J γ: building J, and adding the immediate term to γ."""
+"""What a step of exact RTRL of an RGC takes beside its matrix product: the Jacobian J, and γ's immediate term.
+
+Recursion (paper, eq. 15; γ is the sensitivity of all 2N states to all 4N² weights):
+
+    γ ← J γ + R        R[(ν, i), (k, i, j)] = φ^k_i y^k_j,  ν the state that matrix k enters, y^k what it reads
+
+torch makes the product J γ. `_rtrl_jacobian_kernel` writes J; `_rtrl_immediate_kernel` adds R to γ in place.
+
+Grid of both: B · (tiles of BLOCK_N × BLOCK_M of an N × N matrix).
+A program owns one tile, of all four matrices or blocks of J, of one batch row. For J it reads four weights' tiles and
+φ and the own-state partials of its rows, and writes the tile of J's four blocks. For R it reads φ of its rows and
+the states of its columns, and reads and writes one number of γ per weight, the only one that R isn't zero for.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +27,18 @@ from ._launch import check_dims, check_runnable, check_tensor, vector_width
 
 @triton.jit(do_not_specialize=["stride_own_s", "stride_own_m"])
 def _rtrl_jacobian_kernel(
-    own_s_ptr,  # [B, N], as the next
-    own_m_ptr,
-    phi_ss_ptr,  # [B, N], as the next three
-    phi_ms_ptr,
-    phi_mm_ptr,
-    phi_sm_ptr,
-    ss_ptr,  # [N, N], as the next three
-    ms_ptr,
-    mm_ptr,
-    sm_ptr,
+    own_s_ptr,  # [B, N]: ∂s/∂s' through no matrix
+    own_m_ptr,  # [B, N]: ∂m/∂m' through no matrix
+    phi_ss_ptr,  # [B, N]
+    phi_ms_ptr,  # [B, N]
+    phi_mm_ptr,  # [B, N]
+    phi_sm_ptr,  # [B, N]
+    ss_ptr,  # [N, N]
+    ms_ptr,  # [N, N]
+    mm_ptr,  # [N, N]
+    sm_ptr,  # [N, N]
     resets_ptr,  # [B], or None
-    jacobian_ptr,  # [B, 2N, 2N]
+    jacobian_ptr,  # [B, 2N, 2N]: written
     N,
     stride_own_s,
     stride_own_m,
@@ -34,9 +46,8 @@ def _rtrl_jacobian_kernel(
     BLOCK_M: tl.constexpr,
     VECTOR: tl.constexpr,  # a divisor of N: numbers that one access moves
 ):
-    # One program: rows i and columns j of all four blocks of one batch row. The weights, read again by every
-    # batch row, stay in cache; what is written is larger by the batch.
-    N = N // VECTOR * VECTOR  # N itself, and the compiler sees what divides it
+    # Every batch row reads the weights again, from cache; what is written is B times as large.
+    N = N // VECTOR * VECTOR  # leaves N as it is, and shows the compiler what divides it
     tiles_m = tl.cdiv(N, BLOCK_M)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_m
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -47,12 +58,12 @@ def _rtrl_jacobian_kernel(
     diagonal = i[:, None] == j[None, :]
     wide_n = tl.cast(N, tl.int64)
     weight = i.to(tl.int64)[:, None] * N + j[None, :]
-    # Two rows of J's are as long as four of a weight's.
+    # J has 4·N² numbers per batch row and 2·N per row; `lower` leads from its upper half to its lower.
     out = jacobian_ptr + 4 * b * wide_n * N + i.to(tl.int64)[:, None] * (2 * N) + j[None, :]
     lower = 2 * wide_n * N
     row = b * N + i
 
-    # A partial that isn't read is zero: all of them where the row is reset.
+    # Where the batch row is reset, the partials aren't loaded and count as zero.
     live = in_n
     if resets_ptr is not None:
         live = in_n & (tl.load(resets_ptr + b) == 0)
@@ -75,11 +86,11 @@ def _rtrl_jacobian_kernel(
 
 @triton.jit(do_not_specialize=["stride_before"])
 def _rtrl_immediate_kernel(
-    gamma_ptr,  # [B, 2, N, 4, N, N]: state, its unit i, matrix, the matrix's row i, its column j
-    phi_ss_ptr,  # [B, N], as the next three
-    phi_ms_ptr,
-    phi_mm_ptr,
-    phi_sm_ptr,
+    gamma_ptr,  # [B, 2, N, 4, N, N]: state, unit of the state, matrix, the matrix's row i, its column j; mutated
+    phi_ss_ptr,  # [B, N]
+    phi_ms_ptr,  # [B, N]
+    phi_mm_ptr,  # [B, N]
+    phi_sm_ptr,  # [B, N]
     before_ptr,  # [2, B, N]
     N,
     stride_before,
@@ -87,8 +98,8 @@ def _rtrl_immediate_kernel(
     BLOCK_M: tl.constexpr,
     VECTOR: tl.constexpr,  # a divisor of N: numbers that one access moves
 ):
-    # One program: rows i and columns j of all four matrices of one batch row, γ where its unit is row i's.
-    N = N // VECTOR * VECTOR  # N itself, and the compiler sees what divides it
+    # R is zero but where the unit of the state is i, the matrix's row: only those numbers of γ are touched.
+    N = N // VECTOR * VECTOR  # leaves N as it is, and shows the compiler what divides it
     tiles_m = tl.cdiv(N, BLOCK_M)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_m
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -98,8 +109,8 @@ def _rtrl_immediate_kernel(
     in_m = j < N
     inside = in_n[:, None] & in_m[None, :]
     square = tl.cast(N, tl.int64) * N
-    state = 4 * square * N  # numbers of γ of one state
-    # Unit i's part of γ, and in it row i.
+    state = 4 * square * N  # how many numbers of γ one state has
+    # In γ, unit i of state s, and of that row i of matrix ss.
     at = gamma_ptr + 2 * b * state + i.to(tl.int64)[:, None] * (4 * square + N) + j[None, :]
     row = b * N + i
     column = b * N + j
@@ -120,7 +131,12 @@ def _rtrl_immediate_kernel(
 
 
 class Config(NamedTuple):
-    """One program's tile of each matrix, the numbers that one access moves, and warps."""
+    """How one program is laid out.
+
+    block_n, block_m  rows and columns of its tile of each matrix
+    vector            numbers that one memory access moves
+    num_warps         Triton's option
+    """
 
     block_n: int
     block_m: int
@@ -129,10 +145,10 @@ class Config(NamedTuple):
 
 
 def pick_config(N: int) -> Config:
-    """For a layer of N units. Pure.
+    """The layout for a layer of N units. A pure function.
 
-    Of each of the four matrices a lane of 32 holds 16 numbers, or 8 where rows aren't a multiple of 16 bytes:
-    it has an address and a mask a number then.
+    One of 32 threads holds 16 numbers of each of the four matrices. Where rows aren't a multiple of 16 bytes it holds
+    8, because each number then has an address and a mask of its own.
     """
     vector = vector_width(N, torch.float32)
     return Config(8 if vector > 1 else 4, 64, vector, num_warps=1)
@@ -144,29 +160,29 @@ def rtrl_jacobian(
     weights: Sequence[Tensor],
     resets: Tensor | None = None,
 ) -> Tensor:
-    """The full recurrent Jacobian of one step of an RGC (paper, eq. 15), zero in rows that the step resets.
+    """The full recurrent Jacobian of one step of an RGC (paper, eq. 15), zero in batch rows that the step resets.
 
         J = [ diag(A^s) + φ^ss ⊙_rows W_ss        φ^ms ⊙_rows W_ms             ]
             [ φ^sm ⊙_rows W_sm                    diag(A^m) + φ^mm ⊙_rows W_mm ]
 
     Args:
-        own: A^s = ∂s/∂s' and A^m = ∂m/∂m' through no matrix, (B, N) float32 each; the first index may have
-            any stride.
-        phi: φ of ss, ms, mm, sm, each for the state that it enters, (B, N) float32 each, contiguous.
+        own: A^s = ∂s/∂s' and A^m = ∂m/∂m', the paths through no matrix, (B, N) float32 each; the first dimension may
+            have any stride.
+        phi: φ of ss, ms, mm, sm, each of the state that the matrix enters, (B, N) float32 each, contiguous.
         weights: W_ss, W_ms, W_mm, W_sm, (N, N) float32 each, contiguous.
-        resets: (B,) bool or uint8, or None.
+        resets: (B,) bool or uint8: batch rows whose state was zeroed before the step. Or None.
 
-    From a cell's `Partials`, at step t, they are own[ν][ν][t] and gate[k][k // 2][t].
+    In a cell's `Partials`, own and phi at step t are own[ν][ν][t] and gate[k][k // 2][t].
 
     Nothing is mutated. Fast where four divides N.
 
     Returns:
-        (B, 2N, 2N) float32.
+        J (B, 2N, 2N) float32.
 
     Raises:
-        TypeError: an argument that isn't a tensor, or a wrong dtype.
-        ValueError: a wrong shape (a size of 0 among them), device or stride; tensors that aren't on a GPU,
-            where kernels aren't interpreted.
+        TypeError: an argument isn't a tensor, or has another dtype.
+        ValueError: a wrong shape (a dimension of size 0 among them), device or stride; or tensors that aren't on a
+            GPU while kernels aren't interpreted.
     """
     batch, units = _check_phi(phi)
     _check_all("own", own, 2, (batch, units), phi[0], any_stride=1)
@@ -200,18 +216,18 @@ def rtrl_immediate_(gamma: Tensor, phi: Sequence[Tensor], before: Tensor) -> Non
 
         γ[(ν, i), (k, i, j)] += φ^k_i y^k_j        ν the state that matrix k enters, y^k what it reads
 
-    What it touches is 4·N² numbers of γ's 8·N³ a batch row. Rows that are reset need no more than before = 0
-    there.
+    It changes 4·N² of γ's 8·N³ numbers per batch row. For batch rows that the step resets, `before` must be zero.
 
     Args:
-        gamma: γ (B, 2N, 4N²) float32, contiguous: unit i of s, then of m; ss, ms, mm, sm by row. Mutated.
-        phi: φ of ss, ms, mm, sm, each for the state that it enters, (B, N) float32 each, contiguous.
-        before: the states that the step read, s and m, (2, B, N) float32; the first index may have any
-            stride.
+        gamma: γ (B, 2N, 4N²) float32, contiguous. Mutated. Its rows are the units of s, then of m; its columns the
+            entries of ss, ms, mm and sm, each matrix row by row.
+        phi: φ of ss, ms, mm, sm, each of the state that the matrix enters, (B, N) float32 each, contiguous.
+        before: the states that the step read, s and m, (2, B, N) float32; the first dimension may have any stride.
 
     Fast where four divides N.
 
-    Raises: as `rtrl_jacobian`.
+    Raises:
+        As `rtrl_jacobian`.
     """
     batch, units = _check_phi(phi)
     check_tensor("gamma", gamma, (batch, 2 * units, 4 * units**2), phi[0])
@@ -235,7 +251,7 @@ def rtrl_immediate_(gamma: Tensor, phi: Sequence[Tensor], before: Tensor) -> Non
 def _check_all(
     name: str, values: Sequence[Tensor], count: int, shape: Sequence[int], like: Tensor, any_stride: int = 0
 ) -> None:
-    """Raise unless `values` are `count` tensors of `shape`, as `check_tensor` says."""
+    """Raise ValueError unless there are `count` values, and check each with `check_tensor`."""
     if len(values) != count:
         raise ValueError(f"{name} must hold {count} tensors, got {len(values)}")
     for index, value in enumerate(values):
@@ -243,7 +259,7 @@ def _check_all(
 
 
 def _check_phi(phi: Sequence[Tensor]) -> tuple[int, int]:
-    """(B, N) of phi."""
+    """(B, N) of phi. Raises TypeError or ValueError as `rtrl_jacobian` does."""
     if len(phi) != 4:
         raise ValueError(f"phi must hold 4 tensors, got {len(phi)}")
     batch, units = check_dims("phi[0]", phi[0], "BN")
