@@ -1,4 +1,4 @@
-"""What a cell is, and those built in: a per-unit update, its matrices, its partial derivatives."""
+"""What a cell is (a per-unit update, its matrices and its partial derivatives), and the built-in cells."""
 
 from .builtin import (
     NONLINEARITIES,

@@ -2,13 +2,13 @@
 
     ElmanCell      h = f(W h' + x); with a diagonal W an independently recurrent unit
     LeakyCell      h = (1 - α) h' + α f(W h' + x)
-    LSTMCell, GRUCell   as torch.nn's
+    LSTMCell, GRUCell   as in torch.nn
     ELSTMCell      element-wise LSTM: forget gate and candidate
     TimeDecayCell  c = τ c' + x
-    LRUCell        linear recurrent unit, recurrent trace unit: a complex decay a unit
-    RGCCell        reciprocal gated circuit, the paper's
+    LRUCell        linear recurrent unit, or recurrent trace unit: one complex decay per unit
+    RGCCell        reciprocal gated circuit, the paper's cell
 
-A prime is the step before. How to write one: docs/cells.md.
+A prime is the step before. docs/cells.md shows how to write a cell.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _apply(nonlinearity: str, value: Tensor) -> Tensor:
 
 
 def _derivative(nonlinearity: str, result: Tensor) -> Tensor:
-    """f' from f's own result."""
+    """f'(v), given f(v)."""
     return 1 - result.square() if nonlinearity == "tanh" else (result > 0).to(result.dtype)
 
 
@@ -57,9 +57,9 @@ class ElmanCell(Cell):
 
 
 class LeakyCell(Cell):
-    """h = (1 - α) h' + α f(W h' + x): a leaky, or continuous-time, recurrent network by Euler's step α = dt/τ.
+    """h = (1 - α) h' + α f(W h' + x): a leaky recurrent network, which is Euler's method on a continuous-time one.
 
-    0 < α ≤ 1; f = tanh or relu.
+    α = dt/τ, 0 < α ≤ 1; f = tanh or relu. Raises ValueError for another α or f.
     """
 
     states = ("h",)
@@ -81,11 +81,11 @@ class LeakyCell(Cell):
 
 
 class LSTMCell(Cell):
-    """Long short-term memory (Hochreiter & Schmidhuber 1997), as torch.nn.LSTM has it.
+    """Long short-term memory (Hochreiter & Schmidhuber 1997), in the form of torch.nn.LSTM.
 
         i, f, o = σ(W h' + x), g = tanh(W_g h' + x_g);    c = f c' + i g;    h = o tanh(c)
 
-    The four gates' input parts are four per-unit inputs.
+    Each of i, f, g and o has a per-unit input x of its own.
     """
 
     states = ("h", "c")
@@ -113,11 +113,12 @@ class LSTMCell(Cell):
 
 
 class GRUCell(Cell):
-    """Gated recurrent unit in torch.nn.GRU's variant (Cho et al. 2014, with the reset gate after the product).
+    """Gated recurrent unit (Cho et al. 2014) in torch.nn.GRU's variant, with the reset gate after the product.
 
         r, z = σ(W h' + x);    n = tanh(x_n + r (W_hn h' + b_hn));    h = (1 - z) n + z h'
 
-    The variant with U(r ⊙ h') is not two-point: there one matrix reads what another has gated in the same step.
+    bias: whether there is b_hn. The variant with U(r ⊙ h') is not two-point: its matrix U reads r, which other
+    matrices have made in the same step.
     """
 
     states = ("h",)
@@ -149,11 +150,11 @@ class GRUCell(Cell):
 
 
 class ELSTMCell(Cell):
-    """The recurrent part of eLSTM (Irie et al. 2024), element-wise: forget gate and candidate.
+    """The recurrent part of eLSTM, an element-wise LSTM (Irie et al. 2024): forget gate f and candidate z.
 
         f = σ(w_f c' + x_f),    z = tanh(w_z c' + x_z),    c = f c' + (1 - f) z
 
-    Its output gate reads c(t) itself, so it is no part of the recurrence: `nn.ELSTM` puts it on top.
+    The output gate reads c(t) itself, so it is not part of the recurrence; the layer `nn.ELSTM` adds it.
     """
 
     states = ("c",)
@@ -172,9 +173,9 @@ class ELSTMCell(Cell):
 
 
 class TimeDecayCell(Cell):
-    """Time-decay unit (paper, Appendix A.4): c = τ c' + x, with a decay τ a unit that is learned.
+    """Time-decay unit (paper, Appendix A.4): c = τ c' + x, with a learned decay τ per unit.
 
-    The paper's τ_l is one number a layer; here each unit has its own.
+    The paper's τ_l is one number per layer.
     """
 
     states = ("c",)
@@ -184,7 +185,7 @@ class TimeDecayCell(Cell):
     affine = True
 
     def initial_parameters(self, units: int) -> dict[str, Tensor]:
-        """τ ~ U(0, 1)."""
+        """τ (N,), drawn uniformly from [0, 1)."""
         return {"tau": torch.rand(units)}
 
     def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -197,11 +198,13 @@ class TimeDecayCell(Cell):
 class LRUCell(Cell):
     """Linear recurrent unit (Orvieto et al. 2023), and recurrent trace unit (Elelimy et al. 2024).
 
-        z = λ z' + √(1 - |λ|²) x,    λ = exp(-exp(ν) + i exp(θ)),    z complex: two states, re and im
+        z = λ z' + √(1 - |λ|²) x,    λ = exp(-exp(ν) + i exp(θ)),    z = re + i im, both of them states
 
-    ν and θ are learned, a number a unit each. With a nonlinearity, f is applied to re and im: the
-    recurrent trace unit's nonlinear form. At first |λ| is uniform over the ring [r_min, r_max], the phase over
-    [0, max_phase].
+    ν and θ are learned, one number each per unit. With a nonlinearity f, "tanh" or "relu", f is applied to re and im:
+    the nonlinear form of the recurrent trace unit. Initially λ is uniform over the ring r_min ≤ |λ| ≤ r_max, with a
+    phase up to max_phase.
+
+    Raises ValueError unless 0 ≤ r_min < r_max < 1 and 0 < max_phase ≤ 2π.
     """
 
     states = ("re", "im")
@@ -227,7 +230,7 @@ class LRUCell(Cell):
         self.affine = nonlinearity is None
 
     def initial_parameters(self, units: int) -> dict[str, Tensor]:
-        """λ uniform over the ring."""
+        """ν and θ, (N,) each, that put λ uniformly over the ring."""
         tiny = torch.finfo(torch.float32).tiny
         square = self.r_min**2 + torch.rand(units) * (self.r_max**2 - self.r_min**2)
         phase = (torch.rand(units) * self.max_phase).clamp_min(tiny)
@@ -235,7 +238,7 @@ class LRUCell(Cell):
 
     @staticmethod
     def _decay(x: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """λ's real and imaginary part, and √(1 - |λ|²)."""
+        """λ's real part, its imaginary part, and √(1 - |λ|²)."""
         rate, phase = x[2].exp(), x[3].exp()
         modulus = (-rate).exp()
         return modulus * phase.cos(), modulus * phase.sin(), (-torch.expm1(-2 * rate)).sqrt()
@@ -274,7 +277,8 @@ class RGCCell(Cell):
         s(t) = (1 - tanh(W_ms m')) x + tanh(W_ss s') s'          prime: t - 1
         m(t) = (1 - tanh(W_sm s')) x + tanh(W_mm m') m'
 
-    With a = the gate on the input and b = the gate on the state itself, of each state:
+    In its partials, a is the gate on the input and b the gate on the state itself: a_s = tanh(W_ms m'),
+    b_s = tanh(W_ss s'), and likewise for m.
 
         own   ∂s/∂s' = b_s                  ∂m/∂m' = b_m
         gate  ∂s/∂p_ss = (1 - b_s²) s'      ∂s/∂p_ms = -(1 - a_s²) x       and likewise for m
@@ -289,6 +293,9 @@ class RGCCell(Cell):
         Matrix("mm", ("gate", 2), 1),
         Matrix("sm", ("gate", 3), 0),
     )
+    # Compiled code and kernels write the credit of ss and sm side by side for the state s, that of mm and ms for m:
+    # (state, column) of ss, ms, mm and sm in `rfp.Joined`.
+    CREDIT_PLACES = ((0, 0), (1, 1), (1, 0), (0, 1))
 
     def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
         s, m = c
@@ -303,7 +310,9 @@ class RGCCell(Cell):
 
     @staticmethod
     def _partials_from_gates(gates: Tensor, c: Tensor, x: Tensor) -> Partials:
-        """gates (2, …, 2, N): tanh of ss, sm by source s, then of mm, ms by source m; c (2, …, N)."""
+        """The partials from gates (2, …, 2, N), laid out as in `scan`, the states c (2, …, N) that the step read, and
+        the input x (…, N).
+        """
         own_gate, cross_gate = gates.unbind(-2)
         own_square, cross_square = gates.square().unbind(-2)
         from_ss, from_mm = torch.addcmul(c, own_square, c, value=-1).unbind(0)
@@ -318,10 +327,10 @@ class RGCCell(Cell):
 
     @staticmethod
     def partials_in(planes: Tensor, gates: Tensor | None = None) -> tuple[Partials, Tensor]:
-        """Partials and M (2, 2, …, N) in the arrays that compiled code and kernels write.
+        """Partials and M (2, 2, …, N) as views of the arrays that compiled code and kernels write.
 
-        planes (10, …, N): φ of ss, ms, mm and sm, the input's partials of s and m, M by rows; gates as in
-        `_partials_from_gates`, or None where own-state partials are left out.
+        planes (10, …, N): φ of ss, ms, mm and sm; ∂s/∂x and ∂m/∂x; the four entries of M row by row. gates: as in
+        `scan`, or None to leave out the own-state partials.
         """
         ss, ms, mm, sm, of_s, of_m = planes[:6].unbind(0)
         own = [] if gates is None else [{nu: gate} for nu, gate in enumerate(gates[..., 0, :].unbind(0))]
@@ -340,10 +349,11 @@ class RGCCell(Cell):
         state: Sequence[Tensor],
         resets: Tensor | None = None,
     ) -> Trajectory:
-        """As `Cell.scan`; `saved` is tanh of the gates by source, (2, T, B, 2, N).
+        """`Cell.scan`, with tanh of the pre-activations as `saved`, (2, T, B, 2, N).
 
-        saved[0, …, 0, :] is ss, saved[0, …, 1, :] sm, saved[1, …, 0, :] mm and saved[1, …, 1, :] ms: what
-        one source drives lies together, so a step is one matrix product per source and four pointwise calls.
+        saved[0, …, 0, :] is ss and saved[0, …, 1, :] sm, whose matrices read s; saved[1, …, 0, :] is mm and
+        saved[1, …, 1, :] ms, whose matrices read m. Gates of matrices that read one state are adjacent, so a step takes
+        one matrix product per state and four pointwise calls.
         """
         (u,) = x.unbind(0)
         steps, batch, units = u.shape
@@ -352,12 +362,12 @@ class RGCCell(Cell):
         states = x.new_empty(2, steps + 1, batch, units)
         states[0, 0], states[1, 0] = state
         gates = x.new_empty(2, steps, batch, 2, units)
-        (drive_s, by_s, s_gates), (drive_m, by_m, m_gates) = (
-            _source_drive(*pair, gates[j]) for j, pair in enumerate(_by_source(weights))
+        (product_s, weights_s, s_gates), (product_m, weights_m, m_gates) = (
+            _gate_product(*pair, gates[j]) for j, pair in enumerate(_by_state_read(weights))
         )
         reset_steps = reset_steps_of(resets)
 
-        # views of all steps at once, none in the loop: where a layer is small, one costs what a product does
+        # make the views of all steps before the loop: in a small layer, making one costs as much as a product
         at, u_at, gate_at = states.unbind(1), u.unbind(0), gates.unbind(1)
         s_at, m_at = states[0].unbind(0), states[1].unbind(0)
         own_at = gates[..., 0, :].unbind(1)
@@ -368,8 +378,8 @@ class RGCCell(Cell):
                 assert resets is not None
                 before = before.masked_fill(resets[t, :, None], 0)
                 s, m = before
-            drive_s(s, by_s, out=s_gates[t])
-            drive_m(m, by_m, out=m_gates[t])
+            product_s(s, weights_s, out=s_gates[t])
+            product_m(m, weights_m, out=m_gates[t])
             gate_at[t].tanh_()
             torch.addcmul(given, own_at[t], before, out=at[t + 1])
             s_at[t + 1].addcmul_(ms_at[t], given, value=-1)
@@ -379,7 +389,7 @@ class RGCCell(Cell):
     def _one_step(
         self, x: Tensor, u: Tensor, weights: Sequence[Tensor], old: Tensor, resets: Tensor | None
     ) -> Trajectory:
-        """`scan` of one step: fewer calls, since here they cost more than what they do."""
+        """`scan` of a single step, with fewer calls: here a call costs more than its arithmetic."""
         before = old if resets is None else old.masked_fill(resets[0, :, None], 0)
         s, m = before.unbind(0)
         gates = x.new_empty(2, 1, *u.shape[:1], 2, u.shape[1])
@@ -398,7 +408,7 @@ class RGCCell(Cell):
     def evaluate(self, x: Tensor, before: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         (u,) = x.unbind(0)
         gates = x.new_empty(2, *u.shape[:2], 2, u.shape[2])
-        for j, (w_own, w_cross) in enumerate(_by_source(weights)):
+        for j, (w_own, w_cross) in enumerate(_by_state_read(weights)):
             if w_own.dim() == w_cross.dim() == 2:
                 rows, out = before[j].flatten(0, -2), gates[j].flatten(0, -3).flatten(1)
                 torch.mm(rows, torch.cat([w_own, w_cross]).t(), out=out)
@@ -418,33 +428,36 @@ class RGCCell(Cell):
         return Linearization(partials, before, trajectory.resets)
 
 
-def _by_source(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """RGC's weights that read s, then m: into the gate on the state itself, and on the other's input."""
+def _by_state_read(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The weights that read s, (W_ss, W_sm), and those that read m, (W_mm, W_ms).
+
+    In each pair the first enters the gate on the state itself, the second the gate on the other state's input.
+    """
     ss, ms, mm, sm = weights
     return (ss, sm), (mm, ms)
 
 
-def _source_drive(
+def _gate_product(
     w_own: Tensor, w_cross: Tensor, gates: Tensor
 ) -> tuple[Callable[..., object], Any, Sequence[Tensor]]:
-    """How both gates that one source drives are made, step by step: product(signal, weights, out=out) writes them.
+    """How to write both pre-activations that read one state, at each step: product(state, weights, out=out).
 
-    gates (T, B, 2, N). Returns the product, its weights, and `out` of every step.
+    gates (T, B, 2, N) is where they go. Returns the product, its weights, and `out` for every step.
     """
     if w_own.dim() == w_cross.dim() == 2:
         # one product with the joined matrix is one call, not two
         return torch.mm, torch.cat([w_own, w_cross]).t(), gates.flatten(-2).unbind(0)
-    return _multiply_apart, (w_own, w_cross), gates.unbind(0)
+    return _multiply_each, (w_own, w_cross), gates.unbind(0)
 
 
-def _multiply_apart(signal: Tensor, weights: tuple[Tensor, Tensor], *, out: Tensor) -> None:
-    """out (B, 2, N) ← [signal W_ownᵀ, signal W_crossᵀ], for weights of any shape."""
+def _multiply_each(signal: Tensor, weights: tuple[Tensor, Tensor], *, out: Tensor) -> None:
+    """Write out (B, 2, N) = [W_own signal, W_cross signal], for weights of any shape and signal (B, N)."""
     for j, weight in enumerate(weights):
         _multiply_into(weight, signal, out[:, j])
 
 
 def _multiply_into(weight: Tensor, signal: Tensor, out: Tensor) -> None:
-    """out ← W signal, (B, N) each."""
+    """Write out = W signal, (B, N) each."""
     if weight.dim() == 1:
         torch.mul(signal, weight, out=out)
     elif weight.dim() == 2:

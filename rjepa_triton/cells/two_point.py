@@ -5,18 +5,19 @@ its own input:
 
     c_i(t) = F(c_i(t-1), p_i(t), x_i(t)),        p^g_i(t) = Σ_{k into g} Σ_j W^k_ij y^k_j(t)
 
-where y^k is the state that matrix k reads, of the step before. A `Cell` says which states, gates
-(pre-activations), inputs and matrices there are, and gives F. From F alone follow the three per-unit
-partials that every learning rule here is made of:
+where y^k is the state of the step before that matrix k reads. A `Cell` names its states, gates (pre-activations),
+inputs and matrices, and gives F. From F alone follow the three kinds of per-unit partial derivatives that every
+learning rule here is made of:
 
-    own   A^{νν'} = ∂F_ν/∂c^{ν'}      the path through no matrix
-    gate  φ^{ν,g} = ∂F_ν/∂p^g         immediate sensitivity to what enters gate g
-    input X^{ν,j} = ∂F_ν/∂x^j         what is passed down to the layer's input
+    own   A^{νν'} = ∂F_ν/∂c^{ν'}      the path from state to state that goes through no matrix
+    gate  φ^{ν,g} = ∂F_ν/∂p^g         immediate sensitivity to pre-activation g
+    input X^{ν,j} = ∂F_ν/∂x^j         through which credit is passed down to the layer's input
 
-A per-unit number that is learned, such as a decay or a bias inside a gate, is one more per-unit input: one
-that a "matrix" of shape (N,) enters which reads 1. The cells of this package are in `cells.py`.
+A learned number per unit, such as a decay or a bias inside a gate, counts as one more per-unit input: a "matrix" of
+shape (N,) that reads the constant 1 enters it. The cells of this package are in `builtin.py`.
 
-Letters: T time, B batch, N units, S states per unit, K matrices, M fan-in. Arrays are time-major.
+Letters: T time, B batch, N units, S states per unit, G gates, J per-unit inputs, K matrices, M fan-in. Arrays are
+time-major.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from torch import Tensor
 
 from . import weights as weight_ops
 
-ByState = dict[int, Tensor]  # by the state ν that a partial is of; absent if zero by structure
+ByState = dict[
+    int, Tensor
+]  # partials by the state ν that is differentiated; a ν is absent where they are always zero
 
 
 Reads = int | Literal["input", "one"]
@@ -39,10 +42,10 @@ Reads = int | Literal["input", "one"]
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight matrix of a layer: what it reads and what it enters.
+    """One weight matrix of a layer: what it reads, and what its product is added to.
 
-    into   ("gate", g): pre-activation g, or ("input", j): per-unit input j
-    reads  ν: state ν of the step before (a recurrent matrix); "input": the layer's input; "one": a bias
+    into   ("gate", g) for pre-activation g, or ("input", j) for per-unit input j
+    reads  ν for state ν of the step before (a recurrent matrix); "input" for the layer's input; "one" for a bias
     """
 
     name: str
@@ -52,10 +55,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Partials:
-    """Per-unit partials of F, by what they are with respect to, then by the state ν that they are of.
+    """The per-unit partial derivatives of F.
 
-    own[ν'][ν] = ∂F_ν/∂c^{ν'}, gate[g][ν] = ∂F_ν/∂p^g, input[j][ν] = ∂F_ν/∂x^j: tensors of the shape F was
-    evaluated at, e.g. (T, B, N). A ν that is absent stands for a partial that is zero by structure.
+        own[ν'][ν] = ∂F_ν/∂c^{ν'}        gate[g][ν] = ∂F_ν/∂p^g        input[j][ν] = ∂F_ν/∂x^j
+
+    Each is a tensor of the shape that F was evaluated at, for example (T, B, N). A ν that is absent stands for a
+    partial that is zero for all arguments.
     """
 
     own: Sequence[ByState]
@@ -65,12 +70,12 @@ class Partials:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A forward pass and what its backward needs.
+    """A forward pass and what its backward pass needs.
 
-    x       (J, T, B, N)   the layer's per-unit inputs
-    states  (S, T + 1, B, N)   state before the first step, then after each step
-    saved   what the cell keeps of its gates, (·, T, …) (private to the cell); (0,) where it was not kept
-    resets  (T, B) bool or None: rows whose state was zeroed before that step
+    x       (J, T, B, N)       the layer's per-unit inputs
+    states  (S, T + 1, B, N)   the state before the first step, then after each step
+    saved   (·, T, …)          what the cell has saved of its gates, in a layout of its own; (0,) where nothing is saved
+    resets  (T, B) bool        batch rows whose state was zeroed before that step; or None
     """
 
     x: Tensor
@@ -85,23 +90,23 @@ class Trajectory:
 
     @property
     def before(self) -> Tensor:
-        """(S, T, B, N): the state that each step read, zero where it was reset."""
+        """(S, T, B, N): the state that each step read, zero where the batch row was reset."""
         before = self.states[:, :-1]
         return before if self.resets is None else before.masked_fill(self.resets[..., None], 0)
 
     def window(self, start: int, stop: int) -> Trajectory:
-        """Steps start … stop - 1, as views."""
+        """The trajectory of steps start … stop - 1, made of views."""
         resets = None if self.resets is None else self.resets[start:stop]
         steps = slice(start, stop)
         saved = self.saved[:, steps] if self.saved.dim() > 1 else self.saved
         return Trajectory(self.x[:, steps], self.states[:, start : stop + 1], saved, resets)
 
     def without_saved(self) -> Trajectory:
-        """The same without what was kept of the gates."""
+        """The same trajectory without `saved`, which takes most of the memory."""
         return replace(self, saved=self.x.new_empty(0))
 
     def with_saved(self, cell: Cell, weights: Sequence[Tensor]) -> Trajectory:
-        """The same with what the cell keeps, made again by one product a matrix over (T, B) where it wasn't kept."""
+        """The same trajectory with `saved`: where it is missing, one product per matrix over (T, B) makes it again."""
         if self.saved.dim() > 1:
             return self
         return replace(self, saved=cell.evaluate(self.x, self.before, weights)[1])
@@ -109,11 +114,11 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Linearization:
-    """The partials along a trajectory, with what the matrices read: all that a learning rule needs.
+    """The partials at every step of a trajectory, and what the matrices read: all that a learning rule needs.
 
-    partials     each entry (T, B, N)
-    before       (S, T, B, N): the state that each step read
-    resets       (T, B) bool or None: no credit passes from that step to the one before it
+    partials  each entry (T, B, N)
+    before    (S, T, B, N)   the state that each step read
+    resets    (T, B) bool    batch rows in which no credit passes from that step to the one before it; or None
     """
 
     partials: Partials
@@ -125,22 +130,22 @@ class Linearization:
         return self.before.shape[1]
 
     def immediate(self, matrix: Matrix) -> ByState:
-        """φ^{ν,k} = ∂F_ν/∂(what matrix k enters), by ν, each (T, B, N)."""
+        """φ^{ν,k} of one matrix k: ∂F_ν with respect to the gate or input that k enters, by ν, each (T, B, N)."""
         kind, index = matrix.into
         return (self.partials.gate if kind == "gate" else self.partials.input)[index]
 
 
 class Cell(ABC):
-    """A two-point cell. Subclasses give the names and `update`; the rest follows.
+    """A two-point cell (paper, Appendix D). Subclasses give the names and `update`; the rest follows from these.
 
     states      names of the S states of a unit
-    gates       names of the pre-activations p^g
-    inputs      names of the per-unit inputs that the layer's input drives
-    parameters  names of further per-unit inputs, each a learned number a unit
-    matrices    the K recurrent matrices, each into a gate and reading a state; several may enter one gate
-    outputs     the states that a loss may reach
-    affine      whether F is affine in the states, so that the forward pass in parallel takes one round; a wrong answer
-                costs time alone
+    gates       names of the G pre-activations p^g
+    inputs      names of the per-unit inputs that the layer's input is projected to
+    parameters  names of further per-unit inputs, each of them one learned number per unit
+    matrices    the K recurrent matrices; each reads a state and enters a gate, and several may enter one gate
+    outputs     indices of the states that a loss may depend on
+    affine      whether F is affine in the states, so that one round of the parallel forward pass solves it; a wrong
+                value costs time, not correctness
     """
 
     states: Sequence[str]
@@ -153,29 +158,30 @@ class Cell(ABC):
 
     @property
     def per_unit(self) -> tuple[str, ...]:
-        """Names of all J per-unit inputs: those driven, then the parameters."""
+        """Names of all J per-unit inputs: `inputs`, then `parameters`."""
         return (*self.inputs, *self.parameters)
 
     def initial_parameters(self, units: int) -> dict[str, Tensor]:
-        """First values of `parameters`, (N,) each; zeros unless a cell says otherwise."""
+        """The initial values of `parameters`, (N,) each; zeros unless a cell overrides this."""
         return {name: torch.zeros(units) for name in self.parameters}
 
     @abstractmethod
     def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """F: the S new states from S old states, the gates' pre-activations and the J inputs.
+        """F: the S new states.
 
-        Every tensor has one shape, and F must act on each entry alone.
+        c: the S old states; p: the G pre-activations; x: the J per-unit inputs, all of one shape. F must act
+        element-wise. It must not mutate its arguments.
         """
 
     def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        """The partials of F at (c, p, x), in closed form where a cell has one."""
+        """The partials of F at (c, p, x); a cell that has them in closed form overrides this."""
         return self.automatic_partials(c, p, x)
 
     def automatic_partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
         """The partials of F by forward-mode differentiation.
 
-        F acts on each unit alone, so each partial is one Jacobian-vector product with a tangent of ones.
-        No entry is taken to be zero by structure.
+        F acts element-wise, so each partial is one Jacobian-vector product with a tangent of ones. No ν is left out,
+        even where the partial is always zero.
         """
         groups = (tuple(c), tuple(p), tuple(x))
         out: list[list[ByState]] = [[], [], []]
@@ -200,10 +206,16 @@ class Cell(ABC):
         state: Sequence[Tensor],
         resets: Tensor | None = None,
     ) -> Trajectory:
-        """Run the cell over time.
+        """Run the cell over time. Nothing is mutated, and autograd doesn't follow it.
 
-        x (J, T, B, N); weights: K of (N, N), (H, b, b) or (N,) (`weights.py`); state: S of (B, N);
-        resets (T, B) bool. Returns a `Trajectory` whose `saved` is the pre-activations, (G, T, B, N).
+        Args:
+            x: per-unit inputs (J, T, B, N).
+            weights: K recurrent weights (N, N), (H, b, b) or (N,) each (`weights.py`).
+            state: S initial states (B, N) each.
+            resets: (T, B) bool, batch rows whose state is zeroed before that step; or None.
+
+        Returns:
+            A `Trajectory` whose `saved` is the pre-activations, (G, T, B, N).
         """
         _, steps, batch, units = x.shape
         states = x.new_empty(len(self.states), steps + 1, batch, units)
@@ -211,13 +223,13 @@ class Cell(ABC):
             states[nu, 0] = initial
         saved = x.new_zeros(steps, batch, len(self.gates), units)
         reset_steps = reset_steps_of(resets)
-        drive = _Drive(self, weights)
+        write_pre_activations = _PreActivations(self, weights)
         states_at, saved_at, x_at = states.unbind(1), saved.unbind(0), x.unbind(1)
         for t in range(steps):
             before = states_at[t]
             if resets is not None and t in reset_steps:
                 before = before.masked_fill(resets[t, :, None], 0)
-            drive(before, saved_at[t])
+            write_pre_activations(before, saved_at[t])
             after = self.update(before.unbind(), saved_at[t].unbind(1), x_at[t].unbind())
             for target, value in zip(states_at[t + 1].unbind(), after, strict=True):
                 target.copy_(value)
@@ -225,10 +237,10 @@ class Cell(ABC):
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, before: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """F at all steps at once, given the state that each step reads: one product a matrix over (T, B).
+        """F at all steps at once, given the state that each step reads: one product per matrix over (T, B).
 
-        x (J, T, B, N), before (S, T, B, N). Returns the states after each step (S, T, B, N), and `saved` as
-        `scan` has it.
+        x (J, T, B, N), before (S, T, B, N), weights as in `scan`. Returns the states after each step (S, T, B, N), and
+        `saved` in the layout of `scan`.
         """
         _, steps, batch, units = x.shape
         saved = x.new_zeros(len(self.gates), steps, batch, units)
@@ -238,36 +250,41 @@ class Cell(ABC):
 
     @torch.no_grad()
     def linearize(self, trajectory: Trajectory) -> Linearization:
-        """The partials along a trajectory that `scan` made."""
+        """The partials at every step of a trajectory that `scan` has returned."""
         before = trajectory.before
         partials = self.partials(before.unbind(), trajectory.saved.unbind(), trajectory.x.unbind())
         return Linearization(partials, before, trajectory.resets)
 
 
 def state_read(matrix: Matrix) -> int:
-    """The index of the state that a recurrent matrix reads."""
+    """The index of the state that a recurrent matrix reads. Raises ValueError for a matrix that reads no state."""
     if not isinstance(matrix.reads, int):
         raise ValueError(f"matrix {matrix.name!r} of a cell must read a state, got reads={matrix.reads!r}")
     return matrix.reads
 
 
 def reset_steps_of(resets: Tensor | None) -> frozenset[int]:
-    """The steps at which a row may be reset."""
+    """The steps at which any batch row is reset; for a single step always {0}, a superset."""
     if resets is None:
         return frozenset()
-    if len(resets) == 1:  # no look at the values: that would wait for the device
+    if len(resets) == 1:  # reading the values would wait for the device
         return frozenset({0})
     return frozenset(resets.any(1).nonzero()[:, 0].tolist())
 
 
-class _Drive:
-    """Writes the pre-activations of one step: all dense matrices that read one state as one product, if their
-    gates lie together and nothing else enters them."""
+class _PreActivations:
+    """Writes the pre-activations of one step, p^g = Σ_{k into g} W^k y^k.
+
+    All dense matrices that read one state take one product, if their gates are adjacent and no other matrix enters
+    these gates.
+    """
 
     def __init__(self, cell: Cell, weights: Sequence[Tensor]) -> None:
         entering = [matrix.into[1] for matrix in cell.matrices]
-        self.joined: list[tuple[int, int, int, Tensor]] = []  # state read, first gate, gates, weights
-        self.single: list[tuple[int, int, Tensor]] = []
+        self.joined: list[
+            tuple[int, int, int, Tensor]
+        ] = []  # state read, first gate, number of gates, weights
+        self.single: list[tuple[int, int, Tensor]] = []  # state read, gate, weight
         for source in range(len(cell.states)):
             readers = [
                 (matrix.into[1], weight)
@@ -287,7 +304,7 @@ class _Drive:
                 self.single += [(source, gate, weight) for gate, weight in readers]
 
     def __call__(self, before: Tensor, out: Tensor) -> None:
-        """before (S, B, N); adds to out (B, G, N), zero at first."""
+        """Write to out (B, G, N), which must be zero, the pre-activations of the states before (S, B, N)."""
         for source, first, count, weight in self.joined:
             torch.mm(before[source], weight, out=out[:, first : first + count].flatten(1))
         for source, gate, weight in self.single:
@@ -295,10 +312,10 @@ class _Drive:
 
 
 def verify(cell: Cell) -> None:
-    """Raise ValueError, with the reason, unless `cell` is what it must be: two-point, with names that fit.
+    """Raise ValueError, with the reason, unless `cell` is two-point and its matrices fit its gates and states.
 
-    That F acts on each unit alone is checked numerically: with unit 0 of one array changed, no other unit's
-    new state may change.
+    That F acts on each unit alone is checked numerically: when unit 0 of one argument changes, no other unit's new
+    state may change.
     """
     name = type(cell).__name__
     for matrix in cell.matrices:

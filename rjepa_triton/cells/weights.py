@@ -1,7 +1,7 @@
-"""How one weight acts, by its shape: dense (N, M), block-diagonal (H, b, b), or diagonal (N,).
+"""Operations on a weight by its shape: dense (N, M), block-diagonal (H, b, b), or diagonal (N,).
 
-A block-diagonal weight joins the N = H·b units of a layer within H heads of b units each. Biases and a cell's
-per-unit parameters are (N,) too: what they read is 1 (`two_point.Matrix`).
+A block-diagonal weight connects the N = H·b units of a layer within H heads of b units each. Biases and a cell's
+per-unit parameters are (N,) too: they read the constant 1 (`two_point.Matrix`).
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from torch import Tensor
 
 
 def heads_of(weight: Tensor) -> int:
-    """How many groups of units a recurrent weight joins within: 1 if dense, N if diagonal."""
+    """How many groups of units, or heads, a recurrent weight connects within: 1 if dense, H, or N if diagonal."""
     return 1 if weight.dim() == 2 else weight.shape[0]
 
 
 def fan_in(weight: Tensor) -> int:
-    """M: numbers that each unit of the weight reads."""
+    """M, how many numbers each unit reads through this weight."""
     return 1 if weight.dim() == 1 else weight.shape[-1]
 
 
 def own(weight: Tensor) -> Tensor:
-    """The recurrent weight from each unit to itself, (N,)."""
+    """The diagonal of a recurrent weight, from each unit to itself: (N,)."""
     if weight.dim() == 1:
         return weight
     return weight.diagonal(dim1=-2, dim2=-1).flatten()
 
 
 def hollow(weight: Tensor) -> Tensor:
-    """A copy of a dense or block-diagonal recurrent weight without `own`."""
+    """A detached copy of a dense or block-diagonal recurrent weight with its diagonal (`own`) set to zero."""
     out = weight.detach().clone()
     out.diagonal(dim1=-2, dim2=-1).zero_()
     return out
 
 
 def multiply(weight: Tensor, y: Tensor) -> Tensor:
-    """W y: (…, N) of y (…, M)."""
+    """W y, (…, N), for y (…, M)."""
     if weight.dim() == 1:
         return y * weight
     if weight.dim() == 2:
@@ -44,7 +44,7 @@ def multiply(weight: Tensor, y: Tensor) -> Tensor:
 
 
 def multiply_transposed(weight: Tensor, e: Tensor) -> Tensor:
-    """Wᵀ e: (…, M) of e (…, N)."""
+    """Wᵀ e, (…, M), for e (…, N)."""
     if weight.dim() == 1:
         return e * weight
     if weight.dim() == 2:
@@ -53,14 +53,14 @@ def multiply_transposed(weight: Tensor, e: Tensor) -> Tensor:
 
 
 def by_head(blocks: Tensor, rows: Tensor) -> Tensor:
-    """rows (…, H·p) times blocks (H, p, q), head by head: (…, H·q)."""
+    """The product of rows (…, H·p) and blocks (H, p, q), head by head: (…, H·q)."""
     heads, size, _ = blocks.shape
     left = rows.reshape(-1, heads, size).transpose(0, 1)
     return torch.bmm(left, blocks).transpose(0, 1).reshape(*rows.shape[:-1], -1)
 
 
 def outer(e: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Σ e yᵀ over all leading dimensions, of the shape of `weight`: e (…, N), y (…, M), or (…, N) if diagonal."""
+    """Σ e yᵀ over all leading dimensions, in the shape of `weight`: e (…, N), y (…, M), or (…, N) if diagonal."""
     if weight.dim() == 1:
         return (e * y).flatten(0, -2).sum(0)
     if weight.dim() == 2:

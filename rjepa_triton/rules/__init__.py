@@ -1,1 +1,1 @@
-"""Learning rules in plain torch: float64-able, on any device; what every faster path is tested against."""
+"""Learning rules in plain torch, for any floating dtype and device: the reference for every faster path's tests."""

@@ -1,10 +1,11 @@
-"""Backpropagation through time by hand: the dual form's code path with the full Jacobian.
+"""Backpropagation through time without autograd: RFP's dual form with the full recurrent Jacobian.
 
-    λ(t) = δ(t) + A(t+1)ᵀ λ(t+1) + Σ_k W^kᵀ E^k(t+1)        E^k = Σ_ν λ^ν φ^{ν,k}, into the state k reads
+    λ(t) = δ(t) + A(t+1)ᵀ λ(t+1) + Σ_k W^kᵀ E^k(t+1)        E^k = Σ_ν λ^ν φ^{ν,k}; W^kᵀ E^k goes to the state k reads
     ∂E/∂W^k = Σ_{t,b} E^k(t) y^k(t)ᵀ
 
-It differs from Recurrent Forward Propagation in the recurrent matrices' off-diagonal entries only, and costs
-one product a state and step in the loop. Weight gradients are one product a matrix over all of (T, B).
+It differs from Recurrent Forward Propagation only in that the off-diagonal entries of the recurrent matrices pass
+credit too. That costs one matrix product per state in each step of the loop. Weight gradients are one product per
+matrix over all of (T, B).
 """
 
 from __future__ import annotations
@@ -25,35 +26,42 @@ def credits(
     delta: Tensor,
     carry: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact credits λ (S, T, B, N) for delta (S, T, B, N), and what they pass to the initial state (S, B, N).
+    """Exact credits of a sequence. Nothing is mutated.
 
-    matrices and weights: the recurrent ones, of any shape (`weights.py`); carry (S, B, N) or None: credit
-    that later steps pass to the last.
+    Args:
+        lin: the linearization of the forward pass.
+        matrices, weights: the recurrent ones, dense, block-diagonal or diagonal (`weights.py`).
+        delta: instantaneous credit δ(t) = ∂L(t)/∂c(t), (S, T, B, N).
+        carry: credit that the steps after the last pass to it, (S, B, N); or None.
+
+    Returns:
+        λ (S, T, B, N), and the credit that the first step passes to the state before it, (S, B, N).
     """
     count, steps = delta.shape[:2]
     credit = torch.empty_like(delta)
     credit[:, -1] = delta[:, -1] if carry is None else delta[:, -1] + carry
-    by_source = [_Source(lin, nu, matrices, weights) for nu in range(count)]
+    into_states = [_CreditIntoState(lin, nu, matrices, weights) for nu in range(count)]
     keep = None if lin.resets is None else (~lin.resets).to(delta.dtype)[..., None].unbind(0)
     credit_at, delta_at = credit.unbind(1), delta.unbind(1)
     for t in range(steps - 1, 0, -1):
-        passed = [source.pass_back(t, credit_at[t]) for source in by_source]
+        passed = [source.pass_back(t, credit_at[t]) for source in into_states]
         for nu, value in enumerate(passed):
             if keep is not None:
                 value = value * keep[t]
             torch.add(delta_at[t - 1][nu], value, out=credit_at[t - 1][nu])
-    first = torch.stack([source.pass_back(0, credit_at[0]) for source in by_source])
+    first = torch.stack([source.pass_back(0, credit_at[0]) for source in into_states])
     return credit, first if keep is None else first * keep[0]
 
 
-class _Source:
-    """Credit that flows back into one state: through its own path, and through each matrix that reads it."""
+class _CreditIntoState:
+    """The credit that goes back into one state: through no matrix, and through each matrix that reads the state."""
 
     def __init__(
         self, lin: Linearization, source: int, matrices: Sequence[Matrix], weights: Sequence[Tensor]
     ) -> None:
         self.own = [(nu, a.unbind(0)) for nu, a in lin.partials.own[source].items()]
-        self.sparse: list[tuple[dict[int, tuple[Tensor, ...]], Tensor]] = []  # diagonal and block-diagonal
+        # φ of each matrix by state and step; for diagonal and block-diagonal ones with the weight
+        self.sparse: list[tuple[dict[int, tuple[Tensor, ...]], Tensor]] = []
         self.dense: list[dict[int, tuple[Tensor, ...]]] = []
         dense_weights = []
         for matrix, weight in zip(matrices, weights, strict=True):
@@ -65,13 +73,13 @@ class _Source:
             else:
                 self.dense.append(phi)
                 dense_weights.append(weight)
-        # one product for all dense matrices that read this state: [E^k …] (B, K'·N) by [W^k …] (K'·N, N)
+        # one product for all K' dense matrices that read this state: [E^k …] (B, K'·N) times [W^k …] (K'·N, N)
         self.joined = torch.cat(dense_weights) if dense_weights else None
         batch, units = lin.before.shape[2:]
         self.entering = lin.before.new_zeros(batch, len(self.dense), units)
 
     def pass_back(self, t: int, credit: Tensor) -> Tensor:
-        """What credit (S, B, N) at step t gives the state that step read: (B, N)."""
+        """The credit (B, N) that step t passes to the state before it, given its own credit (S, B, N)."""
         if self.joined is None:
             out = torch.zeros_like(credit[0])
         else:
@@ -87,7 +95,7 @@ class _Source:
 
 
 def _entering(phi: dict[int, tuple[Tensor, ...]], t: int, credit: Tensor, out: Tensor) -> Tensor:
-    """E^k(t) = Σ_ν λ^ν φ^{ν,k}(t), written to `out`."""
+    """Write E^k(t) = Σ_ν λ^ν φ^{ν,k}(t) to `out`, and return it."""
     started = False
     for nu, value in phi.items():
         if started:

@@ -1,4 +1,4 @@
-"""Whether a layer's gradient is exact by construction, in words. How far off it is: `comparison.py`."""
+"""Whether a layer's gradient is exact by construction, and why. `online/fidelity.py` measures how far off one is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..cells.two_point import Cell
 
 @dataclass(frozen=True)
 class Exactness:
-    """Whether a gradient is exact by construction, and why. True in a condition if it is."""
+    """Whether a gradient is exact by construction, and why. Its truth value is `exact`."""
 
     exact: bool
     why: str
@@ -24,6 +24,7 @@ class Exactness:
         return f"{'exact' if self.exact else 'not exact'}: {self.why}"
 
 
+# What each rule leaves out of the gradient.
 DROPPED = {
     "eprop": "each unit's path through its own recurrent weights",
     "rflo": "each unit's path through its own recurrent weights, and from one of its states to another",
@@ -34,10 +35,10 @@ DROPPED = {
 def exactness(
     cell: Cell, weights: Sequence[Tensor], learning: str, refine: object = 0, credit: str = "own"
 ) -> Exactness:
-    """Whether `learning` gives the exact gradient of a layer of `cell` with the recurrent `weights`.
+    """Whether the rule `learning` gives the exact gradient of a layer of `cell` with the recurrent `weights`.
 
-    learning, refine, credit: as `OnlineLearner` and `functional.two_point` take them. With weights that change
-    during a sequence, "exact" means the gradient at the weights that each step ran with.
+    learning, refine and credit are the options of `OnlineLearner` and `functional.two_point`. Where weights change
+    during a sequence, "exact" refers to the gradient at the weights that each step ran with.
     """
     joining = [
         f"weight_{matrix.name}"

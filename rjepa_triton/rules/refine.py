@@ -1,12 +1,13 @@
-"""From RFP's credits to the exact ones, round by round: each round one product over (T, B) and one per-unit scan.
+"""Refinement: a series of credits that starts with RFP's and ends with the exact ones.
 
-Split the recurrent Jacobian into each unit's own part M and the rest, O: credit that passes from unit to unit,
-through the matrices' off-diagonal entries. The exact credit solves λ(t) = δ(t) + (M + O)(t+1)ᵀ λ(t+1), and
+Split the recurrent Jacobian into each unit's own part M and the rest, O, through which credit passes from unit to
+unit: the off-diagonal entries of the matrices. The exact credit solves λ(t) = δ(t) + (M + O)(t+1)ᵀ λ(t+1), and
 
     λ⁽⁰⁾ = RFP's credit,       λ⁽ʳ⁺¹⁾(t) = δ(t) + O(t+1)ᵀ λ⁽ʳ⁾(t+1) + M(t+1)ᵀ λ⁽ʳ⁺¹⁾(t+1)
 
-λ⁽ʳ⁾ counts every path with at most r steps from unit to unit. The series ends after T rounds at the latest, but with
-large weights its terms grow before they vanish; that is noticed, and the sequential backward run instead.
+λ⁽ʳ⁾ contains every path that passes from unit to unit at most r times. A round costs one product per matrix over
+(T, B) and one scan per unit. The series ends after T rounds at the latest, but with large weights its terms grow before
+they vanish. Such divergence is detected, and the sequential backward pass (`bptt`) runs instead.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from . import bptt, rfp
 
 Scan = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
-MAX_ROUNDS = 100  # of refinement to a tolerance, before the sequential backward is run instead
+MAX_ROUNDS = 100  # of refinement to a tolerance; after these, the sequential backward pass runs instead
 
 
 class Divergence(UserWarning):
-    """Refinement diverged, or did not converge in time; the exact sequential backward ran in its place."""
+    """Refinement diverged, or took more than MAX_ROUNDS; the exact sequential backward pass ran in its place."""
 
 
 def credits(
@@ -42,24 +43,29 @@ def credits(
     tolerance: float | None = None,
     scan: Scan = rfp.reverse_scan,
 ) -> tuple[Tensor, Tensor]:
-    """Refined credits λ (S, T, B, N), and what they pass to the state before the first step (S, B, N).
+    """Refined credits of a sequence. Nothing is mutated.
 
-    lin, matrices, weights, delta, carry: as in `bptt.credits`; m: `rfp.transition` of them.
-    rounds: r ≥ 0; None: until a round changes λ by at most tolerance·‖λ‖ (1e-10 in float64, else 1e-6).
-    scan: what runs the reverse scan.
+    Args:
+        lin, matrices, weights, delta, carry: as in `bptt.credits`.
+        m: the transition M (S, S, T, B, N), `rfp.transition` of these.
+        rounds: r ≥ 0; or None to run until a round changes λ by at most tolerance·‖λ‖.
+        tolerance: 1e-10 in float64 and 1e-6 otherwise, if None.
+        scan: the function that runs the reverse scan, called as `rfp.reverse_scan` is.
 
-    Warns `Divergence` and returns the exact credits of `bptt.credits` where the rounds diverge: a term
-    larger than the first or not finite, or no convergence within MAX_ROUNDS.
+    Returns:
+        λ⁽ʳ⁾ (S, T, B, N), and the credit that the first step passes to the state before it, (S, B, N). Where the
+        rounds diverge, the exact ones of `bptt.credits`, with a `Divergence` warning: a term of the series is larger
+        than the first or not finite, or MAX_ROUNDS don't suffice.
     """
     if tolerance is None:
         tolerance = 1e-10 if delta.dtype == torch.float64 else 1e-6
-    between = _Between(lin, matrices, weights)
+    off_diagonal = _OffDiagonal(lin, matrices, weights)
     credit, passed = scan(m, delta, carry)
     first = torch.linalg.vector_norm(credit)
     last_round = MAX_ROUNDS if rounds is None else rounds
     term = first
     for done in range(1, last_round + 1):
-        source = between.all_steps(credit)
+        source = off_diagonal.all_steps(credit)
         refined, passed = scan(m, delta + source, carry)
         term = torch.linalg.vector_norm(refined - credit)
         credit = refined
@@ -70,10 +76,10 @@ def credits(
             if not size <= float(first) or done == last_round:
                 return _fall_back(lin, matrices, weights, delta, carry, done, size, float(first))
     else:
-        # one look at the end: each look is a wait for the device
+        # read the size only once, at the end, because each reading waits for the device
         if rounds and not float(term) <= float(first):
             return _fall_back(lin, matrices, weights, delta, carry, rounds, float(term), float(first))
-    return credit, passed + between.first_step(credit)
+    return credit, passed + off_diagonal.first_step(credit)
 
 
 def _fall_back(
@@ -88,15 +94,15 @@ def _fall_back(
 ) -> tuple[Tensor, Tensor]:
     warnings.warn(
         f"refinement did not converge in {rounds} rounds: the last changed the credits by {term:.3g}, "
-        f"of {first:.3g} at first; the sequential backward ran instead, which is exact and slower",
+        f"where their norm was {first:.3g} at first; the sequential backward ran instead, which is exact and slower",
         Divergence,
         stacklevel=2,
     )
     return bptt.credits(lin, matrices, weights, delta, carry)
 
 
-class _Between:
-    """Oᵀ: what credit passes back from unit to unit, through the off-diagonal entries of each matrix."""
+class _OffDiagonal:
+    """Oᵀ: the credit that passes from unit to unit, through the off-diagonal entries of the recurrent matrices."""
 
     def __init__(self, lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor]) -> None:
         self.lin = lin
@@ -107,7 +113,7 @@ class _Between:
                 self.by_source.setdefault(state_read(matrix), []).append(reader)
 
     def all_steps(self, credit: Tensor) -> Tensor:
-        """O(t+1)ᵀ λ(t+1) at each t, zero at the last: (S, T, B, N)."""
+        """O(t+1)ᵀ λ(t+1) for every step t, zero for the last: (S, T, B, N)."""
         out = torch.zeros_like(credit)
         if credit.shape[1] > 1:
             self._add(credit, slice(1, None), out[:, :-1])
@@ -120,7 +126,7 @@ class _Between:
         return out[:, 0]
 
     def _add(self, credit: Tensor, steps: slice, out: Tensor) -> None:
-        """out (S, T', B, N) += Oᵀ λ of `steps`."""
+        """Add Oᵀ λ of the T' steps `steps` to out (S, T', B, N)."""
         for source, readers in self.by_source.items():
             for matrix, weight in readers:
                 entering: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Recurrent Forward Propagation in plain torch, any floating dtype, any device.
+"""Recurrent Forward Propagation in plain torch, for any floating dtype and any device.
 
 The recursion (paper, eq. 14 and 18, for S states a unit and any K matrices):
 
@@ -6,7 +6,8 @@ The recursion (paper, eq. 14 and 18, for S states a unit and any K matrices):
     Γ^{ν,k}(t) = Σ_ν' M^{νν'}(t) ⊙_rows Γ^{ν',k}(t-1) + φ^{ν,k}(t) y^k(t)ᵀ
     ∂E/∂W^k   = Σ_{t,b,ν} δ^ν(t) ⊙_rows Γ^{ν,k}(t),        δ^ν(t) = ∂L(t)/∂c^ν(t), instantaneous
 
-The same gradient without Γ ("dual"): credits run backward in time per unit, no matrix in the loop,
+The same gradient without Γ (the "dual" form): credit runs backward in time, each unit on its own, with no matrix in
+the loop,
 
     λ(t) = δ(t) + M(t+1)ᵀ λ(t+1),       E^k = Σ_ν λ^ν φ^{ν,k},       ∂E/∂W^k = Σ_{t,b} E^k(t) y^k(t)ᵀ
 
@@ -14,10 +15,11 @@ and over a chunk of C steps that starts from Γ₀, with suffix products R(t) = 
 
     Γ ← R(0) ⊙_rows Γ₀ + Σ_t (R(t) φ(t)) y(t)ᵀ,       ∂E/∂W = Σ_b (M(1)ᵀλ(1)) ⊙_rows Γ₀ + Σ_{t,b} E(t) y(t)ᵀ
 
-Only suffix products, never ratios or logarithms of prefixes: M can be zero or negative.
+M can be zero or negative, so the products R are made as suffix products, never as ratios of prefix products or by
+logarithms.
 
-Layout: per-unit arrays (S, T, B, N); transitions (S, S, T, B, N), first index the row ν; Γ is one tensor a
-state, (B, K, N, M), for K matrices of one shape, where M is 1 for diagonal matrices and biases.
+Layout: per-unit arrays are (S, T, B, N), and transitions (S, S, T, B, N), where the first index is the row ν. Γ is one
+tensor (B, K, N, M) per state, for K matrices of one shape; M is 1 for diagonal matrices and biases.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from ..cells import weights as weight_ops
 from ..cells.two_point import Linearization, Matrix, state_read
 from .rounding import round_stochastically
 
-# Rules that are this recursion with more or less of M kept.
+# The learning rules that are this recursion with all of M or part of it (`transition`).
 RULES = ("rfp", "eprop", "rflo", "snap0")
 
 
@@ -40,15 +42,16 @@ RULES = ("rfp", "eprop", "rflo", "snap0")
 def transition(
     lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor], rule: str = "rfp"
 ) -> Tensor:
-    """M (S, S, T, B, N): each unit's own S×S transition, zero where the state was reset.
+    """M (S, S, T, B, N), each unit's own S×S transition, zero where the state was reset.
 
-    matrices and weights: the recurrent ones, of any shape (`weights.py`), or their own parts (N,).
-    rule: what of M is kept.
-        "rfp"    all: SnAp-1 (Menick et al. 2021) with each unit's S×S block
-        "eprop"  A: the path through no matrix (e-prop's eligibility trace, Bellec et al. 2020)
-        "rflo"   A's diagonal: each state's own leak (random-feedback local online learning's trace, Murray
-                 2019; the feedback itself is the caller's)
-        "snap0"  nothing: the step's immediate sensitivity alone
+    matrices and weights: the recurrent ones, dense, block-diagonal or diagonal (`weights.py`); of a weight only its
+    diagonal is used, so that may be given in its place.
+    rule: which part of M is kept; the rest is zero.
+        "rfp"    all of it: SnAp-1 (Menick et al. 2021) with each unit's S×S block
+        "eprop"  A, the path through no matrix (the eligibility trace of e-prop, Bellec et al. 2020)
+        "rflo"   the diagonal of A, each state's own leak (the trace of random-feedback local online learning, Murray
+                 2019; the random feedback is the caller's)
+        "snap0"  none of it: the gradient reads each step's immediate sensitivity alone
     """
     states = range(lin.before.shape[0])
     terms: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
@@ -76,10 +79,11 @@ def transition(
 
 
 def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Credits λ(t) = δ(t) + M(t+1)ᵀ λ(t+1), and what they pass on to the state before the first step.
+    """Credits λ(t) = δ(t) + M(t+1)ᵀ λ(t+1), and the credit that the first step passes to the state before it.
 
-    m (S, S, T, B, N), delta (S, T, B, N), carry (S, B, N) or None: credit that later steps pass to the last.
-    Returns λ (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N).
+    m (S, S, T, B, N); delta (S, T, B, N); carry: credit that the steps after the last pass to it, (S, B, N), or None.
+    Returns λ (S, T, B, N), which is delta itself for a single step without carry, and M(1)ᵀ λ(1) (S, B, N). Nothing is
+    mutated.
     """
     count, steps = delta.shape[:2]
     if steps == 1:
@@ -92,7 +96,7 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple
         credit_at[-1].copy_(delta_at[-1])
     else:
         torch.add(delta_at[-1], carry, out=credit_at[-1])
-    # views of every step made together, and none in the loop: where a layer is small, one costs what a product does
+    # make the views of all steps before the loop: in a small layer, making one costs as much as a product
     by_state = [credit[nu].unbind(0) for nu in range(count)]
     for t in range(steps - 2, -1, -1):
         now = credit_at[t]
@@ -103,24 +107,26 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple
 
 
 def pass_back(m: Tensor, credit: Tensor) -> Tensor:
-    """Mᵀ λ for one step: m (S, S, B, N), credit (S, B, N)."""
+    """Mᵀ λ of one step, the credit that it passes to the step before: m (S, S, B, N), credit (S, B, N)."""
     out = m[0] * credit[0]
     for nu in range(1, m.shape[0]):
         out.addcmul_(m[nu], credit[nu])
     return out
 
 
-SERIAL_STEPS = 16  # up to which one by one takes fewer calls than halving them
+SERIAL_STEPS = (
+    16  # up to this many steps, solving them one by one takes fewer calls than halving their number
+)
 
 
 def affine_scan(m: Tensor, r: Tensor, *, until: int = SERIAL_STEPS) -> Tensor:
-    """c(t) = M(t) c(t-1) + r(t) from c(0) = 0: unit by unit, in about log₂ T passes that each halve the steps.
+    """Solve c(t) = M(t) c(t-1) + r(t) from c(0) = 0 for each unit, in about log₂ T passes (odd-even reduction).
 
-    Two steps are one: c(2k) = M(2k) M(2k-1) c(2k-2) + M(2k) r(2k-1) + r(2k), whose solution is every second c;
-    one more product gives those between (odd-even reduction: O(T) work).
+    Each pass joins two steps into one, c(2k) = M(2k) M(2k-1) c(2k-2) + M(2k) r(2k-1) + r(2k), a recursion of half as
+    many steps whose solution is every second c. One more product gives those in between, so the work is O(T). When at
+    most `until` steps are left, they are solved one by one.
 
-    m (S, S, T, B, N), whose first step meets c(0) and is not read; r (S, T, B, N), T ≥ 1. Returns c (S, T, B, N).
-    The at most `until` steps that are left are solved one by one.
+    m (S, S, T, B, N), of which step 1 isn't read because c(0) = 0; r (S, T, B, N), T ≥ 1. Returns c (S, T, B, N).
     """
     steps = r.shape[1]
     if steps <= max(1, until):
@@ -141,7 +147,7 @@ def affine_scan(m: Tensor, r: Tensor, *, until: int = SERIAL_STEPS) -> Tensor:
 
 
 def _affine_steps(m: Tensor, r: Tensor) -> Tensor:
-    """`affine_scan` step by step."""
+    """`affine_scan`, solved step by step."""
     c = torch.empty_like(r)
     columns = [m[:, nu].unbind(1) for nu in range(r.shape[0])]
     c_at, r_at = c.unbind(1), r.unbind(1)
@@ -155,7 +161,7 @@ def _affine_steps(m: Tensor, r: Tensor) -> Tensor:
 
 
 def _advanced(m: Tensor, c: Tensor, r: Tensor) -> Tensor:
-    """M c + r, of any number of steps: m (S, S, …), c and r (S, …)."""
+    """M c + r for any number of steps: m (S, S, …), c and r (S, …)."""
     out = torch.addcmul(r, m[:, 0], c[0])
     for nu in range(1, m.shape[1]):
         out.addcmul_(m[:, nu], c[nu])
@@ -163,7 +169,7 @@ def _advanced(m: Tensor, c: Tensor, r: Tensor) -> Tensor:
 
 
 def suffix_products(m: Tensor) -> tuple[Tensor, Tensor]:
-    """R(t) = M(C) … M(t+1) for t = 1 … C, and R(0): (S, S, C, B, N) and (S, S, B, N)."""
+    """R(t) = M(C) … M(t+1) of m (S, S, C, B, N): for t = 1 … C as (S, S, C, B, N), and R(0) (S, S, B, N)."""
     count = m.shape[1]
     identity = torch.eye(count, dtype=m.dtype, device=m.device)[:, :, None, None]
     products = [identity.expand_as(m[:, :, 0])]
@@ -174,7 +180,7 @@ def suffix_products(m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Per-unit product of S×S matrices, each (S, S, B, N)."""
+    """The product of S×S matrices of each unit: a and b (S, S, B, N)."""
     out = a[:, :1] * b[:1]
     for j in range(1, a.shape[1]):
         out = torch.addcmul(out, a[:, j : j + 1], b[j : j + 1])
@@ -182,9 +188,9 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def signal(matrix: Matrix, before: Tensor, inputs: Tensor | None) -> Tensor:
-    """y^k (T, B, M): what a matrix reads of the states before each step (S, T, B, N).
+    """y^k (T, B, M), what a matrix reads at each step: a state of `before` (S, T, B, N), the layer's input, or ones.
 
-    inputs (T, B, I) is the layer's input, if any matrix reads it.
+    inputs: the layer's input (T, B, I), or None. Raises ValueError if the matrix reads the input and there is none.
     """
     if isinstance(matrix.reads, int):
         return before[matrix.reads]
@@ -196,7 +202,7 @@ def signal(matrix: Matrix, before: Tensor, inputs: Tensor | None) -> Tensor:
 
 
 def immediates(matrices: Sequence[Matrix], lin: Linearization) -> Tensor:
-    """φ of some matrices as one array (S, T, B, K, N), zero where a matrix does not enter a state."""
+    """φ of these K matrices as one array (S, T, B, K, N), zero where a matrix doesn't enter a state."""
     zero = torch.zeros_like(lin.before[0])
     entries = [lin.immediate(matrix) for matrix in matrices]
     states = len(lin.before)
@@ -205,12 +211,12 @@ def immediates(matrices: Sequence[Matrix], lin: Linearization) -> Tensor:
 
 
 def signals(matrices: Sequence[Matrix], lin: Linearization, inputs: Tensor | None) -> Tensor:
-    """What some matrices of one shape read, (T, B, K, Y): see `rows_read` for Y."""
+    """y of these K matrices, which have one shape, as one array (T, B, K, Y); `rows_read` says what Y is."""
     return torch.stack([signal(matrix, lin.before, inputs) for matrix in matrices], dim=2)
 
 
 def entering_credit(matrix: Matrix, lin: Linearization, credit: Tensor) -> Tensor:
-    """E^k = Σ_ν λ^ν φ^{ν,k} (T, B, N), contiguous."""
+    """E^k = Σ_ν λ^ν φ^{ν,k} (T, B, N), contiguous: the gradient to what matrix k enters. credit λ (S, T, B, N)."""
     out: Tensor | None = None
     for nu, phi in lin.immediate(matrix).items():
         out = credit[nu] * phi if out is None else out.addcmul_(credit[nu], phi)
@@ -224,18 +230,20 @@ def weight_gradients(
     credit: Tensor,
     inputs: Tensor | None = None,
 ) -> list[Tensor]:
-    """The dual form's last step: one product a matrix over all of (T, B). credit λ (S, T, B, N)."""
+    """∂E/∂W^k = Σ_{t,b} E^k(t) y^k(t)ᵀ for each matrix, one product each over all of (T, B). credit λ (S, T, B, N)."""
     entering = (entering_credit(matrix, lin, credit) for matrix in matrices)
     return outer_products(lin.before, matrices, weights, entering, inputs)
 
 
 @dataclass(frozen=True)
 class Joined:
-    """E^k of matrices that read states, those that read one as columns of one array.
+    """E^k of the recurrent matrices, where those of matrices that read one state lie side by side in one array.
 
-    arrays  (S', T, B, ·): for each of the first S' states, its readers' E^k (T, B, N) next to one another
-    places  of each matrix, the state that it reads, and its place among the readers
+    arrays  (S', T, B, ·): for each of the first S' states, E^k (T, B, N) of the matrices that read it, side by side
+    places  for each matrix, the state that it reads and its place among the matrices that read it
     units   N
+
+    Iterating over it gives E^k (T, B, N) of each matrix.
     """
 
     arrays: Tensor
@@ -246,7 +254,7 @@ class Joined:
         return (self.arrays[nu].narrow(-1, k * self.units, self.units) for nu, k in self.places)
 
     def outer(self, before: Tensor) -> list[Tensor]:
-        """Σ_{t,b} E^k(t) y^k(t)ᵀ (N, N) of each matrix, as one product a state: views of one array."""
+        """Σ_{t,b} E^k(t) y^k(t)ᵀ (N, N) of each matrix, by one product per state; they are views of one array."""
         read = before[: self.arrays.shape[0]].flatten(1, 2)
         made = torch.bmm(self.arrays.flatten(1, 2).mT, read)
         found, readers = made.view(-1, self.units, self.units).unbind(0), made.shape[1] // self.units
@@ -260,9 +268,10 @@ def outer_products(
     entering: Iterable[Tensor],
     inputs: Tensor | None = None,
 ) -> list[Tensor]:
-    """Σ_{t,b} E^k(t) y^k(t)ᵀ of each matrix, its E^k (T, B, N) taken when its turn comes.
+    """Σ_{t,b} E^k(t) y^k(t)ᵀ of each matrix, in its weight's shape.
 
-    before (S, T, B, N): the states that the steps read.
+    before (S, T, B, N): the states that the steps read. entering: E^k (T, B, N) of each matrix; an iterator makes each
+    only when it is used. inputs: the layer's input, as in `signal`.
     """
     if isinstance(entering, Joined) and all(weight.dim() == 2 for weight in weights):
         return entering.outer(before)
@@ -273,7 +282,7 @@ def outer_products(
 
 
 def input_gradient(lin: Linearization, credit: Tensor, count: int) -> Tensor:
-    """Σ_ν λ^ν ∂F_ν/∂x^j, (J, T, B, N), for the first `count` = J per-unit inputs."""
+    """∂E/∂x^j = Σ_ν λ^ν ∂F_ν/∂x^j (J, T, B, N) for the first J = `count` per-unit inputs. credit λ (S, T, B, N)."""
     out = credit.new_zeros(count, *credit.shape[1:])
     for j, entries in enumerate(lin.partials.input[:count]):
         for nu, partial in entries.items():
@@ -282,18 +291,18 @@ def input_gradient(lin: Linearization, credit: Tensor, count: int) -> Tensor:
 
 
 def _rows(gammas: Sequence[Tensor], limit: int = 1 << 20) -> range:
-    """Starts of batch blocks of at most `limit` numbers of Γ^ν, or one row: a pass stays in cache."""
+    """Where blocks of batch rows start. A block has at most `limit` numbers of Γ^ν, or one row, to fit in cache."""
     batch = gammas[0].shape[0]
     return range(0, batch, max(1, limit // max(1, gammas[0][0].numel())))
 
 
 def _over_rows(per_unit: Tensor) -> Tensor:
-    """(B, N) → (B, 1, N, 1): a per-unit factor against Γ's (B, K, N, M)."""
+    """Reshape a factor per unit, (B, N), to (B, 1, N, 1), which broadcasts against Γ (B, K, N, M)."""
     return per_unit[:, None, :, None]
 
 
 def carried(gammas: Sequence[Tensor], m: Tensor) -> list[Tensor]:
-    """Σ_ν' M^{νν'} ⊙_rows Γ^{ν'}, out of place: gammas S of (B, K, N, M), m (S, S, B, N)."""
+    """Σ_ν' M^{νν'} ⊙_rows Γ^{ν'} for each ν, as new tensors: gammas S of (B, K, N, M), m (S, S, B, N)."""
     out = []
     for nu in range(len(gammas)):
         total = _over_rows(m[nu, 0]) * gammas[0].to(m.dtype)
@@ -304,10 +313,10 @@ def carried(gammas: Sequence[Tensor], m: Tensor) -> list[Tensor]:
 
 
 def rows_read(y: Tensor, fan_in: int) -> Tensor:
-    """y (B, K, Y) as it meets Γ (B, K, N, M), M = fan_in: what each row's unit reads.
+    """y (B, K, Y) in a shape that broadcasts against Γ (B, K, N, M), M = fan_in: what each row of Γ reads.
 
-    Y = M: all rows read the same, (B, K, 1, M). Else Y = N, and each row reads the M numbers of its head:
-    (B, K, N, M); a diagonal weight or a bias is the case M = 1.
+    Where Y = M, all rows read the same, and the result is (B, K, 1, M). Otherwise Y = N, and each row reads the M
+    numbers of its head, (B, K, N, M); a diagonal weight and a bias are the case M = 1.
     """
     if y.shape[-1] == fan_in:
         return y[..., None, :]
@@ -318,13 +327,13 @@ def rows_read(y: Tensor, fan_in: int) -> Tensor:
 
 
 def advanced(gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor) -> list[Tensor]:
-    """Γ one step on, out of place: `carried` and φ yᵀ. phi (S, B, K, N), y (B, K, Y)."""
+    """Γ after one step, as new tensors: `carried` plus φ yᵀ. phi (S, B, K, N); y (B, K, Y), Y as in `rows_read`."""
     read = rows_read(y, gammas[0].shape[-1])
     return [kept + phi[nu][..., None] * read for nu, kept in enumerate(carried(gammas, m))]
 
 
 def read_rows(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
-    """Σ_ν λ^ν ⊙_rows Γ^ν of each batch row, (B, K, N, M). credit (S, B, N)."""
+    """The gradient Σ_ν λ^ν ⊙_rows Γ^ν of each batch row, (B, K, N, M), for a credit (S, B, N)."""
     total = _over_rows(credit[0]) * gammas[0].to(credit.dtype)
     for nu in range(1, len(gammas)):
         total = total + _over_rows(credit[nu]) * gammas[nu].to(credit.dtype)
@@ -332,7 +341,7 @@ def read_rows(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
 
 
 def gamma_read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
-    """Σ_{b,ν} λ^ν ⊙_rows Γ^ν, (K, N, M). credit (S, B, N)."""
+    """The gradient Σ_{b,ν} λ^ν ⊙_rows Γ^ν, (K, N, M), for a credit (S, B, N)."""
     rows = _rows(gammas)
     total = None
     for b in rows:
@@ -350,11 +359,11 @@ def gamma_step_(
     delta: Tensor | None = None,
     rng_state: Tensor | None = None,
 ) -> Tensor | None:
-    """Advance Γ in place by one step; with delta (S, B, N), return Σ_{b,ν} δ^ν ⊙_rows Γ^ν as well, (K, N, M).
+    """Advance Γ in place by one step; with delta (S, B, N), return Σ_{b,ν} δ^ν ⊙_rows Γ^ν, (K, N, M) (eq. 14).
 
-    Arguments as in `advanced`. Γ may be kept in fewer bits than m: the arithmetic is in m's dtype, the
-    gradient is taken before rounding, to nearest; with rng_state (2,) int64, of Γ in bfloat16 stochastically
-    (`rounding`). Mutates gammas.
+    gammas, m, phi and y are those of `advanced`; gammas are mutated. Γ may have fewer bits than m: arithmetic is in m's
+    dtype, and the gradient is read before Γ is rounded. Γ is rounded to nearest, or with rng_state (2,) int64 a
+    bfloat16 Γ stochastically (`rounding`). Returns None without delta.
     """
     rows = _rows(gammas)
     row_numbers = gammas[0][0].numel()
@@ -382,10 +391,10 @@ def gamma_chunk_(
     y: Tensor,
     credit: Tensor | None = None,
 ) -> Tensor | None:
-    """Advance Γ in place by C steps; with credit M(1)ᵀλ(1) (S, B, N), return Σ_{b,ν} credit ⊙_rows Γ₀ too.
+    """Advance Γ in place by C steps; with credit M(1)ᵀλ(1) (S, B, N), return Σ_{b,ν} credit ⊙_rows Γ₀, (K, N, M).
 
-    suffix (S, S, C, B, N) and whole (S, S, B, N) as `suffix_products` returns them; phi (S, C, B, K, N);
-    y (C, B, K, Y), Y as in `rows_read`. Mutates gammas.
+    gammas: Γ₀, S of (B, K, N, M), mutated. suffix (S, S, C, B, N) and whole (S, S, B, N): as `suffix_products` returns
+    them. phi (S, C, B, K, N); y (C, B, K, Y), Y as in `rows_read`. Returns None without credit.
     """
     entering = arriving(suffix, phi)
     rows = _rows(gammas)
@@ -405,7 +414,7 @@ def gamma_chunk_(
 
 
 def arriving(suffix: Tensor, phi: Tensor) -> Tensor:
-    """U^{ν,k}(t) = Σ_ν' R^{νν'}(t) φ^{ν',k}(t): what step t adds at the chunk's end, (S, C, B, K, N)."""
+    """U^{ν,k}(t) = Σ_ν' R^{νν'}(t) φ^{ν',k}(t), what φ of step t has become at the chunk's end, (S, C, B, K, N)."""
     out = torch.zeros_like(phi)
     for nu in range(phi.shape[0]):
         for source in range(phi.shape[0]):
@@ -414,7 +423,7 @@ def arriving(suffix: Tensor, phi: Tensor) -> Tensor:
 
 
 def add_arriving_(gamma: Tensor, entering: Tensor, y: Tensor) -> None:
-    """Γ += Σ_t U(t) y(t)ᵀ: gamma (B, K, N, M), entering (C, B, K, N), y (C, B, K, Y). Mutates gamma."""
+    """Γ += Σ_t U(t) y(t)ᵀ for one state. gamma (B, K, N, M), mutated; entering: U (C, B, K, N); y (C, B, K, Y)."""
     fan_in = gamma.shape[-1]
     if y.shape[-1] == fan_in:
         left, right = entering.permute(1, 2, 3, 0), y.permute(1, 2, 0, 3)

@@ -2,11 +2,11 @@
 
     γ(t) = J(t) γ(t-1) + R(t)        γ ∈ R^{SN × P}, P the number of weights
 
-J is the layer's full recurrent Jacobian and R the immediate term, R[(ν, i), (k, i, j)] = φ^{ν,k}_i y^k_j. With
-recurrent weights that join units within H heads of b = N/H alone (`weights.py`), J is block-diagonal and a weight
-of unit i meets the states of i's head alone. So γ takes S·b·B·Σ_k N·M_k numbers, and a step
+J is the layer's full recurrent Jacobian and R the immediate term, R[(ν, i), (k, i, j)] = φ^{ν,k}_i y^k_j. Where the
+recurrent weights connect units only within H heads of b = N/H units (`weights.py`), J is block-diagonal, and a weight
+of unit i acts only on states of i's head. So γ takes S·b·B·Σ_k N·M_k numbers, and a step takes
 2·B·(S·b)²·Σ_k N·M_k FLOP. For K dense matrices (H = 1, b = M = N) that is S·K·B·N³ numbers and 2·S²·K·B·N⁴
-FLOP (32·B·N⁴ for RGC); for recurrent blocks of b = M = √N it is S·K·B·N² numbers, as many as Γ of dense ones.
+FLOP (32·B·N⁴ for RGC); for recurrent blocks of b = M = √N it is S·K·B·N² numbers, as many as Γ has for dense ones.
 The gradient is exact for any two-point cell.
 """
 
@@ -21,26 +21,26 @@ from ..cells import weights as weight_ops
 from ..cells.two_point import Linearization, Matrix, state_read
 from . import rfp
 
-# γ is multiplied in as many pieces, where it has several heads or rows: what is left over of the second buffer.
+# J γ is made in this many pieces where γ has several heads or batch rows, so that the second buffer is an eighth of γ.
 PIECES = 8
 
 
 def rows_at_once(blocks: int) -> int:
-    """How many of γ's B·H = `blocks` blocks are multiplied at once, and so the blocks of the second buffer."""
+    """How many of γ's B·H = `blocks` blocks are multiplied at once; the second buffer has room for as many."""
     return -(-blocks // PIECES)
 
 
 def joint_heads(weights: Sequence[Tensor], units: int) -> int:
-    """H: the finest division of the units that all recurrent weights keep to. N if there are none."""
+    """H, the number of groups of units such that no recurrent weight connects two of them; N without such weights."""
     return min((weight_ops.heads_of(weight) for weight in weights), default=units)
 
 
 def jacobian(
     lin: Linearization, t: int, matrices: Sequence[Matrix], weights: Sequence[Tensor], heads: int = 1
 ) -> Tensor:
-    """J(t) (B, H, S·b, S·b) = ∂c(t)/∂c(t-1) of each head, zero for rows reset at t.
+    """J(t) = ∂c(t)/∂c(t-1) of each head, (B, H, S·b, S·b), zero for batch rows that are reset at t.
 
-    matrices and weights: the recurrent ones.
+    matrices and weights are the recurrent ones.
     """
     count, _, batch, units = lin.before.shape
     size = units // heads
@@ -65,9 +65,10 @@ def jacobian(
 class ExactSensitivity:
     """γ, zero at first, advanced one step at a time.
 
-    matrices, weights: all whose gradient is wanted; those that read a state are the recurrent ones, and make
-    J. states S, batch B. γ of the matrices of one shape lies together, (B, H, S, b, K, b, M). A product can't be
-    made in place, so each has a second buffer: of γ's size if there is one head of one row, else of an eighth.
+    matrices and weights are all those whose gradient is wanted; those that read a state are the recurrent ones, from
+    which J is made. states is S and batch B. Matrices of one shape form a group and share one γ (B, H, S, b, K, b, M).
+    A matrix product can't be made in place, so each group has a second buffer: of γ's size for one head of one batch
+    row, else of about an eighth of it.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class ExactSensitivity:
         return sum(spare.nbytes for spare in self._spare)
 
     def multiply_(self, group: int, step: Tensor) -> None:
-        """γ ← J γ for one group; step (B, H, S·b, S·b) is J."""
+        """γ ← J γ for one group; `step` is J (B, H, S·b, S·b). Mutates γ."""
         step = step.flatten(0, 1)
         gamma, spare = self.gammas[group], self._spare[group]
         if len(step) == 1:
@@ -125,53 +126,58 @@ class ExactSensitivity:
     def step_(
         self, lin: Linearization, t: int, weights: Sequence[Tensor], inputs: Tensor | None = None
     ) -> None:
-        """γ ← J γ + R at step t of `lin`. weights: the recurrent ones; inputs (T, B, I) or None. Mutates γ."""
+        """γ ← J γ + R at step t of `lin`. Mutates γ.
+
+        weights: the recurrent ones; inputs: the layer's input (T, B, I), or None where no matrix reads it.
+        """
         step = self.jacobian(lin, t, weights)
         for group in range(len(self.groups)):
             self.advance_(group, step, lin, t, inputs)
 
     def jacobian(self, lin: Linearization, t: int, weights: Sequence[Tensor]) -> Tensor:
-        """J(t) (B, H, S·b, S·b)."""
+        """J(t) (B, H, S·b, S·b); weights: the recurrent ones."""
         recurrent = [self.matrices[i] for i in self.recurrent]
         return jacobian(lin, t, recurrent, weights, self.heads)
 
     def advance_(self, group: int, step: Tensor, lin: Linearization, t: int, inputs: Tensor | None) -> None:
-        """`step_` of one group; step (B, H, S·b, S·b) is J."""
+        """`step_` for one group; `step` is J (B, H, S·b, S·b)."""
         self.multiply_(group, step)
         self.enter_(group, lin, t, inputs)
 
     def enter_(self, group: int, lin: Linearization, t: int, inputs: Tensor | None) -> None:
-        """γ ← γ + R for one group."""
+        """γ ← γ + R for one group, at step t of `lin`. Mutates γ."""
         new = self.gammas[group]
         for k, index in enumerate(self.groups[group][1]):
             matrix = self.matrices[index]
             y = self._read(rfp.signal(matrix, lin.before, inputs)[t], new.shape[-1])
             for nu, phi in lin.immediate(matrix).items():
-                own = new[:, :, nu, :, k].diagonal(dim1=2, dim2=3)  # (B, H, M, b): unit i against row i
+                own = new[:, :, nu, :, k].diagonal(
+                    dim1=2, dim2=3
+                )  # (B, H, M, b), where the state's unit is row i
                 own.addcmul_(self._by_head(phi[t])[:, :, None], y)
 
     def _by_head(self, per_unit: Tensor) -> Tensor:
-        """(B, N) → (B, H, b)."""
+        """Reshape (B, N) to (B, H, b)."""
         return per_unit.unflatten(-1, (self.heads, -1))
 
     def _read(self, y: Tensor, fan_in: int) -> Tensor:
-        """y (B, Y), Y as in `rfp.rows_read`, against a matrix's own rows (B, H, M, b)."""
+        """y (B, Y), with Y as in `rfp.rows_read`, in a shape that broadcasts against (B, H, M, b)."""
         if y.shape[-1] == fan_in:
             return y[:, None, :, None]
         return self._by_head(y)[:, :, None] if fan_in == 1 else self._by_head(y)[..., None]
 
     def read(self, delta: Tensor) -> list[Tensor]:
-        """Σ_b δ · γ for each weight, of its shape. delta (S, B, N)."""
+        """The gradient Σ_b δ · γ of each weight, in its shape, for delta (S, B, N)."""
         return self.by_matrix([self.read_group(group, delta) for group in range(len(self.groups))])
 
     def read_group(self, group: int, delta: Tensor) -> Tensor:
-        """Σ_b δ · γ of one group, (H, K, b, M)."""
+        """The gradient Σ_b δ · γ of one group, (H, K, b, M), for delta (S, B, N)."""
         gamma, batch = self.gammas[group], delta.shape[1]
         by_head = delta.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3).reshape(batch * self.heads, 1, -1)
         return torch.bmm(by_head, _rows(gamma)).view(batch, self.heads, *gamma.shape[4:]).sum(0)
 
     def by_matrix(self, totals: Sequence[Tensor]) -> list[Tensor]:
-        """The groups' (H, K, b, M) as one gradient a weight, of its shape."""
+        """Turn the groups' gradients (H, K, b, M) into one gradient per weight, in the weight's shape."""
         found: dict[int, Tensor] = {}
         for (shape, indices), total in zip(self.groups, totals, strict=True):
             for k, index in enumerate(indices):
@@ -180,14 +186,14 @@ class ExactSensitivity:
 
 
 def _rows(gamma: Tensor) -> Tensor:
-    """γ (B, H, S, b, K, b, M) as (B·H, S·b, K·b·M)."""
+    """γ (B, H, S, b, K, b, M) as matrices (B·H, S·b, K·b·M)."""
     return gamma.flatten(4).flatten(2, 3).flatten(0, 1)
 
 
 def weight_gradients(
     lin: Linearization, matrices: Sequence[Matrix], weights: Sequence[Tensor], delta: Tensor
 ) -> list[Tensor]:
-    """Exact gradients of the recurrent weights over a whole sequence, forward in time. delta (S, T, B, N)."""
+    """Exact gradients of the recurrent weights over a whole sequence, made forward in time, for delta (S, T, B, N)."""
     count, steps, batch, _ = delta.shape
     sensitivity = ExactSensitivity(matrices, weights, count, batch)
     total = [torch.zeros_like(w) for w in weights]
