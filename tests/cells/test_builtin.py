@@ -1,4 +1,4 @@
-"""Every built-in cell: closed forms, and every learning rule against autograd of plain loops."""
+"""Every built-in cell: its closed forms, and every learning rule against autograd of plain loops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plain(
     resets: Tensor | None,
     through: str,
 ) -> Tensor:
-    """The cell as a plain loop: the states stacked, (S, T, B, N)."""
+    """Run the cell as a plain loop, and return its states (S, T, B, N). through: as in `oracle.matvec`."""
     c = list(state)
     out = []
     for t in range(x.shape[1]):
@@ -84,7 +84,7 @@ def test_every_rule_against_autograd(cell: Cell, shape: str, reset: bool) -> Non
     leaves = [x, *state, *weights]
     rules: dict[str, tuple[str, Any]] = {
         "rfp": ("own", 0),
-        "eprop": ("through nothing", 0),
+        "eprop": ("none", 0),
         "bptt": ("full", 0),
         "rtrl": ("full", 0),
     }
@@ -165,7 +165,7 @@ def test_cells_without_paths_between_units_learn_exactly(cell: Cell) -> None:
 
 
 def test_rules_that_drop_parts_of_m() -> None:
-    """rflo keeps each state's own leak, snap0 nothing: e-prop's gradient on a cell where A is that leak, and δφy."""
+    """rflo keeps each state's own leak, so it equals e-prop on a leaky cell, where A is that leak; snap0 is δ φ yᵀ."""
     leaky = CELLS["leaky"]
     x, weights, state, delta = problem(leaky, "dense")
     grads = {}
@@ -181,7 +181,7 @@ def test_rules_that_drop_parts_of_m() -> None:
 
 
 def test_lstm_tells_rflo_from_eprop() -> None:
-    """h hangs on c of the step before, but not on itself: rflo leaves that path out of h's trace."""
+    """In an LSTM h depends on the previous c, but not through A on the previous h; rflo drops that path from h's trace."""
     x, weights, state, delta = problem(CELLS["lstm"], "dense")
     delta = delta.clone()
     delta[1] = 0

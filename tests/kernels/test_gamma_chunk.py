@@ -1,4 +1,4 @@
-"""Γ's chunk kernel against the float64 reference: interpreted here, compiled where there is a GPU."""
+"""The chunk kernel of Γ against the float64 reference: interpreted on the CPU, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ pytest.importorskip("triton")
 from rjepa_triton.kernels import gamma_chunk
 from rjepa_triton.kernels.gamma_chunk import Config, gamma_chunk_, pick_config
 
-# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+# Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# A few roundings, 2⁻²⁴ each, of sums of C + S products.
+# Each of the C + S products and sums rounds by at most 2⁻²⁴; a few of these roundings add up.
 TOLERANCE = 1e-6
-# Tensor cores keep 10 bits of each factor. The interpreter keeps all, and must meet TOLERANCE.
+# Tensor cores keep 10 bits of each factor. The interpreter keeps all of them, so there TOLERANCE must hold.
 PRODUCT_TOLERANCE = 2**-9 if DEVICE == "cuda" else TOLERANCE
 
 
@@ -52,7 +52,7 @@ def _problem(
 
 
 def _reference(problem: dict) -> tuple[list[Tensor], Tensor]:
-    """Γ after the chunk, and the gradient's part, in float64."""
+    """Γ after the chunk, and the part of the gradient that is read from Γ₀, in float64."""
     old = [g.double() for g in problem["gammas"]]
     new = rfp.carried(old, problem["whole"].double())
     for nu, gamma in enumerate(new):
@@ -98,7 +98,7 @@ PRODUCTS = Config(64, 32, block_c=32, vector=4, num_warps=4, num_stages=1)
 @pytest.mark.parametrize(
     "shape",
     [
-        # Less than one product's steps, exactly one, two, and a tail; tails of rows and columns.
+        # C below one block of 32 steps, exactly one, two, and one with a tail; tails in rows and columns.
         (2, 5, 1, 1, 63, 36),
         (1, 32, 2, 2, 65, 28),
         (2, 64, 1, 2, 64, 32),
@@ -144,7 +144,7 @@ def test_bfloat16_gamma_is_rounded_once(states):
     problem = _problem(states, 4, 2, 2, 17, 66, torch.bfloat16)
     want, want_gradient = _reference(problem)
     gradient = gamma_chunk_(**problem)
-    # One unit in the last of 8 bits: the interpreter cuts off where a GPU rounds to nearest.
+    # One unit in the last of 8 bits: the interpreter truncates where a GPU rounds to nearest.
     for got, expected in zip(problem["gammas"], want, strict=True):
         assert got.dtype == torch.bfloat16
         assert bool(((got.double() - expected).abs() <= 2**-7 * expected.abs() + 1e-5).all())
@@ -152,7 +152,7 @@ def test_bfloat16_gamma_is_rounded_once(states):
 
 
 def test_a_chunk_is_its_steps_one_by_one():
-    """With the kernels that make U, R(0) and the credit, against the reference's step form."""
+    """The chunk kernel after those that make U, R(0) and the credit, against the reference's step form."""
     from rjepa_triton.kernels.reverse_scan import arriving, reverse_scan_entering
 
     states, steps, batch, matrices, units, fan_in = 2, 7, 2, 3, 9, 21
@@ -197,7 +197,7 @@ def test_two_runs_agree_in_every_bit_and_unwritten_memory_is_not_read(config, mo
 
 @pytest.mark.parametrize("config", [SMALL, PRODUCTS], ids=["registers", "products"])
 def test_writes_nothing_beyond_gamma(config, monkeypatch):
-    """Γ is the middle of a larger buffer: what lies beside its tails keeps its NaN."""
+    """Γ is the middle of a larger buffer of NaN, and what lies before and after it stays NaN."""
     monkeypatch.setattr(gamma_chunk, "pick_config", lambda *_: config)
     shape = (2, 2, 9, 68)
     buffers = [torch.full((math.prod(shape) + 128,), math.nan, device=DEVICE) for _ in range(2)]
@@ -217,7 +217,7 @@ def test_pick_config():
     assert pick_config(1024, 1024, 31, fp32, "tf32") == registers
     assert pick_config(1024, 1024, 64, fp32, "ieee") == registers
     assert pick_config(128, 128, 64, fp32, "tf32") == pick_config(1, 4, 1, fp32, "ieee") == SMALL
-    # Rows that aren't a multiple of 16 bytes: number by number.
+    # Rows that aren't a multiple of 16 bytes are accessed number by number.
     assert pick_config(4096, 4095, 64, fp32, "tf32") == Config(4, 64, 1, 1, 1, 1)
 
 

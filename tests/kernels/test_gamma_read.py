@@ -1,4 +1,4 @@
-"""The kernel that reads Γ against the float64 reference: interpreted here, compiled where there is a GPU."""
+"""The kernel that reads Γ against the float64 reference: interpreted on the CPU, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rjepa_triton.kernels import gamma_read as module
 from rjepa_triton.kernels.gamma_read import gamma_read
 from rjepa_triton.kernels.gamma_step import Config
 
-# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+# Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Roundings of a sum of S·B products, each below 2⁻²⁴ of its terms.
+# A sum of S·B products, each rounded by at most 2⁻²⁴ of its terms.
 TOLERANCE = 1e-6
 
 
@@ -50,7 +50,7 @@ def _check(gammas: list[Tensor], credit: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "shape",
     [
-        # S, B, K, N, M: tails in each dimension, whole tiles, one program and several.
+        # S, B, K, N, M. Sizes that leave tails in each dimension, or fill whole tiles, of one program and of several.
         (1, 1, 1, 1, 1),
         (2, 1, 2, 63, 65),
         (2, 3, 4, 65, 63),
@@ -58,7 +58,7 @@ def _check(gammas: list[Tensor], credit: Tensor) -> Tensor:
         (2, 3, 1, 1, 127),
         (2, 1, 4, 64, 64),
         (2, 2, 2, 9, 136),
-        # A batch in two parts, and one that nothing divides.
+        # A batch in two parts, and a prime one.
         (2, 16, 2, 9, 67),
         (1, 17, 1, 3, 8),
     ],
@@ -87,7 +87,7 @@ def test_large_tiles_agree(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 2, 6])
 def test_two_runs_agree_in_every_bit_and_unwritten_memory_is_not_read(rows, monkeypatch):
-    """In parts of so many rows. Beside Γ lies NaN, which masked loads leave out."""
+    """The batch is split into parts of `rows` rows. Γ lies between NaNs, which masked loads must leave out."""
     monkeypatch.setattr(module, "split_rows", lambda *_: rows)
     shape = (6, 2, 33, 67)
     buffers = [torch.full((math.prod(shape) + 128,), math.nan, device=DEVICE) for _ in range(2)]
@@ -105,7 +105,7 @@ def test_a_credit_may_be_one_step_of_a_sequence():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lazily_written_gamma_gives_each_steps_gradient(dtype):
-    """Γ stays at the chunk's start until its last step: gradients at every step are those of Γ rewritten at each."""
+    """Γ isn't written until the chunk's last step, and yet each step's gradient is that of a Γ written at every step."""
     from rjepa_triton.kernels.gamma_chunk import gamma_chunk_
     from rjepa_triton.kernels.reverse_scan import arriving, reverse_scan
 
@@ -133,7 +133,7 @@ def test_lazily_written_gamma_gives_each_steps_gradient(dtype):
         got = past + torch.einsum("tbkn,tbkm->knm", entering, y[until])
         error = (got.double() - want).abs().max().item()
         assert error <= 5 * TOLERANCE * max(want.abs().max().item(), 1.0)
-    # Rounded once; the interpreter cuts off where a GPU rounds to nearest.
+    # Γ is rounded once; the interpreter truncates where a GPU rounds to nearest.
     rounding = 2**-7 if dtype == torch.bfloat16 else 0.0
     for got, want in zip(gammas, at_each, strict=True):
         assert bool(((got.double() - want).abs() <= rounding * want.abs() + 1e-5).all())

@@ -1,4 +1,4 @@
-"""Γ's step kernel against the float64 reference: interpreted here, compiled where there is a GPU."""
+"""The step kernel of Γ against the float64 reference: interpreted on the CPU, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from rjepa_triton.kernels import gamma_step
 from rjepa_triton.kernels._launch import DeviceSizes
 from rjepa_triton.kernels.gamma_step import Config, gamma_step_, pick_config
 
-# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+# Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = torch.float32
-# A few roundings of a sum of at most S + 1 products, then a batch of S products: each below 2⁻²⁴ of its terms.
+# Γ is a sum of at most S + 1 products, and the gradient a sum over the batch of S products; each rounding is at most
+# 2⁻²⁴ of its terms.
 TOLERANCE = 1e-6
 LR = torch.full((1,), 0.1, device=DEVICE)
 
@@ -60,14 +61,14 @@ def _reference(
 
 
 def _assert_near(got: Tensor, want: Tensor, relative: float, terms: int = 1) -> None:
-    """Every entry within `relative` of the size of what was summed: `terms` numbers of order `want`'s largest."""
+    """Every error is at most relative·√terms times the largest entry of `want`, or 1: `terms` numbers were summed."""
     assert got.shape == want.shape
     error = (got.double() - want).abs().max().item()
     assert error <= relative * math.sqrt(terms) * max(want.abs().max().item(), 1.0)
 
 
 SHAPES = [
-    # S, B, K, N, M: tails in each dimension, whole tiles, one program and several.
+    # S, B, K, N, M. Sizes that leave tails in each dimension, or fill whole tiles, of one program and of several.
     (1, 1, 1, 1, 1),
     (2, 1, 2, 63, 65),
     (2, 3, 4, 65, 63),
@@ -127,7 +128,7 @@ def test_bfloat16_gamma_is_rounded_after_the_gradient_is_read(states):
     gammas, m, phi, y, delta = _problem(states, 3, 2, 17, 66, torch.bfloat16)
     want, want_gradient = _reference(gammas, m, phi, y, delta)
     gradient = gamma_step_(gammas, m, phi, y, delta)
-    # One unit in the last of 8 bits: the interpreter cuts off where a GPU rounds to nearest.
+    # One unit in the last of 8 bits: the interpreter truncates where a GPU rounds to nearest.
     for got, expected in zip(gammas, want, strict=True):
         assert got.dtype == torch.bfloat16
         assert bool(((got.double() - expected).abs() <= 2**-7 * expected.abs() + TOLERANCE).all())
@@ -135,12 +136,12 @@ def test_bfloat16_gamma_is_rounded_after_the_gradient_is_read(states):
 
 
 def _floor(value: Tensor) -> Tensor:
-    """The bfloat16 number nearest to `value` on zero's side."""
+    """`value` truncated to bfloat16, toward zero."""
     return (value.view(torch.int32) & ~0xFFFF).view(torch.float32)
 
 
 def test_stochastic_rounding_is_unbiased():
-    """Each result is one of two neighbours, the upper one as often as it should be, and drawn by itself."""
+    """Each result is one of two neighbours, the larger one as often as it should be, and draws are independent."""
     states, batch, matrices, units, fan_in, draws = 2, 1, 1, 8, 64, 200
     m = torch.zeros(states, states, batch, units, device=DEVICE)
     phi, y = _random(states, batch, matrices, units), _random(batch, matrices, fan_in)
@@ -160,7 +161,7 @@ def test_stochastic_rounding_is_unbiased():
         errors.append((up - share) / (share * (1 - share)).sqrt().clamp(min=0.1))
     z = torch.stack(errors)
     count = z[0].numel()
-    # By number, over draws: a mean of 0 and a variance of 1, clamped numbers aside; and no two that agree.
+    # Over the draws, each number has a mean of 0 and a variance of 1, if it isn't clamped; and no two are correlated.
     free = (share > 0.05) & (share < 0.95)
     assert abs(z[:, free].mean().item()) < 4 / math.sqrt(draws * count)
     assert abs((z[:, free].mean(0) ** 2).mean().item() * draws - 1) < 6 * math.sqrt(2 / count)
@@ -175,7 +176,7 @@ def test_stochastic_rounding_is_unbiased():
 
 
 def test_stochastic_rounding_leaves_what_needs_none():
-    """bfloat16 numbers, zeros, infinities and NaN of either sign; the largest float32 may become infinite."""
+    """bfloat16 numbers, zeros, infinities and NaN of either sign stay; the largest float32 may become infinite."""
     largest = torch.finfo(torch.float32).max
     kept = torch.tensor([1.0, -1.0078125, 0.0, -0.0, 2.0**-126, math.inf, -math.inf, math.nan, -math.nan])
     gamma = kept.bfloat16().reshape(1, 1, 1, -1).to(DEVICE)
@@ -191,7 +192,7 @@ def test_stochastic_rounding_leaves_what_needs_none():
 
 
 def test_random_bits_are_of_seed_step_and_place(monkeypatch):
-    """Neither tiles nor parts of the batch change them; seed and step do, in their upper halves too."""
+    """Tiles and parts of the batch don't change the bits; seed and step do, with their upper 32 bits too."""
     problem = _problem(2, 2, 2, 9, 24, torch.bfloat16)
 
     def stepped(seed: int = 3, step: int = 5) -> Tensor:
@@ -212,7 +213,7 @@ def test_random_bits_are_of_seed_step_and_place(monkeypatch):
 
 
 def test_long_memory_is_better_rounded_stochastically():
-    """Inputs with a mean, a decay of 0.999: to nearest, most of what a step adds and forgets is lost."""
+    """Inputs with a mean and a decay of 0.999: rounding to nearest loses most of what a step adds and forgets."""
     steps, units, fan_in = 1000, 8, 64
     m = torch.full((1, 1, 1, units), 0.999, device=DEVICE)
     exact = [torch.zeros(1, 1, units, fan_in, dtype=torch.float64, device=DEVICE)]
@@ -227,17 +228,20 @@ def test_long_memory_is_better_rounded_stochastically():
     def error(got: list[Tensor]) -> float:
         return float((got[0].double() - exact[0]).norm() / exact[0].norm())
 
-    # Σ 0.999²ⁿ = 500 roundings at most, of neighbours 2⁻⁷ apart or less, with a variance of a sixth of that squared.
+    # At most Σ 0.999²ⁿ = 500 roundings count. Neighbours are 2⁻⁷ apart or less, and a rounding's variance is a sixth of
+    # that squared.
     assert error(stochastic) < math.sqrt(500 / 6) * 2**-7 < error(nearest)
 
 
-@pytest.mark.parametrize("batch", [3, 16])  # in the pass, and after parts of the batch are added up
+@pytest.mark.parametrize(
+    "batch", [3, 16]
+)  # the kernel updates the weights, or the launcher after adding up parts
 def test_weights_take_the_step_that_the_gradient_says(batch):
     gammas, m, phi, y, delta = _problem(2, batch, 3, 33, 65)
     weights = [_random(33, 65) for _ in range(3)]
     before, twin = [w.clone() for w in weights], [g.clone() for g in gammas]
     gradient = gamma_step_(twin, m, phi, y, delta)
-    # the second stays as it is
+    # the second weight isn't updated
     assert gamma_step_(gammas, m, phi, y, delta, weights=[weights[0], None, weights[2]], lr=LR) is None
     for k in (0, 2):
         torch.testing.assert_close(weights[k], before[k] - 0.1 * gradient[k], rtol=0, atol=1e-6)
@@ -248,7 +252,7 @@ def test_weights_take_the_step_that_the_gradient_says(batch):
 @pytest.mark.parametrize("units", [2, 127, 300])
 @pytest.mark.parametrize("states", [1, 2])
 def test_rows_that_read_their_own_number(states, units):
-    """A diagonal matrix: Γ of one number a unit, y of a number a unit."""
+    """Diagonal matrices: Γ and y have one number per unit."""
     gammas, m, phi, _, delta = _problem(states, 3, 2, units, 1)
     y = _random(3, 2, units)
     want, want_gradient = _reference(gammas, m, phi, y, delta)
@@ -260,7 +264,7 @@ def test_rows_that_read_their_own_number(states, units):
 
 @pytest.mark.parametrize("states", [1, 2])
 def test_immediates_and_signals_that_lie_apart(states):
-    """As linearisation leaves them: a step of (T, B, N) each, some of them not there; rows as far apart in all."""
+    """φ and y as separate tensors, as a linearization has them; some φ are None, and y's rows have gaps of NaN."""
     shape = (states, 3, 4, 33, 65)
     gammas, m, phi, y, delta = _problem(*shape)
     twin = [g.clone() for g in gammas]
@@ -274,10 +278,10 @@ def test_immediates_and_signals_that_lie_apart(states):
     assert all(torch.equal(a, b) for a, b in zip(gammas, twin, strict=True))
 
 
-@pytest.mark.parametrize(("batch", "rows"), [(6, 3), (3, 1), (16, None)])  # None: what a launcher picks
+@pytest.mark.parametrize(("batch", "rows"), [(6, 3), (3, 1), (16, None)])  # None: what the launcher picks
 @pytest.mark.parametrize("states", [1, 2])
 def test_a_split_batch(states, batch, rows, monkeypatch):
-    """Γ is that of one part in every bit; the gradient is the reference's."""
+    """Γ equals in every bit that of a batch that isn't split; the gradient is near the reference's."""
     gammas, m, phi, y, delta = _problem(states, batch, 2, 9, 67)
     want, want_gradient = _reference(gammas, m, phi, y, delta)
     twins = [[g.clone() for g in gammas] for _ in range(3)]
@@ -302,7 +306,7 @@ def test_a_split_batch(states, batch, rows, monkeypatch):
 
 
 def test_what_a_launcher_splits(monkeypatch):
-    """A Γ that leaves most of a GPU idle and a large batch are split as `split_rows` says."""
+    """The launcher splits a large batch as `split_rows` says, where Γ is too small to fill the GPU."""
     grids = []
 
     class Stub:
@@ -320,7 +324,7 @@ def test_what_a_launcher_splits(monkeypatch):
 
 
 def test_steps_of_a_sequence_are_views_and_add_up_to_the_dual_form():
-    """m[:, :, t], phi[:, t] and delta[:, t] are not contiguous; the sum over steps is Σ E yᵀ."""
+    """m[:, :, t], phi[:, t] and delta[:, t] aren't contiguous; the gradients add up to Σ E yᵀ."""
     states, steps, batch, matrices, units, fan_in = 2, 4, 2, 2, 9, 21
     torch.manual_seed(1)
     m = 0.5 * _random(states, states, steps, batch, units)
@@ -346,7 +350,7 @@ def test_two_runs_agree_in_every_bit_and_unwritten_memory_is_not_read(monkeypatc
 
 
 def test_writes_nothing_beyond_gamma():
-    """Γ is the middle of a larger buffer: what lies beside its tails keeps its NaN."""
+    """Γ is the middle of a larger buffer of NaN, and what lies before and after it stays NaN."""
     shape = (3, 2, 9, 67)
     numbers = math.prod(shape)
     buffers = [torch.full((numbers + 128,), math.nan, device=DEVICE) for _ in range(2)]
@@ -365,7 +369,7 @@ def test_pick_config():
     assert pick_config(512, 1, fp32) == pick_config(1, 1, bf16) == Config(128, 1, 1, 1)
     assert pick_config(512, 512, bf16) == pick_config(4096, 1000, bf16) == Config(32, 64, 8, 4)
     assert pick_config(1, 4, fp32) == pick_config(128, 128, fp32) == Config(8, 64, 4, 1)
-    # Rows that aren't a multiple of 16 bytes: number by number.
+    # Rows that aren't a multiple of 16 bytes are accessed number by number.
     assert pick_config(4096, 4095, fp32) == pick_config(4096, 1004, bf16) == Config(4, 64, 1, 1)
     assert pick_config(4096, 1004, bf16, stochastic=True) == Config(2, 64, 1, 1)
     assert pick_config(4096, 1000, bf16, stochastic=True) == Config(32, 64, 8, 4)

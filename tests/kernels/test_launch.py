@@ -1,4 +1,4 @@
-"""What the kernels' launchers share, and what may be imported beside them."""
+"""The helpers that the kernels' launchers share, and what the kernels' files may import."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KERNELS = sorted(Path(_launch.__file__).parent.glob("*.py"))
 
 @pytest.mark.parametrize("what", ["refuse", "compile"])
 def test_without_the_interpreter(what):
-    """On CPU tensors every launcher refuses; past that check, every launch compiles as it is passed."""
+    """Every launcher refuses CPU tensors; without that check, every launch compiles with the arguments it passes."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     script = ROOT / "tests" / "support" / "launches.py"
@@ -38,7 +38,7 @@ def test_kernels_import_torch_and_triton_only(path):
         if isinstance(node, ast.Import):
             assert all(alias.name.split(".")[0] in allowed for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            # Beside those, what lies in the same folder.
+            # Files may also import from their own folder.
             assert node.level == 1 or (node.level == 0 and node.module.split(".")[0] in allowed)
 
 
@@ -60,7 +60,7 @@ def test_vector_width(size, dtype, width):
 @pytest.mark.parametrize(
     ("row_bytes", "batch", "gpu", "rows"),
     [
-        # RGC in float32, 32·N² bytes a row of Γ: 64 units, 128, 256 and 4,096, on 132 multiprocessors.
+        # RGC in float32 has 32·N² bytes of Γ per batch row: 64, 128, 256 and 4,096 units, on 132 multiprocessors.
         (32 * 64**2, 64, 132, 8),
         (32 * 128**2, 64, 132, 16),
         (32 * 128**2, 30, 132, 10),
@@ -70,7 +70,7 @@ def test_vector_width(size, dtype, width):
         # In bfloat16, and on more multiprocessors, a larger Γ is split.
         (16 * 256**2, 64, 132, 32),
         (32 * 256**2, 64, 304, 32),
-        # A small batch isn't, nor one that nothing divides.
+        # A small batch isn't split, and neither is a prime one.
         (8, 15, 132, 15),
         (8, 31, 132, 31),
         (8, 16, 132, 8),

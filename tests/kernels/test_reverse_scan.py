@@ -1,4 +1,4 @@
-"""The scans backward in time against the float64 reference: interpreted here, compiled where there is a GPU."""
+"""The scans backward in time against the float64 reference: interpreted on the CPU, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from rjepa_triton.kernels.reverse_scan import (
     suffix_products,
 )
 
-# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+# Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Each step rounds S + 1 products, 2⁻²⁴ each, and the transitions below let an error live some ten steps.
+# Each step rounds S + 1 products by 2⁻²⁴ each, and with the transitions below an error lasts some ten steps.
 TOLERANCE = 5e-6
 
 
 def _problem(states: int, steps: int, batch: int, units: int, matrices: int = 1, seed: int = 0):
-    """m, delta, phi, carry; transitions of either sign, some of them zero: no prefix could be divided out."""
+    """m, delta, phi, carry. Transitions have either sign, and some are zero, so no prefix product could be divided out."""
     torch.manual_seed(seed)
     m = 0.5 * torch.randn(states, states, steps, batch, units, device=DEVICE)
     m[torch.rand_like(m) < 0.1] = 0
@@ -53,12 +53,12 @@ def _assert_near(got: Tensor, want: Tensor) -> None:
 
 @pytest.fixture
 def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every scan of credits goes by blocks of three steps, but for what is shorter."""
+    """Every scan of credits is split into blocks of three steps; the last may be shorter."""
     monkeypatch.setattr(module, "pick_scan_config", lambda *_: ScanConfig(128, 4, 3))
 
 
 def _partials(states: int, phi: Tensor) -> tuple[list[dict[int, Tensor]], list[dict[int, Tensor]]]:
-    """Of matrices and of one input: each matrix in one state, the last in none, the input in all."""
+    """Partials of matrices and of one input. Each matrix enters one state, the last one none, and the input all."""
     by_matrix = [[plane[:, :, k].contiguous() for plane in phi] for k in range(phi.shape[3])]
     matrices = [{k % states: of[k % states]} for k, of in enumerate(by_matrix)]
     return [*matrices, {}], [dict(enumerate(by_matrix[0]))]
@@ -99,7 +99,7 @@ def _check_all(states, steps, batch, units, matrices, with_carry, seed=0):
 SHAPES = pytest.mark.parametrize(
     "shape",
     [
-        # S, T, B, N, K: one unit; a tail; a whole program; several, with rows that end inside one.
+        # S, T, B, N, K. One unit; a tail; a whole program; several programs, with batch rows that end inside one.
         (1, 1, 1, 1, 1),
         (2, 1, 1, 1, 2),
         (2, 7, 1, 63, 4),
@@ -125,7 +125,7 @@ def test_blocks_of_time_are_the_reference(shape, with_carry):
     _check_credits(*shape, with_carry=with_carry)
 
 
-# As picked for long sequences of few units: some twenty steps a block, the last block shorter.
+# Blocks as they are picked for long sequences of few units: about twenty steps each, the last of them shorter.
 @pytest.mark.parametrize("shape", [(2, 63, 1, 1, 1), (2, 300, 1, 63, 1), (1, 1000, 1, 127, 1)], ids=str)
 def test_long_sequences(shape):
     _check_credits(*shape, with_carry=True)
@@ -180,7 +180,7 @@ def _check_reset():
 
 
 def test_a_zero_transition_lets_nothing_pass_however_large():
-    """A reset is a transition of zero, and credit of any finite size passes it as nothing."""
+    """A reset is a transition of zero, which stops credit of any finite size."""
     _check_reset()
 
 
@@ -225,16 +225,16 @@ def test_pick_config():
 @pytest.mark.parametrize(
     ("steps", "units", "states", "partials", "written", "picked"),
     [
-        # √(2T) blocks for few units, eight programs a multiprocessor for more
+        # √(2T) blocks for few units, eight programs per multiprocessor for more
         (4096, 64, 2, 0, 2, (128, 4, 46)),
         (4096, 8192, 2, 0, 2, (128, 4, 256)),
-        # 128 units move 128·14 numbers a step, and 132 multiprocessors 132·1024 while they wait for it: 75 programs
+        # 128 units move 128·14 numbers per step, and 132 multiprocessors 132·1024 while they wait for it: 75 programs
         (4096, 128 * 75, 2, 0, 2, (128, 4, 293)),
         (4096, 128 * 76, 2, 0, 2, (128, 4, 4096)),
-        # of one state, 128·5
+        # with one state it is 128·5
         (4096, 128 * 211, 1, 0, 1, (128, 4, 820)),
         (4096, 128 * 212, 1, 0, 1, (128, 4, 4096)),
-        # with partials, more
+        # with partials it is more
         (4096, 128 * 45, 2, 6, 5, (128, 4, 179)),
         (4096, 128 * 46, 2, 6, 5, (128, 4, 4096)),
         (100, 32 * 1024, 2, 0, 2, (128, 4, 100)),

@@ -1,4 +1,4 @@
-"""RGC's backward kernel against backpropagation through time in float64: interpreted, or on a GPU."""
+"""The RGC's backward kernel against backpropagation through time in float64: interpreted, or on a GPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ pytest.importorskip("triton")
 
 from rjepa_triton.kernels.rgc_backward import Config, Credits, bptt_credits, pick_config
 
-# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+# Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Sums of N or T·B products of numbers of order 1, a rounding of 2⁻²⁴ each, over five steps that add to it.
+# Sums of N or T·B products of numbers of order 1, each rounded by 2⁻²⁴; five steps add to the error.
 TOLERANCE = 4e-6
 
 CELL = RGCCell()
@@ -34,7 +34,7 @@ def _random(*shape: int) -> Tensor:
 def _problem(
     steps: int, batch: int, units: int, with_resets: bool
 ) -> tuple[dict[str, Any], list[Tensor], Linearization]:
-    """The launcher's arguments, rounded from a float64 trajectory; its weights and linearisation."""
+    """The launcher's arguments, rounded from a float64 trajectory; that trajectory's weights and linearization."""
     torch.manual_seed(0)
     resets = None
     if with_resets:
@@ -68,7 +68,7 @@ def _assert_equals_reference(
     _assert_near(found.passed, passed)
     ss, ms, mm, sm = (rfp.entering_credit(matrix, lin, credit) for matrix in CELL.matrices)
     _assert_near(found.entering, torch.stack([torch.stack([ss, sm], -2), torch.stack([mm, ms], -2)]))
-    # One product for what each source drives, as the docstring says.
+    # One product per state that matrices read gives two weights' gradients, as the docstring says.
     d_ss, d_ms, d_mm, d_sm = rfp.weight_gradients(lin, CELL.matrices, weights, credit)
     for j, want in enumerate([(d_ss, d_sm), (d_mm, d_ms)]):
         product = found.entering[j].flatten(0, 1).flatten(1).T @ arguments["before"][j].flatten(0, 1)
@@ -87,7 +87,7 @@ def test_credits_are_those_of_bptt(monkeypatch, units, steps, batch, with_resets
 
 @pytest.mark.parametrize("units", [17, 64])
 def test_states_but_the_last_need_no_copy_and_two_runs_agree_in_every_bit(units):
-    """The source's stride is of T + 1 steps, and one number more: no multiple of four."""
+    """The stride between the two states is one number more than their size, so that four doesn't divide it."""
     arguments, weights, lin = _problem(5, 3, units, True)
     arguments["resets"] = arguments["resets"].to(torch.uint8)
     arguments["weights"] = [torch.nn.Parameter(w) for w in arguments["weights"]]
@@ -103,7 +103,7 @@ def test_states_but_the_last_need_no_copy_and_two_runs_agree_in_every_bit(units)
 
 
 def test_chunks_add_up_to_the_whole():
-    """Credit passed back by later steps is credit at the last step of those before."""
+    """Credit that a later chunk passes back is added to δ of the earlier chunk's last step."""
     arguments, _, _ = _problem(5, 2, 20, False)
     whole = bptt_credits(**arguments)
     split = {k: arguments[k] for k in ("gates", "before", "delta")}

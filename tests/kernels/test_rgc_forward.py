@@ -1,4 +1,4 @@
-"""RGC's forward kernels against the float64 cell: interpreted here, compiled where there is a GPU."""
+"""The RGC's forward kernels against the float64 cell: interpreted on the CPU, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rjepa_triton.kernels.rgc_forward import (
     rgc_pointwise_,
 )
 
-# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+# Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 
@@ -67,7 +67,7 @@ def test_gates_need_not_be_saved(monkeypatch, units):
     again, none = rgc_forward(*given, save_gates=False)
     assert none is None
     assert torch.equal(states, again)
-    # A product over all steps makes them again.
+    # One product over all steps makes the gates again.
     before = states[:, :-1].masked_fill(given[3][..., None], 0)
     product = before.flatten(1, 2) @ kernels.joined_by_source(given[1]).mT
     torch.testing.assert_close(product.tanh().view_as(gates), gates, rtol=0, atol=TOLERANCE)
@@ -107,7 +107,7 @@ def test_state_carries_over_and_two_runs_agree_in_every_bit(units):
     assert torch.equal(torch.cat([first, rest[:, 1:]], dim=1), states)
 
 
-# NumPy says that it overflows, which is what is meant to be harmless.
+# NumPy warns of an overflow, which the test shows to be harmless.
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 def test_large_pre_activations_saturate():
     x, weights, state, _ = problem(1, 1, 17, False)
@@ -119,9 +119,9 @@ def test_large_pre_activations_saturate():
 @pytest.mark.parametrize("units", [1, 17, 64, 130])
 @pytest.mark.parametrize("resets_next", [False, True])
 def test_pointwise(units, resets_next):
-    """One step of strided arrays; the next step's input may take the place of this one's."""
+    """One step on strided arrays, where the state for the next step overwrites the one that this step read."""
     batch = 3
-    # One number between the sources: no stride is a multiple of four.
+    # The two halves lie one number apart, so that no stride is a multiple of four.
     gates = torch.full((2, 2 * batch * units + 1), math.nan, device=DEVICE)
     pre = gates[:, : 2 * batch * units].view(2, batch, 2, units).normal_()
     before, u = random(2, batch, units), random(batch, units)
@@ -141,7 +141,7 @@ def test_pointwise(units, resets_next):
         assert torch.equal(before, kept)
     assert_near(pre, want_gates)
     assert_near(after[:, 1], want)
-    # Nothing beside them is written.
+    # Nothing outside these arrays is written.
     assert gates[:, -1].isnan().all()
     assert after[:, [0, 2, 3]].isnan().all()
 
@@ -222,7 +222,7 @@ def test_more_rows_than_multiprocessors_go_by_step(monkeypatch):
 
 @pytest.mark.parametrize(("units", "lanes"), [(1, 32), (63, 32), (100, 32), (128, 64)])
 def test_quarters_hold_every_weight(units, lanes):
-    """A matrix multiplied as the kernel takes it apart: by quarter, group of columns, warp, lanes, rows, columns."""
+    """Multiply in the order of the kernel's layout: quarter, group of columns, warp, threads, rows, columns."""
     block = pick_small_config(units, lanes).block
     weights = [random(units, units) for _ in range(4)]
     parts = in_quarters(weights, block, lanes)

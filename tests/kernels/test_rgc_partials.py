@@ -1,4 +1,4 @@
-"""An RGC's partials, and its dual form made of them on the fly, against float64: interpreted, or on a GPU."""
+"""The RGC's partials, and the dual form that makes them on the fly, against float64: interpreted, or on a GPU."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from rjepa_triton.kernels.rgc_partials import (
     rgc_linearize,
 )
 
-# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+# Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
-# A rounding of 2⁻²⁴ of what is given and of each sum and product; an error of λ lives some ten steps.
+# The arguments and each sum and product are rounded by 2⁻²⁴; an error of λ lasts some ten steps.
 TOLERANCE = 4e-6
 CELL = RGCCell()
-# T, B, N: one unit; a tail; rows that four divides, or that end inside a program; more than one program.
+# T, B, N. One unit; a tail; batch rows that four divides, or that end inside a program; more than one program.
 SHAPES = pytest.mark.parametrize(
     "shape", [(1, 1, 1), (1, 3, 63), (5, 3, 1), (5, 2, 64), (7, 3, 20), (6, 2, 127), (5, 1, 132)], ids=str
 )
@@ -44,9 +44,9 @@ SHAPES = pytest.mark.parametrize(
 def _problem(
     steps: int, batch: int, units: int, with_resets: bool, diagonal: bool = False
 ) -> tuple[dict[str, Any], Linearization, Tensor]:
-    """The arguments of `rgc_dual`, rounded from a float64 trajectory, and its linearisation and M.
+    """The arguments of `rgc_dual`, rounded from a float64 trajectory; that trajectory's linearization and M.
 
-    States that are reset are NaN.
+    States before a reset are NaN, because they must not be read.
     """
     x, weights, state, resets = problem(steps, batch, units, with_resets)
     if diagonal:
@@ -84,7 +84,7 @@ def _assert_is_dual(
 
 @pytest.fixture
 def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every scan goes by blocks of three steps, but for what is shorter."""
+    """Every scan is split into blocks of three steps; the last may be shorter."""
     monkeypatch.setattr(module, "pick_dual_config", lambda *_: ScanConfig(128, 4, 3))
 
 
@@ -137,7 +137,7 @@ def test_blocks_of_time_are_the_reference(
 
 @pytest.mark.parametrize("with_resets", [False, True])
 def test_a_long_sequence(with_resets: bool) -> None:
-    """By blocks of time as they are picked, the last of them shorter."""
+    """The sequence is split into blocks of time as they are picked, and the last one is shorter."""
     assert pick_dual_config(300, 63, 32, 132).steps == 13
     _check_dual((300, 1, 63), with_resets, True, False)
 
@@ -178,7 +178,7 @@ def test_nothing_passes_a_reset_from_block_to_block() -> None:
 
 
 def _check_repeats(monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]) -> None:
-    """Twice, on memory that was NaN, with states and weights that have strides, and resets in bytes."""
+    """Runs on memory that was NaN, and with strided states and weights and resets in bytes, agree in every bit."""
     arguments["carry"] = random(2, *arguments["u"].shape[1:])
     kept = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor)}
     first = [_linearized(arguments), *rgc_dual(**arguments)]
@@ -189,7 +189,7 @@ def _check_repeats(monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]) -
         torch.testing.assert_close(arguments[name], value, rtol=0, atol=0, equal_nan=True)
 
     shape, numbers = arguments["u"].shape, arguments["u"].numel()
-    for beyond in (1, 4):  # four divides the stride, or not
+    for beyond in (1, 4):  # with 4, a stride that four divides stays one
         wide = torch.full((2, numbers + beyond), math.nan, device=DEVICE)
         wide[:, :numbers] = arguments["before"].flatten(1)
         strided = {
@@ -237,7 +237,7 @@ def test_pick_config(steps: int, units: int, picked: tuple[int, int]) -> None:
         (255, 1, (128, 4, 255)),
         (256, 1, (128, 4, 12)),
         (4096, 64, (128, 4, 46)),
-        # 128 units move 128·23 numbers a step, and 132 multiprocessors 132·1024 while they wait for it: 45 programs
+        # 128 units move 128·23 numbers per step, and 132 multiprocessors 132·1024 while they wait for it: 45 programs
         (4096, 128 * 45, (128, 4, 179)),
         (4096, 128 * 46, (128, 4, 4096)),
         (100, 32 * 1024, (128, 4, 100)),

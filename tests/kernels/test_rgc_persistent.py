@@ -1,4 +1,4 @@
-"""The persistent RGC kernel against the float64 cell: interpreted here as one program, and as several that wait."""
+"""The persistent RGC kernel against the float64 cell: interpreted as one program, and as several that wait."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rjepa_triton.kernels.rgc_persistent import (
     rgc_forward_persistent,
 )
 
-# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+# Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="takes programs apart")
@@ -90,7 +90,7 @@ def test_errors_name_the_argument(change, error, message):
         rgc_forward_persistent(**{**arguments, **moved})
 
 
-# --- how units and rows are dealt out ----------------------------------------------------------------------
+# --- how units and batch rows are divided among programs ---------------------------------------------------
 
 MULTIPROCESSORS = (1, 2, 46, 108, 114, 132, 148, 304)
 
@@ -144,7 +144,7 @@ def test_the_launcher_refuses_what_does_not_fit(monkeypatch):
 
 
 def _outputs(x: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """States and gates, NaN where the kernel is to write."""
+    """Arrays for states and gates, NaN where the kernel must write."""
     steps, batch, units = x.shape
     states = torch.full((2, steps + 1, batch, units), math.nan)
     states[:, 0] = torch.stack(state)
@@ -152,7 +152,7 @@ def _outputs(x: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class _Alone:
-    """The kernel, of whose grid one program runs."""
+    """The kernel, launched so that only program `index` of its grid runs."""
 
     def __init__(self, kernel: Any, index: int) -> None:
         self.kernel, self.index = kernel, index
@@ -175,7 +175,7 @@ class _Alone:
 @needs_interpreter
 @pytest.mark.parametrize(("units", "batch", "multiprocessors"), [(37, 5, 12), (64, 3, 8), (130, 2, 20)])
 def test_each_number_is_written_by_one_program(monkeypatch, units, batch, multiprocessors):
-    """A single step, which waits for no other: each program by itself, then all of them."""
+    """With a single step no program waits: run each by itself into its own arrays, and all of them into shared ones."""
     x, weights, state, resets = problem(1, batch, units, True)
     config = pick_config(units, batch, multiprocessors, 32)
     programs = config.slices * config.parts
@@ -197,7 +197,7 @@ def test_each_number_is_written_by_one_program(monkeypatch, units, batch, multip
 
 
 def _run_alone(index: int, arrivals: int, delay: float, *given: Any) -> None:
-    """In a process of its own: one program of the grid, `delay` seconds late."""
+    """What each process runs: one program of the grid, after `delay` seconds."""
     kernels.arrivals = lambda *_, **__: arrivals
     kernels._rgc_persistent_kernel = _Alone(kernels._rgc_persistent_kernel, index)
     time.sleep(delay)
@@ -207,9 +207,9 @@ def _run_alone(index: int, arrivals: int, delay: float, *given: Any) -> None:
 @needs_interpreter
 @pytest.mark.parametrize("arrivals", [1, 8])
 def test_programs_wait_for_one_another(arrivals):
-    """Each program interpreted by a process of its own, in memory that they share, some of them late.
+    """Each program is interpreted by a process of its own, on shared memory, and some start late.
 
-    What one reads before another has written is NaN. Two parts of the batch, the second of a row less.
+    A program that doesn't wait reads NaN. The batch has two parts, the second with one row less than the first.
     """
     x, weights, state, resets = problem(6, 3, 13, True)
     config = pick_config(13, 3, 5, 32)
@@ -233,6 +233,6 @@ def test_programs_wait_for_one_another(arrivals):
     want = reference(x, weights, state, resets)
     assert_near(states, want.states)
     assert_near(gates, want.saved)
-    # Both slices of a part, before each step but the first.
+    # Both slices of each part have arrived before each step but the first.
     assert arrived[:, 0].tolist() == [2 * arrivals * 5] * 2
     assert not arrived[:, 1:].any()

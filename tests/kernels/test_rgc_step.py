@@ -1,4 +1,4 @@
-"""One step of an RGC and its linearisation in one launch, against the float64 reference."""
+"""One step of an RGC and its linearization in one launch, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from rjepa_triton.kernels.rgc_step import Config, Step, pick_config, rgc_step
 
-# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+# Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 

@@ -1,4 +1,4 @@
-"""Exact RTRL of heads against a float64 reference: interpreted here, compiled where there is a GPU."""
+"""Exact RTRL, head by head, against a float64 reference: interpreted on the CPU, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ pytest.importorskip("triton")
 
 from rjepa_triton.kernels.rtrl_heads import pick_config, rtrl_heads_
 
-# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+# Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Sums of up to 128 products of numbers of order 1, and 2⁻²⁴ of each.
+# Sums of up to 128 products of numbers of order 1, each rounded by 2⁻²⁴.
 TOLERANCE = 3e-6
 
 
@@ -41,7 +41,7 @@ def problem(
 
 
 def reference(p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """γ after the step and the gradient (H, K, b, M), in float64, by the equation."""
+    """γ after the step and the gradient (H, K, b, M), in float64, written as the equations are."""
     gamma, jacobian, phi, y, delta = (p[name].double() for name in ("gamma", "jacobian", "phi", "y", "delta"))
     B, H, S, b, K, _, M = gamma.shape
     new = torch.einsum("bhsrut,bhutkij->bhsrkij", jacobian.view(B, H, S, b, S, b), gamma)

@@ -1,4 +1,4 @@
-"""RTRL's step kernels against the float64 reference: interpreted here, compiled where there is a GPU."""
+"""RTRL's step kernels against the float64 reference: interpreted on the CPU, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ pytest.importorskip("triton")
 
 from rjepa_triton.kernels.rtrl_step import Config, pick_config, rtrl_immediate_, rtrl_jacobian
 
-# Triton 3.6's interpreter turns one-element arrays into ints as NumPy is about to stop doing.
+# Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Two products and a sum of numbers of order 1, and 2⁻²⁴ of each.
+# Two products and a sum of numbers of order 1, each rounded by 2⁻²⁴.
 TOLERANCE = 1e-6
 
 CELL = RGCCell()
@@ -35,7 +35,7 @@ def _random(*shape: int) -> Tensor:
 def _problem(
     steps: int, batch: int, units: int, with_resets: bool
 ) -> tuple[Linearization, Linearization, list[Tensor]]:
-    """A linearisation in float32, the same numbers in float64, and weights in float32."""
+    """A linearization in float32, the same one in float64, and the weights in float32."""
     torch.manual_seed(0)
     resets = None
     if with_resets:
@@ -50,7 +50,7 @@ def _problem(
 
 
 def _at(lin: Linearization, t: int) -> Partials:
-    """own and phi of step t, as the launchers take them."""
+    """own and phi of step t, in the form that the launchers take."""
     own = [lin.partials.own[nu][nu][t] for nu in range(2)]
     return own, [lin.partials.gate[k][k // 2][t] for k in range(4)]
 
@@ -100,7 +100,7 @@ def test_immediate_term_where_a_unit_meets_its_row_and_nowhere_else(units, batch
 @pytest.mark.parametrize("with_resets", [False, True])
 @pytest.mark.parametrize(("steps", "batch", "units"), [(1, 1, 17), (5, 3, 17), (5, 1, 20)])
 def test_steps_are_those_of_exact_rtrl(steps, batch, units, with_resets):
-    """γ ← J γ + R over a sequence; before[:, t] is a view."""
+    """γ ← J γ + R over a sequence, where before[:, t] is a strided view."""
     lin, wide, weights = _problem(steps, batch, units, with_resets)
     double = [w.double() for w in weights]
     reference = rtrl.ExactSensitivity(CELL.matrices, double, 2, batch)
@@ -112,7 +112,7 @@ def test_steps_are_those_of_exact_rtrl(steps, batch, units, with_resets):
         )
         rtrl_immediate_(gamma, phi, lin.before[:, t])
         reference.step_(wide, t, double)
-    # A step's product is of 2N terms, and its error goes on into the next.
+    # A step's product sums 2N terms, and its error is carried into the next step.
     want = reference.gammas[0].view(gamma.shape)
     torch.testing.assert_close(gamma.double(), want, rtol=0, atol=5 * TOLERANCE * float(want.abs().max()))
 

@@ -1,4 +1,4 @@
-"""Refinement: how near a few rounds come, that the limit is exact, and that divergence never comes through."""
+"""Refinement: how close a few rounds come, that the limit is exact, and that divergence never reaches the caller."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_limit_is_exact(scale: float) -> None:
 
 
 def test_as_many_rounds_as_steps_are_exact_whatever_the_weights() -> None:
-    """The series ends: λ⁽ᵀ⁻¹⁾ is exact, here with terms that shrink in time for the check to pass them."""
+    """The series is finite: λ⁽ᵀ⁻¹⁾ is exact. The weights are small enough for the check on divergence to pass."""
     x, weights, delta = problem(6, 5, 0.3)
     got = gradients(x, weights, delta, refine=4)
     assert oracle.relative(got, gradients(x, weights, delta, learning="bptt")) < 1e-13
@@ -81,7 +81,7 @@ def test_too_many_rounds_give_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("rounds", [0, 1, 3])
 def test_two_pieces_joined_by_carry_end_in_the_exact_credits(rounds: int) -> None:
-    """Credits of the later piece pass to the earlier one; refined to the end they are BPTT's of the whole."""
+    """Credit of the later piece passes to the earlier one; refined to the limit it is that of BPTT over the whole."""
     x, weights, delta = problem(5, 8, 0.4, batch=2)
     weights = [w.detach() for w in weights]
     cell, zero = RGCCell(), torch.zeros(2, 5, dtype=F64)

@@ -1,4 +1,4 @@
-"""Pieces of the reference that other tests reach only through their sums."""
+"""Functions of the reference whose results other tests see only as part of a sum."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_suffix_products_are_products_of_matrices(states: int, steps: int) -> No
 
 
 def test_suffix_products_survive_torch_compile() -> None:
-    """Writing into views of the result did not: torch 2.11 and 2.14 compiled that to wrong numbers."""
+    """Products written into views of the result did not: torch 2.11 and 2.14 compiled these to wrong numbers."""
     m = torch.randn(2, 2, 5, 1, 3, dtype=torch.float64)
     compiled = torch.compile(rfp.suffix_products, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(compiled(m), rfp.suffix_products(m))

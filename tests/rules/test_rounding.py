@@ -1,4 +1,4 @@
-"""Stochastic rounding by torch: one of two neighbours, as often as it should be, from seed, step and place alone."""
+"""Stochastic rounding in torch: to either neighbour with the right probability, by seed, step and place alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_bits_are_of_seed_step_and_place(seed: int) -> None:
 
 
 def test_long_memory_is_better_rounded_so() -> None:
-    """As of the kernel: inputs with a mean, a decay of 0.999. Γ by blocks of rows draws as Γ at once does."""
+    """Inputs with a mean and a decay of 0.999, as in the kernel's test."""
     m = torch.full((1, 1, 2, 8), 0.999)
     exact = [torch.zeros(2, 1, 8, 64, dtype=torch.float64)]
     nearest, stochastic = ([exact[0].bfloat16()] for _ in range(2))
@@ -69,5 +69,6 @@ def test_long_memory_is_better_rounded_so() -> None:
     def error(got: list[Tensor]) -> float:
         return float((got[0].double() - exact[0]).norm() / exact[0].norm())
 
-    # Σ 0.999²ⁿ = 500 roundings at most, of neighbours 2⁻⁷ apart or less, with a variance of a sixth of that squared.
+    # At most Σ 0.999²ⁿ = 500 roundings count. Neighbours are 2⁻⁷ apart or less, and a rounding's variance is a sixth of
+    # that squared.
     assert error(stochastic) < math.sqrt(500 / 6) * 2**-7 < error(nearest)

@@ -1,4 +1,4 @@
-"""Where the parts of the checkout lie."""
+"""The folders of the checkout that tests read."""
 
 from pathlib import Path
 

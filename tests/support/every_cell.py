@@ -1,4 +1,4 @@
-"""Every kind of cell that tests run: those built in, and one whose two states enter one gate."""
+"""Every kind of cell that tests run: the built-in ones, and one in which matrices of two states enter one gate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ F64 = torch.float64
 
 
 class SharedGate(Cell):
-    """Two states that enter one gate through two matrices."""
+    """A cell with two matrices, each reading one of its two states, that enter the same gate."""
 
     states = ("u", "v")
     gates = ("g",)
@@ -51,7 +51,7 @@ CELLS: dict[str, Cell] = {
     "shared-gate": SharedGate(),
 }
 by_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS.keys())
-# How recurrent weights may be shaped, for N = 6.
+# The shapes that a recurrent weight may have, for N = 6.
 SHAPES = {"dense": (6, 6), "blocks": (3, 2, 2), "diagonal": (6,)}
 
 
@@ -64,7 +64,7 @@ def random_point(cell: Cell, shape: tuple[int, ...]) -> tuple[list[Tensor], list
 def problem(
     cell: Cell, shape: str, steps: int = 6, batch: int = 2
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """x, weights, state, δ of all states, all leaves."""
+    """x, weights, state, which all require gradients, and δ of all states."""
     weights = [(torch.randn(SHAPES[shape], dtype=F64) * 0.4).requires_grad_() for _ in cell.matrices]
     x = torch.randn(len(cell.per_unit), steps, batch, 6, dtype=F64).requires_grad_()
     state = [torch.randn(batch, 6, dtype=F64).requires_grad_() for _ in cell.states]

@@ -1,7 +1,7 @@
 """Small films, pictures and tables for the tests.
 
-Each frame of a film has one grey level and each pixel of a picture one colour, so that where a patch was cut from
-can be told.
+Each frame of a film has a grey level of its own, and each pixel of a picture a colour of its own, so that a test can tell
+where a patch was cut from.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rjepa_triton.rjepa.fixations import Fixations
 
 
 def level(frame: int) -> int:
-    """The grey level of a frame; the codec keeps it to within a few units."""
+    """The grey level of a frame; the codec preserves it to within a few units."""
     return 20 + 8 * (frame % 28)
 
 
@@ -33,7 +33,7 @@ def write(
     aspect: Fraction | None = None,
     pattern: np.ndarray | None = None,
 ) -> Path:
-    """Write a film; `ticks`: when each frame is shown, in 1/1000 s; `pattern`: (H, W) added to every frame."""
+    """Write a film. ticks: when each frame is shown, in 1/1000 s; pattern: (H, W), added to every frame."""
     with av.open(str(file), "w") as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width, stream.height = size
@@ -56,14 +56,14 @@ def write(
 
 
 def picture(folder: Path, size: tuple[int, int] = (200, 150), name: str = "m.png") -> Path:
-    """A picture whose pixels tell where they are: red is x, green is y."""
+    """Write a picture whose pixels encode where they are: red is x, green is y."""
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     Image.fromarray(np.stack([x, y, 7 + 0 * x], 2).astype(np.uint8)).save(folder / name)
     return folder / name
 
 
 def table(folder: Path, rows: list[str], movies: dict[str, object], **side: object) -> Fixations:
-    """Fixations read from a table, in ms and at 10 pixels per degree."""
+    """Write a table of fixations, in ms and at 10 pixels per degree, and read it. side: entries of its sidecar file."""
     (folder / "fix.csv").write_text("\n".join(["participant,movie,onset,duration,x,y", *rows]) + "\n")
     content = {"time_unit": "ms", "px_per_degree": 10, "movies": movies, **side}
     (folder / "fix.csv.yaml").write_text(yaml.safe_dump(content))
@@ -71,5 +71,5 @@ def table(folder: Path, rows: list[str], movies: dict[str, object], **side: obje
 
 
 def looking(count: int, who: str = "p", movie: str = "m", gap: int = 300) -> list[str]:
-    """Rows of a table: fixations of 200 ms, one every `gap` ms."""
+    """Rows for `table`: fixations of 200 ms, one every `gap` ms."""
     return [f"{who},{movie},{k * gap},200,{30 + 9 * k % 100},{40 + 5 * k % 50}" for k in range(count)]

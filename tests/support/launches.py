@@ -1,8 +1,8 @@
 """Launch every kernel in a process that imports triton without TRITON_INTERPRET, on a machine without a GPU.
 
-python launches.py refuse    each launcher must say that its CPU tensors need a GPU or the interpreter
-python launches.py compile   each launch goes as far as the machine code for sm_90, by a stand-in for a GPU
-                             driver: what the launcher passes is what the kernel takes, and it compiles
+python launches.py refuse    checks that each launcher says that its CPU tensors need a GPU or the interpreter
+python launches.py compile   compiles each launch to machine code for sm_90, with a stand-in for the GPU driver, which
+                             checks that kernels take what launchers pass, and that they compile
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ REFUSAL = "Triton kernels need a GPU tensor, or TRITON_INTERPRET=1 set before tr
 
 
 def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], object]]:
+    """A call of every launcher, with and without its options."""
     gammas = [zeros(B, K, N, M) for _ in range(S)]
     m, phi, y = zeros(S, S, T, B, N), zeros(S, T, B, K, N), zeros(T, B, K, M)
     delta, carry, weight = zeros(S, T, B, N), zeros(S, B, N), zeros(K, N, M)
@@ -61,7 +62,7 @@ def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], o
         lambda: gamma_chunk.gamma_chunk_(*chunk),
         lambda: gamma_chunk.gamma_chunk_(*chunk, carry, precision="tf32"),
         lambda: reverse_scan.reverse_scan(m, delta),
-        # by blocks of time where T is 64: two kernels
+        # with T = 64 this is long enough for blocks of time, which take two kernels
         lambda: reverse_scan.reverse_scan(zeros(S, S, long, B, N), zeros(S, long, B, N), carry),
         lambda: reverse_scan.reverse_scan_entering(
             m, delta, [{S - 1: partial}, {}], [dict.fromkeys(range(S), partial)], carry
@@ -73,7 +74,7 @@ def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], o
 
 
 def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
-    """Of what is an RGC's own: S = 2 and K = 4. Exact sensitivities are of 64 units at most, to fit in memory."""
+    """The same for the RGC's launchers: S = 2 and K = 4. Exact sensitivities have at most 64 units, to fit in memory."""
     x, resets, square, n = zeros(2, B, N), zeros(2, B).bool(), zeros(N, N), min(N, 64)
     weights, gates, both = [square] * 4, zeros(2, 2, B, 2, N), zeros(2, 2, B, N)
     small, most = (
@@ -90,15 +91,15 @@ def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
         lambda: rgc_persistent.rgc_forward_persistent(x, weights, [x[0]] * 2, resets, save_gates=False),
         lambda: rgc_step.rgc_step(x[0], weights, both[:, 0].contiguous()),
         lambda: rgc_step.rgc_step(x[0], weights, both[:, 0].contiguous(), resets[0]),
-        # a step and no more: the next would be the same launch
+        # one step is enough, because every step is the same launch
         lambda: rgc_forward.rgc_pointwise_(gates[:, 0], both[:, 0], x[0], both[:, 1]),
         lambda: rgc_forward.rgc_pointwise_(gates[:, 0], both[:, 0], x[0], both[:, 1], resets[0], both[:, 0]),
-        # two: the last of a sequence, and one with a step after it
+        # two steps: the last of a sequence, and one with a step after it
         lambda: rgc_backward.bptt_credits(gates, both, x, weights, both, resets),
         lambda: rgc_partials.rgc_linearize(gates, both, x, own, resets),
         lambda: rgc_partials.rgc_linearize(gates, both, x, own),
         lambda: rgc_partials.rgc_dual(gates, both, x, own, both, resets, both[:, 0].contiguous()),
-        # by blocks of time: two kernels
+        # blocks of time, which take two kernels
         lambda: rgc_partials.rgc_dual(
             zeros(2, long, B, 2, N), zeros(2, long, B, N), zeros(long, B, N), own, zeros(2, long, B, N)
         ),
@@ -116,7 +117,7 @@ def refuse() -> None:
 
 
 class _Driver:
-    """What triton asks of a driver before it launches."""
+    """The methods of a driver that Triton calls before it launches a kernel."""
 
     def get_current_device(self) -> int:
         return 0
@@ -129,7 +130,7 @@ class _Driver:
 
 
 class _CompileOnly:
-    """A kernel whose launch stops before it runs. made: what each launch would have run."""
+    """A kernel whose launch compiles but doesn't run. made: what each launch has compiled."""
 
     made: ClassVar[list[Any]] = []
 
@@ -151,12 +152,12 @@ def compile_() -> None:
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel"):
                 setattr(module, name, _CompileOnly(value))
-    # Sizes that 16 divides, and sizes that are 1 or divide nothing.
+    # Sizes that 16 divides, and sizes of 1.
     for sizes in ((2, 64, 2, 4, 512, 512), (1, 1, 1, 1, 1, 1)):
         for call in calls(*sizes):
             call()
     assert len(_CompileOnly.made) == 65, len(_CompileOnly.made)
-    # Programs that wait for one another must all run at once, and none may read what was there before.
+    # Programs that wait for one another must all run at once, and must not read what was in memory before.
     waiting = [made for made in _CompileOnly.made if made.metadata.name == "_rgc_persistent_kernel"]
     assert len(waiting) == 4
     for made in waiting:

@@ -1,9 +1,13 @@
 """Independent oracles: the equations written once more as plain loops, differentiated by autograd.
 
-Nothing here is shared with the package but the argument order. `rgc` with through="full" is the network
-itself; through="own" is the graph whose exact gradient RFP's gradient is (docs/math.md): a matrix passes
-gradients to its weights, and to the state through its diagonal alone; through="through nothing" is e-prop's: to its
-weights alone. A weight is (N, N), (H, b, b) along the diagonal, or (N,), the diagonal.
+They share nothing with the package but the order of arguments. `through` says through which entries of a recurrent
+matrix autograd passes gradients to the state that it multiplies; the weights always get theirs.
+
+    "full"  all entries: the network itself
+    "own"   the diagonal alone: the graph whose exact gradient is RFP's (docs/math.md)
+    "none"  none: e-prop's
+
+A weight is dense (N, N), block-diagonal (H, b, b), or diagonal (N,).
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ from torch import Tensor
 
 
 def matvec(weight: Tensor, c: Tensor, through: str) -> Tensor:
+    """W c (B, N), with gradients to c through the entries that `through` names."""
     if weight.dim() == 1:
-        return (c.detach() if through == "through nothing" else c) * weight
+        return (c.detach() if through == "none" else c) * weight
     if weight.dim() == 3:
         weight = torch.block_diag(*weight)
     if through == "full":
         return c @ weight.T
-    if through == "through nothing":
+    if through == "none":
         return c.detach() @ weight.T
     return c.detach() @ weight.T + weight.diagonal().detach() * (c - c.detach())
 
@@ -33,7 +38,7 @@ def rgc(
     resets: Tensor | None = None,
     through: str = "full",
 ) -> tuple[Tensor, Tensor]:
-    """weights in the order ss, ms, mm, sm, or one such sequence a step."""
+    """s and m (T, B, N) after each step. weights: in the order ss, ms, mm, sm, or one such sequence per step."""
     s, m = state
     out_s, out_m = [], []
     for t in range(x.shape[0]):
@@ -50,9 +55,10 @@ def rgc(
 
 
 def equation_14(x: Tensor, weights: Sequence[Tensor], delta_s: Tensor) -> list[Tensor]:
-    """The paper's eq. 14 with its own index arithmetic (k = 0…3: ss, ms, mm, sm), and its I(t) read as x(t).
+    """The paper's eq. 14 in its own indices (k = 0 … 3 for ss, ms, mm, sm), where its I(t) is taken to be x(t).
 
-    x, delta_s (T, B, N), zero initial state; loss on s alone. Returns the four gradients, summed over T and B.
+    x and delta_s are (T, B, N), the initial state is zero, and the loss depends on s alone. Returns the four gradients,
+    summed over T and B.
     """
     steps, batch, units = x.shape
     c = [x.new_zeros(batch, units), x.new_zeros(batch, units)]
@@ -79,7 +85,7 @@ def equation_14(x: Tensor, weights: Sequence[Tensor], delta_s: Tensor) -> list[T
 
 
 def relative(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """Largest relative difference in norm, tensor by tensor; equal zeros count as no difference."""
+    """The largest ‖g - w‖ / ‖w‖ of any pair of tensors; where w is zero, ‖g‖."""
     worst = 0.0
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape
@@ -98,7 +104,7 @@ def problem(
     scale: float = 0.5,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor], Tensor, Tensor]:
-    """x, weights, state, δ of s, δ of m."""
+    """x, weights and state, which require gradients; δ of s and δ of m."""
     shape = (units,) if diagonal else (units, units)
     spread = 1.0 if diagonal else scale / units**0.5
     weights = [(torch.randn(shape, dtype=dtype) * spread).requires_grad_() for _ in range(4)]

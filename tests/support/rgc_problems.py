@@ -1,4 +1,4 @@
-"""What the tests of an RGC's kernels share: a problem, its float64 reference, and how near a result must be."""
+"""For the tests of the RGC's kernels: a random problem, its float64 reference, and how close a result must be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rjepa_triton.cells.builtin import RGCCell
 from rjepa_triton.cells.two_point import Trajectory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Numbers of order 1, five steps: a rounding of 2⁻²⁴ of each sum and tanh, twice or so as large a step later.
+# Numbers are of order 1, over five steps. Each sum and tanh rounds by 2⁻²⁴, and each step about doubles the error.
 TOLERANCE = 4e-6
 
 Problem = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]
@@ -23,7 +23,7 @@ def random(*shape: int) -> Tensor:
 
 
 def problem(steps: int, batch: int, units: int, with_resets: bool, seed: int = 0) -> Problem:
-    """x, weights, state, resets: the first, a middle and the last step of some row are reset."""
+    """x, weights, state and resets; the first, a middle and the last step each reset a batch row."""
     torch.manual_seed(seed)
     weights = [random(units, units) * (0.5 / math.sqrt(units)) for _ in range(4)]
     resets = None
@@ -40,13 +40,13 @@ def reference(x: Tensor, weights: list[Tensor], state: list[Tensor], resets: Ten
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> None:
-    """float32, of the shape wanted, and within `tolerance` times the largest number, or 1."""
+    """Check dtype float32, the shape, and that errors are at most `tolerance` times want's largest number, or 1."""
     assert got.shape == want.shape
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance * max(1.0, want.abs().max().item()))
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill new memory with NaN, so that what isn't written is seen."""
+    """Make torch.empty fill new memory with NaN, so that a number that isn't written shows."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
