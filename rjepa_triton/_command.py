@@ -1,16 +1,23 @@
-"""What the parts of the `rjepa` command share."""
+"""What the parts of the `rjepa` command share: how user errors, missing packages and a closed pipe end it."""
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import typer
+
+# The exit status that a shell reports of a program that SIGPIPE (signal 13) has ended.
+PIPE_CLOSED = 128 + 13
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """What the user can cause ends with its message on stderr and exit code 2, without a traceback."""
+    """An error that the user can cause ends with its message on stderr and exit code 2, without a traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -20,7 +27,7 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def needs(extra: str, packages: tuple[str, ...]) -> Iterator[None]:
-    """A missing package of the extra `extra` ends with what to install and exit code 2."""
+    """If one of `packages` is missing, say which extra installs it, and end with exit code 2."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -32,3 +39,53 @@ def needs(extra: str, packages: tuple[str, ...]) -> Iterator[None]:
             err=True,
         )
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def quiet_end_of_pipe() -> Iterator[None]:
+    """Exit with status `PIPE_CLOSED`, and no message, when the reader of stdout or stderr goes away (`… | head -1`).
+
+    Inside the block stdout and stderr write through `_Pipe`. It raises SystemExit in place of BrokenPipeError, so
+    that no handler of an ordinary error on the way (`user_errors`, click's, rich's) reports a closed pipe as a fault;
+    a BrokenPipeError of any other pipe stays what it is. Both streams are flushed at the end of the block: what is
+    written later, when the interpreter shuts down, could no longer end quietly.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_guarded(stream) for stream in before)
+    try:
+        yield
+    finally:
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+class _Pipe(io.FileIO):
+    """A file descriptor whose reader may go away: writing then ends the program, and later writes are dropped."""
+
+    def write(self, data: object) -> int | None:  # type: ignore[override] # any buffer, as the base class's
+        try:
+            return super().write(data)  # type: ignore[arg-type]
+        except BrokenPipeError:
+            # what the buffers above still hold is flushed at the interpreter's end; it must not fail again there
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            raise SystemExit(PIPE_CLOSED) from None
+
+
+def _guarded(stream: TextIO) -> TextIO:
+    """The same stream writing through `_Pipe`; one that isn't the process's own (a test's capture) as it is."""
+    if stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

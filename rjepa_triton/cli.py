@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 
-# What the command needs beyond the package's own dependencies: the extra `bench`.
+# Packages of the extra `bench`, which the command needs beyond the package's own dependencies.
 EXTRA = ("typer", "rich", "matplotlib", "PIL")
 
 
 def main() -> None:
-    """Run the command; exit code 2, and what to install, where its extra packages are missing."""
+    """Run the command. Without the packages of the extra `bench` it says what to install, and exits with code 2."""
     try:
         import typer
 
+        from ._command import quiet_end_of_pipe
         from .bench.cli import bench
         from .rjepa.cli import add_to
     except ModuleNotFoundError as error:
@@ -33,4 +34,5 @@ def main() -> None:
     )
     app.add_typer(bench, name="bench")
     add_to(app)
-    app()
+    with quiet_end_of_pipe():
+        app()

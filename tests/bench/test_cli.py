@@ -1,14 +1,18 @@
-"""The `rjepa` command: help, and what it says where its extra packages are missing."""
+"""The `rjepa` command: help, missing extra packages, and readers that go away."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from checkout import RESULTS
 
 from rjepa_triton import cli
+from rjepa_triton._command import PIPE_CLOSED
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -35,7 +39,7 @@ def test_an_unknown_command_exits_2(
 MISSING = """
 import sys
 from rjepa_triton.cli import main
-for package in ("typer", "matplotlib", "rich"):
+for package in ("typer", "rich", "matplotlib"):
     kept = sys.modules.get(package)
     sys.modules[package] = None
     try:
@@ -55,7 +59,71 @@ def test_missing_packages_are_named() -> None:
     done = subprocess.run(
         [sys.executable, "-c", MISSING], env=env, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["typer", "2", "matplotlib", "2", "rich", "2"]
+    assert done.stdout.split() == ["typer", "2", "rich", "2", "matplotlib", "2"]
     lines = [line for line in done.stderr.splitlines() if line.startswith("rjepa needs")]
-    assert [line.split()[2].strip(",:") for line in lines] == ["typer", "matplotlib", "rich"]
+    assert [line.split()[2].strip(",:") for line in lines] == ["typer", "rich", "matplotlib"]
     assert all("pip install 'rjepa-triton[bench]'" in line for line in lines)
+
+
+TABLES = ("bench", "table", str(RESULTS / "peers-cpu.jsonl"))
+PAGES = [
+    TABLES,
+    (*TABLES, "--markdown"),
+    ("bench", "plan", "--hidden", "64", "--device", "h100"),
+    ("bench", "plan", "--help"),
+    ("theory", "--help"),
+    ("fixations", "--help"),
+    ("--help",),
+]
+
+
+def command(*arguments: str) -> tuple[list[str], dict[str, str]]:
+    """A command and the environment of its process; the width is that of a wide terminal."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "160"}
+    return [sys.executable, "-m", "rjepa_triton", *arguments], env
+
+
+@pytest.mark.parametrize("arguments", PAGES, ids=" ".join)
+def test_a_reader_that_goes_away_ends_the_command_quietly(arguments: tuple[str, ...]) -> None:
+    words, env = command(*arguments)
+    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read().decode()
+    assert (process.wait(), told) == (PIPE_CLOSED, "")
+
+
+def test_head_gets_the_first_line_and_nothing_is_said(tmp_path: Path) -> None:
+    """By a shell's own pipe, whose reader leaves after a line of many."""
+    words, env = command(*TABLES)
+    line = f"{shlex.join(words)} 2>told | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    *_, status = done.stdout.splitlines()
+    assert int(status) in (0, PIPE_CLOSED)  # 0 if all of it was in the pipe before head left
+    assert (tmp_path / "told").read_text() == ""
+
+
+def test_another_pipe_that_breaks_is_an_error() -> None:
+    """Only stdout and stderr end a command quietly: what a worker's pipe says is told."""
+    code = """
+import sys
+from rjepa_triton._command import quiet_end_of_pipe, user_errors
+with quiet_end_of_pipe(), user_errors():
+    raise BrokenPipeError(32, "Broken pipe")
+"""
+    _, env = command()
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode != PIPE_CLOSED
+    assert "Broken pipe" in done.stderr
+
+
+def test_what_is_written_is_what_it_was_without_the_guard() -> None:
+    """Encoding and order of lines: a table's lines to a pipe, in UTF-8 whatever the locale says."""
+    words, env = command("bench", "plan", "--hidden", "64", "--device", "h100")
+    done = subprocess.run(words, env={**env, "PYTHONIOENCODING": "utf-8"}, capture_output=True, check=True)
+    told = done.stdout.decode("utf-8")
+    assert "┏" in told
+    assert told.rstrip().splitlines()[-1].endswith(".")
