@@ -9,12 +9,13 @@ Recursions (paper, eq. 14 in dual form; M(t) is each unit's own S×S transition)
 
 Grid: (tiles of BLOCK of the B·N units, blocks of time); for suffix products one block of time, the whole chunk.
 A program is one warp. It owns BLOCK units and walks its block of time from the last step to the first, with the S
-credits, or the S×S product, of each unit in registers. Per step it reads M, and δ or φ, of its units, and writes λ, or
-the products with partials, which then are all that is written; or R(t), or U(t).
+credits, or the S×S product, of each unit in registers. Per step it reads M and, as needed, δ, partials or φ of its
+units. It writes λ (`reverse_scan`), the products with partials in place of λ (`reverse_scan_entering`), R(t)
+(`suffix_products`), or U(t) (`arriving`).
 
-Credits take one pass over all T steps, or, where that would leave most of the GPU idle, several blocks of time side
-by side. What one block, of steps first … last, does to the credit from the steps after it is an affine map, and it is
-made by products alone, never by ratios:
+Credits take one pass over all T steps or, where that would leave most of the GPU idle, several blocks of time side by
+side. What one block, of steps first … last, does to the credit from the steps after it is an affine map. Its two
+coefficients, ℓ and R, take products alone and no ratios:
 
     M(first)ᵀ λ(first) = ℓ + Rᵀ (M(last+1)ᵀ λ(last+1)),        R = M(last) … M(first)
 

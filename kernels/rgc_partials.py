@@ -16,8 +16,8 @@ of each unit and writes ten.
 `_dual_kernel` runs the credit's recursion λ(t) = δ(t) + M(t+1)ᵀ λ(t+1) (eq. 14 in dual form) and makes the partials of
 each step as it goes. Grid: (tiles of BLOCK of the B·N units, blocks of time). A program, one warp, owns BLOCK units and
 walks its block of time backward, with λ and the diagonals in registers; per step it reads nine numbers of each unit
-(the seven and δ) and writes five, E of the four matrices and ∂E/∂u. How blocks of time are joined, and what
-`_dual_summary_kernel` adds: `reverse_scan`.
+(the seven, and δ of two states) and writes five, E of the four matrices and ∂E/∂u. `reverse_scan` says how blocks of
+time are joined, for which `_dual_summary_kernel` makes the summaries.
 """
 
 from __future__ import annotations
