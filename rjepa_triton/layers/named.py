@@ -1,4 +1,4 @@
-"""Recurrent layers as modules, by name. Each is a `TwoPointRNN` of one cell; what they share is told there."""
+"""Recurrent layers as modules, by name. Each is a `TwoPointRNN` of one cell, which describes what they share."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class RGC(TwoPointRNN):
         s(t) = (1 - tanh(W_ms m(t-1))) x(t) + tanh(W_ss s(t-1)) s(t-1)
         m(t) = (1 - tanh(W_sm s(t-1))) x(t) + tanh(W_mm m(t-1)) m(t-1)
 
-    x(t) is the layer's input, of N = hidden_size features, or W_in u(t) + b if input_size is given. Output s,
-    state (s, m). init is "zeros", the paper's: no dynamics at first. Other arguments: `TwoPointRNN`.
+    x(t) is the layer's input, of N = hidden_size features, or W_in u(t) + b if input_size is given. The output is s,
+    the state (s, m). init is "zeros", as in the paper, which passes x through at first. Other arguments:
+    `TwoPointRNN`.
 
     Parameters: weight_ss, weight_ms, weight_mm, weight_sm; weight_in and bias with input_size.
     """
@@ -42,7 +43,7 @@ class RGC(TwoPointRNN):
 
 
 class _TorchWeights(TwoPointRNN):
-    """A layer that also loads the state_dict of torch.nn's layer of its kind, one layer, one direction."""
+    """A layer that also loads the state_dict of the torch.nn layer of its kind, of one layer and one direction."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -64,7 +65,7 @@ class _TorchWeights(TwoPointRNN):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _from_torch(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our parameters from torch.nn's: its gates are rows of joint weights, its two biases are one here."""
+        """Our parameters from torch.nn's, which stacks the gates' weights in one tensor, and has two biases a gate."""
         inputs, count = self.cell.inputs, len(self.cell.inputs)
         suffixes = [f"_{name}" for name in inputs] if count > 1 else [""]
         ours: dict[str, Tensor] = {}
@@ -82,7 +83,7 @@ class _TorchWeights(TwoPointRNN):
 class RNN(_TorchWeights):
     """Elman network, h = f(W_hh h' + W_in u + b), as torch.nn.RNN: f = "tanh" or "relu".
 
-    Output and state h. Loads the state_dict of a one-layer torch.nn.RNN. Other arguments: `TwoPointRNN`.
+    Output and state are h. Loads the state_dict of a one-layer torch.nn.RNN. Other arguments: `TwoPointRNN`.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class RNN(_TorchWeights):
 class IndRNN(TwoPointRNN):
     """Independently recurrent network (Li et al. 2018): h = f(w ⊙ h' + W_in u + b), f = "relu" or "tanh".
 
-    Diagonal, so RFP is exact. w starts from U(0, 1). Other arguments: `TwoPointRNN`.
+    The recurrence is diagonal, so RFP is exact. w is drawn from U(0, 1). Other arguments: `TwoPointRNN`.
     """
 
     def __init__(
@@ -110,9 +111,9 @@ class IndRNN(TwoPointRNN):
 
 
 class CTRNN(TwoPointRNN):
-    """Leaky, or continuous-time, network by Euler's step α = dt/τ: h = (1 - α) h' + α f(W_hh h' + W_in u + b).
+    """Leaky, or continuous-time, network, by Euler steps α = dt/τ: h = (1 - α) h' + α f(W_hh h' + W_in u + b).
 
-    Output and state h. alpha in (0, 1]; f = "tanh" or "relu". Other arguments: `TwoPointRNN`.
+    Output and state are h. alpha in (0, 1]; f = "tanh" or "relu". Other arguments: `TwoPointRNN`.
     """
 
     def __init__(
@@ -127,10 +128,10 @@ class CTRNN(TwoPointRNN):
 
 
 class LSTM(_TorchWeights):
-    """Long short-term memory, as torch.nn.LSTM: output h, state (h, c).
+    """Long short-term memory, as torch.nn.LSTM: the output is h, the state (h, c).
 
-    Loads the state_dict of a one-layer torch.nn.LSTM, and then gives its outputs. weight_h<g> (N, N),
-    weight_in_<g> (N, I), bias_<g> (N,) for the gates g = i, f, g, o. Other arguments: `TwoPointRNN`.
+    Loads the state_dict of a one-layer torch.nn.LSTM, and then computes the same outputs. Parameters: weight_h<g> (N,
+    N), weight_in_<g> (N, I), bias_<g> (N,) for the gates g = i, f, g, o. Other arguments: `TwoPointRNN`.
     """
 
     def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
@@ -138,11 +139,11 @@ class LSTM(_TorchWeights):
 
 
 class GRU(_TorchWeights):
-    """Gated recurrent unit, as torch.nn.GRU: output and state h.
+    """Gated recurrent unit, as torch.nn.GRU: output and state are h.
 
-    Loads the state_dict of a one-layer torch.nn.GRU, and then gives its outputs. weight_h<g> (N, N),
-    weight_in_<g> (N, I), bias_<g> (N,) for g = r, z, n, and bias_hn (N,), which the reset gate multiplies.
-    Other arguments: `TwoPointRNN`.
+    Loads the state_dict of a one-layer torch.nn.GRU, and then computes the same outputs. Parameters: weight_h<g> (N,
+    N), weight_in_<g> (N, I), bias_<g> (N,) for g = r, z, n, and bias_hn (N,), which the reset gate multiplies. Other
+    arguments: `TwoPointRNN`.
     """
 
     def __init__(self, input_size: int, hidden_size: int, *, bias: bool = True, **options: Any) -> None:
@@ -156,13 +157,13 @@ class GRU(_TorchWeights):
 
 
 class ELSTM(TwoPointRNN):
-    """Element-wise LSTM (Irie et al. 2024), with the same weights for the gates' inputs as an LSTM has:
+    """Element-wise LSTM (Irie et al. 2024), whose gates read the input by the same weights as those of an LSTM:
 
         f = σ(w_f c' + F u),    z = tanh(w_z c' + Z u),    c = f c' + (1 - f) z
         o = σ(O u + W_o c),     output h = o c
 
-    Diagonal, so RFP is exact for what enters c; O and W_o lie outside the recurrence and learn by the step's own
-    gradient, which is exact. State c. Other arguments: `TwoPointRNN`.
+    The recurrence is diagonal, so RFP is exact for the weights that enter c. O and W_o lie outside the recurrence;
+    their gradient is that of the step itself, which is exact. The state is c. Other arguments: `TwoPointRNN`.
     """
 
     def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
@@ -178,10 +179,10 @@ class ELSTM(TwoPointRNN):
 
 
 class TimeDecay(TwoPointRNN):
-    """Time-decay units (paper, Appendix A.4): c = τ c' + P u, each unit with a decay τ of its own that is learned.
+    """Time-decay units (paper, Appendix A.4): c = τ c' + P u, where each unit learns its own decay τ.
 
-    Linear and without recurrent matrices, so RFP is exact. Output and state c. Parameters weight_in (P), bias,
-    tau (N,), from U(0, 1). Other arguments: `TwoPointRNN`.
+    It is linear and has no recurrent matrices, so RFP is exact. Output and state are c. Parameters: weight_in (P),
+    bias, and tau (N,), which is drawn from U(0, 1). Other arguments: `TwoPointRNN`.
     """
 
     def __init__(self, input_size: int | None, hidden_size: int, **options: Any) -> None:
@@ -191,13 +192,14 @@ class TimeDecay(TwoPointRNN):
 class LRU(TwoPointRNN):
     """Linear recurrent unit (Orvieto et al. 2023); with a nonlinearity, recurrent trace units (Elelimy et al. 2024).
 
-        z = λ z' + √(1 - |λ|²) B u,    output y = Re(C z) + D u,    λ = exp(-exp(ν) + i exp(θ)) a unit
+        z = λ z' + √(1 - |λ|²) B u,    output y = Re(C z) + D u,    λ = exp(-exp(ν) + i exp(θ)) for each unit
 
-    N complex units; B, C complex, D real; y has N features. Diagonal, so RFP is exact. State (re, im) of z.
-    r_min, r_max, max_phase: of λ at first. nonlinearity: None, "tanh" or "relu", of re and im.
+    N complex units; B and C are complex, D is real, y has N features. The recurrence is diagonal, so RFP is exact. The
+    state is (re, im) of z. r_min, r_max, max_phase: the range that |λ| and its phase are drawn from at first.
+    nonlinearity: None, "tanh" or "relu", which re and im pass through.
 
-    Parameters: weight_in_re, weight_in_im, their biases, nu, theta; output_re, output_im, skip outside the
-    recurrence. Other arguments: `TwoPointRNN`.
+    Parameters: weight_in_re and weight_in_im (B), their biases, nu, theta; outside the recurrence output_re and
+    output_im (C), and skip (D). Other arguments: `TwoPointRNN`.
     """
 
     def __init__(

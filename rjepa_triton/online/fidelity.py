@@ -1,4 +1,4 @@
-"""How true a learning rule's gradient is, in numbers: against the exact one, on some data."""
+"""How close a learning rule's gradient is to the exact one, measured on some data."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from .learner import OnlineLearner
 
 @dataclass(frozen=True)
 class Fidelity:
-    """An estimated gradient against the exact one: cosine, and |estimate - exact| / |exact|, by parameter name.
+    """An estimated gradient compared with the exact one. str() gives a table.
 
-    total_cosine and total_error are of all parameters together. NaN where the exact gradient is zero.
-    str() gives a table.
+    cosine       between the two, by parameter name; NaN where either is zero
+    error        |estimate - exact| / |exact|, by parameter name; NaN where the exact gradient is zero
+    total_cosine, total_error   the same of all parameters together
     """
 
     cosine: Mapping[str, float]
@@ -45,16 +46,16 @@ def fidelity(
     refine: Any = None,
     online: Mapping[str, Any] | None = None,
 ) -> Fidelity:
-    """Compare a learning rule's gradient with BPTT's exact one, on a sequence.
+    """Compare a learning rule's gradient with the exact one, that of BPTT, on a sequence.
 
     Args:
-        layer: the layer; its parameters and their gradients are left as they are.
-        x: (T, B, F); batch_first is left aside.
+        layer: the layer. Its parameters, their gradients and its options stay as they are.
+        x: (T, B, F), whatever the layer's batch_first.
         grad_output: (T, B, N), ∂L/∂output of a loss Σ_t L(t); random normal numbers from a fixed seed if None.
-        resets: (T, B) bool or None.
-        learning, refine: the rule; the layer's own if None.
-        online: options of an `OnlineLearner` that estimates the gradient instead, x given to it in pieces of
-            `update_every` steps from the zero state; the weights stay as they are.
+        resets: (T, B) bool or None: rows in which a new episode starts at that step.
+        learning, refine: the rule to compare; the layer's own if None.
+        online: options of an `OnlineLearner` whose gradient is compared instead. It gets x in pieces of `update_every`
+            steps, from the zero state; the weights stay as they are.
 
     Raises TypeError or ValueError for an argument out of its range, as the layer and the learner do.
     """
@@ -78,9 +79,9 @@ def gradients(
     refine: Any = None,
     online: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """A rule's gradient of each parameter, by name; arguments as in `fidelity`. The layer is left as it is."""
+    """A rule's gradient of each parameter, by name. Arguments are those of `fidelity`. The layer stays as it is."""
     if online is not None and not (learning is None and refine is None):
-        raise ValueError("online must hold learning and refine too where it is given, got them beside it")
+        raise ValueError("online must hold learning and refine too where it is given, got them outside of it")
     kept = (layer.learning, layer.refine, layer.batch_first, [p.grad for p in layer.parameters()])
     try:
         if learning is not None:
@@ -119,7 +120,7 @@ def _stream(
 
 
 def compare(estimate: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Fidelity:
-    """An estimate of each parameter's gradient against the exact one."""
+    """Compare estimates of the parameters' gradients with the exact ones; both by name."""
     pairs = {name: (estimate[name].flatten(), exact[name].flatten()) for name in exact}
     joint = [torch.cat([pair[i] for pair in pairs.values()]) for i in (0, 1)]
     return Fidelity(

@@ -1,4 +1,4 @@
-"""Several recurrent layers, one above the other, on sequences and online."""
+"""A stack of recurrent layers, each reading the output of the one below: on sequences and online."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .learner import OnlineLearner
 
 
 class Stack(nn.Module):
-    """Recurrent layers, each reading the output of the one below at the same step.
+    """Recurrent layers, each of which reads the output of the one below at the same step.
 
-    layers: bottom first; each takes as many features as the one below has units, and all or none batch_first.
-    They are `stack[0]`, `stack[1]`, …; each keeps its own `learning`.
+    layers: the bottom one first. Each must take as many features as the one below has units, and all must have the same
+    batch_first. They are `stack[0]`, `stack[1]`, …; each keeps its own `learning`.
 
     Raises TypeError or ValueError for layers that don't fit together.
     """
@@ -54,10 +54,11 @@ class Stack(nn.Module):
     def forward(
         self, x: Tensor, state: Sequence[State] | None = None, resets: Tensor | None = None
     ) -> tuple[Tensor, tuple[State, ...]]:
-        """Run over a sequence: x, resets and the output as in `TwoPointRNN.forward`, of the top layer.
+        """Run over a sequence. x, resets and the output, the top layer's, are as in `TwoPointRNN.forward`.
 
-        state: one a layer, or None. Returns the output and the last states, one a layer. Each layer's rule gives
-        the gradient of its weights and its input from the credit that the layer above passes down to each step.
+        state: one for each layer, or None for zeros. Returns the output and the last states, one for each layer. In the
+        backward pass each layer's rule finds the gradients of its weights and its input from the credit that the layer
+        above passes down to each step. Raises ValueError for a wrong number of states.
         """
         given = [None] * len(self) if state is None else list(state)
         if len(given) != len(self):
@@ -70,18 +71,20 @@ class Stack(nn.Module):
 
 
 class StackLearner:
-    """Runs a stack on a stream; each layer has an `OnlineLearner` of its own, and so sensitivities of its own.
+    """Runs a stack on a stream. Each layer has an `OnlineLearner` of its own, and so sensitivities of its own.
 
-    A loss at step t passes down through the layers within that step (paper, Section 4.1), and meets in each layer
-    what that layer carries forward of its own past. What a lower layer did at an earlier step to an upper layer's
-    state, and through it to this loss, is left out: so even where every layer alone is exact, a stack is not. Within
-    one chunk() call, credit that the layer above passes down to each step counts its later steps in that call too.
+    The gradient of a loss at step t passes down through the layers within that step (paper, Section 4.1), and meets in
+    each layer the sensitivities that the layer carries of its own past. A lower layer's effect at an earlier step on
+    the state of a layer above, and through it on this loss, is left out. So a stack is not exact even where every layer
+    alone is. Within one chunk() call, the credit that a layer passes down to a step includes its later steps there.
 
     Args:
         stack: the layers.
-        batch_size: B.
-        options: of each layer's `OnlineLearner`; those of one layer alone go to that layer's entry of `each`.
-        each: one dict of options a layer, which take precedence; None: no layer has any of its own.
+        batch_size: B, the number of streams that run side by side.
+        options: of the `OnlineLearner` of every layer.
+        each: one dict for each layer, of options for that layer alone, which override `options`; or None.
+
+    Raises TypeError or ValueError as `OnlineLearner` does, for a `stack` that is none, and for a wrong number of dicts.
     """
 
     def __init__(
@@ -97,19 +100,19 @@ class StackLearner:
         ]
 
     def step(self, x: Tensor) -> Tensor:
-        """Advance all layers one step. x (B, F) → the top layer's output (B, N). As `OnlineLearner.step`."""
+        """Advance all layers one step, as `OnlineLearner.step` does. x (B, F) → the top layer's output (B, N)."""
         for learner in self.learners:
             x = learner.step(x)
         return x
 
     def chunk(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
-        """Advance all layers C steps. x (C, B, F) → the top layer's outputs (C, B, N). As `OnlineLearner.chunk`."""
+        """Advance all layers C steps, as `OnlineLearner.chunk` does. x (C, B, F) → the top layer's output (C, B, N)."""
         for learner in self.learners:
             x = learner.chunk(x, resets)
         return x
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """Start a new episode in all layers. As `OnlineLearner.reset`."""
+        """Start a new episode in all layers, as `OnlineLearner.reset` does in one."""
         for learner in self.learners:
             learner.reset(mask)
 
@@ -120,31 +123,31 @@ class StackLearner:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of learning state now, of all layers."""
+        """Bytes of learning state now, of all layers together."""
         return sum(learner.nbytes for learner in self.learners)
 
     def exactness(self) -> Exactness:
-        """Exact for one layer that is; else what is left out."""
+        """Whether the gradient is exact, which needs a single layer whose gradient is; else what is left out."""
         of_layers = [learner.exactness() for learner in self.learners]
         if len(of_layers) == 1:
             return of_layers[0]
         parts = [f"layer {i}: {each}" for i, each in enumerate(of_layers)]
-        between = "what a layer did to the one above at earlier steps is left out"
+        between = "a layer's effect at earlier steps on the one above is left out"
         return Exactness(False, "; ".join([between, *parts]))
 
     def explain(self) -> None:
-        """Print what each layer's learner runs and why."""
+        """Print which form each layer's learner runs, and why."""
         for learner in self.learners:
             learner.explain()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed learner needs, by layer. As `OnlineLearner.state_dict`."""
+        """All that a resumed learner needs: `OnlineLearner.state_dict` of each layer."""
         return {f"layer {i}": learner.state_dict() for i, learner in enumerate(self.learners)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where the learner that made `state` was.
+        """Continue where the learner that made `state` was.
 
-        Raises TypeError or ValueError, with nothing changed, if it is of another stack or other options.
+        Raises TypeError or ValueError, with nothing changed, if `state` is of another stack or of other options.
         """
         if not isinstance(state, dict):
             raise TypeError(f"state must be a dict from state_dict(), got {type(state).__name__}")
