@@ -2,19 +2,23 @@
 
 import os
 
-import pytest
-import torch
+# A worker of `pytest -n` and the processes that its tests start share the cores with the other workers. Read when torch
+# is first imported.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, _CORES // _WORKERS))))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # Read when triton is first imported: kernels run in Python, on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    import interpreter
+
+    interpreter.do_once()
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
