@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= bench-out
 
-.PHONY: bench test gpu-check lint typecheck clean
+.PHONY: bench test gpu-check lint typecheck docs clean
 
 bench: $(VENV)/.bench
 	$(BIN)/rjepa bench scaling --out $(OUT)
@@ -23,9 +23,13 @@ lint: $(VENV)/.dev
 
 # A built copy, so that what is checked is what users get: kernels/ and bench/ under their installed names.
 typecheck: $(VENV)/.dev
-	rm -rf build/typecheck
+	rm -rf build/typecheck build/lib
 	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p rjepa_triton
+
+# The documentation as a site, build/site/index.html. Loads nothing from elsewhere.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info
