@@ -1,15 +1,17 @@
-"""What turns a patch into features before anything recurs: ResNet-50's stages, or a fixed bank of Gabor filters.
+"""The feedforward part, which turns a patch into features: ResNet-50's stages, or a fixed bank of Gabor filters.
 
-A ResNet comes from weights named by one text:
+`load` takes the name of the weights:
 
-    random                           He's initial weights: for tests; its features hardly differ from patch to patch
-    torchvision:IMAGENET1K_V2        a name of torchvision's ResNet50_Weights (downloads)
-    timm:resnet50.a1_in1k            a model of timm that is built as torchvision's ResNet-50 is (downloads)
+    gabor                            the bank of Gabor filters, which has no weights
+    random                           ResNet-50 with He's initial weights, for tests: its features hardly differ from
+                                     patch to patch
+    torchvision:IMAGENET1K_V2        a name of torchvision's ResNet50_Weights (downloaded)
+    timm:resnet50.a1_in1k            a model of timm with the layers of torchvision's ResNet-50 (downloaded)
     simsiam:checkpoint_0099.pth.tar  a checkpoint of SimSiam (Chen & He 2020)
-    file:weights.safetensors         a plain state dict, .safetensors or torch's
-    small:8                          five stages of 8 to 32 maps, random: for tests
+    file:weights.safetensors         a plain state dict, as .safetensors or saved by torch
+    small:8                          five random stages of 8 to 32 maps, for tests
 
-Files are read without unpickling code: safetensors, or torch.load(weights_only=True).
+No code in a file is run: files are read by safetensors or torch.load(weights_only=True).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,13 +32,12 @@ SIMSIAM = "module.encoder."
 
 
 class Backbone(nn.Module):
-    """Five stages, each from maps to maps at half the size or the same: a ResNet without its head.
+    """A ResNet without its head: five stages, each of which keeps the size of the maps or halves it.
 
     Args:
-        stages: the modules; widths: the maps that each gives.
-        mean, std: of the channels red, green and blue, that patches are standardised by.
-
-    Parameters are frozen and normalisation layers keep their statistics, unless `trainable` is set.
+        stages: the modules. widths: how many maps each returns.
+        mean, std: of the channels red, green and blue; patches are standardised by them.
+        trainable: if False, parameters are frozen and normalisation layers keep their statistics.
     """
 
     mean: Tensor
@@ -51,41 +53,41 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.stages, self.widths, self.trainable = nn.ModuleList(stages), widths, trainable
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("mean", rearrange(torch.tensor(mean), "c -> c 1 1"))
+        self.register_buffer("std", rearrange(torch.tensor(std), "c -> c 1 1"))
         self.requires_grad_(trainable)
         self.train(trainable)
 
     @property
     def features(self) -> int:
-        """D, of what `forward` gives."""
+        """D, the number of features that `forward` returns."""
         return self.widths[-1]
 
     def train(self, mode: bool = True) -> Backbone:
-        """As nn.Module's; frozen, normalisation layers stay in evaluation."""
+        """As `nn.Module.train`, except that a frozen backbone stays in evaluation mode."""
         return super().train(mode and self.trainable)
 
     def standardised(self, patches: Tensor) -> Tensor:
-        """Patches (…, 3, P, P), uint8 or in [0, 1], as the first stage takes them."""
+        """Patches (…, 3, P, P), uint8 or in [0, 1], standardised for the first stage."""
         return (as_unit_range(patches, self.mean.dtype) - self.mean) / self.std
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(n, D): the last stage's maps, averaged over pixels, of patches (n, 3, P, P), uint8 or in [0, 1]."""
+        """Features (n, D) of patches (n, 3, P, P), uint8 or in [0, 1]: the last stage's maps, averaged over pixels."""
         maps = self.standardised(patches)
         for stage in self.stages:
             maps = stage(maps)
-        return maps.mean((-2, -1))
+        return reduce(maps, "n d h w -> n d", "mean")
 
 
 class GaborBank(nn.Module):
-    """Features without a learned weight: Gabor energies and means of luminance and two colour contrasts.
+    """405 features without learned weights: Gabor energies and means of luminance and of two colour contrasts.
 
-    Pairs of even and odd filters with a wavelength of 4 pixels at six orientations, on a pyramid that halves the patch
-    twice: wavelengths of 4, 8 and 16 pixels of luminance (R+G+B)/3, and of 8 and 16 of red - green and
-    blue - (red+green)/2. log(1 + 20·√(even² + odd²)) and the channel itself, each averaged over a grid of 3×3: 405
-    features. Gaussian envelopes have a standard deviation of 0.56 wavelengths, one octave at half height (Daugman
-    1985; complex cells as energies: Adelson & Bergen 1985). The grid, the wavelengths and the logarithm's 20 are
-    choices.
+    The channels are luminance (R+G+B)/3, R - G and B - (R+G)/2. Pairs of an even and an odd filter, with a wavelength
+    of 4 pixels at six orientations, are applied on a pyramid that halves the patch twice. So the wavelengths are 4, 8
+    and 16 pixels for luminance, and 8 and 16 for the colour contrasts. The features are log(1 + 20·√(even² + odd²)) and
+    the channels themselves, each averaged over a grid of 3×3. Gaussian envelopes have a standard deviation of 0.56
+    wavelengths, which is one octave at half height (Daugman 1985; energies as a model of complex cells: Adelson &
+    Bergen 1985). The grid, the wavelengths and the factor 20 are choices.
     """
 
     WAVELENGTH, ORIENTATIONS, LEVELS, GRID, SIZE, GAIN = 4, 6, 3, 3, 13, 20.0
@@ -100,7 +102,7 @@ class GaborBank(nn.Module):
 
     @classmethod
     def _filters(cls) -> Tensor:
-        """(2·O, 1, SIZE, SIZE): even, odd, even, …, an orientation after the other; even ones without a mean."""
+        """(2·O, 1, SIZE, SIZE): an even and an odd filter for each orientation in turn; the even ones have mean 0."""
         at = torch.arange(cls.SIZE) - cls.SIZE // 2
         y, x = torch.meshgrid(at, at, indexing="ij")
         envelope = torch.exp(-(x**2 + y**2) / (2 * (0.56 * cls.WAVELENGTH) ** 2))
@@ -111,10 +113,10 @@ class GaborBank(nn.Module):
             phase = 2 * math.pi / cls.WAVELENGTH * (x * math.cos(angle) + y * math.sin(angle))
             even = envelope * torch.cos(phase)
             kernels += [even - envelope * even.sum(), envelope * torch.sin(phase)]
-        return torch.stack(kernels)[:, None]
+        return rearrange(kernels, "f h w -> f 1 h w")
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(n, 405) of patches (n, 3, P, P), uint8 or in [0, 1]."""
+        """Features (n, 405) of patches (n, 3, P, P), uint8 or in [0, 1]."""
         red, green, blue = as_unit_range(patches, self.filters.dtype).split(1, dim=1)
         level = torch.cat([(red + green + blue) / 3, red - green, blue - (red + green) / 2], dim=1)
         found = [F.adaptive_avg_pool2d(level, self.GRID)]
@@ -122,26 +124,27 @@ class GaborBank(nn.Module):
         for _ in range(1, self.LEVELS):
             level = F.avg_pool2d(level, 2)
             found.append(self._energy(level))
-        return torch.cat([maps.flatten(1) for maps in found], dim=1)
+        return torch.cat([rearrange(maps, "n c h w -> n (c h w)") for maps in found], dim=1)
 
     def _energy(self, channels: Tensor) -> Tensor:
-        """(n, C·O, GRID, GRID) of channels (n, C, h, w), each through all filters."""
-        rows, count = channels.shape[:2]
-        responses = F.conv2d(channels.flatten(0, 1)[:, None], self.filters, padding=self.SIZE // 2)
-        pooled = F.adaptive_avg_pool2d(torch.hypot(responses[:, 0::2], responses[:, 1::2]), self.GRID)
-        return torch.log1p(self.GAIN * pooled).view(rows, count * self.ORIENTATIONS, self.GRID, self.GRID)
+        """Log energies (n, C·O, GRID, GRID) of channels (n, C, h, w), each of which goes through all filters."""
+        each = rearrange(channels, "n c h w -> (n c) 1 h w")
+        responses = F.conv2d(each, self.filters, padding=self.SIZE // 2)
+        even, odd = rearrange(responses, "nc (o parity) h w -> parity nc o h w", parity=2)
+        pooled = F.adaptive_avg_pool2d(torch.hypot(even, odd), self.GRID)
+        return rearrange(torch.log1p(self.GAIN * pooled), "(n c) o h w -> n (c o) h w", n=len(channels))
 
 
 def as_unit_range(patches: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 patches as [0, 1] in `dtype`; others as they are, in it."""
+    """Patches as `dtype`: uint8 values are scaled to [0, 1], others are kept."""
     return patches.to(dtype) / 255 if patches.dtype == torch.uint8 else patches.to(dtype)
 
 
 def load(weights: str, trainable: bool = False) -> Backbone | GaborBank:
-    """The backbone that `weights` names (see above), or "gabor", the bank of filters.
+    """The backbone that `weights` names, as listed at the top of this module.
 
-    Raises ValueError for a name of no known kind, and for weights whose keys or shapes aren't ResNet-50's, naming
-    them; FileNotFoundError for a file that isn't there; ModuleNotFoundError without the package it takes.
+    Raises ValueError for a name of an unknown kind, and for weights whose keys or shapes aren't ResNet-50's, naming
+    them; FileNotFoundError; ModuleNotFoundError if torchvision, timm or safetensors is needed and missing.
     """
     kind, _, name = weights.partition(":")
     if kind == "gabor":
@@ -164,9 +167,9 @@ def load(weights: str, trainable: bool = False) -> Backbone | GaborBank:
 
 
 def read(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file, .safetensors or torch's, by name; nothing in it is run.
+    """The tensors of a file, .safetensors or saved by torch, by name. No code in the file is run.
 
-    Raises FileNotFoundError; ValueError for what isn't a dict of tensors, or can't be read without unpickling code.
+    Raises FileNotFoundError; ValueError if the file holds no dict of tensors or can't be read without running code.
     """
     path = Path(file)
     if not path.is_file():
@@ -187,17 +190,17 @@ def read(file: str | Path) -> dict[str, Tensor]:
 
 
 def unpickled(path: Path) -> Any:
-    """What torch.save wrote, if it can be read without running code; else ValueError naming the file."""
+    """What torch.save wrote to a file. Raises ValueError, naming it, if it can't be read without running code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what pickle, zipfile and its own reader do
+    except Exception as error:  # torch passes on what pickle, zipfile and its own reader raise
         raise ValueError(
             f"{path} can't be read with weights_only=True: {str(error).splitlines()[0]}"
         ) from None
 
 
 def _from_simsiam(file: str) -> dict[str, Tensor]:
-    """The encoder of a SimSiam checkpoint, without the projector that stands in place of its last layer."""
+    """The encoder of a SimSiam checkpoint, without the projector that replaces its last layer."""
     state = read(file)
     kept = {
         name.removeprefix(SIMSIAM): value
@@ -231,14 +234,14 @@ def _torchvision() -> Any:
 
 
 def _load_strictly(network: nn.Module, state: dict[str, Tensor], weights: str) -> None:
-    """Load all but the classifier, which isn't used; every other key and shape must be there, and no other."""
+    """Load all but the classifier, which isn't used. The other keys and shapes must be exactly the network's."""
     wanted = network.state_dict()
     missing = sorted(set(wanted) - set(state) - {"fc.weight", "fc.bias"})
     unexpected = sorted(set(state) - set(wanted))
     if missing or unexpected:
         raise ValueError(
             f"{weights} must have ResNet-50's keys: {len(missing)} are missing ({_some(missing)}), "
-            f"{len(unexpected)} are not its own ({_some(unexpected)})"
+            f"{len(unexpected)} are unknown ({_some(unexpected)})"
         )
     for name, value in state.items():
         if name not in ("fc.weight", "fc.bias") and value.shape != wanted[name].shape:
@@ -256,7 +259,7 @@ def _some(names: Any) -> str:
 
 
 def _resnet(network: Any, trainable: bool) -> Backbone:
-    """The five stages of torchvision's ResNet-50."""
+    """The backbone of torchvision's ResNet-50."""
     stem = OrderedDict(conv1=network.conv1, bn1=network.bn1, relu=network.relu, maxpool=network.maxpool)
     stages = [nn.Sequential(stem), network.layer1, network.layer2, network.layer3, network.layer4]
     return Backbone(stages, [64, 256, 512, 1024, 2048], trainable=trainable)

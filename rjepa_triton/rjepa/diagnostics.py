@@ -1,8 +1,8 @@
-"""What a falling loss doesn't show: whether there is still something in the representation to predict.
+"""Diagnostics of what a falling loss doesn't show: whether the representation still holds anything to predict.
 
-A raw loss falls too when h shrinks, or when it stops looking at the input. Beside it stand the loss of the best
-constant prediction, h's variance and rank, how much of the input passes the gate, and what h says of the patches: of
-the one seen and of the next.
+A raw loss also falls when h shrinks or stops depending on the input. So runs also report the loss of the best constant
+prediction, the variance and rank of h, how much of the input passes the gate, and how well h predicts the current patch
+and the next one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,10 +18,10 @@ from .model import Distance
 
 
 def constant_loss(kind: Distance, h: Tensor) -> Tensor:
-    """The loss of the best prediction that is the same for all sequences, by step: (T,) of h (T, B, E).
+    """(T,): for each step, the loss of the best prediction that is the same for all sequences; h is (T, B, E).
 
-    "square": the variance over sequences, mean over dimensions. "cosine": 1 - ‖mean of h/‖h‖‖. A loss over this is 1
-    where h(t) is predicted no better than not at all, whatever h's size.
+    "square": the variance over sequences, averaged over dimensions. "cosine": 1 - ‖mean of h/‖h‖‖. A loss divided by
+    this is 1 if h(t) is predicted no better than by a constant, whatever the size of h.
     """
     if kind == "square":
         return h.var(1, correction=0).mean(-1)
@@ -28,17 +29,17 @@ def constant_loss(kind: Distance, h: Tensor) -> Tensor:
 
 
 def participation_ratio(h: Tensor, *, correlation: bool = False) -> float:
-    """(Σλ)²/Σλ² of the eigenvalues λ of h's covariance over all but the last dimension: an effective rank.
+    """The effective rank (Σλ)²/Σλ² of h (…, E); λ are the eigenvalues of its covariance matrix.
 
-    correlation: of the correlation matrix (the paper's Fig. 3B), which doesn't see h shrink.
+    correlation: take the correlation matrix instead (as the paper's Fig. 3B does), which doesn't show that h shrinks.
     """
     values = spectrum(h, correlation=correlation)
     return float(values.sum() ** 2 / values.square().sum().clamp_min(torch.finfo(values.dtype).tiny))
 
 
 def spectrum(h: Tensor, *, correlation: bool = False) -> Tensor:
-    """Eigenvalues of h's covariance (or correlation) matrix, descending, float64: (E,)."""
-    rows = h.reshape(-1, h.shape[-1]).double()
+    """The eigenvalues (E,) of the covariance (or correlation) matrix of h (…, E), descending, in float64."""
+    rows = rearrange(h, "... e -> (...) e").double()
     rows = rows - rows.mean(0)
     if correlation:
         rows = rows / rows.std(0, correction=0).clamp_min(1e-12)
@@ -46,11 +47,11 @@ def spectrum(h: Tensor, *, correlation: bool = False) -> Tensor:
 
 
 def explained(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], ridge: float = 30.0) -> float:
-    """R² on test rows of a linear map from the first of a pair to the second, fitted on the train rows by ridge
-    regression of standardised inputs; 1 - residual/total over all outputs, total about the test rows' own mean.
+    """R² on test rows of a linear map from inputs to outputs that is fitted on the train rows.
 
-    Each pair: (rows, P) and (rows, Q). Inputs beyond 4 standard deviations are clipped, so that a row unlike all of
-    training doesn't decide the figure.
+    train, test: inputs (rows, P) and outputs (rows, Q). The fit is a ridge regression on standardised inputs. R² is
+    1 - residual/total over all outputs, with the total about the test rows' own mean. Inputs are clipped at 4 standard
+    deviations, so that one row unlike all of training doesn't decide the result.
     """
     (a, y), (a_test, y_test) = ((one.double() for one in pair) for pair in (train, test))
     mean, std = a.mean(0), a.std(0).clamp_min(1e-8)
@@ -66,20 +67,20 @@ def _with_one(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Components:
-    """The first principal components of features, which the probes are asked for: mean (D,), axes (D, Q)."""
+    """The first Q principal components of features, which the probes predict: mean (D,), axes (D, Q)."""
 
     mean: Tensor
     axes: Tensor
 
     @classmethod
     def of(cls, features: Tensor, count: int = 50) -> Components:
-        """From features (…, D), whitened by nothing: in their own units."""
-        rows = features.reshape(-1, features.shape[-1]).double()
+        """The first `count` components of features (…, D), without whitening."""
+        rows = rearrange(features, "... d -> (...) d").double()
         mean = rows.mean(0)
         centred = rows - mean
         _, axes = torch.linalg.eigh(centred.T @ centred / len(rows))
         return cls(mean, axes.flip(1)[:, :count])
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(…, Q) of features (…, D)."""
+        """The components (…, Q) of features (…, D)."""
         return (features.double() - self.mean) @ self.axes

@@ -1,11 +1,12 @@
-"""The recurrent encoder (paper, Section 2.2): stages of a ResNet, a circuit at each area, one at the top.
+"""The recurrent encoder (paper, Section 2.2): a ResNet's stages, a recurrent circuit after each, and one at the top.
 
     c_l(t) = C_l(c_l(t-1), x_l(t)),   x_l(t) = F_l(c_{l-1}(t) + φ_l(⊕_{k>l} S(c_k(t-1))))    low areas, l = 1 … 5   (1)
     c^High(t) = C_H(c^High(t-1), x^High(t)),   x^High(t) = MLP(AvgPool(c_5(t)))              the top area           (2)
     h(t) = F(c^High(t))                                                                      the embedding
 
-Two presets. "initial", as in the paper's experiments: a frozen backbone, recurrence at the top alone. "full":
-recurrence and feedback at every area. What passes on of a circuit's state is s.
+Every circuit C is an RGC with the states s and m, of which it passes s on. There are two presets: "initial", as in the
+paper's experiments, has a frozen backbone and recurrence in the top area alone; "full" has recurrence and feedback in
+every area.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,11 +34,11 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Head(nn.Module):
-    """x^High = norm(V₂ relu(V₁ (f - μ)/σ + b₁) + b₂) of features f (…, D): (…, N), paper, eq. 2.
+    """The MLP of eq. 2: x^High = norm(V₂ relu(V₁ (f - μ)/σ + b₁) + b₂), (…, N), of features f (…, D).
 
-    μ and σ are the features' own, 0 and 1 until `calibrate_`. The norm is a BatchNorm without gain and offset. Frozen
-    (`trainable` False, the default) it takes its statistics once, by `calibrate_`, and keeps them; learned, from each
-    batch while training.
+    μ and σ are mean and standard deviation of each feature; they are 0 and 1 until `calibrate_` sets them. norm is a
+    BatchNorm without gain and offset. If `trainable` is False (the default), the weights are frozen and norm keeps the
+    statistics that `calibrate_` set; if True, norm takes them from each batch while training.
     """
 
     mean: Tensor
@@ -53,7 +55,7 @@ class Head(nn.Module):
         self.train(trainable)
 
     def train(self, mode: bool = True) -> Head:
-        """As nn.Module's; frozen, the norm stays in evaluation."""
+        """As `nn.Module.train`, except that a frozen head stays in evaluation mode, which norm depends on."""
         return super().train(mode and self.trainable)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -65,8 +67,8 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def calibrate_(self, features: Tensor) -> None:
-        """Take μ, σ and the norm's statistics from features (…, D), in place of what they were."""
-        rows = features.flatten(0, -2)
+        """Set μ, σ and the norm's statistics, in place, to those of features (…, D)."""
+        rows = rearrange(features, "... d -> (...) d")
         self.mean.copy_(rows.mean(0))
         self.std.copy_(rows.std(0) + 1e-3 * rows.std())
         x = self._mixed(rows)
@@ -78,13 +80,13 @@ class Head(nn.Module):
 
 @dataclass
 class State:
-    """What goes on from one step to the next: (s, m) of each low area, (B, C, H, W) each, and of the top, (B, N)."""
+    """The encoder's state between steps: (s, m) of each low area, (B, C, H, W) each, and of the top area, (B, N)."""
 
     areas: tuple[Pair, ...]
     top: Pair
 
     def detached(self) -> State:
-        """The same, without a way back: where a sequence is cut into chunks."""
+        """The same state, detached from the graph: gradients stop here when a sequence is cut into chunks."""
         return State(
             tuple((s.detach(), m.detach()) for s, m in self.areas),
             (self.top[0].detach(), self.top[1].detach()),
@@ -93,7 +95,13 @@ class State:
 
 @dataclass
 class Encoding:
-    """h (T, B, E), the embeddings; x, s, m (T, B, N), what the top circuit was given and its states; the last state."""
+    """What the encoder returns.
+
+    h      (T, B, E) the embeddings
+    x      (T, B, N) x^High, the top circuit's input
+    s, m   (T, B, N) the top circuit's states
+    state  of all circuits after the last step
+    """
 
     h: Tensor
     x: Tensor
@@ -103,27 +111,27 @@ class Encoding:
 
 
 class Encoder(nn.Module):
-    """Patches in, embeddings out; see the module for the equations.
+    """Encodes patches (T, B, 3, P, P) as embeddings (T, B, E); the equations are at the top of this module.
 
     Args:
-        backbone: its stages F_l, and what patches are standardised by. "full" needs stages, which a GaborBank has not.
+        backbone: gives the stages F_l and standardises patches. "full" needs stages, which a GaborBank doesn't have.
         preset: "initial" or "full".
-        units: N of the top circuit. hidden: of the MLP before it.
-        learning: of the circuits. "rfp" | "bptt" | "rtrl"; the low areas of "full" take "rfp" or "bptt".
-        embedding: E of a linear F; None: F is the identity, h = s, E = N.
-        kernel_size, depthwise: of the low circuits' gates.
-        feedback: whether later areas feed back. Without it each area of "full" goes through the whole sequence at once,
-            by RFP in its dual form.
-        delay: c_{l-1}(t-1) in place of c_{l-1}(t) for l > 1, which is eq. 1 to the letter: a patch then reaches the
-            top after four steps.
-        train_head: whether the MLP learns. It may let the representation's rank fall (docs/rjepa.md).
+        units: N of the top circuit. hidden: hidden units of the MLP before it.
+        learning: how the circuits learn, "rfp" | "bptt" | "rtrl"; the low areas of "full" can't take "rtrl".
+        embedding: E of a linear F; None: F is the identity, so that h = s and E = N.
+        kernel_size, depthwise: of the convolutions in the low circuits' gates.
+        feedback: whether later areas feed back. Without it, each area of "full" processes the whole sequence before
+            the next area does, and learns by RFP in its dual form.
+        delay: use c_{l-1}(t-1) in place of c_{l-1}(t) for l > 1. That is what the text of eq. 1 says; a patch then
+            reaches the top after four steps.
+        train_head: whether the MLP learns. That may let the representation's rank fall (docs/rjepa.md).
 
-    With "rfp", credit goes back in time within a unit alone, and from area to area at the step at hand: feedback, which
-    is of the step before, is given no credit through the areas that it comes from. With "bptt" all of it is exact.
-    Feedback φ_l is a 1×1 convolution of the later areas' s, bilinearly resized and joined, zero at first and where no
-    area is above.
+    With "rfp", credit goes back in time within each unit, and from area to area within the same step. Feedback comes
+    from the step before, so no credit goes through it to the areas it comes from. With "bptt" gradients are exact.
+    Feedback φ_l is a 1×1 convolution of the later areas' s, which are bilinearly resized and concatenated. It is zero
+    at the start of training and for the last area.
 
-    Raises ValueError or TypeError for an argument out of its range or a combination that can't be, naming it.
+    Raises ValueError or TypeError, naming the argument, if one is out of its range or doesn't go with another.
     """
 
     def __init__(
@@ -150,8 +158,8 @@ class Encoder(nn.Module):
             )
         if preset == "full" and learning == "rtrl":
             raise ValueError(
-                "preset='full' takes learning='rfp' or 'bptt', got 'rtrl', whose sensitivities of maps would not fit; "
-                "preset='initial' takes it for small N"
+                "preset='full' takes learning='rfp' or 'bptt', got 'rtrl', whose sensitivities of whole maps would not "
+                "fit in memory; preset='initial' takes it for small N"
             )
         if delay and preset != "full":
             raise ValueError("delay is for preset='full', whose low areas recur, got preset='initial'")
@@ -174,25 +182,26 @@ class Encoder(nn.Module):
         self.embedding_size = units if embedding is None else embedding
 
     def features(self, patches: Tensor, at_once: int = 512) -> Tensor:
-        """(T, B, D): what a frozen backbone makes of patches (T, B, 3, P, P), `at_once` of them at a time.
+        """The backbone's features (T, B, D) of patches (T, B, 3, P, P), computed for `at_once` patches at a time.
 
-        For preset "initial", where they are the same in every epoch. Raises ValueError for "full".
+        This is for preset "initial", whose frozen backbone gives the same features in every epoch; "full" raises
+        ValueError.
         """
         if self.preset == "full":
             raise ValueError(
                 "features can be made beforehand for preset='initial' alone: in 'full' every area recurs"
             )
-        flat = patches.flatten(0, 1)
-        return torch.cat([self.backbone(part) for part in flat.split(at_once)]).unflatten(
-            0, patches.shape[:2]
-        )
+        flat = rearrange(patches, "t b c h w -> (t b) c h w")
+        features = torch.cat([self.backbone(part) for part in flat.split(at_once)])
+        return rearrange(features, "(t b) d -> t b d", t=len(patches))
 
     def without_recurrence(self, patches: Tensor) -> Tensor:
-        """x^High (T, B, N) as a feedforward network gives it: that of the whole encoder while its circuits are zero."""
-        return self.head(self.backbone(patches.flatten(0, 1)).unflatten(0, patches.shape[:2]))
+        """x^High (T, B, N) of the feedforward network alone, as the encoder gives it while its circuits are zero."""
+        features = self.backbone(rearrange(patches, "t b c h w -> (t b) c h w"))
+        return self.head(rearrange(features, "(t b) d -> t b d", t=len(patches)))
 
     def forward(self, patches: Tensor, state: State | None = None) -> Encoding:
-        """Encode patches (T, B, 3, P, P), uint8 or in [0, 1], from a state; from zero if None. Nothing is mutated."""
+        """Encode patches (T, B, 3, P, P), uint8 or in [0, 1], starting from a state, or from zero. Mutates nothing."""
         if self.preset == "initial":
             return self.encode(self.head(self.features(patches)), state)
         low = self._low if self.feedback else self._low_at_once
@@ -201,14 +210,14 @@ class Encoder(nn.Module):
         return replace(made, state=State(areas, made.state.top))
 
     def encode(self, x: Tensor, state: State | None = None) -> Encoding:
-        """The top area alone, given x^High (T, B, N)."""
+        """Run the top area alone, given x^High (T, B, N)."""
         given = (x.new_zeros(x.shape[1:]),) * 2 if state is None else state.top
         ss, ms, mm, sm = self.circuit.weights()
         s, m = rgc(x, ss, ms, mm, sm, given, learning=self.learning)
         return Encoding(self.embedding(s), x, s, m, State((), (s[-1], m[-1])))
 
     def _low(self, patches: Tensor, states: Sequence[Pair]) -> tuple[Tensor, tuple[Pair, ...]]:
-        """The low areas step by step: AvgPool(c_5(t)) (T, B, D), and their last states."""
+        """Run the low areas step by step; returns AvgPool(c_5(t)) (T, B, D) and their last states."""
         assert isinstance(self.backbone, Backbone)
         now: list[Pair | None] = list(states) or [None] * len(self.areas)
         pooled = []
@@ -223,18 +232,19 @@ class Encoder(nn.Module):
         return torch.stack(pooled), tuple(pair for pair in now if pair is not None)
 
     def _low_at_once(self, patches: Tensor, states: Sequence[Pair]) -> tuple[Tensor, tuple[Pair, ...]]:
-        """The same without feedback: each area over all steps before the next."""
+        """As `_low`, without feedback: each area processes all steps before the next one does."""
         assert isinstance(self.backbone, Backbone)
         given: Sequence[Pair | None] = states or [None] * len(self.areas)
         below, last = self.backbone.standardised(patches), []
         for stage, area, before in zip(self.backbone.stages, self.areas, given, strict=True):
-            s, now = area(stage(below.flatten(0, 1)).unflatten(0, below.shape[:2]), before)
+            maps = stage(rearrange(below, "t b c h w -> (t b) c h w"))
+            s, now = area(rearrange(maps, "(t b) c h w -> t b c h w", t=len(below)), before)
             last.append(now)
             below = torch.cat([_passed_on(s[0], before)[None], s[:-1]]) if self.delay else s
-        return s.mean((-2, -1)), tuple(last)
+        return reduce(s, "t b c h w -> t b c", "mean"), tuple(last)
 
     def _from_above(self, level: int, like: Tensor, before: Sequence[Pair | None]) -> Tensor | float:
-        """φ_l(⊕_{k>l} S(s_k(t-1))), of the size of the area's input; zero at the first step and with nothing above."""
+        """φ_l(⊕_{k>l} S(s_k(t-1))), as large as the area's input; zero in the first step and for the last area."""
         if level == len(self.feedback) or before[-1] is None:
             return 0.0
         size = like.shape[-2:]
@@ -246,10 +256,10 @@ class Encoder(nn.Module):
         return self.feedback[level](torch.cat(resized, dim=1))
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """What learns in the encoder: circuits, feedback, and what of F, the MLP and the backbone is trained."""
+        """The parameters that learn: circuits, feedback, F, and MLP and backbone unless they are frozen."""
         return [p for p in self.parameters() if p.requires_grad]
 
 
 def _passed_on(s: Tensor, before: Pair | None) -> Tensor:
-    """s of the step before, zero at the first."""
+    """s of the step before; zero in the first step."""
     return torch.zeros_like(s) if before is None else before[0]

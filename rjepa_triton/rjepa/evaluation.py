@@ -1,4 +1,4 @@
-"""Every diagnostic of a model on its test sequences: `rjepa evaluate`, and each epoch of a run."""
+"""All diagnostics of a model on its test sequences: for `rjepa evaluate`, and for each epoch of a run."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from . import diagnostics
 from .model import distance
 from .sequences import Data, Sequences, losses
 
-PROBE_FROM = 20  # the first step that probes look at: h has gathered by then what it will
+PROBE_FROM = 20  # the first step that probes use: by then h holds as much of the past as it will
 
 
 def evaluate(model: Any, control: nn.Module, data: Data, kind: Any, device: torch.device) -> dict[str, Any]:
-    """On the test sequences: diagnostics by step (lists), spectra, and single figures (docs/rjepa.md).
+    """Diagnostics on the test sequences: lists by step, spectra, and single numbers (docs/rjepa.md lists them).
 
-    control: the predictor that learns on x^High alone. Probes are fitted on the training sequences.
+    control: the predictor that learns on x^High alone. kind: the distance d_R. Probes are fitted on the training
+    sequences.
     """
     train, test = _encoded(model, data.train, device), _encoded(model, data.test, device)
     h, plain = test["h"], test["plain"]
@@ -30,7 +32,7 @@ def evaluate(model: Any, control: nn.Module, data: Data, kind: Any, device: torc
     constant, constant_x = (diagnostics.constant_loss(kind, one)[1:] for one in (h, plain))
 
     def rows(tensor: Tensor, steps: slice) -> Tensor:
-        return tensor[steps].flatten(0, 1)
+        return rearrange(tensor[steps], "t n d -> (t n) d")
 
     steps = len(h)
     first = min(PROBE_FROM, steps - 2)
@@ -44,7 +46,8 @@ def evaluate(model: Any, control: nn.Module, data: Data, kind: Any, device: torc
         return diagnostics.explained(pairs[0], pairs[1])
 
     centred = h - h.mean((0, 1))
-    axes = torch.linalg.eigh(centred.flatten(0, 1).T @ centred.flatten(0, 1)).eigenvectors.flip(1)[:, :2]
+    flat = rearrange(centred, "t n d -> (t n) d")
+    axes = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :2]
     return {
         "loss": loss.tolist(),
         "normalised": (loss / constant).tolist(),
@@ -60,12 +63,12 @@ def evaluate(model: Any, control: nn.Module, data: Data, kind: Any, device: torc
         "next_from_x": explained("plain", coming),
         "current_from_h": explained("h", seen),
         "current_from_x": explained("plain", seen),
-        "trajectories": (centred[:, :4] @ axes).transpose(0, 1).tolist(),
+        "trajectories": rearrange(centred[:, :4] @ axes, "t n d -> n t d").tolist(),
     }
 
 
 def _encoded(model: Any, data: Sequences, device: torch.device, size: int = 64) -> dict[str, Tensor]:
-    """Of all sequences: h, m and x^High without recurrence ("plain"), (T, n, ·), and the losses (T - 1, n)."""
+    """Of all sequences: h, m and x^High without recurrence ("plain"), (T, n, ·) each, and "loss" (T - 1, n)."""
     parts = []
     for batch in torch.arange(len(data)).split(size):
         found, plain = losses(model, data, batch, device)
@@ -75,7 +78,7 @@ def _encoded(model: Any, data: Sequences, device: torch.device, size: int = 64) 
 
 
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:
-    """One figure for each diagnostic: curves as their mean over the steps from PROBE_FROM on."""
+    """One number for each diagnostic; of a curve, its mean over the steps from PROBE_FROM on."""
     out = {}
     for name, value in found.items():
         if isinstance(value, float):

@@ -17,19 +17,16 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from .report import SHOWN, FixationError, Problem, Report
 from .rows import (
     BLANK,
     DISAGREEMENT,
     DURATIONS,
     OVERLAP,
     POLICIES,
-    SHOWN,
     TYPICAL,
-    FixationError,
     Fixations,
     Names,
-    Problem,
-    Report,
     checked,
 )
 from .sidecar import Sidecar

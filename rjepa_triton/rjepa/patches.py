@@ -1,6 +1,6 @@
-"""Sequences of fixated patches as a data set: recorded fixations, or simulated scan paths, over films and pictures.
+"""A data set of sequences of fixated patches, from recorded fixations or from simulated scan paths.
 
-A film is decoded at the width at which a patch of P pixels covers the wanted angle, so a patch is a crop.
+A film is decoded at the width at which a patch of P pixels covers the wanted angle, so cutting a patch is a crop.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch.utils.data import Dataset
 
 from .. import _checks as check
-from .rows import POLICIES, SHOWN, FixationError, Fixations
+from .report import FixationError, listed
+from .rows import POLICIES, Fixations
 from .scanpath import ScanPath, Statistics, simulate
 from .video import Film, VideoError, decode, probe, there_and_back
 
 EDGES = ("shift", "pad", "refuse")
-PATCH, DEGREES = 50, 5.0  # pixels a side, and the angle they cover: the paper's (Section 3.2)
-STEPS = 100  # fixations a sequence: the paper's (Section 4.2)
-# Fixations that are drawn before a simulated sequence and left out: the paper's sequences begin anywhere in a film, and
-# a scan path's first fixations are at the frame's centre.
+PATCH, DEGREES = 50, 5.0  # a patch's side in pixels, and the angle it covers, as in the paper (Section 3.2)
+STEPS = 100  # fixations in a sequence, as in the paper (Section 4.2)
+# So many fixations are drawn before a simulated sequence and dropped: the paper's sequences begin anywhere in a film,
+# whereas a scan path's first fixations are at the frame's centre.
 WARM_UP = 20
-ASPECT = 0.02  # how far a film's aspect may be from that of the frame in which fixations are given
+ASPECT = 0.02  # how much a film's aspect may differ from that of the frame in which fixations are given
 
 
 @dataclass(frozen=True)
 class Source:
-    """A picture or film to lay simulated scan paths over.
+    """A picture or film over which scan paths are simulated.
 
     px_per_degree: pixels of its frame, as it is shown, per degree of visual angle. fps: the rate at which a film is
-    shown; None: at the times that the file gives.
+    shown; None: as the file's time stamps say.
     """
 
     name: str
@@ -48,8 +50,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Scene:
-    """A film as it is cut into patches: `size` (width, height) and px_per_degree are of the frame in which positions
-    are given, `scale` leads from those to pixels of the film's frames."""
+    """A film from which patches are cut, and the frame in which positions are given.
+
+    size, px_per_degree   width and height of that frame in pixels, and its pixels per degree
+    scale                 (x, y) pixels of the film's frames per pixel of that frame
+    """
 
     film: Film
     size: tuple[int, int]
@@ -63,12 +68,12 @@ class Scene:
 
 @dataclass(frozen=True)
 class View:
-    """One sequence laid over its film, before patches are cut.
+    """One sequence of fixations on its film: where patches will be cut.
 
-    path      onsets are those of the item; x and y pixels of the frame in which positions are given
-    frame     (T,) which frame is shown in the middle of each fixation
-    centre    (T, 2) gaze, pixels of the film's frames, x and y
-    corner    (T, 2) int, upper left corner of each patch in the film's frames
+    path      the fixations, in pixels of the frame in which positions are given
+    frame     (T,) the index of the film's frame shown in the middle of each fixation
+    centre    (T, 2) x and y of the gaze, in pixels of the film's frames
+    corner    (T, 2) int, x and y of each patch's upper left corner in the film's frames
     """
 
     participant: str
@@ -83,23 +88,22 @@ class View:
 class FixationSequences(Dataset[dict[str, Any]]):
     """Sequences of T consecutive fixations of one participant in one movie. Each item is a dict:
 
-    patches        (T, 3, P, P) uint8, what was around the gaze in the middle of each fixation
+    patches        (T, 3, P, P) uint8, the image around the gaze in the middle of each fixation
     positions      (T, 2) float32, degrees from the frame's centre: x to the right, y down
-    actions        (T, 2) float32, the next position less this one; NaN at the last, whose next isn't in the sequence
-    onsets         (T,) float64, seconds since the movie began; of a simulated path over a film, since the film began
-                   to play forward and backward (`there_and_back`)
+    actions        (T, 2) float32, the next position minus this one; NaN for the last, whose next isn't in the sequence
+    onsets         (T,) float64, seconds since the movie began. In a simulated path over a film, seconds since the film
+                   began to play forward and backward (`there_and_back`)
     durations      (T,) float64, seconds
-    participant,   str; participants of simulated paths are simulated-0, simulated-1, …, one a sequence of each source
-    movie
+    participant    str; simulated-0, simulated-1, … for the simulated paths over each source
+    movie          str
 
-    edge says what becomes of a patch that sticks out of the frame: "shift" moves it inside by the least way, so that
-    it isn't centred on the gaze, which `positions` still tells; "pad" fills what is outside with black, as
-    around a film in a dark room; "refuse" raises ValueError when the data set is made. Simulated paths keep
-    within the frame.
+    edge decides about a patch that sticks out of the frame. "shift" moves it inside by the shortest way, so it isn't
+    centred on the gaze any more (`positions` still gives the gaze); "pad" fills the outside with black, like the dark
+    room around a screen; "refuse" raises ValueError when the data set is made. Simulated paths stay within the frame.
 
-    unused         fixations that are in no sequence, by reason
+    `unused` counts the fixations that are in no sequence, by reason.
 
-    Items can be had in any order and in any worker process: item i is always the same.
+    Items can be read in any order and in any worker process: item i is always the same.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class FixationSequences(Dataset[dict[str, Any]]):
         unused: Mapping[str, int] | None = None,
         items: np.ndarray | None = None,
     ) -> None:
-        """Made by `from_fixations`, `simulated`, `demo.sequences` and `select`."""
+        """Called by `from_fixations`, `simulated`, `demo.sequences` and `select`, which users call."""
         self.paths = paths
         self.scenes = dict(scenes)
         self.patch = patch
@@ -136,17 +140,19 @@ class FixationSequences(Dataset[dict[str, Any]]):
         policy: str = "refuse",
         cache: str | Path | None = None,
     ) -> FixationSequences:
-        """Recorded fixations over the films that their sidecar names.
+        """Sequences of recorded fixations on the films that their sidecar names.
 
         steps     T
-        stride    fixations from the start of one sequence to that of the next; T if None, so that none is used twice
-        max_gap   seconds: a longer one between two fixations (a blink, lost data, rows that were skipped) ends a
-                  sequence; None: no gap does
-        policy    of a film that is missing or broken and a fixation in the middle of which its film is over:
-                  "refuse" raises VideoError or FixationError, "skip" counts the fixations in `unused`
-        cache     folder of decoded films, `video.default_cache()` if None
+        stride    fixations from the start of one sequence to the start of the next; None: T, so that none is used twice
+        max_gap   seconds; a longer gap between two fixations (a blink, lost data, skipped rows) ends a sequence; None:
+                  no gap does
+        patch, degrees   a patch's side in pixels, and the angle it covers
+        policy    what becomes of fixations whose film is missing, broken, or over by their middle: "refuse" raises
+                  VideoError or FixationError, "skip" counts them in `unused`
+        cache     folder of decoded films; None: `video.default_cache()`
 
-        Raises ValueError also where not one sequence is left.
+        Raises ValueError for an argument out of its range, for a movie without a known file or with another aspect than
+        its film, and if not one sequence is left.
         """
         check.one_of("policy", policy, POLICIES)
         check.integer("steps", steps, 1)
@@ -184,7 +190,8 @@ class FixationSequences(Dataset[dict[str, Any]]):
             if late.any() and policy == "refuse":
                 raise FixationError(
                     f"{source}: {late.sum()} fixations have their middle after the end of {movie.file}, "
-                    f"{film.end:g} s: rows {_rows(fixations.row[late])}. Correct them, or policy='skip'"
+                    f"{film.end:g} s: rows {listed(fixations.row[late].tolist())}. Correct them, or leave them out "
+                    "with policy='skip'"
                 )
             unused["after the film's end"] += int(late.sum())
             good &= ~late
@@ -216,10 +223,12 @@ class FixationSequences(Dataset[dict[str, Any]]):
     ) -> FixationSequences:
         """`sequences` simulated scan paths of T = `steps` fixations over each source.
 
-        A path depends on the seed, the source's name, its number and the frame's size in degrees, and on no other
-        source. A film is played forward and backward from a random time on, as long as the path lasts.
+        A path depends on the seed, the source's name, the path's number and the frame's size in degrees; other sources
+        don't change it. A film is played forward and backward from a random time on, for as long as the path lasts.
+        patch, degrees: a patch's side in pixels, and the angle it covers; cache: as in `from_fixations`.
 
-        Raises ValueError for sources of one name, no source, or a frame smaller than a patch, and VideoError.
+        Raises ValueError if there is no source, if two have the same name, or if a frame is smaller than a patch;
+        VideoError.
         """
         check.integer("sequences", sequences, 1)
         check.integer("steps", steps, 1)
@@ -250,7 +259,7 @@ class FixationSequences(Dataset[dict[str, Any]]):
 
     @property
     def steps(self) -> int:
-        """T, fixations a sequence."""
+        """T, the fixations in a sequence."""
         return self.paths.steps
 
     @property
@@ -279,7 +288,7 @@ class FixationSequences(Dataset[dict[str, Any]]):
         )
 
     def view(self, index: int) -> View:
-        """Item `index` laid over its film. Raises IndexError."""
+        """Where the patches of item `index` lie on its film. Raises IndexError."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index must be below {len(self)}, got {index}")
         item = int(self.items[index])
@@ -325,13 +334,14 @@ class FixationSequences(Dataset[dict[str, Any]]):
         if out.any():
             raise ValueError(
                 f"{fixations.report.source}: {out.sum()} patches stick out of the frame: rows "
-                f"{_rows(fixations.row[out])}; edge='shift' moves them inside, edge='pad' fills them up"
+                f"{listed(fixations.row[out].tolist())}; edge='shift' moves them inside, edge='pad' fills the outside "
+                "with black"
             )
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """Sequences of `steps` fixations from each of `starts` on."""
+    """Sequences of `steps` recorded fixations, which begin at the indices `starts`."""
 
     fixations: Fixations
     starts: np.ndarray
@@ -346,14 +356,14 @@ class _Recorded:
         return self.fixations.movie[self.starts]
 
     def path(self, item: int) -> tuple[ScanPath, np.ndarray]:
-        """The scan path, and when each of its frames is shown in the film: in the middle of the fixation."""
+        """The scan path, and the time in the film of each fixation's middle, whose frame is shown."""
         f, where = self.fixations, slice(self.starts[item], self.starts[item] + self.steps)
         path = ScanPath(f.onset[where], f.duration[where], f.x[where], f.y[where])
         return path, path.onset + path.duration / 2
 
 
 class _Simulated:
-    """`sequences` scan paths over each scene, drawn anew whenever one is asked for."""
+    """`sequences` scan paths over each scene; a path is drawn whenever it is asked for, the same each time."""
 
     def __init__(
         self,
@@ -408,7 +418,7 @@ def _width(pixels: int, px_per_degree: float, patch: int, degrees: float) -> int
 def _starts(
     fixations: Fixations, steps: int, stride: int, max_gap: float | None
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Where sequences begin, and how many fixations are in none."""
+    """The indices at which sequences begin, and how many fixations are in no sequence, by reason."""
     if max_gap is not None and not max_gap > 0:
         raise ValueError(f"max_gap must be positive, got {max_gap}")
     starts: list[int] = []
@@ -437,19 +447,13 @@ def _corners(centre: np.ndarray, patch: int) -> np.ndarray:
 
 
 def _cut(view: View, patch: int) -> np.ndarray:
-    """The patches, (T, 3, P, P); black where one sticks out."""
+    """The patches, (T, 3, P, P); black where they stick out of the frame."""
     frames = view.scene.film.frames
     height, width = frames.shape[1:3]
-    patches = np.zeros((len(view.frame), 3, patch, patch), dtype=np.uint8)
+    patches = np.zeros((len(view.frame), patch, patch, 3), dtype=np.uint8)
     for into, frame, (x, y) in zip(patches, view.frame, view.corner, strict=True):
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + patch, width), min(y + patch, height)
         if left < right and top < bottom:
-            crop = frames[frame, top:bottom, left:right]
-            into[:, top - y : bottom - y, left - x : right - x] = crop.transpose(2, 0, 1)
-    return patches
-
-
-def _rows(rows: np.ndarray) -> str:
-    more = f", … {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-    return ", ".join(map(str, rows[:SHOWN].tolist())) + more
+            into[top - y : bottom - y, left - x : right - x] = frames[frame, top:bottom, left:right]
+    return np.ascontiguousarray(rearrange(patches, "t h w c -> t c h w"))

@@ -1,4 +1,4 @@
-"""A picture of one sequence: its scan path on the frame, and the strip of patches that a model sees."""
+"""Draws one sequence: its scan path on the frame, and below it the strip of patches that a model sees."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PatchCollection
@@ -16,13 +17,13 @@ from matplotlib.patches import Rectangle
 from .. import _checks as check
 from .patches import FixationSequences, View
 
-# Inches, but for COLUMNS and DPI.
-COLUMNS = 12  # patches a row of the strip
+# In inches, except COLUMNS and DPI.
+COLUMNS = 12  # patches in a row of the strip
 WIDTH, MARGIN, TITLE, GAP = 9.6, 0.2, 0.4, 0.06
-TALLEST = 6.5  # of the frame: a tall one is drawn narrower
+TALLEST = 6.5  # the greatest height of the frame: a taller one is drawn narrower
 DPI = 150
-COLOURS = "plasma"  # from the first fixation, dark, to the last, light
-AREA = 500.0  # of a marker, square points a second of fixation
+COLOURS = "plasma"  # dark for the first fixation, light for the last
+AREA = 500.0  # a marker's area, in square points per second of fixation
 LABEL: dict[str, Any] = {
     "color": "white",
     "fontsize": 7,
@@ -35,11 +36,11 @@ def draw(
 ) -> Path:
     """Draw `steps` fixations of item `index`, from fixation `start` on, into the PNG `file`; return its path.
 
-    Above, the frame shown in the middle of the stretch, with a numbered marker at each fixation whose area tells the
-    duration, lines for saccades, and the squares that are cut out. A film's other fixations saw other frames. Below,
-    the patches, framed in their marker's colour. steps: None draws all; a stretch ends with the sequence.
+    Above is the frame shown in the middle of the stretch (the other fixations on a film saw other frames). On it, each
+    fixation has a numbered marker whose area shows the duration; lines are saccades, and squares are the patches. Below
+    are the patches, framed in the colour of their marker. steps: None draws all; the stretch ends with the sequence.
 
-    Raises IndexError for an item that isn't there, ValueError for a start that isn't in it.
+    Raises IndexError if there is no such item, ValueError if `start` isn't in it.
     """
     view = sequences.view(index)
     length = len(view.frame)
@@ -48,7 +49,7 @@ def draw(
     steps = length - start if steps is None else min(check.integer("steps", steps, 1), length - start)
     shown = range(start, start + steps)
     colours = colormaps[COLOURS](np.linspace(0.2, 0.95, steps))
-    patches = sequences[index]["patches"].numpy().transpose(0, 2, 3, 1)
+    patches = rearrange(sequences[index]["patches"].numpy(), "t c h w -> t h w c")
     frame = view.scene.film.frames[view.frame[shown[steps // 2]]]
 
     inner = WIDTH - 2 * MARGIN
@@ -114,7 +115,7 @@ def _draw_patch(axes: Axes, patch: np.ndarray, number: int, colour: np.ndarray) 
 
 
 def _label_places(place: np.ndarray, digits: int) -> np.ndarray:
-    """Where to write numbers of 7 points' height, in points: on their markers, or beside where one is in the way."""
+    """Places (n, 2), in points, of numbers 7 points high: on their markers, or beside them if another is in the way."""
     box = np.array([4.5 * digits + 1, 7.5])
     turns = np.arange(8) * np.pi / 4
     ring = np.stack([np.cos(turns), np.sin(turns)], 1)

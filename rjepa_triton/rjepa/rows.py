@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from .. import _checks as check
+from .report import SHOWN, FixationError, Problem, Report
 from .sidecar import UNITS, Movie, Shown, Sidecar
 from .video import VideoError
 
@@ -26,59 +26,6 @@ OVERLAP = 1e-3  # seconds by which fixations may overlap: trackers round times t
 DISAGREEMENT = 5e-3  # seconds between offset - onset and duration: trackers count the last sample or don't
 DURATIONS = (0.03, 3.0)  # seconds: a median duration outside of this range is in another unit
 TYPICAL = 0.3  # seconds, about the median duration of a fixation: tells which unit was meant
-SHOWN = 8  # at most so many problems are listed one by one in a message
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with one row.
-
-    row: its number in the file, where a CSV's header is row 1; kind: one of a few phrases; detail: the values.
-    """
-
-    row: int
-    kind: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of every row of a table: `rows` is the sum of rows kept, rows left out, and rows with a problem.
-
-    source     the table's name
-    left_out   how many rows weren't asked for, by reason (another eye, another event, a blank line)
-    problems   one for each bad row, in the order of the file
-    """
-
-    source: str
-    rows: int
-    kept: int
-    problems: tuple[Problem, ...] = ()
-    left_out: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many rows have each kind of problem."""
-        return dict(Counter(problem.kind for problem in self.problems))
-
-    def rows_with(self, kind: str) -> tuple[int, ...]:
-        """The numbers of the rows that have a problem of this kind."""
-        return tuple(problem.row for problem in self.problems if problem.kind == kind)
-
-    def __str__(self) -> str:
-        lines = [f"{self.source}: {self.rows} rows, {self.kept} kept"]
-        lines += [f"  {count} left out: {reason}" for reason, count in self.left_out.items()]
-        for kind, count in self.counts.items():
-            lines.append(f"  {count} with a problem: {kind} (row {_listed(self.rows_with(kind))})")
-        return "\n".join(lines)
-
-
-class FixationError(ValueError):
-    """A table is refused. `report` names every bad row; it is None if the table as a whole couldn't be read."""
-
-    def __init__(self, message: str, report: Report | None = None) -> None:
-        super().__init__(message)
-        self.report = report
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +130,7 @@ def checked(
     columns = _find(arrow, names, source)
     state = _State(source, rows, problems)
     participant, movie = _text(columns["participant"]), _text(columns["movie"])
-    numbers = {
+    numbers: dict[str, _Numbers] = {
         key: _numbers(columns[key]) for key in ("onset", "offset", "duration", "x", "y") if key in columns
     }
     _leave_out(state, columns, names, participant, movie, numbers, eye, event)
@@ -205,8 +152,17 @@ def checked(
         raise state.refuse(f"none of its {state.total} rows can be used\n{report}")
     kept = _together(pair, np.flatnonzero(state.good))
     movies = {name: how.movie for name, how in known.items() if name in set(movie[kept].tolist())}
-    columns_kept = (array[kept] for array in (participant, movie, onset, duration, x, y, rows))
-    return Fixations(*columns_kept, movies, report)
+    return Fixations(
+        participant[kept],
+        movie[kept],
+        onset[kept],
+        duration[kept],
+        x[kept],
+        y[kept],
+        rows[kept],
+        movies,
+        report,
+    )
 
 
 class _State:
@@ -583,8 +539,3 @@ def _refusal(report: Report) -> str:
         f"{len(bad)} of its {report.rows} rows are bad ({kinds}): {told}{more}. Correct them, or leave them out with "
         "policy='skip'"
     )
-
-
-def _listed(rows: Sequence[int]) -> str:
-    more = f", … {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-    return ", ".join(map(str, rows[:SHOWN])) + more

@@ -1,4 +1,4 @@
-"""What a model is trained and tested on: features of a frozen backbone, and x^High, each made once where it can be."""
+"""The data as a model takes it: features of a frozen backbone and x^High are computed once where they never change."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,18 +17,20 @@ from .data import Sides, datasets
 from .model import RJEPA, Losses
 from .patches import FixationSequences
 
-SAMPLE = 500  # training sequences at most that the head is calibrated on and the probes' components are of
+SAMPLE = (
+    500  # at most so many training sequences calibrate the head and give the probes' principal components
+)
 
 
 @dataclass
 class Sequences:
-    """What a model is trained or tested on.
+    """n sequences on which a model is trained or tested.
 
-    x           (T, n, N): x^High, made beforehand where backbone and head are frozen; else None
-    features    (T, n, D): the backbone's, where it is frozen and recurs nowhere, but the head learns; else None
+    x           (T, n, N): x^High, if backbone and head are frozen; else None
+    features    (T, n, D): the backbone's features, if it is frozen and not recurrent, but the head learns; else None
     patches     the sequences themselves
-    targets     (T, n, Q): components of the features, which probes are asked for
-    actions     (T, n, 2) or None
+    targets     (T, n, Q): principal components of the features, which the probes predict
+    actions     (T, n, 2), or None if the model uses none
     """
 
     x: Tensor | None
@@ -42,7 +45,7 @@ class Sequences:
 
 @dataclass
 class Data:
-    """Both sides of a split, with names of what is held out."""
+    """Both sides of a split, and the names of the sources that are held out."""
 
     train: Sequences
     test: Sequences
@@ -51,10 +54,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Features:
-    """What a frozen backbone makes of a run's data, the same for all seeds and rules.
+    """A frozen backbone's features of a run's data, which are the same for all seeds and learning rules.
 
     sides          the data sets
-    train, test    (T, n, D) each, and actions (T, n, 2) each
+    train, test    of each side: features (T, n, D) and actions (T, n, 2)
     """
 
     sides: Sides
@@ -63,35 +66,43 @@ class Features:
 
 
 def _batches(patches: Dataset[Any], size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
-    """Patches (T, B, 3, P, P) and actions (T, B, 2) of all sequences in order."""
+    """Patches (T, B, 3, P, P) and actions (T, B, 2) of all sequences in order, B = `size` at a time."""
     for batch in DataLoader(patches, batch_size=size):
-        yield batch["patches"].transpose(0, 1), batch["actions"].transpose(0, 1).float()
+        yield (
+            rearrange(batch["patches"], "b t c h w -> t b c h w"),
+            rearrange(batch["actions"], "b t a -> t b a").float(),
+        )
 
 
 @torch.no_grad()
 def features(
     settings: Config, network: nn.Module, advance: Callable[[int], None] = lambda _: None
 ) -> Features:
-    """Read the data and run the backbone, `network`, on all of it; advance: called with the sequences just done."""
+    """Read the data and run the backbone `network` on all of it.
+
+    advance: called after each batch with its number of sequences.
+    """
     sides = datasets(settings.data)
 
-    def made(side: FixationSequences) -> tuple[Tensor, Tensor]:
+    def of(side: FixationSequences) -> tuple[Tensor, Tensor]:
         parts = []
         for patches, actions in _batches(side):
-            flat = torch.cat([network(part) for part in patches.flatten(0, 1).split(512)])
-            parts.append((flat.unflatten(0, patches.shape[:2]), actions))
+            flat = rearrange(patches, "t b c h w -> (t b) c h w")
+            made = torch.cat([network(part) for part in flat.split(512)])
+            parts.append((rearrange(made, "(t b) d -> t b d", t=len(patches)), actions))
             advance(patches.shape[1])
         values, actions = (torch.cat(group, dim=1) for group in zip(*parts, strict=True))
         return values, actions
 
-    return Features(sides, made(sides.train), made(sides.test))
+    return Features(sides, of(sides.train), of(sides.test))
 
 
 @torch.no_grad()
 def prepare(settings: Config, model: RJEPA, known: Features | None = None, *, calibrate: bool = True) -> Data:
-    """The data as the model takes it; with `calibrate` its head, which is mutated, takes training features' statistics.
+    """The data as the model takes it.
 
-    known: `features` of the same data and backbone, so as not to make them again.
+    calibrate: whether to set the statistics of the model's head, in place, from features of training sequences.
+    known: `features` of the same data and backbone, if they were computed before.
     """
     encoder = model.encoder
     known = features(settings, encoder.backbone) if known is None else known
@@ -117,7 +128,10 @@ def prepare(settings: Config, model: RJEPA, known: Features | None = None, *, ca
 
 
 def losses(model: Any, data: Sequences, batch: Tensor, device: torch.device) -> tuple[Losses, Tensor]:
-    """Losses of the sequences `batch`, and x^High without recurrence and gradient, which the control is given."""
+    """The losses of the sequences with the indices `batch`, and the x^High that the control is trained on.
+
+    That x^High is the feedforward network's, without recurrence and without gradient.
+    """
     encoder = model.encoder
     actions = None if data.actions is None else data.actions[:, batch].to(device)
     if data.x is not None:

@@ -1,9 +1,9 @@
 """Linear R-JEPA in expectation: Theorem 1 (paper, Section 3.1, Appendix A) and Appendix B's moments, in float64.
 
 The encoder is a stack of Time Decay Units, c_l(t) = τ_l c_l(t-1) + P_l c_{l-1}(t) with c_0 = x and h = c_N (paper,
-A.4), with one τ an area. Since a number commutes with every matrix, h(t) = P z(t) with P = P_N … P_1 and z the input
-decayed by each area in turn. So the expected loss and its gradients need only two covariances of z, and learning is a
-flow without sampling noise. docs/theory.md has the derivations.
+A.4), with one number τ_l for each area. A number commutes with every matrix, so h(t) = P z(t), where P = P_N … P_1 and
+z is the input after the decays of all areas. The expected loss and its gradients therefore need only two covariances of
+z, and learning is a flow without sampling noise. docs/theory.md has the derivations.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 DTYPE = torch.float64
@@ -29,19 +30,19 @@ class Process(NamedTuple):
 
 
 def white(size: int, seed: int) -> Process:
-    """E[x xᵀ] = I, and the same correlation, .8, between steps in every direction."""
+    """E[x xᵀ] = I; the correlation between successive steps is .8 in every direction."""
     return Process(0.8 * torch.eye(size, dtype=DTYPE), 0.36 * torch.eye(size, dtype=DTYPE))
 
 
 def white_uneven(size: int, seed: int) -> Process:
-    """E[x xᵀ] = I; correlations from .5 to .95 in random directions, so that decay colours it."""
+    """E[x xᵀ] = I; correlations from .5 to .95 in random directions, so that z, after a decay, is not white."""
     turn = _rotation(size, seed)
     transition = turn * torch.linspace(0.5, 0.95, size, dtype=DTYPE) @ turn.mT
     return Process(transition, torch.eye(size, dtype=DTYPE) - transition @ transition.mT)
 
 
 def coloured(size: int, seed: int) -> Process:
-    """Variances over a decade in random directions, correlation .8 in all: covariances at all lags commute."""
+    """Variances from .1 to 1 in random directions, with correlation .8 in all: covariances at all lags commute."""
     turn = _rotation(size, seed)
     return Process(0.8 * torch.eye(size, dtype=DTYPE), 0.36 * turn * _decade(size) @ turn.mT)
 
@@ -72,18 +73,20 @@ def _decade(size: int) -> Tensor:
 
 
 def stationary(transition: Tensor, noise: Tensor) -> Tensor:
-    """X = A X Aᵀ + Q by the linear solve (I - A⊗A) vec(X) = vec(Q). A, Q and X: [n, n]."""
+    """The solution X of X = A X Aᵀ + Q, from the linear system (I - A⊗A) vec(X) = vec(Q). A, Q and X are [n, n]."""
     n = len(transition)
     system = torch.eye(n * n, dtype=transition.dtype) - torch.kron(transition, transition)
     return torch.linalg.solve(system, noise.reshape(-1)).reshape(n, n)
 
 
 class Covariances(NamedTuple):
-    """Of the decayed input z, all [..., d, d]; q is what the gradient pairs ∂E/∂h(t) with.
+    """Covariances of the decayed input z, [..., d, d] each.
 
-    now, next          Σ₀ = E[z(t) z(t)ᵀ], Σ₁ = E[z(t+1) z(t)ᵀ]
-    credit, credit_next    E[z(t) q(t)ᵀ], E[z(t+1) q(t)ᵀ]: q = z for the whole gradient, the input itself for the
-                           "first-order approximation of BPTT" (paper, A.4)
+    The gradient multiplies ∂E/∂h(t) with q(t): q = z in the exact gradient, q = x in the paper's "first-order
+    approximation of BPTT" (A.4).
+
+    now, next              Σ₀ = E[z(t) z(t)ᵀ], Σ₁ = E[z(t+1) z(t)ᵀ]
+    credit, credit_next    E[z(t) q(t)ᵀ], E[z(t+1) q(t)ᵀ]
     """
 
     now: Tensor
@@ -93,10 +96,10 @@ class Covariances(NamedTuple):
 
 
 def covariances(process: Process, decays: Sequence[float], first_order: bool = False) -> Covariances:
-    """Exact covariances of the input after areas of these τ_l, scaled to tr Σ₀ = d.
+    """Exact covariances of the input after areas with the decays τ_l, scaled so that tr Σ₀ = d.
 
-    The chain (x, z_1, …, z_N) is one linear process: z_l(t) = τ_l z_l(t-1) + z_{l-1}(t). `first_order` is defined
-    here for one area; ValueError for more.
+    The chain (x, z_1, …, z_N) is one linear process, z_l(t) = τ_l z_l(t-1) + z_{l-1}(t). first_order: for the
+    first-order gradient, which is defined here for one area; ValueError for more.
     """
     if first_order and len(decays) != 1:
         raise ValueError(f"the first-order gradient is for one area, got {len(decays)}")
@@ -106,7 +109,7 @@ def covariances(process: Process, decays: Sequence[float], first_order: bool = F
     for level, decay in enumerate(decays, 1):
         chain[level] = chain[level - 1]
         chain[level, :, level] += decay * torch.eye(size, dtype=DTYPE)
-    joint = chain.reshape(levels * size, levels * size)
+    joint = rearrange(chain, "to i source j -> (to i) (source j)")
     now = stationary(joint, process.noise.repeat(levels, levels))
     now = now * size / now[-size:, -size:].trace()
     following = joint @ now
@@ -115,12 +118,12 @@ def covariances(process: Process, decays: Sequence[float], first_order: bool = F
 
 
 def stack(several: Sequence[Covariances]) -> Covariances:
-    """Covariances of several inputs as one batch, [B, d, d]."""
+    """The covariances of several inputs as one batch, [B, d, d]."""
     return Covariances(*(torch.stack(parts) for parts in zip(*several, strict=True)))
 
 
 class Weights(NamedTuple):
-    """Of a batch of linear R-JEPAs.
+    """The weights of a batch of linear R-JEPAs.
 
     predictor  W [B, m, m]
     areas      P_1 [B, n_1, d], …, P_N [B, m, n_{N-1}]
@@ -138,13 +141,13 @@ class Weights(NamedTuple):
         return product
 
     def plus(self, other: Weights, factor: float) -> Weights:
-        """These weights plus `factor` times others."""
+        """These weights plus `factor` times the others."""
         areas = tuple(a + factor * b for a, b in zip(self.areas, other.areas, strict=True))
         return Weights(self.predictor + factor * other.predictor, areas)
 
 
 def ordinary(size: int, hidden: int, areas: int, seed: int, scale: float = 1.0) -> Weights:
-    """Gaussian weights of variance scale²/fan-in, a batch of one."""
+    """Gaussian weights of variance scale²/fan-in, as a batch of one."""
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> Tensor:
@@ -156,12 +159,13 @@ def ordinary(size: int, hidden: int, areas: int, seed: int, scale: float = 1.0) 
 
 
 def velocity(weights: Weights, z: Covariances, decay: Tensor, stop_gradient: bool = True) -> Weights:
-    """dW/ds and dP_l/ds of gradient flow with weight decay η (paper, eqs. 5-7), s = learning rate × steps.
+    """dW/ds and dP_l/ds of gradient flow with weight decay η (paper, eqs. 5-7), where s = learning rate × steps.
 
         E = ½ E_t ‖stop[h(t+1)] - W h(t)‖²,   G = E_t[(h(t+1) - W h(t)) q(t)ᵀ]
-        dW/ds = G Pᵀ - η W,   dP/ds = Wᵀ G - η P   (of P = P_N … P_1, then by the chain rule of each P_l)
+        dW/ds = G Pᵀ - η W,   dP/ds = Wᵀ G - η P
 
-    decay: η [B, 1, 1]. Without `stop_gradient` -E_t[(h(t+1) - W h(t)) z(t+1)ᵀ] is added to dP/ds.
+    P = P_N … P_1, and each dP_l/ds follows from dP/ds by the chain rule. decay: η [B, 1, 1]. stop_gradient: if False,
+    -E_t[(h(t+1) - W h(t)) z(t+1)ᵀ] is added to dP/ds.
     """
     w, p = weights.predictor, weights.encoder
     error = p @ z.next - w @ (p @ z.now)
@@ -187,10 +191,11 @@ def flow(
     stop_gradient: bool = True,
     tolerance: float = 1e-7,
 ) -> list[Weights]:
-    """Weights at each of the increasing learning times s, from s = 0.
+    """The weights at each of the increasing learning times s, starting from `weights` at s = 0.
 
-    By the Runge-Kutta pair of Bogacki and Shampine, the same step for the whole batch; `tolerance` bounds the
-    estimated error of any weight in a step. Raises ArithmeticError where some weight grows without bound.
+    The flow is integrated by the Runge-Kutta pair of Bogacki and Shampine, with one step size for the whole batch;
+    `tolerance` bounds the estimated error of any weight in a step. Raises ArithmeticError if some weight grows without
+    bound.
     """
 
     def rate(at: Weights) -> Weights:
@@ -215,7 +220,7 @@ def flow(
             if not error < float("inf") or dt < 1e-9:
                 raise ArithmeticError(f"the weights grow without bound at s = {now:g}")
             grown = dt * min(3.0, max(0.2, 0.9 * (tolerance / max(error, 1e-30)) ** (1 / 3)))
-            # a step cut short to meet `until` says nothing against the longer one
+            # a step that was shortened to end at `until` is no reason to give up the longer one
             step = max(step, grown) if error <= tolerance and dt < step else grown
         found.append(weights)
     return found
@@ -226,7 +231,7 @@ def _flat(weights: Weights) -> tuple[Tensor, ...]:
 
 
 def gram(weights: Weights) -> tuple[Tensor, Tensor]:
-    """WᵀW and P_N P_Nᵀ, [B, m, m]: what weight decay makes equal."""
+    """WᵀW and P_N P_Nᵀ, [B, m, m], which weight decay makes equal."""
     last = weights.areas[-1]
     return weights.predictor.mT @ weights.predictor, last @ last.mT
 
@@ -238,15 +243,15 @@ def representation(weights: Weights, z: Covariances) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ / ‖a‖‖b‖ of matrices [B, m, m]; [B]. 1 if and only if one is a positive multiple of the other."""
+    """⟨a, b⟩ / ‖a‖‖b‖ [B] of matrices [B, m, m]. It is 1 if and only if one is a positive multiple of the other."""
     return (a * b).sum((-2, -1)) / (a.norm(dim=(-2, -1)) * b.norm(dim=(-2, -1)))
 
 
 def surviving(correlation: float, decay: float, variance: float = 1.0) -> tuple[float, float] | None:
-    """Singular values of W and P where learning can rest, one area: (ρ ± √(ρ² - 4η/σ))/2, larger first.
+    """The singular values (ρ ± √(ρ² - 4η/σ))/2 of W and P at which learning can rest, with one area; the larger first.
 
-    Of a direction of z with variance σ and correlation ρ between steps. The larger attracts, the smaller parts its
-    basin from that of zero. None where η > σρ²/4: only zero is left.
+    They belong to a direction of z with variance σ and correlation ρ between steps. The larger one attracts; the
+    smaller one separates its basin of attraction from that of zero. If η > σρ²/4, only zero is left: None.
     """
     root = correlation**2 - 4 * decay / variance
     if root < 0:
@@ -255,9 +260,9 @@ def surviving(correlation: float, decay: float, variance: float = 1.0) -> tuple[
 
 
 def collapse_rate(z: Covariances) -> Tensor:
-    """λ: without stop-gradient tr PPᵀ ≤ exp(-2(λ + η)s) of its start. [...], of one area.
+    """λ [...], with one area: without stop-gradient, tr PPᵀ falls to at most exp(-2(λ + η)s) of its first value.
 
-    The smallest eigenvalue of Σ₀ - Σ₁ Σ₀⁻¹ Σ₁ᵀ, the covariance of what no linear predictor can tell of z(t+1).
+    λ is the smallest eigenvalue of Σ₀ - Σ₁ Σ₀⁻¹ Σ₁ᵀ, the covariance of what no linear predictor can predict of z(t+1).
     """
     unpredictable = z.now - z.next @ torch.linalg.solve(z.now, z.next.mT)
     return torch.linalg.eigvalsh(unpredictable)[..., 0]
@@ -272,19 +277,19 @@ class FourthMoments(NamedTuple):
 
 
 def gaussian_fourth(covariance: Tensor) -> Tensor:
-    """E[b_i b_j b_m b_n] = Σ_ij Σ_mn + Σ_im Σ_jn + Σ_in Σ_jm (paper, Appendix B). [n, n] to [n, n, n, n]."""
+    """E[b_i b_j b_m b_n] = Σ_ij Σ_mn + Σ_im Σ_jn + Σ_in Σ_jm (paper, Appendix B), [n, n, n, n], for Gaussian b."""
     s = covariance
     return _pairs("ij,mn", s, s) + _pairs("im,jn", s, s) + _pairs("in,jm", s, s)
 
 
 def fourth_moments(recurrence: Tensor, noise: Tensor) -> FourthMoments:
-    """Exact moments of c(t) = U c(t-1) + b(t), b Gaussian of covariance Σ and independent in time (paper, eq. 9).
+    """Exact moments of c(t) = U c(t-1) + b(t); b is Gaussian with covariance Σ, independent in time (paper, eq. 9).
 
         vec T(0,0,0) = (I - U⊗U⊗U⊗U)⁻¹ vec(T^B + X)        X: the six terms E[(Uc)(Uc)] E[bb]
         T(0,1,1) = (U⊗U⊗I⊗I) T(0,0,0) + Σ ⊗ R₀              R₀ = E[c cᵀ]
         T(1,2,2) = (U⊗I⊗I⊗I) T(0,1,1)
 
-    recurrence, noise: U, Σ [n, n]. X and Σ ⊗ R₀ are missing from the paper's equations 10-12.
+    recurrence, noise: U, Σ [n, n]. The paper's equations 10-12 lack X and Σ ⊗ R₀.
     """
     now = stationary(recurrence, noise)
     passed = recurrence @ now @ recurrence.mT
@@ -297,14 +302,14 @@ def fourth_moments(recurrence: Tensor, noise: Tensor) -> FourthMoments:
 
 
 def papers_fourth_moments(recurrence: Tensor, noise: Tensor) -> FourthMoments:
-    """The same by the paper's equations 10, 11 and 12."""
+    """The moments according to the paper's equations 10, 11 and 12."""
     t000 = _solve_fourth(recurrence, gaussian_fourth(noise))
     t011 = torch.einsum("ik,jl,klmn->ijmn", recurrence, recurrence, t000)
     return FourthMoments(t000, t011, torch.einsum("ik,kjmn->ijmn", recurrence, t011))
 
 
 def connected(moments: FourthMoments, recurrence: Tensor, noise: Tensor) -> FourthMoments:
-    """Moments less E[c_i c_j] E[c_m c_n] at the same lags: what the two pairs of factors have to do with each other."""
+    """The moments minus E[c_i c_j] E[c_m c_n] at the same lags: how the two pairs of factors depend on each other."""
     now = stationary(recurrence, noise)
     same, lagged = _pairs("ij,mn", now, now), _pairs("ij,mn", recurrence @ now, now)
     return FourthMoments(moments.t000 - same, moments.t011 - same, moments.t122 - lagged)
@@ -318,7 +323,10 @@ def sampled_fourth_moments(
     seed: int,
     burn_in: int = 20,
 ) -> Tensor:
-    """One entry of each of the three moments in independent chains started from zero: [3, samples]."""
+    """[3, samples]: samples of one entry of each of the three moments, from independent chains that start at zero.
+
+    burn_in: steps before the chains are read.
+    """
     generator = torch.Generator().manual_seed(seed)
     root = torch.linalg.cholesky(noise)
     chain = [torch.zeros(samples, len(noise), dtype=DTYPE)]
