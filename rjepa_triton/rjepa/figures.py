@@ -1,4 +1,4 @@
-"""The paper's figures 3 and 4 from runs' evaluations, with what a raw loss can't show beside it."""
+"""The paper's figures 3 and 4, drawn from evaluations of runs; beside the raw loss they show its normalised form."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Runs = dict[str, list[dict[str, Any]]]
 
 
 def load(folders: Sequence[Path | str]) -> Runs:
-    """Evaluations of finished runs by learning rule, one a seed.
+    """The evaluations of finished runs, by learning rule; one for each seed.
 
-    Raises FileNotFoundError for a run that isn't finished, ValueError for runs that differ in more than rule, rate and
-    seed, or where there is none.
+    Raises FileNotFoundError for a run that isn't finished; ValueError if there is no run, or if runs differ in more
+    than learning rule, rate and seed.
     """
     evaluations = []
     for folder in map(Path, folders):
@@ -38,7 +38,7 @@ def load(folders: Sequence[Path | str]) -> Runs:
 
 
 def by_rule(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> Runs:
-    """Evaluations, each with the name of its run, by learning rule. Raises ValueError as `load` does."""
+    """The same for evaluations that come with the name of their run. Raises ValueError as `load` does."""
     runs: Runs = {}
     free = ("train.learning:", "train.seed:", "train.lr_recurrent:")
     for where, found in evaluations:
@@ -53,13 +53,13 @@ def by_rule(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> Runs:
 
 
 def draw(runs: Runs, folder: Path) -> list[Path]:
-    """Write fig3 and fig4, each as PNG and SVG, into `folder`; returns their paths."""
+    """Draw fig3 and fig4, each as PNG and SVG, into `folder`, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     return [*_collapse(runs, folder / "fig3"), *_over_time(runs, folder / "fig4")]
 
 
 def _collapse(runs: Runs, path: Path) -> list[Path]:
-    """Fig. 3: trajectories on two principal components; spectra of covariance and correlation, before and after."""
+    """Fig. 3: trajectories on two principal components; spectra of h's covariance and correlation, before and after."""
     with plt.rc_context(STYLE):
         figure, (trajectory, covariance, correlation) = plt.subplots(1, 3, figsize=(15, 4.8))
         figure.subplots_adjust(left=0.05, right=0.985, top=0.86, bottom=0.13, wspace=0.24)
@@ -97,7 +97,7 @@ def _collapse(runs: Runs, path: Path) -> list[Path]:
 
 
 def _over_time(runs: Runs, path: Path) -> list[Path]:
-    """Fig. 4: loss, normalised loss, and how far that is below the control's, by time step; a column a rule."""
+    """Fig. 4: by time step, the loss, the normalised loss, and its difference from the control's; a column per rule."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             3, len(runs), figsize=(1.5 + 6 * len(runs), 11), squeeze=False, sharex=True, sharey="row"
@@ -136,7 +136,7 @@ def _over_time(runs: Runs, path: Path) -> list[Path]:
 
 def _curve(axes: Axes, curves: Sequence[Sequence[float]], colour: str, label: str, line: str = "-") -> None:
     values = np.array(curves)
-    steps = np.arange(2, values.shape[1] + 2)  # the first prediction is of step 2
+    steps = np.arange(2, values.shape[1] + 2)  # step 2 is the first that is predicted
     middle = values.mean(0)
     axes.plot(steps, middle, color=colour, linestyle=line, linewidth=1.4, label=label)
     if len(values) > 1:
@@ -153,7 +153,7 @@ def _told(runs: Runs) -> str:
 
 
 def summary(runs: Runs) -> list[list[str]]:
-    """Rows of what training came to: mean ± half a 95 % t-interval over seeds, under SUMMARY."""
+    """The results of training, a row per learning rule with the columns SUMMARY: mean ± half a 95 % t-interval."""
     rows = []
     for rule, found in runs.items():
         after, before = [one["after"] for one in found], [one["before"] for one in found]

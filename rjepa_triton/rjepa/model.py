@@ -1,9 +1,9 @@
-"""R-JEPA (paper, Section 2.1): an encoder, a predictor of its next embedding, the losses between them.
+"""R-JEPA (paper, Section 2.1): an encoder, a predictor of its next embedding, and the losses.
 
 h(t) = F(C(x(t), c(t-1)))            the encoder
-â(t) = A(c(t))                       action predictor, where asked for
-ĥ(t+1) = G(h(t), a(t))               representation predictor
-L_R(t) = d_R(stop[h(t)], ĥ(t))       of t ≥ 2: nothing predicts the first
+â(t) = A(c(t))                       the action predictor, if there is one
+ĥ(t+1) = G(h(t), a(t))               the representation predictor
+L_R(t) = d_R(stop[h(t)], ĥ(t))       for t ≥ 2, since nothing predicts the first embedding
 L_A(t) = d_A(a(t), â(t))
 E = Σ_t ψ(t, L(t))                   Appendix E
 """
@@ -29,9 +29,11 @@ ACTION_SIZE = 2  # a saccade: degrees to the right and down
 
 
 class Predictor(nn.Module):
-    """G(h, a) = h + V₂ relu(V₁ [h, a] + b₁) + b₂, with V₂ and b₂ zero at first, so that ĥ(t+1) = h(t).
+    """G(h, a) = h + V₂ relu(V₁ [h, a] + b₁) + b₂. V₂ and b₂ start at zero, so that ĥ(t+1) = h(t) before training.
 
-    h (…, E) and, with `actions` = A > 0, a (…, A). Hidden units default to 2·E.
+    Args:
+        size: E, of h (…, E). hidden: hidden units; None: 2·E.
+        actions: A, of a (…, A); 0 if the prediction depends on h alone.
     """
 
     def __init__(self, size: int, hidden: int | None = None, actions: int = 0) -> None:
@@ -47,7 +49,7 @@ class Predictor(nn.Module):
 
 
 def distance(kind: Distance, prediction: Tensor, target: Tensor) -> Tensor:
-    """d_R over the last dimension, with no gradient to the target: mean square, or 1 - cosine."""
+    """d_R over the last dimension: "square" is the mean square, "cosine" is 1 - cosine. The target gets no gradient."""
     target = target.detach()
     if kind == "square":
         return (prediction - target).square().mean(-1)
@@ -58,17 +60,17 @@ Psi = Callable[[Tensor], Tensor]
 
 
 def mean_over_time(losses: Tensor) -> Tensor:
-    """ψ(t, L) = L/T: of losses (T, …), their mean."""
+    """ψ(t, L) = L/T: the mean of losses (T, …)."""
     return losses.mean()
 
 
 def last_only(losses: Tensor) -> Tensor:
-    """ψ(t, L) = L at the last step, else 0."""
+    """ψ(t, L) = L in the last step, and 0 before."""
     return losses[-1].mean()
 
 
 def weighted_by_time(losses: Tensor) -> Tensor:
-    """ψ(t, L) ∝ t·L, of weights that sum to 1: late predictions, which have more to go by, count more."""
+    """ψ(t, L) ∝ t·L, with weights that sum to 1: late predictions, which have seen more, count more."""
     weights = torch.arange(1, len(losses) + 1, dtype=losses.dtype, device=losses.device)
     return (losses.flatten(1).mean(1) * weights).sum() / weights.sum()
 
@@ -76,9 +78,14 @@ def weighted_by_time(losses: Tensor) -> Tensor:
 PSI: dict[str, Psi] = {"mean": mean_over_time, "last": last_only, "time": weighted_by_time}
 
 
-@dataclass  # not frozen: Lightning Fabric rebuilds what a model gives
+@dataclass  # not frozen: Lightning Fabric rebuilds what a model returns
 class Losses:
-    """representation (T - 1, B): L_R(t) of t = 2 … T; action (T - 1, B) or None: L_A; the encoding they are of."""
+    """The losses of a batch of sequences.
+
+    representation  (T - 1, B) L_R(t) for t = 2 … T
+    action          (T - 1, B) L_A(t) for t = 1 … T - 1, or None if actions aren't predicted
+    encoding        what the encoder returned
+    """
 
     representation: Tensor
     action: Tensor | None
@@ -91,16 +98,16 @@ class Losses:
 
 
 class RJEPA(nn.Module):
-    """The whole model.
+    """The whole model: encoder, representation predictor and, if asked for, action predictor.
 
     Args:
         encoder: the recurrent encoder.
-        kind: of d_R, "square" or "cosine".
-        hidden: units of the predictor's hidden layer, 2·E if None.
-        actions: "none"; "given": G sees the saccade a(t) from t to t+1; "predicted": A predicts it from c(t) of the top
-            area with L_A, and G sees its prediction.
+        kind: the distance d_R, "square" or "cosine".
+        hidden: hidden units of the representation predictor; None: 2·E.
+        actions: "none"; "given": G sees a(t), the saccade from fixation t to t+1; "predicted": A predicts a(t) from the
+            top area's c(t), with loss L_A, and G sees the prediction.
 
-    Raises ValueError for an argument out of its range, naming it.
+    Raises ValueError for an unknown `kind` or `actions`.
     """
 
     def __init__(
@@ -121,18 +128,19 @@ class RJEPA(nn.Module):
             self.action_predictor = nn.Linear(2 * encoder.circuit.hidden_size, ACTION_SIZE)
 
     def forward(self, patches: Tensor, actions: Tensor | None = None, state: State | None = None) -> Losses:
-        """Losses of patches (T, B, 3, P, P); actions (T, B, 2), the saccade after each fixation, where used.
+        """The losses of patches (T, B, 3, P, P).
 
-        The last one's isn't looked at: what it leads to isn't in the sequence.
+        actions: (T, B, 2), the saccade after each fixation, unless the model has actions="none". The last saccade isn't
+        used: the fixation that it leads to isn't in the sequence. state: to start from; None: zero.
         """
         return self.losses(self.encoder(patches, state), actions)
 
     def from_inputs(self, x: Tensor, actions: Tensor | None = None, state: State | None = None) -> Losses:
-        """The same from x^High (T, B, N), made beforehand."""
+        """The losses of x^High (T, B, N), computed beforehand; other arguments as for `forward`."""
         return self.losses(self.encoder.encode(x, state), actions)
 
     def losses(self, encoding: Encoding, actions: Tensor | None = None) -> Losses:
-        """Of an encoding. Raises ValueError where actions are missing or not asked for, or of a wrong shape."""
+        """The losses of an encoding. Raises ValueError if actions are missing, of a wrong shape, or not asked for."""
         h = encoding.h
         if (actions is None) != (self.actions == "none"):
             wanted = "not be given" if self.actions == "none" else "be given"

@@ -1,4 +1,4 @@
-"""A simulated scan path: where and when eyes might look in a film or picture, drawn from simple statistics."""
+"""Simulated scan paths: where and when eyes might look at a film or picture, drawn from simple statistics."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ import numpy as np
 
 from .. import _checks as check
 
-TRIES = 100  # saccades drawn until one lands inside; after that the gaze lands at the nearest place that is
+TRIES = 100  # so many saccades are drawn until one lands inside; if none does, the last is moved to the nearest place
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a simulated scan path is drawn from. Choices, with what supports each.
+    """The distributions from which a simulated scan path is drawn. All are choices; what supports each is said here.
 
-    interval_mean       seconds from one fixation's onset to the next. The paper's movies: 3.4 million saccades in
-                        238 viewings of 93 to 142 min are 1.7 to 2.6 a second, 0.39 to 0.60 s each.
-    interval_sd         seconds, of a log-normal distribution. That fixations are skewed so is well known; this
-                        width is a choice.
-    amplitude_mean      degrees, of a gamma distribution. Most saccades in natural viewing are shorter than 15°
-                        (Bahill, Adler and Stark 1975); mean and
-    amplitude_shape     shape (1 would be exponential) are choices within that.
-    horizontal,         parts of saccades that go along the horizontal and the vertical, the rest in any direction.
-    vertical            Horizontal ones are the most frequent, then vertical (Foulsham, Kingstone and Underwood
-                        2008); the parts are choices.
-    direction_sd        radians around the horizontal or vertical, or around the way to the centre: a choice.
-    centring            part of saccades that go towards the frame's centre, where gaze dwells in pictures and
-                        films (Tatler 2007; Dorr et al. 2010): the part is a choice.
-    returns             part of saccades that go back to the fixation before last. That this is frequent is known
-                        (Smith and Henderson 2009); the part is a choice.
-    return_sd           degrees by which they miss it, in x and in y: a choice.
-    first_sd            where the first fixation lies around the centre, as a part of width and height: a choice.
-    saccade_floor,      a saccade of a° lasts floor + slope · a seconds (Carpenter 1988): what the fixation is
+    interval_mean       seconds from one fixation's onset to the next. In the paper's movies, 3.4 million saccades in
+                        238 viewings of 93 to 142 min are 1.7 to 2.6 a second, or 0.39 to 0.60 s each.
+    interval_sd         seconds; intervals have a log-normal distribution. Their skew is well known; this width is a
+                        choice.
+    amplitude_mean,     degrees, and the shape of a gamma distribution (1 would be exponential). Most saccades in
+    amplitude_shape     natural viewing are shorter than 15° (Bahill, Adler and Stark 1975); within that, both are
+                        choices.
+    horizontal,         fractions of the saccades that go along the horizontal and the vertical; the rest go in any
+    vertical            direction. Horizontal ones are the most frequent, then vertical ones (Foulsham, Kingstone and
+                        Underwood 2008); the fractions are choices.
+    direction_sd        radians; spread around the horizontal or vertical, or around the direction to the centre. A
+                        choice.
+    centring            fraction of the saccades that go towards the frame's centre, where gaze dwells in pictures and
+                        films (Tatler 2007; Dorr et al. 2010); the fraction is a choice.
+    returns             fraction of the saccades that go back to the fixation before last. They are known to be frequent
+                        (Smith and Henderson 2009); the fraction is a choice.
+    return_sd           degrees by which those miss it, in x and in y. A choice.
+    first_sd            spread of the first fixation around the centre, as a fraction of width and height. A choice.
+    saccade_floor,      a saccade of a° lasts floor + slope · a seconds (Carpenter 1988), by which the fixation is
     saccade_slope       shorter than the interval.
 
-    Saccades that would leave the room for a whole patch are drawn again, so in a small frame their amplitudes are
-    smaller than amplitude_mean. What is in the picture plays no part.
+    A saccade is drawn again if a patch at its end would leave the frame, so in a small frame the mean amplitude is
+    smaller than amplitude_mean. The content of the picture plays no part.
     """
 
     interval_mean: float = 0.49
@@ -69,9 +70,9 @@ class Statistics:
 
 @dataclass(frozen=True)
 class ScanPath:
-    """Fixations one after another, each array (T,) float64.
+    """T consecutive fixations, as arrays (T,) of float64.
 
-    onset, duration   seconds, onset[0] = 0; between a fixation's end and the next onset the eyes move
+    onset, duration   seconds; the eyes move between a fixation's end and the next one's onset
     x, y              pixels of the frame from its upper left corner
     """
 
@@ -81,7 +82,7 @@ class ScanPath:
     y: np.ndarray
 
     def since(self, first: int) -> ScanPath:
-        """From fixation `first` on, whose onset is then 0."""
+        """The path from fixation `first` on, with times counted from that fixation's onset."""
         onset = self.onset[first:] - self.onset[first]
         return ScanPath(onset, self.duration[first:], self.x[first:], self.y[first:])
 
@@ -95,10 +96,10 @@ def simulate(
     patch_degrees: float = 5.0,
     statistics: Statistics | None = None,
 ) -> ScanPath:
-    """A scan path of `steps` fixations over a frame of `size` = (width, height) pixels.
+    """A simulated scan path of `steps` fixations, from time 0, over a frame of `size` = (width, height) pixels.
 
-    Every fixation keeps half a patch, patch_degrees/2, from the frame's edges, so each patch lies inside. The same
-    state of `rng` gives the same path; `rng` is advanced.
+    Every fixation keeps a distance of half a patch, patch_degrees/2, from the frame's edges, so each patch lies inside.
+    The same state of `rng`, which is advanced, gives the same path. statistics: None: the default `Statistics`.
 
     Raises ValueError for steps below 1, sizes that aren't positive, or a frame smaller than a patch.
     """
@@ -128,14 +129,14 @@ def simulate(
     interval = rng.lognormal(math.log(s.interval_mean) - spread / 2, math.sqrt(spread), steps)
     onset = np.concatenate([[0.0], np.cumsum(interval)[:-1]])
     amplitude = np.hypot(*np.diff(place, axis=0, append=place[-1:]).T)
-    # the shortest intervals of the log-normal's tail leave no room for a whole saccade
+    # the shortest intervals in the log-normal's tail are too short for a whole saccade
     saccade = np.minimum(s.saccade_floor + s.saccade_slope * amplitude, interval / 2)
     x, y = place.T * px_per_degree
     return ScanPath(onset, interval - saccade, x, y)
 
 
 def _landing(rng: np.random.Generator, s: Statistics, past: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Where a saccade from past[-1] lands, in degrees, be it inside the frame or not."""
+    """Where a saccade from past[-1] lands, in degrees; this may be outside the frame."""
     here = past[-1]
     amplitude = rng.gamma(s.amplitude_shape, s.amplitude_mean / s.amplitude_shape)
     kind, turn = rng.random(), s.direction_sd * rng.standard_normal()

@@ -1,4 +1,4 @@
-"""`rjepa demo`: data, training by several rules and seeds, evaluation and figures, end to end."""
+"""`rjepa demo`: R-JEPA end to end, from data over training by several rules and seeds to evaluation and figures."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import torch
 from . import backbone, config, data, figures, sequences, train
 from .config import Config
 
-# Each rule's own rate of the circuit (docs/rjepa.md says how they were chosen).
+# The circuit's learning rate for each rule (docs/rjepa.md says how they were chosen).
 RATES = {"rfp": 3e-5, "bptt": 1e-5}
 EVALUATIONS = "evaluations.jsonl"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a demo runs: rules × seeds, each of the same data."""
+    """What a demo runs: every rule with every seed, on the same data."""
 
     rules: Sequence[str] = tuple(RATES)
     seeds: int = 5
     overrides: Sequence[str] = ()
 
     def settings(self, rule: str, seed: int) -> Config:
-        """Of one run; overrides last."""
+        """The configuration of one run; `overrides` win over the plan's own settings."""
         own = (f"train.learning={rule}", f"train.seed={seed}", f"train.lr_recurrent={RATES[rule]}")
         return config.read(None, [*own, *self.overrides])
 
@@ -41,11 +41,13 @@ class Plan:
 def run(
     plan: Plan, out: Path, advance: Callable[[int, int], None], jobs: int = 0
 ) -> tuple[figures.Runs, list[Path]]:
-    """Make what is missing in `out`: features.pt, a folder a run, evaluations.jsonl of all of them, fig3 and fig4.
+    """Run a demo in the folder `out`, except for what is there already.
 
-    Returns evaluations and files.
+    It writes features.pt, a folder for each run, evaluations.jsonl with the evaluations of all runs, fig3 and fig4.
+    advance: called with the number of steps done and their total. jobs: processes, with one thread each; 0: one per
+    core.
 
-    advance: called with what is done and what there is to do. jobs: processes, of one thread each; one a core if 0.
+    Returns the evaluations by rule, and the paths of evaluations.jsonl and the figures.
     """
     out.mkdir(parents=True, exist_ok=True)
     settings = plan.settings(*plan.runs[0])
@@ -70,12 +72,12 @@ def run(
 
 
 def name(rule: str, seed: int) -> str:
-    """Of a run's folder."""
+    """The name of a run's folder."""
     return f"{rule}-{seed}"
 
 
 def _one(plan: Plan, out: Path, which: tuple[str, int]) -> None:
-    """One run, unless it is finished; in a process of its own, with one thread."""
+    """Do one run, unless it is finished. Called in a process of its own, which uses one thread."""
     folder = out / name(*which)
     if (folder / train.EVALUATION).exists():
         return

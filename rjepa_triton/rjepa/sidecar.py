@@ -1,4 +1,7 @@
-"""What a table of fixations doesn't say itself: units, where on the screen the movie was, when it began."""
+"""The sidecar: a YAML file that says what a table of fixations doesn't.
+
+That is the table's units, where on the screen each movie was shown, and when it began (docs/data.md).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ import yaml
 
 from .video import probe
 
-UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}  # seconds in one of each
+UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}  # in seconds
 PER_MOVIE = ("px_per_degree", "screen", "frame_size", "movie_start", "fps")
 STRETCH = (
-    0.02  # how far a frame may be stretched on the screen for one px_per_degree to hold in both directions
+    0.02  # up to this, one px_per_degree is taken for both directions of a frame stretched on the screen
 )
 
 
@@ -23,11 +26,11 @@ STRETCH = (
 class Movie:
     """A movie as it was shown.
 
-    size            (width, height) of the frame in which fixations are given, pixels
+    size            (width, height), in pixels, of the frame in which fixations are given
     px_per_degree   pixels of that frame per degree of visual angle
-    file            its film or picture, if known
-    fps             frames/s at which it was shown; None: at the times that the file gives
-    end             seconds it lasts; infinite where that isn't known
+    file            its film or picture; None if unknown
+    fps             frames per second at which it was shown; None: as the file's time stamps say
+    end             its length in seconds; infinite if unknown
     """
 
     name: str
@@ -40,10 +43,10 @@ class Movie:
 
 @dataclass(frozen=True)
 class Shown:
-    """A movie, and how times and positions of a table become its own.
+    """A movie, and how a table's times and positions are converted to the movie's.
 
-    seconds = (time - start) · unit, frame position = (position - offset) · scale; start: one number, or one per
-    participant.
+    seconds = (time - start) · unit, position in the frame = (position - offset) · scale. start: one number, or one for
+    each participant.
     """
 
     movie: Movie
@@ -54,7 +57,14 @@ class Shown:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The checked content of a sidecar; `source` is its name in messages, files are relative to `folder`."""
+    """The checked content of a sidecar.
+
+    source     its name in messages
+    folder     the folder that names of files are relative to
+    time_unit  the table's unit of time, a key of UNITS; None if not given
+    common     what it says about all movies
+    movies     what it says about each movie, by name; None if it lists none
+    """
 
     source: str
     folder: Path
@@ -64,7 +74,7 @@ class Sidecar:
 
     @classmethod
     def read(cls, path: str | Path) -> Sidecar:
-        """Read a YAML file. Raises ValueError naming the file and the key that is wrong, FileNotFoundError."""
+        """Read a YAML file. Raises ValueError, which names the file and the wrong key; FileNotFoundError."""
         path = Path(path)
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -74,7 +84,7 @@ class Sidecar:
 
     @classmethod
     def from_dict(cls, content: object, source: str = "sidecar", folder: str | Path = ".") -> Sidecar:
-        """Check what a sidecar says; keys as in docs/data.md. Raises ValueError naming the key that is wrong."""
+        """Check the content of a sidecar; docs/data.md lists its keys. Raises ValueError naming a wrong key."""
         content = _mapping(content, source)
         _known(content, ("time_unit", "movies", *PER_MOVIE), source)
         unit = content.get("time_unit")
@@ -92,20 +102,24 @@ class Sidecar:
         return cls(source, Path(folder), unit, common, movies)
 
     def unit(self, given: str | None = None) -> float:
-        """Seconds in the table's unit of time; `given`: the one that the kind of table always has."""
+        """The table's unit of time, in seconds.
+
+        given: the unit that this kind of table always has. Raises ValueError if there is no unit, or another than
+        `given`.
+        """
         if given is not None and self.time_unit not in (None, given):
             raise ValueError(
                 f"{self.source}: time_unit must be {given} for such a table, got {self.time_unit}"
             )
         named = given or self.time_unit
         if named is None:
-            raise ValueError(f"{self.source}: time_unit is missing: one of {', '.join(UNITS)}")
+            raise ValueError(f"{self.source}: time_unit is missing; it must be one of {', '.join(UNITS)}")
         return UNITS[named]
 
     def shown(self, name: str) -> Shown | None:
-        """How the movie `name` was shown; None if the sidecar lists movies and it isn't among them.
+        """How the movie `name` was shown; None if the sidecar lists movies and this isn't one of them.
 
-        Raises ValueError for what is missing or wrong, `VideoError` for a film whose head can't be read.
+        Raises ValueError if a key is missing or wrong, `VideoError` if the film's header can't be read.
         """
         own: Mapping[str, Any] = {}
         if self.movies is not None:
@@ -139,7 +153,10 @@ class Sidecar:
             if info.duration is not None and fps is None:
                 end = info.duration
         else:
-            raise ValueError(f"{self.source}: give the file of movie {name!r} under movies, or frame_size")
+            raise ValueError(
+                f"{self.source}: the frame's size is unknown; give the file of movie {name!r} under movies, "
+                "or frame_size"
+            )
         offset, scale = _transform(said.get("screen"), size, where("screen"))
         stretch = abs(scale[0] / scale[1] - 1)
         if stretch > STRETCH:
@@ -155,14 +172,14 @@ class Sidecar:
 def _transform(
     screen: object, size: tuple[int, int], where: str
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Offset and scale: from those, or from the rectangle on the screen that the frame filled."""
+    """(offset, scale), from the keys of that name, or from the rectangle on the screen that the frame filled."""
     if screen is None:
         return (0.0, 0.0), (1.0, 1.0)
     screen = _mapping(screen, where)
     _known(screen, ("offset", "scale", "size", "frame"), where)
     if "frame" not in screen:
         if "size" in screen:
-            raise ValueError(f"{where}.size is of use only with {where}.frame, which is missing")
+            raise ValueError(f"{where}.size can be given only with {where}.frame, which is missing")
         scale = screen.get("scale", 1)
         pair = (scale, scale) if isinstance(scale, int | float) else scale
         sx, sy = _pair(pair, f"{where}.scale")
@@ -188,7 +205,10 @@ def _transform(
 
 
 def _start(start: object, where: str, movie: str) -> float | dict[str, float]:
-    """A number, or one per participant; a mapping may name movies first."""
+    """The time at which the movie began: one number, or one for each participant.
+
+    The mapping `start` has times by movie, by participant, or by movie and then participant.
+    """
     if isinstance(start, Mapping):
         start = {str(name): time for name, time in start.items()}  # YAML reads a name such as 12 as a number
         if movie in start:
@@ -229,4 +249,4 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
 def _known(content: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
     unknown = [str(key) for key in content if key not in keys]
     if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; those that mean something: {', '.join(keys)}")
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(keys)}")

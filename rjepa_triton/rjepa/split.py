@@ -1,4 +1,4 @@
-"""Train and test sides that share no movie or no participant: whole ones are held out, never parts of one."""
+"""Train and test sides that share no movie or no participant: these are held out as a whole, never in part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .. import _checks as check
 
 
 class Labelled(Protocol):
-    """What can be split: `Fixations`, `FixationSequences`."""
+    """What can be split: `Fixations` or `FixationSequences`."""
 
     @property
     def participant(self) -> np.ndarray: ...
@@ -23,7 +23,7 @@ class Labelled(Protocol):
 
 
 class Split(NamedTuple):
-    """Two sides that share no movie, no participant, or neither; left_out: items on neither side."""
+    """Train and test sides that share no movie, no participant, or neither; left_out: how many items are on no side."""
 
     train: Any
     test: Any
@@ -37,14 +37,14 @@ def split(
     test: float | Sequence[str] | Mapping[str, float | Sequence[str]] = 0.2,
     seed: int = 0,
 ) -> Split:
-    """Train and test sides of fixations or sequences, held out by whole movies, whole participants, or both.
+    """Split fixations or sequences so that whole movies, whole participants, or both are held out for the test.
 
-    by     "movie": no movie is on both sides; "participant": nobody is; "both": neither, and then items that
-           pair a movie of one side with a participant of the other are on no side, and are counted
-    test   the part of names that is held out, chosen by `seed`, at least one; or the names; by="both" also takes
-           {"movie": …, "participant": …}
+    by     "movie": no movie is on both sides; "participant": no participant is; "both": neither is. Under "both", items
+           that pair a movie of one side with a participant of the other are on no side, and are counted
+    test   the names that are held out, or the fraction of names, at least one, that `seed` chooses; by="both" also
+           takes {"movie": …, "participant": …}
 
-    Raises ValueError for names that aren't there, and where a side would be empty.
+    Raises ValueError for unknown names, and if a side would be empty.
     """
     check.one_of("by", by, ("movie", "participant", "both"))
     kinds = ("movie", "participant") if by == "both" else (by,)
@@ -77,7 +77,7 @@ def _held_out(labels: np.ndarray, kind: str, test: float | Sequence[str], seed: 
     names = sorted(set(labels.tolist()))
     if isinstance(test, int | float):
         if not 0 < test < 1:
-            raise ValueError(f"test must be a part between 0 and 1, or names, got {test}")
+            raise ValueError(f"test must be a fraction between 0 and 1, or names, got {test}")
         if len(names) < 2:
             raise ValueError(f"a split by {kind} needs at least 2 of them, got {', '.join(names)}")
         count = min(max(1, round(test * len(names))), len(names) - 1)

@@ -1,4 +1,4 @@
-"""Draw `rjepa theory`: what was found as lines and markers, what was derived dashed over them."""
+"""The plot of `rjepa theory`: numerical results are lines and markers, derived ones are dashed lines over them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ PREDICTED: dict[str, Any] = {"color": "black", "linestyle": DASHED, "linewidth":
 
 
 def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
-    """Six panels, as PNG (150 dpi) and SVG; `path` with any ending or none.
+    """Draw the records of a run of `rjepa theory` as PNG (150 dpi) and SVG, and return the two paths.
 
-    The gap, the cosines, no weight decay, no stop-gradient, singular values, Appendix B's moments.
-    records: of one run of `rjepa theory`; else ValueError. Returns the two paths.
+    The six panels show the gap WᵀW - PPᵀ, the cosines, learning without weight decay, learning without stop-gradient,
+    singular values, and Appendix B's moments. path: where to write; its suffix is replaced.
+
+    Raises ValueError if a study's records are missing.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 3, figsize=(16, 9.6))

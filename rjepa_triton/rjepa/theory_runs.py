@@ -1,4 +1,4 @@
-"""`rjepa theory`: Theorem 1 and Appendix B run against what docs/theory.md derives; the records and their tables."""
+"""`rjepa theory`: compares Theorem 1 and Appendix B with what docs/theory.md derives; its records and tables."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ from .theory import DTYPE, Covariances, Weights
 FILE = "theory.jsonl"
 SIZE, HIDDEN = 10, 6  # d and m
 ETA = 0.02
-CORRELATION = 0.8  # of `theory.white`
+CORRELATION = 0.8  # between steps of `theory.white`
 ENTRY = (0, 0, 1, 1)
 MOMENTS = ("T(0,0,0)", "T(0,1,1)", "T(1,2,2)")
 TAUS = (0.4, 0.2, 0.1, 0.05)
-Z_99 = 2.576  # half the width of a normal's 99 % interval
+Z_99 = 2.576  # half the width of a 99 % interval of the normal distribution
 
 
 @dataclass(frozen=True)
 class Case:
-    """One setting of linear R-JEPA, learnt from `seeds` draws of input and weights.
+    """One setting of linear R-JEPA, which learns from several draws of input and weights.
 
-    decays: τ of each area; scale: of the first weights.
+    study          a key of UNTIL
+    input          a key of `theory.INPUTS`
+    decays         τ of each area
+    eta            weight decay η
+    scale          of the initial weights (`theory.ordinary`)
+    stop_gradient, first_order   as in `theory.flow` and `theory.covariances`
     """
 
     study: str
@@ -46,7 +51,7 @@ class Case:
     first_order: bool = False
 
 
-# What each study runs, and until which learning time.
+# What each study runs, and up to which learning time.
 BALANCE = [
     *(Case("balance", name, (tau,)) for name, tau in product(theory.INPUTS, (0.0, 0.3, 0.7))),
     Case("balance", "white, uneven rates", (0.0, 0.0)),
@@ -70,18 +75,17 @@ VALUES = [
     Case("values", "white", (0.0,), eta, 2.0) for eta in (0.01, 0.02, 0.04, 0.08, 0.12, 0.15, 0.17, 0.2)
 ]
 UNTIL = {"balance": 500, "first-order": 50, "start": 500, "stop-gradient": 100, "values": 1000}
-RATE_AT = {
-    "balance": 200,
-    "first-order": 50,
-}  # learning time at which the gap's rate is read, before it is rounding
+# The learning time at which the rate of the gap is read, before the gap is mere rounding.
+RATE_AT = {"balance": 200, "first-order": 50}
 
 
 def run(
     file: Path, seeds: int = 5, samples: int = 400_000, say: Callable[[str], None] = print
 ) -> list[Record]:
-    """Run everything, write the records to `file` in place of what it held, and return them.
+    """Run all studies, write the records to `file` in place of its old content, and return them.
 
-    seeds: at least 2. samples: chains that Appendix B's moments are estimated from, at least 1,000.
+    seeds: draws of input and weights, at least 2. samples: chains from which Appendix B's moments are estimated, at
+    least 1,000. say: called with a line on each study when it begins.
     """
     check.integer("--seeds", seeds, 2)
     check.integer("--samples", samples, 1000)
@@ -117,9 +121,9 @@ def _everything(
 
 
 def _learn(cases: Sequence[Case], seeds: int) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """The payload of each case; those of as many areas and with the same gradient learn as one batch."""
+    """The payload of each case. Cases with the same number of areas and the same gradient learn as one batch."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products of matrices this small take longer on several
+    torch.set_num_threads(1)  # products of matrices this small take longer on several threads
     try:
         yield from _batches(cases, seeds)
     finally:
@@ -156,7 +160,10 @@ def _kind(case: Case) -> tuple[int, bool, bool]:
 def _payload(
     case: Case, times: Sequence[float], path: Sequence[Weights], z: Covariances, rows: slice
 ) -> dict[str, Any]:
-    """Curves as means over seeds; what is said of the end, by seed."""
+    """The results of a case: curves are means over seeds; numbers at the end of learning are lists by seed.
+
+    path: the weights at each of `times`; rows: the part of the batch that belongs to the case.
+    """
     z = Covariances(*(part[rows] for part in z))
     path = [Weights(w.predictor[rows], tuple(area[rows] for area in w.areas)) for w in path]
     grams = [theory.gram(w) for w in path]
@@ -189,7 +196,10 @@ def _payload(
 
 
 def _moments(tau: float, samples: int, seed: int) -> dict[str, Any]:
-    """Appendix B at U = τ diag(1, .8, .6): one entry exact, sampled and by the paper; norms; orders from τ to τ/2."""
+    """Appendix B at U = τ diag(1, .8, .6): one entry, exact, sampled and by the paper's formula; and norms.
+
+    "orders" are the powers of τ with which the norms grow, from τ/2 to τ.
+    """
     noise = torch.tensor([[1.0, 0.5, 0.2], [0.5, 0.8, -0.3], [0.2, -0.3, 0.6]], dtype=DTYPE)
     shape = torch.diag(torch.tensor([1.0, 0.8, 0.6], dtype=DTYPE))
 
@@ -221,7 +231,7 @@ def _trace(matrices: Tensor) -> Tensor:
 
 
 def _numbers(values: Tensor, digits: int = 6) -> list[float | None]:
-    """None for what isn't defined, as the cosine of matrices that are zero."""
+    """The values as floats with so many digits; None if undefined, such as the cosine of zero matrices."""
     return [float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in values.tolist()]
 
 
@@ -229,7 +239,7 @@ def _numbers(values: Tensor, digits: int = 6) -> list[float | None]:
 
 
 def select(records: Sequence[Record], study: str) -> list[Record]:
-    """The records of one study, or ValueError where there are none."""
+    """The records of one study. Raises ValueError if there are none."""
     found = [r for r in record.latest(records) if r.benchmark == "theory" and r.algorithm == study]
     if not found:
         raise ValueError(f"there are no records of {study!r} of `rjepa theory`")
@@ -237,7 +247,7 @@ def select(records: Sequence[Record], study: str) -> list[Record]:
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """Balance, the first-order gradient, first weights, stop-gradient, singular values, moments, their orders."""
+    """The tables: balance, first-order gradient, first weights, stop-gradient, singular values, moments and orders."""
     return [
         _balance(select(records, "balance")),
         _first_order(select(records, "first-order")),
@@ -250,7 +260,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 
 def decays_text(params: dict[str, Any]) -> str:
-    """τ of each area: .3, .7."""
+    """τ of each area as text, such as "0.3, 0.7"."""
     return ", ".join(f"{tau:g}" for tau in params["decays"])
 
 
@@ -339,7 +349,7 @@ def _stop(records: Sequence[Record]) -> Table:
 
 
 def alive(made: Record) -> list[float]:
-    """The singular values of W and P that have not gone to zero, of all seeds of a record of "values"."""
+    """The singular values of W and P that have not gone to zero, of all seeds of a record of the study "values"."""
     roots = theory.surviving(CORRELATION, made.params["eta"])
     return [value for part in made.payload["values"] for value in part if roots and value > roots[1]]
 
@@ -401,7 +411,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    """The mean, and the least and greatest of the seeds where these differ as written."""
+    """The mean over seeds and, if they differ as written, the least and the greatest."""
     low, high, mean = (
         f"{value:.{digits}f}" for value in (min(values), max(values), statistics.fmean(values))
     )

@@ -1,9 +1,16 @@
-"""Train R-JEPA from a configuration: `rjepa train`.
+"""Trains R-JEPA from a configuration: `rjepa train`.
 
-A run's folder holds config.yaml; checkpoint.pt, written whole after each epoch, from which an interrupted run goes on
-and ends bitwise as an uninterrupted one does on the CPU; metrics.csv and tensorboard/, every diagnostic of every epoch;
-weights.safetensors; and evaluation.json, of before and after training. A second predictor learns beside the model's on
-what the circuit is given, x^High: the control that shows what recurrence adds.
+A run's folder holds
+
+    config.yaml
+    checkpoint.pt              after each epoch; an interrupted run continues from it, and on the CPU ends bitwise as an
+                               uninterrupted run does
+    metrics.csv, tensorboard/  every diagnostic of every epoch
+    weights.safetensors        the trained model
+    evaluation.json            every diagnostic before and after training
+
+Beside the model's predictor, a second one learns to predict x^High, the top circuit's input, from x^High. It is the
+control that shows what recurrence adds.
 """
 
 from __future__ import annotations
@@ -37,7 +44,7 @@ CHECKPOINT, METRICS, WEIGHTS, EVALUATION, CONFIG = (
 
 
 def build(settings: Config) -> RJEPA:
-    """The model of a configuration, with its first weights, drawn from train.seed."""
+    """The model of a configuration, with initial weights drawn from train.seed."""
     m, t = settings.model, settings.train
     torch.manual_seed(t.seed)
     encoder = Encoder(
@@ -59,10 +66,11 @@ def build(settings: Config) -> RJEPA:
 class Trainer:
     """A run: the model, its control, their optimisers, and the epochs done.
 
-    folder: where the run is written; with a checkpoint in it, the run goes on from there. known: as for `prepare`.
+    folder: where the run is written; if it holds a checkpoint, the run continues from that. say: called with messages.
+    known: as for `prepare`.
 
-    Raises ValueError where the folder is another configuration's, naming what differs, or where its checkpoint can't be
-    read.
+    Raises ValueError if the folder holds a run of another configuration, naming what differs, or if its checkpoint
+    can't be read.
     """
 
     def __init__(
@@ -104,14 +112,14 @@ class Trainer:
     # --- a run's folder ------------------------------------------------------------------------------------
 
     def _claim_folder(self) -> None:
-        """Write the configuration, or see that the one there is the same but for the number of epochs."""
+        """Write the configuration. One that is there must be the same, except for the number of epochs."""
         file, now = self.folder / CONFIG, config.text(self.settings)
         if file.exists():
             other = [
                 d for d in config.differences(file.read_text(), now) if not d.startswith("train.epochs:")
             ]
             if other:
-                raise ValueError(f"{self.folder} is a run of another configuration: {'; '.join(other)}")
+                raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(other)}")
         write_whole(file, lambda temporary: temporary.write_text(now))
 
     def _resume(self) -> None:
@@ -131,7 +139,7 @@ class Trainer:
             self.before = json.loads(state["before"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file} isn't a checkpoint of this run: {str(error).splitlines()[0]}") from None
-        self.say(f"going on after epoch {self.done} of {self.folder}")
+        self.say(f"continuing after epoch {self.done} of {self.folder}")
 
     def _save(self) -> None:
         if not self.fabric.is_global_zero:
@@ -157,7 +165,7 @@ class Trainer:
     # --- learning ------------------------------------------------------------------------------------------
 
     def run(self, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Train the epochs that are missing, write what the folder holds, and return the evaluation of both ends.
+        """Train the missing epochs, write the folder's files, and return the evaluations before and after training.
 
         advance: called after each batch.
         """
@@ -190,13 +198,14 @@ class Trainer:
 
     @property
     def batches(self) -> int:
-        """Of an epoch."""
+        """How many batches an epoch has."""
         return math.ceil(len(self.data.train) / self.settings.train.batch)
 
     def _order(self, epoch: int) -> list[Tensor]:
-        """The epoch's batches of indices, from the seed and the epoch alone: this process's share of each.
+        """The indices of each of the epoch's batches: this process's share of them.
 
-        A last batch of fewer sequences than processes is left out, or some would wait for the others.
+        They depend on the seed and the epoch alone. A last batch with fewer sequences than processes is left out, since
+        processes without a sequence would make the others wait.
         """
         generator = torch.Generator().manual_seed(self.settings.train.seed * 100_003 + epoch)
         drawn = torch.randperm(len(self.data.train), generator=generator).split(self.settings.train.batch)
@@ -224,10 +233,11 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def _learn_online(self, x: Tensor) -> None:
-        """A batch of sequences as streams: an update every `updates` steps, in memory that doesn't grow with T.
+        """Learn from a batch of sequences as streams, with an update every `updates` steps; memory doesn't grow with T.
 
-        Sensitivities are carried (`OnlineLearner`). A loss meets h(t-1), so with updates of one step the learner keeps
-        one step more. Within chunks, the loss across a boundary reaches the predictor alone.
+        An `OnlineLearner` carries the sensitivities. A loss depends on h(t-1) and h(t), so with an update in every step
+        the learner keeps one step more. With longer chunks, a loss across the boundary of two chunks trains the
+        predictor alone.
         """
         every, steps = self.settings.train.updates, len(x)
         circuit, predictor = self.model.encoder.circuit, self.model.predictor
@@ -251,23 +261,23 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Every diagnostic on the test sequences: by step (lists), spectra, and single figures (docs/rjepa.md)."""
+        """Every diagnostic on the test sequences: lists by step, spectra, and single numbers (docs/rjepa.md)."""
         self.model.eval()
         return evaluate(self.model, self.control, self.data, self.settings.model.distance, self.fabric.device)
 
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """`Trainer.evaluate` of a finished run's weights, on its own test data or what overrides "data.…" make of it.
+    """Every diagnostic of a finished run's weights, on its own test data or on those that overrides "data.…" name.
 
-    The head stays as it was calibrated in training. Raises FileNotFoundError for a run that isn't finished, ValueError
-    for other overrides, and for weights that aren't this configuration's.
+    The head keeps the statistics of training. Raises FileNotFoundError if the run isn't finished; ValueError for other
+    overrides, and for weights that don't belong to the configuration.
     """
     for file in (CONFIG, WEIGHTS, CHECKPOINT):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} isn't a finished run: there is no {file} in it")
     other = [override for override in overrides if not override.startswith("data.")]
     if other:
-        raise ValueError(f"overrides of an evaluation must be of data, got {', '.join(other)}")
+        raise ValueError(f"overrides of an evaluation must begin with 'data.', got {', '.join(other)}")
     settings = config.read(folder / CONFIG, overrides)
     model = build(settings)
     control = Predictor(model.encoder.circuit.hidden_size, settings.model.predictor_hidden)
@@ -278,7 +288,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         control.load_state_dict(backbone.unpickled(folder / CHECKPOINT)["control"])
     except (RuntimeError, KeyError) as error:
         raise ValueError(
-            f"{folder / WEIGHTS} isn't of {folder / CONFIG}: {str(error).splitlines()[0]}"
+            f"{folder / WEIGHTS} doesn't belong to {folder / CONFIG}: {str(error).splitlines()[0]}"
         ) from None
     data = prepare(settings, model.eval(), known, calibrate=False)
     with torch.no_grad():
@@ -286,7 +296,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
+    """Call `write` with a temporary path, and then rename it to `file`, which is written completely or not at all."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         write(temporary)

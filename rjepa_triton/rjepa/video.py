@@ -1,7 +1,7 @@
-"""Films and pictures as arrays of frames, decoded once into a cache that a crash can't spoil.
+"""Films and pictures as arrays of frames, which are decoded once into a cache that a crash can't spoil.
 
-An entry of the cache is a folder: frames.npy, times.npy and film.json. It is filled under another name, synced,
-and renamed as a whole, so an entry that has its name is complete.
+An entry of the cache is a folder with frames.npy, times.npy and film.json. The folder is filled under another name,
+synced to disk, and then renamed, so an entry under its own name is complete.
 """
 
 from __future__ import annotations
@@ -29,26 +29,25 @@ from .. import _checks as check
 
 try:
     import fcntl
-except ImportError:  # Windows: there, two processes may both decode a film, and one entry is kept
+except ImportError:  # on Windows, two processes may both decode a film; one entry is kept
     fcntl = None  # type: ignore[assignment]
 
 IMAGES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-LAYOUT = 1  # of an entry of the cache; entries of another layout have other keys
-HASHED = 2**20  # bytes at each end of a file that tell it from another of the same size and time
+LAYOUT = 1  # version of a cache entry's layout; entries of another version have other keys
+HASHED = 2**20  # so many bytes at each end of a file distinguish it from another of the same size and time
 
 
 class VideoError(ValueError):
-    """A film or picture that is missing, empty or broken; the message begins with its file."""
+    """A film or picture is missing, empty or broken. The message begins with its file's name."""
 
 
 @dataclass(frozen=True)
 class Info:
-    """What a file says of itself before it is decoded.
+    """What a file's header says.
 
-    width, height   of a frame, in square pixels: as it is shown, which isn't as it is stored where pixels
-                    are stored with another aspect
-    duration        seconds; infinite for a picture, None where the file doesn't say
-    frames          how many; None where the file doesn't say
+    width, height   of a frame as it is shown, in square pixels; a file may store pixels of another aspect
+    duration        in seconds; infinite for a picture, None if the file doesn't say
+    frames          their number; None if the file doesn't say
     """
 
     width: int
@@ -59,14 +58,15 @@ class Info:
 
 @dataclass(frozen=True)
 class Film:
-    """A decoded film; a picture is a film of one frame that is shown for ever.
+    """A decoded film. A picture is a film of one frame that is shown for ever.
 
+    file     the film or picture; folder: its entry in the cache
     frames   (n, H, W, 3) uint8, RGB, a read-only memory map
-    times    (n,) float64, seconds after the first frame at which each is first shown; times[0] = 0
-    end      seconds at which the last one is no longer shown
+    times    (n,) float64, seconds from when the first frame is shown to when each is; times[0] = 0
+    end      seconds after which the last frame is no longer shown
     size     (width, height) of a frame before it was resized, in square pixels
 
-    It pickles as its place in the cache, so every worker process maps the frames for itself.
+    A pickle holds the place in the cache, not the frames, so every worker process maps the frames for itself.
     """
 
     file: Path
@@ -83,9 +83,9 @@ class Film:
         return {name: value for name, value in self.__dict__.items() if name != "frames"}
 
     def index(self, seconds: np.ndarray) -> np.ndarray:
-        """Which frame is shown at each of `seconds`, int64 of the same shape.
+        """The index of the frame shown at each of `seconds`, as int64 of the same shape.
 
-        Raises ValueError for a time before the first frame or from `end` on.
+        Raises ValueError for a time before the first frame, or at `end` or later.
         """
         seconds = np.asarray(seconds, dtype=np.float64)
         outside = ~((seconds >= 0) & (seconds < self.end))
@@ -96,7 +96,7 @@ class Film:
         return np.searchsorted(self.times, seconds, side="right") - 1
 
     def at_rate(self, fps: float) -> Film:
-        """The same frames shown at a constant rate, frames/s, whatever times the file gives them."""
+        """The same frames at a constant rate, in frames per second, whatever the file's time stamps say."""
         if not (math.isfinite(fps) and fps > 0):
             raise ValueError(f"fps must be a positive number, got {fps}")
         if not math.isfinite(self.end):
@@ -106,9 +106,10 @@ class Film:
 
 
 def there_and_back(seconds: np.ndarray, end: float) -> np.ndarray:
-    """Times in a film of length `end` that is played forward, backward, forward, … without a pause.
+    """Which times in a film of length `end` are reached after `seconds` of playing it forward, backward, forward, ….
 
-    Played so, a short film has no cut in it, and a scan path of any length can be laid over it.
+    A short film that is played like this has no cuts, so a scan path of any length can run over it. In a picture, whose
+    end is infinite, the time is always 0.
     """
     if not math.isfinite(end):
         return np.zeros_like(seconds)
@@ -117,7 +118,7 @@ def there_and_back(seconds: np.ndarray, end: float) -> np.ndarray:
 
 
 def default_cache() -> Path:
-    """$RJEPA_CACHE, else rjepa-triton in the user's folder of caches."""
+    """The folder $RJEPA_CACHE, or else rjepa-triton in the user's cache folder."""
     named = os.environ.get("RJEPA_CACHE")
     if named:
         return Path(named)
@@ -125,7 +126,7 @@ def default_cache() -> Path:
 
 
 def probe(file: str | Path) -> Info:
-    """Size and duration from the head of the file. Raises VideoError for one that is missing or broken."""
+    """Size and duration, from the file's header. Raises VideoError if the file is missing or broken."""
     file = _existing(file)
     if file.suffix.lower() in IMAGES:
         with _image(file) as image:
@@ -140,14 +141,15 @@ def probe(file: str | Path) -> Info:
 
 
 def decode(file: str | Path, cache: str | Path | None = None, *, width: int | None = None) -> Film:
-    """The film or picture `file`, decoded now, or earlier into the folder `cache` (`default_cache()` if None).
+    """The film or picture `file`, decoded into the folder `cache` unless it is there already.
 
-    width: pixels a frame is resized to; its height follows. The frames take n·H·W·3 bytes of disk. An entry of
-    the cache is found by the file's size, time of change and content at both ends, and by `width`. Of several
-    processes that ask for one film, one decodes it and the others wait.
+    cache: None: `default_cache()`. width: frames are resized to this width in pixels, and to a height in proportion;
+    None: they keep their size. The frames take n·H·W·3 bytes of disk. An entry of the cache is identified by the file's
+    size, time of change and content at both ends, and by `width`. If several processes ask for one film, one of them
+    decodes it and the others wait.
 
-    Raises VideoError for a file that is missing, empty, truncated or broken, or whose frames have no time stamps;
-    OSError where the disk has no room.
+    Raises VideoError if the file is missing, empty, truncated or broken, or if frames have no time stamps; OSError if
+    the disk has no room.
     """
     file = _existing(file)
     if width is not None:
@@ -184,7 +186,7 @@ def _key(file: Path, width: int | None) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the system gives back when this process ends, however it ends."""
+    """Hold a lock on the file `path`, which the system releases when this process ends, however it ends."""
     with path.open("w") as lock:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -192,9 +194,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _fill(folder: Path, file: Path, width: int | None) -> None:
-    """Decode into `folder`, which is there whole or not at all. The caller holds its lock."""
+    """Decode into `folder`, which then exists complete or not at all. The caller holds its lock."""
     if fcntl is not None:
-        for left in folder.parent.glob(f"{folder.name}.*.part"):  # by a process that ended while it decoded
+        for left in folder.parent.glob(
+            f"{folder.name}.*.part"
+        ):  # left by a process that ended while it decoded
             shutil.rmtree(left, ignore_errors=True)
     part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
     part.mkdir()
@@ -236,8 +240,10 @@ def _write(folder: Path, file: Path, width: int | None) -> None:
         if not times:
             raise VideoError(f"{file}: it has no frames")
         out.seek(0)
-        if _write_header(out, len(times), to) != header:  # numpy leaves room for the count to grow
-            raise RuntimeError(f"{file}: the header of {len(times)} frames isn't as long as that of none")
+        if _write_header(out, len(times), to) != header:  # numpy's header has room for the count to grow
+            raise RuntimeError(
+                f"{file}: the header for {len(times)} frames isn't as long as the one for none"
+            )
         _flush(out)
     with (folder / "times.npy").open("wb") as out:
         np.save(out, np.asarray(times))
@@ -248,7 +254,7 @@ def _write(folder: Path, file: Path, width: int | None) -> None:
 
 
 def _write_header(out: BinaryIO, count: int, size: tuple[int, int]) -> int:
-    """Write the header of an array of `count` frames, and return where it ends."""
+    """Write the header of an array of `count` frames, and return its length in bytes."""
     shape = (count, size[1], size[0], 3)
     np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return out.tell()
@@ -265,12 +271,12 @@ def _check_room(cache: Path, file: Path, size: tuple[int, int], frames: int | No
     if need > free:
         raise OSError(
             f"{file}: {frames} frames of {size[0]} × {size[1]} pixels need {need / 1e9:.1f} GB, and {cache} has "
-            f"{free / 1e9:.1f} GB free; decode to a smaller width, or set another folder of caches in RJEPA_CACHE"
+            f"{free / 1e9:.1f} GB free; decode to a smaller width, or name another cache folder in RJEPA_CACHE"
         )
 
 
 def _frames(file: Path, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, float, float]]:
-    """Each frame (H, W, 3) with the seconds at which it is first shown and is no longer shown."""
+    """Each frame (H, W, 3), with the seconds from which and until which it is shown."""
     if file.suffix.lower() in IMAGES:
         with _image(file) as image:
             yield np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)), 0.0, math.inf
@@ -284,10 +290,10 @@ def _frames(file: Path, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, flo
             if frame.is_corrupt:
                 raise VideoError(f"{file}: frame {count} is corrupt")
             if frame.rotation:
-                raise VideoError(f"{file}: it is stored turned by {frame.rotation}°; encode it upright")
+                raise VideoError(f"{file}: it is stored rotated by {frame.rotation}°; encode it upright")
             if frame.time is None:
                 raise VideoError(
-                    f"{file}: frame {count} has no time stamp; put it in a container that has, as mp4"
+                    f"{file}: frame {count} has no time stamp; use a container that has time stamps, such as mp4"
                 )
             first = frame.time if first is None else first
             time = frame.time - first
@@ -324,12 +330,14 @@ def _shown_size(stream: VideoStream) -> tuple[int, int]:
 def _image(file: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
-            yield ImageOps.exif_transpose(image)  # cameras store pictures as held, and say which way is up
+            yield ImageOps.exif_transpose(
+                image
+            )  # cameras store a picture as they were held, and say which way is up
     except (
         OSError,
         SyntaxError,
         Image.DecompressionBombError,
-    ) as error:  # SyntaxError: of Pillow's PNG reader
+    ) as error:  # Pillow's PNG reader raises SyntaxError
         raise VideoError(f"{file}: not a picture that can be read: {error}") from error
 
 

@@ -52,6 +52,6 @@ def test_a_missing_demo_package_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         demo.sources()
     monkeypatch.setattr(demo, "FILES", {"x": ("scikit-image", "skimage", "data/nothing.png")})
     with pytest.raises(
-        FileNotFoundError, match=r"nothing\.png: this version of scikit-image doesn't have it"
+        FileNotFoundError, match=r"nothing\.png: this version of scikit-image doesn't have the file"
     ):
         demo.source("x")

@@ -28,7 +28,7 @@ def test_names_that_yaml_reads_as_numbers(tmp_path: Path) -> None:
 
 # Changes to the sidecar, and what is said of each.
 SIDECARS: list[tuple[dict[str, object], str]] = [
-    ({"time_unit": None}, "time_unit is missing: one of s, ms, us"),
+    ({"time_unit": None}, "time_unit is missing; it must be one of s, ms, us"),
     ({"time_unit": "min"}, "time_unit must be one of s, ms, us, got 'min'"),
     ({"px_per_degree": None}, "px_per_degree is missing"),
     ({"px_per_degree": -1}, "px_per_degree must be a positive number, got -1"),
@@ -36,13 +36,13 @@ SIDECARS: list[tuple[dict[str, object], str]] = [
     ({"frame_size": None}, "give the file of movie 'm' under movies, or frame_size"),
     ({"frame_size": [400]}, r"frame_size must be two numbers, \[x, y\], got \[400\]"),
     ({"frame_size": [400.5, 2]}, r"frame_size must be \[width, height\] in pixels"),
-    ({"framesize": [400, 300]}, "unknown key 'framesize'; those that mean something: time_unit"),
+    ({"framesize": [400, 300]}, "unknown key 'framesize'; known keys: time_unit"),
     ({"movies": ["m"]}, "movies must be a mapping of names to values, got list"),
     ({"movies": {"m": {"start": 2}}}, r"movies\.m: unknown key 'start'"),
     ({"movies": {"m": {"fps": 0}}}, r"movies\.m\.fps must be a positive number, got 0"),
     ({"movie_start": "noon"}, "movie_start must be a time, or times by movie or participant, got 'noon'"),
     ({"movie_start": {"m": {"p1": "noon"}}}, r"movie_start\.m\.p1 must be a time, got 'noon'"),
-    ({"screen": {"size": [2, 2]}}, r"screen\.size is of use only with .*screen\.frame"),
+    ({"screen": {"size": [2, 2]}}, r"screen\.size can be given only with .*screen\.frame"),
     ({"screen": {"frame": [0, 0, 400, 300], "scale": 2}}, "either frame, or offset and scale, got both"),
     ({"screen": {"frame": [0, 0, 400]}}, r"screen\.frame must be \[left, top, width, height\]"),
     ({"screen": {"frame": [0, 0, 400, 0]}}, r"screen\.frame must have a positive width and height"),

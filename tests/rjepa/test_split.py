@@ -55,7 +55,7 @@ def test_fixations_split_too(tmp_path: Path) -> None:
         ("movie", ["m9"], "test names movie 'm9', which isn't there; there are m0, m1"),
         ("movie", ["m0", "m1"], "the train side would be empty"),
         ("movie", [], "the test side would be empty"),
-        ("movie", 1.0, "test must be a part between 0 and 1, or names, got 1.0"),
+        ("movie", 1.0, "test must be a fraction between 0 and 1, or names, got 1.0"),
         ("participant", 0.5, "a split by participant needs at least 2 of them, got p0"),
         ("both", {"movie": 0.5}, "test must give movie and participant, got movie"),
         ("frame", 0.5, "by must be one of 'movie', 'participant', 'both', got 'frame'"),

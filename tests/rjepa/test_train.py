@@ -121,7 +121,7 @@ def test_interrupted_and_whole_runs_end_alike(settings: Any, tmp_path: Path, upd
         first.run(stop_in_the_second_epoch)
     said: list[str] = []
     second = Trainer(settings(f"train.updates={updates}"), tmp_path / "cut", said.append)
-    assert said == [f"going on after epoch 1 of {tmp_path / 'cut'}"]
+    assert said == [f"continuing after epoch 1 of {tmp_path / 'cut'}"]
     second.run()
     for a, b in zip(parameters(second), parameters(whole), strict=True):
         assert torch.equal(a, b)
@@ -232,9 +232,11 @@ def test_folders_that_do_not_fit(settings: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"isn't a finished run: there is no config\.yaml"):
         train.evaluate_run(folder)
     run(settings(), folder)
-    with pytest.raises(ValueError, match=r"is a run of another configuration: model\.units: 6 against 5"):
+    with pytest.raises(ValueError, match=r"holds a run of another configuration: model\.units: 6 against 5"):
         Trainer(settings("model.units=5"), folder)
-    with pytest.raises(ValueError, match=r"overrides of an evaluation must be of data, got train\.seed=1"):
+    with pytest.raises(
+        ValueError, match=r"overrides of an evaluation must begin with 'data\.', got train\.seed=1"
+    ):
         train.evaluate_run(folder, ["train.seed=1"])
     state = backbone.unpickled(folder / "checkpoint.pt")
     state["model"]["encoder.circuit.weight_ss"] = torch.zeros(2, 2)
@@ -245,7 +247,7 @@ def test_folders_that_do_not_fit(settings: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="can't be read with weights_only=True"):
         Trainer(settings(), folder)
     save_file({"a": torch.zeros(1)}, folder / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"weights\.safetensors isn't of"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors doesn't belong to"):
         train.evaluate_run(folder)
 
 
