@@ -25,7 +25,12 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "reference.rounding": "rules.rounding",
     "reference.rtrl": "rules.rtrl",
     "exactness": "rules.exactness",
-    "ops": "backends.dispatch",
+    "ops": (
+        "backends.operations",
+        "backends.native_backend",
+        "backends.triton_backend",
+        "backends.descent",
+    ),
     "cost": "planning.cost",
     "devices": "planning.devices",
     "conv": "layers.conv",

@@ -1,26 +1,17 @@
-"""Code compiled for the CPU: `native/`, built on first use and called through ctypes.
+"""Calls of the compiled library: each gives the addresses of tensors to one function of the C++ sources in this folder.
 
-Torch goes over Γ several times a step, and a step of a loop over time is a few of its calls, which cost microseconds
-each whatever they work on; here Γ's step is one pass, and a whole loop one call. The library is built for this
-processor by the C++ compiler that torch.compile would use, in some seconds, and kept in the user's cache directory
-($XDG_CACHE_HOME, or ~/.cache) under a name that tells source, flags, compiler and processor. ctypes releases the GIL
-while compiled code runs.
+Torch goes over Γ several times a step, and one step of a loop over time is a few calls of torch, each of which costs
+microseconds whatever it works on. Here Γ's step is one pass over memory, and a whole loop is one call. ctypes releases
+the GIL while compiled code runs.
+
+Every function needs `library.library()` to be there, and tensors on the CPU that have memory of their own (no tensor of
+torch.compile's or of a tensor mode): `native_backend` checks both before it calls.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
 import struct
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,64 +20,23 @@ from torch import Tensor
 from ...cells.builtin import ElmanCell, GRUCell, LSTMCell, RGCCell
 from ...cells.two_point import Cell, Linearization, Matrix, Partials, Trajectory, state_read
 from ...rules.rfp import Joined
-from ..room import Room
+from ..buffers import ReusedMemory
+from .library import loaded
 
-SOURCES = Path(__file__).parent
-# None of these lets a value be anything else than C++ says, as -ffast-math would; a product and a sum may be one FMA.
-FLAGS = (
-    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fno-exceptions", "-fno-rtti"),
-    *("-Wno-psabi", "-shared", "-fPIC"),  # vectors are passed within a file alone
-)
-THREADS = (
-    "-fopenmp",
-    "-fopenmp-simd",
-)  # the first that the compiler takes; by the second there is one thread
 PANEL = 32  # as in products.h
 PACKED_FROM = 16  # rows of all steps that pay for laying out weights anew
 MOST_STATES = 2  # a unit, of Γ's pass
-SECONDS = 60  # that a compiler may take
-
-
-@functools.cache
-def compiler() -> str | None:
-    """The C++ compiler that torch.compile would use on the CPU, or None."""
-    return next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The library, or None, with one warning that says why, where it can't be built or loaded."""
-    found = compiler()
-    if found is None:
-        return None
-    try:
-        return _declared(_built(found))
-    except (
-        OSError,
-        subprocess.SubprocessError,
-        AttributeError,
-        RuntimeError,
-    ) as error:  # the last: no home directory
-        cause = getattr(error, "stderr", None) or error
-        warnings.warn(
-            f"code for the CPU can't be built by {found} or loaded, torch runs in its place from now on: {cause}",
-            stacklevel=2,
-        )
-        return None
 
 
 def rgc_scan(
     x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], resets: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     """The loop of an RGC with dense weights: `RGCCell.scan`'s states (2, T + 1, B, N) and gates (2, T, B, 2, N).
 
     x (T, B, N), weights ss, ms, mm, sm (N, N), state two of (B, N), resets (T, B) bool or None; float32, on the CPU.
-    Nothing is mutated. None where there is no library.
+    Nothing is mutated.
     """
-    code = library()
-    if code is None:
-        return None
+    code = loaded()
     steps, batch, units = x.shape
     states = x.new_empty(2, steps + 1, batch, units)
     gates = x.new_empty(2, steps, batch, 2, units)
@@ -129,15 +79,13 @@ def gated_cell(cell: Cell) -> int | None:
 
 def gated_scan(
     cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], resets: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     """The loop of a `gated_cell` with dense weights: `Cell.scan`'s states (S, T + 1, B, N) and `saved` (G, T, B, N).
 
     x (J, T, B, N), weights G of (N, N), state S of (B, N), resets (T, B) bool or None; float32, on the CPU. Nothing is
-    mutated. None where there is no library.
+    mutated.
     """
-    code = library()
-    if code is None:
-        return None
+    code = loaded()
     _, steps, batch, units = x.shape
     x = _units_together(x)
     states = x.new_empty(len(state), steps + 1, batch, units)
@@ -165,16 +113,14 @@ def gated_scan(
 
 def gated_linearize(
     cell: Cell, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor]
-) -> tuple[Partials, Tensor] | None:
+) -> tuple[Partials, Tensor]:
     """The partials of a `gated_cell`, and RFP's M, of T steps, in one pass.
 
     trajectory: as `gated_scan` makes it; before (S, T, B, N): the states that its steps read; weights of the G
     matrices, (N, N), or their own parts (N,); float32, on the CPU. Returns the partials, and M (S, S, T, B, N), zero
-    where reset; None where there is no library. Nothing is mutated.
+    where reset. Nothing is mutated.
     """
-    code = library()
-    if code is None:
-        return None
+    code = loaded()
     kind = gated_cell(cell)
     assert kind is not None
     x, sums = _units_together(trajectory.x), trajectory.saved.movedim(0, 2).contiguous()
@@ -241,11 +187,9 @@ def _longs(values: Sequence[int]) -> bytes:
 
 def rgc_linearize(
     cell: Cell, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor]
-) -> tuple[Partials, Tensor] | None:
+) -> tuple[Partials, Tensor]:
     """`gated_linearize` of an RGC; weights ss, ms, mm and sm."""
-    code = library()
-    if code is None:
-        return None
+    code = loaded()
     gates, x = trajectory.saved.contiguous(), trajectory.x[0].contiguous()
     if not before[0].is_contiguous():
         before = before.contiguous()
@@ -276,16 +220,14 @@ def dual(
     weights: Sequence[Tensor],
     delta: Tensor | Sequence[Tensor | None],
     carry: Tensor | None = None,
-) -> tuple[Joined, Tensor, Tensor] | None:
-    """`ops.dual_of` of a `gated_cell` or an RGC, in one pass: E^k of all the cell's matrices, and all J inputs'.
+) -> tuple[Joined, Tensor, Tensor]:
+    """`operations.dual_of` of a `gated_cell` or an RGC, in one pass: E^k of all the cell's matrices, and all J inputs'.
 
     trajectory: as `gated_scan` or `rgc_scan` makes it; weights as `gated_linearize` takes them; delta (S, T, B, N), or
-    (T, B, N) of each state, None for zeros; carry (S, B, N) or None; float32, on the CPU. None where there is no
-    library. Nothing is mutated.
+    (T, B, N) of each state, None for zeros; carry (S, B, N) or None; float32, on the CPU. Nothing is
+    mutated.
     """
-    code = library()
-    if code is None:
-        return None
+    code = loaded()
     kind = gated_cell(cell)
     x, states, saved = (_units_together(a) for a in (trajectory.x, trajectory.states, trajectory.saved))
     source = [None if one is None else _units_together(one) for one in delta]
@@ -295,7 +237,8 @@ def dual(
     if kind is None:
         kind = RGC
         made, for_x = x.new_empty(2, steps, batch, 2, units), x.new_empty(x.shape)
-        arrays, places = made.flatten(3), RGC_PLACES
+        arrays = made.flatten(3)
+        places: Sequence[tuple[int, int]] = RGCCell.CREDIT_PLACES
         gates = _by_gate(saved)
         out: list[int | None] = [*_by_gate(made), for_x.data_ptr()]
         row, last_row = 2 * units, units
@@ -303,7 +246,8 @@ def dual(
         order, count = PLANES[kind], saved.shape[0]
         planes = inputs + 1 if kind == 3 else count
         made = x.new_empty(steps, batch, planes, units)
-        arrays, places = made.flatten(2)[None, :, :, : count * units], [(0, k) for k in order[:count]]
+        arrays = made.flatten(2)[None, :, :, : count * units]
+        places = [(0, k) for k in order[:count]]
         for_x = made[:, :, planes - inputs :].movedim(2, 0)
         first = made.data_ptr()
         gates = _each(saved)
@@ -351,18 +295,15 @@ def _by_gate(array: Tensor) -> list[int]:
 # Number of an RGC in `native/dual.cpp`, beside those of `gated_cell`, and where E^k of its matrices are put, as in
 # `Joined`. Of the other cells, the planes of what enters gates, then inputs: those of gates first, of inputs last.
 RGC = 4
-RGC_PLACES = [(0, 0), (1, 1), (1, 0), (0, 1)]
 PLANES = {0: (0,), 1: (0,), 2: (0, 1, 2, 3), 3: (1, 2, 0, 3, 4)}
 
 
-def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
     """`rfp.reverse_scan`: m (S, S, T, B, N), delta (S, T, B, N), carry (S, B, N) or None; float32, on the CPU.
 
-    Returns λ (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N); None where there is no library. Nothing is mutated.
+    Returns λ (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N). Nothing is mutated.
     """
-    code = library()
-    if code is None:
-        return None
+    code = loaded()
     count, steps, batch, units = delta.shape
     m, delta = m.contiguous(), delta.contiguous()
     carry = None if carry is None else carry.contiguous()
@@ -386,14 +327,12 @@ def exact_credits(
     weights: Sequence[Tensor],
     delta: Tensor,
     carry: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     """`bptt.credits` of dense weights: λ (S, T, B, N), and what goes on to the initial state (S, B, N).
 
-    float32, on the CPU. Nothing is mutated. None where there is no library.
+    float32, on the CPU. Nothing is mutated.
     """
-    code = library()
-    if code is None:
-        return None
+    code = loaded()
     states, steps, batch, units = delta.shape
     order = sorted(range(len(matrices)), key=lambda k: state_read(matrices[k]))
     readers = [sum(state_read(matrix) == nu for matrix in matrices) for nu in range(states)]
@@ -448,16 +387,15 @@ def gamma_pass(
     credit: Tensor | None = None,
     *,
     before: bool = False,
-    room: Room | None = None,
-) -> tuple[Tensor | None] | None:
+    memory: ReusedMemory | None = None,
+) -> Tensor | None:
     """Γ ← M Γ + Σ_t U(t) y(t)ᵀ, and Σ_{b,ν} credit ⊙_rows Γ (K, N, M), in one pass over Γ, by torch's threads.
 
     gammas: S ≤ `MOST_STATES` of (B, K, N, M), contiguous; m (S, S, B, N), or None where Γ is only read; entering
     (S, C, B, K, N), y (C, B, K, Y), Y as in `rfp.rows_read`; credit (S, B, N) or None. All on the CPU, of one dtype,
-    float32 or float64. before: Γ is read before it moves. room: of the gradient.
+    float32 or float64. before: Γ is read before it moves. memory: of the gradient.
 
-    Returns a tuple of the gradient, None without credit; None, and nothing is done, where there is no library. Mutates
-    gammas, where m is given.
+    Returns the gradient, or None without credit. Mutates gammas, where m is given.
     """
     batch, count, units, _ = gammas[0].shape
     m, entering, y, credit = [None if a is None else a.contiguous() for a in (m, entering, y, credit)]
@@ -475,7 +413,7 @@ def gamma_pass(
         begin = credit.data_ptr()
         credits = _places([begin + nu * batch * units * item for nu in range(len(gammas))])
     apart = (batch * units, batch * count * units, count * units, batch * count * reads, count * reads)
-    return _pass(gammas, m, immediates, signals, credits, apart, steps, reads, before, room)
+    return _pass(gammas, m, immediates, signals, credits, apart, steps, reads, before, memory)
 
 
 def gamma_step(
@@ -485,9 +423,9 @@ def gamma_step(
     y: Sequence[Tensor],
     delta: Tensor | None,
     t: int,
-    room: Room | None = None,
+    memory: ReusedMemory | None = None,
     descent: tuple[Sequence[Tensor | None], float] | None = None,
-) -> tuple[Tensor | None] | None:
+) -> Tensor | None:
     """`gamma_pass` by step t of T, whose arrays lie apart, as linearisation leaves them.
 
     m (S, S, T, B, N); phi S·K of (T, B, N), state by state, None: zeros; y K of (T, B, Y); delta (S, T, B, N) or None.
@@ -516,7 +454,7 @@ def gamma_step(
         1,
         y[0].shape[2],
         False,
-        room,
+        memory,
         t * rows * item,
         descent,
     )
@@ -532,20 +470,18 @@ def _pass(
     steps: int,
     reads: int,
     before: bool,
-    room: Room | None,
+    memory: ReusedMemory | None,
     skipped: int = 0,
     descent: tuple[Sequence[Tensor | None], float] | None = None,
-) -> tuple[Tensor | None] | None:
+) -> Tensor | None:
     """`gamma_pass` of tables of addresses and distances, as in `native/gamma.cpp`; skipped: bytes of m."""
-    code = library()
-    if code is None:
-        return None
+    code = loaded()
     first = gammas[0]
     batch, *shape = first.shape
     total = None
     weights, rate = descent or (None, 0.0)
     if credit is not None and weights is None:
-        total = first.new_empty(shape) if room is None else room.empty(shape, first)
+        total = first.new_empty(shape) if memory is None else memory.empty(shape, first)
     code.gamma_pass(
         _addresses(gammas),
         None if m is None else m.data_ptr() + skipped,
@@ -565,18 +501,16 @@ def _pass(
         first.element_size(),
         torch.get_num_threads(),
     )
-    return (total,)
+    return total
 
 
-def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor] | None:
+def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     """`rfp.arriving` and R(0) of `rfp.suffix_products`: m (S, S, C, B, N), phi (S, C, B, K, N), S ≤ `MOST_STATES`.
 
-    Returns U (S, C, B, K, N) and M(C) … M(1) (S, S, B, N); None where there is no library. Of one dtype, float32 or
-    float64, on the CPU. Nothing is mutated.
+    Returns U (S, C, B, K, N) and M(C) … M(1) (S, S, B, N). Of one dtype, float32 or float64, on the
+    CPU. Nothing is mutated.
     """
-    code = library()
-    if code is None:
-        return None
+    code = loaded()
     states, steps, batch, matrices, units = phi.shape
     m, phi = m.contiguous(), phi.contiguous()
     arrived, whole = torch.empty_like(phi), m.new_empty(states, states, batch, units)
@@ -585,79 +519,6 @@ def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor] | None:
     return arrived, whole
 
 
-def activate_(values: Tensor, *, sigmoid: bool = False) -> bool:
-    """The loops' tanh, or sigmoid, of contiguous float32 numbers on the CPU, in place; whether there is a library."""
-    code = library()
-    if code is not None:
-        code.activate(values.data_ptr(), values.numel(), sigmoid)
-    return code is not None
-
-
-def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, count = ctypes.c_void_p, ctypes.c_long
-    for function, pointers, counts in (
-        (code.rgc_scan, 12, 4),
-        (code.rgc_linearize, 7, 5),
-        (code.dual_pass, 9, 6),
-        (code.reverse_scan, 5, 3),
-        (code.exact_credits, 12, 5),
-        (code.gamma_arriving, 4, 6),
-        (code.activate, 1, 2),
-        (code.gated_scan, 9, 6),
-        (code.gated_linearize, 8, 7),
-    ):
-        function.argtypes, function.restype = [pointer] * pointers + [count] * counts, None
-    code.gamma_pass.argtypes, code.gamma_pass.restype = [pointer] * 8 + [ctypes.c_double] + [count] * 10, None
-    return code
-
-
-def _built(found: str) -> ctypes.CDLL:
-    """The library from the cache, or compiled into it; where nothing can be written there, into a folder of its own.
-
-    Raises OSError or SubprocessError.
-    """
-    flags = (*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native")
-    sources, headers = sorted(SOURCES.glob("*.cpp")), sorted(SOURCES.glob("*.h"))
-    version = subprocess.run(
-        [found, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
-    ).stdout
-    texts = [source.read_text() for source in (*sources, *headers)]
-    told = "\0".join((*texts, *flags, found, version, _processor()))
-    target = _cache() / f"native-{hashlib.sha256(told.encode()).hexdigest()[:32]}.so"
-    if target.exists():
-        return ctypes.CDLL(str(target))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        parent = target.parent if os.access(target.parent, os.W_OK) else None
-    except OSError:
-        parent = None
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        made = Path(folder) / target.name
-        files = ("-o", str(made), *map(str, sources))
-        for threads in THREADS:
-            command = [found, *flags, threads, *files]
-            tried = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-            if not tried.returncode:
-                break
-        tried.check_returncode()
-        loaded = ctypes.CDLL(str(made))
-        # only now, so that no process ever finds half a file, or one that can't be loaded
-        if parent is not None:
-            os.replace(made, target)
-        return loaded
-
-
-def _cache() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path.home() / ".cache") / "rjepa_triton"
-
-
-def _processor() -> str:
-    """What a library that is compiled for this processor may not be run without."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    kinds = ("model name", "flags", "Features", "CPU part")
-    found = [next((line for line in lines if line.startswith(kind)), "") for kind in kinds]
-    return "\n".join((platform.machine(), platform.processor(), *found))
+def activate_(values: Tensor, *, sigmoid: bool = False) -> None:
+    """The loops' tanh, or sigmoid, of contiguous float32 numbers on the CPU, in place."""
+    loaded().activate(values.data_ptr(), values.numel(), sigmoid)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from rjepa_triton import RGC, RNN, OnlineLearner
-from rjepa_triton.backends import dispatch as ops
-from rjepa_triton.backends.native import calls as _native
+from rjepa_triton.backends import native_backend, operations
+from rjepa_triton.backends.native import calls, library
 from rjepa_triton.cells.builtin import ElmanCell, GRUCell, LeakyCell, LSTMCell, RGCCell
 from rjepa_triton.cells.two_point import Cell, Trajectory
 from rjepa_triton.layers import parallel
@@ -33,15 +33,15 @@ from rjepa_triton.rules import bptt, rfp
 F32, F64 = torch.float32, torch.float64
 CELL = RGCCell()
 
-pytestmark = pytest.mark.skipif(_native.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture
 def found_again() -> Iterator[None]:
     """The library is looked for anew, now and after the test."""
-    _native.library.cache_clear()
+    library.library.cache_clear()
     yield
-    _native.library.cache_clear()
+    library.library.cache_clear()
 
 
 def sizes() -> list[tuple[int, int, int]]:
@@ -60,7 +60,7 @@ def test_tanh_and_sigmoid_are_within_ulps_over_the_whole_range(sigmoid: bool, mo
     if sigmoid:
         some = torch.cat([some, torch.linspace(-86, 12, 200_001)])
     found, exact = some.clone(), some.double().sigmoid() if sigmoid else some.double().tanh()
-    assert _native.activate_(found, sigmoid=sigmoid)
+    calls.activate_(found, sigmoid=sigmoid)
     ulp = (torch.nextafter(exact.float().abs(), torch.tensor(2.0)) - exact.float().abs()).double()
     assert float(((found.double() - exact).abs() / ulp).max()) < most
     assert float(found.abs().max()) == 1
@@ -69,11 +69,11 @@ def test_tanh_and_sigmoid_are_within_ulps_over_the_whole_range(sigmoid: bool, mo
 def test_tanh_and_sigmoid_of_what_is_no_ordinary_number() -> None:
     odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-45, 3e38, -3e38])
     found = odd.clone()
-    _native.activate_(found)
+    calls.activate_(found)
     torch.testing.assert_close(found, odd.tanh(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(found.signbit()[1:], odd.signbit()[1:])
     found = odd.clone()
-    _native.activate_(found, sigmoid=True)
+    calls.activate_(found, sigmoid=True)
     torch.testing.assert_close(found, odd.sigmoid(), rtol=0, atol=1e-37, equal_nan=True)
 
 
@@ -82,7 +82,7 @@ def test_tanh_and_sigmoid_of_what_is_no_ordinary_number() -> None:
 def test_the_forward_loop_is_torchs(steps: int, batch: int, units: int, reset: bool) -> None:
     x, weights, state = given(steps, batch, units)
     resets = torch.rand(steps, batch) < 0.4 if reset else None
-    found = _native.rgc_scan(x[0], weights, state, resets)
+    found = calls.rgc_scan(x[0], weights, state, resets)
     assert found is not None
     exact = CELL.scan(x.double(), [w.double() for w in weights], [s.double() for s in state], resets)
     ours, theirs = found, CELL.scan(x, weights, state, resets)
@@ -97,7 +97,7 @@ def test_the_forward_loop_is_torchs(steps: int, batch: int, units: int, reset: b
 def test_strides_don_t_matter() -> None:
     x, weights, state = given(6, 3, 10)
     resets = torch.rand(6, 3) < 0.4
-    want = ops.scan(CELL, x, weights, state, resets, backend="compile")
+    want = operations.scan(CELL, x, weights, state, resets, backend="compile")
     turned = [
         x.transpose(1, 3).contiguous().transpose(1, 3),
         [w.t().contiguous().t() for w in weights],
@@ -105,9 +105,9 @@ def test_strides_don_t_matter() -> None:
         resets.t().contiguous().t(),
     ]
     turned[2][1] = torch.stack([state[1], state[1]], -1)[..., 0]
-    got = ops.scan(CELL, *turned, backend="compile")
+    got = operations.scan(CELL, *turned, backend="compile")
     torch.testing.assert_close([got.states, got.saved], [want.states, want.saved], rtol=0, atol=0)
-    assert ops.scan(CELL, x, weights, state, resets, backend="compile", keep=False).saved.shape == (0,)
+    assert operations.scan(CELL, x, weights, state, resets, backend="compile", keep=False).saved.shape == (0,)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -116,7 +116,7 @@ def test_what_is_not_finite_goes_where_torch_has_it_go(value: float) -> None:
     x[0, 1, 0, 4] = value
     resets = torch.zeros(5, 3, dtype=torch.bool)
     resets[3, 0] = True  # forgotten here
-    got, want = (ops.scan(CELL, x, weights, state, resets, backend=b) for b in ("compile", "torch"))
+    got, want = (operations.scan(CELL, x, weights, state, resets, backend=b) for b in ("compile", "torch"))
     torch.testing.assert_close(got.states, want.states, rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(got.saved, want.saved, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert got.states[:, 4:].isfinite().all()
@@ -141,7 +141,7 @@ def test_other_cells(name: str, steps: int, batch: int, units: int, reset: bool)
     weights = [torch.randn(units, units) / units**0.5 for _ in cell.matrices]
     state = [torch.randn(batch, units) for _ in cell.states]
     resets = torch.rand(steps, batch) < 0.4 if reset else None
-    got = ops.scan(cell, x, weights, state, resets, backend="compile")
+    got = operations.scan(cell, x, weights, state, resets, backend="compile")
     want = cell.scan(x.double(), [w.double() for w in weights], [s.double() for s in state], resets)
     for ours, exact, like in zip(
         (got.states, got.saved),
@@ -151,8 +151,8 @@ def test_other_cells(name: str, steps: int, batch: int, units: int, reset: bool)
     ):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=3e-6)
         assert ours.stride() == like.stride()
-    lin, m = ops.linearize(cell, got, weights, backend="compile")
-    exact_lin, exact_m = ops.linearize(cell, want, [w.double() for w in weights])
+    lin, m = operations.linearize(cell, got, weights, backend="compile")
+    exact_lin, exact_m = operations.linearize(cell, want, [w.double() for w in weights])
     torch.testing.assert_close(m.double(), exact_m, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(
         lin.partials.__dict__.values(), exact_lin.partials.__dict__.values(), strict=True
@@ -189,7 +189,7 @@ def test_exact_credits(
     lin = cell.linearize(ran)
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
-        got = ops.exact_credits(cell, lin, weights, delta, carry, backend="compile")
+        got = operations.exact_credits(cell, lin, weights, delta, carry, backend="compile")
         for ours, theirs in zip(got, want, strict=True):
             scale = float(want[0].abs().max())
             torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6 * scale)
@@ -217,9 +217,9 @@ def assert_dual(
     double = Trajectory(*arrays, trajectory.resets)
     last = None if carry is None else carry.double()
     given = delta.double(), cell.matrices, inputs, "rfp", last
-    entering, *rest = ops.dual_of(cell, double, exact, *given)
+    entering, *rest = operations.dual_of(cell, double, exact, *given)
     want = [*entering, *rest]
-    made = _native.dual(cell, trajectory, ops._own(weights), delta, carry)
+    made = calls.dual(cell, trajectory, native_backend._own(weights), delta, carry)
     assert made is not None
     entering, *rest = made
     got = [*entering, *rest]
@@ -294,7 +294,7 @@ def test_the_dual_form_by_threads_and_strides(name: str, monkeypatch: pytest.Mon
     torch.testing.assert_close(again, found[0], rtol=0, atol=0)
     # of one state alone
     apart = [delta[0], *[None] * (len(delta) - 1)]
-    made = _native.dual(cell, trajectory, weights, apart)
+    made = calls.dual(cell, trajectory, weights, apart)
     assert made is not None
     want = assert_dual(cell, trajectory, weights, torch.stack([delta[0], *(0 * delta[1:])]))
     torch.testing.assert_close([*made[0], *made[1:]], want[: -len(weights)], rtol=0, atol=0)
@@ -313,7 +313,7 @@ def test_what_is_not_finite_passes_no_reset_backward(name: str) -> None:
     resets[3, 0] = True
     delta = torch.randn_like(trajectory.after)
     delta[:, 4, 0, 7] = math.nan
-    made = _native.dual(
+    made = calls.dual(
         cell, Trajectory(trajectory.x, trajectory.states, trajectory.saved, resets), weights, delta
     )
     assert made is not None
@@ -360,12 +360,14 @@ def test_other_cells_by_threads_strides_and_what_is_not_finite(
     found = []
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
-        made = ops.scan(cell, x, weights, state, resets, backend="compile")
-        found.append([made.states, made.saved, ops.linearize(cell, made, weights, backend="compile")[1]])
+        made = operations.scan(cell, x, weights, state, resets, backend="compile")
+        found.append(
+            [made.states, made.saved, operations.linearize(cell, made, weights, backend="compile")[1]]
+        )
     monkeypatch.undo()
     torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
     want = cell.scan(x, weights, state, resets)
-    m = ops.linearize(cell, want, weights)[1]
+    m = operations.linearize(cell, want, weights)[1]
     torch.testing.assert_close(found[0], [want.states, want.saved, m], rtol=1e-4, atol=1e-5, equal_nan=True)
     assert found[0][0][:, 3, 2].isfinite().all()  # what came before is forgotten there
 
@@ -376,10 +378,10 @@ def test_a_cell_of_ones_own_is_torchs() -> None:
             return tuple(value.square() for value in super().update(*given))
 
     weights = [torch.randn(5, 5) for _ in range(4)]
-    assert ops.compiled_loop(LSTMCell(), weights, 9, 1)
-    assert ops.compiled_partials(LSTMCell())
-    assert not ops.compiled_loop(Squared(), weights, 9, 1)
-    assert not ops.compiled_partials(Squared())
+    assert native_backend.compiled_loop(LSTMCell(), weights, 9, 1)
+    assert native_backend.compiled_partials(LSTMCell())
+    assert not native_backend.compiled_loop(Squared(), weights, 9, 1)
+    assert not native_backend.compiled_partials(Squared())
 
 
 @pytest.mark.parametrize("packed_from", [1, 1 << 30])
@@ -387,10 +389,10 @@ def test_a_cell_of_ones_own_is_torchs() -> None:
 def test_the_forward_loop_by_weights_packed_or_not_and_by_threads(
     packed_from: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_native, "PACKED_FROM", packed_from)
+    monkeypatch.setattr(calls, "PACKED_FROM", packed_from)
     x, weights, state = given(3, 6, 210)  # so much that threads share a step
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    found = _native.rgc_scan(x[0], weights, state, None)
+    found = calls.rgc_scan(x[0], weights, state, None)
     assert found is not None
     want = CELL.scan(x.double(), [w.double() for w in weights], [s.double() for s in state])
     torch.testing.assert_close(found[0].double(), want.states, rtol=1e-5, atol=1e-5)
@@ -406,7 +408,9 @@ def test_the_linearisation_is_torchs(steps: int, batch: int, units: int, shape: 
         weights = [torch.randn((units,) if shape == "diagonal" else (2, units // 2, units // 2))] * 4
     resets = torch.rand(steps, batch) < 0.4 if reset else None
     trajectory = CELL.scan(x, weights, state, resets)
-    found = [ops.linearize(CELL, trajectory, weights, backend=backend) for backend in ("compile", "torch")]
+    found = [
+        operations.linearize(CELL, trajectory, weights, backend=backend) for backend in ("compile", "torch")
+    ]
     (lin, m), (want, want_m) = found
     torch.testing.assert_close(m, want_m, rtol=1e-5, atol=1e-6)
     for got, wanted in zip(lin.partials.__dict__.values(), want.partials.__dict__.values(), strict=True):
@@ -422,7 +426,7 @@ def test_the_reverse_scan_is_torchs(states: int, steps: int, batch: int, units: 
     for carry in (None, torch.randn(states, batch, units)):
         exact = rfp.reverse_scan(m.double(), delta.double(), None if carry is None else carry.double())
         for one, other in ((m, delta), apart):
-            got = ops.reverse_scan(one, other, carry, backend="compile")
+            got = operations.reverse_scan(one, other, carry, backend="compile")
             for a, b in zip(got, exact, strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
@@ -499,7 +503,7 @@ def test_the_model_of_cost_knows_of_them(monkeypatch: pytest.MonkeyPatch) -> Non
     assert told(64, gpu=True).credit(50).calls > 100
     calls = [cost.loop_phase(one, 16).work.calls for one in (small, told(64, gpu=True))]
     assert calls[0] < calls[1] / 10
-    monkeypatch.setattr(ops, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(native_backend, "cpp_compiler", lambda: None)
     assert not any(compiled(told(64)))
 
 
@@ -507,20 +511,22 @@ def test_limits() -> None:
     def dense(units: int) -> list[Tensor]:
         return [torch.empty(units, units, device="meta")] * 4
 
-    assert ops.compiled_loop(CELL, dense(2048), 50, 128)
-    assert not ops.compiled_loop(CELL, dense(2049), 50, 1)
-    assert not ops.compiled_loop(CELL, dense(256), 50, 129)
+    assert native_backend.compiled_loop(CELL, dense(2048), 50, 128)
+    assert not native_backend.compiled_loop(CELL, dense(2049), 50, 1)
+    assert not native_backend.compiled_loop(CELL, dense(256), 50, 129)
     # of a few steps
-    assert ops.compiled_loop(CELL, dense(2048), 1, 8)
-    assert not ops.compiled_loop(CELL, dense(129), 1, 9)
-    assert ops.compiled_loop(CELL, dense(128), 1, 9)
-    assert ops.compiled_loop(CELL, dense(129), 4, 9)
-    assert not ops.compiled_loop(CELL, [torch.empty(8)] * 4, 50, 1)
-    assert ops.compiled_loop(LSTMCell(), dense(8), 50, 1)
-    assert not ops.compiled_loop(LeakyCell(0.5), dense(8)[:1], 50, 1)
+    assert native_backend.compiled_loop(CELL, dense(2048), 1, 8)
+    assert not native_backend.compiled_loop(CELL, dense(129), 1, 9)
+    assert native_backend.compiled_loop(CELL, dense(128), 1, 9)
+    assert native_backend.compiled_loop(CELL, dense(129), 4, 9)
+    assert not native_backend.compiled_loop(CELL, [torch.empty(8)] * 4, 50, 1)
+    assert native_backend.compiled_loop(LSTMCell(), dense(8), 50, 1)
+    assert not native_backend.compiled_loop(LeakyCell(0.5), dense(8)[:1], 50, 1)
     m, delta = torch.randn(1, 1, 2, 3, 1 << 13), torch.randn(1, 2, 3, 1 << 13)
-    assert not ops.compiled_reverse(m[0, 0, 0].numel())
-    torch.testing.assert_close(ops.reverse_scan(m, delta, backend="compile"), rfp.reverse_scan(m, delta))
+    assert not native_backend.compiled_reverse(m[0, 0, 0].numel())
+    torch.testing.assert_close(
+        operations.reverse_scan(m, delta, backend="compile"), rfp.reverse_scan(m, delta)
+    )
 
 
 @pytest.mark.parametrize("layer", [RGC(6), RNN(6, 6)], ids=lambda layer: type(layer).__name__)
@@ -545,7 +551,7 @@ def test_a_layer_that_ran_is_copied_and_pickled() -> None:
 def _made(_: int) -> list[float]:
     torch.manual_seed(0)
     x, weights, state = given(4, 1, 5)
-    return ops.scan(CELL, x, weights, state, backend="compile").states.flatten().tolist()
+    return operations.scan(CELL, x, weights, state, backend="compile").states.flatten().tolist()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -559,18 +565,18 @@ def test_the_library_is_kept_and_found_by_the_next_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_again: None
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    code = "from rjepa_triton import _native; assert _native.library() is not None"
+    code = "from rjepa_triton.backends.native import library; assert library.library() is not None"
     at_once = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in at_once] == [0, 0]
     (kept,) = (tmp_path / "rjepa_triton").iterdir()  # nothing else is left
     run, commands = subprocess.run, []
-    monkeypatch.setattr(_native.subprocess, "run", lambda c, **o: commands.append(c) or run(c, **o))
-    assert _native.library() is not None
+    monkeypatch.setattr(library.subprocess, "run", lambda c, **o: commands.append(c) or run(c, **o))
+    assert library.library() is not None
     assert [command[1:] for command in commands] == [["--version"]]
     # another compiler, processor, source or flag is another library
-    monkeypatch.setattr(_native, "_processor", lambda: "another")
-    _native.library.cache_clear()
-    assert _native.library() is not None
+    monkeypatch.setattr(library, "_processor", lambda: "another")
+    library.library.cache_clear()
+    assert library.library() is not None
     assert len(list(kept.parent.iterdir())) == 2
 
 
@@ -579,7 +585,7 @@ def test_a_cache_that_can_not_be_written(
 ) -> None:
     (tmp_path / "rjepa_triton").write_text("a file where the folder would be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _native.library() is not None
+    assert library.library() is not None
 
 
 @pytest.mark.parametrize("broken", ["source", "compiler", "library"])
@@ -588,7 +594,7 @@ def test_what_can_not_be_built_gives_way_to_torch_with_one_warning(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if broken == "source":
-        monkeypatch.setattr(_native, "SOURCES", tmp_path)
+        monkeypatch.setattr(library, "SOURCES", tmp_path)
         (tmp_path / "loops.cpp").write_text("not C++")
     else:
         false = tmp_path / "cc"
@@ -598,16 +604,16 @@ def test_what_can_not_be_built_gives_way_to_torch_with_one_warning(
             else '#!/bin/sh\nfor a; do [ "$b" = -o ] && echo text > "$a"; b=$a; done\nexit 0\n'
         )
         os.chmod(false, 0o755)
-        monkeypatch.setattr(_native, "compiler", lambda: str(false))
+        monkeypatch.setattr(library, "compiler", lambda: str(false))
     x, weights, state = given(4, 1, 5)
     says = {"source": "error", "compiler": "exit status 1", "library": "too short"}[broken]
     with pytest.warns(
         UserWarning, match=f"(?s)can't be built by .* torch runs in its place from now on.*{says}"
     ):
-        got = ops.scan(CELL, x, weights, state, backend="compile")
+        got = operations.scan(CELL, x, weights, state, backend="compile")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = ops.scan(CELL, x, weights, state, backend="compile")
+        again = operations.scan(CELL, x, weights, state, backend="compile")
     want = CELL.scan(x, weights, state)
     torch.testing.assert_close([got.states, again.saved], [want.states, want.saved], rtol=0, atol=0)
     assert not list(tmp_path.glob("rjepa_triton/*"))  # nothing that a later process would find
@@ -616,8 +622,8 @@ def test_what_can_not_be_built_gives_way_to_torch_with_one_warning(
 def test_without_a_compiler_torch_runs_and_nothing_is_said(
     monkeypatch: pytest.MonkeyPatch, found_again: None
 ) -> None:
-    monkeypatch.setattr(_native, "compiler", lambda: None)
+    monkeypatch.setattr(library, "compiler", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RGC(5)(torch.randn(3, 1, 5))[0].sum().backward()
-    assert _native.library() is None
+    assert library.library() is None

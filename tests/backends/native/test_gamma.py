@@ -12,8 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rjepa_triton.backends import dispatch as ops
-from rjepa_triton.backends.native import calls as _native
+from rjepa_triton.backends import operations
+from rjepa_triton.backends.descent import Descent
+from rjepa_triton.backends.native import calls, library
 from rjepa_triton.cells.builtin import ElmanCell, GRUCell, LSTMCell, RGCCell
 from rjepa_triton.cells.two_point import Cell, Matrix
 from rjepa_triton.online.sensitivity import PerUnit
@@ -23,7 +24,7 @@ from rjepa_triton.rules import rfp
 F32, F64 = torch.float32, torch.float64
 TOLERANCE = {F32: 3e-6, F64: 1e-13}
 
-pytestmark = pytest.mark.skipif(_native.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture
@@ -51,11 +52,11 @@ class Problem:
         m, phi, y, credit = (a.to(dtype) for a in (self.m, self.phi, self.y, self.credit))
         asked = None if what.startswith("move") else credit
         if what == "read":
-            found = ops.gamma_read(gammas, credit, backend=backend)
+            found = operations.gamma_read(gammas, credit, backend=backend)
         elif what.endswith("chunk"):
-            found = ops.gamma_chunk_(gammas, m, phi, y, asked, backend=backend)
+            found = operations.gamma_chunk_(gammas, m, phi, y, asked, backend=backend)
         else:
-            found = ops.gamma_step_(gammas, m[:, :, 0], phi[:, 0], y[0], asked, backend=backend)
+            found = operations.gamma_step_(gammas, m[:, :, 0], phi[:, 0], y[0], asked, backend=backend)
         assert (found is None) == (asked is None)
         return gammas if found is None else [*gammas, found]
 
@@ -145,17 +146,17 @@ def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
 def test_what_steps_add_at_their_end(states: int, dtype: torch.dtype) -> None:
     p = Problem(states, 3, 4, 65, 1, 65, 9)
     suffix, whole = rfp.suffix_products(p.m)
-    made = _native.arriving(p.m.to(dtype), p.phi.to(dtype))
+    made = calls.arriving(p.m.to(dtype), p.phi.to(dtype))
     assert made is not None
     for got, want in zip(made, (rfp.arriving(suffix, p.phi), whole), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5 if dtype == F32 else 1e-12, atol=1e-6)
 
 
 def test_three_states_are_torchs() -> None:
-    why = ops.choose_gamma("auto", torch.device("cpu"), F32, F32, 3)
+    why = operations.choose_gamma("auto", torch.device("cpu"), F32, F32, 3)
     assert why == ("torch", "compiled code takes 1 or 2 states a unit, got 3")
     with pytest.raises(ValueError, match="'compile' can't run: compiled code takes 1 or 2 states a unit"):
-        ops.choose_gamma("compile", torch.device("cpu"), F32, F32, 3)
+        operations.choose_gamma("compile", torch.device("cpu"), F32, F32, 3)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -187,7 +188,7 @@ def test_steps_take_immediates_and_signals_where_they_lie(
         gamma = PerUnit(matrices, held, len(cell.states), batch, dtype, backend)
         credit = None if delta is None else delta.to(dtype)
         if descends:
-            descent = ops.Descent([None, *held[1:]], torch.ones(1, dtype=dtype))
+            descent = Descent([None, *held[1:]], torch.ones(1, dtype=dtype))
             for _ in range(2):
                 assert gamma.step_(block, credit, descent) is None
             return [*gamma.tensors(), *held]

@@ -8,56 +8,56 @@ import pytest
 import torch
 
 from rjepa_triton import RGC, OnlineLearner
-from rjepa_triton.backends import room as _room
-from rjepa_triton.backends.native import calls as _native
-from rjepa_triton.backends.room import Room
+from rjepa_triton.backends import buffers
+from rjepa_triton.backends.buffers import ReusedMemory
+from rjepa_triton.backends.native import library
 from rjepa_triton.bench.harness import measure
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_room, "LARGE", 64)
+    monkeypatch.setattr(buffers, "LARGE", 64)
 
 
 def test_memory_is_lent_again_once_nothing_has_it() -> None:
-    room, like = Room(), torch.empty(0)
-    first = room.empty((3, 20), like)
+    lender, like = ReusedMemory(), torch.empty(0)
+    first = lender.empty((3, 20), like)
     assert (first.shape, first.dtype, first.is_contiguous()) == ((3, 20), torch.float32, True)
     address, kept = first.data_ptr(), first[1, 2:]  # a part is enough to keep it
     first.fill_(1)
     del first
-    other = room.empty((3, 20), like)
+    other = lender.empty((3, 20), like)
     assert other.data_ptr() != address
     other.fill_(2)
     assert kept.eq(1).all()
     address = other.data_ptr()
     del other
-    assert room.empty((60,), like).data_ptr() == address
+    assert lender.empty((60,), like).data_ptr() == address
 
 
 def test_another_size_is_other_memory() -> None:
-    room = Room()
-    address = room.empty((40,), torch.empty(0)).data_ptr()
-    assert room.empty((20,), torch.empty(0, dtype=torch.float64)).data_ptr() == address  # as many bytes
-    assert room.empty((41,), torch.empty(0)).numel() == 41
-    assert room.empty((2,), torch.empty(0)).numel() == 2  # small: torch's own
+    lender = ReusedMemory()
+    address = lender.empty((40,), torch.empty(0)).data_ptr()
+    assert lender.empty((20,), torch.empty(0, dtype=torch.float64)).data_ptr() == address  # as many bytes
+    assert lender.empty((41,), torch.empty(0)).numel() == 41
+    assert lender.empty((2,), torch.empty(0)).numel() == 2  # small: torch's own
 
 
 def test_what_it_lent_outlives_it() -> None:
-    room = Room()
-    lent = room.empty((100,), torch.empty(0)).fill_(3)
-    del room
+    lender = ReusedMemory()
+    lent = lender.empty((100,), torch.empty(0)).fill_(3)
+    del lender
     gc.collect()
     assert lent.eq(3).all()
 
 
 def test_what_it_takes_is_counted() -> None:
-    room = Room()
-    taken = measure.peak_bytes(lambda: room.empty((50,), torch.empty(0)), torch.device("cpu"))
+    lender = ReusedMemory()
+    taken = measure.peak_bytes(lambda: lender.empty((50,), torch.empty(0)), torch.device("cpu"))
     assert taken == 200
 
 
-@pytest.mark.skipif(_native.compiler() is None, reason="no C++ compiler")
+@pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 def test_gradients_that_are_kept_stay_as_they_are() -> None:
     """Those of a learner, by steps whose gradients are kept, freed, or added up."""
     layer = RGC(9)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rjepa_triton import RGC, Cell, Matrix, OnlineLearner
-from rjepa_triton.backends import dispatch as ops
+from rjepa_triton.backends import native_backend, operations, triton_backend
 from rjepa_triton.cells.builtin import GRUCell, LSTMCell, RGCCell
 from rjepa_triton.cells.two_point import Trajectory
 from rjepa_triton.layers.functional import rgc
@@ -41,7 +41,7 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 def test_auto(
     device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype, states: int, chosen: str, why: str
 ) -> None:
-    got, because = ops.choose_gamma("auto", device, dtype, gamma_dtype, states)
+    got, because = operations.choose_gamma("auto", device, dtype, gamma_dtype, states)
     assert got == chosen
     assert why in because
 
@@ -51,40 +51,40 @@ def test_auto(
     [(CPU, F32, "compile"), (CPU, F64, "torch"), (GPU, F32, "triton"), (GPU, F64, "torch")],
 )
 def test_auto_of_a_loop_over_time(device: torch.device, dtype: torch.dtype, chosen: str) -> None:
-    assert ops.choose_scan("auto", device, dtype) == chosen
+    assert operations.choose_scan("auto", device, dtype) == chosen
 
 
 def test_what_can_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="'triton' can't run: kernels need a CUDA or ROCm tensor"):
-        ops.choose_scan("triton", CPU, F32)
+        operations.choose_scan("triton", CPU, F32)
     with pytest.raises(ValueError, match="'triton' can't run"):
-        ops.choose_gamma("triton", CPU, F32, F32, 1)
+        operations.choose_gamma("triton", CPU, F32, F32, 1)
     with pytest.raises(ValueError, match="'compile' can't run: compiled code serves CPU tensors"):
-        ops.choose_gamma("compile", GPU, F32, F32, 1)
+        operations.choose_gamma("compile", GPU, F32, F32, 1)
     with pytest.raises(ValueError, match="'compile' can't run: compiled code serves CPU tensors, got cuda"):
-        ops.choose_scan("compile", GPU, F32)
+        operations.choose_scan("compile", GPU, F32)
     with pytest.raises(ValueError, match="'compile' can't run: compiled loops compute in float32, got"):
-        ops.choose_scan("compile", CPU, F64)
+        operations.choose_scan("compile", CPU, F64)
     with pytest.raises(
         ValueError, match="backend must be one of 'auto', 'torch', 'compile', 'triton', got 'c'"
     ):
-        ops.choose_scan("c", CPU, F32)
-    monkeypatch.setattr(ops, "cpp_compiler", lambda: None)
+        operations.choose_scan("c", CPU, F32)
+    monkeypatch.setattr(native_backend, "cpp_compiler", lambda: None)
     for choose in (
-        lambda: ops.choose_gamma("compile", CPU, F32, F32, 1),
-        lambda: ops.choose_scan("compile", CPU, F32),
+        lambda: operations.choose_gamma("compile", CPU, F32, F32, 1),
+        lambda: operations.choose_scan("compile", CPU, F32),
     ):
         with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
             choose()
-    assert ops.choose_scan("auto", CPU, F32) == "torch"
-    assert ops.choose_gamma("auto", CPU, F32, F32, 1) == ("torch", "no C++ compiler was found")
+    assert operations.choose_scan("auto", CPU, F32) == "torch"
+    assert operations.choose_gamma("auto", CPU, F32, F32, 1) == ("torch", "no C++ compiler was found")
 
 
 def interpreted() -> bool:
     """Whether kernels run here: on a GPU, or interpreted (`conftest.py`)."""
     pytest.importorskip("triton")
-    return ops._no_triton(CPU, F32) is None
+    return triton_backend.no_triton(CPU, F32) is None
 
 
 def test_the_layers_gradient_by_triton() -> None:
@@ -139,12 +139,12 @@ def test_what_a_credit_reads_of_gamma(backend: str) -> None:
     """By each backend the float64 sum; Γ is left as it is."""
     if backend == "triton" and not interpreted():
         pytest.skip("the interpreter is off: a GPU is here")
-    if backend == "compile" and ops.cpp_compiler() is None:
+    if backend == "compile" and native_backend.cpp_compiler() is None:
         pytest.skip("no C++ compiler")
     gammas, credit = [torch.randn(3, 2, 17, 5) for _ in range(2)], torch.randn(2, 4, 3, 17)[:, 1]
     before = [gamma.clone() for gamma in gammas]
     want = sum(torch.einsum("bn,bknm->knm", credit[nu].double(), gammas[nu].double()) for nu in range(2))
-    got = ops.gamma_read(gammas, credit, backend=backend)
+    got = operations.gamma_read(gammas, credit, backend=backend)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(gammas, before, strict=True))
 
@@ -162,14 +162,16 @@ def test_a_kernel_that_can_not_launch_gives_way_to_torch_with_one_warning(
         raise OutOfResources(300_000, 232_448, "shared memory")
 
     monkeypatch.setattr(reverse_scan, "reverse_scan", refuse)
-    monkeypatch.setattr(ops, "_failed", set())
+    monkeypatch.setattr(triton_backend.TRITON, "failed", {})
     m, delta = torch.randn(2, 2, 4, 1, 3), torch.randn(2, 4, 1, 3)
-    with pytest.warns(UserWarning, match="Triton kernel reverse_scan can't be launched.*shared memory"):
-        first = ops.reverse_scan(m, delta, backend="triton")
+    with pytest.warns(
+        UserWarning, match="backend 'triton' can't run reverse_scan here, torch runs it.*shared memory"
+    ):
+        first = operations.reverse_scan(m, delta, backend="triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = ops.reverse_scan(m, delta, backend="triton")
-    torch.testing.assert_close(first, ops.reverse_scan(m, delta))
+        again = operations.reverse_scan(m, delta, backend="triton")
+    torch.testing.assert_close(first, operations.reverse_scan(m, delta))
     torch.testing.assert_close(first, again)
 
 
@@ -212,7 +214,9 @@ def test_the_dual_forms_parts_by_triton(cell: Cell, arrays: int, monkeypatch: py
         m, delta = rfp.transition(lin, cell.matrices, weights), torch.randn(states, steps, 2, 7)
         found = []
         for backend in ("torch", "triton"):
-            entering, for_inputs, first = ops.dual(lin, m, delta, cell.matrices, inputs, backend=backend)
+            entering, for_inputs, first = operations.dual(
+                lin, m, delta, cell.matrices, inputs, backend=backend
+            )
             found.append([*entering, for_inputs, first])
         for got, want in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -270,8 +274,8 @@ def test_an_rgcs_linearisation_by_triton(
     called = _count(monkeypatch)
     weights = _weights(shaped)
     exact, rounded, exact_weights = _trajectories(weights, steps, reset)
-    want, want_m = ops.linearize(RGCCell(), exact, exact_weights)
-    got, m = ops.linearize(RGCCell(), rounded, weights, backend="triton")
+    want, want_m = operations.linearize(RGCCell(), exact, exact_weights)
+    got, m = operations.linearize(RGCCell(), rounded, weights, backend="triton")
     assert called == ["rgc_linearize"]
     torch.testing.assert_close(m.double(), want_m, rtol=0, atol=1e-6)
     torch.testing.assert_close(got.before.double(), want.before, rtol=0, atol=1e-6)
@@ -281,9 +285,9 @@ def test_an_rgcs_linearisation_by_triton(
             assert a.keys() == b.keys()
             for nu in a:
                 torch.testing.assert_close(a[nu].double(), b[nu], rtol=0, atol=1e-6)
-    rule_m = ops.linearize(RGCCell(), rounded, weights, "eprop", backend="triton")[1]
+    rule_m = operations.linearize(RGCCell(), rounded, weights, "eprop", backend="triton")[1]
     assert called == ["rgc_linearize"]
-    torch.testing.assert_close(rule_m, ops.linearize(RGCCell(), rounded, weights, "eprop")[1])
+    torch.testing.assert_close(rule_m, operations.linearize(RGCCell(), rounded, weights, "eprop")[1])
 
 
 @by_shape
@@ -299,8 +303,10 @@ def test_the_dual_form_of_an_rgc_by_triton(
     for learning in ("rfp", "eprop"):
         for carry in (None, torch.randn(2, 2, 6)):
             later = None if carry is None else carry.double()
-            want = ops.dual_of(cell, exact, exact_weights, delta.double(), cell.matrices, 1, learning, later)
-            got = ops.dual_of(
+            want = operations.dual_of(
+                cell, exact, exact_weights, delta.double(), cell.matrices, 1, learning, later
+            )
+            got = operations.dual_of(
                 cell, rounded, weights, delta, cell.matrices, 1, learning, carry, backend="triton"
             )
             for a, b in zip([*got[0], *got[1:]], [*want[0], *want[1:]], strict=True):
@@ -345,13 +351,13 @@ def test_a_dual_form_that_can_not_launch_gives_way(monkeypatch: pytest.MonkeyPat
 
     for name in ("rgc_dual", "rgc_linearize"):
         monkeypatch.setattr(rgc_partials, name, refuse)
-    monkeypatch.setattr(ops, "_failed", set())
+    monkeypatch.setattr(triton_backend.TRITON, "failed", {})
     cell, weights = RGCCell(), _weights("dense")
     _, rounded, _ = _trajectories(weights, 6, True)
     delta = torch.randn(2, 6, 2, 6)
-    with pytest.warns(UserWarning, match="Triton kernel rgc_(dual|linearize) can't be launched"):
-        got = ops.dual_of(cell, rounded, weights, delta, cell.matrices, 1, "rfp", backend="triton")
-    want = ops.dual_of(cell, rounded, weights, delta, cell.matrices, 1, "rfp", backend="torch")
+    with pytest.warns(UserWarning, match="backend 'triton' can't run (dual_of|linearize) here"):
+        got = operations.dual_of(cell, rounded, weights, delta, cell.matrices, 1, "rfp", backend="triton")
+    want = operations.dual_of(cell, rounded, weights, delta, cell.matrices, 1, "rfp", backend="torch")
     for a, b in zip([*got[0], *got[1:]], [*want[0], *want[1:]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -401,10 +407,10 @@ def test_a_step_of_rgc_and_its_linearisation_at_once(reset: bool) -> None:
     x, weights, state, *_ = oracle.problem(1, batch, units)
     resets = torch.tensor([[False, True, False]]) if reset else None
     trajectory = cell.scan(x[None], weights, state, resets)
-    lin, m = ops.linearize(cell, trajectory, weights)
+    lin, m = operations.linearize(cell, trajectory, weights)
     narrow = [w.float() for w in weights]
     c, given = torch.stack(state).float(), x[None].float()
-    made = ops.step(cell, given, narrow, c, resets, backend="triton")
+    made = operations.step(cell, given, narrow, c, resets, backend="triton")
     assert made is not None
     after, found, found_m = made
     assert oracle.relative([after, found.before, found_m], [trajectory.after, lin.before, m]) < 1e-5
@@ -413,19 +419,24 @@ def test_a_step_of_rgc_and_its_linearisation_at_once(reset: bool) -> None:
             assert list(got) == list(wanted)
             assert oracle.relative(list(got.values()), list(wanted.values())) < 1e-5
     # what it isn't for
-    assert ops.step(cell, given, narrow, c, resets, backend="torch") is None
-    assert ops.step(cell, given, [w.diagonal() for w in narrow], c, resets, backend="triton") is None
-    many = torch.zeros(1, 1, ops.STEP_ROWS + 1, units)
-    assert ops.step(cell, many, narrow, torch.zeros(2, ops.STEP_ROWS + 1, units), backend="triton") is None
-    assert ops.step(cell, torch.zeros(1, 2, batch, units), narrow, c, backend="triton") is None
+    assert operations.step(cell, given, narrow, c, resets, backend="torch") is None
+    assert operations.step(cell, given, [w.diagonal() for w in narrow], c, resets, backend="triton") is None
+    many = torch.zeros(1, 1, triton_backend.STEP_ROWS + 1, units)
+    assert (
+        operations.step(
+            cell, many, narrow, torch.zeros(2, triton_backend.STEP_ROWS + 1, units), backend="triton"
+        )
+        is None
+    )
+    assert operations.step(cell, torch.zeros(1, 2, batch, units), narrow, c, backend="triton") is None
 
 
 def test_limits_are_those_of_the_kernels() -> None:
     heads = pytest.importorskip("rjepa_triton.kernels.rtrl_heads")
     forward = pytest.importorskip("rjepa_triton.kernels.rgc_forward")
-    assert (ops.SCAN_STATES, ops.HEAD_UNITS) == (heads.MAX_STATES, heads.MAX_UNITS)
+    assert (triton_backend.SCAN_STATES, triton_backend.HEAD_UNITS) == (heads.MAX_STATES, heads.MAX_UNITS)
     cell = RGCCell()
     for units, batch in itertools.product((1, 64, 65, 128, 129), (1, 132, 133)):
         weights = [torch.empty(units, units)] * 4
-        assert ops.one_launch(cell, weights, batch) == forward.on_chip(units, batch, 132)
-    assert not ops.one_launch(cell, [torch.empty(2, 3, 3)] * 4, 1)
+        assert triton_backend.one_launch(cell, weights, batch) == forward.on_chip(units, batch, 132)
+    assert not triton_backend.one_launch(cell, [torch.empty(2, 3, 3)] * 4, 1)

@@ -1,0 +1,242 @@
+"""The backend "compile": C++ for the CPU, built on first use (`native/`).
+
+It serves Γ of one or two states a unit, in float32 or float64, by one pass over memory a step or chunk. In float32 it
+also serves, as one call each, the loops over time of RGC, LSTM, GRU and Elman cells with dense weights, their
+linearization, dual form and exact credit, and the reverse scan of a small layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..cells import weights as weight_ops
+from ..cells.builtin import RGCCell
+from ..cells.two_point import Cell, Linearization, Matrix, Trajectory
+from ..rules import rfp
+from .buffers import ReusedMemory
+from .descent import Descent
+from .native import calls, library
+from .table import Backend, Reason, Refusal
+
+if TYPE_CHECKING:
+    from .operations import GammaSteps, StateArrays
+
+# A loop over time is one call of compiled code up to so many units and batch rows: as far as it was timed, and faster
+# than torch's. With fewer steps than FEW_STEPS, for which the weights are laid out anew or read as they are, it must
+# also have few rows, or few units.
+LOOP_UNITS, LOOP_ROWS = 2048, 128
+FEW_STEPS, FEW_ROWS, FEW_UNITS = 4, 8, 128
+# The reverse scan is compiled code's up to so many numbers B·N, where torch runs a step of two states on one thread.
+REVERSE_NUMBERS = 1 << 14
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on the CPU, or None."""
+    return library.compiler()
+
+
+def _no_loops(device: torch.device, dtype: torch.dtype) -> Reason:
+    if device.type != "cpu":
+        return f"compiled code serves CPU tensors, got {device}"
+    if dtype != torch.float32:
+        return f"compiled loops compute in float32, got {dtype}"
+    # under torch.compile torch runs, and no program is looked for
+    if torch.compiler.is_compiling() or cpp_compiler():
+        return None
+    return "no C++ compiler was found"
+
+
+def _no_gamma(device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype, states: int) -> Reason:
+    if device.type != "cpu":
+        return f"compiled code serves CPU tensors, got {device}"
+    if gamma_dtype != dtype:
+        return "gamma_dtype differs from the layer's dtype"
+    if dtype not in (torch.float32, torch.float64):
+        return f"compiled code takes Γ in float32 or float64, got {dtype}"
+    if states > calls.MOST_STATES:
+        return f"compiled code takes 1 or {calls.MOST_STATES} states a unit, got {states}"
+    return None if cpp_compiler() else "no C++ compiler was found"
+
+
+NATIVE = Backend("compile", "cpu", "one pass over Γ a step", _no_loops, _no_gamma)
+
+
+def compiled_loop(cell: Cell, weights: Sequence[Tensor], steps: int, batch: int) -> bool:
+    """Whether the cell's loop over T = `steps`, B = `batch` is one call. Of the weights only the shapes count."""
+    if not compiled_partials(cell) or any(weight.dim() != 2 for weight in weights):
+        return False
+    units = weights[0].shape[0]
+    enough = steps >= FEW_STEPS or batch <= FEW_ROWS or units <= FEW_UNITS
+    return enough and units <= LOOP_UNITS and batch <= LOOP_ROWS
+
+
+def compiled_partials(cell: Cell) -> bool:
+    """Whether the cell's linearization is one call."""
+    return isinstance(cell, RGCCell) or calls.gated_cell(cell) is not None
+
+
+def one_pass(cell: Cell, learning: str, backend: str) -> bool:
+    """Whether `operations.dual_of` is one call of compiled code."""
+    return backend == NATIVE.name and learning == "rfp" and compiled_partials(cell)
+
+
+def compiled_reverse(numbers: int) -> bool:
+    """Whether the reverse scan over `numbers` of B·N is one call."""
+    return numbers <= REVERSE_NUMBERS
+
+
+def _unusable(*tensors: Tensor | None) -> Refusal | None:
+    """Why compiled code can't be given the addresses of these tensors, or None."""
+    if torch.compiler.is_compiling():
+        return Refusal("torch.compile traces this call")
+    # `all` of a generator takes longer, and a step of a small layer asks three times
+    for tensor in tensors:
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return Refusal(
+                f"compiled code takes tensors with memory of their own, got {type(tensor).__name__}"
+            )
+    return None if library.library() is not None else Refusal("the library could not be built")
+
+
+def _own(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights as they are; of block-diagonal ones their own parts (N,)."""
+    return [weight if weight.dim() < 3 else weight_ops.own(weight) for weight in weights]
+
+
+@NATIVE.implements("scan")
+def scan(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    resets: Tensor | None = None,
+    *,
+    keep: bool = True,
+) -> Trajectory | Refusal:
+    if not compiled_loop(cell, weights, x.shape[1], x.shape[2]):
+        return Refusal("there is no compiled loop of this cell, or not of these sizes")
+    if refusal := _unusable(x, resets, *weights, *state):
+        return refusal
+    if isinstance(cell, RGCCell):
+        states, saved = calls.rgc_scan(x[0], weights, state, resets)
+    else:
+        states, saved = calls.gated_scan(cell, x, weights, state, resets)
+    return Trajectory(x, states, saved if keep else x.new_empty(0), resets)
+
+
+@NATIVE.implements("linearize")
+def linearize(
+    cell: Cell, trajectory: Trajectory, weights: Sequence[Tensor], rule: str = "rfp"
+) -> tuple[Linearization, Tensor] | Refusal:
+    if rule != "rfp" or not compiled_partials(cell):
+        return Refusal("there is no compiled linearization of this cell or rule")
+    if refusal := _unusable(trajectory.x, trajectory.states, trajectory.saved, trajectory.resets, *weights):
+        return refusal
+    before = trajectory.before
+    find = calls.rgc_linearize if isinstance(cell, RGCCell) else calls.gated_linearize
+    partials, m = find(cell, trajectory, before, _own(weights))
+    return Linearization(partials, before, trajectory.resets), m
+
+
+@NATIVE.implements("exact_credits")
+def exact_credits(
+    cell: Cell, lin: Linearization, weights: Sequence[Tensor], delta: Tensor, carry: Tensor | None = None
+) -> tuple[Tensor, Tensor] | Refusal:
+    _, steps, batch, _ = delta.shape
+    if steps * batch < calls.PACKED_FROM or not compiled_loop(cell, weights, steps, batch):
+        return Refusal("there is no compiled backward pass of this cell, or not of these sizes")
+    if refusal := _unusable(delta, carry, lin.before, lin.resets, *weights):
+        return refusal
+    return calls.exact_credits(lin, cell.matrices, weights, delta, carry)
+
+
+@NATIVE.implements("reverse_scan")
+def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor] | Refusal:
+    if not compiled_reverse(delta.shape[2] * delta.shape[3]):
+        return Refusal("torch is as fast on so many rows and units")
+    if refusal := _unusable(m, delta, carry):
+        return refusal
+    return calls.reverse_scan(m, delta, carry)
+
+
+@NATIVE.implements("dual_of")
+def dual_of(
+    cell: Cell,
+    trajectory: Trajectory,
+    weights: Sequence[Tensor],
+    delta: StateArrays,
+    matrices: Sequence[Matrix],
+    inputs: int,
+    learning: str,
+    carry: Tensor | None = None,
+) -> tuple[rfp.Joined, Tensor, Tensor] | Refusal:
+    if not one_pass(cell, learning, NATIVE.name):
+        return Refusal("there is no compiled dual form of this cell or rule")
+    if refusal := _unusable(
+        *delta, carry, trajectory.x, trajectory.states, trajectory.saved, trajectory.resets, *weights
+    ):
+        return refusal
+    return calls.dual(cell, trajectory, _own(weights), delta, carry)
+
+
+@NATIVE.implements("gamma_step_")
+def gamma_step_(
+    gammas: Sequence[Tensor],
+    m: Tensor,
+    phi: Tensor,
+    y: Tensor,
+    delta: Tensor | None = None,
+    *,
+    rng_state: Tensor | None = None,
+    memory: ReusedMemory | None = None,
+) -> Tensor | Refusal | None:
+    if refusal := _unusable(*gammas, m, phi, y, delta):
+        return refusal
+    return calls.gamma_pass(gammas, m, phi[:, None], y[None], delta, memory=memory)
+
+
+@NATIVE.implements("gamma_step_of_")
+def gamma_step_of_(
+    gammas: Sequence[Tensor],
+    steps: GammaSteps,
+    t: int,
+    *,
+    rng_state: Tensor | None = None,
+    memory: ReusedMemory | None = None,
+    descent: Descent | None = None,
+) -> Tensor | Refusal | None:
+    if refusal := _unusable(*gammas, steps.m, steps.lin.before, steps.inputs, steps.delta):
+        return refusal
+    taken = None if descent is None else (descent.weights, descent.lr.item())
+    return calls.gamma_step(gammas, steps.m, steps.phi_apart, steps.y_apart, steps.delta, t, memory, taken)
+
+
+@NATIVE.implements("gamma_chunk_")
+def gamma_chunk_(
+    gammas: Sequence[Tensor],
+    m: Tensor,
+    phi: Tensor,
+    y: Tensor,
+    credit: Tensor | None = None,
+    *,
+    memory: ReusedMemory | None = None,
+) -> Tensor | Refusal | None:
+    if refusal := _unusable(*gammas, m, phi, y, credit):
+        return refusal
+    arrived, whole = calls.arriving(m, phi)
+    return calls.gamma_pass(gammas, whole, arrived, y, credit, before=True, memory=memory)
+
+
+@NATIVE.implements("gamma_read")
+def gamma_read(
+    gammas: Sequence[Tensor], credit: Tensor, *, memory: ReusedMemory | None = None
+) -> Tensor | Refusal:
+    if refusal := _unusable(*gammas, credit):
+        return refusal
+    gradient = calls.gamma_pass(gammas, None, None, None, credit, memory=memory)
+    assert gradient is not None
+    return gradient

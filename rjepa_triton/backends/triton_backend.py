@@ -1,0 +1,422 @@
+"""The backend "triton": kernels for CUDA and ROCm GPUs (`rjepa_triton.kernels`).
+
+It computes in float32; Γ may be kept in bfloat16. Under TRITON_INTERPRET=1 kernels also take CPU tensors, for tests.
+Triton and the kernels are imported when they are first needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..cells import weights as weight_ops
+from ..cells.builtin import RGCCell
+from ..cells.two_point import ByState, Cell, Linearization, Matrix, Trajectory
+from ..rules import rfp
+from ..rules.rtrl import ExactSensitivity
+from .buffers import ReusedMemory
+from .descent import Descent
+from .table import Backend, Reason, Refusal
+
+if TYPE_CHECKING:
+    from .operations import GammaSteps, StateArrays
+
+HEAD_UNITS = 64  # hidden units of a head that the kernel of exact RTRL takes
+SCAN_STATES = 2  # states a unit that kernels take
+# One launch runs the whole loop of an RGC up to SMALL_UNITS units, whatever the batch, and up to ON_CHIP_UNITS where
+# there are no more batch rows than the GPU has multiprocessors.
+SMALL_UNITS, ON_CHIP_UNITS = 64, 128
+STEP_ROWS = 8  # batch rows up to which a step of an RGC and its linearization are one launch
+
+NOT_RGC = Refusal("kernels run an RGC, with dense weights")
+MANY_STATES = Refusal(f"kernels take up to {SCAN_STATES} states a unit")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def no_triton(device: torch.device, dtype: torch.dtype) -> Reason:
+    """Why kernels can't serve tensors of this device and dtype, or None if they can."""
+    if not _has_triton():
+        return "triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"kernels need a CUDA or ROCm tensor, or TRITON_INTERPRET=1 from the start, got {device}"
+    if dtype != torch.float32:
+        return f"kernels compute in float32, got {dtype}"
+    return None
+
+
+def _no_gamma(device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype, states: int) -> Reason:
+    reason = no_triton(device, dtype)
+    if reason is None and gamma_dtype not in (torch.float32, torch.bfloat16):
+        return f"kernels take Γ in float32 or bfloat16, got {gamma_dtype}"
+    return reason
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return CompilationError, OutOfResources, PTXASError
+
+
+TRITON = Backend("triton", "cuda", "one pass over Γ a step", no_triton, _no_gamma, _failures)
+
+
+def is_dense_rgc(cell: Cell, weights: Sequence[Tensor]) -> bool:
+    """Whether these are the dense recurrent weights of an RGC, which has kernels of its own."""
+    return isinstance(cell, RGCCell) and all(weight.dim() == 2 for weight in weights)
+
+
+def one_launch(cell: Cell, weights: Sequence[Tensor], batch: int) -> bool:
+    """Whether the loop over `batch` rows is one launch for all steps, with the weights on chip.
+
+    As `kernels.rgc_forward.on_chip` decides for the weights' GPU; for an H100 if the weights lie elsewhere.
+    """
+    if not is_dense_rgc(cell, weights):
+        return False
+    units, device = weights[0].shape[0], weights[0].device
+    if units <= SMALL_UNITS or units > ON_CHIP_UNITS:
+        return units <= SMALL_UNITS
+    on_gpu = device.type == "cuda"
+    return batch <= (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+@TRITON.implements("scan")
+def scan(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    resets: Tensor | None = None,
+    *,
+    keep: bool = True,
+) -> Trajectory | Refusal:
+    if not is_dense_rgc(cell, weights):
+        return NOT_RGC
+    from ..kernels import rgc_forward as kernels
+
+    given, initial = ([a.contiguous() for a in group] for group in (weights, state))
+    states, gates = kernels.rgc_forward(
+        x[0].contiguous(), given, initial, _contiguous(resets), save_gates=keep
+    )
+    return Trajectory(x, states, x.new_empty(0) if gates is None else gates, resets)
+
+
+@TRITON.implements("linearize")
+def linearize(
+    cell: Cell, trajectory: Trajectory, weights: Sequence[Tensor], rule: str = "rfp"
+) -> tuple[Linearization, Tensor] | Refusal:
+    if rule != "rfp" or not isinstance(cell, RGCCell):
+        return NOT_RGC
+    from ..kernels import rgc_partials as kernels
+
+    gates, before, u, own, resets = _of_rgc(trajectory, weights)
+    partials, m = RGCCell.partials_in(kernels.rgc_linearize(gates, before, u, own, resets), gates)
+    return Linearization(partials, trajectory.before, trajectory.resets), m
+
+
+def _of_rgc(
+    trajectory: Trajectory, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor | None]:
+    """What `kernels.rgc_partials` takes of an RGC's trajectory: gates, states, input, own weights and resets."""
+    before = trajectory.states[:, :-1]
+    return (
+        trajectory.saved.contiguous(),
+        before if before[0].is_contiguous() else before.contiguous(),
+        trajectory.x[0].contiguous(),
+        [weight_ops.own(weight) for weight in weights],
+        _contiguous(trajectory.resets),
+    )
+
+
+@TRITON.implements("step")
+def step(
+    cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None = None
+) -> tuple[Tensor, Linearization, Tensor] | Refusal:
+    if x.shape[1] != 1 or x.shape[2] > STEP_ROWS or not is_dense_rgc(cell, weights):
+        return NOT_RGC
+    from ..kernels import rgc_step as kernels
+
+    dense, marks = [w.contiguous() for w in weights], None if resets is None else resets[0].contiguous()
+    after, before, arrays = kernels.rgc_step(x[0, 0].contiguous(), dense, state.contiguous(), marks)
+    partials, m = RGCCell.partials_in(arrays[:, None])
+    return after[:, None], Linearization(partials, before[:, None], resets), m
+
+
+@TRITON.implements("exact")
+def exact(
+    cell: Cell, trajectory: Trajectory, lin: Linearization, weights: Sequence[Tensor], delta: Tensor
+) -> tuple[Iterable[Tensor], Tensor, Tensor] | Refusal:
+    if not is_dense_rgc(cell, weights):
+        return NOT_RGC
+    from ..kernels import rgc_backward as kernels
+
+    credit, first, entering = kernels.bptt_credits(
+        trajectory.saved.contiguous(),
+        lin.before,
+        trajectory.x[0].contiguous(),
+        [weight.contiguous() for weight in weights],
+        delta.contiguous(),
+        _contiguous(trajectory.resets),
+    )
+    (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in entering.unbind(0))
+    return (ss, ms, mm, sm), rfp.input_gradient(lin, credit, len(cell.per_unit)), first
+
+
+@TRITON.implements("reverse_scan")
+def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor] | Refusal:
+    if delta.shape[1] == 1:
+        return Refusal("a scan of one step is two products")
+    if delta.shape[0] > SCAN_STATES:
+        return MANY_STATES
+    from ..kernels import reverse_scan as kernels
+
+    return kernels.reverse_scan(m.contiguous(), delta.contiguous(), _contiguous(carry))
+
+
+@TRITON.implements("affine_scan")
+def affine_scan(m: Tensor, r: Tensor) -> Tensor | Refusal:
+    """The scan forward in time is the one backward, with time turned round and M transposed.
+
+    λ(t') = c(T + 1 - t') for t' = 1 … T: there M(t' + 1)ᵀ does to the credit what M(T + 1 - t') does to c.
+    """
+    steps = r.shape[1]
+    if steps == 1:
+        return Refusal("a scan of one step is two products")
+    order = torch.arange(steps, 0, -1, device=r.device) % steps
+    made = reverse_scan(m.transpose(0, 1).index_select(2, order), r.flip(1))
+    return made if isinstance(made, Refusal) else made[0].flip(1)
+
+
+@TRITON.implements("dual_of")
+def dual_of(
+    cell: Cell,
+    trajectory: Trajectory,
+    weights: Sequence[Tensor],
+    delta: StateArrays,
+    matrices: Sequence[Matrix],
+    inputs: int,
+    learning: str,
+    carry: Tensor | None = None,
+) -> tuple[rfp.Joined, Tensor, Tensor] | Refusal:
+    if learning != "rfp" or not isinstance(cell, RGCCell):
+        return NOT_RGC
+    from ..kernels import rgc_partials as kernels
+    from .operations import joined_states
+
+    gates, before, u, own, resets = _of_rgc(trajectory, weights)
+    source = joined_states(delta, trajectory).contiguous()
+    entering, for_input, first = kernels.rgc_dual(gates, before, u, own, source, resets, _contiguous(carry))
+    joined = rfp.Joined(entering.flatten(-2), RGCCell.CREDIT_PLACES, for_input.shape[-1])
+    return joined, for_input[None][:inputs], first
+
+
+@TRITON.implements("dual")
+def dual(
+    lin: Linearization,
+    m: Tensor,
+    delta: Tensor,
+    matrices: Sequence[Matrix],
+    inputs: int,
+    carry: Tensor | None = None,
+) -> tuple[Iterable[Tensor], Tensor, Tensor] | Refusal:
+    """One pass, in which λ is not written, and what a matrix and an input share is written once."""
+    if carry is not None:
+        return Refusal("the kernel takes no credit from later steps")
+    if delta.shape[0] > SCAN_STATES:
+        return MANY_STATES
+    from ..kernels import reverse_scan as kernels
+
+    given = [_all_contiguous(by_state) for by_state in lin.partials.input[:inputs]]
+    # several matrices may enter one gate, and an input may drive a gate as well: each place is computed once
+    place = {id(by_state): j for j, by_state in enumerate(lin.partials.input[:inputs])}
+    apart: list[ByState] = []
+    for matrix in matrices:
+        by_state = lin.immediate(matrix)
+        if id(by_state) not in place:
+            place[id(by_state)] = inputs + len(apart)
+            apart.append(_all_contiguous(by_state))
+    entering, for_inputs, first = kernels.reverse_scan_entering(
+        m.contiguous(), delta.contiguous(), apart, given
+    )
+    found = [*for_inputs.unbind(0), *entering.unbind(0)]
+    return [found[place[id(lin.immediate(matrix))]] for matrix in matrices], for_inputs, first
+
+
+def _all_contiguous(by_state: ByState) -> ByState:
+    return {nu: partial.contiguous() for nu, partial in by_state.items()}
+
+
+@TRITON.implements("gamma_step_")
+def gamma_step_(
+    gammas: Sequence[Tensor],
+    m: Tensor,
+    phi: Tensor,
+    y: Tensor,
+    delta: Tensor | None = None,
+    *,
+    rng_state: Tensor | None = None,
+    memory: ReusedMemory | None = None,
+) -> Tensor | None:
+    from ..kernels import gamma_step as kernels
+
+    return kernels.gamma_step_(gammas, m, phi, y.contiguous(), delta, rng_state=rng_state)
+
+
+@TRITON.implements("gamma_step_of_")
+def gamma_step_of_(
+    gammas: Sequence[Tensor],
+    steps: GammaSteps,
+    t: int,
+    *,
+    rng_state: Tensor | None = None,
+    memory: ReusedMemory | None = None,
+    descent: Descent | None = None,
+) -> Tensor | None:
+    from ..kernels import gamma_step as kernels
+
+    weights = None
+    if descent is not None:
+        weights = [w if w is None else w.view(len(w), -1) for w in descent.weights]
+    return kernels.gamma_step_(
+        gammas,
+        steps.m.select(2, t),
+        _even_rows([None if each is None else each[t] for each in steps.phi_apart]),
+        _even_rows([each[t] for each in steps.y_apart]),
+        steps.delta_of(t),
+        weights=weights,
+        lr=None if descent is None else descent.lr,
+        rng_state=rng_state,
+    )
+
+
+_Array = TypeVar("_Array", Tensor, Tensor | None)
+
+
+def _even_rows(arrays: Sequence[_Array]) -> list[_Array]:
+    """(B, ·) arrays with contiguous rows that lie equally far apart in all: as they are, or copied."""
+    there = [a for a in arrays if a is not None]
+    if len({a.stride(0) for a in there}) <= 1 and all(a.stride(-1) == 1 or a.shape[-1] == 1 for a in there):
+        return list(arrays)
+    return [None if a is None else a.contiguous() for a in arrays]
+
+
+@TRITON.implements("gamma_chunk_")
+def gamma_chunk_(
+    gammas: Sequence[Tensor],
+    m: Tensor,
+    phi: Tensor,
+    y: Tensor,
+    credit: Tensor | None = None,
+    *,
+    memory: ReusedMemory | None = None,
+) -> Tensor | Refusal | None:
+    if y.shape[-1] != gammas[0].shape[-1]:
+        return Refusal("each row of Γ reads a number of its own")
+    from ..kernels import gamma_chunk, reverse_scan
+
+    arriving, whole = reverse_scan.arriving(m.contiguous(), phi)
+    return gamma_chunk.gamma_chunk_(gammas, whole, arriving, y.contiguous(), _contiguous(credit))
+
+
+@TRITON.implements("gamma_read")
+def gamma_read(gammas: Sequence[Tensor], credit: Tensor, *, memory: ReusedMemory | None = None) -> Tensor:
+    from ..kernels import gamma_read as kernels
+
+    return kernels.gamma_read(gammas, credit.contiguous())
+
+
+def _fits_heads(gamma: ExactSensitivity) -> bool:
+    """Whether the kernel of exact RTRL by heads takes these sensitivities."""
+    size = gamma.units // gamma.heads
+    # a diagonal recurrent matrix has no place in the kernel, unless each head is one unit
+    diagonal = any(
+        len(shape) == 1 and isinstance(gamma.matrices[index].reads, int)
+        for shape, indices in gamma.groups
+        for index in indices
+    )
+    return size <= HEAD_UNITS and gamma.states <= SCAN_STATES and not (diagonal and size > 1)
+
+
+@TRITON.implements("rtrl_step_")
+def rtrl_step_(
+    cell: Cell,
+    gamma: ExactSensitivity,
+    group: int,
+    jacobian: Tensor,
+    lin: Linearization,
+    t: int,
+    inputs: Tensor | None,
+    delta: Tensor | None,
+) -> Tensor | Refusal | None:
+    if not _fits_heads(gamma):
+        return Refusal(f"the kernel takes heads of up to {HEAD_UNITS} units")
+    matrices = [gamma.matrices[i] for i in gamma.groups[group][1]]
+    fan_in = gamma.gammas[group].shape[-1]
+    y = rfp.signals(matrices, lin, inputs)[t]
+    if y.shape[-1] != fan_in:  # each head reads its own units; a bias reads 1
+        biases = fan_in == 1 and gamma.heads < gamma.units
+        y = y[..., :1] if biases else y.unflatten(-1, (gamma.heads, fan_in))
+    phi = rfp.immediates(matrices, lin).select(1, t)
+    return rtrl_heads_(gamma.gammas[group], jacobian.contiguous(), phi, y.contiguous(), delta)
+
+
+def rtrl_heads_(
+    gamma: Tensor, jacobian: Tensor, phi: Tensor, y: Tensor, delta: Tensor | None
+) -> Tensor | None:
+    """`kernels.rtrl_heads.rtrl_heads_`. Mutates gamma."""
+    from ..kernels import rtrl_heads as kernels
+
+    return kernels.rtrl_heads_(gamma, jacobian, phi, y, delta)
+
+
+def _is_dense(cell: Cell, gamma: ExactSensitivity) -> bool:
+    """Whether these are the sensitivities of a dense RGC, too large for the kernel by heads."""
+    recurrent = [shape for shape, indices in gamma.groups if not set(indices).isdisjoint(gamma.recurrent)]
+    dense = isinstance(cell, RGCCell) and all(len(shape) == 2 for shape in recurrent)
+    return dense and not _fits_heads(gamma)
+
+
+@TRITON.implements("rtrl_jacobian")
+def rtrl_jacobian(
+    cell: Cell, gamma: ExactSensitivity, lin: Linearization, t: int, weights: Sequence[Tensor]
+) -> Tensor | Refusal:
+    if not _is_dense(cell, gamma):
+        return NOT_RGC
+    from ..kernels import rtrl_step as kernels
+
+    own = [lin.partials.own[nu][nu][t].contiguous() for nu in range(2)]
+    resets = None if lin.resets is None else lin.resets[t]
+    dense = [weight.contiguous() for weight in weights]
+    return kernels.rtrl_jacobian(own, _phi_of_gates(lin, t), dense, resets)[:, None]
+
+
+@TRITON.implements("rtrl_immediate_")
+def rtrl_immediate_(
+    cell: Cell, gamma: ExactSensitivity, group: int, lin: Linearization, t: int, inputs: Tensor | None
+) -> Refusal | None:
+    if not _is_dense(cell, gamma) or gamma.groups[group][1] != gamma.recurrent:
+        return NOT_RGC
+    from ..kernels import rtrl_step as kernels
+
+    rows = gamma.gammas[group].flatten(4).flatten(1, 3)
+    kernels.rtrl_immediate_(rows, _phi_of_gates(lin, t), lin.before[:, t].contiguous())
+    return None
+
+
+def _phi_of_gates(lin: Linearization, t: int) -> list[Tensor]:
+    """φ(t) of an RGC's ss, ms, mm and sm, each for the state that the gate enters."""
+    return [next(iter(by_state.values()))[t].contiguous() for by_state in lin.partials.gate]
