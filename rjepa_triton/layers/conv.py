@@ -1,4 +1,4 @@
-"""Reciprocal gated circuits over maps: a unit a channel and pixel, gates by convolutions (paper, Section 2.2)."""
+"""Reciprocal gated circuits over maps: one unit for each channel and pixel, convolutions in the gates (paper, 2.2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from .. import _checks as check
-from ..backends import dispatch as ops
+from ..backends import operations
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Trajectory, reset_steps_of
 
@@ -27,15 +27,16 @@ class ConvRGC(nn.Module):
         s(t) = (1 - tanh(W_ms * m')) x + tanh(W_ss * s') s'        prime = t-1, zero at first
         m(t) = (1 - tanh(W_sm * s')) x + tanh(W_mm * m') m'
 
-    With learning="rfp" each unit's credit goes back in time through its own S×S block of the Jacobian alone, in which a
-    convolution has the middle tap of a channel with itself; the weights' gradient is then one convolution's over all
-    steps. Exact where units don't meet (`depthwise` with kernel_size=1), else an approximation: what passes between
-    pixels and channels in the step before is left out, as for dense weights (docs/exactness.md).
+    With learning="rfp" the credit of each unit passes back in time only through the unit's own S×S block of the
+    Jacobian. From a convolution this block takes the middle tap of the unit's channel with itself. The weights'
+    gradient is then that of one convolution over all steps. It is exact where no unit reads another (`depthwise` with
+    kernel_size=1). Elsewhere it is an approximation, as for dense weights: credit between pixels and channels is left
+    out (docs/exactness.md).
 
     Args:
         channels: C.
-        kernel_size: odd, of all four gates.
-        depthwise: gates of a channel read that channel alone.
+        kernel_size: of all four gates, odd.
+        depthwise: whether the gates of a channel read that channel only.
         learning: "rfp", in its dual form; or "bptt", exact, by autograd.
         device, dtype: of the parameters.
 
@@ -68,16 +69,17 @@ class ConvRGC(nn.Module):
             self.register_parameter(f"weight_{matrix.name}", weight)
 
     def weights(self) -> list[Tensor]:
-        """ss, ms, mm, sm."""
+        """The four weights, in the order ss, ms, mm, sm."""
         return [getattr(self, f"weight_{matrix.name}") for matrix in _CELL.matrices]
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, resets: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """s over a sequence (T, B, C, H, W), and the last (s, m), each (B, C, H, W), for x (T, B, C, H, W).
+        """Run over a sequence x (T, B, C, H, W). Returns s at all steps, (T, B, C, H, W), and the last (s, m).
 
-        state: (s, m) before the first step; zero if None. resets (T, B) bool: rows whose state counts as zero before
-        that step. Nothing is mutated. Raises TypeError or ValueError for a wrong shape, dtype or device.
+        state: (s, m) before the first step, each (B, C, H, W); zero if None. resets (T, B) bool: rows whose state is
+        set to zero before that step. Nothing is mutated. Raises TypeError or ValueError for a wrong shape, dtype or
+        device.
         """
         check.shape("x", check.tensor("x", x), ("T", "B", self.channels, "H", "W"))
         s, m = self._state(state, x[0])
@@ -97,9 +99,10 @@ class ConvRGC(nn.Module):
     def step(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One step by autograd: s (B, C, H, W) and (s, m), for x (B, C, H, W); credit as `learning` has it.
+        """Run one step on x (B, C, H, W), under autograd. Returns s (B, C, H, W) and (s, m).
 
-        For networks in which a map's input depends on later areas' past, so that no sequence of it is there at once.
+        Credit passes back as `learning` says. This is for networks in which the input depends on the past of later
+        areas, so that the whole input sequence isn't known at once. state and errors are those of `forward`.
         """
         check.shape("x", check.tensor("x", x), ("B", self.channels, "H", "W"))
         s, m = self._advance(x, *self._state(state, x))
@@ -119,7 +122,7 @@ class ConvRGC(nn.Module):
         gates = []
         for weight, signal in zip(self.weights(), (s, m, m, s), strict=True):
             if self.learning == "rfp":
-                # the value of a convolution, with each unit's own tap alone as the way back in time
+                # The value is that of the convolution, but its gradient passes through each unit's own tap only.
                 own = _own(weight)[:, None, None] * (signal - signal.detach())
                 gates.append(_convolve(weight, signal.detach()) + own)
             else:
@@ -133,20 +136,20 @@ class ConvRGC(nn.Module):
 
 
 def _own(weight: Tensor) -> Tensor:
-    """(C,): what each unit reads of itself, the middle tap of a channel with itself."""
+    """The weight by which each unit reads its own state: the middle tap of its channel with itself, (C,)."""
     middle = weight.shape[-1] // 2
     taps = weight[:, :, middle, middle]
     return taps[:, 0] if weight.shape[1] == 1 else taps.diagonal()
 
 
 def _convolve(weight: Tensor, signal: Tensor) -> Tensor:
-    """weight * signal, of the signal's size: (B, C, H, W)."""
+    """The convolution weight * signal, padded to the signal's shape (B, C, H, W)."""
     groups = signal.shape[1] // weight.shape[1]
     return F.conv2d(signal, weight, padding=weight.shape[-1] // 2, groups=groups)
 
 
 class _Dual(torch.autograd.Function):
-    """A sequence forward; backward by RFP's dual form. Units are flat, N = C·H·W, for all but the convolutions."""
+    """Runs a sequence; the backward pass is RFP's dual form. Outside the convolutions, maps are flat: N = C·H·W."""
 
     @staticmethod
     def forward(
@@ -157,7 +160,7 @@ class _Dual(torch.autograd.Function):
         flat = x.reshape(steps, batch, units)
         states = x.new_empty(2, steps + 1, batch, units)
         states[0, 0], states[1, 0] = s.reshape(batch, units), m.reshape(batch, units)
-        gates = x.new_empty(2, steps, batch, 2, units)  # by source, as RGCCell keeps them
+        gates = x.new_empty(2, steps, batch, 2, units)  # by the state they read, as RGCCell keeps them
         ss, ms, mm, sm = weights
         reset_steps = reset_steps_of(resets)
         for t in range(steps):
@@ -184,8 +187,8 @@ class _Dual(torch.autograd.Function):
         pixels = maps[1] * maps[2]
         own = [_own(weight).repeat_interleave(pixels) for weight in weights]
         delta = torch.stack([grad_s, grad_m]).reshape(2, *flat.shape)
-        backend = ops.choose_scan("auto", delta.device, delta.dtype)
-        entering, for_x, first = ops.dual_of(
+        backend = operations.choose_scan("auto", delta.device, delta.dtype)
+        entering, for_x, first = operations.dual_of(
             _CELL, trajectory, own, delta, _CELL.matrices, 1, "rfp", backend=backend
         )
         by_weight = []

@@ -1,4 +1,4 @@
-"""Recurrent layers as functions: states over a sequence, differentiable by a chosen learning rule."""
+"""Recurrent layers as functions: the states over a sequence, whose gradients a chosen learning rule finds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backends import dispatch as ops
+from ..backends import native_backend, operations
 from ..cells import weights as weight_ops
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Cell, Trajectory
@@ -20,16 +20,20 @@ from . import parallel
 
 Learning = Literal["rfp", "bptt", "rtrl", "eprop", "rflo", "snap0"]
 LEARNING = ("rfp", "bptt", "rtrl", "eprop", "rflo", "snap0")
-# Rules that run online only, and what serves in their place on sequences.
+# The rules that run online only, and the nearest rule to each on sequences.
 ONLINE_ONLY = {"uoro": "rtrl", "tbptt": "bptt"}
 
 
 def rule(name: str, learning: str, refine: object) -> int | None:
-    """Rounds of refinement, None for as many as it takes; raise unless the two can go together."""
+    """The number of rounds that `refine` asks for; None for "exact", which takes as many as are needed.
+
+    Raises TypeError or ValueError for a bad value and for a combination that can't run. name: of the argument
+    `learning`.
+    """
     if learning in ONLINE_ONLY:
         raise ValueError(
             f"{name}={learning!r} learns online only (OnlineLearner(layer, batch, learning={learning!r})); the nearest "
-            f"on sequences is {ONLINE_ONLY[learning]!r}"
+            f"rule on sequences is {ONLINE_ONLY[learning]!r}"
         )
     check.one_of(name, learning, LEARNING)
     if refine == "exact":
@@ -47,7 +51,7 @@ def rule(name: str, learning: str, refine: object) -> int | None:
 
 
 class _TwoPoint(torch.autograd.Function):
-    """A two-point layer over a sequence; backward by a learning rule. Inputs: x, S states, K weights."""
+    """Runs a two-point cell over a sequence; a learning rule is its backward pass. tensors: S states, K weights."""
 
     @staticmethod
     def forward(
@@ -95,7 +99,7 @@ def gradients(
     cell: Cell,
     trajectory: Trajectory,
     weights: Sequence[Tensor],
-    delta: ops.OfStates,
+    delta: operations.StateArrays,
     learning: str,
     rounds: int | None = 0,
     backend: str = "auto",
@@ -103,22 +107,23 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """Gradients of x (J, T, B, N), of the initial state (S, B, N) and of the weights, by a learning rule.
 
-    delta (S, T, B, N), or one for each state, None for zeros; rounds as `rule` gives them. The weights' are left out if
-    not needed.
+    delta: the loss's gradient with respect to the states, (S, T, B, N), or one (T, B, N) for each state, None for
+    zeros.
+    rounds: as `rule` returns them. needs_weights: else the weights' gradients are empty tensors.
     """
     x = trajectory.x
-    runs = ops.choose_scan(backend, x.device, x.dtype)
+    runs = operations.choose_scan(backend, x.device, x.dtype)
     if learning in rfp.RULES and rounds == 0 and runs != "triton" and x.device.type == "cpu":
-        large, window = LARGE[ops.one_pass(cell, learning, runs)]
+        large, window = LARGE[native_backend.one_pass(cell, learning, runs)]
         if x[0].numel() > large:
             return _dual_by_windows(cell, trajectory, weights, delta, learning, runs, needs_weights, window)
     trajectory = trajectory.with_saved(cell, weights)
     inputs = len(cell.per_unit)
     by_weight: Sequence[Tensor] = [x.new_empty(0)] * len(weights)
     if learning not in rfp.RULES:
-        delta = ops.of_states(delta, trajectory)
+        delta = operations.joined_states(delta, trajectory)
         lin = cell.linearize(trajectory)
-        entering, for_x, first = ops.exact(cell, trajectory, lin, weights, delta, backend=runs)
+        entering, for_x, first = operations.exact(cell, trajectory, lin, weights, delta, backend=runs)
         if needs_weights and learning == "rtrl" and weights:
             by_weight = rtrl.weight_gradients(lin, cell.matrices, weights, delta)
         elif needs_weights:
@@ -126,24 +131,25 @@ def gradients(
         return for_x, first, by_weight
     if rounds == 0:
         matrices = cell.matrices if needs_weights else ()
-        entering, for_x, first = ops.dual_of(
+        entering, for_x, first = operations.dual_of(
             cell, trajectory, weights, delta, matrices, inputs, learning, backend=runs
         )
         if needs_weights:
             by_weight = rfp.outer_products(trajectory.before, matrices, weights, entering)
         return for_x, first, by_weight
-    delta = ops.of_states(delta, trajectory)
-    lin, m = ops.linearize(cell, trajectory, weights, learning, backend=runs)
-    scan = functools.partial(ops.reverse_scan, backend=runs)
+    delta = operations.joined_states(delta, trajectory)
+    lin, m = operations.linearize(cell, trajectory, weights, learning, backend=runs)
+    scan = functools.partial(operations.reverse_scan, backend=runs)
     credit, first = refinement.credits(lin, m, cell.matrices, weights, delta, rounds=rounds, scan=scan)
     if needs_weights:
         by_weight = rfp.weight_gradients(lin, cell.matrices, weights, credit)
     return rfp.input_gradient(lin, credit, inputs), first, by_weight
 
 
-# Numbers of T·B·N beyond which the dual form on the CPU takes windows of time, and those of a window, by whether it is
-# one pass (`ops.one_pass`). If not, what some twenty arrays of them take stays in cache, where whole sequences' don't.
-# If it is, what it writes is memory that was written before, as that of larger arrays isn't.
+# On the CPU the dual form runs over windows of time when T·B·N is larger than the first number; a window has the second
+# as its T·B·N. The key is whether the dual form is one compiled pass (`native_backend.one_pass`). Where it isn't, some
+# twenty arrays of a window's size stay in cache, which those of whole sequences don't. Where it is, a window's results
+# go to memory that has been written before, which is faster than the new memory that larger arrays get.
 LARGE = {False: (1 << 18, 1 << 16), True: (1 << 20, 1 << 19)}
 
 
@@ -151,20 +157,20 @@ def _dual_by_windows(
     cell: Cell,
     trajectory: Trajectory,
     weights: Sequence[Tensor],
-    delta: ops.OfStates,
+    delta: operations.StateArrays,
     learning: str,
     runs: str,
     needs_weights: bool,
     window: int,
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-    """`gradients` by the dual form, windows of so many numbers one after the other, the last one first.
+    """`gradients` by the dual form, over windows of T·B·N = `window` numbers, the last window first.
 
-    Credit passes from each window to the one before; the partials of one window are forgotten before the next.
+    Credit passes from each window to the one before. The partials of a window are freed before the next is computed.
     """
     inputs, steps, batch, units = trajectory.x.shape
     length = max(1, window // (batch * units))
     matrices = cell.matrices if needs_weights else ()
-    # units of all inputs next to one another, as the layer's own input reads them
+    # In memory the J inputs of a unit lie side by side, which is the layout that the layer's input projection reads.
     for_x = trajectory.x.new_empty(steps, batch, inputs, units).movedim(2, 0)
     by_weight: Sequence[Tensor] | None = None
     passed: Tensor | None = None
@@ -172,7 +178,7 @@ def _dual_by_windows(
         start = max(0, stop - length)
         part = trajectory.window(start, stop).with_saved(cell, weights)
         source = [None if of_state is None else of_state[start:stop] for of_state in delta]
-        entering, for_x[:, start:stop], passed = ops.dual_of(
+        entering, for_x[:, start:stop], passed = operations.dual_of(
             cell, part, weights, source, matrices, inputs, learning, passed, backend=runs
         )
         if needs_weights:
@@ -197,46 +203,48 @@ def two_point(
     recompute: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Any two-point cell over a sequence; the S states, each (T, B, N), differentiable by `learning`.
+    """Run any two-point cell over a sequence. Returns its S states, each (T, B, N), differentiable by `learning`.
 
     Args:
-        cell: the cell (`two_point.Cell`); its equations are its own.
+        cell: the cell (`cells.two_point.Cell`), which defines the equations.
         x: (J, T, B, N), T ≥ 1: the cell's per-unit inputs, its parameters last; any floating dtype.
-        weights: the K recurrent ones, each (N, N), row i enters unit i; (H, b, b) with H·b = N, blocks along the
-            diagonal; or (N,), the diagonal. Dtype and device of x; finite.
-        state: S of (B, N).
+        weights: the K recurrent weights, finite, of x's dtype and device. Each is (N, N), whose row i enters unit i;
+            (H, b, b) with H·b = N, the blocks of a block-diagonal matrix; or (N,), a diagonal.
+        state: the S initial states, (B, N) each.
         resets: (T, B) bool. True starts a new episode at that step: state and sensitivities of that row are
             forgotten before it.
-        learning: how gradients of the weights, x and state are found.
-            "rfp"   Recurrent Forward Propagation in its dual form. Equal to "bptt" if all weights are
-                    diagonal; for others an approximation (SnAp-1 with each unit's S×S block kept).
+        learning: how the gradients of the weights, x and state are found.
+            "rfp"   Recurrent Forward Propagation in its dual form. Equal to "bptt" if all weights are diagonal; else an
+                    approximation (SnAp-1 with each unit's S×S block kept).
             "bptt"  backpropagation through time: exact.
-            "rtrl"  weights by exact real-time recurrent learning, S·b·B·Σ_k N·M_k numbers, b the units of a
-                    head (b = N for dense weights); x and state, which forward sensitivities to the weights don't
-                    reach, as "bptt". Exact.
-            "eprop", "rflo", "snap0"   RFP with parts of M dropped, for comparison (`reference.rfp.transition`).
-        refine: with "rfp": r rounds that bring its credits towards the exact ones, each a product over (T, B)
-            and a scan; "exact": as many as it takes. Where they diverge, the exact sequential backward runs
-            instead, with a warning (`reference.refine.Divergence`).
-        forward: how the states are found; they are the same to the tolerance of `parallel.attempt`, and so is the
-            gradient.
-            "sequential"   a loop over time. Under torch.compile always.
-            "parallel"     all steps at once, in rounds (`parallel`). Where they diverge, the loop runs instead, with
-                           a warning (`parallel.Divergence`).
-            "auto"         in parallel where that is predicted to pay: for long sequences of a small layer on a GPU,
-                           and on the CPU, with one thread, of an affine cell. Else, and where it diverges, the loop.
-        recompute: keep the states alone until backward(), which makes the gates again: one product more a matrix over
-            (T, B), in torch's precision for products. RGC keeps x and 2 numbers a unit and step then, in place of 6.
-        backend: of the loops over time, forward and RFP's backward one, and of the scan of the forward pass in
-            parallel: "torch", "compile" (CPU), "triton" (GPU), or "auto", which takes the last two for float32 tensors
-            (`ops`).
+            "rtrl"  exact. The weights' gradients come from real-time recurrent learning, which takes S·b·B·Σ_k N·M_k
+                    numbers with b units a head (b = N for dense weights). Sensitivities to the weights say nothing of
+                    x and state, whose gradients are found as in "bptt".
+            "eprop", "rflo", "snap0"   RFP with parts of M dropped, for comparison (`rules.rfp.transition`).
+        refine: with "rfp": r rounds that move its credits towards the exact ones, each of one product over (T, B) and
+            one scan; "exact": as many rounds as it takes. Where they diverge, the exact sequential backward pass runs
+            instead, with a warning (`rules.refine.Divergence`).
+        forward: how the states are found. The states are the same to the tolerance of `parallel.attempt`, and so are
+            the gradients.
+            "sequential"   by a loop over time; always so under torch.compile
+            "parallel"     all steps at once, in rounds (`parallel`). Where these diverge, the loop runs instead, with a
+                           warning (`parallel.Divergence`).
+            "auto"         in parallel where that is predicted to be faster: for long sequences of a small layer on a
+                           GPU, and for an affine cell on the CPU with one thread. Elsewhere, and where the rounds
+                           diverge, by the loop.
+        recompute: keep only the states until backward(), which then computes the gates again: one more product over
+            (T, B) for each matrix, in torch's precision for products. An RGC then keeps x and 2 numbers a unit and
+            step, in place of 6.
+        backend: runs the loops over time of the forward pass and of RFP's backward pass, and the scan of a parallel
+            forward pass: "torch", "compile" (CPU), "triton" (GPU), or "auto", which chooses among them for float32
+            tensors (`operations.choose_scan`).
 
     Nothing is mutated.
 
     Raises:
-        TypeError: a value that isn't a tensor, a dtype that isn't floating or differs from x's.
-        ValueError: a wrong shape (T = 0 among them), device, learning, refine, forward or backend; a combination of
-            learning and refine that can't be; weights not finite; a backend that can't run here.
+        TypeError: for a value that isn't a tensor, and a dtype that isn't floating or differs from x's.
+        ValueError: for a wrong shape (T = 0 included), device, learning, refine, forward or backend; a combination of
+            learning and refine that can't run; weights that aren't finite; a backend that can't run here.
     """
     check.shape("x", check.tensor("x", x), (len(cell.per_unit), "T", "B", "N"))
     check.floating("x", x)
@@ -244,7 +252,9 @@ def two_point(
     check.one_of("forward", forward, parallel.FORWARD)
     _, steps, batch, units = x.shape
     if len(weights) != len(cell.matrices):
-        raise ValueError(f"weights must be {len(cell.matrices)}, one a recurrent matrix, got {len(weights)}")
+        raise ValueError(
+            f"weights must be {len(cell.matrices)}, one for each recurrent matrix, got {len(weights)}"
+        )
     for matrix, weight in zip(cell.matrices, weights, strict=True):
         recurrent_weight(f"weight_{matrix.name}", weight, units, x)
     initial_state(state, cell.states, batch, units, x)
@@ -252,15 +262,14 @@ def two_point(
         resets = check.mask("resets", resets, (steps, batch), x.device)
     compiling = torch.compiler.is_compiling()
     if not compiling:
-        ops.choose_scan(backend, x.device, x.dtype)  # refuses now what backward() would
+        operations.choose_scan(backend, x.device, x.dtype)  # raises here rather than in backward()
     if compiling and isinstance(cell, RGCCell):
         states, _ = torch.ops.rjepa_triton.rgc(
             x, state[0], state[1], list(weights), resets, learning, rounds, backend, recompute
         )
         return states[0, 1:], states[1, 1:]
-    mode: parallel.Forward = (
-        "sequential" if compiling else forward
-    )  # rounds end by a value, which no graph has
+    # how many rounds there are depends on values, which a compiled graph doesn't know
+    mode: parallel.Forward = "sequential" if compiling else forward
     return _TwoPoint.apply(cell, learning, rounds, backend, mode, recompute, resets, x, *state, *weights)
 
 
@@ -286,8 +295,8 @@ def rgc(
 
     Args:
         x: (T, B, N), T ≥ 1, any floating dtype.
-        weight_ss, weight_ms, weight_mm, weight_sm: (N, N) each, row i enters unit i; (H, b, b) for a
-            block-diagonal or (N,) for a diagonal one. Dtype and device of x; finite.
+        weight_ss, weight_ms, weight_mm, weight_sm: finite, of x's dtype and device. Each is (N, N), whose row i enters
+            unit i; (H, b, b), block-diagonal; or (N,), a diagonal.
         state: (s0, m0), each (B, N); zero if None.
         resets: (T, B) bool. True starts a new episode at that step: state and sensitivities of that row are
             forgotten before it.
@@ -297,9 +306,7 @@ def rgc(
         s, m: (T, B, N) each. Nothing is mutated.
 
     Raises:
-        TypeError: a value that isn't a tensor, a dtype that isn't floating or differs from x's.
-        ValueError: a wrong shape (T = 0 among them), device, learning, forward or backend; weights not finite; a
-            backend that can't run here.
+        TypeError, ValueError: as `two_point` does.
     """
     check.shape("x", check.tensor("x", x), ("T", "B", "N"))
     if state is None:
@@ -337,12 +344,12 @@ def recurrent_weight(name: str, weight: Tensor, units: int, x: Tensor) -> None:
     else:
         check.shape(name, weight, (units, units), "or (H, b, b), or (N,), to match x")
     check.like(name, weight, "x", x)
-    if not torch.compiler.is_compiling():  # a value can't steer a compiled graph
+    if not torch.compiler.is_compiling():  # a compiled graph can't branch on values
         check.finite(name, weight)
 
 
 def state_tuple(state: object, names: Sequence[str]) -> tuple[Tensor, ...]:
-    """`state` as a tuple of tensors, one a name; raise TypeError or ValueError if it is none."""
+    """`state` as a tuple of tensors, one for each name. Raises TypeError or ValueError if it isn't one."""
     if not isinstance(state, (tuple, list)):
         raise TypeError(f"state must be a tuple ({', '.join(names)}), got {type(state).__name__}")
     if len(state) != len(names):
@@ -351,7 +358,7 @@ def state_tuple(state: object, names: Sequence[str]) -> tuple[Tensor, ...]:
 
 
 def initial_state(state: object, names: Sequence[str], batch: int, units: int, x: Tensor) -> None:
-    """Raise unless `state` is a tuple of (B, N) tensors, one a name, of x's dtype and device."""
+    """Raise unless `state` is a tuple of (B, N) tensors, one for each name, of x's dtype and device."""
     for name, value in zip(names, state_tuple(state, names), strict=True):
         check.shape(f"state's {name}", value, (batch, units), "to match x")
         check.like(f"state's {name}", value, "x", x)

@@ -1,18 +1,18 @@
-"""The forward pass of a two-point cell in parallel in time: rounds of one product a matrix and one per-unit scan.
+"""The forward pass of a two-point cell in parallel in time: rounds of one product for each matrix and one scan.
 
-A trajectory c solves c(t) = F(c(t-1)) for all t at once. Guess it, and correct the guess by Newton's method with each
-unit's own S×S part M of the Jacobian alone, the part that credits of RFP pass through:
+A trajectory c solves c(t) = F(c(t-1)) for all t at once. It is guessed, and the guess is corrected by Newton's method
+with only each unit's own S×S block M of the Jacobian, through which RFP's credits pass as well:
 
     e(t) = F(c(t-1)) - c(t)                     what the guess misses by, at all steps at once
-    d(t) = e(t) + M(t) d(t-1),   d(0) = 0       `rfp.affine_scan`: no matrix in it
+    d(t) = e(t) + M(t) d(t-1),   d(0) = 0       `rfp.affine_scan`, a scan for each unit, without a matrix
     c ← c + d
 
-Where units don't meet (diagonal weights) that is Newton's method (DEER: Lim et al. 2024, "Parallelizing non-linear
-sequential models over the sequence length"); where they do, a quasi-Newton method (quasi-DEER: Gonzalez et al. 2024,
-"Towards scalable and stable parallelization of nonlinear RNNs"; their ELK also damps it, this doesn't). M(t) is zero at
-a reset, so nothing passes one. After r rounds the first r steps are right at least; in practice the rounds that it
-takes depend on how large the weights between units are, hardly on T. Where they are too large d grows: that is noticed,
-and the loop runs instead.
+With diagonal weights this is Newton's method (DEER: Lim et al. 2024, "Parallelizing non-linear sequential models over
+the sequence length"). With others it is a quasi-Newton method (quasi-DEER: Gonzalez et al. 2024, "Towards scalable
+and stable parallelization of nonlinear RNNs"; their ELK also damps it, which this doesn't). M(t) is zero at a reset,
+so no correction passes a reset. After r rounds at least the first r steps are right. In practice the number of rounds
+depends on how large the weights between units are, and hardly on T. Where they are too large, d grows; that is
+noticed, and the sequential loop runs instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..backends import dispatch as ops
+from ..backends import native_backend, operations, triton_backend
 from ..cells.two_point import Cell, Trajectory
 from ..planning import cost
 from ..rules import rfp
@@ -35,32 +35,35 @@ from ..rules import rfp
 Forward = Literal["auto", "sequential", "parallel"]
 FORWARD = ("auto", "sequential", "parallel")
 
-MAX_ROUNDS = 100  # before the loop is run instead
-WINDOW = 1 << 17  # numbers of T·B·N that are corrected at once on the CPU
-GROWTH = 10.0  # that a correction may grow beyond the first, or the states' own size: early ones fluctuate
-# What a guess may miss F by, in eps relative to max(1, |c|), to be right within rounding. Where units don't meet, the
-# correction that it is then given is Newton's, and what is left of the order of its square.
+MAX_ROUNDS = 100  # after these the sequential loop runs instead
+WINDOW = 1 << 17  # T·B·N of the steps that are corrected at once on the CPU
+# The rounds count as diverging when a correction is this many times the first, and this many times max(1, |c|). It is
+# not 1 because the first few corrections fluctuate.
+GROWTH = 10.0
+# A guess counts as right within rounding if it misses F by at most so many eps, relative to max(1, |c|). The second
+# holds for diagonal weights: there the last correction is Newton's, whose error is of the order of its square.
 ROUNDING, ROUNDING_ALONE = 4.0, 16.0
-# What "auto" assumes, since it doesn't look at weights: RGC's at W ~ 0.1/√N. An affine cell takes one round, and one
-# that finds nothing left.
+# How many rounds "auto" expects, since it doesn't look at the weights: those of an RGC at W ~ 0.1/√N. An affine cell
+# takes one round, and another that finds nothing to correct.
 ASSUMED_ROUNDS, AFFINE_ROUNDS = 8, 2
-# The part of the loop's predicted time that "auto" may spend on rounds before it runs the loop after all; more where
-# it is known how many there will be. On the CPU the model takes a loop for up to 2 times as long as it is, and the
-# rounds for down to half as long (`bench/results/forward-cpu.jsonl`).
+# The part of the loop's predicted time that "auto" may spend on rounds before it runs the loop after all; it is larger
+# for affine cells, whose number of rounds is known. On the CPU the cost model predicts a loop at up to twice its time,
+# and rounds at down to half of theirs (`bench/results/forward-cpu.jsonl`).
 SHARE, AFFINE_SHARE, AFFINE_SHARE_CPU = 0.25, 0.6, 0.3
 
 
 class Divergence(UserWarning):
-    """The rounds diverged, or did not converge in time; the sequential loop ran in their place."""
+    """Warns that the rounds diverged or ran out, so that the sequential loop ran instead."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """How the rounds went.
+    """The result of rounds.
 
-    trajectory   as `Cell.scan` gives it; None where they didn't converge
+    trajectory   as `Cell.scan` returns it; None if the rounds didn't converge
     rounds       how many there were, in the window of time that took most
-    change       the largest correction of its last, relative to max(1, |c|); `first`: of its first
+    change       the largest correction of the last of these, relative to max(1, |c|)
+    first        the largest correction of the first
     """
 
     trajectory: Trajectory | None
@@ -81,17 +84,18 @@ def attempt(
     max_rounds: int = MAX_ROUNDS,
     scan: Callable[[Tensor, Tensor], Tensor] = rfp.affine_scan,
 ) -> Attempt:
-    """Rounds from F of a zero state until they converge: no correction above `tolerance`, relative to max(1, |c|).
+    """Runs rounds until they converge, from the guess c(t) = F(0).
 
-    Or until every step is F of the one before within rounding, which is all that a loop could say: with a long memory,
-    corrections made of rounding alone may be larger than the tolerance. On the CPU one window of time after the other,
-    so that what a round moves stays in cache.
+    They converge when no correction is above `tolerance`, relative to max(1, |c|), or when every step is F of the step
+    before within rounding, which is as good as a loop: with a long memory, corrections that consist of rounding errors
+    may be larger than the tolerance. They end without a trajectory after max_rounds, and when a correction isn't finite
+    or exceeds both GROWTH and GROWTH times the first. On the CPU the windows of time run one after another, so that the
+    arrays of a round stay in cache.
 
-    x, weights, state, resets: as for `Cell.scan`; nothing is mutated. tolerance: 1e-10 in float64, else 1e-6, if None.
-    scan: what solves the recursion of d, as `rfp.affine_scan`. They end without a trajectory after max_rounds,
-    and when a correction isn't finite or exceeds GROWTH times the first, and GROWTH.
+    x, weights, state, resets: as for `Cell.scan`; nothing is mutated. tolerance: None stands for 1e-10 in float64, else
+    1e-6. scan: solves the recursion of d, as `rfp.affine_scan` does.
 
-    The trajectory's `saved` is of the states before the last correction.
+    The trajectory's `saved` is that of the states before the last correction.
     """
     if tolerance is None:
         tolerance = 1e-10 if x.dtype == torch.float64 else 1e-6
@@ -130,7 +134,7 @@ def _converge(
     max_rounds: int,
     scan: Callable[[Tensor, Tensor], Tensor],
 ) -> Attempt:
-    """`attempt` of one window, after the state in states[:, 0]; what follows it in states is mutated."""
+    """`attempt` on one window of time, from the state in states[:, 0] on. Mutates the states after it."""
     zero = torch.zeros_like(x[0])
     guess = cell.update([zero] * len(cell.states), [zero] * len(cell.gates), x.unbind())
     for target, value in zip(states[:, 1:], guess, strict=True):
@@ -158,10 +162,10 @@ def one_round(
     resets: Tensor | None,
     scan: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, float, float]:
-    """Correct a guess of the states (S, T + 1, B, N), which is mutated.
+    """One round: corrects a guess of the states (S, T + 1, B, N), which it mutates.
 
-    Returns what the cell saves of the guess; and the largest entry of the correction, and of what the guess missed F
-    by, relative to max(1, |c|).
+    Returns what the cell saves of the guess, the largest correction, and the largest error |F(c(t-1)) - c(t)| of the
+    guess, both relative to max(1, |c|).
     """
     guess = Trajectory(x, states, x, resets)
     after, saved = cell.evaluate(x, guess.before, weights)
@@ -182,22 +186,22 @@ def rounds_worth(
     dtype: torch.dtype,
     kernel: bool,
 ) -> int:
-    """How many rounds "auto" tries before it runs the loop; 0: none, the loop at once.
+    """How many rounds mode "auto" tries before it runs the sequential loop; 0: it runs the loop at once.
 
-    As many as `cost.forward_seconds` predicts to take SHARE of the loop's time (of an affine cell's AFFINE_SHARE), if
-    those are what the cell may be expected to need, ASSUMED_ROUNDS (AFFINE_ROUNDS). On the CPU of an affine cell alone,
-    and with one thread alone: elsewhere a round isn't certain to pay, since it moves many times the bytes of the loop,
-    in passes at the end of which each thread waits for all. Where the loop is one launch (`ops.one_launch`), rounds
-    rarely pay.
+    It is the number of rounds that `cost.forward_seconds` predicts to take SHARE of the loop's time (AFFINE_SHARE for
+    an affine cell), or 0 if the cell is expected to need more, ASSUMED_ROUNDS (AFFINE_ROUNDS). On the CPU it is 0 but
+    for an affine cell with one thread: elsewhere rounds may not pay, since a round moves many times the bytes of the
+    loop, in passes at whose end the threads wait for each other. Rounds rarely pay where the loop is one launch
+    (`triton_backend.one_launch`).
 
-    weights: their shapes count, and where a GPU holds them, how many multiprocessors it has. sizes: T, B, N. kernel:
-    whether Triton serves the scan.
+    weights: only their shapes matter, and on a GPU how many multiprocessors it has. sizes: T, B, N. kernel: whether
+    Triton runs the scan.
     """
     if device.type not in ("cpu", "cuda") or dtype not in (torch.float32, torch.float64) or sizes[0] == 1:
         return 0
     if device.type == "cpu" and not (cell.affine and torch.get_num_threads() == 1):
         return 0
-    compiled = device.type == "cpu" and ops.choose_scan("auto", device, dtype) == "compile"
+    compiled = device.type == "cpu" and operations.choose_scan("auto", device, dtype) == "compile"
     problem = forward_problem(cell, weights, sizes, dtype, kernel, compiled)
     loop, round_ = cost.forward_seconds(problem, 1, cost.rates_of(device))
     known = AFFINE_SHARE_CPU if device.type == "cpu" else AFFINE_SHARE
@@ -214,7 +218,7 @@ def forward_problem(
     kernel: bool,
     compiled: bool = False,
 ) -> cost.ForwardProblem:
-    """What the model of cost is told. Arguments as for `rounds_worth`; compiled: whether "compile" serves (`ops`)."""
+    """The forward pass as the cost model sees it. compiled: whether "compile" runs it; else as in `rounds_worth`."""
     steps, batch, units = sizes
     step, round_ = _counts(cell, [weight.dim() for weight in weights])
     scale = dtype.itemsize / _COUNTED_AT.itemsize
@@ -228,8 +232,8 @@ def forward_problem(
         step=replace(step, bytes=step.bytes * scale),
         round=replace(round_, bytes=round_.bytes * scale),
         kernel=kernel,
-        launch=kernel and ops.one_launch(cell, weights, batch),
-        compiled=compiled and ops.compiled_loop(cell, weights, steps, batch),
+        launch=kernel and triton_backend.one_launch(cell, weights, batch),
+        compiled=compiled and native_backend.compiled_loop(cell, weights, steps, batch),
     )
 
 
@@ -244,13 +248,13 @@ _counted: dict[tuple[object, ...], tuple[cost.Work, cost.Work]] = {}
 
 
 def _counts(cell: Cell, dims: Sequence[int]) -> tuple[cost.Work, cost.Work]:
-    """A step of the loop and a round without its scan, as `cost.ForwardProblem` has them, for weights of `dims`.
+    """The calls and bytes of a step of the loop, and of a round without its scan, as in `cost.ForwardProblem`.
 
-    Counted once for each kind of cell, on a problem of a few units.
+    They are counted once for each kind of cell, on a few units. dims: how many dimensions each weight has.
     """
     key = (type(cell), cell.affine, cell.per_unit, tuple(dims))
     if key not in _counted:
-        units, short, long = 4, 3, 5  # one step may have a way of its own
+        units, short, long = 4, 3, 5  # not a single step, which may run by other code
         weights = [_zeros(*((), (units,), (units, units), (2, units // 2, units // 2))[dim]) for dim in dims]
         state = [_zeros(1, units)] * len(cell.states)
         x = _zeros(len(cell.per_unit), long, 1, units)
@@ -279,19 +283,19 @@ def forward(
     backend: str = "auto",
     keep: bool = True,
 ) -> Trajectory:
-    """The forward pass as `Cell.scan` gives it, in parallel or not; nothing that didn't converge is returned.
+    """The forward pass, as `Cell.scan` returns it, in parallel or sequentially.
 
-    mode "sequential": `Cell.scan`. "parallel": `attempt`, and where it fails `Cell.scan` with a `Divergence`
-    warning. "auto": what `rounds_worth` says, without a warning.
-    backend: of the scan, as `ops.choose_scan` takes it. keep: whether the trajectory has `saved`.
+    mode: "sequential" runs the loop. "parallel" runs `attempt` and, where that doesn't converge, the loop, with a
+    `Divergence` warning. "auto" tries as many rounds as `rounds_worth` says, then runs the loop, without a warning.
+    backend: as `operations.choose_scan` takes it. keep: whether the trajectory has `saved`.
     """
-    chosen = ops.choose_scan(backend, x.device, x.dtype)
+    chosen = operations.choose_scan(backend, x.device, x.dtype)
     rounds = 0 if mode == "sequential" else MAX_ROUNDS
     if mode == "auto":
         sizes = (x.shape[1], x.shape[2], x.shape[3])
         rounds = rounds_worth(cell, weights, sizes, x.device, x.dtype, chosen == "triton")
     if rounds:
-        scan = functools.partial(ops.affine_scan, backend=chosen)
+        scan = functools.partial(operations.affine_scan, backend=chosen)
         made = attempt(cell, x, weights, state, resets, max_rounds=rounds, scan=scan)
         if made.trajectory is not None:
             return made.trajectory if keep else made.trajectory.without_saved()
@@ -303,4 +307,4 @@ def forward(
                 Divergence,
                 stacklevel=2,
             )
-    return ops.scan(cell, x, weights, state, resets, backend=chosen, keep=keep)
+    return operations.scan(cell, x, weights, state, resets, backend=chosen, keep=keep)

@@ -26,7 +26,7 @@ from rjepa_triton import (
     TwoPointRNN,
     functional,
 )
-from rjepa_triton.backends import dispatch as ops
+from rjepa_triton.backends import operations
 from rjepa_triton.cells.builtin import ElmanCell, LSTMCell, TimeDecayCell
 
 F64 = torch.float64
@@ -235,8 +235,8 @@ class ReadsNothing(ElmanCell):
         (lambda: LSTM(3, 6, heads=4), ValueError, "heads must divide hidden_size, 6, got 4"),
         (lambda: LSTM(3, 6, heads=0), ValueError, "heads must be at least 1, got 0"),
         (lambda: LSTM(3, 6, heads=2, recurrence="diagonal"), ValueError, "heads=2 can't go with recurrence='diagonal'"),
-        (lambda: LSTM(3, 6, learning="uoro"), ValueError, "learns online only .* nearest on sequences is 'rtrl'"),
-        (lambda: LSTM(3, 6, learning="tbptt"), ValueError, "learns online only .* nearest on sequences is 'bptt'"),
+        (lambda: LSTM(3, 6, learning="uoro"), ValueError, "learns online only .* nearest rule on sequences is 'rtrl'"),
+        (lambda: LSTM(3, 6, learning="tbptt"), ValueError, "learns online only .* nearest rule on sequences is 'bptt'"),
         (lambda: LSTM(3, 6, learning="bptt", refine=2), ValueError, "refine=2 goes with learning='rfp'.*exact as it is"),
         (lambda: LSTM(3, 6, learning="eprop", refine=2), ValueError, "refine=2 goes with learning='rfp'"),
         (lambda: LSTM(3, 6, refine=-1), ValueError, "refine must be at least 0, got -1"),
@@ -257,7 +257,7 @@ def test_bad_input_is_named(build: Any, error: type[Exception], says: str) -> No
     [
         ([torch.zeros(2, 2, 2)], r"weight_hh must have shape \(3, 2, 2\)"),
         ([torch.zeros(2, 3, 2)], "weight_hh must have shape"),
-        ([torch.zeros(6, 6), torch.zeros(6, 6)], "weights must be 1, one a recurrent matrix, got 2"),
+        ([torch.zeros(6, 6), torch.zeros(6, 6)], "weights must be 1, one for each recurrent matrix, got 2"),
     ],
 )
 def test_blocks_of_other_sizes_are_refused(weights: list[Tensor], says: str) -> None:
@@ -347,7 +347,7 @@ def test_triton_kernels_give_every_layers_sequence_gradient(
     name: str, learning: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of x and all parameters: E and the input's gradient from one launch, against float64 by torch."""
-    monkeypatch.setattr(ops, "choose_scan", lambda _, __, dtype: "torch" if dtype == F64 else "triton")
+    monkeypatch.setattr(operations, "choose_scan", lambda _, __, dtype: "torch" if dtype == F64 else "triton")
     wide = make(name, learning=learning)
     narrow = make(name, dtype=torch.float32, learning=learning)
     narrow.load_state_dict(wide.state_dict())

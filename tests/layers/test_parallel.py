@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rjepa_triton import LRU, LSTM, RGC, functional
-from rjepa_triton.backends import dispatch as ops
+from rjepa_triton.backends import operations
 from rjepa_triton.cells.builtin import LRUCell, LSTMCell, RGCCell, TimeDecayCell
 from rjepa_triton.cells.two_point import Cell
 from rjepa_triton.layers import parallel
@@ -315,7 +315,7 @@ def test_the_scan_by_triton(states: int, steps: int) -> None:
         torch.randn(states, steps, 2, 5, device=HERE),
     )
     want = rfp.affine_scan(m.double(), r.double())
-    got = ops.affine_scan(m, r, backend="triton")
+    got = operations.affine_scan(m, r, backend="triton")
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
