@@ -1,4 +1,4 @@
-"""A recurrent layer of any two-point cell, and a stack of them. The named layers are in `nn.py`."""
+"""A recurrent layer of any two-point cell. The layers with names, such as RGC and LSTM, are in `named`."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ State = Tensor | tuple[Tensor, ...]
 
 
 class TwoPointRNN(nn.Module):
-    """A recurrent layer of a two-point cell (`two_point.Cell`), run over sequences as torch.nn.LSTM is.
+    """A recurrent layer of a two-point cell (`cells.two_point.Cell`), which runs over sequences as torch.nn.LSTM does.
 
         c(t) = F(c(t-1), {W_k c_k(t-1)}, {W_j u(t) + b_j}),     output(t) = the cell's first state
 
     Args:
-        cell: the cell. It is checked to be two-point, numerically.
-        hidden_size: N, units.
-        input_size: I, features of the layer's input u; None: u itself, of N features, is the cell's input,
-            which must be its only one.
-        recurrence: "dense", recurrent weights (N, N); or "diagonal", (N,), for which RFP is exact.
-        heads: H, or None. Recurrent weights are block-diagonal, (H, b, b) with b = N/H: units meet within
-            their head alone, and exact RTRL takes S·b·Σ_k N·M_k numbers a batch row.
-        learning: how gradients are found, "rfp" | "bptt" | "rtrl" | "eprop" | "rflo" | "snap0", as
-            `functional.two_point` says.
-        refine: rounds of refinement of RFP's credits, 0 for none, or "exact".
-        forward: how the states of a sequence are found, "auto" | "sequential" | "parallel" in time, as
-            `functional.two_point` says.
-        recompute: keep the states of a sequence alone until backward(), which makes the gates again: less memory, one
-            product more a matrix. An `OnlineLearner` keeps no sequence, and has no use for it.
+        cell: the cell. A numerical check makes sure that it is two-point.
+        hidden_size: N, the number of hidden units.
+        input_size: I, the number of features of the layer's input u. None: the cell has one input, and that is u
+            itself, of N features.
+        recurrence: "dense", with recurrent weights (N, N); or "diagonal", (N,), for which RFP is exact.
+        heads: H, or None. With heads the recurrent weights are block-diagonal, (H, b, b) with b = N/H: a unit reads
+            only units of its own head, and exact RTRL takes S·b·Σ_k N·M_k numbers a batch row.
+        learning: how gradients are found: "rfp", "bptt", "rtrl", "eprop", "rflo" or "snap0" (`functional.two_point`).
+        refine: how many rounds refine RFP's credits, 0 for none, or "exact" (`functional.two_point`).
+        forward: how the states of a sequence are found: "auto", "sequential" or "parallel" in time
+            (`functional.two_point`).
+        recompute: keep only the states of a sequence until backward(), which then computes the gates again: less
+            memory, one more product for each matrix. It makes no difference to an `OnlineLearner`, which keeps no
+            sequence.
         init: of the recurrent weights: "uniform", U(-1/√N, 1/√N), or "zeros".
-        bias: with input_size, whether a bias enters each of the cell's inputs.
-        batch_first: inputs and outputs are (B, T, ·) instead of (T, B, ·).
+        bias: whether a bias enters each of the cell's inputs; only with input_size.
+        batch_first: whether inputs and outputs are (B, T, ·) instead of (T, B, ·).
         device, dtype: of the parameters.
 
-    Parameters: weight_<matrix> for each of the cell's; with input_size, weight_in (N, I) and bias (N,), or
-    weight_in_<input> and bias_<input> for a cell of several inputs; and the cell's own per-unit ones.
+    Parameters: weight_<matrix> for each matrix of the cell; with input_size, weight_in (N, I) and bias (N,), or
+    weight_in_<input> and bias_<input> for a cell with several inputs; and the cell's own parameters (N,).
 
-    Raises ValueError or TypeError for an argument out of its range, naming it, and for a cell that isn't
-    two-point, with the reason.
+    Raises TypeError or ValueError for an argument out of its range, naming it, and for a cell that isn't two-point,
+    with the reason.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class TwoPointRNN(nn.Module):
         self._names.append(name)
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew: recurrent ones as `init` says, weight_in and bias as torch.nn.Linear's."""
+        """Draw all parameters: recurrent weights as `init` says, weight_in and bias as torch.nn.Linear does."""
         with torch.no_grad():
             bound = 1 / math.sqrt(self.hidden_size)
             for weight in self.recurrent_weights():
@@ -140,17 +140,18 @@ class TwoPointRNN(nn.Module):
 
     @property
     def fan_in(self) -> int:
-        """Features of the layer's input."""
+        """How many features the layer's input has."""
         return self.hidden_size if self.input_size is None else self.input_size
 
     def weights(self) -> tuple[nn.Parameter, ...]:
-        """The parameters of `matrices`, in their order: all that the recursion gives gradients of."""
+        """The parameters of `matrices`, in that order: all those to which a learning rule gives a gradient."""
         own = self._parameters
-        # `getattr` takes longer, and a step of a small layer asks often; what is parametrized has none here
+        # The dictionary is faster than `getattr`, and a small layer calls this several times a step. A parametrized
+        # weight is not in it.
         return tuple([own[name] if name in own else getattr(self, name) for name in self._names])  # type: ignore[misc]
 
     def recurrent_weights(self) -> tuple[nn.Parameter, ...]:
-        """The parameters of the cell's matrices."""
+        """The parameters of the cell's own matrices, which come first in `weights`."""
         return self.weights()[: len(self.cell.matrices)]
 
     def drive(self, x: Tensor) -> Tensor:
@@ -171,26 +172,26 @@ class TwoPointRNN(nn.Module):
         own = torch.stack([getattr(self, name) for name in parameters])[:, None, None]
         return torch.cat([driven, own.expand(-1, *driven.shape[1:])])
 
-    def input_gradient(self, per_unit: Tensor, readers: Sequence[Tensor]) -> Tensor:
+    def input_gradient(self, per_unit: Tensor, input_weights: Sequence[Tensor]) -> Tensor:
         """Gradient of the layer's input (T, B, fan_in) from that of the per-unit inputs (J, T, B, N).
 
-        readers: the weights of the matrices that read the layer's input, in order; none if it is x itself.
+        input_weights: those that read the layer's input, in the order of `matrices`; none if x is the cell's own input.
         """
-        if not readers:
+        if not input_weights:
             return per_unit[0]
         into = [matrix.into[1] for matrix in self.matrices if matrix.reads == "input"]
-        parts = [per_unit[j] @ weight for j, weight in zip(into, readers, strict=True)]
+        parts = [per_unit[j] @ weight for j, weight in zip(into, input_weights, strict=True)]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def readout(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The layer's output from the cell's `outputs` (…, N) and the layer's input (…, fan_in) of that step.
+        """The layer's output from the cell's outputs (…, N) each and the layer's input (…, fan_in) of that step.
 
-        What a layer computes here has no part in the recurrence; autograd differentiates it.
+        A subclass may compute its output here; it is not part of the recurrence, and autograd differentiates it.
         """
         return states[0]
 
     def zero_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-        """The S states (B, N) that a sequence starts from if none are given."""
+        """The S states (B, N) that a sequence starts from where none are given."""
         return tuple(like.new_zeros(batch, self.hidden_size) for _ in self.cell.states)
 
     def forward(
@@ -200,15 +201,16 @@ class TwoPointRNN(nn.Module):
 
         Args:
             x: (T, B, F), or (B, T, F) with batch_first; or (T, F) without a batch. F is input_size or N.
-            state: the cell's states, each (B, N), or (N,) without a batch: a tuple, or one tensor for a cell
-                of one state. Zero if None.
-            resets: bool, x's shape without F: a new episode starts at that step.
+            state: the cell's states, each (B, N), or (N,) without a batch: a tuple, or one tensor for a cell with one
+                state. Zero if None.
+            resets: bool, of x's shape without F: True starts a new episode at that step.
 
         Returns:
-            output, of x's layout with N features; and the last state, in the form of `state`.
+            the output, in x's layout with N features; and the last state, in the form of `state`.
 
-        Gradients of all parameters, x and state are by `learning`. Under autocast all runs in the parameters'
-        own dtype: gates are sums over many units, and states over many steps. Raises as `functional.two_point`.
+        The gradients of all parameters, x and state are those of `learning`. Under autocast everything runs in the
+        parameters' own dtype, since gates are sums over many units, and states over many steps. Raises TypeError or
+        ValueError as `functional.two_point` does.
         """
         x = check.tensor("x", x)
         if autocast_is_on(x.device):
@@ -261,7 +263,7 @@ class TwoPointRNN(nn.Module):
     def exactness(self) -> Exactness:
         """Whether this layer's gradient is exact, and why or why not: print it, or use it as a condition.
 
-        Of recurrence and learning as they are; what an `OnlineLearner` runs, `OnlineLearner.exactness` tells.
+        It speaks of the layer on sequences. `OnlineLearner.exactness` speaks of what a learner runs.
         """
         return exactness(self.cell, self.recurrent_weights(), self.learning, self.refine)
 
@@ -285,6 +287,7 @@ class TwoPointRNN(nn.Module):
 
 
 def _heads(heads: int, hidden_size: int, recurrence: str) -> int:
+    """`heads`, checked against the other two. Raises TypeError or ValueError."""
     check.integer("heads", heads, 1)
     if hidden_size % heads:
         raise ValueError(f"heads must divide hidden_size, {hidden_size}, got {heads}")
@@ -296,5 +299,5 @@ def _heads(heads: int, hidden_size: int, recurrence: str) -> int:
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:
-    """Rows of all, one weight as it is."""
+    """The rows of all weights in one tensor. A single weight is not copied."""
     return weights[0] if len(weights) == 1 else torch.cat(list(weights))

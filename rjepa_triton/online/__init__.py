@@ -1,5 +1,7 @@
-"""Learning while running: the online learner, what it carries of the past, and how true its gradient is."""
+"""Learning while running: the online learner, what it carries of the past, how exact its gradient is."""
 
-from .learner import FORMS, GAMMA_DTYPES, LEARNERS, LEARNING, ONLY_FORM, Form, Learning, OnlineLearner
+from .compiled import LEARNERS
+from .learner import OnlineLearner
+from .options import FORMS, GAMMA_DTYPES, LEARNING, ONLY_FORM, Form, Learning
 
 __all__ = ["FORMS", "GAMMA_DTYPES", "LEARNERS", "LEARNING", "ONLY_FORM", "Form", "Learning", "OnlineLearner"]

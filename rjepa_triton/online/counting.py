@@ -1,7 +1,8 @@
-"""How many calls of torch each part of a training step takes, of any cell: counted by running it on a few units.
+"""How many calls of torch each part of a training step makes, for any cell: counted by running it on a few units.
 
-A call costs microseconds whatever it works on, so at small sizes calls are the cost. They don't depend on N, and on the
-number of steps only as fixed + each · steps, so a part that goes over steps is counted at two lengths.
+A call takes microseconds whatever it works on, so at small sizes the time is that of the calls. Their number doesn't
+depend on N. It is a constant plus a multiple of the number of steps, so a part with a loop over steps is counted at two
+lengths.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import dispatch as ops
+from ..backends import native_backend, triton_backend
 from ..cells import weights as weight_ops
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Cell, Matrix, Trajectory, state_read
@@ -23,17 +24,17 @@ from .sensitivity import PerUnit
 from .tape import Block, linearized
 
 UNITS, FEATURES = 4, 3
-# One step may have a way of its own.
+# The two lengths. Neither is 1, since a single step may run by other code.
 SHORT, LONG = 3, 5
 
 _counted: dict[tuple[object, ...], Calls] = {}
 
 
 def calls(cell: Cell, matrices: Sequence[Matrix], weights: Sequence[Tensor]) -> Calls:
-    """What a layer of `cell` takes; counted once for each kind of cell and of weights.
+    """The calls that a layer of `cell` makes; counted once for each kind of cell and of weights.
 
-    matrices: all of the layer's, the cell's first; weights: one each, of any device and size: what they read and
-    how many dimensions they have counts.
+    matrices: all of the layer's, the cell's first. weights: one for each, on any device and of any size; only what they
+    read and how many dimensions they have matters.
     """
     dims = tuple(weight.dim() for weight in weights)
     kinds = tuple((matrix.into, matrix.reads) for matrix in matrices)
@@ -44,12 +45,12 @@ def calls(cell: Cell, matrices: Sequence[Matrix], weights: Sequence[Tensor]) -> 
 
 
 def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bool) -> Problem:
-    """What the model of cost is told of a layer, whose parameters may be on the meta device; gpu: where it will run."""
+    """A layer as the cost model sees it; its parameters may be on the meta device. gpu: whether it runs on a GPU."""
     weights, recurrent = layer.weights(), layer.recurrent_weights()
     fan_ins = [weight_ops.fan_in(weight) for weight in weights]
     item = weights[0].dtype.itemsize
     narrow = weights[0].dtype == torch.float32
-    compiled = not gpu and narrow and ops.cpp_compiler() is not None
+    compiled = not gpu and narrow and native_backend.cpp_compiler() is not None
     kernels = gpu and narrow and isinstance(layer.cell, RGCCell)
     return Problem(
         states=len(layer.cell.states),
@@ -61,16 +62,20 @@ def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bo
         calls=calls(layer.cell, layer.matrices, weights),
         features=layer.input_size or 0,
         runs=runs_gamma(gpu, item, gamma_dtype.itemsize, len(layer.cell.states)),
-        loop=compiled and ops.compiled_loop(layer.cell, recurrent, LONG, batch),
-        one_step=(compiled and ops.compiled_loop(layer.cell, recurrent, 1, batch))
-        or (kernels and ops.is_dense_rgc(layer.cell, recurrent) and batch <= ops.STEP_ROWS),
-        partials=kernels or (compiled and ops.compiled_partials(layer.cell)),
-        reverse=compiled and ops.compiled_reverse(batch * layer.hidden_size),
+        loop=compiled and native_backend.compiled_loop(layer.cell, recurrent, LONG, batch),
+        one_step=(compiled and native_backend.compiled_loop(layer.cell, recurrent, 1, batch))
+        or (
+            kernels
+            and triton_backend.is_dense_rgc(layer.cell, recurrent)
+            and batch <= triton_backend.STEP_ROWS
+        ),
+        partials=kernels or (compiled and native_backend.compiled_partials(layer.cell)),
+        reverse=compiled and native_backend.compiled_reverse(batch * layer.hidden_size),
     )
 
 
 class _Count:
-    """A layer of a few units on one row, with zeros for weights and states."""
+    """A layer of a few units on one batch row, whose weights and states are zeros."""
 
     def __init__(self, cell: Cell, matrices: Sequence[Matrix], dims: Sequence[int]) -> None:
         self.cell, self.matrices = cell, matrices
@@ -91,10 +96,11 @@ class _Count:
         return self.cell.scan(self.x[:, :steps], self.recurrent, self.state)
 
     def block(self, steps: int) -> Block:
-        """The same, as a learner records them."""
+        """The same steps, as a learner records them."""
         return linearized(self.cell, self.scan(steps), self.recurrent, self.inputs[:steps])
 
     def calls(self) -> Calls:
+        """The calls of each part of a training step."""
         step = _calls(lambda: self.scan(1))
         block = self.block(1)
         delta = _zeros(len(self.cell.states), LONG, 1, UNITS)
@@ -145,28 +151,30 @@ class _Count:
         return rfp.weight_gradients(block.lin, self.matrices, self.weights, credit, block.inputs)
 
     def _eager(self, steps: int) -> None:
-        """An eager loop and its backward under autograd, as one would write it."""
+        """The plain eager loop over time under autograd, and its backward."""
         weights = [torch.zeros_like(weight).requires_grad_() for weight in self.recurrent]
         if not weights:
             return
         with torch.enable_grad():
-            state, shown = list(self.state), []
+            state, outputs = list(self.state), []
             for t in range(steps):
                 entering: list[list[Tensor]] = [[] for _ in self.cell.gates]
                 for matrix, weight in zip(self.cell.matrices, weights, strict=True):
                     entering[matrix.into[1]].append(weight_ops.multiply(weight, state[state_read(matrix)]))
                 gates = [sum(parts[1:], parts[0]) for parts in entering]
                 state = list(self.cell.update(state, gates, self.x[:, t].unbind()))
-                shown.append(state[self.cell.outputs[0]])
-            torch.autograd.grad(torch.stack(shown), weights, torch.zeros(steps, 1, UNITS), allow_unused=True)
+                outputs.append(state[self.cell.outputs[0]])
+            torch.autograd.grad(
+                torch.stack(outputs), weights, torch.zeros(steps, 1, UNITS), allow_unused=True
+            )
 
     def _kept(self, steps: int) -> int:
-        """Arrays of one step's shape that autograd keeps of that loop, the inputs left out."""
+        """How many arrays of one step's shape autograd keeps of that loop, without the inputs."""
         given, kept = {x.data_ptr() for x in self.x.flatten(0, 1)}, {}
 
         def pack(tensor: Tensor) -> Tensor:
             if tensor.numel() == UNITS and tensor.data_ptr() not in given:
-                kept[tensor.data_ptr()] = tensor  # held, so that its address isn't given away again
+                kept[tensor.data_ptr()] = tensor  # held, so that its address isn't reused
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -174,7 +182,7 @@ class _Count:
         return len(kept)
 
     def _rtrl(self, heads: int) -> Work:
-        """Of a step of exact RTRL of the recurrent matrices, in one block or in so many heads."""
+        """The calls of a step of exact RTRL for the recurrent matrices, dense if heads is 1, else block-diagonal."""
         units = UNITS if heads == 1 else 2 * heads
         if not self.recurrent:
             return Work()
@@ -200,7 +208,7 @@ def _zeros(*shape: int) -> Tensor:
 
 
 def _calls(function: Callable[[], object]) -> Work:
-    """What is counted, without the bytes: they don't tell those of the problem from those of a few units."""
+    """The calls and views of `function`. Its bytes are left out, since they are those of a few units."""
     found = counted(function)
     return Work(calls=found.calls, views=found.views)
 

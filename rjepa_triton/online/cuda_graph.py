@@ -1,7 +1,7 @@
-"""One online step as two CUDA graphs: the layer's step, and its gradient with the advance of Γ.
+"""One online step as two CUDA graphs: one runs the layer's step, the other finds its gradient and advances Γ.
 
-A small step costs its kernel launches, not its work; a graph launches them all at once. Every array lives at a fixed
-address: inputs are copied in, results copied out.
+The time of a small step is that of its kernel launches, not of its arithmetic; a graph launches all kernels at once.
+Every array has a fixed address: inputs are copied to it, and results are copied from it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import dispatch as ops
+from ..backends.descent import Descent
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp
-from .sensitivity import Carried
+from .sensitivity import Sensitivity
 from .tape import recorded
 
-# Takes a function of fixed arrays and gives what it returned and how to run it again, into the same arrays.
+# Takes a function that works on fixed arrays; returns its result, and a function that runs it again into these arrays.
 Capture = Callable[[Callable[[], list[Tensor]]], tuple[list[Tensor], Callable[[], None]]]
 
 
 def cuda_graph(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-    """Capture `function` as a CUDA graph, after a few runs that compile kernels and fill caches."""
+    """Capture `function` as a CUDA graph, after three runs that compile kernels and fill caches. A `Capture`."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -37,16 +37,21 @@ def cuda_graph(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Call
 
 
 class GraphedStep:
-    """The steps of a learner of form "step" by graphs. Owns the layer's state and advances `carried`.
+    """Runs the steps of a learner of form "step" as CUDA graphs. Mutates `state` and `carried`.
 
-    layer: its parameters keep their storage; state (S, B, N), zero; carried: what is carried forward, zero;
-    backend: of `ops.scan`; lr (1,) or None: of the step of SGD that the second graph takes (`ops.Descent`).
+    layer    its parameters must keep their storage
+    carried  the sensitivities, zero
+    state    (S, B, N), zero
+    rule     which parts of M are kept (`rfp.transition`)
+    backend  of the loops over time, as `operations.choose_scan` returns it
+    lr       (1,) or None; with it the second graph also takes a step of SGD (`Descent`)
+    capture  makes a graph of a function
     """
 
     def __init__(
         self,
         layer: TwoPointRNN,
-        carried: Carried,
+        carried: Sensitivity,
         state: Tensor,
         rule: str,
         backend: str,
@@ -60,11 +65,12 @@ class GraphedStep:
         self._delta = state.new_zeros(len(layer.cell.states), 1, batch, layer.hidden_size)
         self._addresses = self._storage()
         self._rule, self._backend_of_scan = rule, backend
-        self._descent = None if lr is None else ops.Descent.down(layer.weights(), lr)
-        self._now, self._folded = 0, True  # steps made; whether Γ is that of the last
+        self._descent = None if lr is None else Descent.of_parameters(layer.weights(), lr)
+        self._now = 0  # how many steps have run
+        self._folded = True  # whether Γ has been advanced over the last of them
         with torch.no_grad():
             (self._after, *arrays), self._replay_forward = capture(self._run_forward)
-            fixed = iter(arrays)  # where replays write, of the structure that the last run left
+            fixed = iter(arrays)  # the arrays that replays write to, in the order of the block's tensors
             self._block = self._structure.map(lambda _: next(fixed))
             self._backward, self._replay_backward = capture(self._run_backward)
             self.state.zero_()
@@ -92,16 +98,20 @@ class GraphedStep:
 
     def _run_backward(self) -> list[Tensor]:
         layer = self._layer
-        readers = [
+        input_weights = [
             w.detach() for k, w in zip(layer.matrices, layer.weights(), strict=True) if k.reads == "input"
         ]
         per_unit = rfp.input_gradient(self._block.lin, self._delta, len(layer.cell.inputs))
-        for_input = layer.input_gradient(per_unit, readers)[0]
+        for_input = layer.input_gradient(per_unit, input_weights)[0]
         gradients = self._carried.step_(self._block, self._delta, self._descent)
         return [for_input, *(gradients or [])]
 
     def step(self, x: Tensor, forget: Tensor | None) -> list[Tensor]:
-        """x (B, F), rows to reset before it (B,) bool or None → the cell's outputs, (B, N) each."""
+        """Run one step; return the cell's outputs, (B, N) each, which are copies.
+
+        x (B, F); forget (B,) bool or None: batch rows that are reset before this step. Raises RuntimeError if a
+        parameter of the layer has new storage.
+        """
         if self._storage() != self._addresses:
             raise RuntimeError(
                 "a parameter of the layer has new storage, and the graph would read the old one: change parameters in "
@@ -109,7 +119,7 @@ class GraphedStep:
             )
         self.fold()
         if forget is not None:
-            self._carried.forget_(forget)  # M is zero there, but zero times an infinity isn't
+            self._carried.forget_(forget)  # M is zero in these rows, but zero times an infinity is not
             self._resets.copy_(forget[None])
         self._x.copy_(x[None])
         self._replay_forward()
@@ -119,7 +129,7 @@ class GraphedStep:
         return [self._after[nu, 0].clone() for nu in self._layer.cell.outputs]
 
     def fold(self) -> None:
-        """Advance Γ over the last step, if no backward has."""
+        """Advance Γ over the last step, if its backward pass has not done so."""
         if not self._folded:
             self._delta.zero_()
             self._advance()
@@ -130,42 +140,45 @@ class GraphedStep:
 
     @property
     def now(self) -> int:
-        """Steps made so far."""
+        """How many steps have run."""
         return self._now
 
     def gradients(
         self, step: int, grads: Sequence[Tensor | None], needed: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Of the layer's input (B, F) and weights at step `step`, from those of the outputs. Advances Γ.
+        """Gradients of the layer's input (B, F) and of its weights at step `step`. Advances Γ.
 
-        needed: which are; with lr the input's alone is given: the weights have taken theirs.
+        grads: of the cell's outputs, (B, N) or None each. needed: which gradients autograd needs; the others are None.
+        With lr the list ends with the input's, and the weights have taken their step.
+
+        Raises RuntimeError if `step` is not the last step, or if its backward has run already.
         """
         if step != self._now or self._folded:
             raise RuntimeError(
                 f"backward of step {step} comes too late: Γ is that of step {self._now} now. With cuda_graph=True, "
                 f"call backward() once, on the sum of the losses, before step {step + 1}"
             )
-        # of states that are no outputs it is always zero
+        # δ of states that are not outputs stays zero
         for nu, grad in zip(self._layer.cell.outputs, grads, strict=True):
             target = self._delta[nu, 0]
             target.zero_() if grad is None else target.copy_(grad)
         self._advance()
         if self._descent is not None:
-            self._descent.taken()
+            self._descent.mark_changed()
         return [made.clone() if need else None for made, need in zip(self._backward, needed, strict=False)]
 
 
 class Graphed(torch.autograd.Function):
-    """The node of one graphed step: the cell's outputs."""
+    """The autograd node of one graphed step. Its outputs are the cell's outputs."""
 
     @staticmethod
     def forward(
         ctx: Any, graphed: GraphedStep, forget: Tensor | None, x: Tensor, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        shown = graphed.step(x, forget)
+        outputs = graphed.step(x, forget)
         ctx.graphed, ctx.step = graphed, graphed.now
         ctx.set_materialize_grads(False)
-        return tuple(shown)
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

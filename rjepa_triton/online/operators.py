@@ -1,13 +1,14 @@
-"""torch.library operators: what torch.compile sees in place of the loops over time and a learner's own state.
+"""torch.library operators, which torch.compile calls without looking into the loops over time or a learner's state.
 
-rjepa_triton::rgc                RGC over a sequence: (states, saved), as `RGCCell.scan` gives them
-rjepa_triton::rgc_gradients      its backward by a learning rule
-rjepa_triton::gamma_step_        Γ one step on, in place, and the gradient (`ops.gamma_step_`)
-rjepa_triton::gamma_chunk_       Γ a chunk on, in place, and what a credit reads of it before (`ops.gamma_chunk_`)
-rjepa_triton::learner_steps      steps of an `OnlineLearner`, by its number
-rjepa_triton::learner_gradients  their backward
+rjepa_triton::rgc                runs an RGC over a sequence and returns (states, saved), as `RGCCell.scan` does
+rjepa_triton::rgc_gradients      the backward pass of `rgc` by a learning rule
+rjepa_triton::gamma_step_        advances Γ by a step, in place, and returns the gradient (`operations.gamma_step_`)
+rjepa_triton::gamma_chunk_       advances Γ by a chunk, in place, and returns the gradient that a credit at the chunk's
+                                 beginning gives (`operations.gamma_chunk_`)
+rjepa_triton::learner_steps      runs steps of an `OnlineLearner`, which is named by its number (`compiled`)
+rjepa_triton::learner_gradients  the backward pass of `learner_steps`
 
-Eager calls don't come through here: `functional` and `online` run the same functions with less overhead.
+Eager calls don't use them: `layers.functional` and `OnlineLearner` run the same functions with less overhead.
 """
 
 # No `from __future__ import annotations`: torch reads the operators' schemas from the annotations themselves.
@@ -18,11 +19,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..backends import dispatch as ops
+from ..backends import operations
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Trajectory
 from ..layers import functional
-from .learner import LEARNERS
+from .compiled import LEARNERS
 
 
 @torch.library.custom_op("rjepa_triton::rgc", mutates_args=())
@@ -37,9 +38,12 @@ def rgc(
     backend: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x (1, T, B, N), s0, m0 (B, N), four weights → states (2, T + 1, B, N), saved (2, T, B, 2, N) or empty."""
-    runs = ops.choose_scan(backend, x.device, x.dtype)
-    trajectory = ops.scan(RGCCell(), x, weights, (s0, m0), resets, backend=runs, keep=not recompute)
+    """An RGC over a sequence: its states (2, T + 1, B, N), and the gates (2, T, B, 2, N), empty with `recompute`.
+
+    x (1, T, B, N); s0, m0 (B, N); weights: ss, ms, mm, sm; resets (T, B) bool or None.
+    """
+    runs = operations.choose_scan(backend, x.device, x.dtype)
+    trajectory = operations.scan(RGCCell(), x, weights, (s0, m0), resets, backend=runs, keep=not recompute)
     return trajectory.states, trajectory.saved
 
 
@@ -72,7 +76,7 @@ def rgc_gradients(
     rounds: Optional[int],  # noqa: UP045
     backend: str,
 ) -> list[Tensor]:
-    """Gradients of x, s0, m0 and the weights from that of all states (2, T + 1, B, N)."""
+    """Gradients of x, s0, m0 and the weights. grad_states (2, T + 1, B, N): of all states that `rgc` returned."""
     trajectory = Trajectory(x, states, saved, resets)
     for_x, first, by_weight = functional.gradients(
         RGCCell(), trajectory, weights, grad_states[:, 1:].contiguous(), learning, rounds, backend
@@ -124,8 +128,11 @@ rgc.register_autograd(_backward, setup_context=_save)
 def gamma_step_(
     gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor, delta: Tensor, backend: str
 ) -> Tensor:
-    """gammas S of (B, K, N, M), mutated; m (S, S, B, N), phi (S, B, K, N), y (B, K, Y), delta (S, B, N) → (K, N, M)."""
-    total = ops.gamma_step_(gammas, m, phi, y, delta, backend=backend)
+    """One step of Γ and its gradient (K, N, M). Mutates gammas.
+
+    gammas: (B, K, N, M) for each state; m (S, S, B, N); phi (S, B, K, N); y (B, K, Y); delta (S, B, N).
+    """
+    total = operations.gamma_step_(gammas, m, phi, y, delta, backend=backend)
     assert total is not None
     return total
 
@@ -134,8 +141,11 @@ def gamma_step_(
 def gamma_chunk_(
     gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor, credit: Tensor, backend: str
 ) -> Tensor:
-    """As `gamma_step_`, over C steps: m (S, S, C, B, N), phi (S, C, B, K, N), y (C, B, K, Y), credit (S, B, N)."""
-    total = ops.gamma_chunk_(gammas, m, phi, y, credit, backend=backend)
+    """C steps of Γ, and the gradient (K, N, M) of a credit at the state before them. Mutates gammas.
+
+    As `gamma_step_`, with m (S, S, C, B, N); phi (S, C, B, K, N); y (C, B, K, Y); credit (S, B, N).
+    """
+    total = operations.gamma_chunk_(gammas, m, phi, y, credit, backend=backend)
     assert total is not None
     return total
 
@@ -154,14 +164,14 @@ def learner_steps(
     weights: Sequence[Tensor],
     clock: Tensor,
 ) -> list[Tensor]:
-    """x (C, B, F) → the cell's outputs (C, B, N) each, and the time of the last step, an int64 scalar.
+    """The cell's outputs (C, B, N) each for x (C, B, F), and the time of the last step, an int64 scalar.
 
-    Advances the learner: its state and sensitivities are its own, and not among the arguments. `clock` is the time that
-    the call before gave, so that two calls are never taken for one, nor put in another order. weights: the layer's,
-    for their gradients.
+    Advances the learner, which keeps its state and sensitivities itself: they are not among the arguments. clock: the
+    time that the call before returned, so that torch.compile never merges two calls nor changes their order. weights:
+    the layer's, so that they get gradients.
     """
-    shown, time = LEARNERS[learner].operate(x, resets)
-    return [*shown, torch.tensor(time)]
+    outputs, time = LEARNERS[learner].operate(x, resets)
+    return [*outputs, torch.tensor(time)]
 
 
 @learner_steps.register_fake
@@ -169,15 +179,15 @@ def _(
     learner: int, x: Tensor, resets: Tensor | None, weights: Sequence[Tensor], clock: Tensor
 ) -> list[Tensor]:
     layer = LEARNERS[learner].layer
-    shown = [x.new_empty(x.shape[0], x.shape[1], layer.hidden_size) for _ in layer.cell.outputs]
-    return [*shown, torch.empty((), dtype=torch.int64)]
+    outputs = [x.new_empty(x.shape[0], x.shape[1], layer.hidden_size) for _ in layer.cell.outputs]
+    return [*outputs, torch.empty((), dtype=torch.int64)]
 
 
 @torch.library.custom_op("rjepa_triton::learner_gradients", mutates_args=())
 def learner_gradients(
     learner: int, time: Tensor, x: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Gradients of x (C, B, F) and of the weights, from those of the outputs of the steps that end at `time`."""
+    """Gradients of x (C, B, F) and of the weights, for the steps that end at `time`. grads: of their outputs."""
     made = LEARNERS[learner].operator_gradients(int(time), grads)
     return [gradient.clone(memory_format=torch.contiguous_format) for gradient in made]
 

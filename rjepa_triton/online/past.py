@@ -1,16 +1,18 @@
-"""What an online learner keeps of the past: sensitivities at one time, the base, and the steps since, the window.
+"""What an online learner keeps of the past: sensitivities as of one time, the base, and all steps since, the window.
 
-A gradient of the loss at any step of the window is carried back to the base, and meets there what is carried
-forward (`sensitivity.py`; for Γ, `reference.rfp`, the chunk's formula). Forms differ in when the window is folded
-into it:
+The gradient of a loss at some step of the window consists of two parts. Credit goes back from the loss to the base,
+which gives the part of the window's own steps; at the base it meets the sensitivities, which gives the part of all
+steps before (`sensitivity.py`; for Γ, the formula of the chunk form in `rules.rfp`). The forms differ in when the
+window's steps are folded into the sensitivities, which moves the base:
 
     step     after every step: folding and the gradient are then one pass over Γ
-    chunk    after every chunk, by a rank-C update
-    lazy     when it holds R steps, by a rank-R update; till then Γ is only read
-    history  never: Γ is zero at the base, the last reset, so there is none
+    chunk    after every chunk of C steps, by one rank-C update
+    lazy     when the window holds R steps, by one rank-R update; until then Γ is only read
+    history  never: the base is the last reset, where Γ is zero, so that no Γ is kept
 
-Rules differ in what is carried forward, and in how credit passes back within the window: by each unit's own M,
-or by the full Jacobian, which takes the weights that the steps ran with (`Block.weights`).
+The rules differ in what is carried forward, and in how credit passes back within the window: through each unit's own
+S×S block M of the Jacobian, or through the full Jacobian, which needs the weights that the steps ran with
+(`Block.weights`).
 """
 
 from __future__ import annotations
@@ -21,41 +23,74 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import dispatch as ops
-from ..cells.two_point import Matrix
+from ..backends import operations
+from ..backends.descent import Descent
+from ..cells.two_point import Cell, Matrix
+from ..rules import refine as refinement
 from ..rules import rfp
-from .sensitivity import Carried, Nothing
+from .sensitivity import NoSensitivity, Sensitivity
 from .tape import Block, Tape
 
 
 class Record:
-    """Steps start + 1 … end, made by one call, and what their backward leaves for the chunk's first call.
+    """The steps start + 1 … end that one call of step() or chunk() has run.
 
-    inputs: per-unit inputs that the layer's input drives. linked: credit passes on to the call before it in its chunk,
-    whose first call gives the gradients.
+    block            the steps, linearized
+    inputs           how many of the cell's per-unit inputs the layer's input drives
+    continues_chunk  in form "chunk": an earlier call of the same chunk gives the gradients, and takes this one's credit
+    epoch            of the past when the steps were added (`Past`)
+    credit, received_credit   what the backward pass of this call leaves for that of the chunk's first call: credits
+                     (S, C, B, N), and whether the chunk's later calls had passed any on
     """
 
-    def __init__(self, start: int, block: Block, inputs: int, linked: bool, epoch: object) -> None:
+    def __init__(self, start: int, block: Block, inputs: int, continues_chunk: bool, epoch: object) -> None:
         self.start, self.end = start, start + block.steps
-        self.block, self.inputs, self.linked, self.epoch = block, inputs, linked, epoch
+        self.block, self.inputs, self.continues_chunk, self.epoch = block, inputs, continues_chunk, epoch
         self.credit: Tensor
-        self.received = False
+        self.received_credit = False
 
 
+# Credits of a block's steps (S, T, B, N) and what they pass to the state before (S, B, N), from the block, the loss's
+# gradient (S, T, B, N), and the credit that later steps pass back (S, B, N) or None; as `bptt.credits`.
 FullCredit = Callable[[Block, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
-class Past:
-    """What is carried forward, the window, and the gradients they give.
+def full_credit(cell: Cell, rounds: int | None, backend: str) -> FullCredit:
+    """Credits through the full Jacobian, for blocks that carry the weights of their steps.
 
-    matrices    all of the layer's
-    sensitivity what is carried forward, or None for form "history"
-    lag         steps before the current one that a loss may still reach
-    rewrite_every  R, steps that no later loss may reach before they are folded: 1 but for form "lazy"
-    scan_backend  of the scans, backward and forward (`ops.choose_scan`)
-    full_credit credits within steps that carry their weights: (block, delta, carry) → as `bptt.credits`
-    filling     True while losses of earlier steps are still due, in the middle of a chunk (or of the steps
-                between two updates): nothing is folded or forgotten
+    rounds: 0 for the exact sequential backward pass; else rounds of refinement, None for as many as it takes.
+    backend: of the scans, as `operations.choose_scan` returns it.
+    """
+
+    def credits(block: Block, delta: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert block.weights is not None
+        if rounds == 0:
+            return operations.exact_credits(cell, block.lin, block.weights, delta, carry, backend=backend)
+        return refinement.credits(
+            block.lin,
+            block.m,
+            cell.matrices,
+            block.weights,
+            delta,
+            carry,
+            rounds=rounds,
+            scan=functools.partial(operations.reverse_scan, backend=backend),
+        )
+
+    return credits
+
+
+class Past:
+    """Sensitivities at the base, the window of steps since, and the gradients that they give.
+
+    matrices       all matrices of the layer
+    sensitivity    what is carried forward; None for form "history"
+    lag            how many steps before the current one a loss may still reach
+    rewrite_every  R: steps are folded once there are R that no later loss may reach; 1 but for form "lazy"
+    scan_backend   of the scans over time (`operations.choose_scan`)
+    full_credit    credits of steps that carry their weights
+    mid_chunk      True while losses of earlier steps are still to come, in the middle of a chunk (or of the steps
+                   between two updates): nothing is folded or forgotten then
     """
 
     def __init__(
@@ -63,7 +98,7 @@ class Past:
         matrices: Sequence[Matrix],
         form: str,
         lag: int,
-        sensitivity: Carried | None,
+        sensitivity: Sensitivity | None,
         rewrite_every: int = 1,
         scan_backend: str = "torch",
         full_credit: FullCredit | None = None,
@@ -71,27 +106,29 @@ class Past:
         self.matrices, self.form, self.lag, self.rewrite_every = matrices, form, lag, rewrite_every
         self._full_credit = full_credit
         self.scan_backend = scan_backend
-        self._scan = functools.partial(ops.reverse_scan, backend=scan_backend)
+        self._scan = functools.partial(operations.reverse_scan, backend=scan_backend)
         self.sensitivity = sensitivity
-        self.filling = False
+        self.mid_chunk = False
         self.begin(0)
 
     def begin(self, now: int) -> None:
-        """Start an empty window at time `now`; backwards of earlier steps are too late from here on."""
-        self.now = self.base = self._episode = now  # _episode: when all rows were reset last
-        self._closed = now  # no loss of new steps may reach the steps before this
+        """Start an empty window at time `now`. A backward pass of an earlier step is refused from here on."""
+        self.now = self.base = self._last_full_reset = now
+        self._unreachable = now  # no loss of a new step may reach the steps up to this time
         self._tape = Tape()
         self._ends: list[int] = []  # of the calls whose steps are in the window
-        self._records: list[Record] = []  # those calls, where they may be linked
+        self._records: list[Record] = []  # those calls, in form "chunk"
+        # A new one whenever the past is reset or replaced. The backward pass of a record of another comes too late.
         self._epoch = object()
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the sensitivities and the window."""
         return self._tape.nbytes + (0 if self.sensitivity is None else self.sensitivity.nbytes)
 
-    def add(self, block: Block, inputs: int, linked: bool) -> Record:
-        """Put new steps on the window."""
-        record = Record(self.now, block, inputs, linked, self._epoch)
+    def add(self, block: Block, inputs: int, continues_chunk: bool) -> Record:
+        """Append new steps to the window. The arguments are those of `Record`."""
+        record = Record(self.now, block, inputs, continues_chunk, self._epoch)
         self._tape.append(block)
         self.now = record.end
         if self.sensitivity is not None:
@@ -100,33 +137,33 @@ class Past:
             self._records.append(record)
         return record
 
-    def make_room(self, forget: Tensor | None, all_rows: bool) -> None:
-        """Before new steps: fold into Γ what no later loss may reach.
+    def before_steps(self, forget: Tensor | None, all_rows: bool) -> None:
+        """Before new steps run: fold into the sensitivities the steps that no later loss may reach.
 
-        forget (B,) bool or None: rows that the next step resets; all_rows: known to be all of them.
+        forget (B,) bool or None: batch rows that are reset before the next step; all_rows: they are known to be all.
         """
         if all_rows:
-            self._episode = self.now
-        if self.filling:
+            self._last_full_reset = self.now
+        if self.mid_chunk:
             return
-        if all_rows and self.lag == 0:  # nothing to carry over, and no loss left to serve
+        if all_rows and self.lag == 0:  # nothing is carried over, and no loss of an earlier step can come
             if self.sensitivity is not None:
                 self.sensitivity.forget_(None)
             self.begin(self.now)
             return
         reach = self.now - self.lag
         if self.sensitivity is None:
-            if self.base < self._episode <= reach:
-                self._move_base(self._episode)
+            if self.base < self._last_full_reset <= reach:
+                self._move_base(self._last_full_reset)
         else:
-            self._closed = max((end for end in self._ends if end <= reach), default=self.base)
-            if self._closed - self.base >= self.rewrite_every:
+            self._unreachable = max((end for end in self._ends if end <= reach), default=self.base)
+            if self._unreachable - self.base >= self.rewrite_every:
                 fold = self.sensitivity.step_ if self.form == "step" else self.sensitivity.chunk_
-                for block in self._tape.blocks(self._closed - self.base):
+                for block in self._tape.blocks(self._unreachable - self.base):
                     fold(block)
-                self._move_base(self._closed)
+                self._move_base(self._unreachable)
         if forget is not None and self.lag == 0:
-            # M is zero there at the next step, but zero times an infinity isn't
+            # M of the next step is zero in these rows, but zero times an infinity is not
             self._tape.forget_(forget)
             if self.sensitivity is not None:
                 self.sensitivity.forget_(forget)
@@ -137,72 +174,76 @@ class Past:
         record: Record,
         weights: Sequence[Tensor],
         delta: Tensor,
-        arrived: Tensor | None,
+        later_credit: Tensor | None,
         to_input: Callable[[Tensor], Tensor] | None,
-        descent: ops.Descent | None = None,
+        descent: Descent | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
-        """Gradients from one call's steps. May fold them into Γ, where that saves a pass over it.
+        """The gradients that the losses of one call's steps give. May fold these steps, where that saves a pass over Γ.
 
-        delta (S, C, B, N): the loss's gradient with respect to the states; arrived (S, B, N): credit from the
-        chunk's later calls. Returns what to_input makes of the gradient of the call's per-unit inputs (J, C, B, N),
-        what a linked call passes on (S, B, N), and the weights' gradients: none of them with a descent, of form
-        "step", which the weights take once to_input has run.
+        delta (S, C, B, N): the losses' gradient with respect to the states. later_credit (S, B, N) or None: what the
+        chunk's later calls pass back. to_input: makes the gradient of the layer's input from that of the per-unit
+        inputs (J, C, B, N); None where that isn't needed.
 
-        Raises RuntimeError if Γ has moved on, so that it can't give this gradient any more.
+        Returns that gradient of the input, the credit that passes to the steps before (S, B, N), and the weights'
+        gradients. These are None in a call that continues a chunk, whose first call gives them, and with a descent
+        (form "step" only), which takes its step after to_input has run.
+
+        Raises RuntimeError if the base has moved beyond these steps, so that their gradient is lost.
         """
         self._refuse_if_late(record)
         block, sensitivity = record.block, self.sensitivity
 
-        def for_input(due: Tensor) -> Tensor | None:
-            return None if to_input is None else to_input(rfp.input_gradient(block.lin, due, record.inputs))
+        def for_input(of: Tensor) -> Tensor | None:
+            return None if to_input is None else to_input(rfp.input_gradient(block.lin, of, record.inputs))
 
-        if record.end <= self.base:
+        if record.end <= self.base:  # another loss of the step that was folded last: Γ is still its own
             assert sensitivity is not None
-            due, read = for_input(delta), sensitivity.read(delta[:, 0])
+            for_x, read = for_input(delta), sensitivity.read(delta[:, 0])
             if descent is not None:
-                descent.take_(read)
-                return due, None, [None] * len(self.matrices)
-            return due, None, read
+                descent.apply_(read)
+                return for_x, None, [None] * len(self.matrices)
+            return for_x, None, read
 
         alone = record.start == self.base
-        if self.form == "step" and alone and record.end <= self.now - self.lag:
+        if self.form == "step" and alone and record.end <= self.now - self.lag:  # fold and read in one pass
             assert sensitivity is not None
-            due = for_input(delta if block.steps == 1 else self._credit(block, delta)[0])
+            for_x = for_input(delta if block.steps == 1 else self._credit(block, delta)[0])
             gradients = sensitivity.step_(block, delta, descent)
             self._move_base(record.end)
-            return due, None, [None] * len(self.matrices) if gradients is None else gradients
+            return for_x, None, [None] * len(self.matrices) if gradients is None else gradients
 
         assert descent is None
-        credit, passed = self._credit(block, delta, arrived)
-        due = for_input(delta if block.steps == 1 else credit)
-        record.received = arrived is not None
-        if record.linked:
+        credit, passed = self._credit(block, delta, later_credit)
+        for_x = for_input(delta if block.steps == 1 else credit)
+        record.received_credit = later_credit is not None
+        if record.continues_chunk:
             record.credit = credit
-            return due, passed, [None] * len(self.matrices)
+            return for_x, passed, [None] * len(self.matrices)
 
-        chain = self._chain(record)
+        later_calls = self._later_calls(record)
         parts = [(block, credit)]
-        if chain or not alone:
-            parts, passed = self._over_window(record, chain, credit, passed)
-        gradients = self._own_part(parts, weights)
+        if later_calls or not alone:
+            parts, passed = self._over_window(record, later_calls, credit, passed)
+        gradients = self._from_window(parts, weights)
         if self.sensitivity is None:
-            return due, None, gradients
+            return for_x, None, gradients
         whole_window = self._tape.blocks()
         full = self.now - self.base >= self.rewrite_every and len(whole_window) == 1
-        last_due = record.start == self._closed and not self.filling and self.lag == 0
-        # a chunk's losses are one sum; else each step between two updates may have a backward of its own
-        if full and last_due and (self.form == "chunk" or record.end == self.now):
+        last_loss = record.start == self._unreachable and not self.mid_chunk and self.lag == 0
+        # The losses of a chunk are one sum. In the other forms each step between two updates may have a backward of its
+        # own, and steps are folded by the last alone.
+        if full and last_loss and (self.form == "chunk" or record.end == self.now):
             from_past = self.sensitivity.chunk_(whole_window[0], passed)
             self._move_base(self.now)
         else:
             from_past = self.sensitivity.read(passed)
         assert from_past is not None
-        return due, None, [own.add_(past) for own, past in zip(gradients, from_past, strict=True)]
+        return for_x, None, [own.add_(past) for own, past in zip(gradients, from_past, strict=True)]
 
     def _refuse_if_late(self, record: Record) -> None:
         same = record.epoch is self._epoch
         one_step = record.end - record.start == 1
-        carried = self.sensitivity is not None and not isinstance(self.sensitivity, Nothing)
+        carried = self.sensitivity is not None and not isinstance(self.sensitivity, NoSensitivity)
         at_base = carried and one_step and record.end == self.base
         if same and (record.start >= self.base or at_base):
             return
@@ -214,40 +255,43 @@ class Past:
             f"backward() once, on the sum of the losses, before {before}"
         )
 
-    def _chain(self, root: Record) -> list[Record]:
-        """The linked calls after `root` whose credit reached it in this backward."""
-        chain: list[Record] = []
-        if root in self._records:
-            last = root
-            for record in self._records[self._records.index(root) + 1 :]:
-                if not (record.linked and last.received):
+    def _later_calls(self, first: Record) -> list[Record]:
+        """The calls after a chunk's first whose credit has reached it in this backward pass."""
+        calls: list[Record] = []
+        if first in self._records:
+            last = first
+            for record in self._records[self._records.index(first) + 1 :]:
+                if not (record.continues_chunk and last.received_credit):
                     break
-                chain.append(record)
+                calls.append(record)
                 last = record
-        return chain
+        return calls
 
     def _credit(self, block: Block, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Credits (S, T, B, N) of a block's steps and what they pass on (S, B, N)."""
+        """Credits (S, T, B, N) of a block's steps, and what they pass to the state before (S, B, N)."""
         if block.weights is None:
             return self._scan(block.m, delta, carry)
         assert self._full_credit is not None
         return self._full_credit(block, delta, carry)
 
     def _over_window(
-        self, record: Record, chain: Sequence[Record], credit: Tensor, passed: Tensor
+        self, record: Record, later_calls: Sequence[Record], credit: Tensor, passed: Tensor
     ) -> tuple[list[tuple[Block, Tensor]], Tensor]:
-        """The window's blocks from the base to the chain's end with their credits, and what passes to the base."""
+        """The window's blocks from the base to the last of these calls with their credits, and what passes to the base.
+
+        credit and passed are the record's own; the steps between the base and the record get theirs from `passed`.
+        """
         start = record.start - self.base
-        stop = (chain[-1].end if chain else record.end) - self.base
+        stop = (later_calls[-1].end if later_calls else record.end) - self.base
         whole = credit.new_zeros(credit.shape[0], stop, *credit.shape[2:])
         whole[:, start : record.end - self.base] = credit
-        for linked in chain:
-            whole[:, linked.start - self.base : linked.end - self.base] = linked.credit
+        for call in later_calls:
+            whole[:, call.start - self.base : call.end - self.base] = call.credit
         blocks = self._tape.blocks(stop)
         end = stop
         for block in reversed(blocks):
             begin = end - block.steps
-            before = min(end, start)  # steps of this block before the record's
+            before = min(end, start)  # steps of this block that come before the record's
             if begin < before:
                 part = block if before == end else block.narrow(0, before - begin)
                 whole[:, begin:before], passed = self._credit(part, whole[:, begin:before], passed)
@@ -255,8 +299,8 @@ class Past:
         credits = whole.split([block.steps for block in blocks], dim=1)
         return list(zip(blocks, credits, strict=True)), passed
 
-    def _own_part(self, parts: Sequence[tuple[Block, Tensor]], weights: Sequence[Tensor]) -> list[Tensor]:
-        """The window's own part of the gradients."""
+    def _from_window(self, parts: Sequence[tuple[Block, Tensor]], weights: Sequence[Tensor]) -> list[Tensor]:
+        """The part of the gradients that the window's own steps give, from blocks and their credits."""
         total: list[Tensor] | None = None
         for block, credit in parts:
             part = rfp.weight_gradients(block.lin, self.matrices, weights, credit, block.inputs)
@@ -265,31 +309,31 @@ class Past:
         return total
 
     def _move_base(self, end: int) -> None:
-        """Γ is that of time `end` now: drop the steps before it from the window."""
+        """The sensitivities are those of time `end` now: drop the steps up to it from the window."""
         self._tape.drop_first(end - self.base)
         self.base = end
         self._ends = [e for e in self._ends if e > end]
         self._records = [r for r in self._records if r.start >= end]
 
     def state_dict(self) -> dict[str, Any]:
-        """Γ and the window, as tensors, numbers and lists; shared, not copied."""
+        """Sensitivities and window as tensors, numbers and lists; the tensors are shared, not copied."""
         return {
             "now": self.now,
             "base": self.base,
-            "episode": self._episode,
+            "episode": self._last_full_reset,
             "ends": list(self._ends),
-            "filling": self.filling,
+            "filling": self.mid_chunk,
             "gamma": [] if self.sensitivity is None else self.sensitivity.tensors(),
             "window": [block.to_dict() for block in self._tape.blocks()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state whose Γ has the shapes of this one's."""
+        """Restore what `state_dict` gave. The sensitivities' shapes must be this one's; nothing checks them here."""
         window = [Block.from_dict(saved).map(Tensor.clone) for saved in state["window"]]
         if self.sensitivity is not None:
             self.sensitivity.load_(state["gamma"])
         self.begin(state["now"])
-        self.base, self._ends, self.filling = state["base"], list(state["ends"]), state["filling"]
-        self._episode = state["episode"]
+        self.base, self._ends, self.mid_chunk = state["base"], list(state["ends"]), state["filling"]
+        self._last_full_reset = state["episode"]
         for block in window:
             self._tape.append(block)

@@ -1,11 +1,11 @@
-"""What is carried forward of the past, so that a loss at any later step can meet it: one class a rule.
+"""What a learner carries forward of the past, so that a loss at any later step can use it: one class for each rule.
 
-    PerUnit   Γ, the sensitivity of the unit that a weight enters (RFP and the rules that drop parts of M)
-    Exact     γ, the sensitivity of every unit of the weight's head (exact RTRL)
-    RankOne   an unbiased random product in place of γ (UORO)
-    Nothing   truncated BPTT
+    PerUnit        Γ, the sensitivity of the unit that a weight enters (RFP and the rules that drop parts of M)
+    Exact          γ, the sensitivity of every unit of the weight's head (exact RTRL)
+    RankOne        an unbiased random product in place of γ (UORO)
+    NoSensitivity  none (truncated BPTT)
 
-All are advanced in place over the steps of a `Block` and give Σ credit · sensitivity, one gradient a matrix.
+All are advanced in place over the steps of a `Block`, and give Σ credit · sensitivity, one gradient for each matrix.
 """
 
 from __future__ import annotations
@@ -17,60 +17,68 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..backends import dispatch as ops
-from ..backends.room import Room
+from ..backends import operations, table
+from ..backends.buffers import ReusedMemory
+from ..backends.descent import Descent
 from ..cells import weights as weight_ops
 from ..cells.two_point import Cell, Matrix, state_read
 from ..rules import rfp, rtrl
 from .tape import Block
 
 
-class Carried(ABC):
-    """Sensitivities of all matrices of a layer, zero at first."""
+class Sensitivity(ABC):
+    """Sensitivities of the states to all matrices of a layer, zero at first."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """All that is carried, in a fixed order: a checkpoint's contents."""
+        """All tensors that are carried, in a fixed order: what a checkpoint holds."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes carried."""
+        """Bytes of all that is carried."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def load_(self, tensors: Sequence[Tensor]) -> None:
-        """Take up what `tensors` gave."""
+        """Restore what `tensors` gave."""
         for target, source in zip(self.tensors(), tensors, strict=True):
             target.copy_(source)
 
     def forget_(self, rows: Tensor | None) -> None:
-        """Forget the past of the batch rows where `rows` (B,) is True, or of all; each of `tensors` is (B, …)."""
-        _forget_(self.tensors(), rows)
+        """Set the sensitivities of the batch rows where `rows` (B,) is True to zero, or of all rows if None."""
+        _zero_rows_(self.tensors(), rows)
 
     def restart_(self) -> None:
-        """Be as when made."""
+        """Return to the state that the constructor left."""
         self.forget_(None)
 
     @abstractmethod
     def step_(
-        self, block: Block, delta: Tensor | None = None, descent: ops.Descent | None = None
+        self, block: Block, delta: Tensor | None = None, descent: Descent | None = None
     ) -> list[Tensor] | None:
-        """Advance by each step in turn; with delta (S, T, B, N), return Σ_t δ(t) · sensitivity(t) a matrix.
+        """Advance by each step of the block in turn; with delta, return Σ_t δ(t) · sensitivity(t) for each matrix.
 
-        descent: of the layer's weights, which take that gradient, and None is returned. Mutates them.
+        delta (S, T, B, N) or None: the loss's gradient with respect to the states. descent: takes a step of SGD on the
+        layer's weights by that gradient, and None is returned. Mutates the sensitivities, and the descent's weights.
         """
 
     @abstractmethod
     def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
-        """Advance over all steps; with credit (S, B, N) at the state before them, return credit · sensitivity
-        as it was then."""
+        """Advance over all steps of the block at once. Mutates the sensitivities.
+
+        credit (S, B, N) or None: of the state before these steps; with it, return Σ_b credit · sensitivity for each
+        matrix, of the sensitivity as it was before them.
+        """
 
     @abstractmethod
     def read(self, credit: Tensor) -> list[Tensor]:
-        """Σ_b credit · sensitivity a matrix, of its weight's shape. credit (S, B, N)."""
+        """Σ_b credit · sensitivity for each matrix, of its weight's shape. credit (S, B, N)."""
 
 
-def _forget_(tensors: Sequence[Tensor], rows: Tensor | None) -> None:
-    """Zero the rows (B,) of tensors (B, …), or all of them."""
+Carried = Sensitivity  # its name in version 0.1
+
+
+def _zero_rows_(tensors: Sequence[Tensor], rows: Tensor | None) -> None:
+    """Set tensors (B, …) to zero in the rows where `rows` (B,) is True, or everywhere if None."""
     for tensor in tensors:
         if rows is None:
             tensor.zero_()
@@ -78,24 +86,28 @@ def _forget_(tensors: Sequence[Tensor], rows: Tensor | None) -> None:
             tensor[rows] = 0
 
 
-def _taken(descent: ops.Descent | None, gradients: list[Tensor] | None) -> list[Tensor] | None:
-    """The gradients, or None where the weights have taken them."""
+def _descend(descent: Descent | None, gradients: list[Tensor] | None) -> list[Tensor] | None:
+    """Take the descent's step by the gradients and return None; without a descent, return the gradients."""
     if descent is None or gradients is None:
         return gradients
-    descent.take_(gradients)
+    descent.apply_(gradients)
     return None
 
 
-# Between the seeds of two groups: more than between seeds that a user would try one after the other.
-_APART = 1 << 48
+# The distance between the seeds of two groups of one learner: larger than that of seeds which a user may try in turn.
+_SEED_DISTANCE = 1 << 48
 
 
 @dataclass
 class Group:
-    """Matrices of one shape whose Γ lies together: gammas S of (B, K, N, M).
+    """K matrices of one shape, whose Γ is stored together.
 
-    rng_state: seed and next step of stochastic rounding, (2,) int64; None rounds to nearest.
-    room: of a large gradient on the CPU, which is kept from step to step.
+    matrices, indices  the matrices, and their places among the layer's
+    shape              of one weight
+    gammas             Γ^ν for each of the S states, (B, K, N, M)
+    backend, why       what runs Γ's recursion, and why it was chosen
+    rng_state          seed and next step of stochastic rounding, (2,) int64; None rounds to nearest
+    memory             lends the memory of a large gradient on the CPU, from step to step
     """
 
     matrices: list[Matrix]
@@ -105,15 +117,19 @@ class Group:
     backend: str
     why: str
     rng_state: Tensor | None = None
-    room: Room = field(default_factory=Room)
+    memory: ReusedMemory = field(default_factory=ReusedMemory)
+
+    def serving(self) -> tuple[str, str]:
+        """Which backend runs Γ of these matrices, and why."""
+        return table.serving(self.backend, self.why, "gamma_step_of_", "gamma_chunk_", "gamma_read")
 
 
-class PerUnit(Carried):
-    """Γ^{ν,k} of all matrices of a layer, one tensor a state for each group of matrices of one shape.
+class PerUnit(Sensitivity):
+    """Γ^{ν,k} of all matrices of a layer, stored as one tensor a state for each group of matrices of one shape.
 
-    matrices, weights: all of the layer's, recurrent and input, of any shape (`weights.py`). states S, batch B.
-    dtype is what Γ is kept in; arithmetic is in the weights' dtype. Bytes: S·B·(Σ_k N·M_k) numbers of dtype.
-    seed: of stochastic rounding, of Γ in bfloat16, which steps alone do; None rounds to nearest.
+    matrices, weights: all of the layer's, recurrent and input, of any shape (`cells.weights`). states: S. batch: B.
+    dtype: of Γ, S·B·Σ_k N·M_k numbers; the arithmetic is in the weights' dtype.
+    seed: of the stochastic rounding of a bfloat16 Γ, which `step_` alone does; None rounds to nearest.
     """
 
     def __init__(
@@ -134,20 +150,20 @@ class PerUnit(Carried):
             first = weights[indices[0]]
             fan_in = weight_ops.fan_in(first)
             units = first.numel() // fan_in
-            chosen, why = ops.choose_gamma(backend, first.device, first.dtype, dtype, states)
-            if len(shape) == 3 and chosen == "triton":
-                chosen, why = "torch", "kernels take dense matrices, not blocks"
+            chosen, why = operations.choose_gamma(
+                backend, first.device, first.dtype, dtype, states, blocks=len(shape) == 3
+            )
             gammas = [
                 torch.zeros(batch, len(indices), units, fan_in, dtype=dtype, device=first.device)
                 for _ in range(states)
             ]
             rng_state = None
             if seed is not None:
-                # groups of one learner draw apart
-                own = (seed + len(self.groups) * _APART) % (1 << 63)
+                # each group of one learner draws from a stream of its own
+                own = (seed + len(self.groups) * _SEED_DISTANCE) % (1 << 63)
                 rng_state = torch.tensor([own, 0], device=first.device)
-            made = Group([matrices[i] for i in indices], indices, shape, gammas, chosen, why, rng_state)
-            self.groups.append(made)
+            group = Group([matrices[i] for i in indices], indices, shape, gammas, chosen, why, rng_state)
+            self.groups.append(group)
 
     def tensors(self) -> list[Tensor]:
         return [
@@ -159,7 +175,7 @@ class PerUnit(Carried):
         return [gamma for group in self.groups for gamma in group.gammas]
 
     def forget_(self, rows: Tensor | None) -> None:
-        _forget_(self._gammas(), rows)
+        _zero_rows_(self._gammas(), rows)
 
     def restart_(self) -> None:
         self.forget_(None)
@@ -168,10 +184,10 @@ class PerUnit(Carried):
                 group.rng_state[1] = 0
 
     def step_(
-        self, block: Block, delta: Tensor | None = None, descent: ops.Descent | None = None
+        self, block: Block, delta: Tensor | None = None, descent: Descent | None = None
     ) -> list[Tensor] | None:
         totals = [
-            ops.gamma_steps_(
+            operations.gamma_steps_(
                 group.gammas,
                 group.matrices,
                 block.lin,
@@ -180,8 +196,8 @@ class PerUnit(Carried):
                 delta,
                 rng_state=group.rng_state,
                 backend=group.backend,
-                room=group.room,
-                descent=None if descent is None else descent.of(group.indices),
+                memory=group.memory,
+                descent=None if descent is None else descent.select(group.indices),
             )
             for group in self.groups
         ]
@@ -189,14 +205,14 @@ class PerUnit(Carried):
 
     def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
         totals = [
-            ops.gamma_chunk_(
+            operations.gamma_chunk_(
                 group.gammas,
                 block.m,
                 rfp.immediates(group.matrices, block.lin),
                 rfp.signals(group.matrices, block.lin, block.inputs),
                 credit,
                 backend=group.backend,
-                room=group.room,
+                memory=group.memory,
             )
             for group in self.groups
         ]
@@ -204,7 +220,7 @@ class PerUnit(Carried):
 
     def read(self, credit: Tensor) -> list[Tensor]:
         totals = [
-            ops.gamma_read(group.gammas, credit, backend=group.backend, room=group.room)
+            operations.gamma_read(group.gammas, credit, backend=group.backend, memory=group.memory)
             for group in self.groups
         ]
         gradients = self._by_matrix(totals)
@@ -212,7 +228,7 @@ class PerUnit(Carried):
         return gradients
 
     def _by_matrix(self, totals: Sequence[Tensor | None]) -> list[Tensor] | None:
-        """The groups' (K, N, M) as one gradient a matrix; None if there are none."""
+        """The groups' gradients (K, N, M) as one for each matrix, in the layer's order; None if there are none."""
         found: dict[int, Tensor] = {}
         for group, total in zip(self.groups, totals, strict=True):
             if total is not None:
@@ -221,19 +237,17 @@ class PerUnit(Carried):
         return [found[index] for index in sorted(found)] or None
 
 
-class _StepByStep(Carried):
-    """What is advanced one step at a time and has no formula for a chunk."""
+class _StepByStep(Sensitivity):
+    """Sensitivities that are advanced one step at a time, since there is no formula for a chunk."""
 
     def step_(
-        self, block: Block, delta: Tensor | None = None, descent: ops.Descent | None = None
+        self, block: Block, delta: Tensor | None = None, descent: Descent | None = None
     ) -> list[Tensor] | None:
         totals: list[Tensor] | None = None
         for t in range(block.steps):
-            self._advance(block, t)
-            if delta is not None:
-                parts = self.read(delta[:, t])
-                totals = parts if totals is None else [a.add_(b) for a, b in zip(totals, parts, strict=True)]
-        return _taken(descent, totals)
+            parts = self._advance(block, t, None if delta is None else delta[:, t])
+            totals = parts if totals is None else [a.add_(b) for a, b in zip(totals, parts, strict=True)]
+        return None if delta is None else _descend(descent, totals)
 
     def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
         gradients = None if credit is None else self.read(credit)
@@ -241,16 +255,16 @@ class _StepByStep(Carried):
         return gradients
 
     @abstractmethod
-    def _advance(self, block: Block, t: int) -> None:
-        """Advance by step t of the block."""
+    def _advance(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
+        """Advance by step t of the block. With delta (S, B, N), return a gradient for each matrix, else none."""
 
 
 class Exact(_StepByStep):
-    """γ of exact RTRL (`reference.rtrl`); blocks carry the recurrent weights that their steps ran with.
+    """γ of exact RTRL (`rules.rtrl`): γ ← J γ + R, with J the Jacobian of a head and R its immediate sensitivity.
 
-    backend: "torch", or "triton", which takes a step and its gradient in one pass over γ, for heads of at most 64
-    units (`kernels.rtrl_heads`), and builds J of a larger dense RGC and adds its R in one pass each
-    (`kernels.rtrl_step`); J γ is torch's product.
+    Blocks must carry the recurrent weights that their steps ran with. backend: "torch" or "triton". Triton advances
+    heads of at most 64 units and reads their gradient in one pass over γ; for a larger dense RGC it computes J in one
+    pass and adds R in another (`backends.triton_backend`), and torch multiplies J γ.
     """
 
     def __init__(
@@ -262,17 +276,8 @@ class Exact(_StepByStep):
         batch: int,
         backend: str = "torch",
     ) -> None:
+        self._cell, self._backend = cell, backend
         self._gamma = rtrl.ExactSensitivity(matrices, weights, states, batch)
-        size = self._gamma.units // self._gamma.heads
-        # what each unit reads of its own has no place in the kernel, but where a head is a unit
-        per_unit = any(
-            weight.dim() == 1 and isinstance(k.reads, int)
-            for k, weight in zip(matrices, weights, strict=True)
-        )
-        fits = size <= ops.HEAD_UNITS and states <= ops.SCAN_STATES and not (per_unit and size > 1)
-        self._one_pass = backend == "triton" and fits
-        recurrent = [weights[i] for i in self._gamma.recurrent]
-        self._dense = backend == "triton" and not fits and ops.is_dense_rgc(cell, recurrent)
 
     @property
     def nbytes(self) -> int:
@@ -281,63 +286,30 @@ class Exact(_StepByStep):
     def tensors(self) -> list[Tensor]:
         return self._gamma.gammas
 
-    def step_(
-        self, block: Block, delta: Tensor | None = None, descent: ops.Descent | None = None
-    ) -> list[Tensor] | None:
-        if not self._one_pass:
-            return super().step_(block, delta, descent)
-        totals: list[Tensor] | None = None
-        for t in range(block.steps):
-            parts = self._step_by_kernel(block, t, None if delta is None else delta[:, t])
-            totals = parts if totals is None else [a.add_(b) for a, b in zip(totals, parts, strict=True)]
-        return None if delta is None else _taken(descent, totals)
-
-    def _step_by_kernel(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
-        """Advance by step t of the block; gradients by matrix with delta (S, B, N), else none."""
-        gamma, lin = self._gamma, block.lin
-        assert block.weights is not None
-        step = gamma.jacobian(lin, t, block.weights).contiguous()
-        totals = []
-        for group, (_, indices) in enumerate(gamma.groups):
-            matrices = [gamma.matrices[i] for i in indices]
-            fan_in = gamma.gammas[group].shape[-1]
-            y = rfp.signals(matrices, lin, block.inputs)[t]
-            if y.shape[-1] != fan_in:  # heads each read their own units; a bias reads 1
-                biases = fan_in == 1 and gamma.heads < gamma.units
-                y = y[..., :1] if biases else y.unflatten(-1, (gamma.heads, fan_in))
-            phi = rfp.immediates(matrices, lin).select(1, t)
-            done = ops.rtrl_heads_(gamma.gammas[group], step, phi, y.contiguous(), delta)
-            if done is None:
-                gamma.advance_(group, step, lin, t, block.inputs)
-                done = (None if delta is None else gamma.read_group(group, delta),)
-            if done[0] is not None:
-                totals.append(done[0])
-        return gamma.by_matrix(totals) if totals else []
-
-    def _advance(self, block: Block, t: int) -> None:
+    def _advance(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
         assert block.weights is not None
         gamma, lin = self._gamma, block.lin
-        step = ops.rtrl_jacobian(lin, t, block.weights) if self._dense else None
-        if step is None:
-            step = gamma.jacobian(lin, t, block.weights)
-        for group, (_, indices) in enumerate(gamma.groups):
-            gamma.multiply_(group, step)
-            by_kernel = self._dense and indices == gamma.recurrent
-            if not (by_kernel and ops.rtrl_immediate_(gamma.gammas[group], lin, t)):
-                gamma.enter_(group, lin, t, block.inputs)
+        step = operations.rtrl_jacobian(self._cell, gamma, lin, t, block.weights, backend=self._backend)
+        totals = [
+            operations.rtrl_step_(
+                self._cell, gamma, group, step, lin, t, block.inputs, delta, backend=self._backend
+            )
+            for group in range(len(gamma.groups))
+        ]
+        return [] if delta is None else gamma.by_matrix([total for total in totals if total is not None])
 
     def read(self, credit: Tensor) -> list[Tensor]:
         return self._gamma.read(credit)
 
 
 class RankOne(_StepByStep):
-    """Unbiased online recurrent optimization (UORO; Tallec & Ollivier 2018): γ ≈ c̃ θ̃ᵀ, a row of the batch each.
+    """Unbiased online recurrent optimization (UORO; Tallec & Ollivier 2018): γ ≈ c̃ θ̃ᵀ, for each batch row.
 
         c̃ ← ρ₀ J c̃ + ρ₁ σ        θ̃ ← θ̃ / ρ₀ + Rᵀσ / ρ₁        σ random signs, (S, B, N)
         ρ₀² = ‖θ̃‖ / ‖J c̃‖         ρ₁² = ‖Rᵀσ‖ / ‖σ‖
 
-    With weights that stay as they are E[c̃ θ̃ᵀ] = γ: the gradient is unbiased, and noisy. Numbers: B·(S·N +
-    Σ_k N·M_k). seed: of the signs, which are drawn on the CPU.
+    J is the layer's Jacobian, R its immediate sensitivity. While the weights stay as they are, E[c̃ θ̃ᵀ] = γ, so the
+    gradient is unbiased; it is noisy. Numbers: B·(S·N + Σ_k N·M_k). seed: of the signs, which are drawn on the CPU.
     """
 
     def __init__(
@@ -366,7 +338,7 @@ class RankOne(_StepByStep):
         for theta in self._theta:
             theta[keep] = 0
 
-    def _advance(self, block: Block, t: int) -> None:
+    def _advance(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
         assert block.weights is not None
         lin = block.lin
         if lin.resets is not None:
@@ -382,11 +354,12 @@ class RankOne(_StepByStep):
             y = rfp.signal(matrix, lin.before, block.inputs)[t]
             read = rfp.rows_read(y[:, None], theta.shape[-1])[:, 0]
             entering.append(rows[:, :, None] * read)
-        before, after = _ratio(_norm(self._theta), _norm([moved.transpose(0, 1)]))
-        drawn, given = _ratio(_norm(entering), _norm([signs.transpose(0, 1)]))
-        self._c = moved * before[:, None] + signs * drawn[:, None]
+        rho_0, inverse_0 = _balance(_norm(self._theta), _norm([moved.transpose(0, 1)]))
+        rho_1, inverse_1 = _balance(_norm(entering), _norm([signs.transpose(0, 1)]))
+        self._c = moved * rho_0[:, None] + signs * rho_1[:, None]
         for theta, new in zip(self._theta, entering, strict=True):
-            theta.mul_(after[:, None, None]).add_(new * given[:, None, None])
+            theta.mul_(inverse_0[:, None, None]).add_(new * inverse_1[:, None, None])
+        return [] if delta is None else self.read(delta)
 
     def _through_jacobian(self, block: Block, t: int) -> Tensor:
         """J(t) c̃ (S, B, N)."""
@@ -409,19 +382,19 @@ class RankOne(_StepByStep):
 
 
 def _norm(parts: Sequence[Tensor]) -> Tensor:
-    """Norm over all but the batch, (B,), of arrays (B, …) taken together."""
+    """The norm of each batch row, (B,), over all arrays (B, …) together."""
     return torch.stack([part.flatten(1).square().sum(1) for part in parts]).sum(0).sqrt()
 
 
-def _ratio(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """√(a/b) and its inverse, (B,); 1 where either is zero, so that neither is lost."""
+def _balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """ρ = √(a/b) and 1/ρ, (B,); both 1 where a or b is zero, which would make the other factor zero or infinite."""
     degenerate = (a == 0) | (b == 0)
     ratio = torch.where(degenerate, torch.ones_like(a), (a / b).sqrt())
     return ratio, 1 / ratio
 
 
-class Nothing(Carried):
-    """Truncated BPTT: what lies before the chunk counts for nothing."""
+class NoSensitivity(Sensitivity):
+    """For truncated BPTT, which carries nothing: steps before the chunk have no part in the gradient."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self._zeros = [torch.zeros_like(weight) for weight in weights]
@@ -430,7 +403,7 @@ class Nothing(Carried):
         return []
 
     def step_(
-        self, block: Block, delta: Tensor | None = None, descent: ops.Descent | None = None
+        self, block: Block, delta: Tensor | None = None, descent: Descent | None = None
     ) -> list[Tensor] | None:
         raise AssertionError("truncated BPTT has no step form")
 
@@ -439,3 +412,6 @@ class Nothing(Carried):
 
     def read(self, credit: Tensor) -> list[Tensor]:
         return self._zeros
+
+
+Nothing = NoSensitivity  # its name in version 0.1

@@ -1,4 +1,4 @@
-"""Linearised steps, joined along time without copying a step more than a few times."""
+"""Linearized steps of a layer, joined along time without copying a step more than a few times."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import dispatch as ops
+from ..backends import operations
 from ..cells.two_point import Cell, Linearization, Partials, Trajectory
 
-TIME = -3  # of every array below
+TIME = -3  # the dimension of time in every array below
 
 
 @dataclass(frozen=True)
 class Block:
-    """Steps in a row: gate and input partials, transitions M (S, S, T, B, N), and inputs (T, B, I) or None.
+    """T steps in a row, linearized.
 
-    weights: the recurrent weights that the steps ran with, for rules that need the full Jacobian: `lin` is
-    complete then, own-state partials and resets included. Else None: M is zero at a reset, and all that is
-    needed of the own-state path.
+    lin      the cell's partials and the states before each step
+    m        (S, S, T, B, N): each unit's transition M, which is zero at a reset
+    inputs   (T, B, I), the layer's input, or None if no matrix reads it
+    weights  the recurrent weights that the steps ran with, for rules that need the full Jacobian; `lin` then also holds
+             own-state partials and resets. None for the other rules, which need no more than M of these.
     """
 
     lin: Linearization
@@ -34,7 +36,7 @@ class Block:
         return self.lin.steps
 
     def tensors(self) -> list[Tensor]:
-        """Every array along time, in a fixed order."""
+        """Every array that has a dimension of time, in a fixed order."""
         p = self.lin.partials
         arrays = [self.m, self.lin.before]
         arrays += [value for group in (p.own, p.gate, p.input) for by in group for value in by.values()]
@@ -44,10 +46,11 @@ class Block:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of these arrays."""
         return sum(t.nbytes for t in self.tensors())
 
     def to_dict(self) -> dict[str, Any]:
-        """The block as lists and tensors, for a checkpoint."""
+        """The block as lists and tensors, for a checkpoint. The tensors are shared, not copied."""
         p = self.lin.partials
         keys = [[list(by) for by in group] for group in (p.own, p.gate, p.input)]
         has = [self.lin.resets is not None, self.inputs is not None]
@@ -56,7 +59,7 @@ class Block:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Block:
-        """The block that `to_dict` wrote."""
+        """The block that `to_dict` described."""
         given = iter(saved["tensors"])
         m, before = next(given), next(given)
         groups = [[{nu: next(given) for nu in by} for by in group] for group in saved["keys"]]
@@ -67,7 +70,7 @@ class Block:
         return cls(Linearization(Partials(*groups), before, resets), m, inputs, weights)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Block:
-        """A block of this structure with other arrays; the weights are the same."""
+        """A block of this structure whose arrays are `function` of this one's; the weights are the same."""
         saved = {**self.to_dict(), "tensors": [function(t) for t in self.tensors()]}
         return replace(self.from_dict(saved), weights=self.weights)
 
@@ -85,18 +88,18 @@ def linearized(
     weights: tuple[Tensor, ...] | None = None,
     backend: str = "torch",
 ) -> Block:
-    """Steps as they were run, linearised: the block has arrays of its own, and the trajectory's states.
+    """Linearizes the steps of a trajectory. The block shares the trajectory's states; its other arrays are its own.
 
-    recurrent: the weights that they ran with, or their own parts (N,), of which nothing is kept; inputs (T, B, I) or
-    None; rule: what of M is kept (`rfp.transition`); weights: as in `Block`; backend: of the linearisation
-    (`ops.linearize`).
+    recurrent: the weights that the steps ran with, or their diagonals (N,); they are not kept. inputs: (T, B, I) or
+    None. rule: which parts of M are kept (`rfp.transition`). weights: as in `Block`. backend: of the linearization
+    (`operations.linearize`).
     """
-    lin, m = ops.linearize(cell, trajectory, recurrent, rule, backend=backend)
+    lin, m = operations.linearize(cell, trajectory, recurrent, rule, backend=backend)
     if weights is None:
         kept = Partials((), lin.partials.gate, lin.partials.input)
         return Block(Linearization(kept, lin.before), m, inputs)
     resets = lin.resets
-    if resets is None:  # always there, so that blocks can be joined
+    if resets is None:  # blocks with and without resets could not be joined
         resets = torch.zeros(lin.before.shape[1:3], dtype=torch.bool, device=lin.before.device)
     return Block(Linearization(lin.partials, lin.before, resets), m, inputs, weights)
 
@@ -112,42 +115,45 @@ def recorded(
     weights: tuple[Tensor, ...] | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Block]:
-    """Steps run from `state` (S, B, N) on, and linearised: the states after each, (S, T, B, N), and the block.
+    """Runs steps and linearizes them: returns the state after each step (S, T, B, N), and the block.
 
-    x (J, T, B, N): the cell's per-unit inputs; resets (T, B) bool or None; the rest as in `linearized`. Where a backend
-    runs a step and linearises it at once (`ops.step`), it does.
+    x: (J, T, B, N), the cell's per-unit inputs. state: (S, B, N), before the first step. resets: (T, B) bool or None.
+    The other arguments are those of `linearized`. A backend that can run and linearize one step at once does so
+    (`operations.step`).
     """
     if weights is None and rule == "rfp":
-        made = ops.step(cell, x, recurrent, state, resets, backend=backend)
+        made = operations.step(cell, x, recurrent, state, resets, backend=backend)
         if made is not None:
             after, lin, m = made
             return after, Block(Linearization(replace(lin.partials, own=()), lin.before), m, inputs)
-    trajectory = ops.scan(cell, x, recurrent, state.unbind(0), resets, backend=backend)
+    trajectory = operations.scan(cell, x, recurrent, state.unbind(0), resets, backend=backend)
     return trajectory.after, linearized(cell, trajectory, recurrent, inputs, rule, weights, backend)
 
 
 class Tape:
-    """Steps in a row, as runs of steps that ran with the same weights, where that matters."""
+    """Steps in a row. Where blocks carry weights, a new run begins whenever the weights change."""
 
     def __init__(self) -> None:
         self._runs: list[_Run] = []
 
     @property
     def steps(self) -> int:
+        """How many steps are held."""
         return sum(run.steps for run in self._runs)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, spare room in the buffers among them; without the weights."""
+        """Bytes held, including the unused part of the buffers, without the weights."""
         return sum(run.nbytes for run in self._runs)
 
     def append(self, steps: Block) -> None:
+        """Append steps. Their arrays are not copied before the next call of `blocks` joins them to others."""
         if not self._runs or self._runs[-1].weights is not steps.weights:
             self._runs.append(_Run(steps.weights))
         self._runs[-1].append(steps)
 
     def blocks(self, stop: int | None = None) -> list[Block]:
-        """The runs as blocks, up to step `stop`."""
+        """The first `stop` steps, or all, as one block for each run."""
         left = self.steps if stop is None else stop
         blocks = []
         for run in self._runs:
@@ -159,12 +165,12 @@ class Tape:
         return blocks
 
     def forget_(self, rows: Tensor) -> None:
-        """Be as if nothing had happened in the batch rows where `rows` (B,) is True."""
+        """Set all arrays to zero in the batch rows where `rows` (B,) is True, as if those steps had not run there."""
         for run in self._runs:
             run.forget_(rows)
 
     def drop_first(self, steps: int) -> None:
-        """Forget the first `steps` steps; the memory they took is kept only if others remain."""
+        """Drop the first `steps` steps and their memory; steps that remain in the same run are copied."""
         while self._runs and steps >= self._runs[0].steps:
             steps -= self._runs.pop(0).steps
         if steps:
@@ -172,7 +178,7 @@ class Tape:
 
 
 class _Run:
-    """Steps of one kind. Joining copies each step once, into a buffer that doubles when it is full."""
+    """Steps with the same weights. Joining copies each step once, into a buffer that doubles when it is full."""
 
     def __init__(self, weights: tuple[Tensor, ...] | None) -> None:
         self.weights = weights
@@ -193,7 +199,7 @@ class _Run:
         self._pending.append(steps)
 
     def joined(self) -> Block:
-        """All steps as one block; there is at least one."""
+        """All steps as one block. There must be at least one step."""
         if self._pending and (self._filled or len(self._pending) > 1):
             self._flush()
         if self._filled:
@@ -204,8 +210,8 @@ class _Run:
     def _flush(self) -> None:
         total = self.steps
         if self._buffer is None or total > self._buffer.steps:
-            room = max(total, 2 * self._filled)
-            new = self._pending[0].map(lambda t: _resized(t, room))
+            size = max(total, 2 * self._filled)
+            new = self._pending[0].map(lambda t: _empty_of_steps(t, size))
             if self._buffer is not None:
                 for target, source in zip(new.tensors(), self._buffer.tensors(), strict=True):
                     target.narrow(TIME, 0, self._filled).copy_(source.narrow(TIME, 0, self._filled))
@@ -227,7 +233,8 @@ class _Run:
         self._buffer, self._filled, self._pending = None, 0, [rest]
 
 
-def _resized(like: Tensor, steps: int) -> Tensor:
+def _empty_of_steps(like: Tensor, steps: int) -> Tensor:
+    """An uninitialized tensor of the shape of `like`, but for `steps` steps."""
     shape = list(like.shape)
     shape[TIME] = steps
     return torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rjepa_triton import GRU, LRU, LSTM, RGC, OnlineLearner, TwoPointRNN
-from rjepa_triton.backends import dispatch as ops
+from rjepa_triton.backends import triton_backend
 from rjepa_triton.planning import cost
 
 F64 = torch.float64
@@ -99,7 +99,7 @@ def test_what_a_graph_of_kernels_is_made_of(
     With an input of its own a product more each way, and two more groups of matrices, W_in and the bias.
     """
     pytest.importorskip("triton")
-    if ops._no_triton(torch.device("cpu"), torch.float32) is not None:
+    if triton_backend.no_triton(torch.device("cpu"), torch.float32) is not None:
         pytest.skip("the interpreter is off: a GPU is here")
     from rjepa_triton.kernels import gamma_step, rgc_step
 
@@ -126,7 +126,7 @@ class Unlaunched:
 
 
 def test_a_graphed_learner_by_kernels() -> None:
-    if ops._no_triton(torch.device("cpu"), torch.float32) is not None:
+    if triton_backend.no_triton(torch.device("cpu"), torch.float32) is not None:
         pytest.skip("no triton, or a GPU is here")
     plain, twin = (RGC(9, input_size=3, init="uniform") for _ in range(2))
     twin.load_state_dict(plain.state_dict())

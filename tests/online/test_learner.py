@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rjepa_triton import GRU, LSTM, RGC, OnlineLearner, TwoPointRNN
-from rjepa_triton.backends import dispatch as ops
+from rjepa_triton.backends import operations, triton_backend
 from rjepa_triton.online import counting
 from rjepa_triton.planning import cost
 
@@ -144,15 +144,15 @@ def test_lazy_rewrites_gamma_once_in_so_many_steps(
     passes: list[str] = []
 
     def counted(name: str) -> None:
-        function = getattr(ops, name)
+        function = getattr(operations, name)
 
         def call(*arguments: Any, **named: Any) -> Any:
             passes.append(name)
             return function(*arguments, **named)
 
-        monkeypatch.setattr(ops, name, call)
+        monkeypatch.setattr(operations, name, call)
 
-    for name in ("gamma_step_", "gamma_chunk_", "gamma_read"):
+    for name in ("gamma_step_of_", "gamma_chunk_", "gamma_read"):
         counted(name)
     made = layer()
     x, delta = torch.randn(24, 2, 5, dtype=F64), torch.randn(24, 2, 5, dtype=F64)
@@ -565,7 +565,11 @@ STOCHASTIC: dict[str, Any] = {"gamma_dtype": torch.bfloat16, "gamma_rounding": "
 
 def backends() -> list[str]:
     """Torch, and Triton where its kernels are interpreted."""
-    return ["torch", "triton"] if ops._no_triton(torch.device("cpu"), torch.float32) is None else ["torch"]
+    return (
+        ["torch", "triton"]
+        if triton_backend.no_triton(torch.device("cpu"), torch.float32) is None
+        else ["torch"]
+    )
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -750,12 +754,12 @@ def test_a_compiled_step_uses_the_weights_it_ran_with() -> None:
         (
             {"form": "lazy", "credit": "carry"},
             ValueError,
-            "credit='carry' has form='chunk' alone, got form='lazy'",
+            "credit='carry' runs in form='chunk' only, got form='lazy'",
         ),
         (
             {"form": "lazy", "learning": "rtrl"},
             ValueError,
-            "learning='rtrl' has form='step' alone, got form='lazy'",
+            "learning='rtrl' runs in form='step' only, got form='lazy'",
         ),
         ({**STOCHASTIC, "form": "lazy"}, ValueError, "goes with form='step', .* got form='lazy'"),
         ({"lag": 2}, ValueError, "lag must be 0 or 1, got 2"),
@@ -949,11 +953,11 @@ def test_lr_is_refused_under_torch_compile(monkeypatch: pytest.MonkeyPatch) -> N
 def test_lr_of_a_learner_without() -> None:
     learner = OnlineLearner(layer(), 2)
     assert learner.lr is None
-    with pytest.raises(ValueError, match=r"lr can't be set to 0\.1 in a learner that was made without"):
+    with pytest.raises(ValueError, match=r"lr can't be set to 0\.1 in a learner that was made without it"):
         learner.lr = 0.1
     learner = OnlineLearner(layer(), 2, lr=0.5)
     assert learner.lr == 0.5
     made = layer()
     made.weight_ms.data = made.weight_ms.data.t()
-    with pytest.raises(ValueError, match=r"lr goes with contiguous weights, got ms of strides \(1, 5\)"):
+    with pytest.raises(ValueError, match=r"lr goes with contiguous weights, got ms with strides \(1, 5\)"):
         OnlineLearner(made, 2, lr=0.1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rjepa_triton import GRU, LSTM, RGC, RNN, OnlineLearner, TwoPointRNN
-from rjepa_triton.backends import dispatch as ops
+from rjepa_triton.backends import triton_backend
 from rjepa_triton.online.sensitivity import Exact
 
 F64 = torch.float64
@@ -56,7 +56,7 @@ class Loop:
 def interpreted() -> bool:
     """Whether kernels are interpreted here (`conftest.py`)."""
     pytest.importorskip("triton")
-    return ops._no_triton(torch.device("cpu"), torch.float32) is None
+    return triton_backend.no_triton(torch.device("cpu"), torch.float32) is None
 
 
 def leaves(layer: TwoPointRNN) -> list[Tensor]:
@@ -318,13 +318,13 @@ def test_memory_does_not_grow() -> None:
         ({"learning": "bptt"}, {}, "the layer's learning='bptt' needs the whole sequence.*nearest online are learning='tbptt'"),
         ({}, {"learning": "bptt"}, "^learning='bptt' needs the whole sequence"),
         ({}, {"learning": "adam"}, "learning must be one of 'rfp', 'eprop', 'rflo', 'snap0', 'rtrl', 'uoro', 'tbptt'"),
-        ({}, {"learning": "rtrl", "form": "chunk", "update_every": 4}, "learning='rtrl' has form='step' alone, got form='chunk'"),
-        ({}, {"learning": "uoro", "form": "history"}, "learning='uoro' has form='step' alone"),
-        ({}, {"learning": "tbptt", "form": "step"}, "learning='tbptt' has form='chunk' alone"),
+        ({}, {"learning": "rtrl", "form": "chunk", "update_every": 4}, "learning='rtrl' runs in form='step' only, got form='chunk'"),
+        ({}, {"learning": "uoro", "form": "history"}, "learning='uoro' runs in form='step' only"),
+        ({}, {"learning": "tbptt", "form": "step"}, "learning='tbptt' runs in form='chunk' only"),
         ({}, {"learning": "rtrl", "credit": "carry"}, "credit='carry' goes with learning='rfp'.*exact without"),
         ({}, {"learning": "eprop", "refine": 2}, "refine=2 goes with learning='rfp'"),
-        ({}, {"credit": "carry", "form": "step"}, "credit='carry' has form='chunk' alone, got form='step'"),
-        ({}, {"credit": "carry", "form": "history"}, "credit='carry' has form='chunk' alone"),
+        ({}, {"credit": "carry", "form": "step"}, "credit='carry' runs in form='chunk' only, got form='step'"),
+        ({}, {"credit": "carry", "form": "history"}, "credit='carry' runs in form='chunk' only"),
         ({}, {"credit": "full"}, "credit must be one of 'own', 'carry', got 'full'"),
         ({}, {"refine": "twice"}, "refine must be a number of rounds or 'exact', got 'twice'"),
         ({}, {"refine": -1}, "refine must be at least 0, got -1"),
@@ -361,7 +361,7 @@ def test_explain_tells_what_is_carried(capsys: pytest.CaptureFixture[str]) -> No
     OnlineLearner(RGC(4), 2, learning="rtrl").explain()
     said = capsys.readouterr().out
     assert "learning = 'rtrl'" in said
-    assert f"carried: {(2 + 1) * 8 * 4**3 * 4:,} bytes; form = 'step', the only one of 'rtrl'" in said
+    assert f"carried: {(2 + 1) * 8 * 4**3 * 4:,} bytes; form = 'step', the only one for 'rtrl'" in said
 
 
 def test_rtrl_that_does_not_fit_is_refused() -> None:
@@ -405,7 +405,7 @@ def test_dense_rtrl_by_its_own_kernels(
         monkeypatch.setattr(
             rtrl_step, name, lambda *a, launch=launch, name=name: (calls.append(name), launch(*a))[1]
         )
-    monkeypatch.setattr(ops, "HEAD_UNITS", 0)
+    monkeypatch.setattr(triton_backend, "HEAD_UNITS", 0)
     wide = RGC(units, init="uniform", dtype=F64, **options)
     narrow = RGC(units, dtype=torch.float32, **options)
     narrow.load_state_dict(wide.state_dict())
@@ -444,15 +444,15 @@ def test_dense_rtrl_that_can_not_launch_is_torchs(monkeypatch: pytest.MonkeyPatc
     def refuse(*_: object) -> None:
         raise OutOfResources(300_000, 232_448, "shared memory")
 
-    monkeypatch.setattr(ops, "HEAD_UNITS", 0)
-    monkeypatch.setattr(ops, "_failed", set())
+    monkeypatch.setattr(triton_backend, "HEAD_UNITS", 0)
+    monkeypatch.setattr(triton_backend.TRITON, "failed", {})
     layer, twin = RGC(5, init="uniform", dtype=torch.float32), RGC(5, dtype=torch.float32)
     twin.load_state_dict(layer.state_dict())
     x, delta, resets = torch.randn(4, 2, 5), torch.randn(4, 2, 5), torch.zeros(4, 2, dtype=torch.bool)
     want = rtrl_by(layer, x, delta, resets, "torch")
     for name in ("rtrl_jacobian", "rtrl_immediate_"):
         monkeypatch.setattr(rtrl_step, name, refuse)
-    with pytest.warns(UserWarning, match="can't be launched, torch runs in its place") as told:
+    with pytest.warns(UserWarning, match="can't run rtrl_.* here, torch runs it from now on") as told:
         got = rtrl_by(twin, x, delta, resets, "triton")
     assert len([w for w in told if "rtrl_" in str(w.message)]) == 2
     assert oracle.relative(got, want) < 1e-6

@@ -1,0 +1,280 @@
+"""The options of an online learner: how they are checked, and which form they lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._device import available_bytes
+from ..cells.two_point import Matrix
+from ..layers.layer import TwoPointRNN
+from ..planning import cost
+from ..rules import rfp, rtrl
+from .counting import problem as problem_of
+
+Form = Literal["auto", "step", "lazy", "chunk", "history"]
+FORMS = ("auto", "step", "lazy", "chunk", "history")
+Learning = Literal["rfp", "eprop", "rflo", "snap0", "rtrl", "uoro", "tbptt"]
+LEARNING = (*rfp.RULES, "rtrl", "uoro", "tbptt")
+# The rules that run in one form only, and which form that is.
+ONLY_FORM = {"rtrl": "step", "uoro": "step", "tbptt": "chunk"}
+GAMMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+ROUNDINGS = ("nearest", "stochastic")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of an `OnlineLearner` that have been checked. Their meaning is told there; these may differ from it:
+
+    learning     the rule that runs: the layer's own where none was given
+    credit       "carry" where `refine` implies it
+    rounds       of refinement; 0: the exact sequential backward pass; None: as many as make the credit exact
+    form         the only form that the other options allow, or "auto" where the cost model chooses
+    gamma_dtype  float64 where the layer is float64 and float32 was asked for
+    """
+
+    batch_size: int
+    learning: str
+    update_every: int
+    form: Form
+    rewrite_every: int | None
+    credit: str
+    refine: int | Literal["exact"]
+    rounds: int | None
+    lag: int
+    gamma_dtype: torch.dtype
+    gamma_rounding: str
+    horizon: int | None
+    backend: str
+    seed: int
+    cuda_graph: bool
+
+
+def check_options(
+    layer: TwoPointRNN,
+    batch_size: int,
+    *,
+    learning: str | None,
+    update_every: int,
+    form: str,
+    rewrite_every: int | None,
+    credit: str,
+    refine: int | Literal["exact"],
+    lag: int,
+    gamma_dtype: torch.dtype,
+    gamma_rounding: str,
+    horizon: int | None,
+    backend: str,
+    seed: int,
+    cuda_graph: bool,
+    lr: float | None,
+) -> Options:
+    """The arguments of `OnlineLearner`, checked one by one and together, and the layer's weights.
+
+    `backend` is left to what chooses a backend, and the value of `lr` to the learner's setter.
+
+    Raises TypeError or ValueError, naming the argument; for a combination that can't run, the nearest that can.
+    """
+    if not isinstance(layer, TwoPointRNN):
+        raise TypeError(f"layer must be a recurrent layer such as RGC, got {type(layer).__name__}")
+    check.integer("batch_size", batch_size, 1)
+    check.integer("update_every", update_every, 1)
+    check.one_of("form", form, FORMS)
+    if check.integer("lag", lag, 0) > 1:
+        raise ValueError(f"lag must be 0 or 1, got {lag}")
+    if horizon is not None:
+        check.integer("horizon", horizon, 1)
+    if gamma_dtype not in GAMMA_DTYPES:
+        raise TypeError(f"gamma_dtype must be one of {', '.join(map(str, GAMMA_DTYPES))}, got {gamma_dtype}")
+    rule = _rule(layer, learning)
+    credit, rounds = _credit_and_rounds(rule, credit, refine)
+    allowed = _form_of_rule(rule, credit, form, update_every)
+    if rewrite_every is not None and allowed != "lazy":
+        raise ValueError(f"rewrite_every goes with form='lazy', got form={allowed!r}")
+    check.one_of("gamma_rounding", gamma_rounding, ROUNDINGS)
+    if gamma_rounding == "stochastic":
+        allowed = _form_of_stochastic_rounding(rule, allowed, gamma_dtype)
+    weights = layer.weights()
+    if lr is not None:
+        allowed = _form_of_lr(allowed, lag, update_every, layer.matrices, weights)
+    check.floating("layer", weights[0], (torch.float64, torch.float32))
+    for matrix, weight in zip(layer.matrices, weights, strict=True):
+        check.finite(f"layer's {matrix.name}", weight)
+    if weights[0].dtype == torch.float64 and gamma_dtype == torch.float32:
+        gamma_dtype = torch.float64
+    return Options(
+        batch_size=batch_size,
+        learning=rule,
+        update_every=update_every,
+        form=allowed,
+        rewrite_every=rewrite_every,
+        credit=credit,
+        refine=refine,
+        rounds=rounds,
+        lag=lag,
+        gamma_dtype=gamma_dtype,
+        gamma_rounding=gamma_rounding,
+        horizon=horizon,
+        backend=backend,
+        seed=seed,
+        cuda_graph=cuda_graph,
+    )
+
+
+def _rule(layer: TwoPointRNN, learning: str | None) -> str:
+    """The rule that runs: the layer's own if `learning` is None."""
+    name = "the layer's learning" if learning is None else "learning"
+    chosen = layer.learning if learning is None else learning
+    if chosen == "bptt":
+        raise ValueError(
+            f"{name}='bptt' needs the whole sequence, which an online learner doesn't keep: the nearest online are "
+            "learning='tbptt', form='chunk' with credit='carry', and learning='rtrl', which is exact"
+        )
+    check.one_of(name, chosen, LEARNING)
+    return chosen
+
+
+def _credit_and_rounds(learning: str, credit: str, refine: object) -> tuple[str, int | None]:
+    """How credit passes back within a chunk, and `Options.rounds`."""
+    check.one_of("credit", credit, ("own", "carry"))
+    if refine != "exact":
+        if isinstance(refine, str):
+            raise ValueError(f"refine must be a number of rounds or 'exact', got {refine!r}")
+        check.integer("refine", refine, 0)
+    if refine:
+        credit = "carry"
+    if credit == "carry" and learning != "rfp":
+        asked = f"refine={refine!r}" if refine else "credit='carry'"
+        raise ValueError(
+            f"{asked} goes with learning='rfp', whose Γ carries what came before the chunk, got learning={learning!r}"
+            + (", which is exact without it" if learning == "rtrl" else "")
+        )
+    return credit, None if refine == "exact" else int(refine)  # type: ignore[call-overload]
+
+
+def _form_of_rule(learning: str, credit: str, form: str, update_every: int) -> Form:
+    """The form that was asked for, or the only one in which the rule runs. Raises ValueError if they differ."""
+    only = "chunk" if credit == "carry" else ONLY_FORM.get(learning)
+    if only is not None:
+        if form not in ("auto", only):
+            asked = "credit='carry'" if credit == "carry" else f"learning={learning!r}"
+            raise ValueError(f"{asked} runs in form={only!r} only, got form={form!r}; form='auto' chooses it")
+        return only  # type: ignore[return-value]
+    if form == "chunk" and update_every == 1:
+        raise ValueError(
+            "form='chunk' needs update_every ≥ 2, the number of steps for which the weights stay as they are, "
+            "got update_every=1; form='step' serves weights that change at every step"
+        )
+    return form  # type: ignore[return-value]
+
+
+def _form_of_stochastic_rounding(learning: str, form: str, gamma_dtype: torch.dtype) -> Form:
+    """The form that rounds Γ stochastically. Raises ValueError where there is no Γ, or none that is rounded so."""
+    asked = "gamma_rounding='stochastic'"
+    if learning not in rfp.RULES:
+        raise ValueError(f"{asked} goes with a rule of {', '.join(rfp.RULES)}, got learning={learning!r}")
+    if gamma_dtype != torch.bfloat16:
+        raise ValueError(f"{asked} goes with gamma_dtype=torch.bfloat16, got gamma_dtype={gamma_dtype}")
+    if form not in ("auto", "step"):
+        raise ValueError(f"{asked} goes with form='step', which rounds Γ at every step, got form={form!r}")
+    return "step"
+
+
+def _form_of_lr(
+    form: str, lag: int, update_every: int, matrices: Sequence[Matrix], weights: Sequence[Tensor]
+) -> Form:
+    """The form in which backward() may change the weights. Raises ValueError where it can't."""
+    if form not in ("auto", "step"):
+        raise ValueError(
+            f"lr goes with form='step', whose weights may change at every step, got form={form!r}"
+        )
+    for name, value, wanted in (("lag", lag, 0), ("update_every", update_every, 1)):
+        if value != wanted:
+            raise ValueError(
+                f"lr goes with {name}={wanted}: backward() changes the weights, got {name}={value}"
+            )
+    for matrix, weight in zip(matrices, weights, strict=True):
+        if not weight.is_contiguous():
+            raise ValueError(
+                f"lr goes with contiguous weights, got {matrix.name} with strides {weight.stride()}"
+            )
+    return "step"
+
+
+@dataclass(frozen=True)
+class FormChoice:
+    """The form that runs, and the predictions that it was chosen by.
+
+    requested      the form that the options lead to; "auto" where the cost model chose
+    rewrite_every  R of form "lazy"
+    costs          the cost model's prediction for each form
+    problem        what the cost model was told of the layer
+    available      bytes that were free on the device, None if unknown
+    carried_bytes  of the sensitivities that the rule carries
+    """
+
+    form: str
+    requested: Form
+    rewrite_every: int
+    costs: Sequence[cost.FormCost]
+    problem: cost.Problem
+    available: int | None
+    carried_bytes: int
+
+    def reason(self) -> str:
+        """Why this form runs, in words."""
+        if self.requested != "auto":
+            return "asked for"
+        chosen = next(each for each in self.costs if each.form == self.form)
+        if self.available is not None and chosen.state_bytes > self.available:
+            return "no form fits in memory; this one takes the least"
+        lazy = next(each for each in self.costs if each.form == "lazy")
+        fits = self.available is None or lazy.state_bytes <= self.available
+        if fits and lazy.seconds < chosen.seconds:
+            return f"'lazy' is chosen only where predicted {cost.LAZY_MARGIN} times as fast as any other that fits"
+        return "the fastest that fits in memory"
+
+
+def choose_form(layer: TwoPointRNN, options: Options) -> FormChoice:
+    """The form that `options` ask for, or the one that the cost model predicts to be fastest.
+
+    Raises TypeError or ValueError for `rewrite_every`, and ValueError for sensitivities that don't fit in memory.
+    """
+    first = layer.weights()[0]
+    device, dtype = first.device, first.dtype
+    problem = problem_of(layer, options.batch_size, options.gamma_dtype, gpu=device.type == "cuda")
+    if options.backend in ("torch", "compile", "triton"):  # by name; whether it can run is checked elsewhere
+        problem = replace(problem, runs=options.backend)
+    available, rates = available_bytes(device), cost.rates_of(device, dtype)
+    rewrite_every = options.rewrite_every
+    if rewrite_every is None:
+        rewrite_every = cost.rewrite_every(problem, rates)
+    check.integer("rewrite_every", rewrite_every, 1)
+    costs = cost.form_costs(problem, options.update_every, options.horizon, rates, rewrite_every)
+    requested = options.form
+    if requested == "auto" and options.cuda_graph:
+        requested = "step"  # the only form that a CUDA graph can capture
+    form = cost.cheapest(costs, available).form if requested == "auto" else requested
+    heads = rtrl.joint_heads([w.detach() for w in layer.recurrent_weights()], layer.hidden_size)
+    carried = problem.carried_bytes(options.learning, layer.hidden_size // heads)
+    choice = FormChoice(form, requested, rewrite_every, costs, problem, available, carried)
+    if form != "history":
+        _refuse_if_too_large(choice, options.learning, device)
+    return choice
+
+
+def _refuse_if_too_large(choice: FormChoice, learning: str, device: torch.device) -> None:
+    need, available = choice.carried_bytes, choice.available
+    if available is None or need <= available:
+        return
+    per_step = choice.problem.window_bytes(1)
+    raise ValueError(
+        f"learning={learning!r} in form={choice.form!r} carries sensitivities of {need:,} bytes, and {device} has "
+        f"{available:,} left; with learning='rfp' form='history' takes {per_step:,} bytes for each step since reset, "
+        f"so up to {available // per_step:,} steps"
+    )
