@@ -1,18 +1,28 @@
-"""Devices as data: what each is known to do a second, and where every number is from. The data is `devices.json`.
+"""Profiles of devices: how fast each is, and where every number comes from. The data is in `devices.json`.
 
-A basis is one of
+Each rate has a basis:
 
-    measured    on a device of the kind; `sources` says by what
+    measured    on such a device; `sources` says by which benchmark
     fitted      to committed records, which `sources` names
-    nominal     the vendor's data sheet: what nothing exceeds, and what programs rarely reach
-    estimated   from what is known of such devices
-    assumed     for a device that isn't known: the order of magnitude
+    nominal     from the vendor's data sheet: an upper limit that programs rarely reach
+    estimated   from what is known of similar devices
+    assumed     for an unknown device: the order of magnitude
 
-Rates, by name: "copy" bytes/s, read and written together; "float64", "float32", "tf32", "bfloat16" FLOP/s of products,
-dense; "call" seconds that one call of torch takes at least; "graph_call" the same of a launch in a CUDA graph;
-"scan_step" seconds a dependent step of a scan kernel; "latency" seconds from a load to its use; and of a CPU, "cache"
-bytes/s of what its last cache holds, "matrix" the same of a matrix that is multiplied with a few rows, "fresh" seconds
-a byte of memory that the system maps anew, and "view" seconds that a call takes which only makes a view of an array.
+The rates, by name:
+
+    copy        bytes/s, read and written ones together
+    float64, float32, tf32, bfloat16   FLOP/s of dense matrix products
+    call        seconds: the least time of one call of a torch operator
+    graph_call  seconds: the same of a launch inside a CUDA graph
+    scan_step   seconds of one dependent step of a scan kernel
+    latency     seconds from a load to its use
+
+and of a CPU also
+
+    cache       bytes/s of memory in its last cache
+    matrix      bytes/s of a matrix in that cache that is multiplied with a few rows
+    fresh       seconds per byte of memory that the operating system maps anew
+    view        seconds of a call that only makes a view of an array
 """
 
 from __future__ import annotations
@@ -34,7 +44,7 @@ OPTIONAL = ("tf32", "bfloat16", "graph_call", "scan_step", "latency", "cache", "
 
 @dataclass(frozen=True)
 class Rate:
-    """Bytes or FLOP per second, or seconds, and the number's basis."""
+    """A number (bytes or FLOP per second, or seconds) and its basis."""
 
     value: float
     basis: str
@@ -44,14 +54,15 @@ class Rate:
 class Device:
     """A device's profile.
 
-    key, name      as in options, and in words
+    key, name      its name in options, and its name in words
     kind           "gpu" or "cpu"
-    matches        patterns (`fnmatch`) of its name as torch or /proc/cpuinfo gives it
-    memory_bytes   of the whole device
-    rates          by name, as above
-    cores          of a CPU, that its rates are of; cache_bytes: of its last cache
-    sources        where what is measured or fitted is from
-    kernels        what compiled kernels share out of a GPU (`bench.roofline`)
+    matches        `fnmatch` patterns for the name that torch or /proc/cpuinfo gives it
+    memory_bytes   memory of the whole device
+    rates          by name, as listed above
+    cores          for a CPU: with how many cores its rates hold
+    cache_bytes    for a CPU: the size of its last cache
+    sources        where measured and fitted rates come from
+    kernels        for a GPU: compile target, multiprocessors, bytes of shared memory each (`bench.kernels.roofline`)
     """
 
     key: str
@@ -71,14 +82,14 @@ class Device:
         return default if found is None else found.value
 
     def basis(self) -> str:
-        """Where the rates are from, in words: measured: copy, float32; estimated: call."""
+        """Where the rates come from, in words, such as "measured: copy, float32; estimated: call"."""
         by: dict[str, list[str]] = {}
         for name, rate in self.rates.items():
             by.setdefault(rate.basis, []).append(name)
         return "; ".join(f"{basis}: {', '.join(by[basis])}" for basis in sorted(by))
 
     def to_dict(self) -> dict[str, Any]:
-        """The profile as `parse` takes it."""
+        """The profile as the dict that `parse` takes."""
         rates = {name: [rate.value, rate.basis] for name, rate in self.rates.items()}
         made: dict[str, Any] = {**asdict(self), "matches": list(self.matches), "rates": rates}
         del made["key"]
@@ -86,7 +97,7 @@ class Device:
 
 
 def parse(key: str, data: object, where: str) -> Device:
-    """A profile from parsed JSON. Raises ValueError naming `where` and the fault."""
+    """The profile that parsed JSON describes. Raises ValueError, which names `where` (the file) and what is wrong."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: device {key!r} must be an object, got {type(data).__name__}")
     known = {name for name in Device.__dataclass_fields__ if name != "key"}
@@ -111,7 +122,10 @@ def parse(key: str, data: object, where: str) -> Device:
 
 
 def load(path: Path) -> dict[str, Device]:
-    """The profiles of a JSON file, by key. Raises ValueError for what isn't one; OSError if unreadable."""
+    """The profiles of a JSON file, by key.
+
+    Raises ValueError if the file isn't JSON or a profile is wrong, OSError if it can't be read.
+    """
     try:
         data = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -123,18 +137,18 @@ def load(path: Path) -> dict[str, Device]:
 
 @functools.cache
 def known() -> dict[str, Device]:
-    """The profiles that the package comes with."""
+    """The profiles that come with the package."""
     return load(Path(__file__).with_name("devices.json"))
 
 
 def generic(kind: str) -> Device:
-    """What is assumed of a device that isn't known; kind "gpu" or "cpu"."""
+    """The profile that is assumed for an unknown device of this kind, "gpu" or "cpu"."""
     return known()[kind]
 
 
 @functools.cache
 def find(name: str, kind: str) -> Device:
-    """The profile whose patterns match a device's own name, or `generic`'s."""
+    """The profile whose patterns match the device's own name; if there is none, `generic`."""
     for device in known().values():
         if device.kind == kind and any(fnmatch.fnmatchcase(name, pattern) for pattern in device.matches):
             return device
@@ -142,6 +156,6 @@ def find(name: str, kind: str) -> Device:
 
 
 def by_key(key: str) -> Device:
-    """A profile by its key. Raises ValueError naming the known ones."""
+    """The profile of this key. Raises ValueError, which lists the known keys, if there is none."""
     check.one_of("device", key, known())
     return known()[key]

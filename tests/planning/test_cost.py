@@ -1,4 +1,4 @@
-"""The model of cost: what it counts, against the code that runs, and how seconds follow."""
+"""The model of cost: what it counts, against the code that runs, and which form it takes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from rjepa_triton import ELSTM, GRU, LSTM, RGC, OnlineLearner, TwoPointRNN
-from rjepa_triton.backends import room as _room
 from rjepa_triton.online import counting
 from rjepa_triton.planning import cost
-from rjepa_triton.planning.cost import Phase, Rates, Work
 from rjepa_triton.rules import bptt, rfp
 
 LAYERS = {
@@ -27,26 +25,6 @@ LAYERS = {
 
 def problem(layer: TwoPointRNN, batch: int = 1, gpu: bool = False) -> cost.Problem:
     return counting.problem(layer, batch, torch.float32, gpu=gpu)
-
-
-def test_seconds_are_the_sum_of_what_is_counted() -> None:
-    rates = Rates("x", 1e9, 1e12, 1e-6, 1e-7, 1000.0, 4e9, 2e9, 1e-8, 5e-7)
-    work = Work(calls=3, flop=2e6, bytes=4000, scan_steps=5, matrix_bytes=1000, fresh_bytes=100, views=2)
-    fixed = 3e-6 + 2e-6 + 5e-7 + 1e-6 + 1e-6
-    # all in the cache, half of it, and none told apart
-    assert work.seconds(rates, 500) == pytest.approx(fixed + 4000 / 4e9 + 1000 / 2e9)
-    half = 4000 * (0.5 / 4e9 + 0.5 / 1e9) + 1000 * (0.5 / 2e9 + 0.5 / 1e9)
-    assert work.seconds(rates, 2000) == pytest.approx(fixed + half)
-    assert work.seconds(rates) == pytest.approx(fixed + 5000 / 1e9)
-    assert sum(work.parts(rates).values()) == work.seconds(rates)
-    assert (work + work).seconds(rates) == pytest.approx((work * 2).seconds(rates))
-    phases = (Phase("a", work, 500), Phase("b", work))
-    assert cost.seconds(phases, rates) == pytest.approx(work.seconds(rates, 500) + work.seconds(rates))
-
-
-def test_large_arrays_are_mapped_anew() -> None:
-    assert cost.fresh_bytes_of(_room.LARGE) == 0
-    assert cost.fresh_bytes_of(_room.LARGE + 1, 4) == 4 * (_room.LARGE + 1)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -128,7 +106,7 @@ def test_plain_torch_makes_as_many_passes_over_gamma() -> None:
 
 def test_a_learner_counts_what_it_is_asked_to_run_by() -> None:
     plain, compiled = (
-        next(c for c in OnlineLearner(RGC(256), 1, backend=backend)._costs if c.form == "step")
+        next(c for c in OnlineLearner(RGC(256), 1, backend=backend)._choice.costs if c.form == "step")
         for backend in ("torch", "compile")
     )
     g = 4 * 8 * 256**2

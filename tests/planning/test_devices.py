@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rjepa_triton.bench.kernels import roofline
-from rjepa_triton.planning import cost, devices
+from rjepa_triton.planning import cost, devices, work
 
 CPUS = ("epyc-2", "xeon-2", "cpu")
 
@@ -46,13 +46,13 @@ def test_a_device_is_found_by_its_own_name(name: str, kind: str, key: str) -> No
 
 def test_the_learner_takes_the_profile_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(cost, "device_name", lambda device: "Intel(R) Xeon(R) Processor")
+    monkeypatch.setattr(work, "device_name", lambda device: "Intel(R) Xeon(R) Processor")
     xeon = devices.known()["xeon-2"]
     assert cost.rates_of(torch.device("cpu")) == cost.rates(xeon)
     assert cost.rates_of(torch.device("cpu"), torch.float64).flop_per_second == xeon.rate("float64")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert cost.rates_of(torch.device("cpu")).flop_per_second == xeon.rate("float32") / 2
-    monkeypatch.setattr(cost, "device_name", lambda device: "something else")
+    monkeypatch.setattr(work, "device_name", lambda device: "something else")
     assert cost.rates_of(torch.device("cpu")) == cost.CPU
 
 
