@@ -139,7 +139,8 @@ class Problem:
     features   I, the size of the layer's input if a matrix reads it, else 0
     runs       what runs Γ's recursion: "torch", "compile" or "triton" (`runs_gamma`)
     loop       whether the layer's loop is one call of compiled code (`native_backend.compiled_loop`)
-    one_step   whether a single step is: on the CPU a call of compiled code, of an RGC on a GPU one launch (`operations.step`)
+    one_step   whether a single step is one call of compiled code on the CPU, or one launch of an RGC on a GPU
+               (`operations.step`)
     partials   the same of the linearization (`operations.linearize`)
     reverse    whether the reverse scan is a call of compiled code (`native_backend.compiled_reverse`)
     """
