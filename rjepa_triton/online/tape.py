@@ -122,10 +122,8 @@ def recorded(
     (`operations.step`).
     """
     if weights is None and rule == "rfp":
-        made = operations.step(cell, x, recurrent, state, resets, backend=backend)
-        if made is not None:
-            after, lin, m = made
-            return after, Block(Linearization(replace(lin.partials, own=()), lin.before), m, inputs)
+        after, lin, m = operations.step(cell, x, recurrent, state, resets, backend=backend)
+        return after, Block(Linearization(replace(lin.partials, own=()), lin.before), m, inputs)
     trajectory = operations.scan(cell, x, recurrent, state.unbind(0), resets, backend=backend)
     return trajectory.after, linearized(cell, trajectory, recurrent, inputs, rule, weights, backend)
 

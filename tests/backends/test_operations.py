@@ -418,17 +418,28 @@ def test_a_step_of_rgc_and_its_linearisation_at_once(reset: bool) -> None:
         for got, wanted in zip(group, want, strict=True):
             assert list(got) == list(wanted)
             assert oracle.relative(list(got.values()), list(wanted.values())) < 1e-5
-    # what it isn't for
-    assert operations.step(cell, given, narrow, c, resets, backend="torch") is None
-    assert operations.step(cell, given, [w.diagonal() for w in narrow], c, resets, backend="triton") is None
-    many = torch.zeros(1, 1, triton_backend.STEP_ROWS + 1, units)
-    assert (
-        operations.step(
-            cell, many, narrow, torch.zeros(2, triton_backend.STEP_ROWS + 1, units), backend="triton"
-        )
-        is None
-    )
-    assert operations.step(cell, torch.zeros(1, 2, batch, units), narrow, c, backend="triton") is None
+
+
+def test_a_step_that_the_kernel_is_not_for_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not interpreted():
+        pytest.skip("the interpreter is off: a GPU is here")
+    from rjepa_triton.kernels import rgc_step as kernels
+
+    monkeypatch.setattr(kernels, "rgc_step", lambda *_: pytest.fail("the kernel was launched"))
+    cell, units, many = RGCCell(), 5, triton_backend.STEP_ROWS + 1
+    dense = [torch.randn(units, units) / 3 for _ in range(4)]
+    for steps, batch, weights, backend in (
+        (1, 2, dense, "torch"),
+        (1, 2, [w.diagonal() for w in dense], "triton"),
+        (1, many, dense, "triton"),
+        (2, 2, dense, "triton"),
+    ):
+        x, state = torch.randn(1, steps, batch, units), torch.randn(2, batch, units)
+        after, lin, m = operations.step(cell, x, weights, state, backend=backend)
+        trajectory = cell.scan(x, weights, state.unbind(0))
+        torch.testing.assert_close(after, trajectory.after)
+        torch.testing.assert_close(m, operations.linearize(cell, trajectory, weights)[1])
+        torch.testing.assert_close(lin.before, trajectory.before)
 
 
 def test_limits_are_those_of_the_kernels() -> None:
