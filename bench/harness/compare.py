@@ -1,4 +1,4 @@
-"""Compare two files of records: what became faster or slower beyond noise."""
+"""Compare two files of records: what became faster or slower by more than noise explains."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from rich.table import Table
 from .record import Record, Timing, key, latest
 from .tables import place, seconds_text
 
-FLOOR = 0.03  # what counts as noise on a machine that is perfectly steady
-SPELL = math.log(1.15)  # that a yardstick is off its median by where others have the machine for a while
+FLOOR = 0.03  # a change that counts as noise even on a perfectly steady machine
+# The logarithm by which a yardstick is off its median when other programs have the machine for a while.
+SPELL = math.log(1.15)
 
 
 @dataclass(frozen=True)
 class Change:
-    """B against A at one key: the ratio B/A of medians, and what of it the machine explains.
+    """B compared with A at one key: the ratio B/A of their medians, and the ratio that noise explains.
 
-    noise    the ratio either way that noise explains here (`noise_of`)
-    apart    whether the samples' intervals p20–p80 are disjoint, and the medians' bootstrap intervals if both have one
+    noise    the largest ratio, up or down, that noise explains here (`noise_of`)
+    apart    whether the intervals p20–p80 of the samples are disjoint, and so are the medians' bootstrap
+             intervals, if both have one
     """
 
     a: Record
@@ -43,7 +45,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Changes of what both files timed; what only one of them did."""
+    """The changes of what both files timed, and the records of what only one of them timed."""
 
     changes: list[Change]
     only_a: list[Record]
@@ -51,12 +53,13 @@ class Comparison:
 
 
 def unsteadiness(timings: Iterable[Timing]) -> float:
-    """How far apart two timings of one thing come, by a run's yardsticks: 2 robust deviations of the logarithm of one
-    at a point, times √2; or the most that it was off its median, times √2, where that is beyond `SPELL`.
+    """How far apart (as a logarithm) two timings of the same work come on this machine, by a run's yardsticks.
 
-    A yardstick at a point is the median of its passes, as what is timed there. What others do on a machine comes in
-    spells: one point in five may be twice as slow, and the rest steady, so that no deviation tells of it. The least
-    steady yardstick counts. 0 with fewer than 4 times of it: nothing is known.
+    For each yardstick the values are its logarithms at the points, each the median over passes, like what is timed
+    there. The result is √2 times 2 robust standard deviations of these; or √2 times the largest distance from their
+    median, if that is more than `SPELL`. Other programs slow a machine down in spells: one point in five may be twice
+    as slow and the rest steady, which a deviation doesn't show. The least steady yardstick counts; one with fewer than
+    4 values counts as 0, since nothing is known.
     """
     values: dict[str, set[float]] = {}
     for timing in timings:
@@ -73,11 +76,12 @@ def unsteadiness(timings: Iterable[Timing]) -> float:
 
 
 def widest(timings: Iterable[Timing]) -> float:
-    """How far apart two timings of a case come, by the widest of its medians' 95 % intervals: of two like it, half the
-    width of its logarithm, times √2; or all of it, where that is beyond `SPELL`, as of times that have two levels.
+    """How far apart (as a logarithm) two timings of a case come, by the widest 95 % interval of its medians.
 
-    Where points were timed in several passes it has in it what differs from process to process, such as where memory
-    lies, which takes one point and not the next, and no yardstick. 0 where there are no intervals.
+    For two intervals of that width it is √2 times half the width of the logarithm; or the whole width if that is more
+    than `SPELL`, as for times that have two levels. If points were timed in several passes, the intervals contain what
+    differs from process to process, such as where memory lies: it affects one point and not the next, and no yardstick
+    shows it. 0 if there are no intervals.
     """
     found = max(
         (math.log(t.high / t.low) for t in timings if t.low is not None and t.high is not None), default=0.0
@@ -86,11 +90,12 @@ def widest(timings: Iterable[Timing]) -> float:
 
 
 def noise_of(a: Timing, b: Timing, floor: float, unsteady: float) -> float:
-    """The ratio of two medians, either way, that noise explains: (1 + floor) · exp(unsteady + drift).
+    """The ratio of two medians, up or down, that noise explains: (1 + floor) · exp(unsteady + drift).
 
-    drift: the largest change of a yardstick between the two, work that is the same in both: what it changed by, the
-    machine did; 0 if it isn't larger than what an unsteady machine shows. floor: what counts as noise where both
-    machines were perfectly steady.
+    floor     the change that counts as noise even if both machines were perfectly steady
+    unsteady  `unsteadiness` of the machine, or `widest` of the case
+    drift     the largest change (as a logarithm) of a yardstick between the two. Yardsticks do the same work in both,
+              so the machine caused it. It counts only if it is larger than `unsteady`.
     """
     was, now = ({name: statistics.median(t.yardsticks[name]) for name in t.yardsticks} for t in (a, b))
     drift = max((abs(math.log(now[name] / was[name])) for name in was.keys() & now.keys()), default=0.0)
@@ -106,7 +111,7 @@ def _apart(a: Timing, b: Timing) -> bool:
 
 
 def compare(a: Sequence[Record], b: Sequence[Record], floor: float = FLOOR) -> Comparison:
-    """Match timed records by key, versions left aside. Raises ValueError for a floor that is negative."""
+    """Match timed records by key, without versions, and compare them. Raises ValueError for a negative floor."""
     if not floor >= 0:
         raise ValueError(f"floor must be at least 0, got {floor}")
     timed_a, timed_b = ({key(r, versions=False): r for r in latest(file) if r.timing} for file in (a, b))
@@ -132,7 +137,7 @@ def compare(a: Sequence[Record], b: Sequence[Record], floor: float = FLOOR) -> C
 
 
 def table(comparison: Comparison) -> Table:
-    """One row a matched point."""
+    """A table with one row for each matched point."""
     out = Table(title="B against A, seconds per time step")
     for heading in ("point", "A", "B", "B / A", "noise up to", "beyond noise"):
         out.add_column(heading, justify="left" if heading == "point" else "right")

@@ -1,4 +1,4 @@
-"""Joules that a device has used, where it counts them: NVML for NVIDIA GPUs, RAPL for processors."""
+"""The energy that a device has used, where it has a counter: NVML for NVIDIA GPUs, RAPL for processors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ POWERCAP = Path("/sys/class/powercap")
 
 @dataclass(frozen=True)
 class Meter:
-    """A counter of joules, which counts for the whole device, whoever uses it.
+    """A counter of joules. It counts for the whole device, whichever program uses it.
 
-    source    "NVML" or "RAPL", and of what; or why there is no counter
-    read      joules since some time, or None where there is no counter
-    wraps     joules after which it starts again, or None
+    source    "NVML" or "RAPL" and what it counts for, or why there is no counter
+    read      joules since some fixed time; None without a counter
+    wraps     joules after which the counter starts again from 0; None if it doesn't
     """
 
     source: str
@@ -25,7 +25,7 @@ class Meter:
     wraps: float | None = None
 
     def between(self, before: float | None, after: float | None) -> float | None:
-        """Joules from one reading to another, less than `wraps` apart; None where there is no counter."""
+        """Joules between two readings that are less than `wraps` apart; None without a counter."""
         if before is None or after is None:
             return None
         return after - before + (self.wraps or 0.0) * (after < before)
@@ -46,13 +46,13 @@ def _nvml(device: torch.device) -> Meter:
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception as error:  # pynvml's own kinds; whatever it is, there is no counter
+    except Exception as error:  # pynvml's own exceptions; any of them means that there is no counter
         return Meter(f"none: NVML says {error}", lambda: None)
     return Meter("NVML, the whole GPU", lambda: 1e-3 * pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
 
 
 def _rapl(powercap: Path) -> Meter:
-    # packages alone: their parts (cores, memory controller) are named with a second number, intel-rapl:0:0
+    # only whole packages: their parts (cores, memory controller) have a second number in their names, intel-rapl:0:0
     zones = [zone for zone in sorted(powercap.glob("*-rapl:*")) if zone.name.count(":") == 1]
     try:
         for zone in zones:
@@ -65,7 +65,7 @@ def _rapl(powercap: Path) -> Meter:
     return Meter(
         f"RAPL, {len(zones)} processor package{'s' * (len(zones) > 1)}",
         lambda: 1e-6 * sum(_number(zone / "energy_uj") for zone in zones),
-        # of several, the sum drops by what the one that started again could count
+        # with several packages, the sum drops by the range of the one whose counter started again
         1e-6 * min(wraps),
     )
 

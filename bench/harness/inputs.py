@@ -1,7 +1,8 @@
-"""What the benchmarks feed a layer: a simulated scan path over a photograph, or noise; and random weights.
+"""The benchmarks' inputs, which are patches along a simulated scan path over a photograph, or noise; and random
+weights.
 
-The photograph is matplotlib's own sample data, so nothing is downloaded. Real fixations overlap and repeat,
-so their inputs are correlated in time, which noise isn't.
+The photograph is matplotlib's own sample data, so nothing is downloaded. Real fixations overlap and repeat, so such
+inputs are correlated in time, unlike noise.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from ... import _checks as check
 
 INPUTS = ("photo", "noise")
-PATCH = 50  # pixels a side, about the fovea of the paper's images
+PATCH = 50  # pixels a side: about the fovea in the paper's images
 # Saccade amplitudes are gamma distributed: many short ones, a few across the picture. Pixels.
 AMPLITUDE_SHAPE, AMPLITUDE_SCALE = 1.3, 40.0
 
@@ -32,9 +33,9 @@ def photograph() -> np.ndarray:
 
 
 def scan_path(steps: int, height: int, width: int, seed: Sequence[int]) -> np.ndarray:
-    """Top left corners (T, 2) of the patches of one saccade walk, inside an image of height × width pixels.
+    """The top left corners (T, 2) of the patches along one walk of saccades inside an image of height × width pixels.
 
-    Amplitudes are gamma distributed, directions uniform; a saccade over a border is reflected at it.
+    Amplitudes are gamma distributed, directions uniform; a saccade across a border is reflected at it.
     """
     rng = np.random.default_rng(seed)
     room = np.array([height - PATCH, width - PATCH])
@@ -47,7 +48,7 @@ def scan_path(steps: int, height: int, width: int, seed: Sequence[int]) -> np.nd
 
 
 def inputs(kind: str, steps: int, batch: int, units: int, seed: int, like: Tensor) -> Tensor:
-    """x (T, B, N) in the dtype and on the device of `like`; the same for the same arguments.
+    """Draw inputs x (T, B, N) in the dtype and on the device of `like`; the same for the same arguments.
 
     "photo": 50×50 grey patches along B independent scan paths, mean removed, projected to N numbers by a
     fixed Gaussian matrix, each component standardised over (T, B) to mean 0 and variance 1.
@@ -80,7 +81,7 @@ def _patches(image: np.ndarray, steps: int, seed: Sequence[int]) -> np.ndarray:
 
 
 def weights(units: int, scale: float, seed: int, like: Tensor, *, diagonal: bool = False) -> list[Tensor]:
-    """RGC's four weights: (N, N) each, W ~ scale·N(0, 1)/√N; or diagonal ones, (N,), scale·N(0, 1)."""
+    """Draw an RGC's four weights: (N, N) each, scale·N(0, 1)/√N; or if `diagonal` (N,) each, scale·N(0, 1)."""
     rng = np.random.default_rng([seed, 2])
     if diagonal:
         drawn = [scale * rng.standard_normal(units) for _ in range(4)]
@@ -90,5 +91,5 @@ def weights(units: int, scale: float, seed: int, like: Tensor, *, diagonal: bool
 
 
 def normal(shape: Sequence[int], seed: int, stream: int, like: Tensor) -> Tensor:
-    """N(0, 1) of the given shape; `stream` keeps draws of one seed apart (0 to 2 are this file's own)."""
+    """Draw N(0, 1) of the given shape. Draws of one seed differ by `stream`; 0 to 2 are taken by this file."""
     return torch.from_numpy(np.random.default_rng([seed, stream]).standard_normal(tuple(shape))).to(like)

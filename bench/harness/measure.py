@@ -1,7 +1,8 @@
-"""Time and memory of a call: interleaved samples, medians and their intervals; peak allocator bytes; rates.
+"""Measure time and memory of calls: interleaved samples, medians with intervals, peak allocator bytes, rates.
 
-The statistics of every benchmark are here and in `fit` and `compare`: warm up until stable, take samples of several
-functions in turn, give the median with its bootstrap interval, and time pieces of work that never change beside them.
+All benchmarks measure in the same way: warm up until times are stable, sample several functions in turn, give the
+median with its bootstrap interval, and time work that never changes beside them. `statistics` and `compare` interpret
+the results.
 """
 
 from __future__ import annotations
@@ -24,28 +25,30 @@ import torch
 from ..._device import available_bytes as available_bytes
 from .record import Timing, rounded
 
-# The profiler's library reports its start, and the lack of a GPU driver, on stderr. It reads this once, when
+# The profiler's library reports its start, and a missing GPU driver, on stderr. It reads this level once, when it is
 # first used; 6 is above its highest level.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
-SAMPLE_SECONDS = 2e-3  # a sample is at least this long: 1e4 times the clock's resolution
-STABLE = 0.05  # warm when the best of three calls is within this of the best of the three before
-WARM_SECONDS = 0.5  # and warm enough after this long in any case
-LEAST_ROUNDS = 7  # with fewer, one that is held up widens the interval of all
-LEAST_OF_A_PASS = 5  # of several
+SAMPLE_SECONDS = 2e-3  # a sample takes at least this long: 1e4 times the clock's resolution
+STABLE = (
+    0.05  # a function is warm when the best of three calls is within this of the best of the three before
+)
+WARM_SECONDS = 0.5  # and after this long in any case
+LEAST_ROUNDS = 7  # with fewer samples, one that is disturbed widens the interval
+LEAST_OF_A_PASS = 5  # the same for each of several passes
 MOST_ROUNDS = 40
-RESAMPLES = 1000  # of a bootstrap
-GAUGE_SAMPLES = 4  # of each yardstick at a time
+RESAMPLES = 1000  # resamples of a bootstrap
+GAUGE_SAMPLES = 4  # samples of each yardstick, each time that they are due
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Have this process keep the memory that it frees; whether its C library is one that can be told.
+    """Have this process keep the memory that it frees. Returns whether its C library could be told to.
 
-    By default glibc gives large blocks back to the system, which maps each page anew when it is next written. How often
-    depends on what else lies where, so it differs from process to process of the same code, and it can take longer than
-    what is timed.
+    By default glibc returns large blocks to the system, which maps each page anew when it is next written. How often
+    that happens depends on what else is allocated, so it differs from process to process of the same code, and it can
+    take longer than the work that is timed.
     """
     try:
         told = ctypes.CDLL(None).mallopt
@@ -55,7 +58,7 @@ def keep_freed_memory() -> bool:
 
 
 def seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds a call, over `calls` calls in a row. On CUDA from events around them, so launches overlap."""
+    """Seconds a call, over `calls` calls in a row. On CUDA they are timed by events, so launches overlap with work."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -72,12 +75,15 @@ def seconds(function: Callable[[], object], calls: int, device: torch.device) ->
 
 
 def least_rounds(passes: int) -> int:
-    """Samples that `interleave` takes of each function at least in each of so many passes."""
+    """The least number of samples that `interleave` takes of each function, in each of so many passes."""
     return LEAST_ROUNDS if passes == 1 else LEAST_OF_A_PASS
 
 
 def warm_up(function: Callable[[], object], device: torch.device) -> float:
-    """Call until three calls are no faster, to 5 %, than the three before, or 0.5 s are over; the fastest call."""
+    """Call until the best of three calls is within 5 % of the best of the three before, or for 0.5 s.
+
+    Returns the seconds of the fastest call.
+    """
     begin, taken = time.perf_counter(), [seconds(function, 1, device)]
     while time.perf_counter() - begin < WARM_SECONDS:
         taken.append(seconds(function, 1, device))
@@ -87,10 +93,10 @@ def warm_up(function: Callable[[], object], device: torch.device) -> float:
 
 
 def timing(*passes: Sequence[float] | np.ndarray) -> Timing:
-    """Median, 20th/80th percentiles and the median's 95 % bootstrap interval of samples that were taken in passes.
+    """The median, the 20th and 80th percentiles, and the median's 95 % bootstrap interval of samples taken in passes.
 
-    Each pass counts alike, however many samples it has. The bootstrap draws passes, with replacement, and samples of
-    each: so the interval has in it what differs from pass to pass. Of the same samples it is the same.
+    Each pass has the same weight, however many samples it has. The bootstrap draws passes with replacement, and samples
+    of each pass drawn, so the interval contains what differs from pass to pass. It is deterministic.
     """
     taken = [np.sort(np.asarray(samples, dtype=np.float64)) for samples in passes]
     most = max(map(len, taken))
@@ -105,14 +111,14 @@ def timing(*passes: Sequence[float] | np.ndarray) -> Timing:
 
 
 def medians(samples: Sequence[float] | np.ndarray, seed: int = 0) -> np.ndarray:
-    """Medians of `RESAMPLES` draws, with replacement, of as many samples as there are."""
+    """The medians of `RESAMPLES` bootstrap resamples of the samples."""
     values = np.asarray(samples, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     return np.median(values[drawn], axis=1)
 
 
 def _medians_of_passes(passes: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
-    """Medians of `RESAMPLES` draws of as many passes as there are, and of samples of each that is drawn."""
+    """The medians of `RESAMPLES` bootstrap resamples of the passes, and of the samples of each pass that is drawn."""
     if len(passes) == 1:
         return medians(passes[0], seed)
     rng = np.random.default_rng(seed)
@@ -124,19 +130,20 @@ def _medians_of_passes(passes: Sequence[np.ndarray], seed: int = 0) -> np.ndarra
 
 
 def pooled(earlier: Timing, later: Timing) -> Timing:
-    """Both as passes of one measurement. They have samples, and the same yardsticks."""
+    """Join two timings as passes of one measurement. Both must have samples, and the same yardsticks."""
     samples = [*earlier.samples, *later.samples]
     gauges = {name: [*earlier.yardsticks[name], *later.yardsticks[name]] for name in later.yardsticks}
     return replace(timing(*samples), yardsticks=gauges, samples=samples)
 
 
 def yardsticks(device: torch.device) -> dict[str, Callable[[], object]]:
-    """Work that is the same in every version of this package, and what of the machine it feels.
+    """Functions whose work is the same in every version of this package; each is sensitive to one part of the machine.
 
-    calls     64 additions to 16 numbers: what it costs to call torch
-    product   one product of matrices, 2·512³ FLOP on the CPU and 2·4096³ on a GPU
-    copy      one copy of 16 MB on the CPU, of 1 GB on a GPU
-    cache     a matrix of 8 MB times a vector: what others leave of the last cache, where a layer's weights lie
+    calls     64 additions to 16 numbers: the cost of calling torch
+    product   one matrix product, 2·512³ FLOP on the CPU and 2·4096³ on a GPU: arithmetic
+    copy      one copy of 16 MB on the CPU, of 1 GB on a GPU: memory
+    cache     a matrix of 8 MB times a vector: the part of the last cache, where a layer's weights lie, that other
+              programs leave free
     """
     large = device.type == "cuda"
     small = torch.zeros(16, device=device)
@@ -165,15 +172,16 @@ def interleave(
     case_seconds: float = 0.5,
     passes: int = 1,
 ) -> dict[str, Timing | Exception]:
-    """Seconds a call of several functions, sampled in turn: what disturbs the machine disturbs all alike.
+    """Seconds a call of several functions, sampled in turn so that disturbances of the machine affect all alike.
 
-    Each round takes one sample of each; a sample is as many calls as take 2 ms. A function leaves the rounds
-    when it has had 7 samples and `case_seconds`, or 40 samples; where this is one of several `passes` (`pooled`), when
-    it has had 5 samples and its part of `case_seconds`, or of 40. One that raises gives its exception instead.
+    Each round takes one sample of each function; a sample is as many calls as take 2 ms. A function is done when it has
+    7 samples and `case_seconds` of them, or 40 samples. If this is one of several `passes` (`pooled`), it is done when
+    it has 5 samples and its share of `case_seconds`, or of the 40. A function that raises gives its exception as the
+    result.
 
-    The `yardsticks` are sampled in the first round, in rounds 2, 4, 8, … and after the last, so that they see what the
-    functions see. They drive the functions' data out of the caches, so a function is called once more, untimed, before
-    its sample then.
+    The `yardsticks` are sampled in the first round, in rounds 2, 4, 8, … and after the last, so they meet the same
+    disturbances. They push the functions' data out of the caches, so in those rounds each function is called once,
+    untimed, before its sample.
     """
     if not functions:
         return {}
@@ -181,7 +189,7 @@ def interleave(
     gauges = {name: _Sampled(function, device) for name, function in yardsticks(device).items()}
     cases = {name: _Sampled(function, device) for name, function in functions.items()}
     gc.collect()
-    gc.disable()  # a collection in the middle of a sample would be charged to whoever ran
+    gc.disable()  # a collection in the middle of a sample would count as time of the function that ran
     try:
         for each in (*gauges.values(), *cases.values()):
             each.warm()
@@ -212,7 +220,7 @@ def interleave(
 
 
 class _Sampled:
-    """A function, the samples of it, and what it raised."""
+    """A function, its samples, and the exception that it raised, if any."""
 
     def __init__(self, function: Callable[[], object], device: torch.device) -> None:
         self._function, self._device, self._calls = function, device, 1
@@ -220,7 +228,7 @@ class _Sampled:
         self.error: Exception | None = None
 
     def warm(self) -> None:
-        """Call it until it is warm; how many calls take as long as a sample."""
+        """Call the function until it is warm, and set how many calls make a sample."""
         try:
             self._calls = max(1, math.ceil(SAMPLE_SECONDS / warm_up(self._function, self._device)))
         except Exception as error:
@@ -231,7 +239,7 @@ class _Sampled:
         return self.error is not None or (len(self.samples) >= least and spent >= case_seconds)
 
     def sample(self, again: bool) -> None:
-        """Take a sample; again: after a call that isn't timed, where a sample is several calls."""
+        """Take a sample. again: call the function once before, untimed, if a sample is several calls."""
         try:
             if again and self._calls > 1:
                 self._function()
@@ -241,12 +249,12 @@ class _Sampled:
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most bytes alive at once during one call, above what was alive before it.
+    """The most bytes alive at once during one call, beyond those alive before it.
 
-    So that what an algorithm keeps from call to call counts, `function` should build it, then run it. These
-    are bytes of torch's allocator, as the profiler sees them on the CPU and `torch.cuda.max_memory_allocated`
-    on CUDA; not the process's resident memory, which includes torch itself, and not what a library such as
-    MKL takes by itself.
+    `function` should build an algorithm and then run it, so that what the algorithm keeps from call to call counts. The
+    bytes are those of torch's allocator, as the profiler sees them on the CPU, and `torch.cuda.max_memory_allocated` on
+    CUDA. They aren't the process's resident memory, which includes torch itself, and don't include memory that a
+    library such as MKL allocates by itself.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -258,7 +266,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         function()
-    # Every allocation is in the exported trace; the profiler's `events()` folds most into their operators.
+    # The exported trace has every allocation; the profiler's `events()` merges most of them into their operators.
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
@@ -272,7 +280,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 
 def flop_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of a large matrix product: what predictions of time divide by."""
+    """FLOP per second of a large matrix product: the rate by which predictions of time divide."""
     size = 8192 if device.type == "cuda" else 1024  # enough to fill a GPU
     a = torch.ones(size, size, dtype=dtype, device=device)
     b = torch.ones(size, 2 * size, dtype=dtype, device=device)
@@ -280,15 +288,15 @@ def flop_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second of a large copy, read and written ones together: what traffic is held against."""
-    numbers = 1 << (28 if device.type == "cuda" else 25)  # beyond caches, so far as memory allows
+    """Bytes per second of a large copy, read and written ones together: the rate with which traffic is compared."""
+    numbers = 1 << (28 if device.type == "cuda" else 25)  # larger than the caches, as far as memory allows
     source = torch.ones(numbers, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), 1, device) for _ in range(6))
 
 
 def cache_bytes() -> int:
-    """Bytes of the processor's last cache, as Linux tells them; 0 where it doesn't."""
+    """Bytes of the processor's last-level cache, as Linux reports them; 0 if it doesn't."""
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()

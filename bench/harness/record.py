@@ -1,7 +1,7 @@
-"""The record of one measurement, and the file of records: JSON Lines, one record a line, only appended to.
+"""The record of one measurement, and files of records: JSON Lines, one record a line, to which lines are only added.
 
-A line is written whole or not at all, so a run that was interrupted or met a full disk leaves a file that the
-next run goes on with.
+A line is written whole or not at all, so a run that was interrupted, or met a full disk, leaves a file that the next
+run continues.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ import torch
 from ..._device import device_name as device_name
 
 SCHEMA = 3
-# 1: timings without a median's interval and yardsticks; 2: without samples, and one time of each yardstick
+# Schema 1 has timings without intervals and yardsticks; schema 2 without samples, and with one time of each yardstick.
 READABLE = (1, 2, 3)
 STATUSES = ("ok", "oom", "error", "over_budget", "missing")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: median and 20th/80th percentiles of `repeats` samples.
+    """Seconds: the median and the 20th and 80th percentiles of `repeats` samples.
 
-    low, high     the ends of the median's 95 % bootstrap interval; None in records of schema 1, and of one sample
-    yardsticks    seconds of pieces of work that never change, taken among the samples (`measure.yardsticks`), by pass:
-                  what they differ by from another record's, the machine does; none in records of schema 1
-    samples       of each pass, to 4 digits, where cases were sampled in turn (`measure.interleave`); else none
+    low, high     the ends of the median's 95 % bootstrap interval; None for one sample, and in records of schema 1
+    yardsticks    seconds of work that never changes (`measure.yardsticks`), timed among the samples, by pass. If they
+                  differ from those of another record, the machine differed. Empty in records of schema 1.
+    samples       the samples of each pass, to 4 digits, if cases were sampled in turn (`measure.interleave`)
     """
 
     median: float
@@ -51,7 +51,7 @@ class Timing:
     samples: list[list[float]] = field(default_factory=list)
 
     def per(self, count: int) -> Timing:
-        """The same for one of `count` equal parts."""
+        """The timing of one of `count` equal parts of what was timed."""
         low, high = (None if end is None else end / count for end in (self.low, self.high))
         parts = (self.median / count, self.p20 / count, self.p80 / count)
         samples = [rounded(one / count for one in taken) for taken in self.samples]
@@ -65,20 +65,21 @@ class Record:
     benchmark, algorithm    "scaling" and a case's name, "fidelity" and a method, "learn" and a learning rule,
                             "kernels" and kernel/runner, "roofline" and a kernel, "forward" and a mode,
                             "forward-predicted" and a way to take a training step, or "peers" and a peer
-    params                  what was asked for: N, B, T, C, dtype, device, input, scale, threads, …
+    params                  the parameters asked for: N, B, T, C, dtype, device, input, scale, threads, …
     status, message         "ok"; or "oom", "error", "over_budget", "missing" (a package or a device), and why
-    timing                  seconds per time step, of "kernels", "forward" and "peers" per call; None unless "ok"
-    state_bytes             bytes of learning state, as counted from its formula
+    timing                  seconds per time step, in "kernels", "forward" and "peers" per call; None unless "ok"
+    state_bytes             bytes of learning state, computed from its formula
     peak_bytes              peak bytes as measured: see `measure.peak_bytes`
-    predicted_peak_bytes    and predicted_seconds (a time step): known before anything is built; of a call
-                            in "kernels" and "roofline", of a training step in "forward-predicted"
-    compile_seconds         wall time of the first call where something was compiled, that call included
-    backend                 what ran the Γ recursion, and why; None for a case that has none
+    predicted_peak_bytes    known before anything is built, as is
+    predicted_seconds       for a time step; in "kernels" and "roofline" for a call, in "forward-predicted" for a
+                            training step
+    compile_seconds         wall time of the first call if something was compiled, that call included
+    backend                 what ran Γ's recursion, and why; None for a case without Γ
     device                  name of the processor or GPU
-    versions, git           of python, torch, …; revision of the checkout, "-dirty" if changed, or None
+    versions, git           versions of python, torch, …; revision of the checkout, "-dirty" if changed, or None
     run, time               ISO times of the sweep's start and of this record
-    command                 what was typed to make it; "" in records of schema 1, and where it was no command
-    payload                 results that are not times, by benchmark
+    command                 the command line that made it; "" in records of schema 1, and in other programs
+    payload                 results that are not times, different for each benchmark
     """
 
     benchmark: str
@@ -104,17 +105,17 @@ class Record:
 
 
 def rounded(seconds: Iterable[float]) -> list[float]:
-    """To 4 digits, so that a line with all samples stays short: less than any clock or machine tells."""
+    """Round to 4 digits, so that a line with all samples stays short; no clock or machine is more precise."""
     return [float(f"{one:.4g}") for one in seconds]
 
 
 def now() -> str:
-    """The time, ISO 8601, UTC, to the millisecond."""
+    """The current time in UTC, as ISO 8601 to the millisecond."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of all that a time depends on; None for what is not installed."""
+    """The versions of everything on which a time depends; None for a package that is not installed."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -129,7 +130,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_revision() -> str | None:
-    """The checkout's revision, with "-dirty" if a tracked file was changed; None outside of a checkout."""
+    """The revision of the checkout, with "-dirty" if a tracked file was changed; None outside of a checkout."""
     here = Path(__file__).resolve().parent.parent
 
     def git(*args: str) -> str:
@@ -137,7 +138,7 @@ def git_revision() -> str | None:
         return done.stdout.strip()
 
     try:
-        # an installed copy may lie inside some other repository: that one's revision says nothing about it
+        # an installed copy may lie inside some other repository, whose revision says nothing about it
         if Path(git("rev-parse", "--show-toplevel")) != here.parent:
             return None
         dirty = git("status", "--porcelain", "--untracked-files=no")
@@ -147,9 +148,9 @@ def git_revision() -> str | None:
 
 
 def key(record: Record, *, versions: bool = True) -> str:
-    """What makes two records measurements of the same thing; without versions, to compare two of them.
+    """A text that is equal for two measurements of the same thing.
 
-    Benchmark, algorithm, params, device and torch's version; never the git revision.
+    It is made of benchmark, algorithm, params, device and, if `versions`, torch's version; never of the git revision.
     """
     parts: list[Any] = [record.benchmark, record.algorithm, record.params, record.device]
     if versions:
@@ -158,12 +159,12 @@ def key(record: Record, *, versions: bool = True) -> str:
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """The last record of each key, in the order of the keys' first appearance."""
+    """The last record of each key, in the order in which the keys first appear."""
     return list({key(record): record for record in records}.values())
 
 
 def started(benchmark: str, device: torch.device | str) -> dict[str, Any]:
-    """What all records of one run share, as fields: a torch device, or the name of what isn't one."""
+    """The fields that all records of one run share. device: a torch device, or the name of another one."""
     return {
         "benchmark": benchmark,
         "device": device if isinstance(device, str) else device_name(device),
@@ -175,7 +176,7 @@ def started(benchmark: str, device: torch.device | str) -> dict[str, Any]:
 
 
 def command() -> str:
-    """`rjepa …` as it was typed, or as `python -m rjepa_triton …`; "" in another program."""
+    """The command line, as `rjepa …`, if this program is `rjepa` or `python -m rjepa_triton`; else ""."""
     program, *arguments = sys.argv or [""]
     path = Path(program)
     ours = path.name == "rjepa" or path.parts[-2:] == ("rjepa_triton", "__main__.py")
@@ -183,13 +184,13 @@ def command() -> str:
 
 
 def measured(path: Path) -> set[str]:
-    """Keys of what a file holds measurements ("ok") of, by the last record of each; none without a file."""
+    """The keys whose last record in a file is a measurement ("ok"); none if there is no file."""
     earlier = latest(load(path)) if path.exists() else []
     return {key(record) for record in earlier if record.status == "ok"}
 
 
 def here(path: Path, benchmark: str, device: str) -> list[Record]:
-    """A file's last records of a benchmark that this device made with this torch."""
+    """The last record of each key in a file, of one benchmark, on this device and with this version of torch."""
     name = device_name(torch.device(device))
     return [
         record
@@ -200,9 +201,10 @@ def here(path: Path, benchmark: str, device: str) -> list[Record]:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add one line to the file, and sync it: the whole line, or an OSError and the file as it was.
+    """Add a record to the file as one line, and sync it. If that fails, the file stays as it was.
 
-    What an interrupted write left after the last newline is cut off first, with a warning.
+    What an interrupted write left after the last newline is cut off first, with a warning. Raises OSError if the line
+    can't be written whole.
     """
     line = (json.dumps(asdict(record), sort_keys=True, allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -221,7 +223,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def _cut_broken_tail(descriptor: int, path: Path) -> int:
-    """Truncate the file after its last whole line, and return its size."""
+    """Truncate the file after its last whole line; returns its size."""
     os.lseek(descriptor, 0, os.SEEK_SET)
     with open(descriptor, "rb", closefd=False) as file:
         body = file.read()
@@ -249,9 +251,9 @@ def _is_json(line: str) -> bool:
 def load(path: Path | str) -> list[Record]:
     """All records of a file, in order.
 
-    A last line that an interrupted write broke is left out with a warning. Raises ValueError, naming file,
-    line and fault, for a broken line elsewhere, another schema, or missing or unknown fields; OSError if
-    unreadable.
+    A last line that an interrupted write broke is left out, with a warning. Raises ValueError, naming the file, the
+    line and the fault, for a broken line elsewhere, an unknown schema, or missing or unknown fields; OSError if the
+    file can't be read.
     """
     path = Path(path)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -269,9 +271,9 @@ def load(path: Path | str) -> list[Record]:
 
 
 def load_all(path: Path) -> list[Record]:
-    """The last records of a file, or of all files of records in a folder.
+    """The last record of each key of a file, or of each file of records in a folder.
 
-    Raises ValueError if there are none; and as `load`.
+    Raises ValueError if there are none, and what `load` raises.
     """
     found = [r for file in files_of(path) for r in latest(load(file))]
     if not found:
@@ -280,7 +282,7 @@ def load_all(path: Path) -> list[Record]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file, or a folder's files of records: other runs may keep logs of their own beside them."""
+    """The file itself; or the files of records in a folder, which may hold other files as well."""
     if not path.is_dir():
         return [path]
     return [file for file in sorted(path.glob("*.jsonl")) if _holds_records(file)]
@@ -292,7 +294,7 @@ def _holds_records(file: Path) -> bool:
 
 
 def _record(data: object, where: str) -> Record:
-    """A record from parsed JSON, or ValueError."""
+    """Make a record of parsed JSON. Raises ValueError, naming `where`."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: a record must be a JSON object, got {type(data).__name__}")
     schema = data.get("schema")
@@ -314,7 +316,7 @@ def _record(data: object, where: str) -> Record:
     timing = data["timing"]
     if timing is not None:
         try:
-            if schema == 2:  # one time of each
+            if schema == 2:  # it has one time of each yardstick
                 timing = {**timing, "yardsticks": {name: [one] for name, one in timing["yardsticks"].items()}}
             timing = Timing(**timing)
         except (TypeError, KeyError, AttributeError):

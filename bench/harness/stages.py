@@ -1,7 +1,7 @@
-"""Commands one after the other, each with a time limit, within a time for all: what `gpu-check` and `all` run.
+"""Run commands one after the other, each with a time limit, within a total time: for `gpu-check` and `all`.
 
-One that fails or runs out of time is recorded, and the next one runs. `summary.json` is written anew as each starts and
-ends, and each has a log of its own, so that a run that is cut off leaves what it had.
+A command that fails or runs out of time is recorded, and the next one runs. `summary.json` is rewritten as each command
+starts and ends, and each has a log of its own, so a run that is cut off leaves what it had.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 SUMMARY = "summary.json"
-STOP_SECONDS = 8.0  # that a stage which was told to stop may take to write what it has
+STOP_SECONDS = 8.0  # a stage that is told to stop may take this long to write what it has
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, with its output in `<name>.log`.
+    """A command, whose output goes to `<name>.log`.
 
-    seconds: its time limit. must_finish: whether running out of time is a failure, as it is of tests.
+    seconds: its time limit. must_finish: whether running out of time is a failure, as it is for tests.
     """
 
     name: str
@@ -37,7 +37,10 @@ class Stage:
 
 @dataclass
 class Result:
-    """What became of a stage: "running", "ok", "failed", "cut off" by its limit, or "skipped": no time."""
+    """How a stage ended. status: "running", "ok", "failed", "cut off" by its limit, or "skipped" for lack of time.
+
+    code: exit code. counts: of tests, by outcome. tail: the last lines of its log.
+    """
 
     name: str
     command: str
@@ -59,10 +62,13 @@ def run_stages(
     earlier: Sequence[Result] = (),
     tell: Callable[[str], None] = print,
 ) -> int:
-    """Run the stages; 0, or 1 if one failed, or was cut off or skipped that must finish.
+    """Run the stages. Returns 1 if one failed, or one that must finish didn't, else 0.
 
-    about: told at the head of the summary. checkout: where they run, and where they find the package's code even if it
-    isn't installed; where this process is if None. earlier: results that the summary keeps before the stages' own.
+    about     what the summary says first
+    checkout  the folder in which they run, and from which they import the package even if it isn't installed; None:
+              this process's own folder
+    earlier   results that the summary lists before those of the stages
+    tell      is given a line for each stage that ended
     """
     deadline = time.monotonic() + total_seconds
     results: list[Result] = list(earlier)
@@ -84,14 +90,14 @@ def run_stages(
 
 
 def _run(stage: Stage, limit: float, out: Path, checkout: Path | None, result: Result) -> None:
-    """One stage; adds to `result`."""
-    # kernels are to run on the device that is there
+    """Run one stage, and fill in `result`."""
+    # kernels are to run on the real device
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if checkout is not None:
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, (str(checkout), os.environ.get("PYTHONPATH")))
         )
-    (out / f"{stage.name}.xml").unlink(missing_ok=True)  # an earlier run's
+    (out / f"{stage.name}.xml").unlink(missing_ok=True)  # left by an earlier run
     begin = time.monotonic()
     log = out / f"{stage.name}.log"
     with log.open("wb") as file:
@@ -109,7 +115,7 @@ def _run(stage: Stage, limit: float, out: Path, checkout: Path | None, result: R
         except subprocess.TimeoutExpired:
             result.status = "cut off"
             result.code = _stop(process)
-        except BaseException:  # an interrupt is for this process; the stage is in a process group of its own
+        except BaseException:  # an interrupt reaches only this process: the stage has its own process group
             _stop(process)
             raise
     result.seconds = round(time.monotonic() - begin, 1)
@@ -118,12 +124,12 @@ def _run(stage: Stage, limit: float, out: Path, checkout: Path | None, result: R
 
 
 def _heed_interrupts() -> None:
-    """A shell starts what it runs in the background with interrupts ignored, and so would every stage."""
+    """Let a stage be interrupted: a shell starts background jobs with interrupts ignored, and stages inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:
-    """Interrupt a stage as a terminal would, then kill what is left of its processes; its exit code."""
+    """Interrupt a stage as a terminal would, then kill what is left of its processes; returns its exit code."""
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         os.killpg(process.pid, signal.SIGINT)
         process.wait(STOP_SECONDS)
@@ -133,7 +139,7 @@ def _stop(process: subprocess.Popen[bytes]) -> int:
 
 
 def counts(report: Path) -> dict[str, int]:
-    """tests, failures, errors and skipped of a JUnit report; nothing if there is none or it was cut off."""
+    """The numbers of tests, failures, errors and skipped tests in a JUnit report; {} if there is no whole report."""
     try:
         suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
     except (OSError, ElementTree.ParseError):
@@ -145,7 +151,7 @@ def counts(report: Path) -> dict[str, int]:
 
 
 def load_results(out: Path) -> tuple[dict[str, Any], list[Result]]:
-    """What an earlier summary in the folder says: its head, and its results; nothing without one that can be read."""
+    """The head and the results of an earlier summary in the folder; both empty if none can be read."""
     try:
         told = json.loads((out / SUMMARY).read_text())
         return told, [Result(**result) for result in told.pop("stages")]
@@ -154,7 +160,7 @@ def load_results(out: Path) -> tuple[dict[str, Any], list[Result]]:
 
 
 def _write(out: Path, about: dict[str, Any] | None, results: Sequence[Result]) -> None:
-    """The summary as it is now: whole, or the one before."""
+    """Write the summary as it is now. If writing fails, the one before stays whole."""
     text = json.dumps({**(about or {}), "stages": [asdict(result) for result in results]}, indent=1)
     part = out / (SUMMARY + ".part")
     part.write_text(text + "\n")

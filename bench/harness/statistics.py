@@ -18,7 +18,11 @@ NORMAL_95 = 1.96  # the normal distribution's
 
 @dataclass(frozen=True)
 class Slope:
-    """p in y ∝ N^p: the estimate, half the width of its 95 % interval, and over how many N from which on."""
+    """A fitted power p in y ∝ N^p.
+
+    value, half_width   the estimate, and half the width of its 95 % interval
+    points, first       how many points were fitted, and the least N among them
+    """
 
     value: float
     half_width: float
@@ -29,15 +33,15 @@ class Slope:
         return f"{self.value:.2f} ± {self.half_width:.2f}"
 
 
-# A curve is fitted where it is this many times its least value or more.
+# A curve is fitted only where it is at least this many times its least value.
 ASYMPTOTIC = 4.0
 
 
 def first_n(n: Sequence[float], y: Sequence[float]) -> float:
-    """The N from which on a curve is fitted: the first from which all values are at least 4 times the least one.
+    """The N at which the fit of a curve begins: from there on, all values are at least 4 times the least one.
 
-    What doesn't grow with N, such as the calls that a step takes, is a quarter of each value there or less: a power
-    p ≥ 1 comes out at most a quarter too low. Infinity if no value is so large.
+    What doesn't grow with N, such as the calls of a step, is then at most a quarter of each fitted value, so a power p
+    ≥ 1 comes out at most a quarter too low. Infinity if no value is that large.
     """
     least, first = min(y), math.inf
     for size, value in sorted(zip(n, y, strict=True), reverse=True):
@@ -50,14 +54,15 @@ def first_n(n: Sequence[float], y: Sequence[float]) -> float:
 def slope(
     n: Sequence[float], y: Sequence[float], first: float = 1, deviations: Sequence[float] | None = None
 ) -> Slope | None:
-    """The power of N by Theil and Sen: the median slope of all pairs on log-log axes, for n ≥ first.
+    """Fit a power of N by Theil and Sen: the median slope of all pairs of points with n ≥ first, on log-log axes.
 
-    One point that was disturbed doesn't move it as it would the least-squares slope. The 95 % interval is that of
-    Student's t from the residuals about the line of that slope and the median intercept; and, if `deviations` gives
-    the standard deviations of log y, of what they make of the least-squares slope, the two squared and added: points
-    that lie on a line by chance say nothing of how well each is known. None below 3 points.
+    One disturbed point moves this less than the least-squares slope. The half-width of the 95 % interval combines two
+    parts as the root of their squares' sum. One is Student's t interval from the residuals about the line with that
+    slope and the median intercept. The other, if `deviations` gives the standard deviations of log y, is the interval
+    of the least-squares slope that they imply: points that lie on a line by chance don't tell how well each of them is
+    known.
 
-    Raises ValueError for a y or n that isn't positive, or for n that are all equal.
+    Returns None for fewer than 3 points. Raises ValueError for an n or y that isn't positive, or if all n are equal.
     """
     given = deviations if deviations is not None else [0.0] * len(n)
     points = sorted(point for point in zip(n, y, given, strict=True) if point[0] >= first)
@@ -76,7 +81,7 @@ def slope(
     mean = statistics.fmean(xs)
     spread = sum((x - mean) ** 2 for x in xs)
     freedom = len(points) - 2
-    # beyond the table the last entry is the wider, so the safer, interval
+    # beyond the table's end its last entry gives a wider, so a safer, interval
     t = T_95[min(freedom, len(T_95)) - 1]
     scatter = t * math.sqrt(residual / freedom / spread)
     known = (
@@ -86,7 +91,7 @@ def slope(
 
 
 def crossovers(a: dict[int, float], b: dict[int, float]) -> list[tuple[float, float]]:
-    """Where two curves N → y cross: (N, y), between neighbouring common N, by log-log interpolation."""
+    """The points (N, y) at which two curves cross, by log-log interpolation between neighbouring N that both have."""
     common = sorted(a.keys() & b.keys())
     found = []
     for low, high in itertools.pairwise(common):
@@ -98,7 +103,7 @@ def crossovers(a: dict[int, float], b: dict[int, float]) -> list[tuple[float, fl
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % t-interval over seeds: t · s/√n. Two values at least."""
+    """The mean of at least two values, one a seed, and half the width of its 95 % t-interval, t · s/√n."""
     freedom = len(values) - 1
     t = T_95[min(freedom, len(T_95)) - 1]
     return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))

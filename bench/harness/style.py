@@ -1,4 +1,4 @@
-"""How every plot of the package looks, and what each checks of the records that it draws."""
+"""The common style of all plots, and the checks of the records that they draw."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Look:
+    """How a curve is drawn."""
+
     colour: str
     marker: str
     line: Dashes = SOLID
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure as PNG and SVG beside each other, and close it; `path` with such an ending, .jsonl or none."""
+    """Write a figure as PNG and SVG, close it, and return the paths. `path` may end in .png, .svg or .jsonl."""
     stem = path.with_suffix("") if path.suffix in (".png", ".svg", ".jsonl") else path
     written = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
     try:
@@ -47,9 +49,10 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 def unmixed(records: Sequence[Record], benchmark: str, alike: Mapping[str, str]) -> list[Record]:
-    """The last records of a benchmark, of one device and with one value of each parameter that `alike` names.
+    """The last record of each key of one benchmark, checked to be of one device and alike in some parameters.
 
-    alike: parameters by what they are called in words. Raises ValueError without records, or saying what is mixed.
+    alike: names of parameters, by what messages call them. Raises ValueError if there are no records, or if several
+    devices or values of such a parameter are mixed.
     """
     mine = [r for r in latest(records) if r.benchmark == benchmark]
     if not mine:
@@ -63,7 +66,7 @@ def unmixed(records: Sequence[Record], benchmark: str, alike: Mapping[str, str])
 
 
 def where(records: Sequence[Record]) -> str:
-    """The device of records that have one, and on a CPU the threads."""
+    """The device of records that all have the same one, and on a CPU the number of threads."""
     threads = sorted({r.params["threads"] for r in records})
     on_cpu = records[0].params["device"] == "cpu"
     count = f"{'/'.join(map(str, threads))} thread{'s' * (threads != [1])}"

@@ -1,4 +1,4 @@
-"""How records are told: bytes and seconds in words, what a record is of, a table as Markdown."""
+"""Texts for tables: bytes, seconds, what a record was measured at, and a table as Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rich.table import Table
 
 from .record import Record
 
-# What tells a benchmark's records of one algorithm apart, where it isn't N and B.
+# The parameters that tell a benchmark's records of one algorithm apart, if they aren't N and B.
 SWEPT = {
     "fidelity": ("cell", "N", "T", "B", "scale"),
     "learn": ("task", "stage", "lr", "seed"),
@@ -19,13 +19,13 @@ SWEPT = {
 
 
 def place(made: Record) -> str:
-    """What a record is of: rfp-step N=64 B=1, or what else was swept in its benchmark."""
+    """The algorithm and point of a record: "rfp-step N=64 B=1", or with what else its benchmark sweeps."""
     swept = SWEPT.get(made.benchmark, ("N", "B"))
     return " ".join([made.algorithm, *(f"{name}={made.params.get(name)}" for name in swept)])
 
 
 def bytes_text(count: float) -> str:
-    """Bytes to three digits: 512 B, 1.5 MB, 34.4 GB (powers of 1000)."""
+    """Bytes to three digits, with powers of 1000: 512 B, 1.5 MB, 34.4 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Tables on stdout: for a terminal, or as Markdown."""
+"""Print tables on stdout, for a terminal or as Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import tables as texts
 
 
 def show(tables: Sequence[Table]) -> None:
-    """Tables on stdout, as wide as they need where that isn't a terminal."""
+    """Print tables on stdout; 160 columns wide if that isn't a terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -21,7 +21,7 @@ def show(tables: Sequence[Table]) -> None:
 
 
 def print_tables(tables: Sequence[Table], markdown: bool) -> None:
-    """Tables on stdout, as Markdown or for a terminal."""
+    """Print tables on stdout, as Markdown or for a terminal."""
     if markdown:
         typer.echo("\n\n".join(map(texts.markdown, tables)))
     else:
