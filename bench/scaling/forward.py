@@ -1,8 +1,9 @@
-"""The forward pass in parallel in time against the loop: measured here, and predicted for a GPU from what is counted.
+"""The forward pass in parallel in time compared with the loop: measured here, and predicted for a GPU.
 
-Timed is `parallel.forward` alone, without a gradient, in each of its modes; inputs are noise, W ~ scale·N(0, 1)/√N.
-The prediction is of a whole training step of an RGC. It counts calls, FLOP, bytes and dependent steps of scan kernels
-by running the same functions here, takes the rounds that the problem needs here, and multiplies with assumed rates.
+What is timed is `parallel.forward` alone, without a gradient, in each of its modes; inputs are noise, and
+W ~ scale·N(0, 1)/√N. What is predicted is a whole training step of an RGC. The prediction counts calls, FLOP, bytes and
+dependent steps of scan kernels by running the same functions here, takes the number of rounds that the problem needs
+here, and multiplies with assumed rates.
 """
 
 from __future__ import annotations
@@ -26,21 +27,25 @@ from ...planning import cost, devices
 from ...planning.cost import Work
 from ...rules import rfp
 from ..harness import inputs, measure, record
+from ..harness.device import check_device, failure
 from ..harness.record import Record
 from ..harness.tables import bytes_text, seconds_text
-from . import timing as scaling
 
 FILE = "forward.jsonl"
-# An affine cell has no recurrent weights: one round, and one that finds nothing left.
+# The affine cell (LRU) has no recurrent weights: it needs one round, and one more which finds no change.
 CELLS: dict[str, Callable[[], Cell]] = {"rgc": RGCCell, "lru": LRUCell}
-# Relative error, in norm, of float32 over some thousand steps that rounding and the tolerance can't explain.
+# A relative error in norm above this, in float32 over some thousand steps, is more than rounding and the tolerance of
+# the iteration explain.
 TOLERANCE = 1e-4
 MODES: tuple[parallel.Forward, ...] = ("sequential", "parallel", "auto")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every N at every B and T, of every cell. budget: seconds a call may take; case_seconds: sampled at least."""
+    """Every N at every B and T, for every cell.
+
+    budget: seconds that a call may take. case_seconds: for how long each mode is sampled at least.
+    """
 
     hidden: tuple[int, ...] = (64, 256)
     batches: tuple[int, ...] = (1, 8)
@@ -65,10 +70,10 @@ class Settings:
         for name, number in (("budget", self.budget), ("case_seconds", self.case_seconds)):
             if not number > 0:
                 raise ValueError(f"{name} must be above 0, got {number}")
-        scaling.check_device(self.device)
+        check_device(self.device)
 
     def params(self, cell: str, units: int, batch: int, steps: int) -> dict[str, Any]:
-        """What identifies a point, as recorded."""
+        """The parameters that identify a point, as its records have them."""
         return {
             "cell": cell,
             "N": units,
@@ -87,7 +92,7 @@ Given = tuple[Cell, Tensor, list[Tensor], list[Tensor]]
 
 
 def problem(cell: Cell, units: int, batch: int, steps: int, scale: float, seed: int, like: Tensor) -> Given:
-    """A cell, x, weights and a zero state; per-unit parameters as the cell first draws them."""
+    """The cell, x, weights and a zero state. Per-unit parameters have the cell's initial values."""
     x = inputs.normal((len(cell.per_unit), steps, batch, units), seed, 3, like)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -99,9 +104,9 @@ def problem(cell: Cell, units: int, batch: int, steps: int, scale: float, seed: 
 
 
 def measure_point(given: Given, settings: Settings, tried: set[str]) -> dict[str, dict[str, Any]]:
-    """What was found at one point, by mode, as fields of its record. tried: modes that fewer steps were too many for.
+    """Check and time every mode at one point; the fields of each one's record, by mode.
 
-    A mode that takes longer than the budget is added to `tried`.
+    tried: modes that took longer than the budget at fewer steps. They are not run; a mode that does so here is added.
     """
     cell, x, weights, state = given
     device = x.device
@@ -131,7 +136,7 @@ def measure_point(given: Given, settings: Settings, tried: set[str]) -> dict[str
                     f"states differ from the loop's by {error:.1e} (tolerance {TOLERANCE:.0e})"
                 )
         except Exception as failed:
-            found[mode]["status"], found[mode]["message"] = scaling.failure(failed)
+            found[mode]["status"], found[mode]["message"] = failure(failed)
             continue
         found[mode]["payload"]["error"] = error
         if spent > settings.budget:
@@ -142,14 +147,14 @@ def measure_point(given: Given, settings: Settings, tried: set[str]) -> dict[str
             runs[mode] = run
     for name, timing in measure.interleave(runs, device, case_seconds=settings.case_seconds).items():
         if isinstance(timing, Exception):
-            found[name]["status"], found[name]["message"] = scaling.failure(timing)
+            found[name]["status"], found[name]["message"] = failure(timing)
         else:
             found[name].update(status="ok", timing=timing)
     return found
 
 
 def run(path: Path, settings: Settings) -> list[Record]:
-    """Measure every cell and point, append a record of each mode to `path`, and return them."""
+    """Measure every cell at every point, append a record of each mode to `path`, and return the records."""
     device = torch.device(settings.device)
     like = torch.empty(0, device=device)
     about = record.started("forward", device)
@@ -192,7 +197,7 @@ HEADINGS = (
 
 
 def rows(records: Sequence[Record]) -> list[list[str]]:
-    """Under `HEADINGS`, by point: medians of a call, and their ratios."""
+    """The rows under `HEADINGS`, one a point: median times of a call, and their ratios."""
     points: dict[tuple[Any, ...], dict[str, Record]] = {}
     for r in records:
         points.setdefault(tuple(r.params[name] for name in ("cell", "N", "B", "T")), {})[r.algorithm] = r
@@ -208,13 +213,13 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """The table for the docs."""
+    """The table of measured times as Markdown, for the docs."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *rows(records)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def table(records: Sequence[Record]) -> Table:
-    """The table for a terminal."""
+    """The table of measured times for a terminal."""
     threads = sorted({r.params["threads"] for r in records})
     out = Table(*HEADINGS, title=f"forward pass, seconds a call; threads: {', '.join(map(str, threads))}")
     for row in rows(records):
@@ -225,14 +230,14 @@ def table(records: Sequence[Record]) -> Table:
 # --- predicted for a GPU -----------------------------------------------------------------------------------
 
 PREDICTED_AT = (64, 1, 4096)  # N, B, T
-# Assumed: what a launch costs in a CUDA graph whose nodes wait for one another.
+# The assumed rates of a GPU with a CUDA graph whose nodes wait for one another.
 GRAPH = replace(cost.rates(devices.generic("gpu"), cuda_graph=True), name="GPU, CUDA graph (assumed)")
 COUNT_STEPS = (8, 16)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One way to take a training step: its parts, each with its work and predicted seconds."""
+    """One way to take a training step. parts: the work and the predicted seconds of each of its parts, by name."""
 
     name: str
     parts: dict[str, tuple[Work, float]]
@@ -247,18 +252,18 @@ class Prediction:
 
 
 def _at(counts: Callable[[int], Work], steps: int) -> Work:
-    """What is counted at two short lengths, continued to `steps`: all of it is constant or proportional to T."""
+    """Work counted at two short lengths, extrapolated to `steps`. All of it is constant or proportional to T."""
     short, long = COUNT_STEPS
     few, more = counts(short), counts(long)
     return few + (more + few * -1.0) * ((steps - short) / (long - short))
 
 
 def predict(units: int, batch: int, steps: int, scale: float, seed: int) -> tuple[list[Prediction], int]:
-    """Ways to take a training step of an RGC in float32, and the rounds that the forward pass in parallel takes."""
+    """Ways to take a training step of an RGC in float32, and the rounds of the forward pass in parallel in time."""
     cell, x, weights, state = problem(RGCCell(), units, batch, steps, scale, seed, torch.empty(0))
     rounds = parallel.attempt(cell, x, weights, state).rounds
     about = parallel.forward_problem(cell, weights, (steps, batch, units), x.dtype, kernel=True)
-    products = Work(flop=2.0 * batch * about.weight_numbers)  # of one step, through all matrices
+    products = Work(flop=2.0 * batch * about.weight_numbers)  # of one step, with all matrices
     reading = Work(bytes=about.weight_numbers * about.item)
 
     def short(length: int) -> tuple[Trajectory, Tensor]:
@@ -272,7 +277,7 @@ def predict(units: int, batch: int, steps: int, scale: float, seed: int) -> tupl
         )
 
     def dual(length: int) -> Work:
-        """With the scan's own calls taken out: a kernel does it."""
+        """The backward pass without the scan's own calls, since a kernel runs the scan."""
         trajectory, delta = short(length)
         lin = cell.linearize(trajectory)
         m = rfp.transition(lin, cell.matrices, weights)
@@ -344,7 +349,7 @@ PREDICTED_HEADINGS = (
 
 
 def predicted_rows(made: Record) -> list[list[str]]:
-    """Under `PREDICTED_HEADINGS`: each way's parts, then the whole of it."""
+    """The rows under `PREDICTED_HEADINGS`: the parts of each way, then their sum."""
     out = []
     for way in made.payload["ways"]:
         parts = way["parts"]
@@ -360,13 +365,13 @@ def predicted_rows(made: Record) -> list[list[str]]:
 
 
 def predicted_markdown(made: Record) -> str:
-    """The table for the docs."""
+    """The table of the prediction as Markdown, for the docs."""
     lines = [PREDICTED_HEADINGS, ["---"] * len(PREDICTED_HEADINGS), *predicted_rows(made)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def predicted_table(made: Record) -> Table:
-    """The table for a terminal."""
+    """The table of the prediction for a terminal."""
     p, (eager, graph) = made.params, made.payload["rates"]
     each = {name: seconds_text(eager[name]) for name in ("seconds_per_call", "seconds_per_scan_step")}
     in_graph = seconds_text(graph["seconds_per_call"])

@@ -1,8 +1,9 @@
-"""Peak memory against T, N and B, measured and predicted: where BPTT's passes that of what is carried forward.
+"""Peak memory against T, N and B, measured and predicted: where BPTT needs more than the rules that carry
+sensitivities.
 
-A case that keeps a history is built with all T steps; one that carries sensitivities forward keeps as much after its
-first steps as ever (a test runs it on), and takes `STREAMED` of them at most. What would not fit, or would take too
-long, is predicted alone.
+A case that keeps a history runs all T steps. One that carries sensitivities forward keeps no more after its first steps
+(a test lets it run on), so it runs at most `STREAMED` steps. A case that wouldn't fit, or would take too long, is
+predicted and not run.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from rich.table import Table
 
 from ... import _checks as check
 from ..harness import measure, record
-from ..harness import statistics as fit
+from ..harness.device import MEMORY_SHARE, check_device, failure
 from ..harness.record import Record
+from ..harness.statistics import crossovers
 from ..harness.tables import bytes_text, place, seconds_text
 from . import cases
-from . import timing as scaling
 from .cases import CASES, Case, Size
 
 FILE = "memory.jsonl"
-STREAMED = 40  # steps at most of a case that takes them one by one, or in chunks
-PROFILED = 4  # times as long as without it: what the profiler that sees allocations is taken to need, at most
+STREAMED = 40  # the most steps of a case that takes steps one by one, or in chunks
+PROFILED = (
+    4  # the profiler, which sees the allocations, is assumed to make a run at most this many times as long
+)
 ALGORITHMS = (
     "bptt-autograd",
     "bptt",
@@ -41,20 +44,20 @@ ALGORITHMS = (
     "rtrl-heads",
     "rtrl",
 )
-# What is swept, and what stays as it is meanwhile.
+# Each of N, B and T is swept with the other two as in BASE.
 BASE = {"N": 128, "B": 8, "T": 128}
 SWEEPS: dict[str, tuple[int, ...]] = {
     "T": (8, 16, 32, 64, 128, 256, 512, 1024),
     "N": (32, 64, 128, 256, 512),
     "B": (1, 2, 4, 8, 16, 32),
 }
-# Whose memory against whose: from which T (or N, or B) on the first takes more.
+# Pairs of algorithms whose memory is compared: from which T (or N, or B) on does the first take more?
 PASSES = tuple((a, b) for a in ("bptt-autograd", "bptt") for b in ("rfp-step", "rfp-chunk", "rtrl-heads"))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Values of T, N and B, each swept with the others as in `base`; budget: seconds that a case may take."""
+    """Values of T, N and B, each swept with the others as in `base`. budget: seconds a case may take at a point."""
 
     sweeps: dict[str, tuple[int, ...]]
     base: dict[str, int]
@@ -79,10 +82,10 @@ class Settings:
         cases.check_backend(self.backend)
         if not self.budget > 0:
             raise ValueError(f"budget must be above 0, got {self.budget}")
-        scaling.check_device(self.device)
+        check_device(self.device)
 
     def points(self) -> list[dict[str, int]]:
-        """N, B and T of every point, each once."""
+        """N, B and T of every point, each point once."""
         found = [{**self.base, what: value} for what, values in self.sweeps.items() for value in values]
         return list({tuple(point.values()): point for point in found}.values())
 
@@ -90,7 +93,7 @@ class Settings:
         return Size(point["N"], point["B"], point["T"], min(self.chunk, point["T"]))
 
     def params(self, point: dict[str, int]) -> dict[str, Any]:
-        """What identifies a point's measurement, as recorded."""
+        """The parameters that identify a point, as its records have them."""
         return {
             **point,
             "C": min(self.chunk, point["T"]),
@@ -103,7 +106,7 @@ class Settings:
 
 
 def run_steps(case: type[Case], problem: cases.Problem, most: int) -> None:
-    """Build a case and take a problem's steps, `most` at most where a run covers a part of them."""
+    """Build a case and run the problem's steps, but at most `most` if one run covers only a part of them."""
     built = case(problem)
     for _ in range(max(1, min(problem.steps, max(most, built.covers)) // built.covers)):
         built.run()
@@ -112,7 +115,7 @@ def run_steps(case: type[Case], problem: cases.Problem, most: int) -> None:
 def measure_case(
     case: type[Case], problem: cases.Problem, size: Size, settings: Settings, rate: float
 ) -> dict[str, Any]:
-    """What was found of a case at a point, as fields of its record."""
+    """Check a case at a point and measure its peak, if it fits and isn't too slow; the fields of its record."""
     device = torch.device(settings.device)
     predicted = cases.predicted_seconds(case, size, rate)
     found: dict[str, Any] = {
@@ -121,7 +124,7 @@ def measure_case(
         "predicted_seconds": predicted,
     }
     needs, available = case.peak_bytes(size), measure.available_bytes(device)
-    if available is not None and needs > scaling.MEMORY_SHARE * available:
+    if available is not None and needs > MEMORY_SHARE * available:
         message = f"predicted: needs {bytes_text(needs)}, {bytes_text(available)} available"
         return {**found, "status": "oom", "message": message}
     most = min(STREAMED, int(settings.budget / (PROFILED * predicted))) if predicted else STREAMED
@@ -129,7 +132,7 @@ def measure_case(
         message = f"predicted: {seconds_text(predicted)} a step, budget {settings.budget:g} s"
         return {**found, "status": "over_budget", "message": message}
     try:
-        case(problem).run()  # what is compiled is compiled here
+        case(problem).run()  # whatever must be compiled is compiled here
         begin = time.perf_counter()
         run_steps(case, problem, most)
         spent = time.perf_counter() - begin
@@ -139,13 +142,13 @@ def measure_case(
         cases.verify(case, problem)
         peak = measure.peak_bytes(lambda: run_steps(case, problem, most), device)
     except Exception as error:
-        status, message = scaling.failure(error)
+        status, message = failure(error)
         return {**found, "status": status, "message": message}
     return {**found, "status": "ok", "peak_bytes": peak}
 
 
 def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = lambda made: None) -> int:
-    """Measure what the file at `path` lacks, and append it there; returns how many records were kept."""
+    """Measure what the file at `path` lacks, and append the records to it; returns how many were already there."""
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -181,7 +184,7 @@ def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = 
 
 
 def run(settings: Settings, path: Path, console: Console) -> list[Record]:
-    """`sweep` with progress on `console`; the file's records of these settings afterwards."""
+    """`sweep` with progress on `console`; returns the file's records of these settings."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     points = settings.points()
     with Progress(*columns, console=console) as progress:
@@ -204,7 +207,7 @@ def run(settings: Settings, path: Path, console: Console) -> list[Record]:
 
 
 def base_of(records: Sequence[Record]) -> dict[str, int]:
-    """N, B and T at which most records are: those that stay as they are while another is swept."""
+    """The N, B and T that most records have: the values at which each stays while another one is swept."""
     found = {}
     for what in BASE:
         values = [r.params[what] for r in records]
@@ -213,7 +216,7 @@ def base_of(records: Sequence[Record]) -> dict[str, int]:
 
 
 def swept(records: Sequence[Record], what: str) -> list[Record]:
-    """The records of the sweep of "T", "N" or "B", in its order."""
+    """The records of the sweep of `what` ("T", "N" or "B"), sorted by it."""
     base = base_of(records)
     others = [name for name in BASE if name != what]
     mine = [r for r in records if all(r.params[name] == base[name] for name in others)]
@@ -221,18 +224,18 @@ def swept(records: Sequence[Record], what: str) -> list[Record]:
 
 
 def curve(records: Sequence[Record], what: str, algorithm: str, field: str) -> dict[int, float]:
-    """Bytes of an algorithm against "T", "N" or "B": field "peak_bytes" or "predicted_peak_bytes"."""
+    """Bytes of an algorithm by `what` ("T", "N" or "B"). field: "peak_bytes" or "predicted_peak_bytes"."""
     mine = [r for r in swept(records, what) if r.algorithm == algorithm]
     return {r.params[what]: getattr(r, field) for r in mine if getattr(r, field)}
 
 
 def passes(records: Sequence[Record], what: str) -> list[tuple[str, str, float | None, float | None]]:
-    """(a, b, measured, predicted) for `PASSES`: the value of `what` from which on a takes more than b."""
+    """(a, b, measured, predicted) for each of `PASSES`: the value of `what` above which a takes more memory than b."""
     out = []
     for a, b in PASSES:
         found = []
         for field in ("peak_bytes", "predicted_peak_bytes"):
-            crossing = fit.crossovers(curve(records, what, a, field), curve(records, what, b, field))
+            crossing = crossovers(curve(records, what, a, field), curve(records, what, b, field))
             found.append(crossing[0][0] if crossing else None)
         if found != [None, None]:
             out.append((a, b, found[0], found[1]))
@@ -240,7 +243,7 @@ def passes(records: Sequence[Record], what: str) -> list[tuple[str, str, float |
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """For T, N and B: peak bytes measured, or predicted in brackets; how near predictions come; what passes what."""
+    """Tables of peak bytes against T, N and B (in brackets if predicted), of predicted / measured, and of `passes`."""
     mine = [r for r in records if r.benchmark == "memory"]
     if not mine:
         return []

@@ -1,4 +1,4 @@
-"""Draw `rjepa bench memory`: peak bytes against T, N and B, measured as markers on what was predicted."""
+"""Draw `rjepa bench memory`: peak bytes against T, N and B, measured (markers) on top of predicted (lines)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ..harness import statistics as fit
 from ..harness.record import Record
+from ..harness.statistics import crossovers
 from ..harness.style import STYLE, save, unmixed, where
 from ..harness.tables import bytes_text
 from . import memory
@@ -69,7 +69,7 @@ def _panel(axes: Axes, records: Sequence[Record], what: str) -> None:
             markersize=6, alpha=0.8,
         )  # fmt: skip
     curves = [memory.curve(records, what, name, "peak_bytes") for name in RINGED]
-    for x, y in fit.crossovers(*curves):
+    for x, y in crossovers(*curves):
         axes.plot([x], [y], marker="o", markersize=14, markerfacecolor="none", markeredgecolor="0.2")
         axes.annotate(
             f"{what} ≈ {x:.0f}", (x, y), xytext=(8, -14), textcoords="offset points", fontsize=9, color="0.2"

@@ -11,13 +11,13 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ..harness import statistics as fit
 from ..harness.record import Record, latest
+from ..harness.statistics import ASYMPTOTIC, Slope, crossovers
 from ..harness.style import DASHED, SOLID, STYLE, Dashes, Look, save, unmixed, where
 from .cases import CASES
 from .tables import slopes
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker each for grey prints.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and markers that differ in grey prints.
 LOOKS = {
     "rfp-step": Look("#0072B2", "o"),
     "rfp-step-gamma": Look("#56B4E9", "v"),
@@ -32,7 +32,7 @@ LOOKS = {
     "rtrl": Look("#000000", "*"),
     "rtrl-heads": Look("#882255", "d", (0, (1, 1.5))),
 }
-# Curves whose crossing says which to use from which N on.
+# Pairs of curves whose crossing tells from which N on the other algorithm is better.
 CROSSING = (("rtrl", "rfp-step"), ("rtrl", "bptt-autograd"), ("rfp-step", "bptt-autograd"))
 GUIDES = {2: "N²", 3: "N³", 4: "N⁴"}
 
@@ -40,8 +40,8 @@ GUIDES = {2: "N²", 3: "N³", 4: "N⁴"}
 def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     """Write the plot as PNG (150 dpi) and SVG beside each other; `path` with either ending or none.
 
-    records: of the benchmark "scaling", one device, B, T and dtype; else ValueError, saying which are mixed.
-    Returns the two paths. Filled markers are measured, hollow ones predicted and not run.
+    records must be of the benchmark "scaling", and of one device, B, T and dtype; else ValueError says which are mixed.
+    Returns the two paths. Filled markers are measured; hollow ones are predicted and were not run.
     """
     records, path = latest(records), Path(path)
     title = _title(records)
@@ -55,7 +55,7 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
 
 
 def _title(records: Sequence[Record]) -> str:
-    """Device, B, T and dtype; ValueError where there are no records, or several of one of these."""
+    """The title, with device, B, T and dtype. Raises ValueError if there are no records, or several of one of these."""
     records = unmixed(records, "scaling", {"batch sizes B": "B", "lengths T": "T", "dtypes": "dtype"})
     p = records[0].params
     return f"RGC layer, one training pass  ·  {where(records)}  ·  B = {p['B']}, T = {p['T']}, {p['dtype']}"
@@ -85,7 +85,7 @@ def _time_panel(axes: Axes, records: Sequence[Record]) -> None:
             fitted = {"": slopes(mine, name, records[0].params["B"])["time"]}
             handles.append(_handle(name, fitted, SOLID))
         _hollow(axes, [(r.params["N"], r.predicted_seconds) for r in mine if not r.timing], look)
-    note = f"powers fitted where the time is {fit.ASYMPTOTIC:g} times its least or more"
+    note = f"powers fitted where the time is {ASYMPTOTIC:g} times its least or more"
     _finish(axes, "time per step [s]", records, handles, 2, note)
     _mark_crossings(axes, curves)
 
@@ -94,7 +94,7 @@ def _memory_panel(axes: Axes, records: Sequence[Record]) -> None:
     handles = []
     for name in CASES:
         mine = sorted((r for r in records if r.algorithm == name), key=lambda r: r.params["N"])
-        # the copy learns nothing, and Γ alone holds what rfp-step does
+        # the copy learns nothing, and "Γ alone" needs the same memory as rfp-step
         if not mine or name in ("copy", "rfp-step-gamma"):
             continue
         look = LOOKS[name]
@@ -120,7 +120,7 @@ def _memory_panel(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _hollow(axes: Axes, points: Sequence[tuple[int, float | None]], look: Look) -> None:
-    """Predicted points: hollow markers."""
+    """Draw predicted points as hollow markers."""
     known = [(n, y) for n, y in points if y]
     axes.plot(
         [n for n, _ in known],
@@ -134,8 +134,8 @@ def _hollow(axes: Axes, points: Sequence[tuple[int, float | None]], look: Look) 
     )
 
 
-def _handle(name: str, slopes: dict[str, fit.Slope | None], line: Dashes) -> Line2D:
-    """A legend's entry: line, marker, name, and the fitted powers with their intervals."""
+def _handle(name: str, slopes: dict[str, Slope | None], line: Dashes) -> Line2D:
+    """An entry of the legend: line, marker, name, and the fitted powers with their intervals."""
     label, look = CASES[name].label, LOOKS[name]
     for what, slope in slopes.items():
         if slope is not None:
@@ -146,7 +146,7 @@ def _handle(name: str, slopes: dict[str, fit.Slope | None], line: Dashes) -> Lin
 def _finish(
     axes: Axes, y_label: str, records: Sequence[Record], handles: Sequence[Line2D], columns: int, note: str
 ) -> None:
-    """Scales, guides within the data's limits, and the legend below the panel."""
+    """Set the scales, draw the guides within the limits of the data, and put the legend below the panel."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
@@ -172,7 +172,7 @@ def _finish(
 
 
 def _guides(axes: Axes) -> None:
-    """Dashed lines N², N³, N⁴ through the lower left corner of the data, labelled where they leave it."""
+    """Draw dashed lines N², N³ and N⁴ from the lower left corner of the data, labelled where they leave the panel."""
     (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
     for power, label in GUIDES.items():
         x_end = min(x_high, x_low * (y_high / y_low) ** (1 / power))
@@ -189,10 +189,10 @@ def _guides(axes: Axes) -> None:
 
 
 def _mark_crossings(axes: Axes, curves: dict[str, dict[int, float]]) -> None:
-    """Ring and letter where two curves cross for the last time; which ones is said in the upper left."""
+    """Mark with a ring and a letter where two curves cross for the last time; the upper left says which curves."""
     lines: list[str] = []
     for a, b in CROSSING:
-        found = fit.crossovers(curves.get(a, {}), curves.get(b, {}))
+        found = crossovers(curves.get(a, {}), curves.get(b, {}))
         if not found:
             continue
         n, y = found[-1]

@@ -1,7 +1,7 @@
-"""The benchmark against itself: the scaling sweep run again and again, where nothing changed.
+"""Check the benchmark against itself: run the scaling sweep again and again while nothing changes.
 
-How many changes `compare` sees between one run and the next, and whether slopes come out within the intervals that
-the run before gave them.
+It counts how many changes `compare` reports between one run and the next, and how often a slope falls into the interval
+that the run before gave for it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ FOLDER, FILE = "selfcheck", "selfcheck.jsonl"
 
 @dataclass(frozen=True)
 class Found:
-    """Of one case: slopes of time by run (None where there were too few points), and of each pair of runs that follow
-    one another, how many points matched and which changed."""
+    """What was found of one case.
+
+    slopes    the slope of time in each run; None if there were too few points
+    matched   for each pair of consecutive runs, how many points both have
+    changes   for each such pair, the points at which `compare` reports a change
+    """
 
     slopes: list[Any]
     matched: list[int]
@@ -43,7 +47,7 @@ class Found:
 
     @property
     def within(self) -> int:
-        """Pairs of runs of which the later's slope is in the earlier's interval."""
+        """The number of pairs of runs in which the later slope is in the earlier one's interval."""
         return sum(
             abs(b.value - a.value) <= a.half_width
             for a, b in itertools.pairwise(self.slopes)
@@ -95,7 +99,7 @@ def run(
 
 
 def _params(settings: scaling.Settings) -> dict[str, Any]:
-    """What all points share; "N" and "B" are those of the first one."""
+    """The parameters of a record; "N" and "B" are those of the first point."""
     shared = settings.params(*settings.points[0])
     return {**shared, "points": [list(point) for point in settings.points]}
 
@@ -111,20 +115,20 @@ def _found(name: str, runs: Sequence[Sequence[Record]], compared: Sequence[Compa
 
 
 def _largest(name: str, compared: Sequence[Comparison]) -> float:
-    """The largest ratio of two medians, either way."""
+    """The largest ratio of two medians, up or down."""
     ratios = [abs(math.log(c.ratio)) for made in compared for c in made.changes if c.a.algorithm == name]
     return math.exp(max(ratios, default=0.0))
 
 
 def _noise(name: str, compared: Sequence[Comparison]) -> float | None:
-    """The median of the ratios that `compare` took for noise: a smaller change isn't seen half the time."""
+    """The median of the ratios that `compare` took for noise: half of the time a smaller change would not be seen."""
     taken = [c.noise for made in compared for c in made.changes if c.a.algorithm == name]
     return statistics.median(taken) if taken else None
 
 
 def table(records: Sequence[Record]) -> Table:
-    """By case: changes seen where nothing changed, the largest ratio, what counted as noise, and slopes within the run
-    before's interval."""
+    """By case: changes reported though nothing changed, the largest ratio, the ratio that counted as noise, and how
+    many slopes were in the interval of the run before."""
     runs = records[0].payload["runs"] if records else 0
     out = Table(title=f"{runs} runs of one sweep, each compared with the one before")
     for heading in (

@@ -1,4 +1,4 @@
-"""What a sweep's records say: tables of time and bytes, ratios within a run, and fitted powers of N."""
+"""Tables of a scaling sweep: time and bytes, ratios within a run, and fitted powers of N."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from ..harness import statistics as fit
 from ..harness.record import Record, Timing
+from ..harness.statistics import NORMAL_95, Slope, first_n, slope
 from ..harness.tables import bytes_text, seconds_text
 from .cases import CASES
 
-# The claims that the sweep is about: numerator and denominator.
+# The ratios that the sweep is meant to show: numerator and denominator.
 RATIOS = (
     ("bptt-autograd", "rfp-dual"),
     ("rtrl", "rfp-step"),
@@ -20,12 +20,15 @@ RATIOS = (
     ("rfp-step", "rfp-chunk"),
     ("rfp-step-gamma", "copy"),
 )
-# A median whose samples spread by more than this part of it is marked: something else used the machine.
+# A median is marked if p20 to p80 of its samples is more than this part of it: something else used the machine.
 NOISY = 0.3
 
 
 def ratios(records: Sequence[Record]) -> list[tuple[str, int, int, float, bool]]:
-    """(ratio, N, B, value, timed within one run) of medians, for each of `RATIOS` and point that has both."""
+    """Ratios of medians, for each of `RATIOS` at each point that has both algorithms.
+
+    As (name of the ratio, N, B, value, whether both were timed in the same run).
+    """
     timed = {(r.algorithm, r.params["N"], r.params["B"]): (r.timing, r.run) for r in records if r.timing}
     found = []
     for above, below in RATIOS:
@@ -36,11 +39,11 @@ def ratios(records: Sequence[Record]) -> list[tuple[str, int, int, float, bool]]
     return found
 
 
-def slopes(records: Sequence[Record], algorithm: str, batch: int) -> dict[str, fit.Slope | None]:
-    """Fitted powers of N of a case's "time" per step, counted "state" bytes and measured "peak" bytes.
+def slopes(records: Sequence[Record], algorithm: str, batch: int) -> dict[str, Slope | None]:
+    """The fitted powers of N of a case's "time" per step, computed "state" bytes and measured "peak" bytes.
 
-    None where there are fewer than 3 points from `fit.first_n` on; of bytes that are counted, which have no fixed part,
-    all points are fitted. The interval of time's has the medians' own in it.
+    None if fewer than 3 points are large enough (`statistics.first_n`). State bytes have no part that doesn't grow, so
+    all their points are fitted. The interval of the power of time includes the intervals of the medians.
     """
     mine = [r for r in records if r.algorithm == algorithm and r.params["B"] == batch]
     deviations = {r.params["N"]: _deviation(r.timing) for r in mine if r.timing}
@@ -49,24 +52,24 @@ def slopes(records: Sequence[Record], algorithm: str, batch: int) -> dict[str, f
         "state": {r.params["N"]: r.state_bytes for r in mine if r.state_bytes},
         "peak": {r.params["N"]: r.peak_bytes for r in mine if r.peak_bytes},
     }
-    fitted: dict[str, fit.Slope | None] = {}
+    fitted: dict[str, Slope | None] = {}
     for what, curve in curves.items():
         n, y = list(curve), list(curve.values())
-        first = 1 if what == "state" or not y else fit.first_n(n, y)
+        first = 1 if what == "state" or not y else first_n(n, y)
         known = [deviations[size] for size in n] if what == "time" else None
-        fitted[what] = fit.slope(n, y, first, known)
+        fitted[what] = slope(n, y, first, known)
     return fitted
 
 
 def _deviation(timing: Timing) -> float:
-    """Of the median's logarithm, from its 95 % interval; 0 where there is none."""
+    """The standard deviation of the median's logarithm, from its 95 % interval; 0 if there is no interval."""
     if timing.low is None or timing.high is None:
         return 0.0
-    return math.log(timing.high / timing.low) / (2 * fit.NORMAL_95)
+    return math.log(timing.high / timing.low) / (2 * NORMAL_95)
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """For each B: time per step and peak bytes by N and algorithm, and ratios; last, fitted powers of N."""
+    """For each B tables of time per step and peak bytes by N and algorithm, and of ratios; last, fitted powers of N."""
     out = []
     algorithms = [name for name in CASES if any(r.algorithm == name for r in records)]
     batches = sorted({r.params["B"] for r in records})
@@ -95,7 +98,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 
 def _by_size(title: str, columns: Sequence[str], cells: dict[tuple[int, str], str]) -> Table:
-    """A table of texts by (N, column)."""
+    """A table with one row for each N, from texts by (N, column)."""
     table = Table(title=title)
     for heading in ("N", *columns):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -1,9 +1,9 @@
-"""The scaling sweep: every algorithm at every (N, B), checked, then timed in several passes within one run.
+"""The scaling sweep: every algorithm at every (N, B) is checked, then timed in several passes within one run.
 
-Each pass is a process of its own that visits every point: where a process happens to have its memory, and what others
-do on the machine for half a minute, are then in one pass and not in the next. One record an algorithm and point is
-appended as soon as a pass is done with the point, with the samples of the passes before, so that an interrupted sweep
-goes on where it stopped. Ratios between algorithms are meant within a point: its cases are sampled in turn.
+Each pass is a process of its own that visits every point. Where a process happens to have its memory, and what other
+programs do for half a minute, then affects one pass and not the next. As soon as a pass is done with a point, a record
+of each algorithm is appended, with the samples of the earlier passes, so an interrupted sweep continues where it
+stopped. Algorithms should be compared within a point, whose cases are sampled in turn.
 """
 
 from __future__ import annotations
@@ -23,27 +23,45 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ... import _checks as check
 from ..harness import inputs, measure, record
+from ..harness.device import MEMORY_SHARE, check_device, default_device, failure
 from ..harness.record import Record
 from ..harness.tables import bytes_text, place, seconds_text
 from . import cases
 from .cases import CASES, Case, Problem, Size
 
+__all__ = [
+    "DEFAULT_BATCHES",
+    "DEFAULT_HIDDEN",
+    "DEFAULT_POINTS",
+    "FILE",
+    "MEMORY_SHARE",
+    "RUNS_BEFORE",
+    "Settings",
+    "check_device",
+    "default_device",
+    "failure",
+    "measure_point",
+    "own_process",
+    "points",
+    "refused",
+    "run",
+    "sweep",
+]
+
 FILE = "scaling.jsonl"
-# N for B = 1, to show slopes; and a few N at B = 8, to show ratios where a batch shares each matrix product.
+# The default N by B: many at B = 1, to show slopes; a few at B = 8, to show ratios if a batch shares each product.
 DEFAULT_HIDDEN = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 DEFAULT_BATCHES = {1: DEFAULT_HIDDEN, 8: (64, 256, 512)}
-# Runs of a case before it is timed: its first, its check, its peak.
+# How often a case runs before it is timed: for the first time, for its check, and for its peak.
 RUNS_BEFORE = 3
-# Leave this much of what the system says is available.
-MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Settings:
     """A sweep: points (N, B), what all points share, and where it runs.
 
-    budget: seconds that a case may be predicted to take, its check and all its samples; case_seconds: how
-    long it is sampled at least, all passes together.
+    budget: the most seconds that a case may be predicted to take at a point, for its check and all samples.
+    case_seconds: for how long it is sampled at least, over all passes.
     """
 
     points: tuple[tuple[int, int], ...]
@@ -77,7 +95,7 @@ class Settings:
         check_device(self.device)
 
     def params(self, units: int, batch: int) -> dict[str, Any]:
-        """What identifies a point's measurement, as recorded."""
+        """The parameters that identify a point, as its records have them."""
         return {
             "N": units,
             "B": batch,
@@ -99,31 +117,14 @@ DEFAULT_POINTS = tuple((n, b) for b, sizes in DEFAULT_BATCHES.items() for n in s
 def points(
     hidden: Sequence[int], batches: Sequence[int], default: Sequence[tuple[int, int]] = DEFAULT_POINTS
 ) -> tuple[tuple[int, int], ...]:
-    """(N, B), every N at every B. Neither given: the defaults; only one given: B = 1, or the default N."""
+    """Every N at every B, as (N, B). If neither is given: `default`; if only one is: B = 1, or the N of `default`."""
     if not hidden and not batches:
         return tuple(default)
     return tuple((n, b) for b in batches or (1,) for n in hidden or dict.fromkeys(n for n, _ in default))
 
 
-def default_device() -> str:
-    """cuda where torch finds one, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError unless this torch can use the device."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:<index>', got {device!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} can't be used: torch finds no CUDA device here")
-
-
 class _Process:
-    """A process that measures one point after the other. If it dies at one, the next point gets another.
+    """A process that measures one point after the other. If it dies, a new one is started for the next point.
 
     Leaving the context ends it.
     """
@@ -133,7 +134,7 @@ class _Process:
         self._executor: Executor | None = None
 
     def call(self, function: Callable[..., Any], *arguments: object) -> Any:
-        """What the function returns there. Raises BrokenProcessPool if the process died, else what was raised."""
+        """Call the function in the process. Raises what it raises, or BrokenProcessPool if the process dies."""
         if self._executor is None:
             self._executor = self._start()
         try:
@@ -152,7 +153,7 @@ class _Process:
 
 
 def own_process() -> Executor:
-    """A new process, with this one's number of threads."""
+    """Start a new process, with this one's number of threads."""
     return ProcessPoolExecutor(
         1,
         mp_context=multiprocessing.get_context("spawn"),
@@ -168,11 +169,11 @@ def sweep(
     on_record: Callable[[Record], None] = lambda made: None,
     start: Callable[[], Executor] = own_process,
 ) -> int:
-    """Measure what the file at `path` lacks, and append it there; returns how many records were kept.
+    """Measure what the file at `path` lacks, and append the records to it; returns how many were already complete.
 
-    What the file has measured ("ok") under the same key, in as many passes, is kept; what it has in fewer, by the same
-    revision, goes on. What ran out of memory or of its budget, or failed, is tried again; the later record of a key
-    counts. start: gives each pass the process that it is measured in.
+    A measurement ("ok") in the file under the same key is kept if it has as many passes; one with fewer passes, by the
+    same revision, is continued. A case that ran out of memory or of its budget, or failed, is tried again. The last
+    record of a key counts. start: makes the process of each pass.
     """
     device, dtype = torch.device(settings.device), cases.DTYPES[settings.dtype]
     shared = record.started("scaling", device)
@@ -215,23 +216,23 @@ def sweep(
 
 
 def _after(before: Record | None, new: Record) -> Record:
-    """The record of a case after one pass more: with the passes before, if there are any and this one went well."""
+    """A case's record after one more pass: joined with the passes before, if both they and this one have times."""
     if before is None or before.timing is None or new.timing is None:
         return new
     return replace(before, timing=measure.pooled(before.timing, new.timing), time=new.time, run=new.run)
 
 
 def _passes(made: Record | None) -> int:
-    """In how many passes a record's samples were taken; 0 if it isn't a measurement that has them."""
+    """In how many passes a record's samples were taken; 0 if it isn't a measurement with samples."""
     return len(made.timing.samples) if made is not None and made.status == "ok" and made.timing else 0
 
 
 def measure_point(
     settings: Settings, units: int, batch: int, known: dict[str, bool], rate: float
 ) -> dict[str, dict[str, Any]]:
-    """What one pass finds of each case at one point, as fields of its record; "status" is always among them.
+    """One pass at one point: check (if due) and time the cases; the fields of each one's record, "status" among them.
 
-    known: the cases, and whether an earlier pass has checked it and measured its peak.
+    known: the names of the cases, with whether an earlier pass has checked each and measured its peak.
     """
     device, dtype = torch.device(settings.device), cases.DTYPES[settings.dtype]
     if device.type == "cuda":
@@ -286,7 +287,7 @@ def measure_point(
 def refused(
     case: type[Case], size: Size, predicted: float, runs: int, budget: float, available: int | None
 ) -> tuple[str, str] | None:
-    """("oom" | "over_budget", why) if a case, run so often, is predicted not to fit; None if it may be tried."""
+    """("oom" or "over_budget", why) if `runs` runs of a case are predicted not to fit; None if it may be tried."""
     needs = case.peak_bytes(size)
     if available is not None and needs > MEMORY_SHARE * available:
         return "oom", f"predicted: needs {bytes_text(needs)}, {bytes_text(available)} available"
@@ -299,7 +300,7 @@ def refused(
 
 
 def _prepare(case: type[Case], shared: Problem, device: torch.device, found: dict[str, Any]) -> Case:
-    """Check a case, measure its peak, and build it; adds to `found`. Raises if its gradient is wrong."""
+    """Check a case, measure its peak, and build it; adds to `found`. Raises ArithmeticError for a wrong gradient."""
     begin = time.perf_counter()
     first = case(shared)
     first.run()
@@ -314,13 +315,8 @@ def _prepare(case: type[Case], shared: Problem, device: torch.device, found: dic
     return made
 
 
-def failure(error: Exception) -> tuple[str, str]:
-    """Status and message of a case that raised."""
-    return ("oom" if cases.out_of_memory(error) else "error"), f"{type(error).__name__}: {error}"
-
-
 def run(settings: Settings, path: Path, console: Console) -> list[Record]:
-    """`sweep` with progress on `console`; the file's records of these settings afterwards."""
+    """`sweep` with progress on `console`; returns the file's records of these settings."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("scaling", total=len(settings.points) * settings.passes)
