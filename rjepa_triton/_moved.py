@@ -67,7 +67,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "bench.roofline_plot": "bench.kernels.plot",
     "bench.selfcheck": "bench.scaling.selfcheck",
     "bench.stages": "bench.harness.stages",
-    "bench.static": "bench.kernels.static",
+    "bench.static": ("bench.kernels.static", "bench.kernels.builds"),
     "bench.suite": "bench.report.suite",
     "bench.summary": ("bench.scaling.tables", "bench.harness.tables"),
     "bench.targets": "bench.kernels.targets",

@@ -1,4 +1,4 @@
-"""Kernels against what their bytes and FLOP allow; their machine code without a GPU."""
+"""Each kernel's time against what its bytes and FLOP allow; and without a GPU, its machine code and predicted time."""
 
 from .timing import (
     FILE,

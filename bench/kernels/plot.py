@@ -1,4 +1,4 @@
-"""Draw `rjepa bench kernels`: each kernel's FLOP/s against its FLOP a byte, under the roof measured in the same run."""
+"""Draw `rjepa bench kernels`: each kernel's FLOP/s against its FLOP per byte, under the roof of the same run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .timing import rate_text
 
 COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = {"triton": "o", "torch": "s", "compile": "^"}
-# By the first word of a kernel's name.
+# The family of a kernel, by the first word of its name.
 FAMILY = {
     "step": "Γ, a step",
     "read": "Γ, read",
@@ -35,9 +35,9 @@ FAMILY = {
 def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     """Write the roofline as PNG (150 dpi) and SVG; `path` with any ending or none. Returns the two paths.
 
-    x: FLOP a kernel must do, by bytes that it must move; y: the FLOP/s that it does. The roof is the copy bandwidth and
-    the rate of matrix products that were measured with the kernels, the median over their runs. Raises ValueError
-    without records that have times, or for several devices in one plot.
+    The x axis is FLOP that a call must do divided by bytes that it must move, the y axis FLOP/s reached. The roof is
+    the copy bandwidth and the rate of matrix products that were measured along with the kernels, as medians over the
+    runs. Raises ValueError without records that have times, or for records of several devices.
     """
     timed = [r for r in unmixed(records, "kernels", {}) if r.timing]
     if not timed:
@@ -83,7 +83,7 @@ def _family(made: Record) -> str:
 
 
 def _roofs(axes: Axes, timed: Sequence[Record]) -> None:
-    """The copy's slope, and a flat roof for each rate of products, labelled."""
+    """Draw the slope of the copy bandwidth, and a flat roof for each rate of matrix products, with labels."""
     copy = statistics.median(r.payload["copy_bytes_per_second"] for r in timed)
     by_rate: dict[str, list[float]] = {}
     for r in timed:

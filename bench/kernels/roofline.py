@@ -1,9 +1,10 @@
-"""Predicted, without a GPU: what a kernel's launch would be made of, and the time its bytes and FLOP set.
+"""Predictions without a GPU: what a kernel's launch would consist of, and the least time that it takes.
 
-Each kernel is compiled at the configuration that its launcher picks, and read from the machine code
-(`static`). The time is a floor, max(bytes / copy rate, FLOP / rate, waits): launches, and how near a kernel
-comes to it, are not predicted. A scan waits for memory step after step, whatever it moves: that is a load's
-latency for as many steps as have their loads under way at once. A pass over Γ waits for each batch row's tile.
+Each kernel is compiled at the configuration that its launcher picks, and its registers and accesses are read from the
+machine code (`static`). The predicted time is a floor, max(bytes / copy rate, FLOP / rate, waits): the cost of
+launching, and how near a kernel comes to its floor, are not predicted. Waits are loads whose latency nothing hides. A
+scan waits for memory at every step, however little it moves: one latency for as many steps as have their loads under
+way together. A pass over Γ waits once for each batch row's tile.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ...planning.devices import Rate
 from ..harness import record
 from ..harness.record import Record
 from ..harness.tables import bytes_text, seconds_text
-from . import static
+from . import builds, static
 from .cases import (
     KERNELS,
     MATRICES,
@@ -50,10 +51,11 @@ DEFAULT_HIDDEN, DEFAULT_BATCHES = (64, 256, 1001, 1024, 4096), (8,)
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its rates, and what its multiprocessors share out among programs.
+    """A GPU: its rates, and what a multiprocessor has for the programs that it runs at once.
 
-    registers: 32-bit ones of each multiprocessor, a quarter to each of its four schedulers; shared: bytes.
-    latency: seconds from a load to its use, the arithmetic of a step of a scan included.
+    registers   32-bit registers of a multiprocessor, a quarter for each of its four schedulers
+    shared      bytes of shared memory of a multiprocessor
+    latency     seconds from a load to the use of what it loads, with the arithmetic of one step of a scan
     """
 
     name: str
@@ -71,7 +73,7 @@ class Gpu:
 
 
 def _gpus() -> dict[str, Gpu]:
-    """The devices whose kernels can be predicted: NVIDIA's, whose machine code can be read."""
+    """The known devices whose kernels can be predicted: NVIDIA's, since their machine code can be read."""
     found = {}
     for key, device in devices.known().items():
         if device.kernels:
@@ -89,18 +91,21 @@ def _gpus() -> dict[str, Gpu]:
 
 
 GPUS = _gpus()
-# How a multiprocessor hands out registers to a warp, and what shared memory a program costs beside its own.
+# A warp gets registers in units of REGISTERS_AT_ONCE from one scheduler; each program costs SHARED_PER_PROGRAM bytes of
+# shared memory beside its own.
 SCHEDULERS, REGISTERS_AT_ONCE, SHARED_PER_PROGRAM = 4, 256, 1024
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher would launch: a build, its configuration in words, programs, and numbers of a program.
+    """What a launcher would launch.
 
-    numbers: of Γ, both states, in a program's tile, or of J; of a scan or a loop, its units.
-    waits: loads that a program waits for, one after the other: of Γ a batch row's tile each, of a scan or a loop its
-    steps. Programs of Γ that don't fit on the GPU at once wait for their turn as well.
-    again: bytes moved beside those that a call must move: blocks of time are read twice, and summarised.
+    build      the kernel at its types and constants; config: the configuration, in words
+    programs   how many are launched, with `warps` warps each
+    numbers    how many a program works on: numbers of Γ (both states) or of J in its tile, or units of a scan or loop
+    waits      loads that a program waits for, one after the other: a batch row's tile of Γ each, or a step of a scan or
+               loop each. Programs of Γ that don't fit on the GPU together wait for their turn as well.
+    again      bytes moved beside those that a call must move: blocks of time are read twice, and summarized
     """
 
     build: static.Build
@@ -113,12 +118,12 @@ class Launch:
 
 
 def points(hidden: Sequence[int], batches: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """(N, B), every N at every B, the defaults for what isn't given."""
+    """Every N at every B, as (N, B); the defaults for what isn't given."""
     return tuple((n, b) for b in batches or DEFAULT_BATCHES for n in hidden or DEFAULT_HIDDEN)
 
 
 def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Launch:
-    """What the launcher of a kernel would launch at (N, B), and T of a scan, on a GPU. Needs triton."""
+    """What a kernel's launcher would launch on a GPU at N units, B batch rows and T steps of a scan. Needs triton."""
     from ...kernels import gamma_chunk, gamma_step, reverse_scan
     from ...kernels._launch import split_rows, vector_width
 
@@ -135,10 +140,10 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
             stochastic = isinstance(kernel, GammaStep) and kernel.rounding == "stochastic"
             config = step = gamma_step.pick_config(units, units, dtype, stochastic)
             if isinstance(kernel, GammaRead):
-                build = static.read_build(target, step, short, STATES, aligned)
+                build = builds.read_build(target, step, short, STATES, aligned)
             else:
                 mode = "gradient" if kernel.gradient else "advance"
-                build = static.step_build(target, step, short, STATES, mode, aligned, kernel.rounding)
+                build = builds.step_build(target, step, short, STATES, mode, aligned, kernel.rounding)
             words = f"{step.block_n}×{step.block_m}"
             row_bytes = kernel.gamma_numbers(units, 1) * dtype.itemsize
             parts = batch // split_rows(row_bytes, batch, gpu.multiprocessors)
@@ -147,7 +152,7 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
             assert kernel.steps is not None
             config = chunk = gamma_chunk.pick_config(units, units, kernel.steps, dtype, kernel.precision)
             width = vector_width(units, torch.float32)
-            build = static.chunk_build(target, chunk, short, STATES, aligned, width)
+            build = builds.chunk_build(target, chunk, short, STATES, aligned, width)
             words = f"{chunk.block_n}×{chunk.block_m}×{chunk.block_c}"
         tiles = -(-units // config.block_n) * -(-units // config.block_m)
         return Launch(
@@ -165,14 +170,14 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
     matrices = MATRICES if "phi" in kernel.takes else 0
     width = vector_width(units if matrices else total, torch.float32)
     picked = reverse_scan.pick_config(matrices, static.WARP[target])
-    build = static.suffix_build(target, STATES, matrices, width, aligned)
+    build = builds.suffix_build(target, STATES, matrices, width, aligned)
     words = f"{picked.block} w1 v{width} s{picked.stages}"
     waits = steps / max(1, picked.stages - 1)
     return Launch(build, words, -(-total // picked.block), picked.block, 1, waits)
 
 
 def scan_launch(kernel: Kernel, total: int, steps: int, gpu: Gpu) -> Launch:
-    """Of credits of B·N = `total` units: `launch`. Without a carry, as a sequence's last chunk is."""
+    """As `launch`, for the reverse scan of credits of `total` = B·N units; without a carry, as for a last chunk."""
     from ...kernels import reverse_scan
     from ...kernels._launch import vector_width
 
@@ -182,7 +187,7 @@ def scan_launch(kernel: Kernel, total: int, steps: int, gpu: Gpu) -> Launch:
         partials = [*([entered(k)] for k in range(MATRICES)), list(range(STATES))]
     count, written = sum(map(len, partials)), len(partials) or STATES
     picked = reverse_scan.pick_scan_config(steps, total, STATES, count, written, warp, gpu.multiprocessors)
-    build = static.scan_build(
+    build = builds.scan_build(
         gpu.target,
         STATES,
         partials,
@@ -199,19 +204,19 @@ def scan_launch(kernel: Kernel, total: int, steps: int, gpu: Gpu) -> Launch:
 def by_blocks(
     build: static.Build, picked: ScanConfig, total: int, steps: int, width: int, read: int
 ) -> Launch:
-    """Of a scan in one pass, or of blocks of time, which read so many numbers of each unit and step twice: `launch`."""
+    """As `launch`, for a scan in one pass, or in blocks of time, which read `read` numbers a unit and step twice."""
     tiles, blocks = -(-total // picked.block), -(-steps // picked.steps)
     words, under_way = f"{picked.block} w1 v{width} s{picked.stages}", max(1, picked.stages - 1)
     if blocks == 1:
         return Launch(build, words, tiles, picked.block, 1, steps / under_way)
-    # of all blocks but the first; and a summary of each, written once and read again
+    # all blocks but the first are read twice; the summary of each is written once and read again
     again = 4 * total * (read * (steps - picked.steps) + 2 * (STATES**2 + STATES) * (blocks - 1))
     waits = (2 * picked.steps + blocks - 1) / under_way
     return Launch(build, f"{words} t{picked.steps}", tiles * blocks, picked.block, 1, waits, again)
 
 
 def heads_launch(units: int, target: str) -> Launch:
-    """Of exact RTRL by heads: `launch`."""
+    """As `launch`, for a step of exact RTRL by heads."""
     from ...kernels import rtrl_heads
 
     b = head_units(units)
@@ -220,16 +225,17 @@ def heads_launch(units: int, target: str) -> Launch:
     words = f"{config.block_r}×{config.block_p} w{config.num_warps} v{config.vector}"
     programs = units // b * -(-columns // config.block_p)
     numbers = config.block_r * config.block_p
-    return Launch(static.heads_build(target, config), words, programs, numbers, config.num_warps)
+    return Launch(builds.heads_build(target, config), words, programs, numbers, config.num_warps)
 
 
 def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> Launch:
-    """Of an RGC's own kernels: `launch`, of a step where each step is a launch.
+    """As `launch`, for an RGC's own kernels; of one step, where each step is a launch.
 
-    Such a step waits for its product, which isn't compiled here, and then for its pass; a step on chip for its input.
-    Partials wait for each step of a program, the dual form as scans do, a step on its own for each block of columns.
-    Where programs wait for one another, they wait for each tile of rows, and between steps until their states are
-    stored and the last to arrive is seen: two ways to the cache that they share and back, taken for half a load each.
+    Waits: a step that is a launch waits for its matrix product, which isn't compiled here, and then for its pointwise
+    pass. A step on chip waits for its input. Partials wait at each step of a program, the dual form waits as scans do,
+    and a single step waits for each block of columns. In the persistent kernel, whose programs wait for one another, a
+    step waits for each tile of rows, and then until all states are stored and the last arrival is seen: two round trips
+    to the shared cache, each counted as half a load.
     """
     from ...kernels import rgc_backward, rgc_forward, rgc_partials, rgc_persistent, rgc_step, rtrl_step
     from ...kernels._launch import vector_width
@@ -238,29 +244,29 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
     divisible = ("N",) if units % 16 == 0 else ()
     if name == "rtrl-jacobian":
         square = rtrl_step.pick_config(units)
-        build = static.rtrl_build(target, "jacobian", square, resets=False, divisible=divisible)
+        build = builds.rtrl_build(target, "jacobian", square, resets=False, divisible=divisible)
         tiles = -(-units // square.block_n) * -(-units // square.block_m)
         words = f"{square.block_n}×{square.block_m} w{square.num_warps} v{square.vector}"
         numbers = MATRICES * square.block_n * square.block_m
         return Launch(build, words, batch * tiles, numbers, square.num_warps)
     if name == "rgc-forward" and rgc_forward.on_chip(units, batch, gpu.multiprocessors):
         small = rgc_forward.pick_small_config(units, static.WARP[target])
-        build = static.rgc_small_build(target, small, resets=False)
+        build = builds.rgc_small_build(target, small, resets=False)
         return Launch(build, f"{small.block} w{small.num_warps}", batch, small.block, small.num_warps, steps)
     if name == "rgc-forward-persistent":
         dealt = rgc_persistent.pick_config(units, batch, gpu.multiprocessors, static.WARP[target])
         width = vector_width(units, torch.float32)
-        build = static.rgc_persistent_build(target, dealt, width, resets=False, divisible=divisible)
+        build = builds.rgc_persistent_build(target, dealt, width, resets=False, divisible=divisible)
         words = f"{dealt.units}×{dealt.tile_rows} w{dealt.num_warps} v{width}"
         waits = steps * -(-dealt.rows // dealt.tile_rows) + steps - 1
         return Launch(build, words, dealt.slices * dealt.parts, dealt.units, dealt.num_warps, waits)
     if name == "rgc-step":
         some_rows = rgc_step.pick_config(units, batch, static.WARP[target])
         width = vector_width(units, torch.float32)
-        build = static.rgc_step_build(target, some_rows, width, resets=False, divisible=divisible)
+        build = builds.rgc_step_build(target, some_rows, width, resets=False, divisible=divisible)
         words = f"{some_rows.units}×{some_rows.rows} w{some_rows.num_warps} v{width}"
         programs = -(-units // some_rows.units) * -(-batch // some_rows.rows)
-        # loads of columns one after the other, and then of the unit's own
+        # the loads of blocks of columns come one after the other, then those of the unit's own numbers
         waits = -(-units // some_rows.columns) + 1
         return Launch(build, words, programs, some_rows.units, some_rows.num_warps, waits)
     if name in ("rgc-linearize", "rgc-dual"):
@@ -268,7 +274,7 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
         divisible = (*divisible, *(("BN",) if total % 16 == 0 else ()))
         at = (steps, total, static.WARP[target], gpu.multiprocessors)
         if name == "rgc-dual":
-            build = static.rgc_dual_build(
+            build = builds.rgc_dual_build(
                 target,
                 width,
                 steps=steps,
@@ -280,7 +286,7 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
             )[-1]
             read = MATRICES + STATES + 1 + STATES
             return by_blocks(build, rgc_partials.pick_dual_config(*at), total, steps, width, read)
-        build = static.rgc_linearize_build(target, width, resets=False, divisible=divisible)
+        build = builds.rgc_linearize_build(target, width, resets=False, divisible=divisible)
         some = rgc_partials.pick_config(*at)
         programs = -(-total // some.block) * -(-steps // some.steps)
         words = f"{some.block} w1 v{width} t{some.steps}"
@@ -288,10 +294,10 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
     config: rgc_forward.PointwiseConfig | rgc_backward.Config
     if name == "rgc-forward":
         config = rgc_forward.pick_pointwise_config(units, static.WARP[target])
-        build = static.rgc_pointwise_build(target, config.vector, resets=False, divisible=divisible)
+        build = builds.rgc_pointwise_build(target, config.vector, resets=False, divisible=divisible)
     else:
         config = rgc_backward.pick_config(units, static.WARP[target])
-        build = static.rgc_backward_build(
+        build = builds.rgc_backward_build(
             target, config.vector, steps == 1, resets=False, divisible=divisible
         )
     programs = batch * -(-units // config.block)
@@ -299,7 +305,7 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
 
 
 def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> tuple[int, str]:
-    """Programs that fit on a multiprocessor at once, and what limits them."""
+    """How many programs fit on a multiprocessor at once, and which resource limits them."""
     per_warp = -(-registers * 32 // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
     by_registers = gpu.registers // SCHEDULERS // per_warp * SCHEDULERS // warps
     limits = {
@@ -315,7 +321,7 @@ def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> tuple[int, s
 def predict(
     gpu: Gpu, kernel: Kernel, at: tuple[int, int], steps: int, made: Launch, facts: static.Facts
 ) -> dict[str, Any]:
-    """All that is predicted of one kernel at one (N, B), as a record's payload."""
+    """All that is predicted for one kernel at one (N, B), as the payload of its record."""
     size = (*at, kernel.steps or steps)
     moved, flop = kernel.bytes(*size) + made.again, kernel.flop(*size)
     rate: Rate = getattr(gpu, kernel.rate)
@@ -348,10 +354,10 @@ def predict(
 
 
 def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 64) -> list[Record]:
-    """Predict every kernel at every (N, B), append a record of each to `path`, and return them.
+    """Predict every kernel at every (N, B), append a record of each to `path`, and return the records.
 
-    Where credits would be scanned by blocks of time, one pass is predicted as well: "scan-one-pass" and so on. A
-    kernel that the GPU is too small for is left out.
+    Where the launcher would scan credits by blocks of time, a scan in one pass is predicted as well, as "scan-one-pass"
+    and so on. A kernel for which the GPU is too small is left out.
 
     Raises ValueError for an unknown GPU or size, and where triton or its disassembler is missing.
     """
@@ -370,7 +376,7 @@ def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 6
             made = launch(kernel, units, batch, steps, gpu)
             launches[name, name, units, batch] = made
             if made.again:
-                # as it would be picked for no multiprocessors
+                # without a multiprocessor to fill, the launcher picks one pass
                 one_pass = launch(kernel, units, batch, steps, dataclasses.replace(gpu, multiprocessors=0))
                 launches[f"{name}-one-pass", name, units, batch] = one_pass
     by_text = {_text(made.build): made.build for made in launches.values()}
@@ -396,7 +402,7 @@ def run(path: Path, gpu_name: str, at: Sequence[tuple[int, int]], steps: int = 6
 
 
 def needs_compiler() -> None:
-    """Raise ValueError unless kernels can be compiled and read here."""
+    """Raise ValueError unless kernels can be compiled here, and their machine code read."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
             "a prediction compiles the kernels, which needs triton: pip install 'rjepa-triton[triton]'"
@@ -406,12 +412,12 @@ def needs_compiler() -> None:
 
 
 def _text(build: static.Build) -> str:
-    """What tells two builds apart."""
+    """A text that is equal for equal builds."""
     return json.dumps(dataclasses.asdict(build), sort_keys=True)
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """What was compiled, and the predicted time of a call, of one GPU's records."""
+    """Two tables of one GPU's records: what the compiler made of the kernels, and the predicted time of a call."""
     gpu = GPUS[records[0].params["gpu"]]
     where = f"predicted for {gpu.name} ({gpu.target})"
     code = Table(

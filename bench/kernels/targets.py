@@ -1,8 +1,8 @@
-"""What the kernels are meant to reach on a GPU: predicted without one, and beside it what was measured on one.
+"""What the kernels are meant to reach on a GPU: predicted without one, beside what was measured on one.
 
-A prediction is a sum of the roofline's floors (`roofline`), of products that torch's library does at the device's
-rate, and of launches in a CUDA graph, one after the other as if nothing overlapped. How near a kernel comes to its
-floor is not predicted, so a ratio of two floors says what the bytes and the arithmetic allow, and no more.
+A prediction adds up the roofline's floors (`roofline`), matrix products of torch's library at the device's rate, and
+launches in a CUDA graph, as if none of them overlapped. How near a kernel comes to its floor is not predicted, so a
+ratio of two floors says what the bytes and the arithmetic allow, and no more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from ... import _checks as check
-from ...backends import dispatch as ops
+from ...backends import triton_backend
 from ...planning import devices
 from ..harness.record import Record
 from ..harness.tables import seconds_text
@@ -22,52 +22,54 @@ from . import roofline, static
 from .cases import KERNELS, MATRICES, STATES
 from .roofline import GPUS, Gpu
 
-# Of an online step of an RGC without an input of its own, as graphs: two kernels, and of torch the state kept and
-# three calls for the input's gradient (tests/test_graph.py counts them); and copies of input, output and δ beside them.
+# Nodes of the CUDA graphs of an online step of an RGC that takes x itself: two kernels, a copy of the state, three
+# calls for the input's gradient (tests/online/test_cuda_graph.py counts them), and copies of input, output and δ.
 STEP_NODES = 9
-# Of a dual form's backward pass: δ stacked and zeros for it, the scan, and for each state a product of all readers.
+# Nodes of the dual form's backward pass: δ stacked, zeros made for it, the scan, and for each state one matrix product
+# for all matrices that read it.
 DUAL_NODES = 3 + STATES
-# Seconds of a step of 128 units on chip, half of the weights from the cache: the most that is counted from the machine
-# code, at 1.7 GHz (`kernels.rgc_forward.rgc_forward_small`), which is more than a load's wait.
+# Seconds of a step of 128 units on chip with half of the weights read from the cache: the largest count from the
+# machine code, at 1.7 GHz (`kernels.rgc_forward.rgc_forward_small`), which is longer than the latency of a load.
 CACHED_STEP = 1.1e-6
-# A loop in torch: two products, tanh, and three calls for the states (`cells.RGCCell.scan`); by kernels a product for
-# both sources and a pass.
+# Launches of a step of the forward loop. In torch: two products, tanh, and three calls for the states
+# (`cells.builtin.RGCCell.scan`); with kernels: one product for both states that are read, and the pointwise pass.
 EAGER_NODES, KERNEL_NODES = 6, 2
 
 
 @dataclass(frozen=True)
 class Times:
-    """Predicted seconds of a GPU."""
+    """Predicted seconds on one GPU. floors: by (kernel, N, B, T); graph_call: seconds of one node of a CUDA graph."""
 
     gpu: Gpu
     floors: dict[tuple[str, int, int, int], float]
     graph_call: float
 
     def of(self, kernel: str, units: int, batch: int, steps: int = 1) -> float:
-        """The roofline's floor of one call."""
+        """The roofline's floor of one call of a kernel."""
         return self.floors[kernel, units, batch, KERNELS[kernel].steps or steps]
 
     def copied(self, moved: float) -> float:
-        """Of so many bytes, read and written."""
+        """Seconds to move so many bytes, read and written ones together."""
         return moved / self.gpu.copy.value
 
     def product(self, flop: float, precision: str = "tf32") -> float:
-        """Of a product by torch's library."""
+        """Seconds of a matrix product of so many FLOP by torch's library."""
         return flop / getattr(self.gpu, precision).value
 
     def launches(self, count: float) -> float:
-        """Of so many nodes of a CUDA graph that wait for one another."""
+        """Seconds of so many nodes of a CUDA graph, each waiting for the one before."""
         return count * self.graph_call
 
 
 @dataclass(frozen=True)
 class Target:
-    """One aim: what is reached, at which sizes, and at least or at most how much of it.
+    """One target: a quantity, the sizes at which it is meant, and the bar that it is to reach.
 
-    predicted  from `Times`
+    least      whether the bar is the least value, else it is the most
+    predicted  the quantity from `Times`
     rests_on   what the prediction takes for granted, in words
-    kernels    (name, N, B, T) that it asks the roofline of
-    measured   from records of a GPU, by benchmark; None where they don't say
+    kernels    (name, N, B, T) of the kernels whose floors it needs
+    measured   the quantity from records of a GPU; None if they don't tell it
     """
 
     what: str
@@ -87,7 +89,7 @@ class Target:
         return f"{value:.0%}" if self.unit == "%" else f"{value:.2f}×"
 
     def reached(self, value: float) -> bool:
-        """Whether a value is as much, or as little, as it is to be."""
+        """Whether a value reaches the bar."""
         return value >= self.bar if self.least else value <= self.bar
 
 
@@ -105,8 +107,9 @@ def _step_fraction(times: Times) -> float:
 
 
 def _against_torch(times: Times) -> float:
-    # Passes over one Γ^ν: a product for each of the four terms of M Γ, and two sums; for each state φ y made, added,
-    # and the new one copied in; δ Γ of each, their sum, and the sum over the batch.
+    # Arrays of the size of one Γ^ν that eager torch reads or writes: a product for each of the four terms of M Γ, and
+    # two sums; for each state φ yᵀ is made and added, and the result copied into Γ; δ Γ of each state, their sum, and
+    # the sum over the batch.
     gamma = _gamma_bytes(1024, 8) / STATES
     passes = 4 * 2 + 2 * 3 + STATES * (1 + 3 + 2) + STATES * 2 + 3 + 1
     return times.copied(passes * gamma) / times.of("step-fp32-gradient", 1024, 8)
@@ -127,7 +130,7 @@ def _chunk_against_steps(times: Times) -> float:
 
 
 def _outer_products(times: Times) -> float:
-    """Of dW of all matrices, N = 1024, B = 32, T = 100."""
+    """Seconds of the products Σ E yᵀ of all matrices, N = 1024, B = 32, T = 100."""
     return times.product(2.0 * MATRICES * 32 * 100 * 1024**2)
 
 
@@ -148,7 +151,7 @@ def _dual_against_bptt(times: Times) -> float:
 
 def _online(units: int) -> Callable[[Times], float]:
     def seconds(times: Times) -> float:
-        # the weights' own step, which the gradient does not go to memory for: W read and written in its place
+        # the step of the weights is fused: W is read and written, and the gradient never goes to memory
         gamma = times.of("step-fp32-gradient", units, 1) + times.copied(_weight_bytes(units))
         return times.of("rgc-step", units, 1) + gamma + times.launches(STEP_NODES)
 
@@ -161,15 +164,15 @@ def _online_against_floor(times: Times) -> float:
 
 
 def _forward(units: int, by: str) -> Callable[[Times], float]:
-    """An eager loop's time against a kernel's, B = 32, T = 100, both as CUDA graphs, products in float32."""
+    """The time of an eager loop divided by a kernel's, B = 32, T = 100, both as CUDA graphs, products in float32."""
 
     def ratio(times: Times) -> float:
         product = times.product(2.0 * MATRICES * 32 * units**2, "float32")
         eager = 100 * (product + times.launches(EAGER_NODES))
         ours = times.of(by, units, 32, 100)
-        if ops.SMALL_UNITS < units <= ops.ON_CHIP_UNITS:
+        if triton_backend.SMALL_UNITS < units <= triton_backend.ON_CHIP_UNITS:
             ours = max(ours, 100 * CACHED_STEP)
-        if by == "rgc-forward" and units > ops.ON_CHIP_UNITS:  # a product and a pass a step
+        if by == "rgc-forward" and units > triton_backend.ON_CHIP_UNITS:  # a product and a pass a step
             ours = 100 * (product + times.launches(KERNEL_NODES))
         return eager / ours
 
@@ -180,7 +183,7 @@ def _rtrl_fraction(times: Times) -> float:
     units = 512
     numbers = 2.0 * units * MATRICES * units**2
     product = max(times.product(2 * 2.0 * units * numbers), times.copied(8 * numbers))
-    # the gradient reads γ once; J is made, and R goes to one row a state of each column
+    # the gradient reads γ once; J is made; φ yᵀ is added to one row of each state in each column
     rest = times.copied(4 * numbers) + times.of("rtrl-jacobian", units, 1) + times.copied(8 * numbers / units)
     return times.product(2 * 2.0 * units * numbers) / (product + rest + times.launches(8))
 
@@ -260,7 +263,7 @@ TARGETS = (
 
 
 def times(gpu_name: str) -> Times:
-    """What the roofline gives for every kernel that a target asks of. Raises as `roofline.run`."""
+    """The roofline's floors of all kernels that the targets need. Raises ValueError as `roofline.run` does."""
     check.one_of("gpu", gpu_name, GPUS)
     gpu = GPUS[gpu_name]
     roofline.needs_compiler()
@@ -278,7 +281,7 @@ def times(gpu_name: str) -> Times:
 
 
 def table(gpu_name: str, records: Sequence[Record] = ()) -> Table:
-    """All targets: predicted for a GPU, and measured where records of one say it."""
+    """All targets: predicted for a GPU, and measured where `records` of a GPU tell it."""
     found = times(gpu_name)
     out = Table(
         title=f"targets on {found.gpu.name}: predicted, not measured; measured where there are records",

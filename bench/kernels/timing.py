@@ -1,6 +1,6 @@
-"""Each kernel against its floor: the bytes it must move and the arithmetic it must do at the device's rates.
+"""Each kernel's time against its floor: the time that its bytes and its arithmetic take at the device's rates.
 
-A floor is max(bytes / copy bandwidth, FLOP / GEMM rate), both rates measured on the device in the same run.
+The floor is max(bytes / copy bandwidth, FLOP / GEMM rate); both rates are measured on the device in the same run.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from torch import Tensor
 
 from ... import _checks as check
 from ..harness import measure, record
+from ..harness.device import MEMORY_SHARE, check_device, failure
 from ..harness.record import Record
 from ..harness.tables import bytes_text, seconds_text
-from ..scaling import timing as scaling
 from .cases import BY, KERNELS, MATRICES, STATES, Given, Kernel, Runner, problem
 
 FILE = "kernels.jsonl"
-# (N, B) by device. Γ in float32 takes 32·B·N² bytes: 67 MB to 2.1 GB on a GPU.
+# Default points (N, B) by kind of device. Γ in float32 takes 32·B·N² bytes: 67 MB to 2.1 GB on a GPU.
 POINTS = {
     "cpu": ((64, 1), (256, 1), (1024, 1)),
     "cuda": ((512, 8), (1024, 8), (1024, 64), (4096, 4)),
 }
-# Relative error, in norm, that rounding can't explain: of float32 sums, Γ kept in bfloat16, TF32 products.
+# A relative error in norm above this can't be rounding: of float32 sums, of Γ kept in bfloat16, of TF32 products.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8, "tf32": 2.0**-9}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Kernels at points (N, B). steps: T of the scans; case_seconds: what each is sampled at least."""
+    """Kernels at points (N, B). steps: T of the scans; case_seconds: for how long each runner is sampled at least."""
 
     points: tuple[tuple[int, int], ...]
     kernels: tuple[str, ...] = tuple(KERNELS)
@@ -56,10 +56,10 @@ class Settings:
         check.integer("steps", self.steps, 2)
         if not self.case_seconds > 0:
             raise ValueError(f"case_seconds must be above 0, got {self.case_seconds}")
-        scaling.check_device(self.device)
+        check_device(self.device)
 
     def params(self, kernel: Kernel, by: str, units: int, batch: int) -> dict[str, Any]:
-        """What identifies a measurement, as recorded."""
+        """The parameters that identify a measurement, as its record has them."""
         return {
             "kernel": kernel.name,
             "by": by,
@@ -76,13 +76,13 @@ class Settings:
 
 
 def floor(moved: float, flop: float, copy_rate: float, flop_rate: float) -> tuple[float, str]:
-    """Seconds that a call takes at least at these rates, and which of "bytes" and "flop" sets it."""
+    """The least seconds of a call at these rates, and which of "bytes" and "flop" determines them."""
     by_bytes, by_flop = moved / copy_rate, flop / flop_rate
     return max(by_bytes, by_flop), "bytes" if by_bytes >= by_flop else "flop"
 
 
 def device_rates(device: torch.device) -> dict[str, float]:
-    """Measured: "copy" in bytes/s, "float32" and on a GPU "tf32" in FLOP/s."""
+    """Measured rates of a device: "copy" in bytes/s; "float32", and on a GPU "tf32", in FLOP/s."""
     rates = {"copy": measure.copy_rate(device), "float32": measure.flop_rate(device, torch.float32)}
     if device.type == "cuda":
         before = torch.get_float32_matmul_precision()
@@ -95,7 +95,7 @@ def device_rates(device: torch.device) -> dict[str, float]:
 
 
 def verify(kernel: Kernel, run: Runner, given: Given, want: Sequence[Tensor]) -> float:
-    """The largest relative error against float64; ArithmeticError where rounding can't be why."""
+    """The largest relative error against float64. Raises ArithmeticError if it is larger than rounding explains."""
     got = run(given.copy())
     worst = 0.0
     for index, (g, w) in enumerate(zip(got, want, strict=True)):
@@ -112,7 +112,7 @@ def verify(kernel: Kernel, run: Runner, given: Given, want: Sequence[Tensor]) ->
 def measure_kernel(
     kernel: Kernel, names: Sequence[str], units: int, batch: int, settings: Settings, rates: dict[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """What was found of a kernel at one point, by runner, as fields of its record."""
+    """Check and time the runners `names` of a kernel at one point; the fields of each one's record, by name."""
     device, steps = torch.device(settings.device), kernel.steps or settings.steps
     moved, flop = kernel.bytes(units, batch, steps), kernel.flop(units, batch, steps)
     seconds, bound = floor(moved, flop, rates["copy"], rates[kernel.rate])
@@ -128,7 +128,7 @@ def measure_kernel(
         name: {"predicted_seconds": seconds, "payload": dict(about)} for name in names
     }
     needs, available = kernel.peak_bytes(units, batch, steps), measure.available_bytes(device)
-    if available is not None and needs > scaling.MEMORY_SHARE * available:
+    if available is not None and needs > MEMORY_SHARE * available:
         message = f"predicted: needs {bytes_text(needs)}, {bytes_text(available)} available"
         for fields in found.values():
             fields.update(status="oom", message=message)
@@ -139,7 +139,7 @@ def measure_kernel(
         want = kernel.reference(given.copy(torch.float64))
     except Exception as error:
         for fields in found.values():
-            fields["status"], fields["message"] = scaling.failure(error)
+            fields["status"], fields["message"] = failure(error)
         return found
     for name in names:
         run = kernel.runners(device)[name]
@@ -147,7 +147,7 @@ def measure_kernel(
         try:
             found[name]["payload"]["error"] = verify(kernel, run, given, want)
         except Exception as error:
-            found[name]["status"], found[name]["message"] = scaling.failure(error)
+            found[name]["status"], found[name]["message"] = failure(error)
             continue
         if name != "torch":
             found[name]["compile_seconds"] = time.perf_counter() - begin
@@ -156,7 +156,7 @@ def measure_kernel(
     for name, timing in measure.interleave(runs, device, case_seconds=settings.case_seconds).items():
         fields = found[name]
         if isinstance(timing, Exception):
-            fields["status"], fields["message"] = scaling.failure(timing)
+            fields["status"], fields["message"] = failure(timing)
             continue
         fields.update(status="ok", timing=timing)
         fields["payload"].update(
@@ -176,8 +176,8 @@ def _fits(kernel: Kernel, units: int, device: torch.device) -> bool:
 def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = lambda made: None) -> int:
     """Measure what the file at `path` lacks, and append it there; returns how many records were kept.
 
-    As `scaling.sweep`: what is measured ("ok") under the same key is kept, the rest is tried again. What a GPU is
-    too small for is left out.
+    As in `scaling.sweep`, a measurement ("ok") under the same key is kept, and the rest is tried again. A kernel for
+    which the GPU is too small is left out.
     """
     device = torch.device(settings.device)
     if device.type == "cuda":
@@ -211,7 +211,7 @@ def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = 
 
 
 def run(settings: Settings, path: Path, console: Console) -> list[Record]:
-    """`sweep`, each record told on `console`; the file's records of these settings afterwards."""
+    """`sweep`, with a line on `console` for each record; returns the file's records of these settings."""
 
     def tell(made: Record) -> None:
         at = f"{made.algorithm} N={made.params['N']} B={made.params['B']}"
@@ -243,7 +243,7 @@ def rate_text(value: float, unit: str) -> str:
 
 
 def table(records: Sequence[Record]) -> Table:
-    """By kernel and point: the floor and what sets it; of each runner time, bytes/s and part of the floor."""
+    """By kernel and point: the floor, what determines it, and for each runner time, bytes/s and floor / time."""
     runners = [by for by in BY if any(r.params["by"] == by for r in records)]
     devices = ", ".join(sorted({r.device for r in records}))
     out = Table(

@@ -16,15 +16,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from rjepa_triton.bench.kernels.static import (
-    SHARED_LIMIT,
-    TARGETS,
-    WARP,
-    Build,
-    Facts,
+from rjepa_triton.bench.kernels.builds import (
     chunk_build,
-    compile_all,
-    cuobjdump,
     heads_build,
     read_build,
     rgc_backward_build,
@@ -38,6 +31,15 @@ from rjepa_triton.bench.kernels.static import (
     scan_build,
     step_build,
     suffix_build,
+)
+from rjepa_triton.bench.kernels.static import (
+    SHARED_LIMIT,
+    TARGETS,
+    WARP,
+    Build,
+    Facts,
+    compile_all,
+    cuobjdump,
 )
 from rjepa_triton.kernels import (
     gamma_chunk,

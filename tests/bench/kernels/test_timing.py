@@ -15,7 +15,8 @@ from rjepa_triton import cli
 from rjepa_triton.bench.harness import record
 from rjepa_triton.bench.harness.tables import markdown
 from rjepa_triton.bench.kernels import cases as kernel_cases
-from rjepa_triton.bench.kernels import roofline
+from rjepa_triton.bench.kernels import gamma, roofline, rtrl
+from rjepa_triton.bench.kernels import kernel as kernel_module
 from rjepa_triton.bench.kernels import timing as kernels
 from rjepa_triton.bench.kernels.cases import KERNELS
 from rjepa_triton.bench.kernels.timing import Settings
@@ -90,7 +91,8 @@ def test_what_is_written_and_read_is_what_the_formula_counts(name: str) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_runner_agrees_with_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's as well: kernels are interpreted here, and compiled functions run uncompiled."""
-    monkeypatch.setattr(kernel_cases, "_compiled", lambda function: function)
+    for module in (kernel_module, gamma, rtrl):
+        monkeypatch.setattr(module, "compiled", lambda function: function)
     kernel = KERNELS[name]
     runners = {f"cpu {by}": run for by, run in kernel.runners(CPU).items()}
     if not torch.cuda.is_available():
@@ -125,8 +127,9 @@ def settings(**changes: object) -> Settings:
 
 @pytest.fixture
 def no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_cases.ops, "cpp_compiler", lambda: None)
-    monkeypatch.setattr(kernel_cases._native, "library", lambda: None)
+    monkeypatch.setattr(gamma.native_backend, "cpp_compiler", lambda: None)
+    for module in (kernel_module, gamma):
+        monkeypatch.setattr(module, "library", lambda: None)
     monkeypatch.setattr(kernels, "device_rates", lambda device: {"copy": 1e10, "float32": 1e11})
 
 

@@ -1,0 +1,340 @@
+"""An RGC's own kernels: the forward pass, a step, its linearization, RFP's dual form and BPTT's backward pass."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...backends import operations
+from ...backends.native import calls
+from ...cells.builtin import RGCCell
+from ...cells.two_point import Partials, Trajectory
+from ...rules import rfp
+from .kernel import MATRICES, STATES, Given, Kernel, Runner, WithoutGamma, entered
+from .scans import pure_scan
+
+
+@dataclass(frozen=True)
+class Circuit(Given):
+    """What an RGC's own kernels are given.
+
+    x, weights     inputs (T, B, N); W_ss, W_ms, W_mm, W_sm (4, N, N)
+    diagonals      a view of the weights' diagonals (4, N)
+    state          s and m before the first step (2, B, N)
+    gates          tanh of the pre-activations that read s, and of those that read m (2, T, B, 2, N)
+    before, delta  states before each step, and δ (2, T, B, N)
+    own, phi       of one step: own-state paths (2, B, N) and immediate sensitivities (4, B, N)
+    """
+
+    x: Tensor
+    weights: Tensor
+    diagonals: Tensor
+    state: Tensor
+    gates: Tensor
+    before: Tensor
+    delta: Tensor
+    own: Tensor
+    phi: Tensor
+
+
+def _circuit_shapes(units: int, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of `Circuit`."""
+    return {
+        "x": (steps, batch, units),
+        "weights": (MATRICES, units, units),
+        "diagonals": (MATRICES, units),
+        "state": (STATES, batch, units),
+        "gates": (2, steps, batch, 2, units),
+        "before": (STATES, steps, batch, units),
+        "delta": (STATES, steps, batch, units),
+        "own": (STATES, batch, units),
+        "phi": (MATRICES, batch, units),
+    }
+
+
+class OfCircuit(WithoutGamma):
+    """A kernel of an RGC without Γ, which is given a `Circuit`."""
+
+    def shapes(self, units: int, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
+        return _circuit_shapes(units, batch, steps)
+
+    def draw(
+        self, units: int, batch: int, steps: int, generator: torch.Generator, device: torch.device
+    ) -> Circuit:
+        size = self.shapes(units, batch, steps)
+        drawn = {name: torch.randn(size[name], generator=generator, device=device) for name in size}
+        drawn["weights"] *= 0.3 / math.sqrt(units)
+        drawn["diagonals"] = drawn["weights"].diagonal(dim1=1, dim2=2)
+        drawn["gates"].tanh_()
+        return Circuit(gammas=[], **drawn)
+
+
+class RGCForward(OfCircuit):
+    """The forward pass of an RGC. A step is a matrix product and a pointwise pass; few units take one launch in all."""
+
+    def __init__(self, name: str, launch: Callable[..., Sequence[Tensor]]) -> None:
+        super().__init__(name, ("x", "weights", "state"), _forward, _pure_forward, launch)
+        self.loop = _loop_forward
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # for each unit: four products with N numbers; four tanh of five operations each, and eight more
+        return batch * steps * units * (8 * units + 28)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return (STATES * (steps + 1) + MATRICES * steps) * batch * units
+
+
+class RGCForwardPersistent(RGCForward):
+    """The forward pass in one launch, with the weights spread over the multiprocessors.
+
+    It has no runner but Triton: `RGCForward` times the others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("rgc-forward-persistent", _launch_persistent)
+
+    def fits(self, units: int, multiprocessors: int) -> bool:
+        from ...kernels import rgc_persistent
+
+        return units <= rgc_persistent.most_units(multiprocessors)
+
+    def runners(self, device: torch.device) -> dict[str, Runner]:
+        return {by: run for by, run in super().runners(device).items() if by == "triton"}
+
+
+class RGCStep(OfCircuit):
+    """One step of an RGC and its linearization: the first launch of an online step."""
+
+    steps = 1
+
+    def __init__(self) -> None:
+        super().__init__("rgc-step", ("x", "weights", "state"), _step, _pure_step, _launch_step)
+        self.loop = functools.partial(_step, backend="compile")
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # the step as above; φ: three operations a matrix; ∂F/∂x: one a state; M: a product a matrix, and two sums
+        return batch * units * (8 * units + 28 + 3 * MATRICES + STATES + MATRICES + 2)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return (STATES + MATRICES + STATES + STATES**2) * batch * units
+
+
+class RGCBackward(OfCircuit):
+    """BPTT's credits of an RGC, backward in time, and the credit that enters each matrix."""
+
+    def __init__(self) -> None:
+        takes = ("gates", "before", "x", "weights", "delta")
+        super().__init__("rgc-backward", takes, _backward, _pure_backward, _launch_backward)
+        self.loop = functools.partial(_backward, backend="compile")
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # for each unit: four products with N numbers; credits added, E of four matrices, two own paths
+        return batch * steps * units * (8 * units + 2 + 4 * MATRICES + 2)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return (STATES * (steps + 1) + MATRICES * steps) * batch * units
+
+
+class RGCLinearize(OfCircuit):
+    """The linearization of an RGC from its gates: φ, ∂F/∂x and RFP's transition M."""
+
+    def __init__(self) -> None:
+        takes = ("gates", "before", "x", "diagonals")
+        super().__init__("rgc-linearize", takes, _linearize, _pure_linearize, _launch_linearize)
+        self.loop = functools.partial(_linearize, backend="compile")
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # φ: three operations a matrix; ∂F/∂x: one a state; M: a product a matrix, and two sums
+        return batch * steps * units * (3 * MATRICES + STATES + MATRICES + 2)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return (MATRICES + STATES + STATES**2) * batch * steps * units
+
+
+class RGCDual(OfCircuit):
+    """RFP's dual form of an RGC from its gates: the credit that enters each matrix, and the input's gradient."""
+
+    def __init__(self) -> None:
+        takes = ("gates", "before", "x", "diagonals", "delta")
+        super().__init__("rgc-dual", takes, _dual, _pure_dual, _launch_dual)
+        self.loop = functools.partial(_dual, backend="compile")
+
+    def flop(self, units: int, batch: int, steps: int) -> float:
+        # the linearization as above; δ added to Mᵀλ; E: a product a matrix; for x, S products and S - 1 additions
+        return batch * steps * units * (4 * MATRICES + STATES + 2 + 8 + MATRICES + 2 * STATES - 1)
+
+    def written(self, units: int, batch: int, steps: int) -> int:
+        return ((MATRICES + 1) * steps + STATES) * batch * units
+
+
+def _forward(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    made = RGCCell().scan(x[None], weights.unbind(0), state.unbind(0))
+    return made.states, made.saved
+
+
+def _pure_forward(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    ss, ms, mm, sm = weights.mT
+    (s, m), states, gates = state.unbind(0), [state], []
+    for u in x:
+        by_s, by_m = [(s @ ss).tanh(), (s @ sm).tanh()], [(m @ mm).tanh(), (m @ ms).tanh()]
+        s, m = (1 - by_m[1]) * u + by_s[0] * s, (1 - by_s[1]) * u + by_m[0] * m
+        states.append(torch.stack([s, m]))
+        gates.append(torch.stack([torch.stack(by_s, -2), torch.stack(by_m, -2)]))
+    return torch.stack(states, 1), torch.stack(gates, 1)
+
+
+def _loop_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor] | None:
+    return calls.rgc_scan(x, weights.unbind(0), state.unbind(0), None)
+
+
+def _launch_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
+    from ...kernels import rgc_forward
+
+    states, gates = rgc_forward.rgc_forward(x, weights.unbind(0), state.unbind(0))
+    assert gates is not None
+    return states, gates
+
+
+def _launch_persistent(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
+    from ...kernels import rgc_persistent
+
+    states, gates = rgc_persistent.rgc_forward_persistent(x, weights.unbind(0), state.unbind(0))
+    assert gates is not None
+    return states, gates
+
+
+def _step(x: Tensor, weights: Tensor, state: Tensor, backend: str = "torch") -> tuple[Tensor, ...]:
+    cell, dense = RGCCell(), weights.unbind(0)
+    trajectory = operations.scan(cell, x[None, :1], dense, state.unbind(0), backend=backend)
+    lin, m = operations.linearize(cell, trajectory, dense, backend=backend)
+    return trajectory.states[:, 1], *_parts(lin.partials, m)
+
+
+def _pure_step(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    states, gates = _pure_forward(x[:1], weights, state)
+    own = weights.diagonal(dim1=1, dim2=2)
+    return states[:, 1], *_pure_linearize(gates, state[:, None], x[:1], own)
+
+
+def _launch_step(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
+    from ...kernels import rgc_step
+
+    after, _, planes = rgc_step.rgc_step(x[0], weights.unbind(0), state)
+    return after, *_parts(*RGCCell.partials_in(planes[:, None]))
+
+
+def _trajectory(gates: Tensor, before: Tensor, x: Tensor) -> Trajectory:
+    return Trajectory(x[None], torch.cat([before, before[:, -1:]], 1), gates)  # no step reads the last
+
+
+def _backward(
+    gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor, backend: str = "torch"
+) -> tuple[Tensor, Tensor, Tensor]:
+    cell, dense = RGCCell(), weights.unbind(0)
+    lin = operations.linearize(cell, _trajectory(gates, before, x), dense, backend=backend)[0]
+    credit, passed = operations.exact_credits(cell, lin, dense, delta, backend=backend)
+    ss, ms, mm, sm = (rfp.entering_credit(matrix, lin, credit) for matrix in cell.matrices)
+    return credit, passed, torch.stack([torch.stack([ss, sm], -2), torch.stack([mm, ms], -2)])
+
+
+def _pure_backward(
+    gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    w_ss, w_ms, w_mm, w_sm = weights
+    passed = torch.zeros_like(delta[:, 0])
+    credits, entering = [], []
+    for t in range(x.shape[0] - 1, -1, -1):
+        (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in gates[:, t])
+        (s, m), credit = before[:, t], delta[:, t] + passed
+        from_ss, from_ms = credit[0] * (1 - ss * ss) * s, credit[0] * (ms * ms - 1) * x[t]
+        from_mm, from_sm = credit[1] * (1 - mm * mm) * m, credit[1] * (sm * sm - 1) * x[t]
+        to_s = ss * credit[0] + from_ss @ w_ss + from_sm @ w_sm
+        to_m = mm * credit[1] + from_mm @ w_mm + from_ms @ w_ms
+        passed = torch.stack([to_s, to_m])
+        credits.append(credit)
+        entering.append(
+            torch.stack([torch.stack([from_ss, from_sm], -2), torch.stack([from_mm, from_ms], -2)])
+        )
+    return torch.stack(credits[::-1], 1), passed, torch.stack(entering[::-1], 1)
+
+
+def _launch_backward(
+    gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor
+) -> Sequence[Tensor]:
+    from ...kernels import rgc_backward
+
+    return rgc_backward.bptt_credits(gates, before, x, weights.unbind(0), delta)
+
+
+def _parts(partials: Partials, m: Tensor) -> tuple[Tensor, ...]:
+    """The tensors of a linearization: φ of ss, ms, mm and sm, ∂F_s/∂x, ∂F_m/∂x, and M."""
+    phi, by_input = (next(iter(by_state.values())) for by_state in partials.gate), partials.input[0]
+    return *phi, by_input[0], by_input[1], m
+
+
+def _linearize(
+    gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor, backend: str = "torch"
+) -> tuple[Tensor, ...]:
+    trajectory = _trajectory(gates, before, x)
+    lin, m = operations.linearize(RGCCell(), trajectory, diagonals.unbind(0), backend=backend)
+    return _parts(lin.partials, m)
+
+
+def _pure_linearize(gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor) -> tuple[Tensor, ...]:
+    (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in gates.unbind(0))
+    w_ss, w_ms, w_mm, w_sm = diagonals
+    by_ss, by_ms = (1 - ss * ss) * before[0], (ms * ms - 1) * x
+    by_mm, by_sm = (1 - mm * mm) * before[1], (sm * sm - 1) * x
+    m = torch.stack([ss + by_ss * w_ss, by_ms * w_ms, by_sm * w_sm, mm + by_mm * w_mm])
+    return by_ss, by_ms, by_mm, by_sm, 1 - ms, 1 - sm, m.view(STATES, STATES, *x.shape)
+
+
+def _launch_linearize(gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor) -> Sequence[Tensor]:
+    from ...kernels import rgc_partials
+
+    planes = rgc_partials.rgc_linearize(gates, before, x, diagonals.unbind(0))
+    return _parts(*RGCCell.partials_in(planes, gates))
+
+
+def _dual(
+    gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor, delta: Tensor, backend: str = "torch"
+) -> tuple[Tensor, ...]:
+    cell, trajectory = RGCCell(), _trajectory(gates, before, x)
+    entering, for_input, passed = operations.dual_of(
+        cell, trajectory, diagonals.unbind(0), delta, cell.matrices, 1, "rfp", backend=backend
+    )
+    return *entering, for_input[0], passed
+
+
+def _pure_dual(
+    gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor, delta: Tensor
+) -> tuple[Tensor, ...]:
+    *phi, of_s, of_m, m = _pure_linearize(gates, before, x, diagonals)
+    credit, passed = pure_scan(m, delta)
+    entering = [credit[entered(k)] * phi[k] for k in range(MATRICES)]
+    return *entering, credit[0] * of_s + credit[1] * of_m, passed
+
+
+def _launch_dual(
+    gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor, delta: Tensor
+) -> Sequence[Tensor]:
+    from ...kernels import rgc_partials
+
+    entering, for_input, passed = rgc_partials.rgc_dual(gates, before, x, diagonals.unbind(0), delta)
+    (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in entering.unbind(0))
+    return ss, ms, mm, sm, for_input, passed
+
+
+KERNELS: tuple[Kernel, ...] = (
+    RGCForward("rgc-forward", _launch_forward),
+    RGCForwardPersistent(),
+    RGCStep(),
+    RGCBackward(),
+    RGCLinearize(),
+    RGCDual(),
+)
