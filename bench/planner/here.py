@@ -1,4 +1,4 @@
-"""The rates of the device that this process runs on, measured in some seconds: what a plan for it divides by."""
+"""Measure, in some seconds, the rates of the device that this process runs on; a plan for it divides by them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..scaling import cases
 
 
 def profile(device: torch.device) -> devices.Device:
-    """A device's rates as this process finds them, in a few seconds: a profile with the key "here".
+    """A profile with the key "here": the device's rates as measured now.
 
-    What isn't measured, a GPU's launches in a graph and its scan steps, is taken from the profile that matches its
-    name, with its basis. On a CPU Γ's pass is compiled once, which takes some seconds more.
+    Rates that aren't measured (on a GPU those of launches in a graph and of scan steps) come, with their basis, from
+    the known profile that matches the device's name. On a CPU Γ's pass is compiled once, which takes some seconds more.
     """
     gpu = device.type == "cuda"
     like = devices.find(device_name(device), "gpu" if gpu else "cpu")
@@ -57,7 +57,7 @@ def profile(device: torch.device) -> devices.Device:
 
 
 def _seconds_per_call(device: torch.device) -> float:
-    """Of the package's own code on a few units: the dual form over 50 steps; on a GPU, of a small operation."""
+    """Seconds of a call: of the package's own code on a few units (the dual form over 50 steps); on a GPU of `add_`."""
     if device.type == "cuda":
         a = torch.zeros(64, device=device)
         return min(seconds(lambda: a.add_(a), 1000, device) for _ in range(5))
@@ -69,7 +69,7 @@ def _seconds_per_call(device: torch.device) -> float:
 
 
 def _matrix_rate(cache: int) -> float:
-    """Bytes a second of a matrix in the cache that is multiplied with one row."""
+    """Bytes a second at which a matrix in the cache is multiplied by one row."""
     size = math.isqrt(cache // 16)
     matrix, row, out = torch.ones(size, size), torch.ones(1, size), torch.empty(1, size)
     cpu = torch.device("cpu")
@@ -77,7 +77,7 @@ def _matrix_rate(cache: int) -> float:
 
 
 def _gamma_rate(cache: int, per_call: float) -> float:
-    """Bytes a second of Γ's pass over half the cache, as it runs here."""
+    """Bytes a second of Γ's step where Γ takes half of the cache, by the backend that runs here."""
     size = cases.Size(units=math.isqrt(cache // 96), batch=1, steps=2, chunk=2)
     given = cases.problem(size, kind="noise", scale=0.1, seed=0, backend="auto", like=torch.empty(0))
     made = cases.RfpStepGamma(given)
@@ -90,7 +90,7 @@ def _gamma_rate(cache: int, per_call: float) -> float:
 
 
 def _seconds_per_fresh_byte() -> float:
-    """Of memory that the system maps anew when it is written first."""
+    """Seconds a byte for memory that the system maps anew when it is first written."""
     cpu, numbers = torch.device("cpu"), 1 << 24
     kept = torch.empty(numbers)
     new = min(seconds(lambda: torch.empty(numbers).fill_(1), 1, cpu) for _ in range(6))

@@ -1,0 +1,69 @@
+"""The command of this wing: `rjepa bench plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..._command import user_errors
+from ...planning import devices
+from ..harness import record
+from ..harness.options import Markdown
+from ..harness.terminal import print_tables
+from . import plan
+
+
+def plan_command(
+    hidden: Annotated[int | None, typer.Option(help="N, units of the layer.")] = None,
+    batch: Annotated[int, typer.Option(help="B, rows of the batch.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(help="T, steps of the sequence; a stream without end if left out.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="C, steps for which the weights may stay as they are.")] = 16,
+    cell: Annotated[str, typer.Option(help=", ".join(plan.CELLS))] = "rgc",
+    input_size: Annotated[
+        int | None, typer.Option(help="I, features of the input; if left out, N, and an RGC takes x itself.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=", ".join(plan.DTYPES))] = "float32",
+    gamma_dtype: Annotated[
+        str | None,
+        typer.Option(help=f"Dtype in which Γ is kept: {', '.join(plan.GAMMA_DTYPES)}; --dtype if left out."),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help=f"{plan.HERE}, measured in some seconds; {', '.join(devices.known())}; or a .json of --save."
+        ),
+    ] = plan.HERE,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Run steps of rfp-step as a CUDA graph.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Advise only ways whose gradient is exact.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Write the device's profile to this JSON file.")] = None,
+    check_against: Annotated[
+        Path | None,
+        typer.Option("--check", help="Only compare the model with the records of a file or folder."),
+    ] = None,
+    markdown: Markdown = False,
+) -> None:
+    """Predict what each algorithm and form would cost on a device, which fit, and which to take."""
+    with user_errors():
+        if check_against is not None:
+            print_tables([plan.check_table(plan.against(record.load_all(check_against)))], markdown)
+            return
+        if hidden is None:
+            raise ValueError("--hidden must be given: N, units of the layer, at least 1, got nothing")
+        question = plan.Question(
+            hidden, batch, steps, chunk, cell, input_size, dtype, gamma_dtype, cuda_graph, exact
+        )
+        chosen = plan.device_of(device)
+        if save is not None:
+            plan.save(chosen, save)
+        found = plan.predictions(question, chosen)
+        shown = plan.table(question, chosen, found)
+        print_tables([shown], markdown)
+        if markdown:  # which has no captions
+            typer.echo(f"\n{shown.caption}\n")
+        typer.echo(plan.advise(question, chosen, found).text)

@@ -1,0 +1,78 @@
+"""What is to be planned: a layer, its sizes, and on which device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ... import _checks as check
+from ...layers import named as nn
+from ...layers.layer import TwoPointRNN
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+GAMMA_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+# What makes a layer, by name, from (I, N, options of TwoPointRNN). Only an RGC can do without input weights (I = None).
+CELLS: dict[str, Callable[..., TwoPointRNN]] = {
+    "rgc": lambda size, units, **options: nn.RGC(units, input_size=size, **options),
+    "rnn": lambda size, units, **options: nn.RNN(size or units, units, **options),
+    "ctrnn": lambda size, units, **options: nn.CTRNN(size or units, units, **options),
+    "lstm": lambda size, units, **options: nn.LSTM(size or units, units, **options),
+    "gru": lambda size, units, **options: nn.GRU(size or units, units, **options),
+    "indrnn": lambda size, units, **options: nn.IndRNN(size or units, units, **options),
+    "elstm": lambda size, units, **options: nn.ELSTM(size or units, units, **options),
+    "lru": lambda size, units, **options: nn.LRU(size or units, units, **options),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be trained: a layer, its sizes, and on what terms.
+
+    hidden, batch, steps   N, B and T; steps None: a stream without end
+    chunk                  C, steps for which the weights may stay as they are
+    cell                   a name of `CELLS`
+    input_size             I; None: N, and for an RGC x itself without input weights
+    gamma_dtype            dtype in which Γ is kept; None: `dtype`
+    cuda_graph             whether the form "step" runs as a CUDA graph
+    exact                  whether only ways with an exact gradient will do
+
+    Raises ValueError or TypeError naming the argument.
+    """
+
+    hidden: int
+    batch: int = 1
+    steps: int | None = None
+    chunk: int = 16
+    cell: str = "rgc"
+    input_size: int | None = None
+    dtype: str = "float32"
+    gamma_dtype: str | None = None
+    cuda_graph: bool = False
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        check.integer("hidden", self.hidden, 1)
+        check.integer("batch", self.batch, 1)
+        check.integer("chunk", self.chunk, 1)
+        for name, value in (("steps", self.steps), ("input_size", self.input_size)):
+            if value is not None:
+                check.integer(name, value, 1)
+        check.one_of("cell", self.cell, CELLS)
+        check.one_of("dtype", self.dtype, DTYPES)
+        if self.gamma_dtype is not None:
+            check.one_of("gamma_dtype", self.gamma_dtype, GAMMA_DTYPES)
+
+    @property
+    def kept_in(self) -> torch.dtype:
+        """The dtype in which Γ is kept."""
+        return GAMMA_DTYPES[self.gamma_dtype or self.dtype]
+
+    def layer(self, heads: int | None = None) -> TwoPointRNN:
+        """The layer, on the meta device: its parameters have shapes and no memory."""
+        options: dict[str, Any] = {} if heads is None else {"heads": heads}
+        return CELLS[self.cell](
+            self.input_size, self.hidden, device="meta", dtype=DTYPES[self.dtype], **options
+        )
