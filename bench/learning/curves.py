@@ -1,4 +1,4 @@
-"""Draw `rjepa bench learn`: loss against steps of the stream, a panel a task, mean and interval over seeds."""
+"""Draw `rjepa bench learn`: loss against steps of the stream, mean and interval over seeds, a panel for each task."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ..harness import statistics as fit
 from ..harness.record import Record
+from ..harness.statistics import interval
 from ..harness.style import DASHED, SOLID, STYLE, Look, save
 from . import learn
 from .tasks import TASKS
 
-# Okabe and Ito's colours, dashed for rules that take chunks; dotted lines can lie on others, as rflo's does.
+# Okabe and Ito's colours. Rules that take chunks are dashed. Dotted lines leave the curve below them visible: that of
+# rflo lies on another one.
 DOTTED = (0, (1, 1.4))
 LOOKS = {
     "rtrl": Look("#000000", "*"),
@@ -36,7 +37,7 @@ LOOKS = {
 def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     """Write the curves of `learn.measure`'s records as PNG (150 dpi) and SVG; `path` with any ending or none.
 
-    Raises ValueError without records, or where a task's are of several sizes, saying which. Returns the two paths.
+    Returns the two paths. Raises ValueError if there are no records, or if they mix several sizes, saying which.
     """
     records = [r for r in records if r.benchmark == "learn" and r.params["stage"] == "learning"]
     if not records:
@@ -81,7 +82,7 @@ def _panel(axes: Axes, task: str, records: Sequence[Record]) -> None:
         if not mine:
             continue
         look, window = LOOKS[rule], mine[0].params["window"]
-        found = [fit.interval(list(losses)) for losses in zip(*map(learn.curve, mine), strict=True)]
+        found = [interval(list(losses)) for losses in zip(*map(learn.curve, mine), strict=True)]
         mean, half = np.array(found).T
         steps = window * np.arange(1, len(mean) + 1)
         axes.fill_between(

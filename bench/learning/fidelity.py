@@ -1,7 +1,8 @@
-"""How true each learning rule's gradient is, and what it costs: the frontier between cheap and exact.
+"""How close each learning rule's gradient is to the exact one, and what it costs: the frontier from cheap to exact.
 
-Cosine and relative error against the exact gradient of the same network, in float64; seconds a time step and
-bytes of learning state, in float32. By rule, cell, size of the recurrent weights W ~ c·N(0, 1)/√fan-in, N and T.
+Cosine and relative error are against the exact gradient of the same network, in float64; seconds a time step and bytes
+of learning state are in float32. Rules are compared by cell, scale c of the recurrent weights c·N(0, 1)/√fan-in, N and
+T.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ INPUTS = ("stream", "noise")
 
 @dataclass(frozen=True)
 class Method:
-    """A way to a gradient.
+    """A way to compute a gradient.
 
-    kind    what it is told apart by in the plot, and short its label there
-    shape   options of the layer's recurrence; `heads` with b ≈ √N if "heads"
-    online  options of an `OnlineLearner`; or None, for a sequence by `learning` and `refine`
+    label    its name in tables
+    kind     what its marker in the plot shows; short: its label there
+    online   options of an `OnlineLearner`; None for a whole sequence, with the layer's options `learning` and `refine`
+    shape    of the recurrent weights: "dense", "diagonal", or "heads" of b ≈ √N units
     """
 
     label: str
@@ -89,7 +91,7 @@ METHODS = _methods()
 
 @dataclass(frozen=True)
 class Point:
-    """Where methods are compared: cell, sizes, scale c of the recurrent weights, input."""
+    """A point at which methods are compared: cell, sizes, scale c of the recurrent weights, kind of input."""
 
     cell: str = "rgc"
     units: int = 64
@@ -111,7 +113,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Points, the methods compared at each, seeds, and whether they are timed."""
+    """Points, the methods that are compared at each, the number of seeds, and whether methods are timed."""
 
     points: Sequence[Point]
     methods: Sequence[str]
@@ -141,7 +143,7 @@ SWEEPS: dict[str, Sweep] = {
 
 
 def layer_of(point: Point, shape: str, seed: int, dtype: torch.dtype) -> TwoPointRNN:
-    """The layer: recurrent weights c·N(0, 1)/√fan-in, c·N(0, 1) for diagonal ones; an LSTM reads N features."""
+    """Draw a layer with recurrent weights c·N(0, 1)/√fan-in (1 for a diagonal); an LSTM reads N features."""
     options: dict[str, Any] = {"dtype": dtype}
     if shape == "heads":
         options["heads"] = point.units // head_size(point.units)
@@ -160,10 +162,10 @@ def layer_of(point: Point, shape: str, seed: int, dtype: torch.dtype) -> TwoPoin
 
 
 def data_of(point: Point, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (T, B, N) and the loss's gradient with respect to each output (T, B, N), which is N(0, 1).
+    """Draw x (T, B, N), and the loss's gradient with respect to each output (T, B, N), which is N(0, 1).
 
-    "stream": half N(0, 1) at each step, and half as large a part again that stays, one N(0, 1) a row; "noise":
-    N(0, 1).
+    With input "noise", x is N(0, 1); with "stream" it is 0.5·N(0, 1) at each step plus an N(0, 1) of each row and unit
+    that stays the same at all steps.
     """
     check.one_of("input", point.input, INPUTS)
     like = torch.empty(0, dtype=dtype)
@@ -176,14 +178,14 @@ def data_of(point: Point, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 @dataclass
 class Found:
-    """What one method gave: a comparison a seed, and in how many refinement diverged, so that BPTT ran instead."""
+    """One method's comparison for each seed, and for how many of them refinement diverged, so that BPTT ran."""
 
     results: list[comparison.Fidelity] = field(default_factory=list)
     diverged: int = 0
 
 
 def compared(point: Point, methods: Sequence[str], seeds: int) -> dict[str, Found]:
-    """Each method's gradient against the exact one of its own network, by seed."""
+    """Compare each method's gradient with the exact one of the same network, for each seed."""
     found = {name: Found() for name in methods}
     for seed in range(seeds):
         x, delta = data_of(point, seed, torch.float64)
@@ -210,20 +212,20 @@ def _gradients(
 
 
 def costs(point: Point, methods: Sequence[str], case_seconds: float) -> tuple[dict[str, Any], dict[str, int]]:
-    """Timings of a whole sequence, interleaved, and bytes of learning state, by method; float32."""
+    """By method, the interleaved timings of a whole sequence, and the bytes of learning state; in float32."""
     x, delta = data_of(point, 0, torch.float32)
     layers = {name: layer_of(point, METHODS[name].shape, 0, torch.float32) for name in methods}
     runs: dict[str, Callable[[], object]] = {
         name: functools.partial(_gradients, layers[name], METHODS[name], x, delta, 0) for name in methods
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Divergence)  # counted where gradients are compared
+        warnings.simplefilter("ignore", Divergence)  # `compared` counts it
         timings = measure.interleave(runs, torch.device("cpu"), case_seconds=case_seconds)
     return dict(timings), {name: state_bytes(layers[name], METHODS[name], x) for name in methods}
 
 
 def state_bytes(layer: TwoPointRNN, method: Method, x: Tensor) -> int:
-    """Bytes kept for learning at the end of a chunk or step; of a sequence, its trajectory, which grows with T."""
+    """Bytes kept for learning at the end of a chunk or step; for a whole sequence those of its trajectory."""
     if method.online is None:
         trajectory = layer.cell.scan(
             layer.drive(x).detach(), layer.recurrent_weights(), layer.zero_state(x.shape[1], x)
@@ -236,7 +238,7 @@ def state_bytes(layer: TwoPointRNN, method: Method, x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run: names of SWEEPS, seeds (a sweep's own if None), seconds of samples a timed method."""
+    """What to run: sweeps by name, seeds (each sweep's own if None), seconds for which a timed method is sampled."""
 
     sweeps: Sequence[str] = tuple(SWEEPS)
     seeds: int | None = None
@@ -245,7 +247,10 @@ class Settings:
 
 
 def run(settings: Settings, path: Path, report: Callable[[str], None] = lambda line: None) -> list[Record]:
-    """Measure, appending a record a point and method to `path`; report says what was done. Returns the records."""
+    """Compare all methods at all points; append a record of each to `path`, and return the records.
+
+    report: is given a line for each point that is done. Raises ValueError for an unknown sweep or fewer than 2 seeds.
+    """
     for name in settings.sweeps:
         check.one_of("sweep", name, settings.plan)
     if settings.seeds is not None:
@@ -287,7 +292,7 @@ def run(settings: Settings, path: Path, report: Callable[[str], None] = lambda l
 
 
 def _payload(found: Found) -> dict[str, Any]:
-    """Total cosine by seed, and mean cosine and error in all and by parameter; None for what has no cosine."""
+    """The total cosine of each seed, the mean error, and both by parameter; None where a cosine is not defined."""
     results = found.results
 
     def mean(values: Sequence[float]) -> float | None:
@@ -309,7 +314,7 @@ def _payload(found: Found) -> dict[str, Any]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the 95 % interval of the mean by 4,000 bootstrap resamples of the seeds, drawn from a fixed seed."""
+    """The mean, and its 95 % interval (low, high) by 4,000 bootstrap resamples of the values. It is deterministic."""
     array = np.asarray(values, dtype=np.float64)
     drawn = np.random.default_rng(0).integers(0, len(array), (4000, len(array)))
     low, high = np.quantile(array[drawn].mean(1), [0.025, 0.975])
@@ -320,12 +325,12 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def select(records: Sequence[Record], sweep: str) -> list[Record]:
-    """The latest records of one sweep."""
+    """The last record of each key of one sweep."""
     return [r for r in record.latest(records) if r.benchmark == "fidelity" and r.params["sweep"] == sweep]
 
 
 def _cosine(made: Record) -> str:
-    """Mean total cosine and half the width of its interval; † where refinement diverged in some seed."""
+    """The mean total cosine and half the width of its interval; with † if refinement diverged for some seed."""
     mean, low, high = interval(made.payload["cosines"])
     return f"{mean:.3f} ± {(high - low) / 2:.3f}" + " †" * (made.payload["diverged"] > 0)
 
@@ -334,7 +339,7 @@ Rows = tuple[str, list[str], list[list[str]]]
 
 
 def frontier_rows(records: Sequence[Record], cell: str) -> Rows:
-    """By method: total cosine at each scale, time a step and bytes."""
+    """A table by method: total cosine at each scale, time a step, and bytes of learning state."""
     mine = [r for r in select(records, "frontier") if r.params["cell"] == cell]
     scales = sorted({r.params["scale"] for r in mine})
     by = {(r.algorithm, r.params["scale"]): r for r in mine}
@@ -355,7 +360,7 @@ def frontier_rows(records: Sequence[Record], cell: str) -> Rows:
 
 
 def carry_rows(records: Sequence[Record], cell: str) -> Rows:
-    """By C and scale: TBPTT's total cosine, carry's, and the seeds in which carry's is higher."""
+    """A table by scale and C: the total cosine of TBPTT, that of carry, and for how many seeds carry's is higher."""
     mine = [r for r in select(records, "carry") if r.params["cell"] == cell]
     by = {(r.algorithm, r.params["scale"]): r for r in mine}
     scales = sorted({r.params["scale"] for r in mine})
@@ -382,7 +387,7 @@ def carry_rows(records: Sequence[Record], cell: str) -> Rows:
 
 
 def matrix_rows(records: Sequence[Record]) -> Rows:
-    """RGC by weight matrix: cosine (relative error), by scale and rounds."""
+    """A table of an RGC by scale and rounds of refinement: for each weight matrix, cosine (relative error)."""
     mine = select(records, "matrices")
     names = [f"weight_{name}" for name in ("ss", "ms", "mm", "sm")]
     rows = []
@@ -398,7 +403,7 @@ def matrix_rows(records: Sequence[Record]) -> Rows:
 
 
 def size_rows(records: Sequence[Record]) -> Rows:
-    """Total cosine against N and T."""
+    """A table of the total cosine by N and T."""
     mine = select(records, "sizes")
     names = list(dict.fromkeys(r.algorithm for r in mine))
     by: dict[tuple[int, int], dict[str, Record]] = {}
@@ -410,7 +415,7 @@ def size_rows(records: Sequence[Record]) -> Rows:
 
 
 def all_rows(records: Sequence[Record]) -> list[Rows]:
-    """Every table that the records fill."""
+    """All tables for which there are records."""
     tables = [frontier_rows(records, cell) for cell in CELLS] + [carry_rows(records, cell) for cell in CELLS]
     return [table for table in (*tables, matrix_rows(records), size_rows(records)) if table[2]]
 
@@ -423,7 +428,7 @@ def markdown(table: Rows) -> str:
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """The tables for a terminal: cosine ± half its 95 % interval over seeds."""
+    """The tables for a terminal. Cosines are ± half the width of their 95 % interval over seeds."""
     out = []
     for title, headings, rows in all_rows(records):
         out.append(Table(*headings, title=title))

@@ -30,6 +30,8 @@ EXACT = 1e-6  # 1 - cosine below which a gradient counts as exact: float32's rou
 
 
 class Mark(NamedTuple):
+    """One marker of the plot."""
+
     cost: float
     distance: float
     label: str
@@ -37,10 +39,11 @@ class Mark(NamedTuple):
 
 
 def draw(records: Sequence[Record], path: Path | str, scale: float = 0.3) -> list[Path]:
-    """The frontier as PNG (150 dpi) and SVG: 1 - cosine against time a step and bytes, a row of panels a cell.
+    """Draw the frontier as PNG (150 dpi) and SVG; returns the two paths.
 
-    records: with the sweep "frontier" at `scale`, of one device; else ValueError. Exact gradients lie on a line of
-    their own beneath the others. Returns the two paths.
+    1 - cosine is shown against time a step and against bytes, with one row of panels for each cell. Exact gradients lie
+    on a line of their own below the others. Raises ValueError unless `records` have timed ones of the sweep "frontier"
+    at `scale`, all of one device.
     """
     mine = [r for r in select(records, "frontier") if r.params["scale"] == scale and r.timing]
     if not mine:
@@ -103,9 +106,9 @@ def _panel(axes: Axes, points: Sequence[Mark], what: str) -> None:
 
 
 def _label(axes: Axes, points: Sequence[Mark]) -> None:
-    """Write each label beside its marker, where it covers the least of markers and of labels written before.
+    """Write each label beside its marker, where it covers least of the markers and of the labels already there.
 
-    Markers of one kind that lie on each other share a label.
+    Markers of one kind that lie on top of each other share a label.
     """
     figure: Any = axes.figure
     renderer = figure.canvas.get_renderer()
@@ -123,7 +126,7 @@ def _label(axes: Axes, points: Sequence[Mark]) -> None:
             on[0].append(i)
         else:
             groups.append([i])
-    # Right of the marker first, then its other sides, then farther away.
+    # tried in this order: right of the marker, its other sides, then the same farther away
     sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
     for group in groups:
         p = points[group[0]]
@@ -158,7 +161,7 @@ def _label(axes: Axes, points: Sequence[Mark]) -> None:
 
 
 def _extent(text: Annotation, renderer: Any) -> Bbox:
-    """Of the words alone: an annotation's own extent has its leader in it, which always covers its marker."""
+    """The extent of the text alone. That of the annotation includes the line to its marker, which covers the marker."""
     text.update_positions(renderer)
     return Text.get_window_extent(text, renderer)
 

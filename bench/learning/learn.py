@@ -1,11 +1,12 @@
-"""What the learning rules learn online: three streams, one network and one optimiser for all rules, seeds.
+"""What each learning rule learns online on three streams, with the same network and optimizer for all rules, over
+seeds.
 
-Every rule starts from the same weights and sees the same stream, seed by seed. Adam's learning rate is chosen for
-each rule and task from one small grid, on seeds of its own, in half as many steps. Rules that work in chunks change
-their weights every C steps, the others every step; curves are against steps of the stream.
+For each seed, every rule starts from the same weights and sees the same stream. Adam's learning rate is chosen for each
+rule and task from a small grid, on separate seeds, in half as many steps. Rules that work in chunks change their
+weights every C steps, the others every step; curves are against steps of the stream.
 
-A loss above `CAP` times chance counts as that, in whatever is chosen, tabled or drawn, and so do losses that are not
-finite and those after them: a mean over seeds would otherwise be that of the one that blew up.
+A loss above `CAP` times chance counts as `CAP` times chance wherever losses are compared, tabled or drawn, and so do a
+loss that is not finite and all later ones of its run. Otherwise one run that blows up would decide the mean over seeds.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from ...layers.named import GRU, LSTM, RGC
 from ...online.learner import OnlineLearner
 from ...rules.refine import Divergence
 from ..harness import record
-from ..harness import statistics as fit
 from ..harness.measure import timing
 from ..harness.record import Record
+from ..harness.statistics import interval
 from ..harness.tables import place
 from .tasks import TASKS
 
@@ -49,17 +50,17 @@ HEADS = 4
 LEARNING_RATES = (0.003, 0.01, 0.03)
 CLIP = 1.0  # the gradient's largest norm, all parameters together
 TUNING_SEEDS = (100, 101)
-# A run's losses are means over so many windows; a tuning run is the first half. The final loss is that of the
-# last windows.
+# A run is divided into WINDOWS windows, and its curve is the mean loss in each. A tuning run has the first half of
+# them. The final loss is the mean over the LAST windows.
 WINDOWS, TUNING_WINDOWS, LAST = 20, 10, 4
 CAP = 2.0
-# What the table compares with.
+# The rule with which the table compares the others.
 BASELINE = "rfp"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A learning rule: its name in plots, the learner's options, and whether it takes chunks, and heads."""
+    """A learning rule: its name in plots, options of the learner, whether it takes chunks, and whether heads."""
 
     label: str
     options: dict[str, Any]
@@ -86,8 +87,8 @@ RULES = {
 class Settings:
     """Which tasks and rules, how many seeds, and the sizes that all runs share.
 
-    steps: T of the stream, a multiple of WINDOWS · chunk, with a scored step in every window. jobs: processes, each of
-    one thread.
+    steps: T of the stream, a multiple of WINDOWS · chunk such that every window has a scored step. jobs: how many
+    processes, each with one thread.
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -125,7 +126,7 @@ class Settings:
             raise ValueError(f"hidden must be a multiple of {HEADS} heads, got {self.hidden}")
 
     def run(self, task: str, rule: str, seed: int, rate: float, *, tuning: bool) -> Run:
-        """One run of these sizes."""
+        """A run of these sizes; of half the length if `tuning`."""
         window = self.steps // WINDOWS
         windows = TUNING_WINDOWS if tuning else WINDOWS
         chunk = self.chunk if RULES[rule].chunked else 1
@@ -134,7 +135,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: what identifies its record, and all that it takes to make it."""
+    """One training run: everything that it depends on."""
 
     task: str
     rule: str
@@ -148,7 +149,7 @@ class Run:
 
     @property
     def params(self) -> dict[str, Any]:
-        """As recorded. "stage" tells the runs that chose a learning rate from those that count."""
+        """The parameters of its record. "stage" tells the runs that choose a learning rate from those that count."""
         return {
             "task": self.task,
             "cell": CELL_OF[self.task],
@@ -169,7 +170,7 @@ class Run:
 
 
 def layer(cell: str, features: int, units: int, heads: int, seed: int) -> TwoPointRNN:
-    """A layer drawn from `seed`. With heads > 1, the diagonal blocks of the dense layer's recurrent weights."""
+    """Draw a layer. With heads > 1 its recurrent weights are the diagonal blocks of those of the dense layer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dense = CELLS[cell](hidden_size=units, input_size=features)
@@ -187,11 +188,15 @@ def layer(cell: str, features: int, units: int, heads: int, seed: int) -> TwoPoi
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Do one run, on one thread; what was found, as fields of its record.
+    """Do one run on one thread; returns the fields of its record.
 
-    payload: curve, the mean loss over what is scored in each window; final, that of the last `LAST` windows;
-    updates, how often the weights changed; fallbacks, how often refinement gave way to the exact credit;
-    cpu_seconds, of all of it. A run whose loss is not finite ends there, with status "error" and the curve so far.
+    Its payload has
+        curve        the mean loss over the scored steps in each window
+        final        the mean of the last `LAST` windows
+        updates      how often the weights changed
+        fallbacks    how often refinement diverged, so that the exact credit was used
+        cpu_seconds  of the whole run
+    A run whose loss is not finite ends there, with status "error" and the curve so far.
     """
     begin, threads = time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)
@@ -220,7 +225,7 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def _curve(run: Run) -> tuple[list[float], list[float], int]:
-    """Mean loss and seconds of each window, up to the first whose loss is not finite; bytes of learning state."""
+    """The mean loss and the seconds of each window, up to the first that is not finite; and bytes of learning state."""
     task, rule = TASKS[run.task], RULES[run.rule]
     stream = task.make(run.window * run.windows, run.batch, run.seed)
     scored = stream.scored.float()
@@ -258,8 +263,9 @@ def measure(
 ) -> tuple[list[Record], int]:
     """Do the runs that the file at `path` lacks, and append a record of each as it ends.
 
-    First those that choose learning rates, then those that count. on_record is told the record, and how many of how
-    many runs are done. Returns the records of the latter, and how many runs were kept from an earlier time.
+    The runs that choose learning rates come first, then those that count. on_record is given each record, how many runs
+    are done, and how many there are. Returns the records of the runs that count, and how many runs were in the file
+    before.
     """
     common = record.started("learn", torch.device("cpu"))
     runs_each = len(TUNING_SEEDS) * len(LEARNING_RATES) + settings.seeds
@@ -306,11 +312,11 @@ def measure(
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[Callable[[Sequence[Run]], Iterator[tuple[Run, dict[str, Any]]]]]:
-    """A function of runs that gives (run, what `train` found) as they end; in this process if jobs is 1."""
+    """Give a function that does runs and yields (run, fields of its record) as each ends; in this process for 1 job."""
     if jobs == 1:
         yield lambda runs: ((run, train(run)) for run in runs)
         return
-    # forked workers would share this process's OpenMP state, which may hang
+    # forked workers would inherit this process's OpenMP state, and could hang
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
     def results(runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
@@ -325,7 +331,7 @@ def _workers(jobs: int) -> Iterator[Callable[[Sequence[Run]], Iterator[tuple[Run
 
 
 def chosen_rate(records: Sequence[Record]) -> float:
-    """The learning rate of the least mean final loss over the tuning seeds, the least rate of several such."""
+    """The learning rate with the least mean final loss over the tuning seeds; of several such, the least rate."""
     by_rate: dict[float, list[float]] = {}
     for r in records:
         by_rate.setdefault(r.params["lr"], []).append(final(r))
@@ -333,18 +339,18 @@ def chosen_rate(records: Sequence[Record]) -> float:
 
 
 def final(made: Record) -> float:
-    """The final loss, `CAP` times chance at most."""
+    """The final loss of a run, at most `CAP` times chance."""
     cap = CAP * TASKS[made.params["task"]].chance
     return min(made.payload.get("final", cap), cap)
 
 
 def blew_up(made: Record) -> bool:
-    """Whether the final loss is `CAP` times chance or more, or not finite."""
+    """Whether the final loss of a run is at least `CAP` times chance, or not finite."""
     return final(made) >= CAP * TASKS[made.params["task"]].chance
 
 
 def curve(made: Record) -> np.ndarray:
-    """Loss of each window, `CAP` times chance at most, and that from where a run was not finite on."""
+    """The loss of each window, at most `CAP` times chance; exactly that from the first one that was not finite."""
     cap = CAP * TASKS[made.params["task"]].chance
     out = np.full(made.params["T"] // made.params["window"], cap)
     out[: len(made.payload["curve"])] = made.payload["curve"]
@@ -352,12 +358,12 @@ def curve(made: Record) -> np.ndarray:
 
 
 def default_jobs() -> int:
-    """Processors that this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """Per task: final losses with intervals over seeds, and differences from RFP's on the same seeds."""
+    """A table for each task: final losses with intervals over seeds, and their differences from RFP's by seed."""
     counted = [r for r in records if r.benchmark == "learn" and r.params["stage"] == "learning"]
     out = []
     for task in [name for name in TASKS if any(r.params["task"] == name for r in counted)]:
@@ -380,24 +386,24 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 
 def _cells(runs: dict[int, Record], baseline: dict[int, Record]) -> list[str]:
-    """C, learning rate, final loss, its difference from the baseline on the same seeds, how many runs blew up."""
+    """The cells of a row: C, learning rate, final loss, its difference from the baseline by seed, runs that blew up."""
     first = next(iter(runs.values()))
     losses = {seed: final(r) for seed, r in runs.items()}
     against = ""
     if baseline.keys() == runs.keys():
-        change, width = fit.interval([losses[seed] - final(r) for seed, r in baseline.items()])
+        change, width = interval([losses[seed] - final(r) for seed, r in baseline.items()])
         against = f"{change:+.4f} ± {width:.4f}"
     return [
         str(first.params["C"]),
         f"{first.params['lr']:g}",
-        "{:.4f} ± {:.4f}".format(*fit.interval(list(losses.values()))),
+        "{:.4f} ± {:.4f}".format(*interval(list(losses.values()))),
         against,
         str(sum(map(blew_up, runs.values())) or ""),
     ]
 
 
 def run(settings: Settings, path: Path, console: Console) -> list[Record]:
-    """`measure` with progress on `console`."""
+    """`measure` with progress on `console`; returns the records of the runs that count."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("learn", total=None)

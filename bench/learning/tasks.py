@@ -1,11 +1,11 @@
-"""Online tasks: streams of any length that never reset, with a known chance level and a known best.
+"""Online tasks: streams of any length that never reset, with a known chance level and a known best loss.
 
     recall   symbols shown, recalled in order after a delay        cross-entropy, nats
     adding   the sum of the two marked numbers of a window         squared error
     lorenz   the next value of one coordinate of a chaotic system  squared error
 
-A stream of T steps begins with the streams of fewer steps, and rows are at different places of their windows.
-Arrays are time-major; T time, B rows, F features.
+A shorter stream is the beginning of a longer one, and batch rows are at different places of their windows. Arrays are
+time-major: T time, B batch rows, F features.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ... import _checks as check
 
-# Delayed recall: K symbols, L of them shown, and steps between the last one shown and the first recalled.
+# Delayed recall: how many symbols there are, how many are shown, and the steps between the last one shown and the first
+# one recalled.
 SYMBOLS, SHOWN, DELAY = 4, 2, 4
-# Steps of a window of the adding task.
+# Steps in a window of the adding task.
 WINDOW = 12
 # Lorenz's own parameters, and the standard deviation of x, whose mean is 0 by symmetry.
 SIGMA, RHO, BETA = 10.0, 28.0, 8 / 3
@@ -36,7 +37,12 @@ TRANSIENT = 100  # samples until a row is on the attractor
 
 @dataclass(frozen=True)
 class Stream:
-    """x (T, B, F) float32; target (T, B), int64 for symbols, else float32; scored (T, B) bool, where it counts."""
+    """Data of a task.
+
+    x        inputs (T, B, F), float32
+    target   (T, B), int64 for symbols, else float32
+    scored   (T, B), bool: the steps and rows whose loss counts
+    """
 
     x: Tensor
     target: Tensor
@@ -45,10 +51,13 @@ class Stream:
 
 @dataclass(frozen=True)
 class Task:
-    """make(steps, batch, seed) gives a `Stream`; chance and best are mean losses over what is scored.
+    """An online task.
 
-    chance is that of the best answer which doesn't look at the stream. features, outputs: of the network. period: in
-    so many steps in a row a step is scored.
+    make               make(steps, batch, seed) gives a `Stream`
+    features, outputs  sizes of the network's input and output
+    chance, best       mean losses over the scored steps: of the best answer that doesn't look at the stream, and of a
+                       perfect answer
+    period             among so many consecutive steps of a row, at least one is scored
     """
 
     make: Callable[[int, int, int], Stream]
@@ -60,7 +69,7 @@ class Task:
     period: int
 
     def losses(self, answer: Tensor, target: Tensor) -> Tensor:
-        """Loss of each step and row, of target's shape. answer (…, outputs)."""
+        """The loss of each step and row, in target's shape. answer: (…, outputs)."""
         if self.loss == "cross-entropy":
             flat = torch.nn.functional.cross_entropy(
                 answer.flatten(0, -2), target.flatten(), reduction="none"
@@ -70,7 +79,7 @@ class Task:
 
 
 def _windows(length: int, steps: int, batch: int, seed: int) -> tuple[int, np.ndarray]:
-    """How many windows cover the stream, and where in its first one each row begins, (B,)."""
+    """How many windows cover the stream, and at which step of its first window each row begins, (B,)."""
     check.integer("steps", steps, 1)
     check.integer("batch", batch, 1)
     check.integer("seed", seed, 0)
@@ -79,16 +88,17 @@ def _windows(length: int, steps: int, batch: int, seed: int) -> tuple[int, np.nd
 
 
 def _laid_out(windows: np.ndarray, begins: np.ndarray, steps: int) -> np.ndarray:
-    """(T, B, …) from windows (W, B, L, …), each row from its own begin."""
+    """Join windows (W, B, L, …) to a stream (T, B, …), each row from its own begin."""
     rows = np.moveaxis(windows, 1, 0)
     rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
     return np.stack([row[begin : begin + steps] for row, begin in zip(rows, begins, strict=True)], 1)
 
 
 def recall(steps: int, batch: int, seed: int) -> Stream:
-    """Windows of SHOWN symbols, one a step, DELAY blanks, then SHOWN steps that ask for them in their order.
+    """Windows of SHOWN symbols, one a step, then DELAY blanks, then SHOWN steps that ask for the symbols in their
+    order.
 
-    x is one-hot of SYMBOLS, a blank, and the question: F = SYMBOLS + 2. Scored are the questions.
+    x is one-hot over the SYMBOLS, the blank and the question: F = SYMBOLS + 2. The questions are scored.
     """
     length = 2 * SHOWN + DELAY
     count, begins = _windows(length, steps, batch, seed)
@@ -106,7 +116,7 @@ def recall(steps: int, batch: int, seed: int) -> Stream:
 def adding(steps: int, batch: int, seed: int) -> Stream:
     """Windows of WINDOW numbers from U(0, 1), one marked in each half; at the last step, their sum.
 
-    x (number, mark, last): F = 3. Scored is the last step of a window. The target's variance is 2/12.
+    x has the features (number, mark, last): F = 3. The last step of a window is scored. The target's variance is 2/12.
     """
     count, begins = _windows(WINDOW, steps, batch, seed)
     half = WINDOW // 2
@@ -122,9 +132,9 @@ def adding(steps: int, batch: int, seed: int) -> Stream:
 
 
 def lorenz_samples(start: np.ndarray, steps: int, interval: float, substeps: int) -> np.ndarray:
-    """x, y, z of Lorenz's system (1963) at intervals after `start` (3, B): (T, 3, B) float64.
+    """x, y, z of Lorenz's system (1963), once every `interval` after `start` (3, B): (T, 3, B) float64.
 
-    dx/dt = σ (y - x), dy/dt = x (ρ - z) - y, dz/dt = x y - β z; fourth-order Runge–Kutta of interval/substeps.
+    dx/dt = σ (y - x), dy/dt = x (ρ - z) - y, dz/dt = x y - β z; fourth-order Runge–Kutta in steps of interval/substeps.
     """
 
     def velocity(state: np.ndarray) -> np.ndarray:
@@ -148,7 +158,7 @@ def lorenz_samples(start: np.ndarray, steps: int, interval: float, substeps: int
 def lorenz(steps: int, batch: int, seed: int) -> Stream:
     """x of Lorenz's system, one value every SAMPLING, divided by its standard deviation; the target is the next one.
 
-    Rows start apart. F = 1, and every step is scored. Noise-free, so that the best is 0.
+    Rows start at different places. F = 1, and every step is scored. There is no noise, so the best loss is 0.
     """
     check.integer("steps", steps, 1)
     check.integer("batch", batch, 1)

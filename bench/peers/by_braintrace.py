@@ -1,8 +1,8 @@
-"""braintrace's online learners: SnAp-1 and D-RTRL, of networks whose products are its operators.
+"""braintrace's online learners SnAp-1 and D-RTRL, for networks whose matrix products are its operators.
 
-SnAp(n=1) keeps, of each unit, the block of how its states depend on its own states, which is RFP's M: its gradient is
-RFP's. D_RTRL takes away every path through a recurrent matrix first, so that what it keeps is the unit's path through
-no matrix: e-prop's gradient here ("eprop"), in which RGC's W_mm and W_sm have none with a loss on s.
+SnAp(n=1) keeps, for each unit, the block of the Jacobian by which its states depend on its own states. That is RFP's M,
+so its gradient is RFP's. D_RTRL first removes every path through a recurrent matrix, and keeps what is left of that
+block. Its gradient is e-prop's ("eprop"), in which an RGC's W_mm and W_sm get none from a loss on s.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIB = SimpleNamespace(tanh=jnp.tanh, sigmoid=jax.nn.sigmoid)
 
 
 class Layer(brainstate.nn.Module):
-    """A network with a matrix a gate: traces are kept for a matrix whose product enters each unit by itself."""
+    """A network with a matrix for each gate: a trace is kept for a matrix whose product enters each unit alone."""
 
     def __init__(self, network: Network, arrays: Mapping[str, np.ndarray]) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Layer(brainstate.nn.Module):
         return [getattr(self, f"hidden_{k}") for k in range(self.network.states)]
 
     def restart(self) -> None:
-        """Back to the initial state."""
+        """Set the states back to the initial ones."""
         for state, value in zip(self.hidden(), self.initial, strict=True):
             state.value = value
 
@@ -60,15 +60,16 @@ class Layer(brainstate.nn.Module):
         given = [x]
         if self.network.has_input_weights:
             given = [self._product(x, "ih", k) for k in range(len(self.network.reads))]
-        # A step is written out once for each state. braintrace 0.2.6 takes a state that another one of the same step is
-        # made from, as an LSTM's c, for both a state and a way to the other, and counts its gradient twice.
+        # The step is computed once for each state. If another state of the same step is made from a state, as an LSTM's
+        # h is from c, braintrace 0.2.6 takes the latter for both a state and a path to the other, and counts its
+        # gradient twice.
         for k, state in enumerate(self.hidden()):
             state.value = self.network.step(LIB, recurrent, given, before)[k]
         return self.hidden_0.value
 
 
 class _Learner(Runner):
-    """A stream is stepped by a jitted function of one step; a sequence is one jitted `etrace_grad`."""
+    """For a stream a jitted function of one step; for a sequence one jitted `etrace_grad`."""
 
     algorithm: Any
     options: Mapping[str, Any] = {}

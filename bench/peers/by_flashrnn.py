@@ -1,6 +1,6 @@
 """FlashRNN (Pöppel et al. 2024): LSTM and GRU in fused CUDA kernels.
 
-Written against its documented function and never run: no CUDA device was at hand.
+It is written after the library's documentation and was never run: no CUDA device was at hand.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .runner import Runner
 
-# Its GRU has what multiplies the reset gate first; its LSTM has torch.nn's order.
+# The order of gates. Its GRU has the part that the reset gate multiplies first; its LSTM has torch.nn's order.
 ORDER = {"lstm": (0, 1, 2, 3), "gru": (2, 0, 1)}
 
 
 class FlashRNN(Runner):
-    """One head, so that the recurrent matrices are dense; the input's product is torch's, for all steps at once."""
+    """One head, so that recurrent matrices are dense. torch computes the input's product, for all steps at once."""
 
     note = 'backend "cuda_fused", float32'
 

@@ -17,12 +17,12 @@ LIB = SimpleNamespace(tanh=jnp.tanh, sigmoid=jax.nn.sigmoid)
 
 
 class Scan(Runner):
-    """The input's part of an LSTM or GRU is one product for all steps, and its gates are one product a step."""
+    """One jitted gradient of a sequence. LSTM and GRU take one product for all inputs, and one a step for the gates."""
 
     def __init__(self, task: str, arrays: Mapping[str, np.ndarray], device: str) -> None:
         super().__init__(task, arrays, device)
         if device != "cpu":
-            # the default takes TF32 there, and the values are to be float32's
+            # jax's default there is TF32, and the products are to be in float32
             jax.config.update("jax_default_matmul_precision", "highest")
         network = self.network
 
@@ -46,7 +46,7 @@ class Scan(Runner):
 
         self.function = jax.jit(jax.grad(loss))
         parameters = {name: arrays[name] for name in network.parameters}
-        # put on the device once: what is timed moves nothing between host and device
+        # put on the device once, so that no copy between host and device is timed
         self.given = jax.device_put((parameters, arrays["x"], arrays["delta"], states(network, arrays)))
 
     def run(self) -> Any:

@@ -1,4 +1,4 @@
-"""What torch itself offers: an eager loop under autograd, `torch.compile` of it, torch.nn's layers."""
+"""The ways of torch itself: an eager loop under autograd, `torch.compile` of it, and torch.nn's layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def step(x: Tensor, s: Tensor, m: Tensor, ss: Tensor, ms: Tensor, mm: Tensor, sm: Tensor) -> Pair:
-    """One step of an RGC, as one would write it."""
+    """One step of an RGC, as a torch user would write it."""
     return (
         (1 - torch.tanh(m @ ms.t())) * x + torch.tanh(s @ ss.t()) * s,
         (1 - torch.tanh(s @ sm.t())) * x + torch.tanh(m @ mm.t()) * m,
@@ -23,7 +23,7 @@ def step(x: Tensor, s: Tensor, m: Tensor, ss: Tensor, ms: Tensor, mm: Tensor, sm
 
 
 def loop(one: Callable[..., Pair], x: Tensor, s: Tensor, m: Tensor, *weights: Tensor) -> Tensor:
-    """s (T, B, N) of the whole sequence, step after step."""
+    """s (T, B, N) of the whole sequence, with `one` called for each step."""
     out = []
     for u in x.unbind():
         s, m = one(u, s, m, *weights)
@@ -55,7 +55,7 @@ class Eager(Runner):
 
 
 class Compiled(Eager):
-    """`torch.compile` of the whole loop, unrolled into one graph forward and one backward."""
+    """`torch.compile` of the whole loop, which it unrolls into one forward and one backward graph."""
 
     note = "the whole loop as one graph"
 
@@ -81,7 +81,7 @@ class CompiledStep(Eager):
 
 
 class Builtin(Runner):
-    """torch.nn.LSTM or torch.nn.GRU: cuDNN's on a GPU."""
+    """torch.nn.LSTM or torch.nn.GRU, which on a GPU are cuDNN's."""
 
     def __init__(self, task: str, arrays: Mapping[str, np.ndarray], device: str) -> None:
         super().__init__(task, arrays, device)

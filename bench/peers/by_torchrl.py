@@ -1,6 +1,6 @@
 """TorchRL's recurrent modules with their Triton kernels, for a GPU.
 
-Written against their documentation and never run: no CUDA device was at hand.
+It is written after their documentation and was never run: no CUDA device was at hand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .tasks import STATE
 
 
 class TorchRL(Runner):
-    """`LSTMModule` or `GRUModule` over one trajectory a row, products in full float32."""
+    """`LSTMModule` or `GRUModule` over one trajectory for each batch row, with products in full float32."""
 
     note = 'recurrent_backend="triton", recurrent_matmul_precision="ieee"'
 

@@ -1,4 +1,4 @@
-"""This package's own ways, as peers."""
+"""This package's own ways to the gradients, as peers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _problem(arrays: Mapping[str, np.ndarray], parameters: Sequence[str], device
 
 
 class _Sequence(Runner):
-    """A layer over the sequence and `backward()`: RGC as a function, LSTM and GRU as modules."""
+    """The backward pass of a layer over the whole sequence: RGC as a function, LSTM and GRU as modules."""
 
     learning: functional.Learning
 
@@ -58,7 +58,7 @@ class _Sequence(Runner):
             return dict(zip(self.network.parameters, found, strict=True))
         by_name = dict(zip(self.parameters, found, strict=True))
         gates = ("i", "f", "g", "o") if self.task.network == "lstm" else ("r", "z", "n")
-        # where torch.nn adds two biases, one does
+        # torch.nn adds two biases where this package has one
         recurrent = [f"bias_h{g}" if f"bias_h{g}" in by_name else f"bias_{g}" for g in gates]
         return {
             "weight_ih": np.concatenate([by_name[f"weight_in_{g}"] for g in gates]),
@@ -75,13 +75,13 @@ class Dual(_Sequence):
 
 
 class Bptt(_Sequence):
-    """Backpropagation through time by hand."""
+    """Backpropagation through time with a hand-written backward pass."""
 
     learning: functional.Learning = "bptt"
 
 
 class Step(Runner):
-    """Γ one step on and its gradient, called as the scaling benchmark does: without autograd."""
+    """One step of Γ and its gradient, without autograd, as the scaling benchmark calls it."""
 
     def __init__(self, task: str, arrays: Mapping[str, np.ndarray], device: str) -> None:
         super().__init__(task, arrays, device)
@@ -96,7 +96,7 @@ class Step(Runner):
 
 
 class Learner(Runner):
-    """`OnlineLearner.step` and the loss's `backward()`, as a user writes it."""
+    """`OnlineLearner.step` and the loss's `backward()`, as a user writes them."""
 
     def __init__(self, task: str, arrays: Mapping[str, np.ndarray], device: str) -> None:
         super().__init__(task, arrays, device)

@@ -1,4 +1,4 @@
-"""Draw `rjepa bench peers`: how many times as long as ours each peer takes, with intervals, a panel a task and size."""
+"""Draw `rjepa bench peers`: the time of each peer divided by ours, with intervals, a panel for each task and size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OURS, THEIRS, EXACT = "#0072B2", "#D55E00", "#009E73"
 def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     """Write the ratios as PNG (150 dpi) and SVG; `path` with any ending or none. Returns the two paths.
 
-    Raises ValueError without records that have times, or for several devices, T or numbers of threads in one plot.
+    Raises ValueError if no record has a time, or if devices, T or numbers of threads differ.
     """
     records = unmixed(records, "peers", {"lengths T": "T", "numbers of threads": "threads"})
     timed = [r for r in records if r.timing]

@@ -1,4 +1,4 @@
-"""The peers: what each is, which tasks it serves with which gradient, and what it needs. Imports none of them."""
+"""The peers: which tasks each serves with which gradient, and what it needs. This module imports none of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import torch
 class Peer:
     """One peer.
 
-    module, runner  where its `Runner` is
-    tasks           by task, the gradient that it gives: "bptt", "rfp" or "eprop" (`tasks.GRADIENTS`)
-    packages        what must be installed, as imported; their versions are recorded
+    module, runner  the module and the name of its `Runner`
+    tasks           for each task that it serves, the gradient that it gives: "bptt", "rfp" or "eprop"
+                    (`tasks.GRADIENTS`)
+    packages        import names of the packages that it needs; their versions are recorded
     compiles        whether its first call compiles something
-    cuda            whether it runs on a CUDA device only
+    cuda            whether it runs only on a CUDA device
     """
 
     module: str
@@ -29,7 +30,7 @@ class Peer:
     cuda: bool = False
 
     def missing(self, device: str) -> str | None:
-        """Why it can't be run here, or None: no CUDA device, or a package that isn't installed."""
+        """Why it can't run here (no CUDA device, or a package that isn't installed); None if it can."""
         if self.cuda and torch.device(device).type != "cuda":
             return "needs a CUDA device"
         for package in self.packages:
@@ -38,7 +39,7 @@ class Peer:
         return None
 
     def versions(self) -> dict[str, str | None]:
-        """Versions of its packages; None for what is not installed."""
+        """The versions of its packages; None for one that is not installed."""
         found: dict[str, str | None] = {}
         for package in self.packages:
             try:

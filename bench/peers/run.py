@@ -1,8 +1,8 @@
-"""The comparison with peers: each in a process of its own, checked, then timed in turn with all others of its task.
+"""The comparison with peers: each is checked in a process of its own, then timed in turn with all others of its task.
 
-A point's workers live side by side and only one runs at a time, so that what disturbs the machine disturbs all alike,
-and a ratio is of samples of the same rounds. One record a peer is appended when its point is done; what can't be run,
-fails, hangs or is wrong has its record too.
+The workers of a point are alive at the same time and only one runs at a time, so disturbances of the machine affect all
+alike, and a ratio compares samples of the same rounds. One record for each peer is appended when its point is done. A
+peer that can't be run, fails, hangs or gives a wrong gradient gets a record as well.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from rich.text import Text
 
 from ... import _checks as check
 from ..harness import inputs, measure, record
+from ..harness.device import check_device
 from ..harness.record import Record
 from ..harness.tables import place, seconds_text
 from ..scaling import cases
-from ..scaling import timing as scaling
 from . import tasks
 from .registry import PEERS, Peer
 from .tasks import TASKS
@@ -44,12 +44,12 @@ WORKER = (sys.executable, "-m", f"{__package__}.worker")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared and where.
+    """What is compared, and where.
 
-    threads         CPU threads of each worker, which is held to as many processors
+    threads         CPU threads of each worker, which may use as many processors
     rounds          samples of each peer
-    sample_seconds  that a sample takes at least
-    limit           seconds a worker may take for its first gradients, compilation included, and for any sample
+    sample_seconds  the least seconds of a sample
+    limit           seconds that a worker may take for its first gradients, compilation included, and for any sample
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -89,14 +89,14 @@ class Settings:
         for name in ("scale", "sample_seconds", "limit"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        scaling.check_device(self.device)
+        check_device(self.device)
 
     def points(self) -> Iterator[tuple[str, int, int]]:
-        """(task, N, B)."""
+        """Every (task, N, B)."""
         return ((t, n, b) for t in self.tasks for b in self.batches for n in self.hidden)
 
     def params(self, task: str, units: int, batch: int) -> dict[str, Any]:
-        """What identifies a point's measurement, as recorded."""
+        """The parameters that identify a point, as its records have them."""
         return {
             "task": task,
             "N": units,
@@ -123,9 +123,9 @@ class WorkerFailed(Exception):
 
 
 class Worker:
-    """A process that answers lines of JSON by lines of JSON. It and what it starts end with `close()`.
+    """A process that answers lines of JSON by lines of JSON. `close()` ends it and whatever it started.
 
-    `cpus`: the processors that it may use, where the system can hold it to them.
+    cpus: the processors that it may use, if the system can restrict it to them. log: the file for its stderr.
     """
 
     def __init__(
@@ -151,9 +151,13 @@ class Worker:
         self.lines.put(None)
 
     def ask(self, message: Mapping[str, Any], limit: float) -> dict[str, Any]:
-        """The answer to a message. Raises WorkerFailed for an error, none within `limit` seconds, or no answer."""
+        """The answer to a message.
+
+        Raises WorkerFailed if the worker answers with an error, with something else than a JSON object, or not within
+        `limit` seconds, or if it has ended.
+        """
         assert self.process.stdin is not None
-        # one that has ended can't be written to; reading then says so
+        # a process that has ended can't be written to; reading its answer then tells how it ended
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write((json.dumps(message) + "\n").encode())
             self.process.stdin.flush()
@@ -189,13 +193,13 @@ class Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what was written to a dead process is lost
+                with contextlib.suppress(OSError):  # data that a dead process never read is lost
                     pipe.close()
 
 
 @contextlib.contextmanager
 def held_to(cpus: Sequence[int]) -> Iterator[None]:
-    """This process, and what is started meanwhile, on these processors only, where the system can do that."""
+    """Restrict this process, and processes started meanwhile, to these processors, if the system can do that."""
     if not cpus or not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -208,12 +212,12 @@ def held_to(cpus: Sequence[int]) -> Iterator[None]:
 
 
 def pinned(threads: int) -> list[int]:
-    """The processors that a worker of so many threads is held to; none where the system can't tell them."""
+    """The processors to which a worker with so many threads is restricted; none if the system can't list them."""
     return sorted(os.sched_getaffinity(0))[:threads] if hasattr(os, "sched_getaffinity") else []
 
 
 def environment(threads: int, device: str) -> dict[str, str]:
-    """What a worker's libraries read about threads, for all alike; and where it finds this package."""
+    """The environment of a worker: the same number of threads for every library, and where it finds this package."""
     pinning = {
         name: str(threads)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")  # NPROC: XLA's
@@ -227,14 +231,14 @@ def environment(threads: int, device: str) -> dict[str, str]:
 
 
 def ratio(samples: Sequence[float], of_ours: Sequence[float]) -> list[float]:
-    """Median over median, and its 95 % bootstrap interval: value, low, high. Samples of one round stay together."""
+    """The ratio of two medians and its 95 % bootstrap interval: [value, low, high]. It resamples whole rounds."""
     value = float(np.median(samples) / np.median(of_ours))
     low, high = np.quantile(measure.medians(samples) / measure.medians(of_ours), [0.025, 0.975]).tolist()
     return [value, low, high]
 
 
 class Point:
-    """The peers of one task at one size: started one after the other, then sampled in turn."""
+    """The peers of one task at one size. They are started one after the other, then sampled in turn."""
 
     def __init__(
         self, settings: Settings, task: str, units: int, batch: int, peers: Mapping[str, Peer], folder: Path
@@ -250,7 +254,7 @@ class Point:
         self.samples: dict[str, list[float]] = {}
 
     def measure(self, command: Sequence[str] = WORKER) -> dict[str, dict[str, Any]]:
-        """What was found of each peer, as fields of its record."""
+        """Start, check and time the peers; the fields of each one's record, by name."""
         with contextlib.ExitStack() as workers:
             started: dict[str, Worker] = {}
             for name in self.peers:
@@ -266,7 +270,7 @@ class Point:
                     started[name] = worker
             for turn in range(self.settings.rounds):
                 names = list(started)
-                first = turn % max(1, len(names))  # nobody always follows the same one
+                first = turn % max(1, len(names))  # so that no peer always follows the same one
                 for name in names[first:] + names[:first]:
                     with self.failing(name, started[name], started):
                         asked = {"calls": self.found[name]["payload"]["calls"]}
@@ -278,7 +282,7 @@ class Point:
 
     @contextlib.contextmanager
     def failing(self, name: str, worker: Worker, started: dict[str, Worker] | None = None) -> Iterator[None]:
-        """What goes wrong with one peer ends its worker and is its record's message."""
+        """If something goes wrong with one peer, end its worker, and keep the message for its record."""
         try:
             yield
         except (WorkerFailed, ArithmeticError, ValueError, KeyError, OSError) as error:
@@ -294,7 +298,7 @@ class Point:
                 del started[name]
 
     def prepare(self, name: str, worker: Worker) -> None:
-        """Have a peer built, its gradients checked, and it warmed up. Raises ArithmeticError where they are wrong."""
+        """Have a worker build a peer, check its gradients, warm it up. Raises ArithmeticError for wrong gradients."""
         peer, limit = self.peers[name], self.settings.limit
         gradient = peer.tasks[self.task]
         answers = self.folder / f"{name}.npz"
@@ -328,7 +332,7 @@ class Point:
         payload["calls"] = worker.ask({"warm": self.settings.sample_seconds}, limit)["calls"]
 
     def summarise(self, name: str, ours: Sequence[str]) -> None:
-        """A peer's samples as a timing, seconds a time step, and ratios to ours."""
+        """Add to a peer's record its timing, seconds a time step, and ratios to this package's ways (`ours`)."""
         timing = measure.timing(self.samples[name])
         payload = self.found[name]["payload"]
         payload.update(
@@ -352,9 +356,9 @@ def run(
 ) -> list[Record]:
     """Measure what the file at `path` lacks, append it there, and return the file's records of these settings.
 
-    What was measured ("ok") under the same key, with the same versions of the peer's packages, is kept. Where anything
-    is measured, this package's own ways are measured with it: ratios are of one run. Settings name peers of `PEERS`;
-    others may stand in for them, and for the worker's command.
+    A measurement ("ok") under the same key, with the same versions of the peer's packages, is kept. If anything is
+    measured at a point, this package's own ways are measured with it, since ratios are within one run. peers may
+    replace those that the settings name, and command the worker's.
     """
     shared = record.started("peers", torch.device(settings.device))
     earlier = record.latest(record.load(path)) if path.exists() else []
@@ -393,7 +397,7 @@ def run(
 
 
 def report(settings: Settings, path: Path, console: Console) -> list[Record]:
-    """`run` with its progress on `console`."""
+    """`run` with progress on `console`."""
 
     def on_record(made: Record) -> None:
         if made.status != "ok":
@@ -415,7 +419,7 @@ def _ratio_cell(made: Record, other: str) -> str:
 
 
 def table(records: Sequence[Record]) -> Table:
-    """One task's peers at all sizes: times, ratios to ours with intervals, what each gradient is and its error."""
+    """A table of one task's peers at all sizes: times, ratios to ours with intervals, kind of gradient, its error."""
     p = records[0].params
     task = TASKS[p["task"]]
     title = f"{p['task']}: {task.title}; T = {p['T']}, {p['device']}, threads: {p['threads']}" + (
@@ -452,13 +456,15 @@ def table(records: Sequence[Record]) -> Table:
             *(_ratio_cell(r, name) for name in task.ours),
             "" if first is None else seconds_text(first),
             "" if error is None else f"{error:.0e}",
-            Text(r.message if r.status != "ok" else ""),  # its brackets are no markup
+            Text(
+                r.message if r.status != "ok" else ""
+            ),  # as Text, since rich would take its brackets for markup
         )
     return out
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """A table a task."""
+    """A table for each task."""
     mine = [r for r in records if r.benchmark == "peers"]
     found = dict.fromkeys(r.params["task"] for r in mine)
     return [table([r for r in mine if r.params["task"] == task]) for task in found]

@@ -1,4 +1,4 @@
-"""What a worker runs: one peer, built for one problem."""
+"""The base class of what a worker runs: one peer, built for one problem."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .tasks import NETWORKS, TASKS
 class Runner(ABC):
     """One peer on one problem (`tasks.problem`).
 
-    covers      time steps that one `run()` covers: all of the sequence, or one step of a stream
-    note        what ran it, where that isn't plain from its name
+    covers      time steps that one `run()` covers: the whole sequence, or one step of a stream
+    note        what ran it, if its name doesn't say it
     """
 
     note: str | None = None
@@ -28,14 +28,14 @@ class Runner(ABC):
 
     @abstractmethod
     def run(self) -> Any:
-        """One training step, its gradients ready when it returns (on CUDA: submitted)."""
+        """Take one training step. Its gradients are computed when it returns (on CUDA: submitted)."""
 
     @abstractmethod
     def named(self, result: Any) -> dict[str, np.ndarray]:
-        """What `run()` returned, by parameter as the task names and joins them."""
+        """The result of `run()`, as arrays by parameter, which are named and joined as in the task."""
 
     def gradients(self) -> dict[str, np.ndarray]:
-        """All gradients of a runner just built, over the whole sequence: what is held against the reference."""
+        """The gradients over the whole sequence, to be compared with the reference. The runner must be new."""
         total = self.named(self.run())
         for _ in range(1, self.steps // self.covers):
             for name, part in self.named(self.run()).items():

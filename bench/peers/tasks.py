@@ -1,7 +1,7 @@
-"""What peers are asked for, the float64 reference of each answer, and how an answer is held against it.
+"""The tasks of the peers: a problem, the float64 reference of its gradients, and how a peer's gradients are compared.
 
-Arrays are numpy's, so that no peer needs another's library. Networks are written once, from what enters a step to
-the state after it, for any library with tanh and sigmoid: what is compared is how they are run and learned.
+Arrays are numpy's, so that no peer needs another one's library. Each network is written once, as a step from
+pre-activations to the next state, for any library with tanh and sigmoid: peers differ in how they run and learn it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..scaling import cases
 from ..scaling.cases import Size
 
-# (library, what enters through the recurrent matrices, what is given by the input, state) -> the next state
+# step(library, products of the recurrent matrices, the input's part, state) -> the next state
 Step = Callable[[Any, Sequence[Any], Sequence[Any], Sequence[Any]], tuple[Any, ...]]
 
 STATE = ("state_0", "state_1")
@@ -46,12 +46,12 @@ def _gru(lib: Any, recurrent: Sequence[Any], given: Sequence[Any], state: Sequen
 
 @dataclass(frozen=True)
 class Network:
-    """A recurrent layer: what its parameters are, and one step of it. Its output is its first state.
+    """A recurrent layer: its parameters and one step. Its output is its first state.
 
     reads       for each recurrent matrix (N, N), the state that it multiplies
-    states      how many
+    states      the number of states
     step        see `Step`
-    parameters  names in order: RGC's matrices, or those of torch.nn's layer, gates joined as there
+    parameters  names in order: an RGC's matrices, or those of torch.nn's layer, with its gates joined as there
     """
 
     reads: tuple[int, ...]
@@ -70,7 +70,7 @@ class Network:
         return self.gates(arrays["weight_hh"])
 
     def gates(self, joined: Any) -> list[Any]:
-        """A joined parameter (G·N, …) as the G gates' own."""
+        """Split a joined parameter (G·N, …) into those of the G gates."""
         size = joined.shape[0] // len(self.reads)
         return [joined[k * size : (k + 1) * size] for k in range(len(self.reads))]
 
@@ -85,9 +85,9 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A question: a network's gradients over a sequence, or (online) after every step of it.
+    """The gradients of a network over a sequence, or if `online` after every step of it.
 
-    ours: peers of this package that the others' times are divided by.
+    ours: this package's own peers, by whose times those of the others are divided.
     """
 
     network: str
@@ -107,11 +107,12 @@ TASKS = {
 def problem(
     task: str, units: int, batch: int, steps: int, *, kind: str, scale: float, seed: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of a task, float32; the same for the same arguments.
+    """Draw the arrays of a task, in float32; the same for the same arguments.
 
-    x, delta (T, B, N): inputs, and ∂L/∂output; state_0, state_1 (B, N); the network's parameters. RGC's weights are
-    scale·N(0, 1)/√N; an LSTM's or GRU's are U(-1/√N, 1/√N), as torch.nn draws them, with N inputs. What starts a
-    stream, or torch.nn's layers by default, starts from zero.
+    x, delta            inputs, and ∂L/∂output (T, B, N)
+    state_0, state_1    initial states (B, N); zero for a stream and, as is torch.nn's default, for LSTM and GRU
+    parameters          by name: an RGC's weights are scale·N(0, 1)/√N; an LSTM's or GRU's, with N inputs, are
+                        U(-1/√N, 1/√N), as torch.nn draws them
     """
     asked = TASKS[task]
     network = NETWORKS[asked.network]
@@ -140,11 +141,11 @@ def states(network: Network, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _eprop(w: Tensor, c: Tensor) -> Tensor:
-    """W c, through which no gradient passes back to c: what is left is each unit's path through no matrix."""
+    """W c, through which no gradient passes back to c. Only each unit's own-state path through no matrix is left."""
     return c.detach() @ w.t()
 
 
-# What W c must be for autograd of the loop to give a rule's gradient: see docs/exactness.md.
+# For each rule, the product W c with which autograd of the plain loop gives the rule's gradient: see docs/exactness.md.
 GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bptt": cases.dense,
     "rfp": cases.own_path_only,
@@ -153,9 +154,9 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def oracle(task: str, arrays: Mapping[str, np.ndarray], gradient: str) -> dict[str, np.ndarray]:
-    """The gradients of all parameters by float64 autograd of a plain loop, by the rule `gradient` of `GRADIENTS`.
+    """The gradients of all parameters by float64 autograd of a plain loop. gradient: a rule of `GRADIENTS`.
 
-    That of a stream is the sum over its steps.
+    For a stream they are the sums over its steps.
     """
     network, product = NETWORKS[TASKS[task].network], GRADIENTS[gradient]
     given = {name: torch.from_numpy(array).double() for name, array in arrays.items()}
@@ -179,10 +180,10 @@ def oracle(task: str, arrays: Mapping[str, np.ndarray], gradient: str) -> dict[s
 
 
 def difference(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> tuple[float, str]:
-    """The largest relative difference of a parameter's gradient, in norm, and the parameter's name.
+    """The largest relative difference, in norm, of a parameter's gradient, and that parameter's name.
 
-    Where the reference is zero, it is relative to the norm of all gradients; where one isn't finite, infinite. Raises
-    ValueError for a missing gradient, or one of another shape.
+    If a reference is zero, its difference is relative to the norm of all gradients. The result is infinite if a
+    gradient isn't finite. Raises ValueError for a missing gradient, or one of another shape.
     """
     whole = float(np.sqrt(sum(np.square(w).sum() for w in want.values())))
     worst, where = 0.0, ""

@@ -1,8 +1,8 @@
-"""One peer in a process of its own: `python -m rjepa_triton.bench.peers.worker`, spoken to in lines of JSON.
+"""One peer in a process of its own, `python -m rjepa_triton.bench.peers.worker`, which speaks JSON, one object a line.
 
-The first line in says what to build. The answer to it comes when the peer's gradients are written for the parent to
-check; then one for each line that asks for a warm-up or a sample. End of input ends the process, so that none
-outlives its parent. What a peer prints goes to stderr.
+The first line of input says what to build. Its answer comes when the peer's gradients have been written to a file, for
+the parent to check. Each further line asks for a warm-up or a sample, and gets one answer. The end of input ends the
+process, so no worker outlives its parent. What a peer prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from ..harness import measure
-from ..scaling import cases
+from ..harness.device import out_of_memory
 from .runner import Runner
 
 
 def build(job: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
-    """A runner whose gradients are written to job["gradients"], and what there is to say about it."""
+    """Build a runner, write its gradients to the file job["gradients"], and return it with facts for its record."""
     torch.set_num_threads(job["threads"])
     measure.keep_freed_memory()
     with np.load(job["problem"]) as file:
@@ -49,14 +49,15 @@ def build(job: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
 
 
 def answer(runner: Runner, asked: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """To {"warm": s}, how many calls make a sample of s seconds; to {"calls": n}, seconds a call of a sample."""
+    """Answer {"warm": s} by how many calls make a sample of s seconds, {"calls": n} by a sample's seconds a call."""
     if "warm" in asked:
         return {"calls": max(1, math.ceil(asked["warm"] / measure.warm_up(runner.run, device)))}
-    runner.run()  # the others have had the caches since the last sample
+    runner.run()  # since the last sample, other workers have filled the caches
     return {"seconds": measure.seconds(runner.run, asked["calls"], device)}
 
 
 def main() -> None:
+    """Answer lines of stdin until it ends. stdout itself becomes stderr, so that no peer prints among the answers."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     runner: Runner | None = None
@@ -68,11 +69,11 @@ def main() -> None:
                 device = torch.device(asked["device"])
                 runner, reply = build(asked)
                 gc.collect()
-                gc.disable()  # a collection in the middle of a sample would be charged to it
+                gc.disable()  # a collection in the middle of a sample would count as its time
             else:
                 reply = answer(runner, asked, device)
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}", "oom": cases.out_of_memory(error)}
+            reply = {"error": f"{type(error).__name__}: {error}", "oom": out_of_memory(error)}
         replies.write(json.dumps(reply) + "\n")
 
 

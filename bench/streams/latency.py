@@ -1,4 +1,4 @@
-"""Draw `rjepa bench online`: what part of the steps takes longer than a time, a panel a point."""
+"""Draw `rjepa bench online`: the part of the steps that takes longer than a given time, in one panel for each point."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MARKED = (0.5, 0.9, 0.99)
 def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     """Write the distributions as PNG (150 dpi) and SVG; `path` with any ending or none. Returns the two paths.
 
-    Raises ValueError without records, or for several devices in one plot.
+    Raises ValueError if there are no timed records, or records of several devices.
     """
     records = [r for r in unmixed(records, "online", {}) if r.timing]
     points = sorted({(r.params["B"], r.params["N"]) for r in records})
@@ -60,7 +60,7 @@ def _panel(axes: Axes, records: Sequence[Record]) -> None:
     for form in online.FORMS:
         for r in (r for r in records if r.algorithm == form):
             look, steps = LOOKS[form], r.params["steps"]
-            # the slowest step is drawn where one step in all of them would be
+            # the slowest step is drawn at the height of one step in all steps
             pairs = [(value, 1 - q) for q, value in r.payload["quantiles"] if 1 - q >= 1 / steps]
             pairs.append((online.quantile(r, 1.0), 1 / steps))
             least = min(least, 1 / steps)

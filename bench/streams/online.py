@@ -1,7 +1,7 @@
-"""Latency of a whole online step, one by one: the layer, the loss's gradient, learning, and the optimiser's step.
+"""Latency of whole online steps: the layer, the loss's gradient, learning, and the optimizer's step.
 
-What a stream waits for is not the mean: with form "chunk" most steps are cheap and the last one of a chunk pays for
-all. So every step is timed by itself, over 10,000 steps and more, and what is given is the distribution.
+A stream waits for single steps, and their mean says little: with form "chunk" most steps are cheap and the last one of
+a chunk pays for all. So every step is timed by itself, over 10,000 steps and more, and the result is a distribution.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ... import _checks as check
 from ...layers.named import RGC
 from ...online.learner import OnlineLearner
 from ..harness import energy, inputs, measure, record
+from ..harness.device import check_device, failure
 from ..harness.record import Record
 from ..harness.tables import bytes_text, place, seconds_text
 from ..scaling import cases
-from ..scaling import timing as scaling
 
 FILE = "online.jsonl"
 LEAST_STEPS = 10_000
 WARM_STEPS = 200
 LEARNING_RATE = 1e-4
-INPUTS_KEPT = 64  # steps of x and δ that a stream repeats, so that it fits in a cache whatever its length
-# What is timed: options of the learner, and steps between updates.
+INPUTS_KEPT = 64  # steps of x and δ that a stream repeats, so that they fit in a cache however long it is
+# The forms that can be timed, with their options of `OnlineLearner`.
 FORMS: dict[str, dict[str, Any]] = {
     "step": {"form": "step"},
     "step-lr": {"form": "step", "lr": LEARNING_RATE},
@@ -52,7 +52,7 @@ DEFAULT_FORMS = {
     "cpu": ("step", "step-lr", "chunk"),
     "cuda": ("step", "step-graph", "step-graph-lr", "chunk"),
 }
-# Of the distribution, what is recorded: from the fastest step to the slowest, closely at the slow end.
+# The quantiles that are recorded: from the fastest step to the slowest, and densely at the slow end.
 QUANTILES = (
     0.0,
     *(i / 20 for i in range(1, 20)),
@@ -71,9 +71,9 @@ QUANTILES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Points (N, B), forms, and how many steps each is timed for; chunk: C of the forms that take chunks.
+    """Points (N, B), forms, and the number of steps for which each is timed; chunk: C of the forms that take chunks.
 
-    budget: seconds that a form may take at a point, as its first steps predict.
+    budget: the most seconds that a form may take at a point, as predicted from its first steps.
     """
 
     points: tuple[tuple[int, int], ...]
@@ -98,10 +98,10 @@ class Settings:
         for name in ("scale", "budget"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        scaling.check_device(self.device)
+        check_device(self.device)
 
     def params(self, form: str, units: int, batch: int) -> dict[str, Any]:
-        """What identifies a measurement, as recorded."""
+        """The parameters that identify a measurement, as its record has them."""
         return {
             "N": units,
             "B": batch,
@@ -120,8 +120,8 @@ class Settings:
 class Stream:
     """An RGC that learns online: `step()` takes one whole step.
 
-    The loss is Σ δ(t)·s(t) with δ given: what a step costs without a readout of the user's own. Weights change by SGD
-    after every step, or after the last of a chunk; by an optimizer, or where the form has `lr` by backward() itself.
+    The loss is Σ δ(t)·s(t) with a given δ, so no readout adds to the cost. Weights change by SGD after every step, or
+    after the last step of a chunk: by an optimizer, or if the form has `lr` by backward() itself.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Stream:
         self.deltas: list[Tensor] = []
 
     def step(self) -> Tensor:
-        """One step, and at a chunk's end what its steps have to be learnt from; the layer's output."""
+        """Take one step, and at the end of a chunk learn from its steps; returns the layer's output."""
         now = self.at % INPUTS_KEPT
         shown = self.learner.step(self.x[now])
         self.outputs.append(shown)
@@ -165,9 +165,9 @@ class Stream:
 
 
 def verify(form: str, units: int, batch: int, settings: Settings) -> None:
-    """Raise ArithmeticError unless the gradient summed over a chunk, the weights held still, is the oracle's.
+    """Raise ArithmeticError unless the gradient summed over a chunk, with the weights held still, is the oracle's.
 
-    `cases.oracle`: float64 autograd of RFP, or of BPTT where a form is exact within its first chunk.
+    The oracle (`cases.oracle`) is float64 autograd of RFP, or of BPTT for a form that is exact within its first chunk.
     """
     stream = Stream(form, units, batch, settings, rate=1.0)
     kept = [weight.detach().clone() for weight in stream.layer.recurrent_weights()]
@@ -177,7 +177,7 @@ def verify(form: str, units: int, batch: int, settings: Settings) -> None:
         stream.step()
         if stream.at % stream.every:
             continue
-        with torch.no_grad():  # by how much they went down is the gradient
+        with torch.no_grad():  # with a learning rate of 1, the weights' decrease is the gradient
             for total, weight, before in zip(gradients, stream.layer.recurrent_weights(), kept, strict=True):
                 total.add_(before - weight)
                 weight.copy_(before)
@@ -196,7 +196,7 @@ def verify(form: str, units: int, batch: int, settings: Settings) -> None:
 
 
 def latencies(step: Callable[[], object], steps: int, device: torch.device) -> np.ndarray:
-    """Seconds of each of `steps` steps, one after the other; on a GPU until its work is done."""
+    """The seconds of each of `steps` consecutive steps; on a GPU until the work of the step is done."""
     wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     stamps = np.empty(steps + 1)
     wait()
@@ -209,7 +209,7 @@ def latencies(step: Callable[[], object], steps: int, device: torch.device) -> n
 
 
 def measure_form(form: str, units: int, batch: int, settings: Settings) -> dict[str, Any]:
-    """What was found of one form at one point, as fields of its record."""
+    """Check and time one form at one point; the fields of its record."""
     device = torch.device(settings.device)
     try:
         begin = time.perf_counter()
@@ -232,7 +232,7 @@ def measure_form(form: str, units: int, batch: int, settings: Settings) -> dict[
         joules = meter.between(before, meter.read())
         flowing = measure.seconds(step, settings.steps // 10, device)
     except Exception as error:
-        status, message = scaling.failure(error)
+        status, message = failure(error)
         return {"status": status, "message": message}
     points = np.quantile(taken, QUANTILES).tolist()
     return {
@@ -252,7 +252,7 @@ def measure_form(form: str, units: int, batch: int, settings: Settings) -> dict[
 
 
 def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = lambda made: None) -> int:
-    """Measure what the file at `path` lacks, and append it there; returns how many records were kept."""
+    """Measure what the file at `path` lacks, and append the records to it; returns how many were already there."""
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -272,7 +272,7 @@ def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = 
 
 
 def run(settings: Settings, path: Path, console: Console) -> list[Record]:
-    """`sweep` with progress on `console`; the file's records of these settings afterwards."""
+    """`sweep` with progress on `console`; returns the file's records of these settings."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("online", total=len(settings.points) * len(settings.forms))
@@ -293,12 +293,12 @@ def run(settings: Settings, path: Path, console: Console) -> list[Record]:
 
 
 def quantile(made: Record, q: float) -> float:
-    """Seconds that a part q of the steps don't exceed; q one of `QUANTILES`."""
+    """The seconds that a part q of the steps don't exceed; q must be one of `QUANTILES`."""
     return dict(map(tuple, made.payload["quantiles"]))[q]
 
 
 def table(records: Sequence[Record]) -> Table:
-    """By point and form: the distribution of a step's latency, throughput, bytes of learning state, energy."""
+    """A table by point and form: quantiles of a step's latency, throughput, bytes of learning state, energy."""
     timed = [r for r in records if r.benchmark == "online"]
     meters = sorted({r.payload["energy"] for r in timed if r.timing})
     steps = sorted({r.params["steps"] for r in timed})
