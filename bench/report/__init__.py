@@ -1,4 +1,4 @@
-"""Every table and picture of a folder of records on one page; many benchmarks in one command."""
+"""Show every table and picture of a folder of records on one page, and run many benchmarks by one command."""
 
 from .page import STYLE, TITLE, Section, sections, write
 

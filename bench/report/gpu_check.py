@@ -1,9 +1,9 @@
-"""What a machine with a GPU is asked, in under nine minutes: install, tests, kernels, scaling, plots.
+"""Check a machine with a GPU in under nine minutes: install, tests, kernels, scaling, plots.
 
     python3 -m rjepa_triton.bench.report.gpu_check --out DIR        from the root of a checkout
 
-Stages run one after the other, each with a time limit (`stages`), and append to their own files as they go: a run that
-is cut off leaves what it had, and benchmarks go on from there.
+Stages run one after the other, each with a time limit (`harness.stages`), and append to their own files as they go. A
+run that is cut off leaves what it had, and benchmarks continue from there.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from ..harness import record
 from ..harness.stages import SUMMARY, Stage, run_stages
 
 ROOT = Path(__file__).resolve().parents[2]
-TOTAL_SECONDS = 510.0  # the rest of nine minutes is for starting, and for stopping a last stage
+TOTAL_SECONDS = 510.0  # the rest of nine minutes is left for starting, and for stopping the last stage
 
 
 def files_of_tests(root: Path) -> list[str]:
-    """Tests that a GPU changes something about, the most telling first."""
+    """The test files for which a GPU makes a difference, the most telling ones first."""
     kernels = sorted((root / "tests" / "kernels").glob("test_*.py"))
     names = [f"kernels/{file.name}" for file in kernels]
-    return [f"tests/{name}" for name in ("test_gpu.py", *names, "backends/test_dispatch.py")]
+    return [f"tests/{name}" for name in ("test_gpu.py", *names, "backends/test_operations.py")]
 
 
 def stages(out: Path) -> list[Stage]:
-    """What is asked of a GPU, with files in `out`."""
+    """The stages, which write their files to `out`."""
     python, folder = sys.executable, ("--out", str(out))
     bench = (python, "-m", "rjepa_triton", "bench")
     install = (python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", ".")
     tests = (python, "-m", "pytest", "-v", f"--junitxml={out / 'tests.xml'}", *files_of_tests(ROOT))
-    # compiling a scan for comparison unrolls its steps: 32 of them, or it would take all the time there is
+    # 32 steps, since torch.compile unrolls a scan for comparison, and with more it would take all the time there is
     kernels = (*bench, "kernels", "--device", "cuda", "--steps", "32", "--sample", "0.15", *folder)
     scaling = (
         *bench,
@@ -60,16 +60,13 @@ def stages(out: Path) -> list[Stage]:
             for (batch, hidden), seconds in zip(sizes.items(), (60, 40), strict=True)
         ),
         Stage("online", online, 40),
-        # of what there is: a benchmark that is cut off draws nothing by itself
+        # drawn here from all records, since a benchmark that is cut off draws nothing by itself
         Stage("report", (*bench, "report", str(out), "--out", str(out / "report")), 20),
     ]
 
 
 def check(out: Path) -> int:
-    """Run it all, files into `out`; 0, 1 if something failed, 2 without a GPU.
-
-    Raises ValueError outside of a checkout.
-    """
+    """Run all stages. Returns 0, 1 if something failed, or 2 without a GPU. Raises ValueError outside of a checkout."""
     if not torch.cuda.is_available():
         print(
             f"error: gpu-check needs a GPU, and torch {torch.__version__} finds none here",

@@ -1,7 +1,7 @@
-"""One page of all records: pictures, tables, and the command, file and machine behind each. HTML and Markdown.
+"""Write one page of all records, as HTML and as Markdown: pictures, tables, and where each of them comes from.
 
-The page is one file that loads nothing: pictures are in it as SVG. The Markdown has the same words and tables, and its
-pictures beside it.
+The HTML page is one file that loads nothing: it contains the pictures as SVG. The Markdown has the same words and
+tables, and its pictures lie beside it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ summary { cursor: pointer; color: #0072b2; }
 
 @dataclass(frozen=True)
 class Section:
-    """One benchmark of one file and device: what is shown, and where it is from. number: of the file's devices."""
+    """The records of one benchmark in one file and of one device, and how they are shown.
+
+    number: the device's number among those of the file, from 1.
+    """
 
     name: str
     view: View
@@ -55,17 +58,17 @@ class Section:
 
     @property
     def stem(self) -> str:
-        """What its pictures and anchor are called: the benchmark, the file where that isn't its name, the device's."""
+        """The name of its anchor and pictures: benchmark, file if that is called otherwise, number of the device."""
         name = f"{self.name}-{Path(self.file).stem}".replace(f"{self.name}-{self.name}", self.name)
         return name if self.number == 1 else f"{name}-{self.number}"
 
     @property
     def commands(self) -> list[str]:
-        """What was typed; of records that don't say, the benchmark's command."""
+        """The command lines that made the records; for records that don't tell it, the benchmark's command."""
         return list(dict.fromkeys(r.command or self.view.command for r in self.records))
 
     def source(self) -> list[str]:
-        """Device, versions, revisions and days of the records, in words."""
+        """The device, versions, revisions and days of the records, in words."""
         torches = sorted({f"torch {r.versions.get('torch')}" for r in self.records})
         revisions = sorted({r.git[:10] + r.git[40:] for r in self.records if r.git})
         days = sorted({r.run[:10] for r in self.records if r.run})
@@ -81,7 +84,7 @@ class Section:
 
 
 def sections(files: Sequence[Path]) -> list[Section]:
-    """What there is to show of files of records, by benchmark, then file and device. Raises as `record.load`."""
+    """The sections of files of records, by benchmark, then by number of records. Raises as `record.load` does."""
     found = []
     for file in files:
         by_device: dict[str, list[Record]] = {}
@@ -92,15 +95,15 @@ def sections(files: Sequence[Path]) -> list[Section]:
                 Section(name, VIEWS[name], file.name, number, mine) for name, mine in of(records).items()
             ]
     order = list(VIEWS)
-    # of several files of one benchmark first the one that says the most
+    # among several files of one benchmark, the one with most records comes first
     return sorted(found, key=lambda section: (order.index(section.name), -len(section.records)))
 
 
 def write(paths: Sequence[Path], out: Path) -> list[Path]:
     """Write the page, the Markdown and the pictures to the folder `out`; returns the files.
 
-    paths: files of records, or folders of them. Raises ValueError if they hold nothing to show, or a record that can't
-    be read, before anything is written; OSError where `out` can't be written, with whole files or none.
+    paths: files of records, or folders of them. Raises ValueError, before anything is written, if they have nothing to
+    show or a record can't be read; OSError if `out` can't be written. Each file is written whole or not at all.
     """
     files = [file for path in paths for file in record.files_of(path)]
     found = sections(files)
@@ -120,7 +123,7 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a whole file, or leave the one before."""
+    """Write a file whole; if that fails, the one before stays."""
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -170,7 +173,7 @@ def _html_section(section: Section, found: Sequence[Section], drawn: Sequence[Pa
         f"{html.escape(', '.join(section.source()))}</p>"
     )
     tables = "".join(map(_html_table, section.view.tables(section.records)))
-    # where there is a picture it says the most, and the numbers are there for who wants them
+    # a picture says more than the numbers, which are folded away beneath it
     parts.append(f"<details><summary>Numbers</summary>{tables}</details>" if drawn else tables)
     return "".join(parts) + "</section>"
 
@@ -217,7 +220,7 @@ def _markdown(found: Sequence[Section], pictures: Sequence[Sequence[Path]], mode
 
 
 def _heading(section: Section, found: Sequence[Section]) -> str:
-    """The view's title; with the file where several are of one benchmark, with the device where several are of it."""
+    """The view's title; with file and device if several files or devices have records of the benchmark."""
     others = [other for other in found if other.name == section.name]
     if len(others) == 1:
         return section.view.title

@@ -1,7 +1,7 @@
-"""Every benchmark within a time: the points that say the most first, then those that fill the curves.
+"""Run every benchmark within a total time: first the points that tell most, then those that complete the curves.
 
-Each stage is a command of its own that appends to its records as it goes. What an earlier run in the same folder has
-finished is not run again, and a stage that was cut off goes on where it stopped.
+Each stage is a command that appends to its records as it goes. A stage that an earlier run in the same folder has
+finished is not run again, and one that was cut off continues where it stopped.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from ..harness import record
+from ..harness.device import check_device
 from ..harness.stages import Result, Stage, load_results, run_stages
-from ..scaling import timing as scaling
 from . import page as report
 
-REPORT_SECONDS = 25.0  # kept for the report
+REPORT_SECONDS = 25.0  # reserved for writing the report
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
-# (name, arguments of `rjepa bench`, seconds that it may take), in the order in which they are run.
+# (name, arguments of `rjepa bench`, seconds that it may take), in the order in which stages are run.
 ORDER: tuple[tuple[str, str, float], ...] = (
     ("scaling-1", "scaling --hidden 64,256,1024 --batch 1", 80),
     ("online-1", "online --hidden 256 --batch 1", 60),
@@ -48,7 +48,7 @@ ORDER: tuple[tuple[str, str, float], ...] = (
 
 
 def seconds_of(text: str) -> float:
-    """Seconds of a text such as 8min, 90s, 1.5h. Raises ValueError for another."""
+    """The seconds of a text such as "8min", "90s" or "1.5h". Raises ValueError for another text."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
     if found is None or float(found[1]) <= 0:
         raise ValueError(f"--budget must be a time such as 8min, 90s or 1h, got {text!r}")
@@ -56,13 +56,13 @@ def seconds_of(text: str) -> float:
 
 
 def stages(out: Path, device: str, threads: int) -> list[Stage]:
-    """All stages, with records in `out`."""
+    """All stages, which write their records to `out`."""
     made = []
     for name, text, seconds in ORDER:
         command, *options = text.split()
-        # these run on the CPU, whatever there is, with threads of their own
+        # these two always run on the CPU, and choose their own threads
         where = [] if command in ("fidelity", "learn") else ["--device", device]
-        # peers' default is torch's own number too
+        # "memory" has no option for threads
         pinned = (
             ["--threads", str(threads)] if threads and command not in ("fidelity", "learn", "memory") else []
         )
@@ -76,10 +76,10 @@ def run(
 ) -> tuple[int, list[Path]]:
     """Run the stages that earlier runs in `out` haven't finished, within `budget` seconds, and write the report.
 
-    Returns 1 if a stage failed, else 0, and the report's files. Raises ValueError for a device that isn't there, and
-    OSError where `out` can't be written.
+    Returns 1 if a stage failed, else 0, and the files of the report. Raises ValueError for a device that can't be used,
+    and OSError if `out` can't be written.
     """
-    scaling.check_device(device)
+    check_device(device)
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     about = {

@@ -27,7 +27,7 @@ def test_the_real_stages(tmp_path: Path) -> None:
     assert "tests/bench/kernels/test_static.py" not in files
     assert {
         "tests/test_gpu.py",
-        "tests/backends/test_dispatch.py",
+        "tests/backends/test_operations.py",
         "tests/kernels/test_gamma_step.py",
     } <= set(files)
 
