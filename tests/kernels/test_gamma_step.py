@@ -278,6 +278,31 @@ def test_immediates_and_signals_that_lie_apart(states):
     assert all(torch.equal(a, b) for a, b in zip(gammas, twin, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fan_in", "row_stride"),
+    [(torch.float32, 8, 9), (torch.float32, 8, 10), (torch.bfloat16, 16, 20), (torch.float32, 8, 12)],
+)
+def test_rows_of_y_may_lie_any_distance_apart(dtype, fan_in, row_stride):
+    """Where one memory access doesn't divide that distance (kernels.md, fault 5), and where it does."""
+    shape = (2, 3, 2, 5, fan_in)
+    gammas, m, phi, y, delta = _problem(*shape)
+    gammas = [g.to(dtype) for g in gammas]
+    twin = [g.clone() for g in gammas]
+    want = gamma_step_(twin, m, phi, y, delta)
+    wide = torch.full((2, 3, row_stride), math.nan, device=DEVICE)
+    wide[:, :, :fan_in] = y.transpose(0, 1)
+    apart = [phi[nu, :, k].contiguous() for nu in range(2) for k in range(2)]
+    assert torch.equal(want, gamma_step_(gammas, m, apart, wide[:, :, :fan_in].unbind(0), delta))
+    assert all(torch.equal(a, b) for a, b in zip(gammas, twin, strict=True))
+
+
+def test_tensors_are_not_compared_with_none(monkeypatch):
+    """A comparison of a tensor raises and catches an exception: 15 µs each on the host (kernels.md, fault 2)."""
+    gammas, m, phi, y, delta = _problem(1, 2, 2, 5, 8)
+    monkeypatch.setattr(torch.Tensor, "__eq__", lambda *_: pytest.fail("a tensor was compared"))
+    gamma_step_(gammas, m, phi[0].unbind(1), y.contiguous().unbind(1), delta)
+
+
 @pytest.mark.parametrize(("batch", "rows"), [(6, 3), (3, 1), (16, None)])  # None: what the launcher picks
 @pytest.mark.parametrize("states", [1, 2])
 def test_a_split_batch(states, batch, rows, monkeypatch):
