@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,10 @@ from .sidecar import UNITS, Movie, Shown, Sidecar
 from .video import VideoError
 
 POLICIES = ("refuse", "skip")
-BLANK = ("", ".", "NA", "N/A", "NaN", "nan", "null", "None")  # cells without a value; "." is EyeLink's
+BLANK = ("", ".", "NA", "N/A", "n/a", "NaN", "nan", "null", "None")  # cells without a value; "." is EyeLink's
+# A number in ASCII, without what Python's float takes besides: 1_0, or digits of other scripts.
+NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?|nan)", re.ASCII | re.IGNORECASE)
+ROUNDING = 1e-6  # seconds, and pixels, that arithmetic may be off at a limit: less than any tracker resolves
 OVERLAP = 1e-3  # seconds by which fixations may overlap: trackers round times to their samples
 DISAGREEMENT = 5e-3  # seconds between offset - onset and duration: trackers count the last sample or don't
 DURATIONS = (0.03, 3.0)  # seconds: a median duration outside of this range is in another unit
@@ -97,6 +101,10 @@ class Names:
     eye: str | None = "eye"
     name: str | None = "name"
 
+    def all(self) -> tuple[str, ...]:
+        """All columns that are looked for."""
+        return tuple(column for column in vars(self).values() if column)
+
     def texts(self) -> tuple[str, ...]:
         """The columns that are text even if they look like numbers: participant 007 is not 7."""
         return tuple(column for column in (self.participant, self.movie, self.eye, self.name) if column)
@@ -134,13 +142,18 @@ def checked(
         key: _numbers(columns[key]) for key in ("onset", "offset", "duration", "x", "y") if key in columns
     }
     _leave_out(state, columns, names, participant, movie, numbers, eye, event)
-    _check_missing(state, participant, movie, numbers)
+    # each check may count on a row being good: none has to do with a table that has no such row
+    _check_missing(state, columns, participant, movie, numbers)
+    state.check_any_good()
     onset, duration = _times(state, {key: values for key, (values, _) in numbers.items()}, seconds, sidecar)
-
+    state.check_any_good()
     known = _movies(state, sidecar, movie, policy)
+    state.check_any_good()
     x, y = numbers["x"][0], numbers["y"][0]
     onset, x, y = _in_the_movie(state, known, participant, movie, onset, x, y, seconds)
+    state.check_any_good()
     _check_places(state, known, movie, onset, duration, x, y)
+    state.check_any_good()
     pair = _codes(participant, movie)
     _check_repeats(state, pair, (onset, duration, x, y))
     _check_order(state, pair, onset, duration)
@@ -148,8 +161,6 @@ def checked(
     report = state.report()
     if report.problems and policy == "refuse":
         raise state.refuse(_refusal(report))
-    if not report.kept:
-        raise state.refuse(f"none of its {state.total} rows can be used\n{report}")
     kept = _together(pair, np.flatnonzero(state.good))
     movies = {name: how.movie for name, how in known.items() if name in set(movie[kept].tolist())}
     return Fixations(
@@ -199,6 +210,16 @@ class _State:
         problems = tuple(sorted(self.problems, key=lambda problem: problem.row))
         return Report(self.source, self.total, int(self.good.sum()), problems, dict(self.left_out))
 
+    def check_any_good(self) -> None:
+        """Refuse the table if no row is good, saying what became of all, and what is wrong with the first ones."""
+        if self.good.any():
+            return
+        report = self.report()
+        told = [f"{count} left out: {reason}" for reason, count in report.left_out.items()]
+        told += [_told(report.problems)] if report.problems else []
+        why = f" ({_kinds(report)}): " if report.problems else ": " if told else ""
+        raise self.refuse(f"none of its {self.total} rows can be used{why}{'; '.join(told)}")
+
     def refuse(self, why: str) -> FixationError:
         return FixationError(f"{self.source}: {why}", self.report())
 
@@ -243,9 +264,10 @@ def _numbers(column: pa.ChunkedArray) -> _Numbers:
     for i, value in enumerate(column.to_pylist()):
         if value is None or str(value).strip() in BLANK:
             continue
-        try:
-            values[i] = float(value)
-        except (TypeError, ValueError):
+        text = str(value).strip()
+        if NUMBER.fullmatch(text):
+            values[i] = float(text)
+        else:
             texts[i] = str(value)
     return values, texts
 
@@ -324,20 +346,30 @@ def _pick_eye(state: _State, eyes: np.ndarray, participant: np.ndarray, eye: str
 
 
 def _check_missing(
-    state: _State, participant: np.ndarray, movie: np.ndarray, numbers: Mapping[str, _Numbers]
+    state: _State,
+    columns: Mapping[str, pa.ChunkedArray],
+    participant: np.ndarray,
+    movie: np.ndarray,
+    numbers: Mapping[str, _Numbers],
 ) -> None:
     """Mark rows without a name, and rows in which a number is missing or isn't one."""
+
+    def held(key: str, i: int) -> str:
+        value = columns[key][i].as_py()
+        return f": the cell holds {value!r}" if value is not None and str(value).strip() else ""
+
     for key, names in (("participant", participant), ("movie", movie)):
-        state.mark(names == "", f"{key} missing", f"has no {key}")
+        state.mark(names == "", f"{key} missing", lambda i, key=key: f"has no {key}{held(key, i)}")
     for key, (_, texts) in numbers.items():
         state.mark_each("not a number", {i: f"{key} is {text!r}" for i, text in texts.items()})
-    for key, (values, _) in numbers.items():
-        if key not in ("x", "y"):
-            state.mark(~np.isfinite(values), "time missing", f"{key} is missing or not finite")
-    for key in ("x", "y"):
-        state.mark(~np.isfinite(numbers[key][0]), "position missing", f"{key} is missing or not finite")
-    if not state.good.any():
-        raise state.refuse(f"none of its {state.total} rows can be used\n{state.report()}")
+    for kind, keys in (("time", ("onset", "offset", "duration")), ("position", ("x", "y"))):
+        for key in keys:
+            if key in numbers:
+                state.mark(
+                    ~np.isfinite(numbers[key][0]),
+                    f"{kind} missing",
+                    lambda i, key=key: f"{key} is missing or not finite{held(key, i)}",
+                )
 
 
 def _times(
@@ -355,7 +387,7 @@ def _times(
     if "duration" in time and "offset" in time:
         gap = time["offset"] - onset - duration
         state.mark(
-            ~(np.abs(gap) <= DISAGREEMENT),
+            ~(np.abs(gap) <= DISAGREEMENT + ROUNDING),
             "offset and duration disagree",
             lambda i: f"offset - onset is {time['offset'][i] - onset[i]:g} s, duration {duration[i]:g} s",
         )
@@ -416,11 +448,15 @@ def _in_the_movie(
         of_movie = movie == name
         x[of_movie] = (x[of_movie] - how.offset[0]) * how.scale[0]
         y[of_movie] = (y[of_movie] - how.offset[1]) * how.scale[1]
+        for place, most in ((x, how.movie.size[0]), (y, how.movie.size[1])):
+            near = of_movie & (place >= -ROUNDING) & (place <= most + ROUNDING)
+            place[near] = np.clip(place[near], 0, most)
         if not isinstance(how.start, Mapping):
             onset[of_movie] -= how.start * seconds
             continue
         start = np.array([how.start.get(str(who), np.nan) for who in participant[of_movie]])
         onset[of_movie] -= start * seconds
+    onset[(onset < 0) & (onset >= -ROUNDING)] = 0
     state.mark(
         np.isnan(onset),
         "movie start missing",
@@ -443,8 +479,6 @@ def _check_places(
     sizes = np.array([movies[m].size if m in movies else (0, 0) for m in movie.tolist()], dtype=float)
     ends = np.array([movies[m].end if m in movies else 0 for m in movie.tolist()])
     candidates = state.good.copy()
-    if not candidates.any():
-        return
     outside = ~((x >= 0) & (x <= sizes[:, 0]) & (y >= 0) & (y <= sizes[:, 1]))
     found = state.mark(
         outside,
@@ -506,7 +540,9 @@ def _check_order(state: _State, pair: np.ndarray, onset: np.ndarray, duration: n
     rows = np.flatnonzero(state.good)
     rows = rows[np.argsort(pair[rows], kind="stable")]
     end = onset + duration
-    early = np.flatnonzero((pair[rows][1:] == pair[rows][:-1]) & (onset[rows][1:] < end[rows][:-1] - OVERLAP))
+    early = np.flatnonzero(
+        (pair[rows][1:] == pair[rows][:-1]) & (onset[rows][1:] < end[rows][:-1] - OVERLAP - ROUNDING)
+    )
     # A marked row is not compared with the rows after it, so a pair with a fault is gone through row by row.
     faulty = np.unique(pair[rows][early])
     back: dict[int, str] = {}
@@ -519,7 +555,7 @@ def _check_order(state: _State, pair: np.ndarray, onset: np.ndarray, duration: n
                 back[i] = (
                     f"begins {gap:.6g} s before row {state.numbers[last]}, which comes earlier in the file"
                 )
-            elif last >= 0 and onset[i] < end[last] - OVERLAP:
+            elif last >= 0 and onset[i] < end[last] - OVERLAP - ROUNDING:
                 over[i] = f"begins {end[last] - onset[i]:.6g} s before row {state.numbers[last]} ends"
             else:
                 last = i
@@ -531,11 +567,17 @@ def _check_order(state: _State, pair: np.ndarray, onset: np.ndarray, duration: n
 
 
 def _refusal(report: Report) -> str:
-    bad = report.problems
-    told = "; ".join(f"row {problem.row}: {problem.detail}" for problem in bad[:SHOWN])
-    more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
     return (
-        f"{len(bad)} of its {report.rows} rows are bad ({kinds}): {told}{more}. Correct them, or leave them out with "
-        "policy='skip'"
+        f"{len(report.problems)} of its {report.rows} rows are bad ({_kinds(report)}): {_told(report.problems)}. "
+        "Correct them, or leave them out with policy='skip'"
     )
+
+
+def _kinds(report: Report) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
+
+
+def _told(bad: Sequence[Problem]) -> str:
+    """What is wrong with the first rows, and how many more there are."""
+    told = "; ".join(f"row {problem.row}: {problem.detail}" for problem in bad[:SHOWN])
+    return told + (f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")

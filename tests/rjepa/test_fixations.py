@@ -81,9 +81,12 @@ def test_a_table_that_is_wrong_as_a_whole(tmp_path: Path, said: str) -> None:
 
 
 def test_missing_files_and_wrong_arguments(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no\.csv: no sidecar no\.csv\.yaml beside it"):
+    with pytest.raises(FileNotFoundError, match=r"no\.csv: no such file"):
         fixations.read(tmp_path / "no.csv")
     table = write(tmp_path, GOOD)
+    (tmp_path / "alone.csv").write_bytes(table.read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"alone\.csv: no sidecar alone\.csv\.yaml beside it"):
+        fixations.read(tmp_path / "alone.csv")
     with pytest.raises(FileNotFoundError, match=r"no\.csv: no such file"):
         fixations.read(tmp_path / "no.csv", tmp_path / "fix.csv.yaml")
     with pytest.raises(ValueError, match="policy must be one of 'refuse', 'skip', got 'drop'"):
