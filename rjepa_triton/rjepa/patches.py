@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from .. import _checks as check
 from .report import FixationError, listed
-from .rows import POLICIES, Fixations
+from .rows import POLICIES, ROUNDING, Fixations
 from .scanpath import ScanPath, Statistics, simulate
 from .video import Film, VideoError, decode, probe, there_and_back
 
@@ -428,7 +428,7 @@ def _starts(
         if max_gap is not None:
             onset, duration = fixations.onset[where], fixations.duration[where]
             gaps = onset[1:] - (onset + duration)[:-1]
-            bounds[1:1] = (where.start + 1 + np.flatnonzero(gaps > max_gap)).tolist()
+            bounds[1:1] = (where.start + 1 + np.flatnonzero(gaps > max_gap + ROUNDING)).tolist()
         for begin, end in itertools.pairwise(bounds):
             first = list(range(begin, end - steps + 1, stride))
             starts += first

@@ -22,6 +22,11 @@ BAD: dict[str, tuple[str, str]] = {
     "p1,m,900,200,inf,100": ("position missing", "row 7: x is missing or not finite"),
     "p1,m,,200,100,100": ("time missing", "row 7: onset is missing"),
     "p1,m,900,200,here,100": ("not a number", "row 7: x is 'here'"),
+    "p1,m,900,200,1_0,100": ("not a number", "row 7: x is '1_0'"),
+    "p1,m,900,200,١٢,100": ("not a number", "row 7: x is '١٢'"),
+    "p1,m,900,200,n/a,100": ("position missing", "row 7: x is missing or not finite: the cell holds 'n/a'"),
+    "p1,m,900,200,100,-inf": ("position missing", "row 7: y is missing or not finite: the cell holds '-inf'"),
+    '"p1,m,900,200,100,100': ("open quote", "row 7: has a quote that its line doesn't close: '\"p1,m,900"),
     "p1,m,900,0,100,100": ("duration not positive", "row 7: lasts 0 s"),
     "p1,m,900,200,401,100": (
         "outside the frame",
@@ -198,3 +203,45 @@ def test_every_row_is_kept_left_out_or_has_a_problem(tmp_path: Path, rows: list[
     for where in got.pairs().values():
         assert (np.diff(got.onset[where]) >= got.duration[where][:-1] - fixations.OVERLAP - 1e-9).all()
     assert ((got.onset >= 0) & (got.x >= 0) & (got.x <= 400)).all()
+
+
+# Tables none of whose rows can be used, and what is said of the rows.
+NONE: dict[str, tuple[list[str], dict[str, object], str]] = {
+    "no start": (GOOD, {"movie_start": {"other": {"p1": 0}}}, "row 2: movie_start has no time for movie 'm'"),
+    "no film": (GOOD, {"frame_size": None, "movies": {"m": "no.mp4"}}, r"row 2: .*no\.mp4: no such file"),
+    "no duration": (["p,m,0,200,9,9,900", "p,m,400,200,9,9,2900"], {}, r"row 2: offset - onset is 0\.9 s"),
+    "no movie": (GOOD, {"movies": {"other": {"fps": 2}}}, "row 2: movie 'm' isn't listed"),
+    "no numbers": (["p,m,0,200,a,b", "p,m,9,200,c,."], {}, "row 2: x is 'a'; row 3: x is 'c'"),
+    "no positions": (["p,m,0,200,.,NA"], {}, r"1 position missing\): row 2: x is .* the cell holds '\.'"),
+    "blank": ([",,,,,"], {}, "none of its 1 rows can be used: 1 left out: blank line"),
+}
+
+
+@pytest.mark.parametrize("policy", ["refuse", "skip"])
+@pytest.mark.parametrize("case", NONE)
+def test_a_table_without_a_row_that_can_be_used_says_what_the_rows_hold(
+    tmp_path: Path, case: str, policy: str
+) -> None:
+    rows, changes, said = NONE[case]
+    table = write(tmp_path, rows, HEADER + ",offset" * (case == "no duration"), **changes)
+    error = VideoError if (case, policy) == ("no film", "refuse") else FixationError
+    with pytest.raises(error, match=said if error is FixationError else r"no\.mp4: no such file"):
+        fixations.read(table, policy=policy)
+
+
+def test_limits_hold_whatever_is_lost_in_rounding(tmp_path: Path) -> None:
+    for first, duration, second in ((9503, 117, 9619), (1003, 117, 1119), (70001, 333, 70333)):
+        got = fixations.read(
+            write(
+                tmp_path,
+                [f"p,m,{first},{duration},547,510", f"p,m,{second},200,267,542"],
+                frame_size=[900, 900],
+            )
+        )
+        assert len(got) == 2  # they overlap by 1 ms
+    third = {"screen": {"frame": [0.1, 0.1, 120.3, 90.225]}}
+    got = fixations.read(write(tmp_path, ["p,m,0,200,120.4,90.325", "p,m,300,200,0.1,0.1"], **third))
+    assert got.x.tolist() == [400, 0]
+    assert got.y.tolist() == [300, 0]
+    rows = [f"p,m,{k / 10},0.2,9,9,{(2 * k + 4.1) / 20}" for k in (3, 7, 11)]
+    assert len(fixations.read(write(tmp_path, rows, HEADER + ",offset", time_unit="s"))) == 3  # 5 ms more
