@@ -29,8 +29,8 @@ from .table import operation
 StateArrays = Tensor | Sequence[Tensor | None]
 OfStates = StateArrays  # its name in version 0.1
 
-# "compile" comes first, since its module is imported first.
-assert (native_backend.NATIVE.name, triton_backend.TRITON.name) == tuple(table.BACKENDS)
+# A backend registers itself when its file is imported; "auto" asks them in this order.
+_FILES = (native_backend, triton_backend)
 BACKENDS = table.names()
 
 

@@ -133,7 +133,7 @@ def serving(backend: str, why: str, *operations: str) -> tuple[str, str]:
 def choose(backend: str, device: torch.device, obstacle: Callable[[Backend], Reason]) -> tuple[str, str]:
     """(name of the backend that is to run, why).
 
-    "auto" takes the backend that is made for tensors of `device` if `obstacle` finds nothing against it, else torch.
+    "auto" takes the first backend made for tensors of `device` against which `obstacle` finds nothing, else torch.
 
     Raises ValueError if `backend` is unknown, or if it was asked for by name and can't run.
     """
@@ -145,8 +145,11 @@ def choose(backend: str, device: torch.device, obstacle: Callable[[Backend], Rea
         if reason:
             raise ValueError(f"backend={backend!r} can't run: {reason}; use backend='torch'")
         return backend, "asked for"
+    reasons = []
     for candidate in BACKENDS.values():
         if candidate.device_type == device.type:
             reason = obstacle(candidate)
-            return ("torch", reason) if reason else (candidate.name, candidate.gain)
-    return "torch", f"no other backend serves tensors on {device}"
+            if not reason:
+                return candidate.name, candidate.gain
+            reasons.append(reason)
+    return "torch", "; ".join(reasons) or f"no other backend serves tensors on {device}"

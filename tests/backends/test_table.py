@@ -114,6 +114,14 @@ def test_choosing(mine: Backend) -> None:
     assert operations.choose_scan("auto", torch.device("xpu"), torch.float64) == "torch"
 
 
+def test_auto_takes_the_next_backend_where_the_first_refuses(mine: Backend) -> None:
+    mine.device_type = "cpu"
+    cpu = torch.device("cpu")
+    assert operations.choose_scan("auto", cpu, torch.float64) == "mine"  # compiled loops are float32's
+    name, why = operations.choose_gamma("auto", cpu, torch.bfloat16, torch.bfloat16, 1)
+    assert (name, why) == ("mine", "nothing to compute")
+
+
 def test_explain_tells_what_runs_after_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,9 @@ FLAGS = (
 )
 # The first that the compiler takes is used; with the second the code runs on one thread.
 THREADS = ("-fopenmp", "-fopenmp-simd")
-SECONDS = 300  # the compiler's time limit: it takes some 5 s alone, and minutes on a machine with much else to do
+SECONDS = (
+    300  # the compiler's time limit: it takes some 5 s alone, and minutes on a machine with much else to do
+)
 
 
 @functools.cache
