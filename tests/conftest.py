@@ -2,11 +2,12 @@
 
 import os
 
-# A worker of `pytest -n` and the processes that its tests start share the cores with the other workers. Read when torch
-# is first imported.
+# A worker of `pytest -n` and the processes that its tests start take their share of the cores, and two threads at most:
+# threads that wait for a core cost more than they bring. Read when torch is first imported.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, _CORES // _WORKERS))))
+_ASKED = int(os.environ.get("OMP_NUM_THREADS", "2"))  # by the user, or in a worker by the process that started it
+os.environ["OMP_NUM_THREADS"] = str(max(1, min(_ASKED, 2, _CORES // _WORKERS)))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
