@@ -56,8 +56,8 @@ def circuit(
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("learning", ["rfp", "bptt"])
 def test_states_and_gradients_are_the_loops(cell: Cell, shape: str, reset: bool, learning: Any) -> None:
-    x, weights, state, delta = mild(cell, shape, 63)
-    resets = torch.rand(63, 2) < 0.1 if reset else None
+    x, weights, state, delta = mild(cell, shape, 31)
+    resets = torch.rand(31, 2) < 0.1 if reset else None
     leaves = [x, *state, *weights]
     found = []
     for forward in ("sequential", "parallel"):

@@ -453,16 +453,16 @@ def test_a_long_stream_stays_finite_in_constant_memory() -> None:
     learner = OnlineLearner(made, 1)
     sizes, objects = set(), []
     x = torch.randn(1000, 1, 4)
-    for t in range(100_000):
+    for t in range(20_000):
         s = learner.step(x[t % 1000])
         if t % 10 == 0:
             s.sum().backward()
-        if t % 10_000 == 9_999:
+        if t % 2_000 == 1_999:
             gc.collect()
             sizes.add(learner.nbytes)
             objects.append(len(gc.get_objects()))
     assert len(sizes) == 1
-    assert objects[-1] < objects[0] + 200  # one object a step would be 90,000
+    assert objects[-1] < objects[0] + 200  # one object a step would be 18,000
     assert all(bool(torch.isfinite(g).all()) for g in gradients(made))
 
 
@@ -473,7 +473,7 @@ def test_a_long_stream_stays_finite_in_constant_memory() -> None:
 @pytest.mark.parametrize("lag", [0, 1])
 def test_no_graph_outlives_its_loss(form: str, every: int, how: str, lag: int) -> None:
     made = layer(4, scale=0.3)
-    x, delta = torch.randn(40, 2, 4, dtype=F64), torch.randn(40, 2, 4, dtype=F64)
+    x, delta = torch.randn(24, 2, 4, dtype=F64), torch.randn(24, 2, 4, dtype=F64)
     counts = []
     for repeats in (1, 5):
         learner = run(
@@ -579,7 +579,7 @@ def backends() -> list[str]:
 def test_gamma_rounded_stochastically(backend: str, options: dict[str, Any]) -> None:
     """Near, and nearer in the mean over seeds; a seed gives the same bits again, another seed others."""
     made = layer(9, dtype=torch.float32, **options)
-    steps, seeds = (20, 12) if backend == "torch" else (5, 2)  # the interpreter takes its time
+    steps, seeds = (20, 12) if backend == "torch" else (3, 2)  # the interpreter takes its time
     x, delta = torch.randn(steps, 2, made.fan_in), torch.randn(steps, 2, 9)
     run(made, x, delta, "each")
     want = torch.cat([g.flatten() for g in gradients(made)])

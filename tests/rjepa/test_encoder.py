@@ -25,7 +25,7 @@ def full(scale: float = 0.0, **options: Any) -> Encoder:
     return made
 
 
-def patches(steps: int = 4, batch: int = 2, size: int = 20) -> Tensor:
+def patches(steps: int = 4, batch: int = 2, size: int = 12) -> Tensor:
     return torch.rand(steps, batch, 3, size, size, dtype=F64, generator=torch.Generator().manual_seed(1))
 
 
