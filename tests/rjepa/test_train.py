@@ -36,7 +36,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def settings(pictures: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RJEPA_CACHE", str(tmp_path / "cache"))
 
     def make(*overrides: str) -> config.Config:
         small = [
@@ -211,7 +211,7 @@ def test_online_updates_keep_no_more_of_longer_sequences(
         monkeypatch.setattr(train, "OnlineLearner", Watched)
         trainer._learn(torch.arange(3))
         monkeypatch.undo()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("RJEPA_CACHE", str(tmp_path / "cache"))
         kept[steps] = made[0].nbytes
     assert kept[9] == kept[30] > 0
 
