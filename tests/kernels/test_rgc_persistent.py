@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -196,17 +196,27 @@ def test_each_number_is_written_by_one_program(monkeypatch, units, batch, multip
     torch.testing.assert_close(given[2], want, rtol=0, atol=TOLERANCE)
 
 
+WHOLE_KERNEL = kernels._rgc_persistent_kernel
+
+
 def _run_alone(index: int, arrivals: int, delay: float, *given: Any) -> None:
     """What each process runs: one program of the grid, after `delay` seconds."""
     kernels.arrivals = lambda *_, **__: arrivals
-    kernels._rgc_persistent_kernel = _Alone(kernels._rgc_persistent_kernel, index)
+    kernels._rgc_persistent_kernel = _Alone(WHOLE_KERNEL, index)
     time.sleep(delay)
     kernels._launch(*given)
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    """One for each of four programs; a process takes seconds to import what it needs."""
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        yield pool
+
+
 @needs_interpreter
 @pytest.mark.parametrize("arrivals", [1, 8])
-def test_programs_wait_for_one_another(arrivals):
+def test_programs_wait_for_one_another(processes, arrivals):
     """Each program is interpreted by a process of its own, on shared memory, and some start late.
 
     A program that doesn't wait reads NaN. The batch has two parts, the second with one row less than the first.
@@ -217,19 +227,8 @@ def test_programs_wait_for_one_another(arrivals):
     states, gates = (a.share_memory_() for a in _outputs(x, state))
     arrived = torch.zeros(config.parts, COUNTER_STRIDE, dtype=torch.int64).share_memory_()
     given = (x, weights, states, resets.view(torch.uint8), gates, arrived, config)
-    spawn = multiprocessing.get_context("spawn")
-    programs = [
-        spawn.Process(target=_run_alone, args=(index, arrivals, 0.5 * index, *given), daemon=True)
-        for index in range(config.slices * config.parts)
-    ]
-    for program in programs:
-        program.start()
-    for program in programs:
-        program.join(120)
-    finished = [program.exitcode for program in programs]
-    for program in programs:
-        program.kill()
-    assert finished == [0] * len(programs)
+    jobs = [(index, arrivals, 0.5 * index, *given) for index in range(config.slices * config.parts)]
+    processes.starmap_async(_run_alone, jobs, chunksize=1).get(timeout=120)
     want = reference(x, weights, state, resets)
     assert_near(states, want.states)
     assert_near(gates, want.saved)
