@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import _checks as check
+from .. import _files
+from . import plain_yaml
 from .encoder import LEARNING, PRESETS
 from .model import ACTIONS, DISTANCES, PSI
 
@@ -110,12 +112,13 @@ class Config:
 def read(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The defaults, changed by a YAML file and then by overrides "section.key=value".
 
+    Names are text, as they are written: data.held_out=[007] holds out 007.
+
     Raises ValueError, naming the key, if it is unknown or its value is of another type or out of its range;
     FileNotFoundError.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     where = "overrides"
     try:
@@ -124,15 +127,21 @@ def read(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
             if not Path(file).is_file():
                 raise FileNotFoundError(f"there is no configuration {file}")
             where = str(file)
-            merged = OmegaConf.merge(merged, OmegaConf.load(file))
-        where = "overrides"
+            found = plain_yaml.read_texts(file)
+            if not isinstance(found, dict):
+                raise ValueError(f"{file}: a configuration must have sections, got {found!r:.60}")
+            merged = OmegaConf.merge(merged, found)
         for override in overrides:
-            if "=" not in override:
+            key, equals, written = override.partition("=")
+            if not equals:
                 raise ValueError(f"an override must be section.key=value, got {override!r}")
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+            where = override
+            given = OmegaConf.create()
+            OmegaConf.update(given, key, plain_yaml.value(written, override))
+            merged = OmegaConf.merge(merged, given)
         config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {_files.first_line(error)}") from None
     assert isinstance(config, Config)
     _check(config)
     return config

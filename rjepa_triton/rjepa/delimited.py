@@ -114,7 +114,7 @@ def _check_preamble(table: Path, lines: Sequence[str], wanted: Sequence[str]) ->
 
 
 def _fields(line: str, delimiter: str, count: int) -> list[str] | str:
-    """The fields of a line, of a blank one `count` empty ones; or the beginning of what an open quote leaves unclear."""
+    """The fields of a line, of a blank one `count` empty ones; or the start of what an open quote leaves unclear."""
     if not line.strip():
         return [""] * count
     plain = line.split(delimiter)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from . import plain_yaml
 from .video import probe
 
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}  # in seconds
@@ -76,11 +75,7 @@ class Sidecar:
     def read(cls, path: str | Path) -> Sidecar:
         """Read a YAML file. Raises ValueError, which names the file and the wrong key; FileNotFoundError."""
         path = Path(path)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a YAML file that can be read: {error}") from error
-        return cls.from_dict(content, source=str(path), folder=path.parent)
+        return cls.from_dict(plain_yaml.read(path), source=str(path), folder=path.parent)
 
     @classmethod
     def from_dict(cls, content: object, source: str = "sidecar", folder: str | Path = ".") -> Sidecar:
@@ -93,11 +88,11 @@ class Sidecar:
         movies: dict[str, Mapping[str, Any]] | None = None
         if "movies" in content:
             movies = {}
-            for name, entry in _mapping(content["movies"], f"{source}: movies").items():
+            for name, entry in _named(_mapping(content["movies"], f"{source}: movies"), f"{source}: movies"):
                 where = f"{source}: movies.{name}"
                 entry = {"file": entry} if isinstance(entry, str) else _mapping(entry, where)
                 _known(entry, ("file", *PER_MOVIE), where)
-                movies[str(name)] = entry
+                movies[name] = entry
         common = {key: value for key, value in content.items() if key in PER_MOVIE}
         return cls(source, Path(folder), unit, common, movies)
 
@@ -210,14 +205,14 @@ def _start(start: object, where: str, movie: str) -> float | dict[str, float]:
     The mapping `start` has times by movie, by participant, or by movie and then participant.
     """
     if isinstance(start, Mapping):
-        start = {str(name): time for name, time in start.items()}  # YAML reads a name such as 12 as a number
+        start = dict(_named(start, where))
         if movie in start:
             start, where = start[movie], f"{where}.{movie}"
     if _number(start):
         return float(start)  # type: ignore[arg-type]
     if not isinstance(start, Mapping):
         raise ValueError(f"{where} must be a time, or times by movie or participant, got {start!r}")
-    times = {str(who): time for who, time in start.items() if not isinstance(time, Mapping)}
+    times = {who: time for who, time in _named(start, where) if not isinstance(time, Mapping)}
     for who, time in times.items():
         if not _number(time):
             raise ValueError(f"{where}.{who} must be a time, got {time!r}")
@@ -244,6 +239,15 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} must be a mapping of names to values, got {type(value).__name__}")
     return value
+
+
+def _named(content: Mapping[Any, Any], where: str) -> list[tuple[str, Any]]:
+    """The entries by name: a name that Python code gives as a number is text here. Raises ValueError for one twice."""
+    names = [str(name) for name in content]
+    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
+    if twice:
+        raise ValueError(f"{where}: the name {twice[0]!r} is there twice")
+    return list(zip(names, content.values(), strict=True))
 
 
 def _known(content: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:

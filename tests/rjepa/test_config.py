@@ -64,3 +64,28 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text("training: {epochs: 1}\n")
     with pytest.raises(ValueError, match=r"other\.yaml: Key 'training'"):
         config.read(tmp_path / "other.yaml")
+
+
+def test_names_are_text_in_files_and_overrides(tmp_path: Path) -> None:
+    names = ["007", "010", "1_0", "no", "12:30", "1e3", "~", "null", "2026-01-02"]
+    made = config.read(None, [f"data.held_out=[{','.join(names)}]", "data.table=012", "train.seed=010"])
+    assert made.data.held_out == names
+    assert (made.data.table, made.train.seed) == ("012", 10)
+    (tmp_path / "run.yaml").write_text(config.text(made))
+    assert config.read(tmp_path / "run.yaml") == made
+    (tmp_path / "own.yaml").write_text(f"data:\n  held_out: [{', '.join(names)}]\n  table: 012\n")
+    assert config.read(tmp_path / "own.yaml", ["train.seed=10"]) == made
+    for table in ("", "#1.csv", "a: b.csv", "x:1.csv", "- a", "*a"):
+        assert config.read(None, [f"data.table={table}"]).data.table == table
+    assert config.read(None, ["data.table='[a].csv'"]).data.table == "[a].csv"
+    with pytest.raises(ValueError, match=r"data\.table=\[a: not YAML that can be read"):
+        config.read(None, ["data.table=[a"])
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"# nothing", b"text", b"[1, 2]", b"data: {}\ndata: {}", b"\xff", b"[" * 3000]
+)
+def test_files_that_are_no_configuration_are_named(tmp_path: Path, body: bytes) -> None:
+    (tmp_path / "run.yaml").write_bytes(body)
+    with pytest.raises(ValueError, match=r"run\.yaml: "):
+        config.read(tmp_path / "run.yaml")
