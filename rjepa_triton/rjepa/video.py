@@ -1,7 +1,8 @@
 """Films and pictures as arrays of frames, which are decoded once into a cache that a crash can't spoil.
 
 An entry of the cache is a folder with frames.npy, times.npy and film.json. The folder is filled under another name,
-synced to disk, and then renamed, so an entry under its own name is complete.
+synced to disk, and then renamed, so an entry under its own name is complete. film.json has the digests of the other
+two: an entry that was damaged since is made anew.
 """
 
 from __future__ import annotations
@@ -23,22 +24,26 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps
 
 from .. import _checks as check
+from .. import _files
+from . import pictures
+from .pictures import IMAGES as IMAGES
+from .pictures import VideoError as VideoError
 
 try:
     import fcntl
 except ImportError:  # on Windows, two processes may both decode a film; one entry is kept
     fcntl = None  # type: ignore[assignment]
 
-IMAGES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-LAYOUT = 1  # version of a cache entry's layout; entries of another version have other keys
+LAYOUT = 2  # version of a cache entry's layout; entries of another version have other keys
 HASHED = 2**20  # so many bytes at each end of a file distinguish it from another of the same size and time
-
-
-class VideoError(ValueError):
-    """A film or picture is missing, empty or broken. The message begins with its file's name."""
+CHECKED = 2**26  # of an array of the cache at most so many bytes at each end are checked when it is opened
+FRAMES, TIMES, HEAD = "frames.npy", "times.npy", "film.json"
+ENOUGH = (
+    0.1,
+    1.0,
+)  # of a film's length, and seconds: where less is missing at the end, frames were dropped there
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Film:
 
     @functools.cached_property
     def frames(self) -> np.ndarray:
-        return np.load(self.folder / "frames.npy", mmap_mode="r")
+        return np.load(self.folder / FRAMES, mmap_mode="r")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "frames"}
@@ -118,26 +123,50 @@ def there_and_back(seconds: np.ndarray, end: float) -> np.ndarray:
 
 
 def default_cache() -> Path:
-    """The folder $RJEPA_CACHE, or else rjepa-triton in the user's cache folder."""
+    """The folder $RJEPA_CACHE, or else rjepa-triton in the user's cache folder. Raises ValueError if there is none."""
     named = os.environ.get("RJEPA_CACHE")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rjepa-triton"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    if not caches.is_absolute():  # which the specification says to ignore
+        try:
+            caches = Path.home() / ".cache"
+        except RuntimeError:
+            raise ValueError(
+                "no home folder is known: name a folder for decoded films in RJEPA_CACHE"
+            ) from None
+    return caches / "rjepa-triton"
 
 
 def probe(file: str | Path) -> Info:
     """Size and duration, from the file's header. Raises VideoError if the file is missing or broken."""
     file = _existing(file)
-    if file.suffix.lower() in IMAGES:
-        with _image(file) as image:
+    if pictures.is_picture(file):
+        with pictures.opened(file) as image:
             return Info(image.width, image.height, math.inf, 1)
     with _video(file) as (container, stream):
-        duration = None
-        if stream.duration is not None and stream.time_base is not None:
-            duration = float(stream.duration * stream.time_base)
-        elif container.duration is not None:
-            duration = container.duration / av.time_base
+        duration = _length(container, stream)
+        if duration is None and container.duration is not None:
+            duration = container.duration / av.time_base - _late(container, stream)
         return Info(*_shown_size(stream), duration, stream.frames or None)
+
+
+def _length(container: Any, stream: VideoStream) -> float | None:
+    """Seconds from when the first frame is shown to when the last no longer is, as the header says; None if not."""
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    try:  # Matroska counts it from time 0
+        hours, minutes, seconds = stream.metadata.get("DURATION", "").split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds) - _late(container, stream)
+    except ValueError:
+        return None
+
+
+def _late(container: Any, stream: VideoStream) -> float:
+    """Seconds after the container's time 0 at which the first frame is shown, where its length is counted from 0."""
+    if "matroska" not in container.format.name or stream.start_time is None or stream.time_base is None:
+        return 0.0
+    return float(stream.start_time * stream.time_base)
 
 
 def decode(file: str | Path, cache: str | Path | None = None, *, width: int | None = None) -> Film:
@@ -146,7 +175,7 @@ def decode(file: str | Path, cache: str | Path | None = None, *, width: int | No
     cache: None: `default_cache()`. width: frames are resized to this width in pixels, and to a height in proportion;
     None: they keep their size. The frames take n·H·W·3 bytes of disk. An entry of the cache is identified by the file's
     size, time of change and content at both ends, and by `width`. If several processes ask for one film, one of them
-    decodes it and the others wait.
+    decodes it and the others wait. An entry that was damaged is decoded anew.
 
     Raises VideoError if the file is missing, empty, truncated or broken, or if frames have no time stamps; OSError if
     the disk has no room.
@@ -156,13 +185,39 @@ def decode(file: str | Path, cache: str | Path | None = None, *, width: int | No
         check.integer("width", width, 1)
     cache = default_cache() if cache is None else Path(cache)
     folder = cache / _key(file, width)
-    if not folder.exists():
+    film = _entry(folder, file)
+    if film is None:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f"{folder.name}.lock"):
-            if not folder.exists():
+            film = _entry(folder, file)
+            if film is None:
                 _fill(folder, file, width)
-    head = json.loads((folder / "film.json").read_text())
-    return Film(file, folder, tuple(head["size"]), float(head["end"]), np.load(folder / "times.npy"))
+                film = _entry(folder, file)
+    if film is None:
+        raise OSError(f"{folder}: what was just written can't be read back; is the disk of the cache sound?")
+    return film
+
+
+def _entry(folder: Path, file: Path) -> Film | None:
+    """The film that an entry of the cache holds; None if there is no entry, or a damaged one."""
+    try:
+        written = json.loads(_files.read_text(folder / HEAD))
+        head = written["film"]
+        if written["sha256"] != _of_head(head) or head["digests"] != _digests(folder):
+            return None
+        size, end = (int(head["size"][0]), int(head["size"][1])), float(head["end"])
+        film = Film(file, folder, size, end, np.load(folder / TIMES))
+        return film if film.frames.shape[0] == len(film.times) > 0 else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _of_head(head: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {name: _files.digest(folder / name, CHECKED) for name in (FRAMES, TIMES)}
 
 
 def _existing(file: str | Path) -> Path:
@@ -187,7 +242,7 @@ def _key(file: Path, width: int | None) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock on the file `path`, which the system releases when this process ends, however it ends."""
-    with path.open("w") as lock:
+    with path.open("wb") as lock:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -200,28 +255,28 @@ def _fill(folder: Path, file: Path, width: int | None) -> None:
             f"{folder.name}.*.part"
         ):  # left by a process that ended while it decoded
             shutil.rmtree(left, ignore_errors=True)
-    part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
-    part.mkdir()
+    part, damaged = (folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part") for _ in range(2))
     try:
+        part.mkdir()
         _write(part, file, width)
-        _sync(part)
+        _files.sync(part)
         try:
+            if folder.exists():
+                folder.rename(damaged)
             part.rename(folder)
         except OSError:
-            if not folder.exists():
+            if _entry(folder, file) is None:  # or else another process was faster
                 raise
-        _sync(folder.parent)
+        _files.sync(folder.parent)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(
+            error.errno, f"{file}: its frames can't be written to {folder.parent}: {error.strerror}"
+        ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        for left in (part, damaged):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(folder: Path, file: Path, width: int | None) -> None:
@@ -231,7 +286,7 @@ def _write(folder: Path, file: Path, width: int | None) -> None:
     _check_room(folder.parent, file, to, info.frames)
     times: list[float] = []
     end = math.inf
-    with (folder / "frames.npy").open("wb") as out:
+    with (folder / FRAMES).open("wb") as out:
         header = _write_header(out, 0, to)
         for frame, time, until in _frames(file, to):
             out.write(np.ascontiguousarray(frame).data)
@@ -245,12 +300,11 @@ def _write(folder: Path, file: Path, width: int | None) -> None:
                 f"{file}: the header for {len(times)} frames isn't as long as the one for none"
             )
         _flush(out)
-    with (folder / "times.npy").open("wb") as out:
+    with (folder / TIMES).open("wb") as out:
         np.save(out, np.asarray(times))
         _flush(out)
-    with (folder / "film.json").open("wb") as out:
-        out.write(json.dumps({"file": str(file), "size": size, "end": str(end)}).encode())
-        _flush(out)
+    head = {"file": str(file), "size": size, "end": str(end), "digests": _digests(folder)}
+    _files.write_text(folder / HEAD, json.dumps({"film": head, "sha256": _of_head(head)}))
 
 
 def _write_header(out: BinaryIO, count: int, size: tuple[int, int]) -> int:
@@ -277,15 +331,18 @@ def _check_room(cache: Path, file: Path, size: tuple[int, int], frames: int | No
 
 def _frames(file: Path, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, float, float]]:
     """Each frame (H, W, 3), with the seconds from which and until which it is shown."""
-    if file.suffix.lower() in IMAGES:
-        with _image(file) as image:
-            yield np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)), 0.0, math.inf
+    if pictures.is_picture(file):
+        yield pictures.rgb(file, size), 0.0, math.inf
         return
     with _video(file) as (container, stream):
         first: float | None = None
         last = -math.inf
         count = 0
         step = 1 / float(stream.average_rate) if stream.average_rate else 0.04
+        length = _length(container, stream)
+        before: tuple[VideoFrame, float, float] | None = (
+            None  # one frame back: the last is shown to the film's end
+        )
         for frame in container.decode(stream):
             if frame.is_corrupt:
                 raise VideoError(f"{file}: frame {count} is corrupt")
@@ -303,14 +360,25 @@ def _frames(file: Path, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, flo
                 )
             if count:
                 step = time - last
+            if before is not None:
+                yield _rgb(before[0], size), before[1], time
             shown = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else step
-            yield _rgb(frame, size), time, time + shown
+            before = (frame, time, time + shown)
             last = time
             count += 1
-        if stream.frames and count < stream.frames - 1 / step:
-            raise VideoError(
-                f"{file}: {count} of its {stream.frames} frames are there; it is truncated or corrupt"
-            )
+        if before is None:
+            return
+        frame, time, end = before
+        if length is not None:
+            # Frames may be dropped, or left out by an edit list, and the header still counts them: only time tells.
+            missing = length - end
+            if count < stream.frames and missing > max(2 * step, min(ENOUGH[0] * length, ENOUGH[1])):
+                raise VideoError(
+                    f"{file}: {count} of its {stream.frames} frames are there, {end:.3g} of its {length:.3g} s; it is "
+                    "truncated or corrupt"
+                )
+            end = max(length, math.nextafter(time, math.inf))
+        yield _rgb(frame, size), time, end
 
 
 def _rgb(frame: VideoFrame, size: tuple[int, int]) -> np.ndarray:
@@ -327,28 +395,22 @@ def _shown_size(stream: VideoStream) -> tuple[int, int]:
 
 
 @contextmanager
-def _image(file: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(file) as image:
-            yield ImageOps.exif_transpose(
-                image
-            )  # cameras store a picture as they were held, and say which way is up
-    except (
-        OSError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow's PNG reader raises SyntaxError
-        raise VideoError(f"{file}: not a picture that can be read: {error}") from error
-
-
-@contextmanager
 def _video(file: Path) -> Iterator[tuple[Any, VideoStream]]:
     try:
-        with av.open(str(file)) as container:
+        # a name such as x:1.mp4 would be taken for a protocol
+        with av.open(f"file:{os.path.abspath(file)}") as container:
             if not container.streams.video:
                 raise VideoError(f"{file}: it has no video")
+            if container.format.name.endswith("_pipe") or container.format.name == "image2":
+                raise VideoError(
+                    f"{file}: it is a picture in a format that isn't read; save it as PNG, JPEG or TIFF"
+                )
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             yield container, stream
     except av.FFmpegError as error:
         raise VideoError(f"{file}: not a film that can be decoded: {error.strerror or error}") from error
+    except (ValueError, ArithmeticError, MemoryError, LookupError) as error:  # of what a broken header says
+        if isinstance(error, VideoError):
+            raise
+        raise VideoError(f"{file}: not a film that can be decoded: {error}") from error

@@ -113,7 +113,7 @@ def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert run(monkeypatch, "check", table, "--policy", "skip") == 0
     assert "8 kept" in capsys.readouterr().out
     assert run(monkeypatch, "check", tmp_path / "no.csv") == 2
-    assert "no sidecar" in capsys.readouterr().err
+    assert "no.csv: no such file" in capsys.readouterr().err
     assert run(monkeypatch, "check", table, "--format", "edf") == 2
     assert "--format must be one of 'table', 'eyelink', got 'edf'" in capsys.readouterr().err
 

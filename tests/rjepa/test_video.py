@@ -210,6 +210,99 @@ def test_a_disk_without_room_is_told_before(tmp_path: Path, monkeypatch: pytest.
     assert entries(tmp_path / "cache") == []
 
 
+@pytest.mark.parametrize("name", ["a.avi", "a.mp4", "a.mkv"])
+def test_dropped_frames_are_no_damage(tmp_path: Path, name: str) -> None:
+    shown = [0, 1, 2, 10, 11, 12, 13, 50, 51, 52, 53, 54, 99]
+    film = decode(films.write(tmp_path / name, len(shown), at=shown), tmp_path / "cache")
+    np.testing.assert_allclose(film.times, np.array(shown) / 25, atol=1e-3)
+    assert np.abs(film.frames.mean((1, 2, 3)) - [films.level(k) for k in range(len(shown))]).max() < 5
+    assert film.end == pytest.approx(4, abs=0.05)
+    assert video.probe(tmp_path / name).duration == pytest.approx(film.end, abs=1e-6)
+
+
+def test_an_edit_list_is_no_damage(tmp_path: Path) -> None:
+    file = films.write(tmp_path / "a.mp4", 60)
+    body = file.read_bytes()
+    at = body.index(b"elst") + 12  # of one entry: its length in 1/1000 s, and where in the media it begins
+    length, begin = (int.from_bytes(body[at + k : at + k + 4], "big") for k in (0, 4))
+    scale = int.from_bytes(body[body.index(b"mdhd") + 16 :][:4], "big")
+    assert (length, begin) == (2400, 0)
+    edited = (1600).to_bytes(4, "big") + (scale * 4 // 5).to_bytes(4, "big")
+    file.write_bytes(body[:at] + edited + body[at + 8 :])  # 0.8 s to 2.4 s
+    film = decode(file, tmp_path / "cache")
+    assert len(film.times) == 40
+    assert film.end == pytest.approx(1.6)
+    assert video.probe(file).duration == pytest.approx(film.end)
+    np.testing.assert_allclose(film.frames[0].mean(), films.level(20), atol=4)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+def test_header_and_frames_agree_on_the_end_also_where_the_first_is_late(tmp_path: Path, name: str) -> None:
+    ticks = None if name == "a.avi" else [500, 540, 700, 710, 1500]
+    file = films.write(tmp_path / name, 5, ticks=ticks, at=[20, 21, 22, 30, 40] if ticks is None else None)
+    film = decode(file, tmp_path / "cache")
+    assert video.probe(file).duration == pytest.approx(film.end, abs=2e-3)
+    assert film.end > film.times[-1]
+
+
+def test_a_name_with_a_colon_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    films.write(tmp_path / "a.mp4").rename(tmp_path / "x:1.mp4")
+    films.picture(tmp_path, (32, 32), "http:1.png")
+    monkeypatch.chdir(tmp_path)
+    assert video.probe("x:1.mp4").frames == 12
+    assert len(decode("x:1.mp4", "cache").times) == 12
+    assert decode("http:1.png", "c:1").size == (32, 32)
+
+
+# How an entry of the cache may be damaged.
+DAMAGE: dict[str, tuple[str, int | None]] = {
+    "frame": ("frames.npy", -1),
+    "header": ("frames.npy", 20),
+    "cut": ("frames.npy", None),
+    "time": ("times.npy", -1),
+    "cut times": ("times.npy", None),
+    "head": ("film.json", 2),
+    "length": ("film.json", 30),
+    "cut head": ("film.json", None),
+}
+
+
+@pytest.mark.parametrize("how", [*DAMAGE, "empty", "missing"])
+def test_a_damaged_entry_is_decoded_anew(tmp_path: Path, how: str) -> None:
+    file, cache = films.write(tmp_path / "a.mp4"), tmp_path / "cache"
+    film = decode(file, cache)
+    whole = {path.name: path.read_bytes() for path in film.folder.iterdir()}
+    if how in DAMAGE:
+        name, at = DAMAGE[how]
+        body = bytearray(whole[name])
+        if at is None:
+            del body[len(body) // 2 :]
+        else:
+            body[at] ^= 4
+        (film.folder / name).write_bytes(body)
+    for name in whole if how in ("empty", "missing") else ():
+        (film.folder / name).write_bytes(b"") if how == "empty" else (film.folder / name).unlink()
+    again = decode(file, cache)
+    assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == whole
+    assert len(entries(cache)) == 1
+
+
+def test_a_full_disk_leaves_no_entry_and_names_the_film(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    file, cache = films.write(tmp_path / "a.mp4"), tmp_path / "cache"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.mp4: its frames can't be written to .*cache: File too large"):
+            decode(file, cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert entries(cache) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        decode(file, tmp_path / "file" / "cache")
+
+
 @given(st.floats(0, 1e4), st.floats(0.04, 100))
 def test_there_and_back_stays_in_the_film_and_has_no_jump(time: float, end: float) -> None:
     here, soon = there_and_back(np.array([time, time + 1e-3]), end)
@@ -230,3 +323,13 @@ def test_the_folder_of_caches_can_be_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("RJEPA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert video.default_cache() == tmp_path / "rjepa-triton"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert video.default_cache() == tmp_path / ".cache" / "rjepa-triton"
+
+    def homeless() -> Path:
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(ValueError, match=r"no home folder is known: name a folder .* RJEPA_CACHE"):
+        video.default_cache()

@@ -32,8 +32,12 @@ def write(
     ticks: Sequence[int] | None = None,
     aspect: Fraction | None = None,
     pattern: np.ndarray | None = None,
+    at: Sequence[int] | None = None,
 ) -> Path:
-    """Write a film. ticks: when each frame is shown, in 1/1000 s; pattern: (H, W), added to every frame."""
+    """Write a film.
+
+    ticks: when each frame is shown, in 1/1000 s; at: the same in 1/fps s; pattern: (H, W), added to every frame.
+    """
     with av.open(str(file), "w") as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width, stream.height = size
@@ -50,6 +54,8 @@ def write(
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if ticks is not None:
                 frame.pts, frame.time_base = ticks[k], Fraction(1, 1000)
+            elif at is not None:
+                frame.pts, frame.time_base = at[k], Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return file
