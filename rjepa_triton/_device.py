@@ -40,9 +40,15 @@ def _processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+# Asked once: torch.compile of torch 2.11 can't trace the question.
+_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "mtia") if torch.amp.is_autocast_available(kind)
+)
+
+
 def autocast_is_on(device: torch.device) -> bool:
     """Whether autocast is enabled here for tensors of `device`."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
