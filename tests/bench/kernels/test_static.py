@@ -10,9 +10,11 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from shared import made_once
 
 pytest.importorskip("triton")
 
@@ -359,7 +361,7 @@ def complaints(name: str, case: Case, facts: Facts) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, Facts | str]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Facts | str]:
     if cuobjdump() is None:
         pytest.skip("this triton comes without cuobjdump")
     builds = {
@@ -367,7 +369,14 @@ def compiled() -> dict[str, Facts | str]:
         **{f"control {name}": case.build for name, case in CONTROLS.items()},
         **OF_ONE,
     }
-    return dict(zip(builds, compile_all(list(builds.values())), strict=True))
+
+    def make() -> list[dict[str, Any] | str]:
+        results = compile_all(list(builds.values()))
+        return [result if isinstance(result, str) else dataclasses.asdict(result) for result in results]
+
+    results = made_once("static", make, tmp_path_factory)
+    facts = [result if isinstance(result, str) else Facts(**result) for result in results]
+    return dict(zip(builds, facts, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
