@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import io
 import os
 import stat
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from rjepa_triton import _files
 
@@ -135,3 +139,63 @@ def test_a_digest_of_the_ends_sees_them_and_the_size(tmp_path: Path) -> None:
     file.write_bytes(b"0123x56789")
     assert _files.digest(file, 3) in found
     assert _files.digest(file, 5) not in found
+
+
+@pytest.mark.parametrize("top", ["rjepa_triton", "bench", "kernels"])
+def test_every_text_has_its_encoding_said(top: str) -> None:
+    """The locale's own is another on another machine: ASCII, GBK, cp1252."""
+    lacking = []
+    for path in sorted((ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            if owner in ("_files", "os", "Image", "av") or getattr(node.func, "id", "") == "read_text":
+                continue  # which take no encoding, or say it themselves
+            named = {keyword.arg for keyword in node.keywords}
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            binary = any("b" in mode and len(mode) <= 3 for mode in modes)
+            text = called in ("open", "fdopen", "read_text", "write_text") and not binary
+            text |= any(k.arg == "text" and getattr(k.value, "value", None) is True for k in node.keywords)
+            if text and "encoding" not in named:
+                lacking.append(f"{path.relative_to(ROOT)}:{node.lineno}: {called}")
+    assert not lacking
+
+
+READS = """
+import locale, sys
+from pathlib import Path
+assert not locale.getpreferredencoding(False).lower().startswith("utf"), "the test's own locale"
+from rjepa_triton import _files
+from rjepa_triton.planning import devices
+from rjepa_triton.rjepa import config, fixations, figures
+from rjepa_triton.bench.harness import record
+folder = Path(sys.argv[1])
+assert devices.known()
+got = fixations.read(folder / "fix.csv")
+assert got.participant.tolist() == ["José Γ"], ascii(got.participant)
+assert config.read(folder / "run.yaml").data.table == "Γ.csv"
+made = record.Record("scaling", "Γ", {}, "ok", "µ", {}, None, "", "")
+record.append(folder / "records.jsonl", made)
+assert record.load(folder / "records.jsonl") == [made]
+_files.write_text(folder / "a.txt", config.text(config.read(folder / "run.yaml")))
+assert "Γ.csv" in (folder / "a.txt").read_text(encoding="utf-8")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locales of POSIX")
+def test_files_are_read_and_written_alike_in_an_ascii_locale(tmp_path: Path) -> None:
+    side = "time_unit: ms\npx_per_degree: 10\nframe_size: [400, 300]\nmovie_start: {José Γ: 5}\n"
+    (tmp_path / "fix.csv.yaml").write_text(side, encoding="utf-8")
+    rows = "participant,movie,onset,duration,x,y\nJosé Γ,m,5,200,9,9\n"
+    (tmp_path / "fix.csv").write_text(rows, encoding="utf-8")
+    (tmp_path / "run.yaml").write_text("data: {table: Γ.csv}\n", encoding="utf-8")
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    code = [sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning:rjepa_triton"]
+    (tmp_path / "reads.py").write_text(READS, encoding="utf-8")
+    done = subprocess.run(
+        [*code, str(tmp_path / "reads.py"), str(tmp_path)], env=env, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")

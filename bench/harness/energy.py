@@ -71,4 +71,4 @@ def _rapl(powercap: Path) -> Meter:
 
 
 def _number(file: Path) -> int:
-    return int(file.read_text())
+    return int(file.read_text(encoding="utf-8"))

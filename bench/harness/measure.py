@@ -270,7 +270,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     alive = most = 0
     for _, change in changes:
@@ -299,7 +299,7 @@ def cache_bytes() -> int:
     """Bytes of the processor's last-level cache, as Linux reports them; 0 if it doesn't."""
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
+        text = file.read_text(encoding="utf-8").strip()
         if text[-1:] in ("K", "M") and text[:-1].isdigit():
             sizes.append(int(text[:-1]) << (10 if text[-1] == "K" else 20))
     return max(sizes, default=0)

@@ -134,7 +134,9 @@ def git_revision() -> str | None:
     here = Path(__file__).resolve().parent.parent
 
     def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, encoding="utf-8", errors="replace", check=True
+        )
         return done.stdout.strip()
 
     try:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from ... import _files
+
 SUMMARY = "summary.json"
 STOP_SECONDS = 8.0  # a stage that is told to stop may take this long to write what it has
 
@@ -119,7 +121,7 @@ def _run(stage: Stage, limit: float, out: Path, checkout: Path | None, result: R
             _stop(process)
             raise
     result.seconds = round(time.monotonic() - begin, 1)
-    result.tail = log.read_text(errors="replace").splitlines()[-15:]
+    result.tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
     result.counts = counts(out / f"{stage.name}.xml")
 
 
@@ -153,7 +155,7 @@ def counts(report: Path) -> dict[str, int]:
 def load_results(out: Path) -> tuple[dict[str, Any], list[Result]]:
     """The head and the results of an earlier summary in the folder; both empty if none can be read."""
     try:
-        told = json.loads((out / SUMMARY).read_text())
+        told = json.loads(_files.read_text(out / SUMMARY))
         return told, [Result(**result) for result in told.pop("stages")]
     except (OSError, ValueError, TypeError, KeyError):
         return {}, []
@@ -162,6 +164,4 @@ def load_results(out: Path) -> tuple[dict[str, Any], list[Result]]:
 def _write(out: Path, about: dict[str, Any] | None, results: Sequence[Result]) -> None:
     """Write the summary as it is now. If writing fails, the one before stays whole."""
     text = json.dumps({**(about or {}), "stages": [asdict(result) for result in results]}, indent=1)
-    part = out / (SUMMARY + ".part")
-    part.write_text(text + "\n")
-    part.replace(out / SUMMARY)
+    _files.write_text(out / SUMMARY, text + "\n")

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from ... import _files
 from .record import Record, latest
 
 Dashes = tuple[float, Sequence[float]]
@@ -42,7 +43,10 @@ def save(figure: Figure, path: Path) -> list[Path]:
     written = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
     try:
         for file in written:
-            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+            with _files.replacing(file) as temporary:
+                kind = file.suffix[1:]
+                metadata = {"Date": None} if kind == "svg" else None
+                figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
     finally:
         plt.close(figure)
     return written

@@ -96,7 +96,8 @@ def compile_all(builds: Sequence[Build]) -> list[Facts | str]:
         input=json.dumps([dataclasses.asdict(build) for build in builds]),
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode:
         raise RuntimeError(f"the compiling process failed:\n{done.stderr}")
@@ -147,7 +148,11 @@ def _nvidia_facts(compiled: Any, target: str) -> Facts:
         cubin.flush()
         usage, sass = (
             subprocess.run(
-                [str(cuobjdump()), flag, cubin.name], capture_output=True, text=True, check=True
+                [str(cuobjdump()), flag, cubin.name],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                check=True,
             ).stdout
             for flag in ("--dump-resource-usage", "-sass")
         )

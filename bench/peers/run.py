@@ -180,7 +180,7 @@ class Worker:
         return reply
 
     def _last_words(self) -> str:
-        lines = self.log.read_text(errors="replace").split("\n")
+        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
         said = [line.strip() for line in lines if line.strip()]
         return f"; last said: {said[-1][:200]}" if said else ""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from ... import _files
 from ...planning import cost, devices
 from ...planning.cost import Phase
 from ...planning.devices import Device
@@ -140,7 +141,7 @@ def device_of(text: str) -> Device:
 
 def save(device: Device, path: Path) -> None:
     """Write a device's profile to a JSON file, in the format of `devices.json`, which --device reads."""
-    path.write_text(json.dumps({device.key: device.to_dict()}, indent=2) + "\n")
+    _files.write_text(path, json.dumps({device.key: device.to_dict()}, indent=2) + "\n")
 
 
 def predictions(question: Question, device: Device, batch: int | None = None) -> list[Predicted]:

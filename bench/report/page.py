@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ... import _files
 from ..harness import record
 from ..harness.record import Record
 from ..harness.tables import markdown
@@ -117,20 +118,9 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
         pictures.append(list(draw(section.records, out / section.stem)) if draw and says else [])
     model = plan.check_table(checked) if checked else None
     page, notes = out / PAGE, out / NOTES
-    _replace(page, _html(found, pictures, model))
-    _replace(notes, _markdown(found, pictures, model))
+    _files.write_text(page, _html(found, pictures, model))
+    _files.write_text(notes, _markdown(found, pictures, model))
     return [page, notes, *(picture for drawn in pictures for picture in drawn)]
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole; if that fails, the one before stays."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 # --- HTML --------------------------------------------------------------------------------------------------

@@ -30,13 +30,24 @@ from __future__ import annotations
 import fnmatch
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import _checks as check
+from .. import _files
 
+# What fields of a profile must be in JSON; the others are text.
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "matches": list,
+    "rates": dict,
+    "kernels": dict,
+    "memory_bytes": (int, float),
+    "cache_bytes": (int, float),
+    "cores": (int, type(None)),
+}
 BASES = ("measured", "fitted", "nominal", "estimated", "assumed")
 NEEDED = ("copy", "float64", "float32", "call")
 OPTIONAL = ("tf32", "bfloat16", "graph_call", "scan_step", "latency", "cache", "matrix", "fresh", "view")
@@ -107,12 +118,19 @@ def parse(key: str, data: object, where: str) -> Device:
         if names:
             raise ValueError(f"{where}: device {key!r} has {what} fields: {', '.join(names)}")
     check.one_of(f"{where}: kind of device {key!r}", data["kind"], ("gpu", "cpu"))
+    for name, value in data.items():
+        if not isinstance(value, KINDS.get(name, str)) or isinstance(value, bool):
+            raise ValueError(f"{where}: {name} of device {key!r} can't be {value!r}")
+    if not all(isinstance(pattern, str) for pattern in data["matches"]):
+        raise ValueError(f"{where}: matches of device {key!r} must be texts, got {data['matches']!r}")
     rates = {}
     for name, given in data["rates"].items():
         check.one_of(f"{where}: a rate of device {key!r}", name, (*NEEDED, *OPTIONAL))
+        if not (isinstance(given, list) and len(given) == 2 and isinstance(given[0], int | float)):
+            raise ValueError(f"{where}: {name} of device {key!r} must be [value, basis], got {given!r}")
         value, basis = given
         check.one_of(f"{where}: basis of {name} of device {key!r}", basis, BASES)
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"{where}: {name} of device {key!r} must be above 0, got {value}")
         rates[name] = Rate(float(value), basis)
     lacking = [name for name in NEEDED if name not in rates]
@@ -127,8 +145,8 @@ def load(path: Path) -> dict[str, Device]:
     Raises ValueError if the file isn't JSON or a profile is wrong, OSError if it can't be read.
     """
     try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        data = json.loads(_files.read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: devices must be an object of profiles by key, got {type(data).__name__}")
