@@ -17,6 +17,7 @@ from ..cells import weights as weight_ops
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Cell, Linearization, Matrix, Trajectory
 from ..rules import rfp
+from . import table
 from .buffers import ReusedMemory
 from .descent import Descent
 from .native import calls, library
@@ -45,8 +46,13 @@ def _no_loops(device: torch.device, dtype: torch.dtype) -> Reason:
     if dtype != torch.float32:
         return f"compiled loops compute in float32, got {dtype}"
     # under torch.compile torch runs, and no program is looked for
-    if torch.compiler.is_compiling() or cpp_compiler():
+    return None if torch.compiler.is_compiling() else _no_compiler()
+
+
+def _no_compiler() -> Reason:
+    if cpp_compiler():
         return None
+    library.tell_of_no_compiler()
     return "no C++ compiler was found"
 
 
@@ -59,7 +65,7 @@ def _no_gamma(device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype
         return f"compiled code takes Γ in float32 or float64, got {dtype}"
     if states > calls.MOST_STATES:
         return f"compiled code takes 1 or {calls.MOST_STATES} states a unit, got {states}"
-    return None if cpp_compiler() else "no C++ compiler was found"
+    return _no_compiler()
 
 
 NATIVE = Backend("compile", "cpu", "one pass over Γ a step", _no_loops, _no_gamma)
@@ -89,16 +95,23 @@ def compiled_reverse(numbers: int) -> bool:
     return numbers <= REVERSE_NUMBERS
 
 
-def _unusable(*tensors: Tensor | None) -> Refusal | None:
-    """Why compiled code can't be given the addresses of these tensors, or None."""
+def _unusable(*tensors: Tensor | None, given: Sequence[Tensor | None] = ()) -> Refusal | None:
+    """Why compiled code can't be given the addresses of these tensors, or None.
+
+    given: those that may be as a user or autograd made them, which takes longer to check. The others this package made
+    of them, by operations of torch, which give tensors with memory of their own.
+    """
     if torch.compiler.is_compiling():
         return Refusal("torch.compile traces this call")
     # `all` of a generator takes longer, and a step of a small layer asks three times
-    for tensor in tensors:
-        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return Refusal(
-                f"compiled code takes tensors with memory of their own, got {type(tensor).__name__}"
-            )
+    for group in (tensors, given):
+        for tensor in group:
+            if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+                return Refusal(
+                    f"compiled code takes tensors with memory of their own, got {type(tensor).__name__}"
+                )
+    if refusal := table.not_in_memory(*given):
+        return refusal
     return None if library.library() is not None else Refusal("the library could not be built")
 
 
@@ -119,7 +132,7 @@ def scan(
 ) -> Trajectory | Refusal:
     if not compiled_loop(cell, weights, x.shape[1], x.shape[2]):
         return Refusal("there is no compiled loop of this cell, or not of these sizes")
-    if refusal := _unusable(x, resets, *weights, *state):
+    if refusal := _unusable(given=(x, resets, *weights, *state)):
         return refusal
     if isinstance(cell, RGCCell):
         states, saved = calls.rgc_scan(x[0], weights, state, resets)
@@ -134,7 +147,9 @@ def linearize(
 ) -> tuple[Linearization, Tensor] | Refusal:
     if rule != "rfp" or not compiled_partials(cell):
         return Refusal("there is no compiled linearization of this cell or rule")
-    if refusal := _unusable(trajectory.x, trajectory.states, trajectory.saved, trajectory.resets, *weights):
+    if refusal := _unusable(
+        trajectory.states, trajectory.saved, given=(trajectory.x, trajectory.resets, *weights)
+    ):
         return refusal
     before = trajectory.before
     find = calls.rgc_linearize if isinstance(cell, RGCCell) else calls.gated_linearize
@@ -149,7 +164,7 @@ def exact_credits(
     _, steps, batch, _ = delta.shape
     if steps * batch < calls.PACKED_FROM or not compiled_loop(cell, weights, steps, batch):
         return Refusal("there is no compiled backward pass of this cell, or not of these sizes")
-    if refusal := _unusable(delta, carry, lin.before, lin.resets, *weights):
+    if refusal := _unusable(lin.before, given=(delta, carry, lin.resets, *weights)):
         return refusal
     return calls.exact_credits(lin, cell.matrices, weights, delta, carry)
 
@@ -158,7 +173,7 @@ def exact_credits(
 def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor] | Refusal:
     if not compiled_reverse(delta.shape[2] * delta.shape[3]):
         return Refusal("torch is as fast on so many rows and units")
-    if refusal := _unusable(m, delta, carry):
+    if refusal := _unusable(given=(m, delta, carry)):
         return refusal
     return calls.reverse_scan(m, delta, carry)
 
@@ -177,7 +192,7 @@ def dual_of(
     if not one_pass(cell, learning, NATIVE.name):
         return Refusal("there is no compiled dual form of this cell or rule")
     if refusal := _unusable(
-        *delta, carry, trajectory.x, trajectory.states, trajectory.saved, trajectory.resets, *weights
+        trajectory.states, trajectory.saved, given=(*delta, carry, trajectory.x, trajectory.resets, *weights)
     ):
         return refusal
     return calls.dual(cell, trajectory, _own(weights), delta, carry)
@@ -194,7 +209,7 @@ def gamma_step_(
     rng_state: Tensor | None = None,
     memory: ReusedMemory | None = None,
 ) -> Tensor | Refusal | None:
-    if refusal := _unusable(*gammas, m, phi, y, delta):
+    if refusal := _unusable(*gammas, given=(m, phi, y, delta)):
         return refusal
     return calls.gamma_pass(gammas, m, phi[:, None], y[None], delta, memory=memory)
 
@@ -209,7 +224,8 @@ def gamma_step_of_(
     memory: ReusedMemory | None = None,
     descent: Descent | None = None,
 ) -> Tensor | Refusal | None:
-    if refusal := _unusable(*gammas, steps.m, steps.lin.before, steps.inputs, steps.delta):
+    written = () if descent is None else descent.weights
+    if refusal := _unusable(*gammas, steps.m, steps.lin.before, given=(steps.inputs, steps.delta, *written)):
         return refusal
     taken = None if descent is None else (descent.weights, descent.lr.item())
     return calls.gamma_step(gammas, steps.m, steps.phi_apart, steps.y_apart, steps.delta, t, memory, taken)
@@ -225,7 +241,7 @@ def gamma_chunk_(
     *,
     memory: ReusedMemory | None = None,
 ) -> Tensor | Refusal | None:
-    if refusal := _unusable(*gammas, m, phi, y, credit):
+    if refusal := _unusable(*gammas, given=(m, phi, y, credit)):
         return refusal
     arrived, whole = calls.arriving(m, phi)
     return calls.gamma_pass(gammas, whole, arrived, y, credit, before=True, memory=memory)
@@ -235,7 +251,7 @@ def gamma_chunk_(
 def gamma_read(
     gammas: Sequence[Tensor], credit: Tensor, *, memory: ReusedMemory | None = None
 ) -> Tensor | Refusal:
-    if refusal := _unusable(*gammas, credit):
+    if refusal := _unusable(*gammas, given=(credit,)):
         return refusal
     gradient = calls.gamma_pass(gammas, None, None, None, credit, memory=memory)
     assert gradient is not None

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from .. import _checks as check
 
@@ -36,6 +37,19 @@ Reason = str | None
 
 class Refusal(str):
     """Why an implementation doesn't serve the arguments that it was called with."""
+
+
+def not_in_memory(*tensors: Tensor | None) -> Refusal | None:
+    """Why these tensors' values aren't what lies at their addresses, or None. Two quick calls for each tensor."""
+    for tensor in tensors:
+        if tensor is not None:
+            if tensor.is_neg():
+                return Refusal("torch is to negate the numbers of a tensor when it reads them")
+            if (
+                not tensor.data_ptr()
+            ):  # torch's own tensors of zeros, tensors on meta, a storage that was freed
+                return Refusal("a tensor has no memory")
+    return None
 
 
 @dataclass

@@ -22,7 +22,7 @@ from ..rules import rfp
 from ..rules.rtrl import ExactSensitivity
 from .buffers import ReusedMemory
 from .descent import Descent
-from .table import Backend, Reason, Refusal
+from .table import Backend, Reason, Refusal, not_in_memory
 
 if TYPE_CHECKING:
     from .operations import GammaSteps, StateArrays
@@ -90,6 +90,11 @@ def one_launch(cell: Cell, weights: Sequence[Tensor], batch: int) -> bool:
     return batch <= (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132)
 
 
+def _unusable(*tensors: Tensor | None) -> Refusal | None:
+    """Why kernels can't be given the addresses of tensors that may be as a user or autograd made them, or None."""
+    return None if torch.compiler.is_compiling() else not_in_memory(*tensors)
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -106,6 +111,8 @@ def scan(
 ) -> Trajectory | Refusal:
     if not is_dense_rgc(cell, weights):
         return NOT_RGC
+    if refusal := _unusable(x, resets, *weights, *state):
+        return refusal
     from ..kernels import rgc_forward as kernels
 
     given, initial = ([a.contiguous() for a in group] for group in (weights, state))
@@ -148,6 +155,8 @@ def step(
 ) -> tuple[Tensor, Linearization, Tensor] | Refusal:
     if x.shape[1] != 1 or x.shape[2] > STEP_ROWS or not is_dense_rgc(cell, weights):
         return NOT_RGC
+    if refusal := _unusable(x, state, resets, *weights):
+        return refusal
     from ..kernels import rgc_step as kernels
 
     dense, marks = [w.contiguous() for w in weights], None if resets is None else resets[0].contiguous()
@@ -162,6 +171,8 @@ def exact(
 ) -> tuple[Iterable[Tensor], Tensor, Tensor] | Refusal:
     if not is_dense_rgc(cell, weights):
         return NOT_RGC
+    if refusal := _unusable(delta):
+        return refusal
     from ..kernels import rgc_backward as kernels
 
     credit, first, entering = kernels.bptt_credits(
@@ -182,6 +193,8 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple
         return Refusal("a scan of one step is two products")
     if delta.shape[0] > SCAN_STATES:
         return MANY_STATES
+    if refusal := _unusable(m, delta, carry):
+        return refusal
     from ..kernels import reverse_scan as kernels
 
     return kernels.reverse_scan(m.contiguous(), delta.contiguous(), _contiguous(carry))
@@ -214,6 +227,8 @@ def dual_of(
 ) -> tuple[rfp.Joined, Tensor, Tensor] | Refusal:
     if learning != "rfp" or not isinstance(cell, RGCCell):
         return NOT_RGC
+    if refusal := _unusable(*delta, carry):
+        return refusal
     from ..kernels import rgc_partials as kernels
     from .operations import joined_states
 
@@ -238,6 +253,8 @@ def dual(
         return Refusal("the kernel takes no credit from later steps")
     if delta.shape[0] > SCAN_STATES:
         return MANY_STATES
+    if refusal := _unusable(delta):
+        return refusal
     from ..kernels import reverse_scan as kernels
 
     given = [_all_contiguous(by_state) for by_state in lin.partials.input[:inputs]]
@@ -270,7 +287,9 @@ def gamma_step_(
     *,
     rng_state: Tensor | None = None,
     memory: ReusedMemory | None = None,
-) -> Tensor | None:
+) -> Tensor | Refusal | None:
+    if refusal := _unusable(m, phi, y, delta):
+        return refusal
     from ..kernels import gamma_step as kernels
 
     return kernels.gamma_step_(gammas, m, phi, y.contiguous(), delta, rng_state=rng_state)
@@ -285,7 +304,10 @@ def gamma_step_of_(
     rng_state: Tensor | None = None,
     memory: ReusedMemory | None = None,
     descent: Descent | None = None,
-) -> Tensor | None:
+) -> Tensor | Refusal | None:
+    written = () if descent is None else descent.weights
+    if refusal := _unusable(steps.inputs, steps.delta, *written):
+        return refusal
     from ..kernels import gamma_step as kernels
 
     weights = None
@@ -326,6 +348,8 @@ def gamma_chunk_(
 ) -> Tensor | Refusal | None:
     if y.shape[-1] != gammas[0].shape[-1]:
         return Refusal("each row of Γ reads a number of its own")
+    if refusal := _unusable(m, phi, y, credit):
+        return refusal
     from ..kernels import gamma_chunk, reverse_scan
 
     arriving, whole = reverse_scan.arriving(m.contiguous(), phi)
@@ -333,7 +357,11 @@ def gamma_chunk_(
 
 
 @TRITON.implements("gamma_read")
-def gamma_read(gammas: Sequence[Tensor], credit: Tensor, *, memory: ReusedMemory | None = None) -> Tensor:
+def gamma_read(
+    gammas: Sequence[Tensor], credit: Tensor, *, memory: ReusedMemory | None = None
+) -> Tensor | Refusal:
+    if refusal := _unusable(credit):
+        return refusal
     from ..kernels import gamma_read as kernels
 
     return kernels.gamma_read(gammas, credit.contiguous())

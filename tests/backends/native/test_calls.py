@@ -5,13 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import multiprocessing
-import os
 import pickle
-import subprocess
-import sys
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import oracle
@@ -34,17 +28,6 @@ F32, F64 = torch.float32, torch.float64
 CELL = RGCCell()
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
-
-# Where a test builds the library, without optimisation, which most of a build's time goes to.
-QUICK_TO_BUILD = tuple("-O0" if flag == "-O3" else flag for flag in library.FLAGS)
-
-
-@pytest.fixture
-def found_again() -> Iterator[None]:
-    """The library is looked for anew, now and after the test."""
-    library.library.cache_clear()
-    yield
-    library.library.cache_clear()
 
 
 def sizes() -> list[tuple[int, int, int]]:
@@ -564,78 +547,76 @@ def test_in_other_processes(method: str) -> None:
         assert pool.map(_made, range(2)) == [want] * 2
 
 
-def test_the_library_is_kept_and_found_by_the_next_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_again: None
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(library, "FLAGS", QUICK_TO_BUILD)
-    # by itself the module imports no torch
-    code = (
-        f"import sys; sys.path.insert(0, {str(library.SOURCES)!r}); import library\n"
-        f"library.FLAGS = {QUICK_TO_BUILD}\n"
-        "assert library.library() is not None"
-    )
-    at_once = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-    assert [process.wait() for process in at_once] == [0, 0]
-    (kept,) = (tmp_path / "rjepa_triton").iterdir()  # nothing else is left
-    run, commands = subprocess.run, []
-    monkeypatch.setattr(library.subprocess, "run", lambda c, **o: commands.append(c) or run(c, **o))
-    assert library.library() is not None
-    assert [command for command in commands if command[0] == library.compiler()] == [
-        [library.compiler(), "--version"]
-    ]
-    # another compiler, processor, source or flag is another library
-    monkeypatch.setattr(library, "_processor", lambda: "another")
-    library.library.cache_clear()
-    assert library.library() is not None
-    assert len(list(kept.parent.iterdir())) == 2
+def negated(tensor: Tensor) -> Tensor:
+    """The same numbers, which lie in memory with the other sign."""
+    made = torch._neg_view(-tensor)
+    assert made.is_neg()
+    assert made.is_contiguous()
+    return made
 
 
-def test_a_cache_that_can_not_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_again: None
-) -> None:
-    (tmp_path / "rjepa_triton").write_text("a file where the folder would be")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(library, "FLAGS", QUICK_TO_BUILD)
-    assert library.library() is not None
-
-
-@pytest.mark.parametrize("broken", ["source", "compiler", "library"])
-def test_what_can_not_be_built_gives_way_to_torch_with_one_warning(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_again: None
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    if broken == "source":
-        monkeypatch.setattr(library, "SOURCES", tmp_path)
-        (tmp_path / "loops.cpp").write_text("not C++")
+@pytest.mark.parametrize("where", ["x", "weights", "state", "delta", "zeros"])
+@pytest.mark.parametrize("cell", [CELL, LSTMCell(), GRUCell()], ids=lambda cell: type(cell).__name__)
+def test_numbers_that_lie_in_memory_with_the_other_sign(cell: Cell, where: str) -> None:
+    """And torch's own zeros, which have no memory."""
+    x = torch.randn(len(cell.per_unit), 4, 2, 6)
+    weights, state = [torch.randn(6, 6) / 3 for _ in cell.matrices], [torch.randn(2, 6) for _ in cell.states]
+    delta = torch.randn(len(state), 4, 2, 6)
+    given = {"x": x, "weights": weights, "state": state, "delta": delta}
+    if where == "zeros":
+        given["x"], given["delta"] = (torch._efficientzerotensor(a.shape) for a in (x, delta))
+        x, delta = torch.zeros_like(x), torch.zeros_like(delta)
     else:
-        false = tmp_path / "cc"
-        false.write_text(
-            "#!/bin/sh\nexit 1\n"
-            if broken == "compiler"
-            else '#!/bin/sh\nfor a; do [ "$b" = -o ] && echo text > "$a"; b=$a; done\nexit 0\n'
+        value = given[where]
+        given[where] = [negated(one) for one in value] if isinstance(value, list) else negated(value)
+
+    def found(backend: str, x: Any, weights: Any, state: Any, delta: Any) -> list[Tensor]:
+        ran = operations.scan(cell, x, weights, state, backend=backend)
+        lin, m = operations.linearize(cell, ran, weights, backend=backend)
+        dual = operations.dual_of(
+            cell, ran, weights, delta, cell.matrices, len(cell.per_unit), "rfp", backend=backend
         )
-        os.chmod(false, 0o755)
-        monkeypatch.setattr(library, "compiler", lambda: str(false))
+        exact = operations.exact_credits(cell, lin, weights, delta, backend=backend)
+        scanned = operations.reverse_scan(m, delta, backend=backend)
+        return [ran.states, m, *dual[0], *dual[1:], *exact, *scanned]
+
+    got = found("compile", **given)
+    want = found("torch", x, weights, state, delta)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_of_the_other_sign_reaches_the_sensitivity() -> None:
+    for backend in ("compile", "torch"):
+        torch.manual_seed(0)
+        gammas = [torch.randn(2, 4, 5, 5) for _ in range(2)]
+        m, phi, y = torch.randn(2, 2, 2, 5), torch.randn(2, 2, 4, 5), torch.randn(2, 4, 5)
+        delta = negated(torch.randn(2, 2, 5))
+        gradient = operations.gamma_step_(gammas, m, phi, y, delta, backend=backend)
+        read = operations.gamma_read(gammas, delta, backend=backend)
+        if backend == "compile":
+            got = [*gammas, gradient, read]
+    torch.testing.assert_close(got, [*gammas, gradient, read], rtol=1e-4, atol=1e-5)
+
+
+def test_a_storage_that_was_freed_is_never_read() -> None:
     x, weights, state = given(4, 1, 5)
-    says = {"source": "error", "compiler": "exit status 1", "library": "too short"}[broken]
-    with pytest.warns(
-        UserWarning, match=f"(?s)can't be built by .* torch runs in its place from now on.*{says}"
-    ):
-        got = operations.scan(CELL, x, weights, state, backend="compile")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = operations.scan(CELL, x, weights, state, backend="compile")
-    want = CELL.scan(x, weights, state)
-    torch.testing.assert_close([got.states, again.saved], [want.states, want.saved], rtol=0, atol=0)
-    assert not list(tmp_path.glob("rjepa_triton/*"))  # nothing that a later process would find
+    weights[0].untyped_storage().resize_(0)
+    assert native_backend._unusable(given=(x, *weights, *state)) == "a tensor has no memory"
+    assert native_backend._unusable(given=(torch.empty(3, device="meta"),)) == "a tensor has no memory"
 
 
-def test_without_a_compiler_torch_runs_and_nothing_is_said(
-    monkeypatch: pytest.MonkeyPatch, found_again: None
-) -> None:
-    monkeypatch.setattr(library, "compiler", lambda: None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        RGC(5)(torch.randn(3, 1, 5))[0].sum().backward()
-    assert library.library() is None
+def test_a_step_down_the_gradient_of_weights_of_the_other_sign() -> None:
+    """OnlineLearner(lr=…) writes weights where they lie."""
+    found = []
+    for turned in (False, True):
+        torch.manual_seed(0)
+        layer, x = RNN(5, 5), torch.randn(3, 2, 5)
+        if turned:
+            for name, weight in list(layer.named_parameters()):
+                setattr(layer, name, torch.nn.Parameter(negated(weight.detach())))
+            assert all(weight.is_neg() for weight in layer.parameters())
+        learner = OnlineLearner(layer, 2, lr=0.1)
+        for step in x:
+            learner.step(step).square().sum().backward()
+        found.append([weight.detach() + 0 for weight in layer.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
