@@ -4,13 +4,27 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= bench-out
 
-.PHONY: bench test gpu-check lint typecheck docs clean
+.PHONY: bench test quick gpu-check lint typecheck docs clean
 
 bench: $(VENV)/.bench
 	$(BIN)/rjepa bench scaling --out $(OUT)
 
+# Tests run in as many processes as there are cores. A test that hangs is stopped after ten minutes.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --timeout 600
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations 20
+
+# In a minute or so, while one thinks: lint, types, and of each wing the tests that a change is most likely to break.
+QUICK := test_house.py cells rules/test_rfp.py rules/test_rounding.py backends/test_table.py backends/test_buffers.py \
+	backends/native/test_gamma.py layers/test_named.py layers/test_functional.py layers/test_conv.py online/test_stack.py \
+	online/test_fidelity.py online/test_cuda_graph.py planning rjepa/test_rows.py rjepa/test_fixations.py \
+	rjepa/test_sidecar.py rjepa/test_config.py rjepa/test_split.py rjepa/test_scanpath.py rjepa/test_model.py \
+	rjepa/test_diagnostics.py bench/harness/test_record.py bench/harness/test_compare.py \
+	bench/harness/test_statistics.py bench/test_cli.py
+
+quick: lint typecheck
+	$(PYTEST) -q $(addprefix tests/,$(QUICK))
 
 # On a machine with a GPU whose own python has torch, triton and what the extra `test` names: tests of what runs on
 # the GPU, kernels against the roofline, scaling, plots, in under nine minutes, into $(OUT). Exits 2 without a GPU.
@@ -25,7 +39,7 @@ lint: $(VENV)/.dev
 typecheck: $(VENV)/.dev
 	rm -rf build/typecheck build/lib
 	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
-	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p rjepa_triton
+	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --cache-dir ../../.mypy_cache --config-file ../../pyproject.toml -p rjepa_triton
 
 # The documentation as a site, build/site/index.html. Loads nothing from elsewhere.
 docs: $(VENV)/.docs
