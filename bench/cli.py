@@ -6,23 +6,9 @@ from collections.abc import Callable
 
 import typer
 
-from .harness.options import (
-    OUT,
-    Batch,
-    Device,
-    Fresh,
-    Hidden,
-    Markdown,
-    Passes,
-    Sample,
-    Seed,
-    Threads,
-    chosen_device,
-    file_in,
-    integers,
-    names,
-    use_threads,
-)
+from .._command import user_errors
+from .harness import options
+from .harness.options import *  # noqa: F403  # this file's own names in version 0.1
 from .harness.terminal import print_tables, show
 from .harness.view import tell_files
 from .kernels.commands import kernels_command, roofline_command, targets_command
@@ -64,33 +50,19 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 bench = typer.Typer(no_args_is_help=True, help="Time, memory and fidelity of the learning rules.")
 for _name, _command in COMMANDS.items():
-    bench.command(_name)(_command)
+    bench.command(_name)(user_errors()(_command))
 
 __all__ = [
     "COMMANDS",
-    "OUT",
-    "Batch",
-    "Device",
-    "Fresh",
-    "Hidden",
-    "Markdown",
-    "Passes",
-    "Sample",
-    "Seed",
-    "Threads",
     "all_command",
     "bench",
-    "chosen_device",
     "compare_command",
     "fidelity_command",
-    "file_in",
     "forward_command",
     "gpu_check_command",
-    "integers",
     "kernels_command",
     "learn_command",
     "memory_command",
-    "names",
     "online_command",
     "peers_command",
     "plan_command",
@@ -104,5 +76,5 @@ __all__ = [
     "table_command",
     "targets_command",
     "tell_files",
-    "use_threads",
 ]
+__all__ += options.__all__

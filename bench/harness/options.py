@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec
 
 import torch
 import typer
 
 from ... import _checks as check
 from . import device as devices
+from . import inputs
+
+__all__ = [
+    "OUT",
+    "Batch",
+    "BatchList",
+    "Device",
+    "Fresh",
+    "Hidden",
+    "HiddenList",
+    "Input",
+    "Markdown",
+    "Passes",
+    "Sample",
+    "Scale",
+    "Seed",
+    "Steps",
+    "StepsList",
+    "Threads",
+    "chosen_device",
+    "file_in",
+    "integers",
+    "names",
+    "resumes",
+    "text_of",
+    "use_threads",
+]
+
+P = ParamSpec("P")
 
 # The folder that records and pictures go to unless --out names another.
 OUT = Path("bench-out")
 
 Hidden = Annotated[str, typer.Option(help="N, with commas between; the defaults if left out.")]
 Batch = Annotated[str, typer.Option(help="B, with commas between; 1 if only --hidden is given.")]
+# The same of commands whose default is a list of their own.
+HiddenList = Annotated[str, typer.Option(help="N, with commas between.")]
+BatchList = Annotated[str, typer.Option(help="B, with commas between.")]
+StepsList = Annotated[str, typer.Option(help="T, with commas between.")]
+Steps = Annotated[int, typer.Option(help="T, steps of the sequence.")]
+Input = Annotated[str, typer.Option(help=", ".join(inputs.INPUTS))]
+Scale = Annotated[float, typer.Option(help="c in W ~ c·N(0, 1)/√N.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:<index>, or auto: cuda where there is one")]
 Threads = Annotated[int, typer.Option(help="CPU threads; torch's own choice if 0.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
@@ -26,6 +62,15 @@ Sample = Annotated[
 ]
 Passes = Annotated[int, typer.Option(help="Processes, one after the other, each of which times every point.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")]
+
+
+def resumes(command: Callable[P, None]) -> Callable[P, None]:
+    """Add to the help of a command, which is its docstring, that it continues an earlier run's file of records."""
+    command.__doc__ = (
+        f"{command.__doc__}\n\nThe command continues where an earlier run with the same options stopped, "
+        "and keeps its records."
+    )
+    return command
 
 
 def integers(name: str, text: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from .record import Record, latest
+from .terminal import print_tables
 
 Tables = Callable[[Sequence[Record]], Sequence[Table]]
 Draw = Callable[[Sequence[Record], Path], Sequence[Path]]
@@ -41,6 +42,12 @@ class View:
 def one_table(table: Callable[[Sequence[Record]], Table]) -> Tables:
     """A function that makes one table, as `View.tables` takes it."""
     return lambda records: [table(records)]
+
+
+def show_records(view: View, records: Sequence[Record], file: Path, markdown: bool = False) -> None:
+    """Print the view's tables of the records, draw its picture, and print where the files are."""
+    print_tables(view.tables(records), markdown)
+    tell_files(view, records, file, markdown)
 
 
 def tell_files(view: View, records: Sequence[Record], file: Path, markdown: bool = False) -> None:

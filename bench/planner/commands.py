@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..._command import user_errors
 from ...planning import devices
-from ..harness import record
-from ..harness.options import Markdown
+from ..harness import options, record
 from ..harness.terminal import print_tables
 from . import plan
 
@@ -46,24 +44,23 @@ def plan_command(
         Path | None,
         typer.Option("--check", help="Only compare the model with the records of a file or folder."),
     ] = None,
-    markdown: Markdown = False,
+    markdown: options.Markdown = False,
 ) -> None:
     """Predict what each algorithm and form would cost on a device, which fit, and which to take."""
-    with user_errors():
-        if check_against is not None:
-            print_tables([plan.check_table(plan.against(record.load_all(check_against)))], markdown)
-            return
-        if hidden is None:
-            raise ValueError("--hidden must be given: N, units of the layer, at least 1, got nothing")
-        question = plan.Question(
-            hidden, batch, steps, chunk, cell, input_size, dtype, gamma_dtype, cuda_graph, exact
-        )
-        chosen = plan.device_of(device)
-        if save is not None:
-            plan.save(chosen, save)
-        found = plan.predictions(question, chosen)
-        shown = plan.table(question, chosen, found)
-        print_tables([shown], markdown)
-        if markdown:  # which has no captions
-            typer.echo(f"\n{shown.caption}\n")
-        typer.echo(plan.advise(question, chosen, found).text)
+    if check_against is not None:
+        print_tables([plan.check_table(plan.against(record.load_all(check_against)))], markdown)
+        return
+    if hidden is None:
+        raise ValueError("--hidden must be given: N, units of the layer, at least 1, got nothing")
+    question = plan.Question(
+        hidden, batch, steps, chunk, cell, input_size, dtype, gamma_dtype, cuda_graph, exact
+    )
+    chosen = plan.device_of(device)
+    if save is not None:
+        plan.save(chosen, save)
+    found = plan.predictions(question, chosen)
+    shown = plan.table(question, chosen, found)
+    print_tables([shown], markdown)
+    if markdown:  # which has no captions
+        typer.echo(f"\n{shown.caption}\n")
+    typer.echo(plan.advise(question, chosen, found).text)

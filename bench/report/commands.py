@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 from ... import _checks as check
-from ..._command import user_errors
-from ..harness import compare, record
-from ..harness.options import OUT, Device, Markdown, Threads, chosen_device
+from ..harness import compare, options, record
 from ..harness.tables import place
 from ..harness.terminal import print_tables, show
 from ..scaling import timing as scaling
@@ -18,16 +16,15 @@ from . import gpu_check, page, suite, views
 
 
 def table_command(
-    file: Annotated[Path, typer.Argument(help="Records of any benchmark.")] = OUT / scaling.FILE,
-    markdown: Markdown = False,
+    file: Annotated[Path, typer.Argument(help="Records of any benchmark.")] = options.OUT / scaling.FILE,
+    markdown: options.Markdown = False,
 ) -> None:
     """Print the tables of a file of records."""
-    with user_errors():
-        print_tables(views.tables(record.load(file)), markdown)
+    print_tables(views.tables(record.load(file)), markdown)
 
 
 def plot_command(
-    file: Annotated[Path, typer.Argument(help="Records of any benchmark that has a picture.")] = OUT
+    file: Annotated[Path, typer.Argument(help="Records of any benchmark that has a picture.")] = options.OUT
     / scaling.FILE,
     batch: Annotated[
         int, typer.Option(help="With records of `scaling`, the B to draw; if 0, each that has 3 N.")
@@ -37,17 +34,14 @@ def plot_command(
     ] = None,
 ) -> None:
     """Draw what a file of records shows, as PNG and SVG."""
-    with user_errors():
-        records = record.load(file)
-        if batch:
-            check.one_of(
-                "--batch", batch, sorted({r.params["B"] for r in records if r.benchmark == "scaling"})
-            )
-            records = [r for r in records if r.benchmark == "scaling" and r.params["B"] == batch]
-        target = file.with_suffix("") if out is None else out
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for written in views.draw(records, target):
-            typer.echo(written)
+    records = record.load(file)
+    if batch:
+        check.one_of("--batch", batch, sorted({r.params["B"] for r in records if r.benchmark == "scaling"}))
+        records = [r for r in records if r.benchmark == "scaling" and r.params["B"] == batch]
+    target = file.with_suffix("") if out is None else out
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for written in views.draw(records, target):
+        typer.echo(written)
 
 
 def compare_command(
@@ -59,46 +53,47 @@ def compare_command(
     ] = compare.FLOOR,
 ) -> None:
     """Show what became faster or slower from A to B by more than noise explains; versions may differ."""
-    with user_errors():
-        found = compare.compare(record.load(a), record.load(b), floor)
-        show([compare.table(found)])
-        for file, only in ((a, found.only_a), (b, found.only_b)):
-            for r in only:
-                typer.echo(f"only in {file}: {place(r)}")
-        beyond = [change for change in found.changes if change.beyond_noise]
-        slower = sum(change.ratio > 1 for change in beyond)
-        typer.echo(
-            f"{len(found.changes)} matched: {slower} slower, {len(beyond) - slower} faster, "
-            f"{len(found.changes) - len(beyond)} the same within noise"
-        )
+    found = compare.compare(record.load(a), record.load(b), floor)
+    show([compare.table(found)])
+    for file, only in ((a, found.only_a), (b, found.only_b)):
+        for r in only:
+            typer.echo(f"only in {file}: {place(r)}")
+    beyond = [change for change in found.changes if change.beyond_noise]
+    slower = sum(change.ratio > 1 for change in beyond)
+    typer.echo(
+        f"{len(found.changes)} matched: {slower} slower, {len(beyond) - slower} faster, "
+        f"{len(found.changes) - len(beyond)} the same within noise"
+    )
 
 
 def all_command(
     budget: Annotated[str, typer.Option(help="Total time, such as 8min, 90s or 1h.")] = "8min",
-    device: Device = "auto",
-    threads: Threads = 0,
-    out: Annotated[Path, typer.Option(help="Folder of records, logs, summary.json and report/.")] = OUT,
+    device: options.Device = "auto",
+    threads: options.Threads = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder of records, logs, summary.json and report/.")
+    ] = options.OUT,
 ) -> None:
     """Run every benchmark within a total time, the most telling points first, and write the report.
 
     The command continues where an earlier run in the same folder stopped. Exit code 1 if a stage failed.
     """
-    with user_errors():
-        code, written = suite.run(
-            suite.seconds_of(budget),
-            out,
-            device=chosen_device(device),
-            threads=check.integer("--threads", threads, 0),
-            tell=lambda line: typer.echo(line, err=True),
-        )
-        for path in written:
-            typer.echo(path)
-        raise typer.Exit(code)
+    code, written = suite.run(
+        suite.seconds_of(budget),
+        out,
+        device=options.chosen_device(device),
+        threads=check.integer("--threads", threads, 0),
+        tell=lambda line: typer.echo(line, err=True),
+    )
+    for path in written:
+        typer.echo(path)
+    raise typer.Exit(code)
 
 
 def report_command(
     records: Annotated[
-        list[Path] | None, typer.Argument(help="Files of records, or folders of them.", show_default=str(OUT))
+        list[Path] | None,
+        typer.Argument(help="Files of records, or folders of them.", show_default=str(options.OUT)),
     ] = None,
     out: Annotated[
         Path | None,
@@ -106,14 +101,12 @@ def report_command(
     ] = None,
 ) -> None:
     """Write all records as one self-contained HTML page, and as Markdown: pictures, tables, and their sources."""
-    with user_errors():
-        for written in page.write(records or [OUT], OUT / "report" if out is None else out):
-            typer.echo(written)
+    for written in page.write(records or [options.OUT], options.OUT / "report" if out is None else out):
+        typer.echo(written)
 
 
 def gpu_check_command(
-    out: Annotated[Path, typer.Option(help="Folder of logs, records, plots and summary.json.")] = OUT,
+    out: Annotated[Path, typer.Option(help="Folder of logs, records, plots and summary.json.")] = options.OUT,
 ) -> None:
     """Run tests and benchmarks on a GPU, from a checkout, in under 9 minutes. Exit code 2 without a GPU."""
-    with user_errors():
-        raise typer.Exit(gpu_check.check(out))
+    raise typer.Exit(gpu_check.check(out))
