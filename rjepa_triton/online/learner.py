@@ -17,7 +17,7 @@ from ..planning import cost
 from ..rules import rfp
 from ..rules.exactness import Exactness, exactness
 from .autograd import PendingBackward, Steps
-from .compiled import CompiledCalls
+from .compiled import CompiledCalls, refuse_while_compiling
 from .cuda_graph import Capture, Graphed, GraphedStep
 from .cuda_graph import cuda_graph as capture_cuda_graph
 from .options import ONLY_FORM, Form, Learning, Options, check_options, choose_form
@@ -115,6 +115,7 @@ class OnlineLearner:
         cuda_graph: bool = False,
         lr: float | None = None,
     ) -> None:
+        refuse_while_compiling("OnlineLearner(…)", "make the learner outside of the compiled function")
         options = check_options(
             layer,
             batch_size,
@@ -143,7 +144,6 @@ class OnlineLearner:
         self._past = self._new_past(options)
         self._start_at_zero()
         self._compiled = CompiledCalls(self)
-        self.number = self._compiled.number
         self._lr: Tensor | None = None
         if lr is not None:
             self._lr = self._state.new_zeros(1)  # a tensor, which captured steps read in place
@@ -191,7 +191,8 @@ class OnlineLearner:
         self._forget: Tensor | None = None  # batch rows to forget when the next step begins, (B,) bool
         self._forget_all = False
         self._position = 0  # how many of the update_every steps between two updates step() has run
-        self._versions: tuple[int, ...] = ()  # of the weights when these steps began
+        # Of the weights when these steps began; None where a copy or a checkpoint goes on: those of the next step.
+        self._versions: tuple[int, ...] | None = None
         # The last step's credit port (`autograd.Steps`), for the next step of its chunk. It is held here and not in
         # `_past`, to which autograd's graphs refer: a graph that reached itself would never be freed.
         self._port: Tensor | None = None
@@ -207,6 +208,31 @@ class OnlineLearner:
         return GraphedStep(
             self.layer, carried, self._state, self.learning, self._past.scan_backend, self._lr, capture
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: all but autograd's graphs and what is this learner's alone.
+
+        The copy can't serve the backward() of a step that ran before. Raises TypeError with cuda_graph=True.
+        """
+        if self._graph is not None:
+            raise TypeError(
+                "an OnlineLearner with cuda_graph=True can't be copied or pickled: make a new one, and pass it the "
+                "state_dict() of this one"
+            )
+        return {**self.__dict__, "_compiled": None, "_port": None, "_versions": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compiled = CompiledCalls(self)
+
+    def __copy__(self) -> OnlineLearner:
+        """Raises TypeError: two learners can't share what they carry."""
+        raise TypeError("copy.copy of an OnlineLearner would share what it has learned: use copy.deepcopy")
+
+    @property
+    def number(self) -> int:
+        """This learner's number in `LEARNERS`: no other learner of the process has it, nor any copy."""
+        return self._compiled.number
 
     @property
     def lr(self) -> float | None:
@@ -235,12 +261,15 @@ class OnlineLearner:
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        """The layer's S states now, (B, N) each, detached."""
-        return self._state.unbind(0)
+        """Copies of the layer's S states now, (B, N) each, detached."""
+        if torch.compiler.is_compiling():
+            return self._compiled.state(self._state[0], len(self.layer.cell.states))
+        return tuple(state.clone() for state in self._state)
 
     @property
     def nbytes(self) -> int:
         """Bytes of learning state now: Γ, the window or history, and the layer's state."""
+        refuse_while_compiling("nbytes", "read it outside of the compiled function")
         return self._past.nbytes + self._state.numel() * self._state.element_size()
 
     def step(self, x: Tensor) -> Tensor:
@@ -301,7 +330,7 @@ class OnlineLearner:
 
     def _check_chunk_weights(self) -> None:
         versions = tuple(weight._version for weight in self.layer.weights())
-        if self._position and versions != self._versions:
+        if self._position and self._versions is not None and versions != self._versions:
             raise ValueError(
                 f"weights changed inside a chunk, after step {self._position} of update_every="
                 f"{self.update_every}; change them after its last step, or use form='step'"
@@ -362,18 +391,24 @@ class OnlineLearner:
         """Outputs (C, B, N) of x (C, B, F) by an operator, while torch.compile traces."""
         if self._lr is not None:
             raise ValueError("lr can't go under torch.compile, which must know of weights that change")
-        return self.layer.readout(self._compiled.outputs(x, resets, self.layer.weights()), x)
+        if self._graph is not None:
+            raise ValueError("cuda_graph=True can't go under torch.compile: use one of the two")
+        layer = self.layer
+        outputs = self._compiled.outputs(
+            x, resets, layer.weights(), layer.hidden_size, len(layer.cell.outputs)
+        )
+        return layer.readout(outputs, x)
 
-    def operate(self, x: Tensor, resets: Tensor | None) -> tuple[list[Tensor], int]:
-        """What the operator `learner_steps` runs: the cell's outputs (C, B, N) of x (C, B, F), and the call's time."""
+    def operate(self, x: Tensor, resets: Tensor | None) -> list[Tensor]:
+        """What the operator `learner_steps` runs: the cell's outputs (C, B, N) of x (C, B, F), and the call's clock."""
         self._position, self._port, self._past.mid_chunk = 0, None, False
         resets = self._before_steps(x, resets)
         pending, outputs, input_weights = self.advance(x, resets, False, self.layer.weights())
-        return outputs, self._compiled.add(pending, input_weights, self.lag)
+        return [*outputs, self._compiled.add(pending, input_weights, self.lag)]
 
-    def operator_gradients(self, time: int, grads: Sequence[Tensor]) -> list[Tensor]:
+    def operator_gradients(self, call: int, grads: Sequence[Tensor]) -> list[Tensor]:
         """What the operator `learner_gradients` runs: gradients of x (C, B, F) and of the weights."""
-        return self._compiled.gradients(time, grads)
+        return self._compiled.gradients(call, grads)
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Start a new episode at the next step in the batch rows where mask (B,) is True, or in all.
@@ -385,6 +420,9 @@ class OnlineLearner:
             rows = torch.ones(self.batch_size, dtype=torch.bool, device=self._state.device)
         else:
             rows = check.mask("mask", mask, (self.batch_size,), self._state.device)
+        if torch.compiler.is_compiling():
+            self._compiled.reset(None if mask is None else rows)
+            return
         # in place for a CUDA graph, which reads the state at a fixed address
         self._state = (
             self._state.masked_fill(rows[:, None], 0)
@@ -399,6 +437,7 @@ class OnlineLearner:
 
         Autograd's graphs are not kept: the resumed learner can't serve the backward() of a step that ran before.
         """
+        refuse_while_compiling("state_dict()", "call it outside of the compiled function")
         if self._graph is not None:
             self._graph.fold()
         return {
@@ -420,6 +459,7 @@ class OnlineLearner:
         Raises TypeError or ValueError, with nothing changed, if it is of another form, rule, rounding, batch size
         or layer.
         """
+        refuse_while_compiling("load_state_dict()", "call it outside of the compiled function")
         self.refuse_foreign(state)
         self._past.load_state_dict(state)
         if self._graph is None:
@@ -427,7 +467,7 @@ class OnlineLearner:
         else:
             self._state.copy_(state["state"])
         self._position, self._port, self._chunk_weights = state["position"], None, None
-        self._versions = tuple(weight._version for weight in self.layer.weights())
+        self._versions = None
         self._forget = None if state["forget"] is None else state["forget"].clone()
         self._forget_all = state["forget_all"]
 

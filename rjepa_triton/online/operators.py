@@ -5,8 +5,10 @@ rjepa_triton::rgc_gradients      the backward pass of `rgc` by a learning rule
 rjepa_triton::gamma_step_        advances Γ by a step, in place, and returns the gradient (`operations.gamma_step_`)
 rjepa_triton::gamma_chunk_       advances Γ by a chunk, in place, and returns the gradient that a credit at the chunk's
                                  beginning gives (`operations.gamma_chunk_`)
-rjepa_triton::learner_steps      runs steps of an `OnlineLearner`, which is named by its number (`compiled`)
+rjepa_triton::learner_steps      runs steps of an `OnlineLearner`, which is named by its handle (`compiled`)
 rjepa_triton::learner_gradients  the backward pass of `learner_steps`
+rjepa_triton::learner_reset      resets a learner
+rjepa_triton::learner_state      copies a learner's states
 
 Eager calls don't use them: `layers.functional` and `OnlineLearner` run the same functions with less overhead.
 """
@@ -23,7 +25,7 @@ from ..backends import operations
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Trajectory
 from ..layers import functional
-from .compiled import LEARNERS
+from .compiled import learner_of
 
 
 @torch.library.custom_op("rjepa_triton::rgc", mutates_args=())
@@ -158,57 +160,90 @@ def _(gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor, credit: Tenso
 
 @torch.library.custom_op("rjepa_triton::learner_steps", mutates_args=())
 def learner_steps(
-    learner: int,
+    learner: Tensor,
     x: Tensor,
     resets: Optional[Tensor],  # noqa: UP045
     weights: Sequence[Tensor],
     clock: Tensor,
+    units: int,
+    outputs: int,
 ) -> list[Tensor]:
-    """The cell's outputs (C, B, N) each for x (C, B, F), and the time of the last step, an int64 scalar.
+    """The cell's outputs (C, B, N) each for x (C, B, F), and a clock, the number of this call.
 
-    Advances the learner, which keeps its state and sensitivities itself: they are not among the arguments. clock: the
-    time that the call before returned, so that torch.compile never merges two calls nor changes their order. weights:
-    the layer's, so that they get gradients.
+    Advances the learner, which keeps its state and sensitivities itself: they are not among the arguments. learner: its
+    handle. clock: what the learner's operator before this one returned. weights: the layer's, so that they get
+    gradients. units: N. outputs: how many outputs the cell has.
     """
-    outputs, time = LEARNERS[learner].operate(x, resets)
-    return [*outputs, torch.tensor(time)]
+    return learner_of(learner).operate(x, resets)
 
 
 @learner_steps.register_fake
 def _(
-    learner: int, x: Tensor, resets: Tensor | None, weights: Sequence[Tensor], clock: Tensor
+    learner: Tensor,
+    x: Tensor,
+    resets: Tensor | None,
+    weights: Sequence[Tensor],
+    clock: Tensor,
+    units: int,
+    outputs: int,
 ) -> list[Tensor]:
-    layer = LEARNERS[learner].layer
-    outputs = [x.new_empty(x.shape[0], x.shape[1], layer.hidden_size) for _ in layer.cell.outputs]
-    return [*outputs, torch.empty((), dtype=torch.int64)]
+    made = [x.new_empty(x.shape[0], x.shape[1], units) for _ in range(outputs)]
+    return [*made, torch.empty_like(clock)]
 
 
 @torch.library.custom_op("rjepa_triton::learner_gradients", mutates_args=())
 def learner_gradients(
-    learner: int, time: Tensor, x: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor]
+    learner: Tensor, call: Tensor, x: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Gradients of x (C, B, F) and of the weights, for the steps that end at `time`. grads: of their outputs."""
-    made = LEARNERS[learner].operator_gradients(int(time), grads)
+    """Gradients of x (C, B, F) and of the weights, for the steps of one call. grads: of their outputs."""
+    made = learner_of(learner).operator_gradients(int(call), grads)
     return [gradient.clone(memory_format=torch.contiguous_format) for gradient in made]
 
 
 @learner_gradients.register_fake
 def _(
-    learner: int, time: Tensor, x: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor]
+    learner: Tensor, call: Tensor, x: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> list[Tensor]:
     return [torch.empty_like(a, memory_format=torch.contiguous_format) for a in (x, *weights)]
 
 
 def _save_steps(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.learner, x, _, weights, _ = inputs
+    learner, x, _, weights, *_ = inputs
     ctx.mark_non_differentiable(output[-1])
-    ctx.save_for_backward(output[-1], x, *weights)
+    ctx.save_for_backward(learner, output[-1], x, *weights)
 
 
 def _steps_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-    time, x, *weights = ctx.saved_tensors
-    for_x, *by_weight = learner_gradients(ctx.learner, time, x, weights, list(grads[:-1]))
-    return None, for_x, None, by_weight, None
+    learner, call, x, *weights = ctx.saved_tensors
+    for_x, *by_weight = learner_gradients(learner, call, x, weights, list(grads[:-1]))
+    return None, for_x, None, by_weight, None, None, None
 
 
 learner_steps.register_autograd(_steps_backward, setup_context=_save_steps)
+
+
+@torch.library.custom_op("rjepa_triton::learner_reset", mutates_args=())
+def learner_reset(
+    learner: Tensor,
+    mask: Optional[Tensor],  # noqa: UP045
+    clock: Tensor,
+) -> Tensor:
+    """Reset the batch rows where mask (B,) is True, or all, as `OnlineLearner.reset` does. Returns a new clock."""
+    learner_of(learner).reset(mask)
+    return clock.clone()
+
+
+@learner_reset.register_fake
+def _(learner: Tensor, mask: Tensor | None, clock: Tensor) -> Tensor:
+    return torch.empty_like(clock)
+
+
+@torch.library.custom_op("rjepa_triton::learner_state", mutates_args=())
+def learner_state(learner: Tensor, like: Tensor, clock: Tensor, states: int) -> list[Tensor]:
+    """Copies of the learner's states, (B, N) each as `like`, and a new clock. states: S."""
+    return [*learner_of(learner).state, clock.clone()]
+
+
+@learner_state.register_fake
+def _(learner: Tensor, like: Tensor, clock: Tensor, states: int) -> list[Tensor]:
+    return [*(torch.empty_like(like) for _ in range(states)), torch.empty_like(clock)]

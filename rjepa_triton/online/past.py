@@ -62,22 +62,25 @@ def full_credit(cell: Cell, rounds: int | None, backend: str) -> FullCredit:
     backend: of the scans, as `operations.choose_scan` returns it.
     """
 
-    def credits(block: Block, delta: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert block.weights is not None
-        if rounds == 0:
-            return operations.exact_credits(cell, block.lin, block.weights, delta, carry, backend=backend)
-        return refinement.credits(
-            block.lin,
-            block.m,
-            cell.matrices,
-            block.weights,
-            delta,
-            carry,
-            rounds=rounds,
-            scan=functools.partial(operations.reverse_scan, backend=backend),
-        )
+    return functools.partial(_credits, cell, rounds, backend)
 
-    return credits
+
+def _credits(
+    cell: Cell, rounds: int | None, backend: str, block: Block, delta: Tensor, carry: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    assert block.weights is not None
+    if rounds == 0:
+        return operations.exact_credits(cell, block.lin, block.weights, delta, carry, backend=backend)
+    return refinement.credits(
+        block.lin,
+        block.m,
+        cell.matrices,
+        block.weights,
+        delta,
+        carry,
+        rounds=rounds,
+        scan=functools.partial(operations.reverse_scan, backend=backend),
+    )
 
 
 class Past:
@@ -106,7 +109,6 @@ class Past:
         self.matrices, self.form, self.lag, self.rewrite_every = matrices, form, lag, rewrite_every
         self._full_credit = full_credit
         self.scan_backend = scan_backend
-        self._scan = functools.partial(operations.reverse_scan, backend=scan_backend)
         self.sensitivity = sensitivity
         self.mid_chunk = False
         self.begin(0)
@@ -120,6 +122,10 @@ class Past:
         self._records: list[Record] = []  # those calls, in form "chunk"
         # A new one whenever the past is reset or replaced. The backward pass of a record of another comes too late.
         self._epoch = object()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without the records, whose backward passes belong to this past."""
+        return {**self.__dict__, "_records": []}
 
     @property
     def nbytes(self) -> int:
@@ -271,6 +277,8 @@ class Past:
         """Credits (S, T, B, N) of a block's steps, and what they pass to the state before (S, B, N)."""
         if block.weights is None:
             return self._scan(block.m, delta, carry)
+        if block.lin.resets is not None:
+            block = block.without(rfp.without_credit(block.lin.resets, delta, carry))
         assert self._full_credit is not None
         return self._full_credit(block, delta, carry)
 

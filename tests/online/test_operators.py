@@ -172,9 +172,15 @@ def test_the_learners_operators_keep_their_contract() -> None:
     layer = RGC(4, input_size=3, init="uniform")
     learner = OnlineLearner(layer, 2)
     clock = torch.zeros((), dtype=torch.int64)
-    arguments = (learner.number, torch.randn(3, 2, 3, requires_grad=True), None, list(layer.weights()), clock)
+    handle, x = learner._compiled.handle, torch.randn(3, 2, 3, requires_grad=True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.rjepa_triton.learner_steps.default, arguments, test_utils=tests)
+    operators: list[tuple[Any, tuple[Any, ...]]] = [
+        (torch.ops.rjepa_triton.learner_steps, (handle, x, None, list(layer.weights()), clock, 4, 1)),
+        (torch.ops.rjepa_triton.learner_reset, (handle, torch.tensor([True, False]), clock)),
+        (torch.ops.rjepa_triton.learner_state, (handle, torch.zeros(2, 4), clock, 2)),
+    ]
+    for operator, arguments in operators:
+        torch.library.opcheck(operator.default, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
