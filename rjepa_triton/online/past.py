@@ -276,9 +276,7 @@ class Past:
     def _credit(self, block: Block, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Credits (S, T, B, N) of a block's steps, and what they pass to the state before (S, B, N)."""
         if block.weights is None:
-            return self._scan(block.m, delta, carry)
-        if block.lin.resets is not None:
-            block = block.without(rfp.without_credit(block.lin.resets, delta, carry))
+            return operations.reverse_scan(block.m, delta, carry, backend=self.scan_backend)
         assert self._full_credit is not None
         return self._full_credit(block, delta, carry)
 
