@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
 import typer
+
+# What a stream that can't write a character gets for it, beside the names of Greek letters.
+PLAIN = {
+    "…": "...", "·": "*", "×": "x", "−": "-", "–": "-", "—": "-", "→": "->", "←": "<-", "↔": "<->",
+    "≤": "<=", "≥": ">=", "≈": "~", "≠": "!=", "±": "+-", "√": "sqrt",
+    "∂": "d", "∞": "inf", "µ": "u", "°": " deg", "‖": "||", "⊙": "*",
+    "“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "•": "*", "□": "[]",
+}  # fmt: skip
 
 # The exit status that a shell reports of a program that SIGPIPE (signal 13) has ended.
 PIPE_CLOSED = 128 + 13
@@ -41,13 +51,38 @@ def needs(extra: str, packages: tuple[str, ...]) -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+def plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What a codec writes for a character that it doesn't have: plain letters, for Γ "Gamma".
+
+    A byte of a file's name that wasn't text (PEP 383) is written as it was.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    character = error.object[error.start]
+    if "\udc80" <= character <= "\udcff":
+        return bytes([ord(character) - 0xDC00]), error.start + 1
+    if character in PLAIN:
+        return PLAIN[character], error.start + 1
+    name = unicodedata.name(character, "")
+    if name.startswith("BOX DRAWINGS"):
+        line = name.split()[-1]
+        return {"HORIZONTAL": "-", "VERTICAL": "|"}.get(line, "+"), error.start + 1
+    kind, _, letter = name.rpartition(" LETTER ")
+    if kind in ("GREEK CAPITAL", "GREEK SMALL") and letter:
+        name = letter.split()[0].lower().replace("lamda", "lambda")
+        return (name.capitalize() if kind == "GREEK CAPITAL" else name), error.start + 1
+    letters = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()  # é is e
+    return letters or "?", error.start + 1
+
+
 @contextmanager
 def quiet_end_of_pipe() -> Iterator[None]:
     """Exit with status `PIPE_CLOSED`, and no message, when the reader of stdout or stderr goes away (`… | head -1`).
 
-    Inside the block stdout and stderr write through `_Pipe`. It raises SystemExit in place of BrokenPipeError, so
-    that no handler of an ordinary error on the way (`user_errors`, click's, rich's) reports a closed pipe as a fault;
-    a BrokenPipeError of any other pipe stays what it is. Both streams are flushed at the end of the block: what is
+    Inside the block stdout and stderr write through `_Pipe`; characters that their encoding lacks come out as `plain`
+    says. It raises SystemExit in place of BrokenPipeError, so that no handler of an ordinary error on the way
+    (`user_errors`, click's, rich's) reports a closed pipe as a fault; a BrokenPipeError of any other pipe stays what it
+    is. Both streams are flushed at the end of the block: what is
     written later, when the interpreter shuts down, could no longer end quietly.
     """
     before = sys.stdout, sys.stderr
@@ -82,10 +117,11 @@ def _guarded(stream: TextIO) -> TextIO:
     if stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.flush()
+    codecs.register_error("rjepa-plain", plain)
     return io.TextIOWrapper(
         io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors="rjepa-plain",
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from checkout import RESULTS
 
 from rjepa_triton import cli
-from rjepa_triton._command import PIPE_CLOSED
+from rjepa_triton._command import PIPE_CLOSED, plain
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -127,3 +128,46 @@ def test_what_is_written_is_what_it_was_without_the_guard() -> None:
     told = done.stdout.decode("utf-8")
     assert "┏" in told
     assert told.rstrip().splitlines()[-1].endswith(".")
+
+
+# A command, the encoding of its streams, and what of its words stands for a character that the encoding lacks.
+ELSEWHERE: dict[tuple[str, ...], tuple[str, str]] = {
+    ("bench", "plan", "--hidden", "64", "--device", "h100"): ("cp1252", "Gamma"),
+    TABLES: ("ascii", "us"),
+    ("bench", "scaling", "--help"): ("gbk", "Γ"),
+}
+
+
+@pytest.mark.parametrize("arguments", ELSEWHERE, ids=" ".join)
+def test_output_is_whole_in_plain_letters_where_the_stream_has_no_others(arguments: tuple[str, ...]) -> None:
+    encoding, said = ELSEWHERE[arguments]
+    words, env = command(*arguments)
+    whole = subprocess.run(words, env={**env, "PYTHONIOENCODING": "utf-8"}, capture_output=True, check=True)
+    done = subprocess.run(words, env={**env, "PYTHONIOENCODING": encoding}, capture_output=True, check=True)
+    shown, plain = whole.stdout.decode("utf-8"), done.stdout.decode(encoding.partition(":")[0])
+    assert done.stderr == b""
+    assert len(plain.splitlines()) == len(shown.splitlines())
+    assert plain.count("?") == shown.count("?")
+    assert said in plain
+
+
+def test_an_error_is_told_whole_too(tmp_path: Path) -> None:
+    words, env = command("bench", "table", str(tmp_path / "Γ×….jsonl"))
+    done = subprocess.run(words, env={**env, "PYTHONIOENCODING": "cp1252"}, capture_output=True)
+    assert done.returncode == 2
+    assert "Gamma×….jsonl" in done.stderr.decode("cp1252")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "written"),
+    [
+        ("Γ γ λ ς Ω", "ascii", b"Gamma gamma lambda final Omega"),
+        ("≥ … → √2 4 µs · × ± é ½", "ascii", b">= ... -> sqrt2 4 us * x +- e 12"),
+        ("≥ … → √2 4 µs · × ± é ½", "cp1252", b">= \x85 -> sqrt2 4 \xb5s \xb7 \xd7 \xb1 \xe9 \xbd"),
+        ("┏━┃ 漢 \ud800", "ascii", b"+-| ? ?"),
+        (os.fsdecode(b"caf\xe9.csv"), "utf-8", b"caf\xe9.csv"),
+    ],
+)
+def test_plain_letters(text: str, encoding: str, written: bytes) -> None:
+    codecs.register_error("rjepa-plain-test", plain)
+    assert text.encode(encoding, "rjepa-plain-test") == written
