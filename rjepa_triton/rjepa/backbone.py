@@ -11,7 +11,7 @@
     file:weights.safetensors         a plain state dict, as .safetensors or saved by torch
     small:8                          five random stages of 8 to 32 maps, for tests
 
-No code in a file is run: files are read by safetensors or torch.load(weights_only=True).
+No code in a file is run (`storage`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .. import _files
+from .storage import is_safetensors, read_tensors
+from .storage import unpickled as unpickled
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIMSIAM = "module.encoder."
@@ -144,7 +148,8 @@ def load(weights: str, trainable: bool = False) -> Backbone | GaborBank:
     """The backbone that `weights` names, as listed at the top of this module.
 
     Raises ValueError for a name of an unknown kind, and for weights whose keys or shapes aren't ResNet-50's, naming
-    them; FileNotFoundError; ModuleNotFoundError if torchvision, timm or safetensors is needed and missing.
+    them, and for weights that can't be downloaded or need timm where it is missing; FileNotFoundError;
+    ModuleNotFoundError if torchvision or safetensors is needed and missing.
     """
     kind, _, name = weights.partition(":")
     if kind == "gabor":
@@ -169,34 +174,19 @@ def load(weights: str, trainable: bool = False) -> Backbone | GaborBank:
 def read(file: str | Path) -> dict[str, Tensor]:
     """The tensors of a file, .safetensors or saved by torch, by name. No code in the file is run.
 
-    Raises FileNotFoundError; ValueError if the file holds no dict of tensors or can't be read without running code.
+    Raises FileNotFoundError; ValueError if the file holds no dict of tensors, is damaged, or can't be read without
+    running code.
     """
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} can't be read as safetensors: {error}") from None
+    if is_safetensors(path):
+        return read_tensors(path)
     found = unpickled(path)
     state = found.get("state_dict", found) if isinstance(found, Mapping) else found
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} must hold a dict of tensors, or one under 'state_dict'")
     return dict(state)
-
-
-def unpickled(path: Path) -> Any:
-    """What torch.save wrote to a file. Raises ValueError, naming it, if it can't be read without running code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch passes on what pickle, zipfile and its own reader raise
-        raise ValueError(
-            f"{path} can't be read with weights_only=True: {str(error).splitlines()[0]}"
-        ) from None
 
 
 def _from_simsiam(file: str) -> dict[str, Tensor]:
@@ -215,16 +205,28 @@ def _from_simsiam(file: str) -> dict[str, Tensor]:
 
 
 def _from_timm(name: str) -> dict[str, Tensor]:
-    import timm
-
-    return dict(timm.create_model(name, pretrained=True).state_dict())
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"weights 'timm:{name}' need timm, which is not installed: pip install timm"
+        ) from None
+    try:
+        return dict(timm.create_model(name, pretrained=True).state_dict())
+    except (RuntimeError, ValueError, OSError) as error:  # an unknown name, or no way to download it
+        raise ValueError(
+            f"weights 'timm:{name}' can't be had from timm: {_files.first_line(error)}"
+        ) from None
 
 
 def _from_torchvision(name: str, trainable: bool) -> Backbone:
     known = _torchvision().ResNet50_Weights.__members__
     if name not in known:
         raise ValueError(f"weights must be torchvision:NAME with NAME of {', '.join(known)}, got {name!r}")
-    return _resnet(_torchvision().resnet50(weights=known[name]), trainable)
+    try:
+        return _resnet(_torchvision().resnet50(weights=known[name]), trainable)
+    except (RuntimeError, OSError, EOFError) as error:  # a download that failed or is damaged
+        raise ValueError(f"weights 'torchvision:{name}' can't be had: {_files.first_line(error)}") from None
 
 
 def _torchvision() -> Any:

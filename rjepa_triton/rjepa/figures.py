@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from .. import _files
 from ..bench.harness.statistics import interval
 from ..bench.harness.style import STYLE, save
 from . import config
@@ -19,6 +20,10 @@ from .train import EVALUATION
 
 COLOURS = {"rfp": "#0072B2", "bptt": "#E69F00", "rtrl": "#000000"}
 CONTROL = "#777777"
+# What is drawn and told of an evaluation, before and after training.
+CURVES = ("loss", "normalised", "control", "control_normalised")
+LISTS = ("spectrum", "correlation_spectrum", "input_gain")
+NUMBERS = ("participation_ratio", "correlation_participation_ratio", "next_from_h", "next_from_x")
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -33,8 +38,35 @@ def load(folders: Sequence[Path | str]) -> Runs:
         file = folder / EVALUATION
         if not file.is_file():
             raise FileNotFoundError(f"{folder} isn't a finished run: there is no {EVALUATION} in it")
-        evaluations.append((str(folder), json.loads(file.read_text())))
+        evaluations.append((str(folder), _evaluation(file)))
     return by_rule(evaluations)
+
+
+def _evaluation(file: Path) -> dict[str, Any]:
+    """What a run's file of evaluations holds. Raises ValueError, naming the file, if something is missing."""
+    try:
+        found = json.loads(_files.read_text(file))
+        config.differences(found["config"], found["config"])
+        lengths = set()
+        for when in ("before", "after"):
+            for name in CURVES:
+                lengths.add(np.asarray(found[when][name], dtype=np.float64).shape)
+            for name in LISTS:
+                np.asarray(found[when][name], dtype=np.float64).reshape(-1)[0]
+            for name in NUMBERS:
+                float(found[when][name])
+        np.asarray(found["after"]["trajectories"], dtype=np.float64).reshape(-1, 2)[0]
+        if (
+            len(lengths) != 1
+            or len(lengths.pop()) != 1
+            or not all(isinstance(n, str) for n in found["held_out"])
+        ):
+            raise ValueError("its curves have different lengths")
+    except KeyError as error:
+        raise ValueError(f"{file} isn't an evaluation of a run: it has no {error.args[0]}") from None
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{file} isn't an evaluation of a run: {_files.first_line(error)}") from None
+    return found
 
 
 def by_rule(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> Runs:

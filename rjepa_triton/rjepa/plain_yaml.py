@@ -65,6 +65,11 @@ def read_texts(path: str | Path) -> Any:
     return _load(_files.read_text(path), path, _Text)
 
 
+def texts(written: str, source: str) -> Any:
+    """What a YAML text says, every value as text. Raises ValueError, naming `source`."""
+    return _load(written, source, _Text)
+
+
 def value(written: str, source: str) -> Any:
     """What an override's value says: a list, mapping or quoted text as in YAML, all else the text as it is written.
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .. import _checks as check
+from .. import _files
 from .patches import FixationSequences, View
 
 # In inches, except COLUMNS and DPI.
@@ -69,7 +70,8 @@ def draw(
         top = TITLE + above + MARGIN + row * cell
         _draw_patch(box(MARGIN + column * cell, top, cell - GAP, cell - GAP), patches[k], k, colour)
     file = Path(file)
-    figure.savefig(file, format="png")
+    with _files.replacing(file) as temporary:
+        figure.savefig(temporary, format="png")
     return file
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import backbone, config, data, figures, sequences, train
+from .. import _files, _processes
+from . import backbone, config, data, figures, sequences, storage, train
 from .config import Config
 
 # The circuit's learning rate for each rule (docs/rjepa.md says how they were chosen).
 RATES = {"rfp": 3e-5, "bptt": 1e-5}
-EVALUATIONS = "evaluations.jsonl"
+EVALUATIONS, FEATURES = "evaluations.jsonl", "features.pt"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def run(
 ) -> tuple[figures.Runs, list[Path]]:
     """Run a demo in the folder `out`, except for what is there already.
 
-    It writes features.pt, a folder for each run, evaluations.jsonl with the evaluations of all runs, fig3 and fig4.
+    It writes features.pt (anew if it is damaged or of another configuration), a folder for each run, evaluations.jsonl
+    with the evaluations of all runs, fig3 and fig4.
     advance: called with the number of steps done and their total. jobs: processes, with one thread each; 0: one per
     core.
 
@@ -53,22 +54,35 @@ def run(
     settings = plan.settings(*plan.runs[0])
     total = len(plan.runs) + 1
     advance(0, total)
-    cache = out / "features.pt"
-    if not cache.exists():
+    if _features(out, settings) is None:
         made = sequences.features(settings, backbone.load(settings.model.backbone))
-        train.write_whole(cache, lambda file: torch.save({"train": made.train, "test": made.test}, file))
+        kept = {"train": made.train, "test": made.test, "of": _source(settings)}
+        storage.save(out / FEATURES, kept)
     advance(1, total)
     count = min(jobs or len(os.sched_getaffinity(0)), len(plan.runs))
-    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
-    with concurrent.futures.ProcessPoolExecutor(count, mp_context=context) as pool:
+    with _processes.Workers(count) as pool:
         work = functools.partial(_one, plan, out)
         for done, _ in enumerate(pool.map(work, plan.runs), start=2):
             advance(done, total)
     folders = [out / name(rule, seed) for rule, seed in plan.runs]
     runs = figures.load(folders)
-    lines = "".join((folder / train.EVALUATION).read_text() + "\n" for folder in folders)
-    train.write_whole(out / EVALUATIONS, lambda file: file.write_text(lines))
+    lines = "".join(_files.read_text(folder / train.EVALUATION) + "\n" for folder in folders)
+    _files.write_text(out / EVALUATIONS, lines)
     return runs, [out / EVALUATIONS, *figures.draw(runs, out)]
+
+
+def _source(settings: Config) -> str:
+    """What features depend on, as text: the data, and the backbone."""
+    return config.text(Config(data=settings.data, model=config.ModelConfig(backbone=settings.model.backbone)))
+
+
+def _features(out: Path, settings: Config) -> dict[str, Any] | None:
+    """The features of a configuration that `out` holds; None if there are none, of another one or damaged ones."""
+    try:
+        kept = storage.unpickled(out / FEATURES)
+        return kept if kept["of"] == _source(settings) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError):
+        return None
 
 
 def name(rule: str, seed: int) -> str:
@@ -83,7 +97,9 @@ def _one(plan: Plan, out: Path, which: tuple[str, int]) -> None:
         return
     torch.set_num_threads(1)
     settings = plan.settings(*which)
-    kept = torch.load(out / "features.pt", weights_only=True)
+    kept = _features(out, settings)
+    if kept is None:
+        raise ValueError(f"{out / FEATURES} is damaged, or of another configuration")
     sides = data.datasets(settings.data)
     known = sequences.Features(sides, kept["train"], kept["test"])
     train.Trainer(settings, folder, lambda _: None, known).run()

@@ -1,6 +1,6 @@
 """Trains R-JEPA from a configuration: `rjepa train`.
 
-A run's folder holds
+A run's folder holds these files, each of which is written whole or not at all:
 
     config.yaml
     checkpoint.pt              after each epoch; an interrupted run continues from it, and on the CPU ends bitwise as an
@@ -16,9 +16,9 @@ control that shows what recurrence adds.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _files
 from ..online.learner import OnlineLearner
-from . import backbone, config
+from . import backbone, config, storage
 from .config import Config
 from .encoder import Encoder
 from .evaluation import evaluate, scalars
@@ -84,9 +85,15 @@ class Trainer:
 
         self.settings, self.folder, self.say = settings, Path(folder), say
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._claim_folder()
+        self._check_folder()
         t = settings.train
-        self.fabric = Fabric(accelerator=t.accelerator, devices=t.devices, precision=t.precision)  # type: ignore[arg-type]
+        try:
+            self.fabric = Fabric(accelerator=t.accelerator, devices=t.devices, precision=t.precision)  # type: ignore[arg-type]
+        except (RuntimeError, ValueError, ImportError) as error:
+            raise ValueError(
+                f"train.accelerator={t.accelerator}, train.devices={t.devices} and train.precision={t.precision} can't "
+                f"be used here: {_files.first_line(error)}"
+            ) from None
         self.fabric.launch()
         model = build(settings)
         self.data = prepare(settings, model, known)
@@ -107,20 +114,20 @@ class Trainer:
         self.done = 0  # epochs
         self.history: list[dict[str, float]] = []
         self.before: dict[str, Any] = {}
+        _files.write_text(self.folder / CONFIG, config.text(settings))  # what can't be run has left nothing
         self._resume()
 
     # --- a run's folder ------------------------------------------------------------------------------------
 
-    def _claim_folder(self) -> None:
-        """Write the configuration. One that is there must be the same, except for the number of epochs."""
-        file, now = self.folder / CONFIG, config.text(self.settings)
-        if file.exists():
-            other = [
-                d for d in config.differences(file.read_text(), now) if not d.startswith("train.epochs:")
-            ]
-            if other:
-                raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(other)}")
-        write_whole(file, lambda temporary: temporary.write_text(now))
+    def _check_folder(self) -> None:
+        """Raise ValueError for a run of another configuration; only the number of epochs may be another."""
+        file = self.folder / CONFIG
+        if not file.exists():
+            return
+        there, now = config.text(config.read(file)), config.text(self.settings)
+        other = [d for d in config.differences(there, now) if not d.startswith("train.epochs:")]
+        if other:
+            raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(other)}")
 
     def _resume(self) -> None:
         file = self.folder / CHECKPOINT
@@ -129,7 +136,11 @@ class Trainer:
             self.history = [{"epoch": 0.0, **scalars(self.before)}]
             self._save()
             return
-        state = backbone.unpickled(file)
+        advice = "remove it to begin the run anew, or put a copy of it back"
+        try:
+            state = storage.unpickled(file)
+        except ValueError as error:
+            raise ValueError(f"{error}; {advice}") from None
         try:
             self.model.load_state_dict(state["model"])
             self.control.load_state_dict(state["control"])
@@ -137,8 +148,9 @@ class Trainer:
             self.control_optimizer.load_state_dict(state["control_optimizer"])
             self.done, self.history = state["epochs"], state["history"]
             self.before = json.loads(state["before"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} isn't a checkpoint of this run: {str(error).splitlines()[0]}") from None
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            told = _files.first_line(error)
+            raise ValueError(f"{file} isn't a checkpoint of this run: {told}; {advice}") from None
         self.say(f"continuing after epoch {self.done} of {self.folder}")
 
     def _save(self) -> None:
@@ -153,14 +165,12 @@ class Trainer:
             "history": self.history,
             "before": json.dumps(self.before),
         }
-        write_whole(self.folder / CHECKPOINT, lambda temporary: torch.save(state, temporary))
-        write_whole(self.folder / METRICS, self._write_metrics)
-
-    def _write_metrics(self, file: Path) -> None:
-        with file.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, list(self.history[0]), restval="")
-            writer.writeheader()
-            writer.writerows(self.history)
+        storage.save(self.folder / CHECKPOINT, state)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(self.history[0]), restval="")
+        writer.writeheader()
+        writer.writerows(self.history)
+        _files.write_text(self.folder / METRICS, table.getvalue())
 
     # --- learning ------------------------------------------------------------------------------------------
 
@@ -189,11 +199,8 @@ class Trainer:
         both = {"before": self.before, "after": self.evaluate(), "config": config.text(self.settings)}
         both["held_out"] = list(self.data.held_out)
         if self.fabric.is_global_zero:
-            from safetensors.torch import save_file
-
-            write_whole(self.folder / EVALUATION, lambda temporary: temporary.write_text(json.dumps(both)))
-            tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-            write_whole(self.folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+            storage.save_tensors(self.folder / WEIGHTS, self.model.state_dict())
+            _files.write_text(self.folder / EVALUATION, json.dumps(both))
         return both
 
     @property
@@ -281,14 +288,20 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     settings = config.read(folder / CONFIG, overrides)
     model = build(settings)
     control = Predictor(model.encoder.circuit.hidden_size, settings.model.predictor_hidden)
-    weights = backbone.read(folder / WEIGHTS)
+    weights = storage.read_tensors(folder / WEIGHTS)
     known = features(settings, model.encoder.backbone)
     try:
         model.load_state_dict(weights)
-        control.load_state_dict(backbone.unpickled(folder / CHECKPOINT)["control"])
-    except (RuntimeError, KeyError) as error:
+    except RuntimeError as error:
         raise ValueError(
-            f"{folder / WEIGHTS} doesn't belong to {folder / CONFIG}: {str(error).splitlines()[0]}"
+            f"{folder / WEIGHTS} doesn't belong to {folder / CONFIG}: {_files.first_line(error)}"
+        ) from None
+    checkpoint = storage.unpickled(folder / CHECKPOINT)
+    try:
+        control.load_state_dict(checkpoint["control"])
+    except (RuntimeError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / CHECKPOINT} doesn't belong to {folder / CONFIG}: {_files.first_line(error)}"
         ) from None
     data = prepare(settings, model.eval(), known, calibrate=False)
     with torch.no_grad():
@@ -297,11 +310,5 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """Call `write` with a temporary path, and then rename it to `file`, which is written completely or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with _files.replacing(file) as temporary:
         write(temporary)
-        with temporary.open("rb") as opened:
-            os.fsync(opened.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
