@@ -144,13 +144,9 @@ def preview_command(
 def _read(
     table: Path, sidecar: Path | None, format: str, movie_column: str, eye: str, policy: str
 ) -> Fixations:
-    from .. import _checks as check
-    from .fixations import from_eyelink, read
+    from .fixations import read_format
 
-    check.one_of("--format", format, FORMATS)
-    if format == "eyelink":
-        return from_eyelink(table, sidecar, movie=movie_column, policy=policy, eye=eye or None)
-    return read(table, sidecar, policy=policy, eye=eye or None)
+    return read_format(format, table, sidecar, movie=movie_column, policy=policy, eye=eye or None)
 
 
 def _of_pair(
@@ -215,7 +211,9 @@ def train_command(
         from . import config as configs
         from . import train
 
-        trainer = train.Trainer(configs.read(config, overrides or ()), out, typer.echo)
+        settings = configs.read(config, overrides or ())
+        typer.echo("reading the data and computing what the backbone makes of it …", err=True)
+        trainer = train.Trainer(settings, out, typer.echo)
         left = (trainer.settings.train.epochs - trainer.done) * trainer.batches
         with _progress() as progress:
             task = progress.add_task("train", total=max(left, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,14 @@ class DataConfig:
                      simulated over `files`; "table": a lab's own fixations, from `table`, its sidecar and movies
     files            pictures and films for source "pictures"
     table, sidecar   for source "table"; an empty sidecar is looked for beside the table
+    format           of the table: "table", or "eyelink" for a fixation report of Data Viewer
+    movie_column     the column of such a report that names the movie
+    eye              which eye to take from a table of both; empty: there is one
     px_per_degree    pixels per degree of visual angle, for `files`
     steps            T, the fixations in a sequence
+    stride           of a table: fixations from the start of one sequence to the start of the next; 0: T
+    max_gap          of a table: seconds; a longer gap between two fixations ends a sequence; 0: no gap does
+    edge             of a table: what becomes of patches that stick out of the frame, as in `FixationSequences`
     train, test      simulated scan paths over each source of that side
     split            how a table is split, by "movie", "participant" or "both"; simulated paths are split by source
     held_out         names for the test side; if empty: the demo's own, the last of `files`, or a fifth of a table's
@@ -35,8 +42,14 @@ class DataConfig:
     files: list[str] = field(default_factory=list)
     table: str = ""
     sidecar: str = ""
+    format: str = "table"
+    movie_column: str = "movie"
+    eye: str = ""
     px_per_degree: float = 10.0
     steps: int = 100
+    stride: int = 0
+    max_gap: float = 0.0
+    edge: str = "shift"
     train: int = 100
     test: int = 150
     split: str = "movie"
@@ -162,15 +175,29 @@ def value(written: str, key: str) -> Any:
 
 
 def differences(a: str, b: str) -> list[str]:
-    """How two such YAML texts differ, as "section.key: x against y"."""
-    from omegaconf import OmegaConf
+    """How two such YAML texts differ, as "section.key: x against y". A key that one lacks has its default there.
 
-    left, right = (_flat(OmegaConf.to_container(OmegaConf.create(one))) for one in (a, b))
+    So a configuration of an earlier version, which knew fewer keys, is the same. Raises ValueError for a text that
+    isn't a configuration.
+    """
+    left, right = map(_whole, (a, b))
     return [
         f"{key}: {left.get(key)!r} against {right.get(key)!r}"
         for key in sorted(set(left) | set(right))
         if left.get(key) != right.get(key)
     ]
+
+
+def _whole(written: str) -> dict[str, Any]:
+    """All keys and values of a configuration's text."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), plain_yaml.texts(written, "configuration"))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ValueError(f"not a configuration: {_files.first_line(error)}") from None
+    return _flat(OmegaConf.to_container(merged))
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -187,6 +214,8 @@ def _check(config: Config) -> None:
     data, model, train = config.data, config.model, config.train
     check.one_of("data.source", data.source, ("demo", "pictures", "table"))
     check.one_of("data.policy", data.policy, ("refuse", "skip"))
+    check.one_of("data.format", data.format, ("table", "eyelink"))
+    check.one_of("data.edge", data.edge, ("shift", "pad", "refuse"))
     check.one_of("data.split", data.split, ("movie", "participant", "both"))
     check.one_of("model.preset", model.preset, PRESETS)
     check.one_of("model.distance", model.distance, DISTANCES)
@@ -195,6 +224,7 @@ def _check(config: Config) -> None:
     check.one_of("train.psi", train.psi, PSI)
     for name, value, least in (
         ("data.steps", data.steps, 2),
+        ("data.stride", data.stride, 0),
         ("data.train", data.train, 1),
         ("data.test", data.test, 2),
         ("model.units", model.units, 1),
@@ -212,10 +242,11 @@ def _check(config: Config) -> None:
         ("train.lr_recurrent", train.lr_recurrent),
         ("train.lr_predictor", train.lr_predictor),
     ):
-        if not rate > 0:
+        if not 0 < rate < math.inf:
             raise ValueError(f"{name} must be above 0, got {rate}")
-    if train.weight_decay < 0:
-        raise ValueError(f"train.weight_decay must be at least 0, got {train.weight_decay}")
+    for name, rate in (("train.weight_decay", train.weight_decay), ("data.max_gap", data.max_gap)):
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"{name} must be at least 0, got {rate}")
     if train.updates:
         _check_online(config)
 

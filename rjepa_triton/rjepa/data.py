@@ -35,8 +35,22 @@ def datasets(settings: DataConfig) -> Sides:
         return _pictures(settings)
     if not settings.table:
         raise ValueError("data.table must name a CSV or parquet file for data.source='table'")
-    read = fixations.read(settings.table, settings.sidecar or None, policy=settings.policy)
-    whole = FixationSequences.from_fixations(read, steps=settings.steps, policy=settings.policy)
+    read = fixations.read_format(
+        settings.format,
+        settings.table,
+        settings.sidecar or None,
+        movie=settings.movie_column,
+        policy=settings.policy,
+        eye=settings.eye or None,
+    )
+    whole = FixationSequences.from_fixations(
+        read,
+        steps=settings.steps,
+        stride=settings.stride or None,
+        max_gap=settings.max_gap or None,
+        edge=settings.edge,
+        policy=settings.policy,
+    )
     sides = split(whole, settings.split, test=settings.held_out or 0.2, seed=settings.seed)
     return Sides(sides.train, sides.test, _names(sides.test))
 

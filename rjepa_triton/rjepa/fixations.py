@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from .. import _checks as check
 from . import delimited
 from .report import SHOWN, FixationError, Problem, Report
 from .rows import (
@@ -140,6 +141,28 @@ def from_eyelink(
         eye=eye,
         unit="ms",
     )
+
+
+FORMATS = ("table", "eyelink")  # of files, as commands and configurations name them
+
+
+def read_format(
+    format: str,
+    table: str | Path,
+    sidecar: Sidecar | str | Path | None = None,
+    *,
+    movie: str = "movie",
+    policy: str = "refuse",
+    eye: str | None = None,
+) -> Fixations:
+    """`read` for the format "table", `from_eyelink` for "eyelink". movie: the column of that name, of a report.
+
+    Raises ValueError for another format, and what the two raise.
+    """
+    check.one_of("format", format, FORMATS)
+    if format == "eyelink":
+        return from_eyelink(table, sidecar, movie=movie, policy=policy, eye=eye)
+    return read(table, sidecar, policy=policy, eye=eye)
 
 
 def from_pymovements(

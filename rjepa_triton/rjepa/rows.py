@@ -341,7 +341,7 @@ def _pick_eye(state: _State, eyes: np.ndarray, participant: np.ndarray, eye: str
         if len(there) > 1:
             raise state.refuse(
                 f"participant {who!r} has fixations of the eyes {', '.join(there)}, which overlap: "
-                f"say which to take, as eye={there[0]!r}"
+                f"say which to take, as eye={there[0]!r} (--eye {there[0]}; of rjepa train, data.eye={there[0]})"
             )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import films
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from rjepa_triton.rjepa import backbone, cli, config, figures, train
+from rjepa_triton.rjepa import backbone, cli, config, data, figures, train
 from rjepa_triton.rjepa.train import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
@@ -249,6 +251,145 @@ def test_folders_that_do_not_fit(settings: Any, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, folder / "weights.safetensors")
     with pytest.raises(ValueError, match=r"weights\.safetensors doesn't belong to"):
         train.evaluate_run(folder)
+
+
+def test_what_is_damaged_or_empty_is_named_and_nothing_is_changed(settings: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(settings("train.epochs=1"), folder)
+    whole = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    doors = {
+        "checkpoint.pt": lambda: Trainer(settings("train.epochs=1"), folder, lambda _: None),
+        "weights.safetensors": lambda: train.evaluate_run(folder),
+        "evaluation.json": lambda: figures.load([folder]),
+        "config.yaml": lambda: Trainer(settings("train.epochs=1"), folder, lambda _: None),
+    }
+    damages: dict[str, list[bytes]] = {
+        "checkpoint.pt": [b"", whole["checkpoint.pt"][:-1000]],
+        "weights.safetensors": [b"", whole["weights.safetensors"][:-1]],
+        "config.yaml": [b"", b"\xff", whole["config.yaml"].replace(b"seed", b"need")],
+        "evaluation.json": [b"", b"{}", b"[" * 5000, whole["evaluation.json"].replace(b'"loss"', b'"lost"')],
+    }
+    for name, damaged in damages.items():
+        for bad in damaged:
+            (folder / name).write_bytes(bad)
+            with pytest.raises(ValueError, match=name.replace(".", r"\.")) as raised:
+                doors[name]()
+            assert name != "checkpoint.pt" or "remove it to begin the run anew" in str(raised.value)
+            there = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+            assert there == {**whole, name: bad}
+        (folder / name).write_bytes(whole[name])
+
+
+def test_files_without_a_digest_are_read(settings: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    before = run(settings("train.epochs=1"), folder)
+    torch.save(backbone.unpickled(folder / "checkpoint.pt"), folder / "checkpoint.pt")
+    save_file(load_file(folder / "weights.safetensors"), folder / "weights.safetensors", {"format": "pt"})
+    again = Trainer(settings("train.epochs=1"), folder, lambda _: None)
+    for a, b in zip(parameters(before), parameters(again), strict=True):
+        assert torch.equal(a, b)
+    written = (folder / "config.yaml").read_text()
+    earlier = [
+        line for line in written.splitlines() if line.split(":")[0].strip() not in ("format", "edge", "eye")
+    ]
+    (folder / "config.yaml").write_text("\n".join(earlier) + "\n")
+    assert train.evaluate_run(folder)["loss"]
+    Trainer(settings("train.epochs=1"), folder, lambda _: None)  # keys that it lacks have their defaults
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(settings: Any, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    folder = tmp_path / "run"
+    trainer = Trainer(settings("train.epochs=1"), folder, lambda _: None)
+    kept = (folder / "checkpoint.pt").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint\.pt can't be written: File too large"):
+            trainer.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (folder / "checkpoint.pt").read_bytes() == kept
+    assert not [file for file in folder.iterdir() if file.name.startswith(".")]
+    assert (folder / "checkpoint.pt").stat().st_mode & 0o777 == (
+        folder / "config.yaml"
+    ).stat().st_mode & 0o777
+    Trainer(settings("train.epochs=1"), folder, lambda _: None).run()
+    modes = {file.stat().st_mode & 0o777 for file in folder.iterdir() if file.is_file()}
+    assert len(modes) == 1
+
+
+def test_a_commands_errors_are_messages(settings: Any, tmp_path: Path) -> None:
+    app = typer.Typer()
+    cli.add_to(app)
+    own = [
+        f"data.files=[{','.join(settings().data.files)}]",
+        "data.source=pictures",
+        "data.steps=8",
+        "data.train=2",
+    ]
+    own += ["data.test=2", "model.units=4", "train.epochs=1", "--out", str(tmp_path / "run")]
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "file").touch()
+    for override, said in {
+        "model.backbone=timm:resnet50": "need timm, which is not installed|can't be had from timm",
+        f"model.backbone=file:{tmp_path / 'empty.pth'}": r"empty\.pth is empty",
+        "train.accelerator=x": "train.accelerator=x, .* can't be used here",
+        "train.accelerator=mps": "train.accelerator=mps, .* can't be used here",
+        f"--out={tmp_path / 'file' / 'run'}": "Not a directory.*file",
+        "train.lr_predictor=inf": "train.lr_predictor must be above 0, got inf",
+    }.items():
+        shown = CliRunner().invoke(app, ["train", *own, override])
+        assert shown.exit_code == 2, shown.output
+        assert re.search(said, shown.output), shown.output
+        assert isinstance(shown.exception, SystemExit)
+
+
+@pytest.mark.parametrize("kind", ["table", "eyelink"])
+def test_a_table_is_trained_on_as_it_is_checked(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RJEPA_CACHE", str(tmp_path / "cache"))
+    films.picture(tmp_path)
+    films.picture(tmp_path, name="n.png")
+    rows, eyelink = [], kind == "eyelink"
+    for who in ("p", "q"):
+        for movie in ("m", "n"):
+            for k in range(12):  # a blink after every fourth
+                rows += [
+                    f"{who},{movie},{k * 300 + 500 * (k // 4)},200,{9 * k},{40 + k},{eye}" for eye in "LR"
+                ]
+    header = "participant,movie,onset,duration,x,y,eye"
+    if eyelink:
+        header = "RECORDING_SESSION_LABEL,clip,CURRENT_FIX_START,CURRENT_FIX_DURATION,CURRENT_FIX_X,CURRENT_FIX_Y,EYE_USED"
+    table = tmp_path / "fix.csv"
+    table.write_text("\n".join([header, *rows]).replace(",", "\t" if eyelink else ",") + "\n")
+    (tmp_path / "fix.csv.yaml").write_text("time_unit: ms\npx_per_degree: 10\nmovies: {m: m.png, n: n.png}\n")
+    app = typer.Typer()
+    cli.add_to(app)
+    as_it_is = ["--format", kind, "--movie-column", "clip"]
+    shown = CliRunner().invoke(app, ["fixations", "check", str(table), *as_it_is])
+    assert shown.exit_code == 2
+    assert "data.eye=L" in shown.output
+    shown = CliRunner().invoke(app, ["fixations", "check", str(table), *as_it_is, "--eye", "left"])
+    assert shown.exit_code == 0, shown.output
+    made = ["data.source=table", f"data.table={table}", f"data.format={kind}", "data.movie_column=clip"]
+    made += ["data.eye=left", "data.steps=3", "data.stride=1", "data.max_gap=0.3", "data.edge=pad"]
+    sides = data.datasets(config.read(None, made).data)
+    assert (len(sides.train), len(sides.test)) == (12, 12)  # of runs of 4, 2 each
+    assert sides.train.edge == "pad"
+    with pytest.raises(ValueError, match="patches stick out"):
+        data.datasets(config.read(None, [*made, "data.edge=refuse"]).data)
+    shown = CliRunner().invoke(
+        app, ["train", *made, "model.units=4", "train.epochs=1", "--out", str(tmp_path / "run")]
+    )
+    assert shown.exit_code == 0, shown.output
+    for key, said in {
+        "format=csv": "data.format must be one of",
+        "max_gap=-1": "data.max_gap must be at least 0",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            config.read(None, [f"data.{key}"])
 
 
 def test_more_epochs_go_on(settings: Any, tmp_path: Path) -> None:
