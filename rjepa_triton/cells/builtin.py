@@ -24,6 +24,19 @@ from .. import _checks as check
 from . import weights as weight_ops
 from .two_point import Cell, Linearization, Matrix, Partials, Trajectory, reset_steps_of
 
+__all__ = [
+    "NONLINEARITIES",
+    "ELSTMCell",
+    "ElmanCell",
+    "GRUCell",
+    "LRUCell",
+    "LSTMCell",
+    "LeakyCell",
+    "Nonlinearity",
+    "RGCCell",
+    "TimeDecayCell",
+]
+
 Nonlinearity = Literal["tanh", "relu"]
 NONLINEARITIES = ("tanh", "relu")
 

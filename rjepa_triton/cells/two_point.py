@@ -32,6 +32,19 @@ from torch import Tensor
 
 from . import weights as weight_ops
 
+__all__ = [
+    "ByState",
+    "Cell",
+    "Linearization",
+    "Matrix",
+    "Partials",
+    "Reads",
+    "Trajectory",
+    "reset_steps_of",
+    "state_read",
+    "verify",
+]
+
 ByState = dict[
     int, Tensor
 ]  # partials by the state ν that is differentiated; a ν is absent where they are always zero

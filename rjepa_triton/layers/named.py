@@ -9,17 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cells.builtin import (
-    ElmanCell,
-    ELSTMCell,
-    GRUCell,
-    LeakyCell,
-    LRUCell,
-    LSTMCell,
-    Nonlinearity,
-    RGCCell,
-    TimeDecayCell,
-)
+from ..cells import builtin as cells
+from ..cells.builtin import Nonlinearity
 from .layer import Init, TwoPointRNN
 
 __all__ = ["CTRNN", "ELSTM", "GRU", "LRU", "LSTM", "RGC", "RNN", "IndRNN", "TimeDecay", "TwoPointRNN"]
@@ -39,7 +30,7 @@ class RGC(TwoPointRNN):
     """
 
     def __init__(self, hidden_size: int, *, init: Init = "zeros", **options: Any) -> None:
-        super().__init__(RGCCell(), hidden_size, init=init, **options)
+        super().__init__(cells.RGCCell(), hidden_size, init=init, **options)
 
 
 class _TorchWeights(TwoPointRNN):
@@ -89,7 +80,7 @@ class RNN(_TorchWeights):
     def __init__(
         self, input_size: int, hidden_size: int, nonlinearity: Nonlinearity = "tanh", **options: Any
     ) -> None:
-        super().__init__(ElmanCell(nonlinearity), hidden_size, input_size=input_size, **options)
+        super().__init__(cells.ElmanCell(nonlinearity), hidden_size, input_size=input_size, **options)
 
 
 class IndRNN(TwoPointRNN):
@@ -101,7 +92,7 @@ class IndRNN(TwoPointRNN):
     def __init__(
         self, input_size: int, hidden_size: int, nonlinearity: Nonlinearity = "relu", **options: Any
     ) -> None:
-        cell = ElmanCell(nonlinearity)
+        cell = cells.ElmanCell(nonlinearity)
         super().__init__(cell, hidden_size, input_size=input_size, recurrence="diagonal", **options)
 
     def reset_parameters(self) -> None:
@@ -124,7 +115,7 @@ class CTRNN(TwoPointRNN):
         nonlinearity: Nonlinearity = "tanh",
         **options: Any,
     ) -> None:
-        super().__init__(LeakyCell(alpha, nonlinearity), hidden_size, input_size=input_size, **options)
+        super().__init__(cells.LeakyCell(alpha, nonlinearity), hidden_size, input_size=input_size, **options)
 
 
 class LSTM(_TorchWeights):
@@ -135,7 +126,7 @@ class LSTM(_TorchWeights):
     """
 
     def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
-        super().__init__(LSTMCell(), hidden_size, input_size=input_size, **options)
+        super().__init__(cells.LSTMCell(), hidden_size, input_size=input_size, **options)
 
 
 class GRU(_TorchWeights):
@@ -147,7 +138,7 @@ class GRU(_TorchWeights):
     """
 
     def __init__(self, input_size: int, hidden_size: int, *, bias: bool = True, **options: Any) -> None:
-        super().__init__(GRUCell(bias), hidden_size, input_size=input_size, bias=bias, **options)
+        super().__init__(cells.GRUCell(bias), hidden_size, input_size=input_size, bias=bias, **options)
 
     def _from_torch(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours = super()._from_torch(theirs)
@@ -167,7 +158,9 @@ class ELSTM(TwoPointRNN):
     """
 
     def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
-        super().__init__(ELSTMCell(), hidden_size, input_size=input_size, recurrence="diagonal", **options)
+        super().__init__(
+            cells.ELSTMCell(), hidden_size, input_size=input_size, recurrence="diagonal", **options
+        )
         like = self.get_parameter("weight_in_f")
         factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.output_in = nn.Linear(input_size, hidden_size, **factory)
@@ -186,7 +179,7 @@ class TimeDecay(TwoPointRNN):
     """
 
     def __init__(self, input_size: int | None, hidden_size: int, **options: Any) -> None:
-        super().__init__(TimeDecayCell(), hidden_size, input_size=input_size, **options)
+        super().__init__(cells.TimeDecayCell(), hidden_size, input_size=input_size, **options)
 
 
 class LRU(TwoPointRNN):
@@ -213,7 +206,7 @@ class LRU(TwoPointRNN):
         max_phase: float = 2 * math.pi,
         **options: Any,
     ) -> None:
-        cell = LRUCell(nonlinearity, r_min, r_max, max_phase)
+        cell = cells.LRUCell(nonlinearity, r_min, r_max, max_phase)
         super().__init__(cell, hidden_size, input_size=input_size, **options)
         like = self.get_parameter("nu")
         factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}

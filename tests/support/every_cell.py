@@ -8,16 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton.cells.builtin import (
-    ElmanCell,
-    ELSTMCell,
-    GRUCell,
-    LeakyCell,
-    LRUCell,
-    LSTMCell,
-    RGCCell,
-    TimeDecayCell,
-)
+from rjepa_triton.cells import builtin
 from rjepa_triton.cells.two_point import Cell, Matrix
 
 F64 = torch.float64
@@ -36,18 +27,18 @@ class SharedGate(Cell):
 
 
 CELLS: dict[str, Cell] = {
-    "elman-tanh": ElmanCell(),
-    "elman-relu": ElmanCell("relu"),
-    "leaky": LeakyCell(0.3),
-    "leaky-relu": LeakyCell(1.0, "relu"),
-    "lstm": LSTMCell(),
-    "gru": GRUCell(),
-    "gru-without-bias": GRUCell(bias=False),
-    "elstm": ELSTMCell(),
-    "time-decay": TimeDecayCell(),
-    "lru": LRUCell(),
-    "rtu": LRUCell("relu"),
-    "rgc": RGCCell(),
+    "elman-tanh": builtin.ElmanCell(),
+    "elman-relu": builtin.ElmanCell("relu"),
+    "leaky": builtin.LeakyCell(0.3),
+    "leaky-relu": builtin.LeakyCell(1.0, "relu"),
+    "lstm": builtin.LSTMCell(),
+    "gru": builtin.GRUCell(),
+    "gru-without-bias": builtin.GRUCell(bias=False),
+    "elstm": builtin.ELSTMCell(),
+    "time-decay": builtin.TimeDecayCell(),
+    "lru": builtin.LRUCell(),
+    "rtu": builtin.LRUCell("relu"),
+    "rgc": builtin.RGCCell(),
     "shared-gate": SharedGate(),
 }
 by_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS.keys())
