@@ -157,6 +157,20 @@ def linearize(
     return Linearization(partials, before, trajectory.resets), m
 
 
+@NATIVE.implements("step")
+def step(
+    cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None = None
+) -> tuple[Tensor, Linearization, Tensor] | Refusal:
+    """`scan` and `linearize` one after the other: a small layer's step is mostly the calls around them."""
+    trajectory = scan(cell, x, weights, state.unbind(0), resets)
+    if isinstance(trajectory, Refusal):
+        return trajectory
+    before = trajectory.before
+    find = calls.rgc_linearize if isinstance(cell, RGCCell) else calls.gated_linearize
+    partials, m = find(cell, trajectory, before, _own(weights))
+    return trajectory.after, Linearization(partials, before, trajectory.resets), m
+
+
 @NATIVE.implements("exact_credits")
 def exact_credits(
     cell: Cell, lin: Linearization, weights: Sequence[Tensor], delta: Tensor, carry: Tensor | None = None
