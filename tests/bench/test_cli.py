@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from checkout import RESULTS
+from typer.testing import CliRunner
 
 from rjepa_triton import cli
 from rjepa_triton._command import PIPE_CLOSED, plain
+from rjepa_triton.bench.cli import bench
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -35,6 +37,43 @@ def test_an_unknown_command_exits_2(
 ) -> None:
     assert run(monkeypatch, "bench", "juggle") == 2
     assert "juggle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("learn --tasks juggling", "task must be one of 'recall', 'adding', 'lorenz', got 'juggling'"),
+        ("learn --rules hebb", "rule must be one of 'rtrl', 'rtrl-heads', 'rfp',"),
+        ("learn --rules ,", "rules must name at least one of rtrl"),
+        ("learn --steps 100", "steps must be a multiple of 20 windows × 4 steps a chunk, 80, got 100"),
+        ("learn --steps 160", "steps must be at least 240, 20 windows in which something is scored, got 160"),
+        ("learn --hidden 6", "hidden must be a multiple of 4 heads, got 6"),
+        ("learn --seeds 1", "seeds must be at least 2, got 1"),
+        ("learn --seeds 101", "seeds must be at most 100, got 101"),
+        ("learn --chunk 1", "chunk must be at least 2, got 1"),
+        ("learn --jobs -1", "--jobs must be at least 0, got -1"),
+        ("forward --hidden ,", "hidden must name at least one size"),
+        ("forward --hidden 0", "hidden must be at least 1, got 0"),
+        ("forward --cells lstm", "cells must be one of 'rgc', 'lru', got 'lstm'"),
+        ("forward --cells ''", "cells must name at least one"),
+        ("forward --budget 0", "budget must be above 0"),
+        ("forward --steps many", "--steps must be integers"),
+        ("forward --device tpu", "device must be"),
+        ("memory --base 1,2", "--base must be N,B,T"),
+        ("memory --steps 1", "T must be at least 2, got 1"),
+        ("memory --hidden ''", "the sweep of N must have at least one value"),
+        ("memory --algorithms bptt,x", "algorithms must be one of"),
+        ("online --forms stop", "forms must be one of"),
+        ("online --steps 9", "steps must be at least 100, got 9"),
+        ("online --hidden x", "--hidden must be integers"),
+        ("fidelity --sweeps all", "sweep must be one of"),
+        ("fidelity --seeds 1", "seeds must be at least 2, got 1"),
+    ],
+)
+def test_user_errors_exit_2(line: str, says: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(bench, [*shlex.split(line), "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert says in result.output
 
 
 MISSING = """

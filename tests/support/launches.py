@@ -7,6 +7,8 @@ python launches.py compile   compiles each launch to machine code for sm_90, wit
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -15,6 +17,7 @@ import pytest
 import triton
 from torch import zeros
 
+from rjepa_triton import kernels
 from rjepa_triton.kernels import (
     gamma_chunk,
     gamma_read,
@@ -29,18 +32,11 @@ from rjepa_triton.kernels import (
     rtrl_step,
 )
 
-MODULES = (
-    gamma_step,
-    gamma_read,
-    gamma_chunk,
-    reverse_scan,
-    rgc_backward,
-    rgc_forward,
-    rgc_partials,
-    rgc_persistent,
-    rgc_step,
-    rtrl_heads,
-    rtrl_step,
+# Every file of kernels; an underscore begins the name of what they share.
+MODULES = tuple(
+    importlib.import_module(f"{kernels.__name__}.{each.name}")
+    for each in pkgutil.iter_modules(kernels.__path__)
+    if not each.name.startswith("_")
 )
 REFUSAL = "Triton kernels need a GPU tensor, or TRITON_INTERPRET=1 set before triton is imported"
 

@@ -347,19 +347,9 @@ def test_a_prediction_compiles_what_the_launcher_launches(
 ) -> None:
     """Constants, grid and options of the build are those that the launcher passes."""
     pytest.importorskip("triton")
-    from rjepa_triton.kernels import (
-        gamma_chunk,
-        gamma_read,
-        gamma_step,
-        reverse_scan,
-        rgc_backward,
-        rgc_forward,
-        rgc_partials,
-        rgc_persistent,
-        rgc_step,
-        rtrl_heads,
-        rtrl_step,
-    )
+    from launches import MODULES
+
+    from rjepa_triton.kernels import rgc_persistent
 
     passed: list[tuple[object, dict[str, object]]] = []
 
@@ -373,12 +363,8 @@ def test_a_prediction_compiles_what_the_launcher_launches(
 
             return launch
 
-    modules = (
-        *(gamma_step, gamma_read, gamma_chunk, reverse_scan),
-        *(rgc_backward, rgc_forward, rgc_partials, rgc_persistent, rgc_step, rtrl_heads, rtrl_step),
-    )
     monkeypatch.setattr(rgc_persistent, "_INTERPRETED", False)
-    for module in modules:
+    for module in MODULES:
         for attribute, value in list(vars(module).items()):
             if attribute.endswith("_kernel"):
                 monkeypatch.setattr(module, attribute, Stub(value))

@@ -135,16 +135,6 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "RGC, N = 6" in CliRunner().invoke(bench, arguments).output
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [(["--sweeps", "all"], "sweep must be one of"), (["--seeds", "1"], "seeds must be at least 2, got 1")],
-)
-def test_user_errors_exit_2(options: list[str], says: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(bench, ["fidelity", *options, "--out", str(tmp_path)])
-    assert result.exit_code == 2
-    assert says in result.output
-
-
 def test_comparison_is_what_the_benchmark_uses() -> None:
     """The same layer and data by the public function."""
     point = Point("rgc", 6, 8, 1, 0.3, "noise")

@@ -259,24 +259,3 @@ def test_plot_refuses_what_it_cannot_show_truthfully(tmp_path: Path) -> None:
         curves.draw([*records, other], tmp_path / "b")
     with pytest.raises(ValueError, match="no records of the benchmark 'learn'"):
         curves.draw([], tmp_path / "c")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--tasks", "juggling"], "task must be one of 'recall', 'adding', 'lorenz', got 'juggling'"),
-        (["--rules", "hebb"], "rule must be one of 'rtrl', 'rtrl-heads', 'rfp',"),
-        (["--rules", ","], "rules must name at least one of rtrl"),
-        (["--steps", "100"], "steps must be a multiple of 20 windows × 4 steps a chunk, 80, got 100"),
-        (["--steps", "160"], "steps must be at least 240, 20 windows in which something is scored, got 160"),
-        (["--hidden", "6"], "hidden must be a multiple of 4 heads, got 6"),
-        (["--seeds", "1"], "seeds must be at least 2, got 1"),
-        (["--seeds", "101"], "seeds must be at most 100, got 101"),
-        (["--chunk", "1"], "chunk must be at least 2, got 1"),
-        (["--jobs", "-1"], "--jobs must be at least 0, got -1"),
-    ],
-)
-def test_user_errors_exit_2(tmp_path: Path, options: list[str], message: str) -> None:
-    result = CliRunner().invoke(bench, ["learn", *options, "--out", str(tmp_path)])
-    assert result.exit_code == 2
-    assert message in result.output

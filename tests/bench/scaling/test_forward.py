@@ -110,21 +110,3 @@ def test_what_is_counted_grows_as_it_is_continued() -> None:
     told = forward.predict(4, 1, 40, 0.1, 0)[0][0].parts["backward"][0]
     assert told.calls == counted.calls
     assert told.bytes == pytest.approx(counted.bytes + 40 * 4 * 16 * 4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--hidden", ","], "hidden must name at least one size"),
-        (["--hidden", "0"], "hidden must be at least 1, got 0"),
-        (["--cells", "lstm"], "cells must be one of 'rgc', 'lru', got 'lstm'"),
-        (["--cells", ""], "cells must name at least one"),
-        (["--budget", "0"], "budget must be above 0"),
-        (["--steps", "many"], "--steps must be integers"),
-        (["--device", "tpu"], "device must be"),
-    ],
-)
-def test_user_errors_exit_2(arguments: list[str], says: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(bench, ["forward", *arguments, "--out", str(tmp_path)])
-    assert result.exit_code == 2
-    assert says in result.output

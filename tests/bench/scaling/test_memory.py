@@ -106,18 +106,3 @@ def test_devices_are_not_mixed_in_one_plot(tmp_path: Path) -> None:
         memory_plot.draw(two, tmp_path / "x")
     with pytest.raises(ValueError, match="no sweep of the benchmark 'memory' has two points"):
         memory_plot.draw(two[:1], tmp_path / "x")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--base", "1,2"], "--base must be N,B,T"),
-        (["--steps", "1"], "T must be at least 2, got 1"),
-        (["--hidden", ""], "the sweep of N must have at least one value"),
-        (["--algorithms", "bptt,x"], "algorithms must be one of"),
-    ],
-)
-def test_user_errors_exit_2(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = CliRunner().invoke(bench, ["memory", *arguments, "--device", "cpu", "--out", str(tmp_path)])
-    assert result.exit_code == 2
-    assert message in result.output

@@ -81,17 +81,3 @@ def test_devices_are_not_mixed_in_one_plot(tmp_path: Path) -> None:
     made = [record.Record("online", "step", {"N": 8, "B": 1}, "ok", name, {}, None, "", "") for name in "ab"]
     with pytest.raises(ValueError, match="can't mix devices, got a, b"):
         latency.draw(made, tmp_path / "x")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--forms", "stop"], "forms must be one of"),
-        (["--steps", "9"], "steps must be at least 100, got 9"),
-        (["--hidden", "x"], "--hidden must be integers"),
-    ],
-)
-def test_user_errors_exit_2(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = CliRunner().invoke(bench, ["online", *arguments, "--device", "cpu", "--out", str(tmp_path)])
-    assert result.exit_code == 2
-    assert message in result.output
