@@ -84,18 +84,25 @@ def _gamma_chunk_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for _ in range(B):
         old0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-        new0 = tl.load(whole_ptr + row, mask=in_n, other=0.0)[:, None] * old0
+        r00 = tl.load(whole_ptr + row, mask=in_n, other=0.0)[:, None]
+        # What no credit reads and what is forgotten counts as zero, even where Γ is NaN: a reset selects.
         if credit_ptr is not None:
-            total += tl.load(credit_ptr + row, mask=in_n, other=0.0)[:, None] * old0
-        if gamma1_ptr is not None:
+            credit0 = tl.load(credit_ptr + row, mask=in_n, other=0.0)[:, None]
+            total += credit0 * tl.where(credit0 == 0.0, 0.0, old0)
+        if gamma1_ptr is None:
+            new0 = r00 * tl.where(r00 == 0.0, 0.0, old0)
+        else:
             old1 = tl.load(gamma1_ptr + tile, mask=inside, other=0.0).to(tl.float32)
             r01 = tl.load(whole_ptr + plane + row, mask=in_n, other=0.0)[:, None]
             r10 = tl.load(whole_ptr + 2 * plane + row, mask=in_n, other=0.0)[:, None]
             r11 = tl.load(whole_ptr + 3 * plane + row, mask=in_n, other=0.0)[:, None]
-            new0 += r01 * old1
-            new1 = r10 * old0 + r11 * old1
             if credit_ptr is not None:
-                total += tl.load(credit_ptr + plane + row, mask=in_n, other=0.0)[:, None] * old1
+                credit1 = tl.load(credit_ptr + plane + row, mask=in_n, other=0.0)[:, None]
+                total += credit1 * tl.where(credit1 == 0.0, 0.0, old1)
+            old0 = tl.where((r00 == 0.0) & (r10 == 0.0), 0.0, old0)
+            old1 = tl.where((r01 == 0.0) & (r11 == 0.0), 0.0, old1)
+            new0 = r00 * old0 + r01 * old1
+            new1 = r10 * old0 + r11 * old1
 
         # The products accumulate into the transformed Γ₀: accumulators of their own would take registers, and spill.
         if BLOCK_C == 1:

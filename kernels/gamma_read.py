@@ -84,11 +84,14 @@ def _gamma_read_kernel(
 
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for _ in range(ROWS):
+        # What no credit reads counts as zero, even where Γ is NaN: a reset forgets.
         gamma0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-        total += tl.load(credit_ptr + row, mask=in_n, other=0.0)[:, None] * gamma0
+        credit0 = tl.load(credit_ptr + row, mask=in_n, other=0.0)[:, None]
+        total += credit0 * tl.where(credit0 == 0.0, 0.0, gamma0)
         if gamma1_ptr is not None:
             gamma1 = tl.load(gamma1_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-            total += tl.load(credit_ptr + stride_credit + row, mask=in_n, other=0.0)[:, None] * gamma1
+            credit1 = tl.load(credit_ptr + stride_credit + row, mask=in_n, other=0.0)[:, None]
+            total += credit1 * tl.where(credit1 == 0.0, 0.0, gamma1)
             gamma1_ptr += wide_k * N * M
         gamma0_ptr += wide_k * N * M
         credit_ptr += N

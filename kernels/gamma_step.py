@@ -147,14 +147,18 @@ def _gamma_step_kernel(
         old0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         m00 = tl.load(m_ptr + row, mask=in_n, other=0.0)[:, None]
         phi0 = tl.load(phi0_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < phi0_end, other=0.0)[:, None]
-        new0 = m00 * old0 + phi0 * y
-        if gamma1_ptr is not None:
+        # A state whose transitions are all zero is forgotten, even where Γ is NaN: a reset selects.
+        if gamma1_ptr is None:
+            new0 = m00 * tl.where(m00 == 0.0, 0.0, old0) + phi0 * y
+        else:
             old1 = tl.load(gamma1_ptr + tile, mask=inside, other=0.0).to(tl.float32)
             m01 = tl.load(m_ptr + stride_m_from + row, mask=in_n, other=0.0)[:, None]
             m10 = tl.load(m_ptr + stride_m_to + row, mask=in_n, other=0.0)[:, None]
             m11 = tl.load(m_ptr + stride_m_to + stride_m_from + row, mask=in_n, other=0.0)[:, None]
             phi1 = tl.load(phi1_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < phi1_end, other=0.0)[:, None]
-            new0 += m01 * old1
+            old0 = tl.where((m00 == 0.0) & (m10 == 0.0), 0.0, old0)
+            old1 = tl.where((m01 == 0.0) & (m11 == 0.0), 0.0, old1)
+            new0 = m00 * old0 + phi0 * y + m01 * old1
             new1 = m10 * old0 + m11 * old1 + phi1 * y
             if rng_state_ptr is not None:
                 kept1 = _round_stochastically(new1, rng_state_ptr, 1, (b0 + b) * K + k, M, i0, j0)

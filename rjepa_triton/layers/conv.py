@@ -15,6 +15,7 @@ from .. import _checks as check
 from ..backends import operations
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Trajectory, reset_steps_of
+from ..rules import rfp
 
 Learning = Literal["rfp", "bptt"]
 LEARNING = ("rfp", "bptt")
@@ -183,10 +184,10 @@ class _Dual(torch.autograd.Function):
     def backward(ctx: Any, grad_s: Tensor, grad_m: Tensor) -> tuple[Tensor | None, ...]:
         flat, states, gates, resets, *weights = ctx.saved_tensors
         maps = ctx.maps
-        trajectory = Trajectory(flat[None], states, gates, resets)
+        delta = torch.stack([grad_s, grad_m]).reshape(2, *flat.shape)
+        trajectory = rfp.emptied(Trajectory(flat[None], states, gates, resets), delta)
         pixels = maps[1] * maps[2]
         own = [_own(weight).repeat_interleave(pixels) for weight in weights]
-        delta = torch.stack([grad_s, grad_m]).reshape(2, *flat.shape)
         backend = operations.choose_scan("auto", delta.device, delta.dtype)
         entering, for_x, first = operations.dual_of(
             _CELL, trajectory, own, delta, _CELL.matrices, 1, "rfp", backend=backend

@@ -111,6 +111,7 @@ def gradients(
     zeros.
     rounds: as `rule` returns them. needs_weights: else the weights' gradients are empty tensors.
     """
+    trajectory = rfp.emptied(trajectory, delta)
     x = trajectory.x
     runs = operations.choose_scan(backend, x.device, x.dtype)
     if learning in rfp.RULES and rounds == 0 and runs != "triton" and x.device.type == "cpu":

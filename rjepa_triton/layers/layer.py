@@ -154,8 +154,11 @@ class TwoPointRNN(nn.Module):
         """The parameters of the cell's own matrices, which come first in `weights`."""
         return self.weights()[: len(self.cell.matrices)]
 
-    def drive(self, x: Tensor) -> Tensor:
-        """The cell's per-unit inputs (J, T, B, N) from the layer's input (T, B, fan_in)."""
+    def drive(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+        """The cell's per-unit inputs (J, T, B, N) from the layer's input (T, B, fan_in).
+
+        With resets the weights' gradients leave out the steps that no credit reaches, even where x is NaN there.
+        """
         inputs, parameters = self.cell.inputs, self.cell.parameters
         if self.input_size is None:
             driven = x[None]
@@ -165,7 +168,8 @@ class TwoPointRNN(nn.Module):
                 if matrix.reads in ("input", "one") and matrix.into[1] < len(inputs):
                     given[str(matrix.reads)].append(weight)
             bias = _joined(given["one"]) if given["one"] else None
-            driven = nn.functional.linear(x, _joined(given["input"]), bias)
+            project = nn.functional.linear if resets is None else _Projection.apply
+            driven = project(x, _joined(given["input"]), bias)
             driven = driven.unflatten(-1, (len(inputs), self.hidden_size)).movedim(-2, 0)
         if not parameters:
             return driven
@@ -244,7 +248,7 @@ class TwoPointRNN(nn.Module):
         start = self.zero_state(x.shape[1], x) if given is None else given
         states = functional.two_point(
             self.cell,
-            self.drive(x),
+            self.drive(x, resets),
             self.recurrent_weights(),
             start,
             resets=resets,
@@ -296,6 +300,30 @@ def _heads(heads: int, hidden_size: int, recurrence: str) -> int:
             f"heads={heads} can't go with recurrence='diagonal', which is heads={hidden_size}: give one of the two"
         )
     return heads
+
+
+class _Projection(torch.autograd.Function):
+    """x Wᵀ + b, where a step of x without gradient has no part in W's, even if it is NaN: a reset forgets."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        for_weight = None
+        if needs_weight:
+            read = x.masked_fill((grad == 0).all(-1, keepdim=True), 0)
+            for_weight = grad.flatten(0, -2).mT @ read.flatten(0, -2)
+        return (
+            grad @ weight if needs_x else None,
+            for_weight,
+            grad.flatten(0, -2).sum(0) if needs_bias else None,
+        )
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,7 @@ from ..backends.descent import Descent
 from ..cells.two_point import Cell, Matrix
 from ..rules import refine as refinement
 from ..rules import rfp
+from .checkpoint import owned
 from .sensitivity import NoSensitivity, Sensitivity
 from .tape import Block, Tape
 
@@ -200,7 +202,9 @@ class Past:
         block, sensitivity = record.block, self.sensitivity
 
         def for_input(of: Tensor) -> Tensor | None:
-            return None if to_input is None else to_input(rfp.input_gradient(block.lin, of, record.inputs))
+            if to_input is None:
+                return None
+            return to_input(rfp.input_gradient(_with_credit(block, of).lin, of, record.inputs))
 
         if record.end <= self.base:  # another loss of the step that was folded last: Γ is still its own
             assert sensitivity is not None
@@ -275,6 +279,8 @@ class Past:
 
     def _credit(self, block: Block, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Credits (S, T, B, N) of a block's steps, and what they pass to the state before (S, B, N)."""
+        if block.lin.resets is not None:
+            block = block.without(rfp.without_credit(block.lin.resets, delta, carry))
         if block.weights is None:
             return operations.reverse_scan(block.m, delta, carry, backend=self.scan_backend)
         assert self._full_credit is not None
@@ -294,6 +300,8 @@ class Past:
         for call in later_calls:
             whole[:, call.start - self.base : call.end - self.base] = call.credit
         blocks = self._tape.blocks(stop)
+        if any(block.lin.resets is not None for block in blocks):  # no credit reaches some steps of any block
+            blocks = [block.marked() for block in blocks]
         end = stop
         for block in reversed(blocks):
             begin = end - block.steps
@@ -309,6 +317,7 @@ class Past:
         """The part of the gradients that the window's own steps give, from blocks and their credits."""
         total: list[Tensor] | None = None
         for block, credit in parts:
+            block = _with_credit(block, credit)
             part = rfp.weight_gradients(block.lin, self.matrices, weights, credit, block.inputs)
             total = part if total is None else [a.add_(b) for a, b in zip(total, part, strict=True)]
         assert total is not None
@@ -320,6 +329,13 @@ class Past:
         self.base = end
         self._ends = [e for e in self._ends if e > end]
         self._records = [r for r in self._records if r.start >= end]
+
+    def fold(self) -> None:
+        """Fold the whole window into the sensitivities, step by step."""
+        assert self.sensitivity is not None
+        for block in self._tape.blocks():
+            self.sensitivity.step_(block)
+        self.begin(self.now)
 
     def state_dict(self) -> dict[str, Any]:
         """Sensitivities and window as tensors, numbers and lists; the tensors are shared, not copied."""
@@ -334,8 +350,12 @@ class Past:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave. The sensitivities' shapes must be this one's; nothing checks them here."""
-        window = [Block.from_dict(saved).map(Tensor.clone) for saved in state["window"]]
+        """Restore what `state_dict` gave, as copies. Nothing is checked here (`checkpoint.refuse_damaged`)."""
+        window = [Block.from_dict(saved).map(owned) for saved in state["window"]]
+        window = [
+            block if block.weights is None else replace(block, weights=tuple(map(owned, block.weights)))
+            for block in window
+        ]
         if self.sensitivity is not None:
             self.sensitivity.load_(state["gamma"])
         self.begin(state["now"])
@@ -343,3 +363,10 @@ class Past:
         self._last_full_reset = state["episode"]
         for block in window:
             self._tape.append(block)
+
+
+def _with_credit(block: Block, credit: Tensor) -> Block:
+    """The block with zeros for the steps without credit (S, T, B, N): before a reset these may be NaN."""
+    if block.lin.resets is None:
+        return block
+    return block.without(~(credit != 0).any(-1).any(0))

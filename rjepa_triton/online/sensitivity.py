@@ -204,6 +204,8 @@ class PerUnit(Sensitivity):
         return self._by_matrix(totals)
 
     def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
+        if block.lin.resets is not None:  # Γ forgets the steps before a reset, even where they are NaN
+            block = block.without(rfp.before_a_reset(block.lin.resets))
         totals = [
             operations.gamma_chunk_(
                 group.gammas,
@@ -289,6 +291,7 @@ class Exact(_StepByStep):
     def _advance(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
         assert block.weights is not None
         gamma, lin = self._gamma, block.lin
+        gamma.forget_(lin, t)
         step = operations.rtrl_jacobian(self._cell, gamma, lin, t, block.weights, backend=self._backend)
         totals = [
             operations.rtrl_step_(
@@ -376,8 +379,10 @@ class RankOne(_StepByStep):
         return out
 
     def read(self, credit: Tensor) -> list[Tensor]:
-        share = (credit * self._c).sum((0, 2))
-        totals = [torch.einsum("b,bnm->nm", share, theta) for theta in self._theta]
+        # what no credit reads counts as zero, even where it is NaN: a reset forgets
+        share = torch.where(credit == 0, 0, credit * self._c).sum((0, 2))
+        unread = (share == 0)[:, None, None]
+        totals = [torch.einsum("b,bnm->nm", share, theta.masked_fill(unread, 0)) for theta in self._theta]
         return [total.reshape(shape) for total, shape in zip(totals, self._shapes, strict=True)]
 
 

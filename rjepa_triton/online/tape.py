@@ -23,7 +23,9 @@ class Block:
     m        (S, S, T, B, N): each unit's transition M, which is zero at a reset
     inputs   (T, B, I), the layer's input, or None if no matrix reads it
     weights  the recurrent weights that the steps ran with, for rules that need the full Jacobian; `lin` then also holds
-             own-state partials and resets. None for the other rules, which need no more than M of these.
+             own-state partials. None for the other rules, which need no more than M of these.
+
+    `lin.resets` is None where no call of these steps was given any.
     """
 
     lin: Linearization
@@ -43,6 +45,18 @@ class Block:
         if self.lin.resets is not None:
             arrays.append(self.lin.resets[..., None])
         return arrays if self.inputs is None else [*arrays, self.inputs]
+
+    def marked(self) -> Block:
+        """The block with `lin.resets`, False where it has none, so that it can be joined to blocks that have them."""
+        if self.lin.resets is not None:
+            return self
+        resets = torch.zeros(self.lin.before.shape[1:3], dtype=torch.bool, device=self.lin.before.device)
+        return replace(self, lin=replace(self.lin, resets=resets))
+
+    def without(self, steps: Tensor) -> Block:
+        """The block with zeros for the steps and batch rows where `steps` (T, B) is True, as if they had not run."""
+        made = self.map(lambda t: t.masked_fill(steps[..., None], 0))
+        return replace(made, lin=replace(made.lin, resets=self.lin.resets))
 
     @property
     def nbytes(self) -> int:
@@ -97,11 +111,8 @@ def linearized(
     lin, m = operations.linearize(cell, trajectory, recurrent, rule, backend=backend)
     if weights is None:
         kept = Partials((), lin.partials.gate, lin.partials.input)
-        return Block(Linearization(kept, lin.before), m, inputs)
-    resets = lin.resets
-    if resets is None:  # blocks with and without resets could not be joined
-        resets = torch.zeros(lin.before.shape[1:3], dtype=torch.bool, device=lin.before.device)
-    return Block(Linearization(lin.partials, lin.before, resets), m, inputs, weights)
+        lin = replace(lin, partials=kept)
+    return Block(lin, m, inputs, weights)
 
 
 def recorded(
@@ -123,7 +134,8 @@ def recorded(
     """
     if weights is None and rule == "rfp":
         after, lin, m = operations.step(cell, x, recurrent, state, resets, backend=backend)
-        return after, Block(Linearization(replace(lin.partials, own=()), lin.before), m, inputs)
+        kept = Partials((), lin.partials.gate, lin.partials.input)
+        return after, Block(Linearization(kept, lin.before, lin.resets), m, inputs)
     trajectory = operations.scan(cell, x, recurrent, state.unbind(0), resets, backend=backend)
     return trajectory.after, linearized(cell, trajectory, recurrent, inputs, rule, weights, backend)
 
@@ -207,6 +219,10 @@ class _Run:
 
     def _flush(self) -> None:
         total = self.steps
+        joined = self._pending if self._buffer is None else [self._buffer, *self._pending]
+        if any(block.lin.resets is not None for block in joined):
+            self._pending = [block.marked() for block in self._pending]
+            self._buffer = None if self._buffer is None else self._buffer.marked()
         if self._buffer is None or total > self._buffer.steps:
             size = max(total, 2 * self._filled)
             new = self._pending[0].map(lambda t: _empty_of_steps(t, size))

@@ -41,16 +41,17 @@ def credits(
     credit = torch.empty_like(delta)
     credit[:, -1] = delta[:, -1] if carry is None else delta[:, -1] + carry
     into_states = [_CreditIntoState(lin, nu, matrices, weights) for nu in range(count)]
-    keep = None if lin.resets is None else (~lin.resets).to(delta.dtype)[..., None].unbind(0)
+    # selected, not multiplied: what comes back may be NaN
+    forgets = None if lin.resets is None else lin.resets[..., None].unbind(0)
     credit_at, delta_at = credit.unbind(1), delta.unbind(1)
     for t in range(steps - 1, 0, -1):
         passed = [source.pass_back(t, credit_at[t]) for source in into_states]
         for nu, value in enumerate(passed):
-            if keep is not None:
-                value = value * keep[t]
+            if forgets is not None:
+                value = value.masked_fill_(forgets[t], 0)
             torch.add(delta_at[t - 1][nu], value, out=credit_at[t - 1][nu])
     first = torch.stack([source.pass_back(0, credit_at[0]) for source in into_states])
-    return credit, first if keep is None else first * keep[0]
+    return credit, first if forgets is None else first.masked_fill_(forgets[0], 0)
 
 
 class _CreditIntoState:

@@ -18,6 +18,12 @@ and over a chunk of C steps that starts from Γ₀, with suffix products R(t) = 
 M can be zero or negative, so the products R are made as suffix products, never as ratios of prefix products or by
 logarithms.
 
+A reset forgets, whatever there was, so it selects and never multiplies: 0 · NaN is NaN. M is zero where a batch row is
+reset, and a sensitivity is taken as zero where all of M that it meets is zero, and where the credit that reads it is
+zero (`_unless_forgotten`; the kernels and the compiled code do the same). Of the steps before a reset, those whose
+credit is zero because no loss reaches them are emptied before the backward pass (`without_credit`), and before Γ moves
+over a chunk all of them are (`before_a_reset`).
+
 Layout: per-unit arrays are (S, T, B, N), and transitions (S, S, T, B, N), where the first index is the row ν. Γ is one
 tensor (B, K, N, M) per state, for K matrices of one shape; M is 1 for diagonal matrices and biases.
 """
@@ -31,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ..cells import weights as weight_ops
-from ..cells.two_point import Linearization, Matrix, state_read
+from ..cells.two_point import Linearization, Matrix, Trajectory, state_read
 from .rounding import round_stochastically
 
 # The learning rules that are this recursion with all of M or part of it (`transition`).
@@ -104,6 +110,60 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple
         for nu in range(1, count):
             now.addcmul_(rows[nu][t + 1], by_state[nu][t + 1])
     return credit, pass_back(m[:, :, 0], credit[:, 0])
+
+
+def before_a_reset(resets: Tensor) -> Tensor:
+    """The steps of each batch row after which it is reset, (T, B) bool: resets (T, B) bool."""
+    later = torch.zeros_like(resets)
+    if len(resets) > 1:
+        later[:-1] = resets[1:].flip(0).cummax(0).values.flip(0)
+    return later
+
+
+def without_credit(
+    resets: Tensor, delta: Tensor | Sequence[Tensor | None], carry: Tensor | None = None
+) -> Tensor:
+    """The steps of each batch row that no loss reaches, (T, B) bool: its own has no gradient, nor has a later one
+    before the next reset.
+
+    resets (T, B) bool; delta (S, T, B, N), or (T, B, N) of each state, None for zeros; carry (S, B, N) or None: the
+    credit that the steps after the last pass to it.
+    """
+    steps, batch = resets.shape
+    reached = torch.zeros(steps + 1, batch, dtype=torch.bool, device=resets.device)
+    for of_state in delta:
+        if of_state is not None:
+            reached[:-1] |= (of_state != 0).any(-1)
+    if carry is not None:
+        reached[-1] = (carry != 0).any(-1).any(0)
+    # how many losses there are from each step on, less those from the next reset on
+    from_here = reached.flip(0).cumsum(0).flip(0)
+    counted = torch.cat([from_here, torch.zeros_like(from_here[:1])])
+    next_reset = torch.full((steps, batch), steps + 1, device=resets.device)
+    step = torch.arange(1, steps, device=resets.device)[:, None]
+    next_reset[:-1] = torch.where(resets[1:], step, next_reset[:-1])
+    next_reset = next_reset.flip(0).cummin(0).values.flip(0)
+    return counted[:steps] == counted.gather(0, next_reset)
+
+
+def emptied(trajectory: Trajectory, delta: Tensor | Sequence[Tensor | None]) -> Trajectory:
+    """The trajectory with zeros for the steps that no loss reaches (`without_credit`): no gradient depends on them.
+
+    With a NaN or an infinity there it would, since zero times NaN is NaN. It is the trajectory itself where
+    there are no resets. delta: as for `without_credit`.
+    """
+    if trajectory.resets is None:
+        return trajectory
+    dead = without_credit(trajectory.resets, delta)
+    if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():
+        return trajectory
+    states = trajectory.states.clone()
+    states[:, :-1].masked_fill_(dead[..., None], 0)
+    saved = trajectory.saved
+    if saved.dim() > 1:
+        saved = saved.masked_fill(dead.view(*dead.shape, *(1,) * (saved.dim() - 3)), 0)
+    x = trajectory.x.masked_fill(dead[..., None], 0)
+    return Trajectory(x, states, saved, trajectory.resets)
 
 
 def pass_back(m: Tensor, credit: Tensor) -> Tensor:
@@ -302,14 +362,25 @@ def _over_rows(per_unit: Tensor) -> Tensor:
 
 
 def carried(gammas: Sequence[Tensor], m: Tensor) -> list[Tensor]:
-    """Σ_ν' M^{νν'} ⊙_rows Γ^{ν'} for each ν, as new tensors: gammas S of (B, K, N, M), m (S, S, B, N)."""
+    """Σ_ν' M^{νν'} ⊙_rows Γ^{ν'} for each ν, as new tensors: gammas S of (B, K, N, M), m (S, S, B, N).
+
+    Γ^{ν'} counts as zero in the rows where M^{νν'} is zero for all ν, whatever is there.
+    """
+    kept = [
+        _unless_forgotten(gamma, (m[:, source] == 0).all(0), m.dtype) for source, gamma in enumerate(gammas)
+    ]
     out = []
     for nu in range(len(gammas)):
-        total = _over_rows(m[nu, 0]) * gammas[0].to(m.dtype)
+        total = _over_rows(m[nu, 0]) * kept[0]
         for source in range(1, len(gammas)):
-            total = total + _over_rows(m[nu, source]) * gammas[source].to(m.dtype)
+            total.addcmul_(_over_rows(m[nu, source]), kept[source])
         out.append(total)
     return out
+
+
+def _unless_forgotten(gamma: Tensor, forgotten: Tensor, dtype: torch.dtype) -> Tensor:
+    """Γ^ν (B, K, N, M) in this dtype, zero in the rows where `forgotten` (B, N) is True, even where Γ is NaN there."""
+    return torch.where(_over_rows(forgotten), gamma.new_zeros(()), gamma).to(dtype)
 
 
 def rows_read(y: Tensor, fan_in: int) -> Tensor:
@@ -329,23 +400,35 @@ def rows_read(y: Tensor, fan_in: int) -> Tensor:
 def advanced(gammas: Sequence[Tensor], m: Tensor, phi: Tensor, y: Tensor) -> list[Tensor]:
     """Γ after one step, as new tensors: `carried` plus φ yᵀ. phi (S, B, K, N); y (B, K, Y), Y as in `rows_read`."""
     read = rows_read(y, gammas[0].shape[-1])
-    return [kept + phi[nu][..., None] * read for nu, kept in enumerate(carried(gammas, m))]
+    return [kept.addcmul_(phi[nu][..., None], read) for nu, kept in enumerate(carried(gammas, m))]
 
 
 def read_rows(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
     """The gradient Σ_ν λ^ν ⊙_rows Γ^ν of each batch row, (B, K, N, M), for a credit (S, B, N)."""
     total = _over_rows(credit[0]) * gammas[0].to(credit.dtype)
     for nu in range(1, len(gammas)):
-        total = total + _over_rows(credit[nu]) * gammas[nu].to(credit.dtype)
+        total.addcmul_(_over_rows(credit[nu]), gammas[nu].to(credit.dtype))
     return total
 
 
+def _read_where_credit(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
+    """`read_rows` of a Γ that counts as zero in the rows whose credit is zero."""
+    kept = [
+        _unless_forgotten(gamma, of_state == 0, credit.dtype)
+        for gamma, of_state in zip(gammas, credit, strict=True)
+    ]
+    return read_rows(kept, credit)
+
+
 def gamma_read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
-    """The gradient Σ_{b,ν} λ^ν ⊙_rows Γ^ν, (K, N, M), for a credit (S, B, N)."""
+    """The gradient Σ_{b,ν} λ^ν ⊙_rows Γ^ν, (K, N, M), for a credit (S, B, N).
+
+    Rows that no credit reads count as zero, whatever is there.
+    """
     rows = _rows(gammas)
     total = None
     for b in rows:
-        part = read_rows([g[b : b + rows.step] for g in gammas], credit[:, b : b + rows.step]).sum(0)
+        part = _read_where_credit([g[b : b + rows.step] for g in gammas], credit[:, b : b + rows.step]).sum(0)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
@@ -403,7 +486,7 @@ def gamma_chunk_(
         block = slice(b, b + rows.step)
         old = [g[block] for g in gammas]
         if credit is not None:
-            part = read_rows(old, credit[:, block]).sum(0)
+            part = _read_where_credit(old, credit[:, block]).sum(0)
             total = part if total is None else total.add_(part)
         new = carried(old, whole[:, :, block])
         for nu, value in enumerate(new):

@@ -130,9 +130,19 @@ class ExactSensitivity:
 
         weights: the recurrent ones; inputs: the layer's input (T, B, I), or None where no matrix reads it.
         """
+        self.forget_(lin, t)
         step = self.jacobian(lin, t, weights)
         for group in range(len(self.groups)):
             self.advance_(group, step, lin, t, inputs)
+
+    def forget_(self, lin: Linearization, t: int) -> None:
+        """Set γ to zero in the batch rows that are reset at step t of `lin`: J is zero there, but zero times NaN isn't.
+
+        Mutates γ.
+        """
+        if lin.resets is not None:
+            for gamma in self.gammas:
+                gamma.masked_fill_(lin.resets[t].view(-1, *(1,) * (gamma.dim() - 1)), 0)
 
     def jacobian(self, lin: Linearization, t: int, weights: Sequence[Tensor]) -> Tensor:
         """J(t) (B, H, S·b, S·b); weights: the recurrent ones."""
@@ -171,10 +181,14 @@ class ExactSensitivity:
         return self.by_matrix([self.read_group(group, delta) for group in range(len(self.groups))])
 
     def read_group(self, group: int, delta: Tensor) -> Tensor:
-        """The gradient Σ_b δ · γ of one group, (H, K, b, M), for delta (S, B, N)."""
+        """The gradient Σ_b δ · γ of one group, (H, K, b, M), for delta (S, B, N).
+
+        A head and batch row without credit counts as zero, even where γ is NaN: a reset forgets.
+        """
         gamma, batch = self.gammas[group], delta.shape[1]
         by_head = delta.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3).reshape(batch * self.heads, 1, -1)
-        return torch.bmm(by_head, _rows(gamma)).view(batch, self.heads, *gamma.shape[4:]).sum(0)
+        read = torch.bmm(by_head, _rows(gamma)).masked_fill_((by_head == 0).all(-1, keepdim=True), 0)
+        return read.view(batch, self.heads, *gamma.shape[4:]).sum(0)
 
     def by_matrix(self, totals: Sequence[Tensor]) -> list[Tensor]:
         """Turn the groups' gradients (H, K, b, M) into one gradient per weight, in the weight's shape."""

@@ -36,9 +36,11 @@ template <typename real> struct Arrays {
     long head(long n) const { return reads == fan_in ? 0 : n / fan_in * fan_in; }
 };
 
-// Of one row: S×S transitions, what a step's immediates are, and the credit that reads.
+// Of one row: S×S transitions, what a step's immediates are, and the credit that reads. A state whose transitions are
+// all zero is forgotten, and one without credit isn't read before Γ moves: it counts as zero, even where it is NaN.
 template <typename real, int S> struct Coefficients {
     real m[S][S], phi[S], credit[S];
+    bool kept[S], read[S];
 };
 
 // `count` numbers of a row: new = M Γ + φ y, y by state; and credit · new to `total`, or added to it; credit · Γ where
@@ -53,12 +55,14 @@ inline __attribute__((always_inline)) void pass(real *const *gammas, const Coeff
         if (moves)
             for (int nu = 0; nu < S; nu++) {
                 now[nu] = c.phi[nu] * y[nu][i];
-                for (int source = 0; source < S; source++) now[nu] += c.m[nu][source] * was[source];
+                for (int source = 0; source < S; source++)
+                    now[nu] += c.m[nu][source] * (c.kept[source] ? was[source] : real(0));
                 gammas[nu][i] = now[nu];
             }
         if (reads) {
             real sum = add ? total[i] : real(0);
-            for (int nu = 0; nu < S; nu++) sum += c.credit[nu] * (before ? was : now)[nu];
+            for (int nu = 0; nu < S; nu++)
+                sum += c.credit[nu] * (!before ? now[nu] : c.read[nu] ? was[nu] : real(0));
             if (descends)
                 weight[i] -= rate * sum;
             else
@@ -110,6 +114,11 @@ void rows(const Arrays<real> &a, long k, long n, real *room) {
                     c[r].m[nu][source] = m[(nu * S + source) * a.next_m + r];
                 if (moves) c[r].phi[nu] = a.steps > 1 ? real(1) : entered[nu] ? entered[nu][r] : real(0);
                 if (reads) c[r].credit[nu] = credit[nu] ? credit[nu][r] : real(0);
+                c[r].read[nu] = reads && c[r].credit[nu] != 0;
+            }
+            for (int source = 0; source < S; source++) {
+                c[r].kept[source] = false;
+                for (int nu = 0; moves && nu < S; nu++) c[r].kept[source] |= c[r].m[nu][source] != 0;
             }
             begin[r] = ((b * a.matrices + k) * a.units + n + r) * (size_t)a.fan_in;
         }

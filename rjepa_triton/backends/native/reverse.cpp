@@ -1,4 +1,5 @@
-// The reverse scan on the CPU, float32, one thread; arrays are contiguous.
+// The reverse scan on the CPU, float32, one thread; arrays are contiguous. A product with a zero of M or of the credit is
+// zero, even where the other is NaN: a reset selects.
 
 // Mᵀ λ of one step, for `count` units of S states, added to `out`. m: of the step, its planes `plane` apart; credit and
 // out: their states as far apart as given.
@@ -8,7 +9,7 @@ static inline void pass_back(const float *m, long plane, const float *credit, lo
         float *__restrict to = out + source * out_state;
         for (long nu = 0; nu < states; nu++) {
             const float *__restrict by = m + (nu * states + source) * plane, *__restrict from = credit + nu * credit_state;
-            for (long i = 0; i < count; i++) to[i] += by[i] * from[i];
+            for (long i = 0; i < count; i++) to[i] += by[i] == 0.0f || from[i] == 0.0f ? 0.0f : by[i] * from[i];
         }
     }
 }
