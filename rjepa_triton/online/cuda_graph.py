@@ -134,6 +134,17 @@ class GraphedStep:
             self._delta.zero_()
             self._advance()
 
+    def unfolded(self) -> dict[str, Any]:
+        """The entries of a checkpoint that tell of the last step, where Γ has not been advanced over it yet."""
+        if self._folded:
+            return {}
+        return {"now": 1, "ends": [1], "window": [self._block.map(Tensor.clone).to_dict()]}
+
+    def load(self, state: Tensor) -> None:
+        """Go on from a state (S, B, N), with Γ as it is now."""
+        self.state.copy_(state)
+        self._folded = True
+
     def _advance(self) -> None:
         self._replay_backward()
         self._folded = True

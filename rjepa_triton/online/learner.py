@@ -16,6 +16,7 @@ from ..layers.layer import TwoPointRNN
 from ..planning import cost
 from ..rules import rfp
 from ..rules.exactness import Exactness, exactness
+from . import checkpoint
 from .autograd import PendingBackward, Steps
 from .compiled import CompiledCalls, refuse_while_compiling
 from .cuda_graph import Capture, Graphed, GraphedStep
@@ -23,7 +24,7 @@ from .cuda_graph import cuda_graph as capture_cuda_graph
 from .options import ONLY_FORM, Form, Learning, Options, check_options, choose_form
 from .past import Past, full_credit
 from .sensitivity import Exact, NoSensitivity, PerUnit, RankOne, Sensitivity
-from .tape import recorded
+from .tape import Block, recorded
 
 
 class OnlineLearner:
@@ -138,6 +139,7 @@ class OnlineLearner:
         self.learning, self.credit, self._refine = options.learning, options.credit, options.refine
         self.update_every, self.horizon = options.update_every, options.horizon
         self.gamma_rounding = options.gamma_rounding
+        self._reads_input = any(matrix.reads == "input" for matrix in layer.matrices)
         self._asked_rewrite_every = options.rewrite_every
         self._choice = choose_form(layer, options)
         self.form, self.carried_bytes = self._choice.form, self._choice.carried_bytes
@@ -367,25 +369,36 @@ class OnlineLearner:
         layer's input.
         """
         layer, past, cell = self.layer, self._past, self.layer.cell
-        recurrent = weights[: len(cell.matrices)]
         x = x.clone()  # callers may write the next input into the same memory
         input_weights = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
-        after, block = recorded(
-            cell,
-            layer.drive(x),
-            recurrent,
-            self._state,
-            resets,
-            x if input_weights else None,
-            self.learning if self.learning in rfp.RULES else "rfp",
-            self._chunk_weights,
-            past.scan_backend,
-        )
+        after, block = self._record(x, resets, self._state, weights, self._chunk_weights)
         record = past.add(block, len(cell.inputs), continues_chunk)
         # copies, which the caller may change: the window goes on reading the states
         outputs = [after[nu].clone() for nu in cell.outputs]
         self._state = after[:, -1].clone()
         return PendingBackward(layer, past, record, self._lr), outputs, input_weights
+
+    def _record(
+        self,
+        x: Tensor,
+        resets: Tensor | None,
+        state: Tensor,
+        weights: Sequence[Tensor],
+        kept: Sequence[Tensor] | None,
+    ) -> tuple[Tensor, Block]:
+        """The states after steps from `state` (S, B, N), and their block. kept: the weights that the block carries."""
+        layer = self.layer
+        return recorded(
+            layer.cell,
+            layer.drive(x),
+            weights[: len(layer.cell.matrices)],
+            state,
+            resets,
+            x if self._reads_input else None,
+            self.learning if self.learning in rfp.RULES else "rfp",
+            None if kept is None else tuple(kept),
+            self._past.scan_backend,
+        )
 
     def _run_compiled(self, x: Tensor, resets: Tensor | None) -> Tensor:
         """Outputs (C, B, N) of x (C, B, F) by an operator, while torch.compile traces."""
@@ -438,59 +451,62 @@ class OnlineLearner:
         Autograd's graphs are not kept: the resumed learner can't serve the backward() of a step that ran before.
         """
         refuse_while_compiling("state_dict()", "call it outside of the compiled function")
+        past = self._past.state_dict()
         if self._graph is not None:
-            self._graph.fold()
+            past.update(self._graph.unfolded())
         return {
+            "version": checkpoint.VERSION,
+            "layer": checkpoint.kind(self.layer),
             "form": self.form,
             "learning": self.learning,
             "credit": self.credit,
             "gamma_rounding": self.gamma_rounding,
             "batch_size": self.batch_size,
+            "update_every": self.update_every,
             "state": self._state,
             "position": self._position,
             "forget": self._forget,
             "forget_all": self._forget_all,
-            **self._past.state_dict(),
+            **past,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the learner that made `state` was.
 
-        Raises TypeError or ValueError, with nothing changed, if it is of another form, rule, rounding, batch size
-        or layer.
+        The whole state is checked first (`checkpoint`). Raises TypeError or ValueError, with nothing changed, if it is
+        damaged, or of another form, rule, rounding, batch size or layer, or of another `update_every` in the middle of
+        these steps. States of version 0.1 load.
         """
         refuse_while_compiling("load_state_dict()", "call it outside of the compiled function")
         self.refuse_foreign(state)
         self._past.load_state_dict(state)
         if self._graph is None:
-            self._state = state["state"].clone()
+            self._state = checkpoint.owned(state["state"])
         else:
-            self._state.copy_(state["state"])
+            self._past.fold()
+            self._graph.load(state["state"])
         self._position, self._port, self._chunk_weights = state["position"], None, None
         self._versions = None
-        self._forget = None if state["forget"] is None else state["forget"].clone()
+        self._forget = None if state["forget"] is None else checkpoint.owned(state["forget"])
         self._forget_all = state["forget_all"]
 
     def refuse_foreign(self, state: dict[str, Any]) -> None:
         """Raise TypeError or ValueError if `load_state_dict` could not load `state`."""
-        if not isinstance(state, dict):
-            raise TypeError(f"state must be a dict from state_dict(), got {type(state).__name__}")
-        own = self.state_dict()
-        if set(state) != set(own):
-            raise ValueError(f"state must have the keys {sorted(own)}, got {sorted(map(str, state))}")
-        for name in ("form", "learning", "credit", "gamma_rounding", "batch_size"):
-            if state[name] != own[name]:
-                raise ValueError(f"state's {name} must be the learner's, {own[name]!r}, got {state[name]!r}")
-        if len(state["gamma"]) != len(own["gamma"]):
-            raise ValueError(
-                f"state's gamma must have {len(own['gamma'])} tensors, got {len(state['gamma'])}"
-            )
-        pairs = {"state": (state["state"], own["state"])}
-        for i, pair in enumerate(zip(state["gamma"], own["gamma"], strict=True)):
-            pairs[f"gamma[{i}]"] = pair
-        for name, (got, want) in pairs.items():
-            check.shape(f"state's {name}", check.tensor(f"state's {name}", got), tuple(want.shape))
-            check.like(f"state's {name}", got, "the learner", want)
+        wanted = checkpoint.Wanted(self.state_dict(), self._one_step, self._past.sensitivity is not None)
+        checkpoint.refuse_damaged(state, wanted)
+
+    @torch.no_grad()
+    def _one_step(self) -> Block:
+        """A block of one step from the zero state, as `advance` records it; the learner stays as it is."""
+        layer = self.layer
+        x = self._state.new_zeros(1, self.batch_size, layer.fan_in)
+        return self._record(
+            x,
+            None,
+            torch.zeros_like(self._state),
+            layer.weights(),
+            layer.recurrent_weights() if self._full else None,
+        )[1]
 
     def exactness(self) -> Exactness:
         """Whether the gradient is exact, and why or why not: print it, or use it as a condition."""

@@ -152,7 +152,7 @@ class StackLearner:
         if not isinstance(state, dict):
             raise TypeError(f"state must be a dict from state_dict(), got {type(state).__name__}")
         wanted = [f"layer {i}" for i in range(len(self.learners))]
-        if sorted(state) != sorted(wanted):
+        if set(state) != set(wanted):
             raise ValueError(f"state must have the keys {wanted}, got {sorted(map(str, state))}")
         for name, learner in zip(wanted, self.learners, strict=True):
             learner.refuse_foreign(state[name])

@@ -176,6 +176,36 @@ def test_a_checkpoint_serves_both_kinds() -> None:
         assert oracle.relative(go_on(learner), want) < 1e-12
 
 
+def test_a_checkpoint_of_a_step_whose_backward_is_still_to_come() -> None:
+    """It leaves the learner as it is, whichever kind wrote it, and the other kind goes on from it."""
+    layer = LAYERS["rgc"]()
+    x = torch.randn(9, 2, 3, dtype=F64)
+
+    def go_on(learner: OnlineLearner) -> list[Tensor]:
+        layer.zero_grad()
+        for row in x[5:]:
+            learner.step(row).square().sum().backward()
+        return [p.grad.clone() for p in layer.parameters()]
+
+    found = []
+    for make in (lambda: OnlineLearner(layer, 2, form="step"), lambda: graphed(layer, 2)):
+        learner = make()
+        for row in x[:4]:
+            learner.step(row)
+        last = learner.step(x[4])
+        saved = io.BytesIO()
+        torch.save(learner.state_dict(), saved)
+        last.sum().backward()
+        found.append(go_on(learner))
+        for other in (OnlineLearner(layer, 2, form="step"), graphed(layer, 2)):
+            other.step(x[0])
+            saved.seek(0)
+            other.load_state_dict(torch.load(saved, weights_only=True))
+            found.append(go_on(other))
+    for other in found[1:]:
+        assert oracle.relative(other, found[0]) < 1e-12
+
+
 def test_gradients_handed_out_stay_as_they_are() -> None:
     layer = LAYERS["rgc"]()
     learner = graphed(layer, 2)
