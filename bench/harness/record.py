@@ -9,25 +9,38 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from rich.errors import ConsoleError
 
+from ... import _files
 from ..._device import device_name as device_name
 
 SCHEMA = 3
 # Schema 1 has timings without intervals and yardsticks; schema 2 without samples, and with one time of each yardstick.
 READABLE = (1, 2, 3)
+# What a record's fields are in JSON, and which of its params are whole numbers.
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("benchmark", "algorithm", "device", "run", "time", "message", "command"), (str,)),
+    **dict.fromkeys(("git", "backend"), (str, type(None))),
+    **dict.fromkeys(("state_bytes", "peak_bytes", "predicted_peak_bytes"), (int, float, type(None))),
+    **dict.fromkeys(("predicted_seconds", "compile_seconds"), (int, float, type(None))),
+    **dict.fromkeys(("params", "versions", "payload"), (dict,)),
+}
+COUNTS = ("N", "B", "T", "C", "threads", "seed", "steps", "window")
 STATUSES = ("ok", "oom", "error", "over_budget", "missing")
 
 
@@ -231,7 +244,7 @@ def _cut_broken_tail(descriptor: int, path: Path) -> int:
         body = file.read()
     kept = body.rfind(b"\n") + 1
     last = body[:kept].splitlines(keepends=True)[-1:]
-    if last and not _is_json(last[0].decode(errors="replace")):
+    if last and not _is_json(last[0]):
         kept -= len(last[0])
     if kept < len(body):
         os.ftruncate(descriptor, kept)
@@ -242,10 +255,10 @@ def _cut_broken_tail(descriptor: int, path: Path) -> int:
     return kept
 
 
-def _is_json(line: str) -> bool:
+def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except json.JSONDecodeError:
+        json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -254,19 +267,20 @@ def load(path: Path | str) -> list[Record]:
     """All records of a file, in order.
 
     A last line that an interrupted write broke is left out, with a warning. Raises ValueError, naming the file, the
-    line and the fault, for a broken line elsewhere, an unknown schema, or missing or unknown fields; OSError if the
-    file can't be read.
+    line and the fault, for a broken line elsewhere, an unknown schema, missing or unknown fields, or values of another
+    type; OSError if the file can't be read. What `params` and `payload` of a record lack raises such a ValueError when
+    it is asked for.
     """
     path = Path(path)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     records: list[Record] = []
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
-        whole = line.endswith("\n") and _is_json(line)
+        whole = line.endswith(b"\n") and _is_json(line)
         if not whole and number == len(lines):
             warnings.warn(f"{where}: left out, an interrupted write broke it", stacklevel=2)
         elif not whole:
-            raise ValueError(f"{where}: not a line of JSON: {line[:60]!r}")
+            raise ValueError(f"{where}: not a line of JSON: {line[:60].decode('utf-8', 'replace')!r}")
         else:
             records.append(_record(json.loads(line), where))
     return records
@@ -312,15 +326,90 @@ def _record(data: object, where: str) -> Record:
             raise ValueError(f"{where}: {kind} fields: {', '.join(sorted(names))}")
     if data["status"] not in STATUSES:
         raise ValueError(f"{where}: status must be one of {', '.join(STATUSES)}, got {data['status']!r}")
-    for name in ("params", "versions", "payload"):
-        if not isinstance(data[name], dict):
+    for name, kinds in KINDS.items():
+        if kinds == (dict,) and not isinstance(data[name], dict):
             raise ValueError(f"{where}: {name} must be an object, got {type(data[name]).__name__}")
+        if not _is(data[name], kinds):
+            raise ValueError(f"{where}: {name} can't be {data[name]!r:.60}")
+    for name, value in data["params"].items():
+        if name in COUNTS and not _is(value, (int,)):
+            raise ValueError(f"{where}: {name} in params must be a whole number, got {value!r:.60}")
     timing = data["timing"]
     if timing is not None:
         try:
             if schema == 2:  # it has one time of each yardstick
                 timing = {**timing, "yardsticks": {name: [one] for name, one in timing["yardsticks"].items()}}
             timing = Timing(**timing)
-        except (TypeError, KeyError, AttributeError):
-            raise ValueError(f"{where}: timing must have median, p20, p80, repeats, got {timing!r}") from None
-    return Record(**{**data, "timing": timing})
+            _check_timing(timing)
+        except (TypeError, KeyError, AttributeError, ValueError):
+            raise ValueError(
+                f"{where}: timing must have median, p20, p80, repeats, each above 0, got {timing!r:.200}"
+            ) from None
+    told = f"this record of {data['benchmark']!r} has no"
+    params, payload = (_Named(data[name], where, f"{told} {name}.") for name in ("params", "payload"))
+    return Record(**{**data, "timing": timing, "params": params, "payload": payload})
+
+
+class _Named(dict[str, Any]):
+    """A dict that was read from a file: a key that is missing is an error of the file, and named as such."""
+
+    def __init__(
+        self, content: Any = (), where: str = "records", told: str = "a key that isn't there: "
+    ) -> None:
+        super().__init__(content)
+        self.where, self._told = where, told
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self.where}: {self._told}{key}")
+
+
+@contextmanager
+def named_errors(records: Sequence[Record]) -> Iterator[None]:
+    """In a block that shows records that were read: a value of a type that it can't take is a ValueError of their file.
+
+    What a benchmark's payload holds is known to the benchmark alone, so it isn't checked when a file is read.
+    """
+    try:
+        yield
+    except (
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        ArithmeticError,
+        ValueError,
+        ConsoleError,
+    ) as error:
+        where, told = source(records), _files.first_line(error)
+        if isinstance(error, ValueError):
+            if told.startswith(where):
+                raise
+            raise ValueError(f"{where}: {told}") from error
+        names = ", ".join(sorted({r.benchmark for r in records}))
+        raise ValueError(
+            f"{where}: the records of {names} hold what can't be shown: {type(error).__name__}: {told}"
+        ) from error
+
+
+def source(records: Iterable[Record]) -> str:
+    """The files that records were read from, as messages name them."""
+    return ", ".join(sorted({getattr(r.params, "where", "records").partition(", line ")[0] for r in records}))
+
+
+def _is(value: object, kinds: tuple[type, ...]) -> bool:
+    """Whether a value of JSON is of one of these types; a truth value is no number, nor is NaN."""
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        return False
+    return isinstance(value, kinds)
+
+
+def _check_timing(timing: Timing) -> None:
+    """Raise ValueError if what should be seconds isn't."""
+    times: list[Any] = [timing.median, timing.p20, timing.p80, timing.repeats]
+    times += [end for end in (timing.low, timing.high) if end is not None]
+    for group in (*timing.yardsticks.values(), *timing.samples):
+        times += group
+    if not all(_is(one, (int, float)) and one > 0 for one in times):
+        raise ValueError
+    if not all(timing.yardsticks.values()):
+        raise ValueError

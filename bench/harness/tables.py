@@ -45,4 +45,7 @@ def markdown(table: Table) -> str:
     rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
     cells = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
     rows += [list(row) for row in cells]
-    return "\n".join([f"**{table.title}**", "", *("| " + " | ".join(row) + " |" for row in rows)])
+    lines = (
+        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in rows
+    )
+    return "\n".join([f"**{table.title}**", "", *lines])

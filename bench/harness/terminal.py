@@ -11,11 +11,16 @@ from rich.table import Table
 from . import tables as texts
 
 
+def plain_console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """A console that prints text as it is: a path or message may have brackets, which rich takes for markup."""
+    return Console(stderr=stderr, width=width, markup=False, emoji=False)
+
+
 def show(tables: Sequence[Table]) -> None:
     """Print tables on stdout; 160 columns wide if that isn't a terminal."""
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = plain_console(width=160)
     for table in tables:
         console.print(table)
 

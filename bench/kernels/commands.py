@@ -7,11 +7,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from ... import _checks as check
 from ..harness import options, record
-from ..harness.terminal import print_tables, show
+from ..harness.terminal import plain_console, print_tables, show
 from ..harness.view import show_records
 from ..scaling.timing import points
 from . import cases, roofline, targets
@@ -50,7 +49,7 @@ def kernels_command(
         case_seconds=sample,
     )
     file = options.file_in(out, kernels.FILE, fresh)
-    show_records(VIEWS["kernels"], kernels.run(settings, file, Console(stderr=True)), file)
+    show_records(VIEWS["kernels"], kernels.run(settings, file, plain_console(stderr=True)), file)
 
 
 def roofline_command(

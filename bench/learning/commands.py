@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ... import _checks as check
 from ..harness import options
-from ..harness.terminal import show
+from ..harness.terminal import plain_console, show
 from ..harness.view import show_records
 from . import fidelity, frontier, learn, tasks
 from .views import VIEWS
@@ -28,7 +27,7 @@ def fidelity_command(
     out.mkdir(parents=True, exist_ok=True)
     chosen = options.names(sweeps)
     settings = fidelity.Settings(chosen, seeds or None)
-    progress = Console(stderr=True)
+    progress = plain_console(stderr=True)
     records = fidelity.run(settings, out / fidelity.FILE, progress.print)
     if markdown:
         for table in fidelity.all_rows(records):
@@ -67,4 +66,4 @@ def learn_command(
         jobs=check.integer("--jobs", jobs, 0) or learn.default_jobs(),
     )
     file = options.file_in(out, learn.FILE, fresh)
-    show_records(VIEWS["learn"], learn.run(settings, file, Console(stderr=True)), file, markdown)
+    show_records(VIEWS["learn"], learn.run(settings, file, plain_console(stderr=True)), file, markdown)

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from ... import _checks as check
 from ..harness import options
+from ..harness.terminal import plain_console
 from ..harness.view import show_records
 from . import run as peers
 from .registry import PEERS
@@ -56,4 +56,4 @@ def peers_command(
         limit=limit,
     )
     file = options.file_in(out, peers.FILE, fresh)
-    show_records(VIEWS["peers"], peers.report(settings, file, Console(stderr=True)), file, markdown)
+    show_records(VIEWS["peers"], peers.report(settings, file, plain_console(stderr=True)), file, markdown)

@@ -115,11 +115,14 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
     pictures: list[list[Path]] = []
     for section in found:
         draw, says = section.view.draw, section.view.says_something(section.records)
-        pictures.append(list(draw(section.records, out / section.stem)) if draw and says else [])
+        with record.named_errors(section.records):
+            pictures.append(list(draw(section.records, out / section.stem)) if draw and says else [])
     model = plan.check_table(checked) if checked else None
     page, notes = out / PAGE, out / NOTES
-    _files.write_text(page, _html(found, pictures, model))
-    _files.write_text(notes, _markdown(found, pictures, model))
+    with record.named_errors([r for section in found for r in section.records]):
+        pages = _html(found, pictures, model), _markdown(found, pictures, model)
+    _files.write_text(page, pages[0])
+    _files.write_text(notes, pages[1])
     return [page, notes, *(picture for drawn in pictures for picture in drawn)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ..harness.record import Record, latest
+from ..harness.record import Record, latest, named_errors, source
 from ..harness.view import Draw, Tables, View
 from ..kernels import views as kernels
 from ..learning import views as learning
@@ -32,9 +32,12 @@ def of(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def tables(records: Sequence[Record]) -> list[Table]:
     """The tables of all benchmarks in `records`. Raises ValueError if no benchmark with a view is among them."""
-    found = [table for name, mine in of(records).items() for table in VIEWS[name].tables(mine)]
+    found = []
+    for name, mine in of(records).items():
+        with named_errors(mine):
+            found += VIEWS[name].tables(mine)
     if not found:
-        raise ValueError(f"there are no records of {', '.join(VIEWS)}")
+        raise ValueError(f"{source(records) or 'no file'}: there are no records of {', '.join(VIEWS)}")
     return found
 
 
@@ -52,5 +55,6 @@ def draw(records: Sequence[Record], path: Path) -> list[Path]:
     for name, mine in found.items():
         picture = VIEWS[name].draw
         assert picture is not None
-        written += picture(mine, path if len(found) == 1 else path.with_name(f"{path.stem}-{name}"))
+        with named_errors(mine):
+            written += picture(mine, path if len(found) == 1 else path.with_name(f"{path.stem}-{name}"))
     return written

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ... import _checks as check
 from ...backends import operations
 from ..harness import options
-from ..harness.terminal import print_tables, show
+from ..harness.terminal import plain_console, print_tables, show
 from ..harness.view import show_records
 from . import cases, forward, memory, plot, selfcheck
 from . import tables as scaling_tables
@@ -62,7 +61,7 @@ def scaling_command(
         passes=passes,
     )
     file = options.file_in(out, scaling.FILE, fresh)
-    records = scaling.run(settings, file, Console(stderr=True))
+    records = scaling.run(settings, file, plain_console(stderr=True))
     show(scaling_tables.tables(records))
     typer.echo(f"records: {file}")
     for batch in sorted({r.params["B"] for r in records}):
@@ -97,7 +96,7 @@ def selfcheck_command(
         case_seconds=sample,
         passes=passes,
     )
-    progress = Console(stderr=True)
+    progress = plain_console(stderr=True)
     made = selfcheck.run(settings, runs, out, lambda line: progress.print(line, highlight=False))
     print_tables([selfcheck.table(made)], markdown)
     for change in (change for r in made for change in r.payload["changes"]):
@@ -179,4 +178,4 @@ def memory_command(
         budget=budget,
     )
     file = options.file_in(out, memory.FILE, fresh)
-    show_records(VIEWS["memory"], memory.run(settings, file, Console(stderr=True)), file, markdown)
+    show_records(VIEWS["memory"], memory.run(settings, file, plain_console(stderr=True)), file, markdown)

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from ... import _checks as check
 from ..harness import options
+from ..harness.terminal import plain_console
 from ..harness.view import show_records
 from ..scaling.timing import points
 from . import online
@@ -49,4 +49,4 @@ def online_command(
         budget=budget,
     )
     file = options.file_in(out, online.FILE, fresh)
-    show_records(VIEWS["online"], online.run(settings, file, Console(stderr=True)), file, markdown)
+    show_records(VIEWS["online"], online.run(settings, file, plain_console(stderr=True)), file, markdown)

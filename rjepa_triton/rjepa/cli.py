@@ -278,32 +278,33 @@ def demo_command(
 
 
 def _progress() -> Progress:
-    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
+    from ..bench.harness.terminal import plain_console
+
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=plain_console(stderr=True))
 
 
 def _show_evaluation(found: Mapping[str, Mapping[str, Any]]) -> None:
     """Print each diagnostic, before and after training; of a curve, its mean over late steps."""
-    from rich.console import Console
     from rich.table import Table
 
+    from ..bench.harness.terminal import plain_console
     from .evaluation import scalars
 
     table = Table("on test sequences", *found)
     columns = [scalars(one) for one in found.values()]
     for name in columns[0]:
         table.add_row(name.replace("_", " "), *(f"{column[name]:.4f}" for column in columns))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _show_summary(runs: Runs, markdown: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..bench.harness.tables import markdown as as_markdown
+    from ..bench.harness.terminal import plain_console
     from . import figures
 
     rows, title = figures.summary(runs), "after training, mean ± half a 95 % interval over seeds"
@@ -318,7 +319,7 @@ def _show_summary(runs: Runs, markdown: bool) -> None:
     table = Table("", *rules, title=title)
     for name, column in zip(names, columns, strict=True):
         table.add_row(name, *column)
-    Console().print(table)
+    plain_console().print(table)
 
 
 def theory_command(
@@ -332,15 +333,13 @@ def theory_command(
     ),
 ) -> None:
     """Check Theorem 1 and Appendix B of the paper numerically: tables, a plot and records, in half a minute."""
-    from rich.console import Console
-
-    from ..bench.harness.terminal import print_tables
+    from ..bench.harness.terminal import plain_console, print_tables
     from . import theory_plot, theory_runs
 
     with user_errors():
         out.mkdir(parents=True, exist_ok=True)
         file = out / theory_runs.FILE
-        records = theory_runs.run(file, seeds, samples, Console(stderr=True).print)
+        records = theory_runs.run(file, seeds, samples, plain_console(stderr=True).print)
         print_tables(theory_runs.tables(records), markdown)
         for kind, path in (("records", file), *(("plot", p) for p in theory_plot.draw(records, file))):
             typer.echo(f"{kind + ':':8} {path}", err=markdown)

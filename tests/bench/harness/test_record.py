@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
 import pytest
+from checkout import RESULTS
+from rich.table import Table
 
-from rjepa_triton.bench.harness import record
+from rjepa_triton.bench.harness import record, tables, terminal
 from rjepa_triton.bench.harness.record import Record, Timing
+from rjepa_triton.bench.report import views
 
 
 def made(n: int = 8, median: float = 1e-3, **changes: object) -> Record:
@@ -77,6 +81,16 @@ def test_a_broken_middle_line_is_an_error(tmp_path: Path) -> None:
         ({"git": None, "device": ...}, "missing fields: device"),
         ({"params": 3}, "params must be an object, got int"),
         ({"payload": [1]}, "payload must be an object, got list"),
+        ({"params": {"N": "64"}}, "N in params must be a whole number, got '64'"),
+        ({"params": {"threads": 2.5}}, "threads in params must be a whole number, got 2.5"),
+        ({"algorithm": 7}, "algorithm can't be 7"),
+        ({"peak_bytes": "much"}, "peak_bytes can't be 'much'"),
+        ({"predicted_seconds": math.nan}, "predicted_seconds can't be nan"),
+        (
+            {"timing": {"median": "1", "p20": 1, "p80": 1, "repeats": 1}},
+            "timing must have median, .* above 0",
+        ),
+        ({"timing": {"median": 0, "p20": 1, "p80": 1, "repeats": 1}}, "timing must have median, .* above 0"),
     ],
 )
 def test_a_record_that_is_not_ours_is_an_error(
@@ -133,3 +147,53 @@ def test_key_is_what_was_measured_not_when() -> None:
     other = made(versions={**a.versions, "torch": "0"})
     assert record.key(a) != record.key(other)
     assert record.key(a, versions=False) == record.key(other, versions=False)
+
+
+def test_bytes_that_are_no_text_are_a_broken_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    for n in (8, 16):
+        record.append(file, made(n))
+    lines = file.read_bytes().splitlines(keepends=True)
+    for bad in (lines[0].replace(b"rfp", b"r\xffp"), b"[" * 100_000 + b"\n", b"\0\0\n"):
+        file.write_bytes(bad + lines[1])
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not a line of JSON"):
+            record.load(file)
+        file.write_bytes(lines[1] + bad)
+        with pytest.warns(UserWarning, match="line 2: left out"):
+            assert len(record.load(file)) == 1
+
+
+@pytest.mark.parametrize("results", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_records_without_what_a_table_or_picture_needs_are_named(results: Path, tmp_path: Path) -> None:
+    """Each parameter and each part of the payload is taken away, and made something else."""
+    if results not in record.files_of(results.parent):
+        pytest.skip("no records of a benchmark")
+    whole = [json.loads(line) for line in results.read_text().splitlines()]
+    names = {(part, name) for data in whole for part in ("params", "payload") for name in data[part]}
+    file = tmp_path / "a.jsonl"
+    for part, name in sorted(names):
+        for value in (..., {}):
+            changed = []
+            for data in whole[:200]:
+                content = {k: v for k, v in data[part].items() if k != name or value is not ...}
+                changed.append({**data, part: {k: value if k == name else v for k, v in content.items()}})
+            file.write_text("".join(json.dumps(data) + "\n" for data in changed))
+            said = f"{file}: "
+            try:
+                views.tables(record.load(file))
+            except ValueError as error:
+                said = str(error)
+            assert said.startswith(f"{file}"), said
+
+
+def test_brackets_in_a_message_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would take them for markup, or raise MarkupError."""
+    message = "[bold]no[/] such [/path] | :smile:\nsecond line"
+    table = Table("message", title="[/title]")
+    table.add_row(message)
+    terminal.show([table])
+    terminal.plain_console(stderr=True).print(f"failed: {message}")
+    said = capsys.readouterr()
+    for written in (said.out, said.err):
+        assert "[bold]no[/] such [/path] | :smile:" in written
+    assert tables.markdown(table).splitlines()[-1] == r"| [bold]no[/] such [/path] \| :smile: second line |"
