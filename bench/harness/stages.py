@@ -6,10 +6,8 @@ starts and ends, and each has a log of its own, so a run that is cut off leaves 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +16,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ... import _files
+from ... import _files, _processes
 
 SUMMARY = "summary.json"
 STOP_SECONDS = 8.0  # a stage that is told to stop may take this long to write what it has
+END_SECONDS = 3.0  # the same of a stage whose run is ended as a whole
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ def run_stages(
             result.status = "skipped"
         else:
             _write(out, about, results)
-            _run(stage, limit, out, checkout, result)
+            with _processes.ending_on_signals():
+                _run(stage, limit, out, checkout, result)
         bad |= result.status == "failed" or (stage.must_finish and result.status != "ok")
         _write(out, about, results)
         counts = "".join(f", {number} {what}" for what, number in result.counts.items())
@@ -104,9 +104,9 @@ def _run(stage: Stage, limit: float, out: Path, checkout: Path | None, result: R
     log = out / f"{stage.name}.log"
     with log.open("wb") as file:
         try:
-            process = subprocess.Popen(
+            process = _processes.start(
                 stage.command, cwd=checkout, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_heed_interrupts,
+                stdin=subprocess.DEVNULL,
             )  # fmt: skip
         except OSError as error:
             result.status, result.tail = "failed", [str(error)]
@@ -116,28 +116,14 @@ def _run(stage: Stage, limit: float, out: Path, checkout: Path | None, result: R
             result.status = "ok" if result.code == 0 else "failed"
         except subprocess.TimeoutExpired:
             result.status = "cut off"
-            result.code = _stop(process)
+            result.code = _processes.end(process, STOP_SECONDS)
         except BaseException:  # an interrupt reaches only this process: the stage has its own process group
-            _stop(process)
+            _processes.end(process, END_SECONDS)
             raise
+        _processes.end(process)  # what it left running
     result.seconds = round(time.monotonic() - begin, 1)
     result.tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
     result.counts = counts(out / f"{stage.name}.xml")
-
-
-def _heed_interrupts() -> None:
-    """Let a stage be interrupted: a shell starts background jobs with interrupts ignored, and stages inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> int:
-    """Interrupt a stage as a terminal would, then kill what is left of its processes; returns its exit code."""
-    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(STOP_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
 
 
 def counts(report: Path) -> dict[str, int]:

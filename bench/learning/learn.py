@@ -12,13 +12,12 @@ loss that is not finite and all later ones of its run. Otherwise one run that bl
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from rich.table import Table
 from torch import nn
 
 from ... import _checks as check
+from ..._processes import Workers
 from ...layers.layer import TwoPointRNN
 from ...layers.named import GRU, LSTM, RGC
 from ...online.learner import OnlineLearner
@@ -316,18 +316,14 @@ def _workers(jobs: int) -> Iterator[Callable[[Sequence[Run]], Iterator[tuple[Run
     if jobs == 1:
         yield lambda runs: ((run, train(run)) for run in runs)
         return
-    # forked workers would inherit this process's OpenMP state, and could hang
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    with Workers(jobs) as pool:
 
-    def results(runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-        futures = {pool.submit(train, run): run for run in runs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        def results(runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+            futures = {pool.submit(train, run): run for run in runs}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
 
-    try:
         yield results
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def chosen_rate(records: Sequence[Record]) -> float:

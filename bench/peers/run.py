@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ... import _checks as check
+from ... import _processes
 from ..harness import inputs, measure, record
 from ..harness.device import check_device
 from ..harness.record import Record
@@ -133,13 +133,8 @@ class Worker:
     ) -> None:
         self.log = log
         with log.open("wb") as stderr, held_to(cpus):
-            self.process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=dict(environment),
-                start_new_session=True,  # so that what it starts can be ended with it
+            self.process = _processes.start(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=dict(environment)
             )
         self.lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -186,11 +181,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process and whatever it started."""
-        if hasattr(os, "killpg"):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()
-        self.process.wait()
+        _processes.end(self.process)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):  # data that a dead process never read is lost
@@ -255,7 +246,7 @@ class Point:
 
     def measure(self, command: Sequence[str] = WORKER) -> dict[str, dict[str, Any]]:
         """Start, check and time the peers; the fields of each one's record, by name."""
-        with contextlib.ExitStack() as workers:
+        with _processes.ending_on_signals(), contextlib.ExitStack() as workers:
             started: dict[str, Worker] = {}
             for name in self.peers:
                 worker = Worker(

@@ -8,10 +8,9 @@ stopped. Algorithms should be compared within a point, whose cases are sampled i
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ... import _checks as check
+from ..._processes import Workers
 from ..harness import inputs, measure, record
 from ..harness.device import MEMORY_SHARE, check_device, default_device, failure
 from ..harness.record import Record
@@ -136,30 +136,25 @@ class _Process:
     def call(self, function: Callable[..., Any], *arguments: object) -> Any:
         """Call the function in the process. Raises what it raises, or BrokenProcessPool if the process dies."""
         if self._executor is None:
-            self._executor = self._start()
+            self._executor = self._start().__enter__()
         try:
             return self._executor.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            self.__exit__()
+        except BrokenProcessPool as error:
+            self.__exit__(type(error), error, None)
             raise
 
     def __enter__(self) -> _Process:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown()
-        self._executor = None
+    def __exit__(self, *exception: Any) -> None:
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.__exit__(*exception)
 
 
 def own_process() -> Executor:
     """Start a new process, with this one's number of threads."""
-    return ProcessPoolExecutor(
-        1,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(torch.get_num_threads(),),
-    )
+    return Workers(1, torch.set_num_threads, [torch.get_num_threads()])
 
 
 def sweep(

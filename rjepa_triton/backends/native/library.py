@@ -25,9 +25,11 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
+from ... import _processes
 from ..._files import read_text, sync
 
 try:
@@ -87,11 +89,8 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def loaded() -> ctypes.CDLL:
-    """The library, which must be there: `library()` has been asked before."""
-    code = library()
-    assert code is not None
-    return code
+# The library, which must be there: `library()` has been asked before. The same function, so that a call costs no more.
+loaded = cast(Callable[[], ctypes.CDLL], library)
 
 
 def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
@@ -158,10 +157,7 @@ def _built(
         for threads in THREADS:
             command = [found, *flags, threads, "-o", str(made), *map(str, sources)]
             # the compiler's own files lie there too, and are removed with it
-            done = subprocess.run(
-                command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS,
-                env={**os.environ, "TMPDIR": folder},
-            )  # fmt: skip
+            done = _processes.run(command, timeout=SECONDS, env={**os.environ, "TMPDIR": folder})
             try:
                 done.check_returncode()
                 code = ctypes.CDLL(str(made))
@@ -297,10 +293,8 @@ def _machine(found: str, flags: Sequence[str]) -> list[str]:
     """
 
     def answer(*options: str) -> str:
-        done = subprocess.run(
-            [found, *options], input="", capture_output=True, encoding="utf-8", errors="replace", check=True,
-            timeout=SECONDS, env={**os.environ, "LC_ALL": "C"},
-        )  # fmt: skip
+        done = _processes.run([found, *options], timeout=SECONDS, env={**os.environ, "LC_ALL": "C"})
+        done.check_returncode()
         return done.stdout
 
     threads = [Path(answer(f"-print-file-name={name}").strip()) for name in ("libgomp.so.1", "libomp.so")]

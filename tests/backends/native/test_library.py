@@ -67,14 +67,14 @@ def kept(cache: Path) -> list[Path]:
 
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The compiler's builds from now on."""
-    run, commands = subprocess.run, []
+    run, commands = library._processes.run, []
 
     def noted(command: list[str], **options: object) -> object:
         if "-o" in command:
             commands.append(command)
         return run(command, **options)
 
-    monkeypatch.setattr(library.subprocess, "run", noted)
+    monkeypatch.setattr(library._processes, "run", noted)
     return commands
 
 
@@ -249,8 +249,8 @@ def run_alone(cache: Path, code: str) -> subprocess.Popen[str]:
 
 def test_many_builders_build_once(cache: Path) -> None:
     code = """
-run = library.subprocess.run
-library.subprocess.run = lambda c, **o: ("-o" in c and print("built"), run(c, **o))[1]
+run = library._processes.run
+library._processes.run = lambda c, **o: ("-o" in c and print("built"), run(c, **o))[1]
 warnings.simplefilter("error")
 assert library.library() is not None
 """
@@ -271,7 +271,7 @@ def run(command, **options):
         print("building", flush=True)
         import time; time.sleep(60)
     return RUN(command, **options)
-RUN, library.subprocess.run = library.subprocess.run, run
+RUN, library._processes.run = library._processes.run, run
 library.library()
 """
     killed = run_alone(cache, slow)
