@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,13 +12,14 @@ from rjepa_triton.rules import rfp
 
 pytest.importorskip("triton")
 
+from kernel_problems import DEVICE, SEEDS, SIZES, check_error, gammas_amid_nan, poison
+
 from rjepa_triton.kernels import gamma_chunk
 from rjepa_triton.kernels.gamma_chunk import Config, gamma_chunk_, pick_config
 
 # Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Each of the C + S products and sums rounds by at most 2⁻²⁴; a few of these roundings add up.
 TOLERANCE = 1e-6
 # Tensor cores keep 10 bits of each factor. The interpreter keeps all of them, so there TOLERANCE must hold.
@@ -118,16 +117,7 @@ def test_large_tiles_in_registers(monkeypatch):
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    states=st.integers(1, 2),
-    steps=st.integers(1, 9),
-    batch=st.integers(1, 3),
-    matrices=st.integers(1, 4),
-    units=st.integers(1, 20),
-    fan_in=st.integers(1, 70),
-    with_credit=st.booleans(),
-    seed=st.integers(0, 1000),
-)
+@given(**SIZES, steps=st.integers(1, 9), with_credit=st.booleans(), seed=SEEDS)
 def test_any_small_shape(states, steps, batch, matrices, units, fan_in, with_credit, seed):
     problem = _problem(states, steps, batch, matrices, units, fan_in, seed=seed)
     if with_credit:
@@ -189,24 +179,17 @@ def test_two_runs_agree_in_every_bit_and_unwritten_memory_is_not_read(config, mo
     first = _problem(2, 35, 2, 2, 33, 68)
     second = {**first, "gammas": [g.clone() for g in first["gammas"]]}
     gradient = gamma_chunk_(**first)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    poison(monkeypatch)
     assert torch.equal(gradient, gamma_chunk_(**second))
     assert all(torch.equal(a, b) for a, b in zip(first["gammas"], second["gammas"], strict=True))
 
 
 @pytest.mark.parametrize("config", [SMALL, PRODUCTS], ids=["registers", "products"])
 def test_writes_nothing_beyond_gamma(config, monkeypatch):
-    """Γ is the middle of a larger buffer of NaN, and what lies before and after it stays NaN."""
     monkeypatch.setattr(gamma_chunk, "pick_config", lambda *_: config)
     shape = (2, 2, 9, 68)
-    buffers = [torch.full((math.prod(shape) + 128,), math.nan, device=DEVICE) for _ in range(2)]
-    gammas = [b[64:-64].view(shape).normal_() for b in buffers]
-    gamma_chunk_(**{**_problem(2, 4, *shape), "gammas": gammas})
-    for buffer in buffers:
-        assert buffer[:64].isnan().all()
-        assert buffer[-64:].isnan().all()
-        assert not buffer[64:-64].isnan().any()
+    with gammas_amid_nan(*shape) as gammas:
+        gamma_chunk_(**{**_problem(2, 4, *shape), "gammas": gammas})
 
 
 def test_pick_config():
@@ -239,6 +222,4 @@ def test_pick_config():
     ],
 )
 def test_errors_name_the_argument(change, error, message):
-    moved = {k: v.to(DEVICE) if isinstance(v, Tensor) and v.is_cpu else v for k, v in change.items()}
-    with pytest.raises(error, match=message):
-        gamma_chunk_(**{**_problem(2, 4, 2, 3, 5, 7), **moved})
+    check_error(gamma_chunk_, _problem(2, 4, 2, 3, 5, 7), change, error, message)

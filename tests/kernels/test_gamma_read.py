@@ -14,6 +14,8 @@ from rjepa_triton.rules import rfp
 
 pytest.importorskip("triton")
 
+from kernel_problems import DEVICE, SHAPES, SIZES, check_error, gammas_amid_nan, poison
+
 from rjepa_triton.kernels import gamma_read as module
 from rjepa_triton.kernels.gamma_read import gamma_read
 from rjepa_triton.kernels.gamma_step import Config
@@ -21,7 +23,6 @@ from rjepa_triton.kernels.gamma_step import Config
 # Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A sum of S·B products, each rounded by at most 2⁻²⁴ of its terms.
 TOLERANCE = 1e-6
 
@@ -50,13 +51,7 @@ def _check(gammas: list[Tensor], credit: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "shape",
     [
-        # S, B, K, N, M. Sizes that leave tails in each dimension, or fill whole tiles, of one program and of several.
-        (1, 1, 1, 1, 1),
-        (2, 1, 2, 63, 65),
-        (2, 3, 4, 65, 63),
-        (1, 3, 3, 127, 1),
-        (2, 3, 1, 1, 127),
-        (2, 1, 4, 64, 64),
+        *SHAPES,
         (2, 2, 2, 9, 136),
         # A batch in two parts, and a prime one.
         (2, 16, 2, 9, 67),
@@ -69,13 +64,7 @@ def test_reads_what_the_reference_does(shape, dtype):
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    states=st.integers(1, 2),
-    batch=st.integers(1, 18),
-    matrices=st.integers(1, 4),
-    units=st.integers(1, 20),
-    fan_in=st.integers(1, 70),
-)
+@given(**{**SIZES, "batch": st.integers(1, 18)})
 def test_any_small_shape(states, batch, matrices, units, fan_in):
     _check(*_problem(states, batch, matrices, units, fan_in))
 
@@ -89,13 +78,10 @@ def test_large_tiles_agree(monkeypatch):
 def test_two_runs_agree_in_every_bit_and_unwritten_memory_is_not_read(rows, monkeypatch):
     """The batch is split into parts of `rows` rows. Γ lies between NaNs, which masked loads must leave out."""
     monkeypatch.setattr(module, "split_rows", lambda *_: rows)
-    shape = (6, 2, 33, 67)
-    buffers = [torch.full((math.prod(shape) + 128,), math.nan, device=DEVICE) for _ in range(2)]
-    gammas = [b[64:-64].view(shape).normal_() for b in buffers]
     credit = torch.randn(2, 6, 33, device=DEVICE)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-    assert torch.equal(_check(gammas, credit), gamma_read(gammas, credit))
+    with gammas_amid_nan(6, 2, 33, 67) as gammas:
+        poison(monkeypatch)
+        assert torch.equal(_check(gammas, credit), gamma_read(gammas, credit))
 
 
 def test_a_credit_may_be_one_step_of_a_sequence():
@@ -155,6 +141,4 @@ def test_lazily_written_gamma_gives_each_steps_gradient(dtype):
 )
 def test_errors_name_the_argument(change, error, message):
     gammas, credit = _problem(2, 2, 3, 5, 7)
-    moved = {k: v.to(DEVICE) if isinstance(v, Tensor) and v.is_cpu else v for k, v in change.items()}
-    with pytest.raises(error, match=message):
-        gamma_read(**{"gammas": gammas, "credit": credit, **moved})
+    check_error(gamma_read, {"gammas": gammas, "credit": credit}, change, error, message)

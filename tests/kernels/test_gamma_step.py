@@ -14,6 +14,8 @@ from rjepa_triton.rules import rfp
 
 pytest.importorskip("triton")
 
+from kernel_problems import DEVICE, SEEDS, SHAPES, SIZES, check_error, gammas_amid_nan, poison
+
 from rjepa_triton.kernels import gamma_step
 from rjepa_triton.kernels._launch import DeviceSizes
 from rjepa_triton.kernels.gamma_step import Config, gamma_step_, pick_config
@@ -21,7 +23,6 @@ from rjepa_triton.kernels.gamma_step import Config, gamma_step_, pick_config
 # Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = torch.float32
 # Γ is a sum of at most S + 1 products, and the gradient a sum over the batch of S products; each rounding is at most
 # 2⁻²⁴ of its terms.
@@ -67,20 +68,7 @@ def _assert_near(got: Tensor, want: Tensor, relative: float, terms: int = 1) -> 
     assert error <= relative * math.sqrt(terms) * max(want.abs().max().item(), 1.0)
 
 
-SHAPES = [
-    # S, B, K, N, M. Sizes that leave tails in each dimension, or fill whole tiles, of one program and of several.
-    (1, 1, 1, 1, 1),
-    (2, 1, 2, 63, 65),
-    (2, 3, 4, 65, 63),
-    (1, 3, 3, 127, 1),
-    (2, 3, 1, 1, 127),
-    (2, 1, 4, 64, 64),
-    (1, 1, 2, 8, 130),
-    (2, 2, 2, 9, 132),
-]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 2, 8, 130), (2, 2, 2, 9, 132)], ids=str)
 def test_advances_gamma_and_reads_the_gradient_of_the_reference(shape):
     gammas, m, phi, y, delta = _problem(*shape)
     want, want_gradient = _reference(gammas, m, phi, y, delta)
@@ -91,15 +79,7 @@ def test_advances_gamma_and_reads_the_gradient_of_the_reference(shape):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    states=st.integers(1, 2),
-    batch=st.integers(1, 3),
-    matrices=st.integers(1, 4),
-    units=st.integers(1, 20),
-    fan_in=st.integers(1, 70),
-    with_delta=st.booleans(),
-    seed=st.integers(0, 1000),
-)
+@given(**SIZES, with_delta=st.booleans(), seed=SEEDS)
 def test_any_small_shape(states, batch, matrices, units, fan_in, with_delta, seed):
     gammas, m, phi, y, delta = _problem(states, batch, matrices, units, fan_in, seed=seed)
     given_delta = delta if with_delta else None
@@ -315,8 +295,7 @@ def test_a_split_batch(states, batch, rows, monkeypatch):
         gamma_step_(twins[0], m, phi, y)
     if rows is not None:
         monkeypatch.setattr(gamma_step, "split_rows", lambda *_: rows)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    poison(monkeypatch)
     gradient = gamma_step_(gammas, m, phi, y, delta)
     _assert_near(gradient, want_gradient, TOLERANCE, terms=batch)
     for got, expected in zip(gammas, want, strict=True):
@@ -368,24 +347,16 @@ def test_two_runs_agree_in_every_bit_and_unwritten_memory_is_not_read(monkeypatc
     gammas, m, phi, y, delta = _problem(*shape)
     first, second = [g.clone() for g in gammas], [g.clone() for g in gammas]
     gradient = gamma_step_(first, m, phi, y, delta)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    poison(monkeypatch)
     assert torch.equal(gradient, gamma_step_(second, m, phi, y, delta))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_writes_nothing_beyond_gamma():
-    """Γ is the middle of a larger buffer of NaN, and what lies before and after it stays NaN."""
     shape = (3, 2, 9, 67)
-    numbers = math.prod(shape)
-    buffers = [torch.full((numbers + 128,), math.nan, device=DEVICE) for _ in range(2)]
-    gammas = [b[64:-64].view(shape).normal_() for b in buffers]
     _, m, phi, y, delta = _problem(2, *shape)
-    gamma_step_(gammas, m, phi, y, delta)
-    for buffer in buffers:
-        assert buffer[:64].isnan().all()
-        assert buffer[-64:].isnan().all()
-        assert not buffer[64:-64].isnan().any()
+    with gammas_amid_nan(*shape) as gammas:
+        gamma_step_(gammas, m, phi, y, delta)
 
 
 def test_pick_config():
@@ -457,9 +428,7 @@ def _valid() -> dict[str, object]:
     ],
 )
 def test_errors_name_the_argument(change, error, message):
-    moved = {k: v.to(DEVICE) if isinstance(v, Tensor) and v.is_cpu else v for k, v in change.items()}
-    with pytest.raises(error, match=message):
-        gamma_step_(**{**_valid(), **moved})
+    check_error(gamma_step_, _valid(), change, error, message)
 
 
 def test_gammas_must_be_two_tensors():

@@ -15,6 +15,8 @@ from rjepa_triton.rules import rfp
 
 pytest.importorskip("triton")
 
+from kernel_problems import DEVICE, SEEDS, SIZES, check_error
+
 from rjepa_triton.kernels import reverse_scan as module
 from rjepa_triton.kernels.reverse_scan import (
     ScanConfig,
@@ -29,9 +31,9 @@ from rjepa_triton.kernels.reverse_scan import (
 # Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Each step rounds S + 1 products by 2⁻²⁴ each, and with the transitions below an error lasts some ten steps.
 TOLERANCE = 5e-6
+ANY = {"states": SIZES["states"], "with_carry": st.booleans(), "seed": SEEDS}
 
 
 def _problem(states: int, steps: int, batch: int, units: int, matrices: int = 1, seed: int = 0):
@@ -133,27 +135,18 @@ def test_long_sequences(shape):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    states=st.integers(1, 2),
+    **ANY,
     steps=st.integers(1, 9),
-    batch=st.integers(1, 3),
+    batch=SIZES["batch"],
     units=st.integers(1, 70),
-    matrices=st.integers(1, 4),
-    with_carry=st.booleans(),
-    seed=st.integers(0, 1000),
+    matrices=SIZES["matrices"],
 )
 def test_any_small_shape(states, steps, batch, units, matrices, with_carry, seed):
     _check_all(states, steps, batch, units, matrices, with_carry, seed)
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    states=st.integers(1, 2),
-    steps=st.integers(1, 12),
-    block_steps=st.integers(1, 12),
-    units=st.integers(1, 140),
-    with_carry=st.booleans(),
-    seed=st.integers(0, 1000),
-)
+@given(**ANY, steps=st.integers(1, 12), block_steps=st.integers(1, 12), units=st.integers(1, 140))
 def test_any_blocks_of_time(states, steps, block_steps, units, with_carry, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "pick_scan_config", lambda *_: ScanConfig(128, 4, min(steps, block_steps)))
@@ -277,16 +270,12 @@ def test_pick_scan_config(steps, units, states, partials, written, picked):
 )
 def test_errors_name_the_argument(change, error, message):
     m, delta, _, carry = _problem(2, 3, 5, 7)
-    moved = {k: v.to(DEVICE) if isinstance(v, Tensor) and v.is_cpu else v for k, v in change.items()}
-    arguments = {"m": m, "delta": delta, "carry": carry, **moved}
-    with pytest.raises(error, match=message):
-        reverse_scan_entering(**{"matrices": [], "inputs": [], **arguments})
+    arguments = {"m": m, "delta": delta, "carry": carry}
+    check_error(reverse_scan_entering, {**arguments, "matrices": [], "inputs": []}, change, error, message)
     if not {"matrices", "inputs"} & change.keys():
-        with pytest.raises(error, match=message):
-            reverse_scan(**arguments)
+        check_error(reverse_scan, arguments, change, error, message)
     if "m" in change:
-        with pytest.raises(error, match=message):
-            suffix_products(arguments["m"])
+        check_error(suffix_products, {}, change, error, message)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ from rjepa_triton.rules import bptt, rfp
 
 pytest.importorskip("triton")
 
+from kernel_problems import DEVICE, check_error
+from rgc_problems import TRAJECTORY_ERRORS
+
 from rjepa_triton.kernels.rgc_backward import Config, Credits, bptt_credits, pick_config
 
 # Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sums of N or T·B products of numbers of order 1, each rounded by 2⁻²⁴; five steps add to the error.
 TOLERANCE = 4e-6
 
@@ -127,18 +129,11 @@ def test_pick_config():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"u": torch.zeros(2, 0, 5)}, ValueError, r"u must have shape \(T, B, N\), none of them 0"),
-        ({"u": torch.zeros(2, 3, 5).double()}, TypeError, "u must have dtype torch.float32"),
-        ({"gates": torch.zeros(2, 2, 3, 5)}, ValueError, r"gates must have shape \(2, 2, 3, 2, 5\)"),
-        ({"before": torch.zeros(2, 2, 5, 3).mT}, ValueError, "before must be contiguous beyond its first 1"),
-        ({"delta": torch.zeros(2, 2, 5, 3).mT}, ValueError, "delta must be contiguous"),
+        *TRAJECTORY_ERRORS,
         ({"weights": [torch.zeros(5, 5)] * 3}, ValueError, "weights must hold 4 tensors, got 3"),
         ({"weights": [torch.zeros(5)] * 4}, ValueError, r"weights\[0\] must have shape \(5, 5\), got \(5,\)"),
-        ({"resets": torch.zeros(2, 3)}, TypeError, "resets must have dtype torch.bool or torch.uint8"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):
     arguments, _, _ = _problem(2, 3, 5, True)
-    moved = {k: [a.to(DEVICE) for a in v] if isinstance(v, list) else v.to(DEVICE) for k, v in change.items()}
-    with pytest.raises(error, match=message):
-        bptt_credits(**{**arguments, **moved})
+    check_error(bptt_credits, arguments, change, error, message)

@@ -12,7 +12,9 @@ from rjepa_triton.cells.two_point import Trajectory
 
 pytest.importorskip("triton")
 
-from rgc_problems import DEVICE, TOLERANCE, assert_near, poison, problem, random, reference
+import rgc_problems
+from kernel_problems import DEVICE, check_error, poison
+from rgc_problems import FORWARD_ERRORS, TOLERANCE, assert_near, problem, random, reference
 
 from rjepa_triton.kernels import rgc_forward as kernels
 from rjepa_triton.kernels._launch import DeviceSizes
@@ -75,11 +77,7 @@ def test_gates_need_not_be_saved(monkeypatch, units):
 
 @pytest.mark.parametrize("units", [17, 68, 130])
 def test_parameters_are_weights_and_nothing_is_differentiated(units):
-    x, weights, state, _ = problem(2, 3, units, False)
-    states, gates = rgc_forward(x, [torch.nn.Parameter(w) for w in weights], state)
-    assert not states.requires_grad
-    assert not gates.requires_grad
-    assert torch.equal(states, rgc_forward(x, weights, state)[0])
+    rgc_problems.check_parameters(rgc_forward, units)
 
 
 @pytest.mark.parametrize("units", [17, 68, 130])
@@ -97,14 +95,7 @@ def test_what_is_saved_linearises(units):
 
 @pytest.mark.parametrize("units", [63, 68, 130])
 def test_state_carries_over_and_two_runs_agree_in_every_bit(units):
-    x, weights, state, resets = problem(5, 3, units, True)
-    states, gates = rgc_forward(x, weights, state, resets)
-    again, gates_again = rgc_forward(x, weights, state, resets)
-    assert torch.equal(again, states)
-    assert torch.equal(gates_again, gates)
-    first, _ = rgc_forward(x[:2], weights, state, resets[:2])
-    rest, _ = rgc_forward(x[2:], weights, list(first[:, -1]), resets[2:].to(torch.uint8))
-    assert torch.equal(torch.cat([first, rest[:, 1:]], dim=1), states)
+    rgc_problems.check_repeats_and_continues(rgc_forward, units)
 
 
 # NumPy warns of an overflow, which the test shows to be harmless.
@@ -164,26 +155,20 @@ def test_pick_config():
             ValueError,
             r"x must have shape \(T, B, N\), none of them 0, got \(2, 3\)",
         ),
-        ({"x": torch.zeros(2, 0, 5)}, ValueError, r"none of them 0, got \(2, 0, 5\)"),
+        *FORWARD_ERRORS,
         (
             {"x": torch.zeros(2, 3, 5).double()},
             TypeError,
             "x must have dtype torch.float32, got torch.float64",
         ),
         ({"weights": [torch.zeros(5, 5)] * 3}, ValueError, "weights must hold 4 tensors, got 3"),
-        ({"weights": [torch.zeros(5, 4)] * 4}, ValueError, r"weights\[0\] must have shape \(5, 5\)"),
-        ({"state": [torch.zeros(3, 5)]}, ValueError, "state must hold 2 tensors, got 1"),
         ({"state": [torch.zeros(3, 5), torch.zeros(5, 3).mT]}, ValueError, r"state\[1\] must be contiguous"),
         ({"resets": torch.zeros(2, 4).bool()}, ValueError, r"resets must have shape \(2, 3\)"),
-        ({"resets": torch.zeros(2, 3)}, TypeError, "resets must have dtype torch.bool or torch.uint8"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):
-    x, weights, state, resets = problem(2, 3, 5, True)
-    arguments = {"x": x, "weights": weights, "state": state, "resets": resets}
-    moved = {k: [a.to(DEVICE) for a in v] if isinstance(v, list) else v.to(DEVICE) for k, v in change.items()}
-    with pytest.raises(error, match=message):
-        rgc_forward(**{**arguments, **moved})
+    arguments = dict(zip(("x", "weights", "state", "resets"), problem(2, 3, 5, True), strict=True))
+    check_error(rgc_forward, arguments, change, error, message)
 
 
 def test_small_says_how_small():

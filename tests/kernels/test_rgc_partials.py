@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from rgc_problems import DEVICE, assert_near, poison, problem, random, reference
+from kernel_problems import DEVICE, check_error, poison
+from rgc_problems import TRAJECTORY_ERRORS, assert_near, problem, random, reference
 from torch import Tensor
 
 from rjepa_triton.cells import weights as weight_ops
@@ -251,23 +252,16 @@ def test_pick_dual_config(steps: int, units: int, picked: tuple[int, int, int]) 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"u": torch.zeros(2, 0, 5)}, ValueError, r"u must have shape \(T, B, N\), none of them 0"),
-        ({"u": torch.zeros(2, 3, 5).double()}, TypeError, "u must have dtype torch.float32"),
-        ({"gates": torch.zeros(2, 2, 3, 5)}, ValueError, r"gates must have shape \(2, 2, 3, 2, 5\)"),
-        ({"before": torch.zeros(2, 2, 5, 3).mT}, ValueError, "before must be contiguous beyond its first 1"),
+        *TRAJECTORY_ERRORS,
         ({"own": [torch.zeros(5)] * 3}, ValueError, "own must hold 4 tensors, got 3"),
         ({"own": [torch.zeros(5, 5)] * 4}, ValueError, r"own\[0\] must have shape \(5,\), got \(5, 5\)"),
-        ({"resets": torch.zeros(2, 3)}, TypeError, "resets must have dtype torch.bool or torch.uint8"),
-        ({"delta": torch.zeros(2, 2, 5, 3).mT}, ValueError, "delta must be contiguous"),
         ({"carry": torch.zeros(3, 5)}, ValueError, r"carry must have shape \(2, 3, 5\)"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments, _, _ = _problem(2, 3, 5, True)
-    moved = {k: [a.to(DEVICE) for a in v] if isinstance(v, list) else v.to(DEVICE) for k, v in change.items()}
-    calls: list[Callable[[dict[str, Any]], object]] = [lambda given: rgc_dual(**given)]
+    calls: list[Callable[..., object]] = [rgc_dual]
     if not {"delta", "carry"} & change.keys():
-        calls.append(_linearized)
+        calls.append(lambda **given: _linearized(given))
     for call in calls:
-        with pytest.raises(error, match=message):
-            call({**arguments, **moved})
+        check_error(call, arguments, change, error, message)

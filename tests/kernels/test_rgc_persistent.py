@@ -13,7 +13,9 @@ from torch import Tensor, multiprocessing
 
 pytest.importorskip("triton")
 
-from rgc_problems import DEVICE, TOLERANCE, assert_near, poison, problem, reference
+import rgc_problems
+from kernel_problems import check_error, poison
+from rgc_problems import FORWARD_ERRORS, TOLERANCE, assert_near, problem, reference
 
 from rjepa_triton.kernels import rgc_persistent as kernels
 from rjepa_triton.kernels.rgc_forward import rgc_forward
@@ -54,40 +56,18 @@ def test_gates_need_not_be_saved(monkeypatch):
 
 
 def test_parameters_are_weights_and_nothing_is_differentiated():
-    x, weights, state, _ = problem(2, 3, 68, False)
-    states, gates = rgc_forward_persistent(x, [torch.nn.Parameter(w) for w in weights], state)
-    assert not states.requires_grad
-    assert not gates.requires_grad
-    assert torch.equal(states, rgc_forward_persistent(x, weights, state)[0])
+    rgc_problems.check_parameters(rgc_forward_persistent, 68)
 
 
 @pytest.mark.parametrize("units", [63, 68])
 def test_state_carries_over_and_two_runs_agree_in_every_bit(units):
-    x, weights, state, resets = problem(5, 3, units, True)
-    states, gates = rgc_forward_persistent(x, weights, state, resets)
-    again, gates_again = rgc_forward_persistent(x, weights, state, resets)
-    assert torch.equal(again, states)
-    assert torch.equal(gates_again, gates)
-    first, _ = rgc_forward_persistent(x[:2], weights, state, resets[:2])
-    rest, _ = rgc_forward_persistent(x[2:], weights, list(first[:, -1]), resets[2:].to(torch.uint8))
-    assert torch.equal(torch.cat([first, rest[:, 1:]], dim=1), states)
+    rgc_problems.check_repeats_and_continues(rgc_forward_persistent, units)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x": torch.zeros(2, 0, 5)}, ValueError, r"none of them 0, got \(2, 0, 5\)"),
-        ({"weights": [torch.zeros(5, 4)] * 4}, ValueError, r"weights\[0\] must have shape \(5, 5\)"),
-        ({"state": [torch.zeros(3, 5)]}, ValueError, "state must hold 2 tensors, got 1"),
-        ({"resets": torch.zeros(2, 3)}, TypeError, "resets must have dtype torch.bool or torch.uint8"),
-    ],
-)
+@pytest.mark.parametrize(("change", "error", "message"), FORWARD_ERRORS)
 def test_errors_name_the_argument(change, error, message):
-    x, weights, state, resets = problem(2, 3, 5, True)
-    arguments = {"x": x, "weights": weights, "state": state, "resets": resets}
-    moved = {k: [a.to(DEVICE) for a in v] if isinstance(v, list) else v.to(DEVICE) for k, v in change.items()}
-    with pytest.raises(error, match=message):
-        rgc_forward_persistent(**{**arguments, **moved})
+    arguments = dict(zip(("x", "weights", "state", "resets"), problem(2, 3, 5, True), strict=True))
+    check_error(rgc_forward_persistent, arguments, change, error, message)
 
 
 # --- how units and batch rows are divided among programs ---------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rgc_problems import DEVICE, assert_near, poison, problem, reference
+from kernel_problems import DEVICE, poison
+from rgc_problems import assert_near, problem, reference
 from torch import Tensor
 
 from rjepa_triton.cells.builtin import RGCCell

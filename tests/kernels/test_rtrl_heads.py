@@ -13,12 +13,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from kernel_problems import DEVICE, poison
+
 from rjepa_triton.kernels.rtrl_heads import pick_config, rtrl_heads_
 
 # Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sums of up to 128 products of numbers of order 1, each rounded by 2⁻²⁴.
 TOLERANCE = 3e-6
 
@@ -80,8 +81,7 @@ def test_a_step_and_its_gradient(
 ) -> None:
     p = problem(*size)
     want, want_gradient = reference(p)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    poison(monkeypatch)
     gradient = rtrl_heads_(p["gamma"], p["jacobian"], p["phi"], p["y"], p["delta"] if with_delta else None)
     assert_near(p["gamma"], want)
     if with_delta:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from rgc_problems import poison
+from kernel_problems import DEVICE, check_error, poison
 from torch import Tensor
 
 from rjepa_triton.cells.builtin import RGCCell
@@ -15,12 +15,12 @@ from rjepa_triton.rules import rtrl
 
 pytest.importorskip("triton")
 
+
 from rjepa_triton.kernels.rtrl_step import Config, pick_config, rtrl_immediate_, rtrl_jacobian
 
 # Triton 3.6's interpreter converts one-element arrays to ints, which newer versions of NumPy will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Two products and a sum of numbers of order 1, each rounded by 2⁻²⁴.
 TOLERANCE = 1e-6
 
@@ -153,9 +153,7 @@ def test_errors_name_the_argument(change, error, message):
         "phi": [_random(3, 5) for _ in range(4)],
         "weights": [_random(5, 5) for _ in range(4)],
     }
-    moved = {k: [a.to(DEVICE) for a in v] if isinstance(v, list) else v.to(DEVICE) for k, v in change.items()}
-    with pytest.raises(error, match=message):
-        rtrl_jacobian(**{**arguments, **moved})
+    check_error(rtrl_jacobian, arguments, change, error, message)
 
 
 @pytest.mark.parametrize(
