@@ -7,11 +7,13 @@ Every array has a fixed address: inputs are copied to it, and results are copied
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._device import without_autocast
 from ..backends.descent import Descent
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp
@@ -23,7 +25,10 @@ Capture = Callable[[Callable[[], list[Tensor]]], tuple[list[Tensor], Callable[[]
 
 
 def cuda_graph(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-    """Capture `function` as a CUDA graph, after three runs that compile kernels and fill caches. A `Capture`."""
+    """Capture `function` as a CUDA graph of the current device, after three runs that compile kernels and fill caches.
+
+    The capture itself runs nothing: the results hold no numbers before the first replay. A `Capture`.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -31,13 +36,21 @@ def cuda_graph(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Call
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Without a stream torch takes one that it once made, on the device that was current then.
+    with torch.cuda.graph(graph, stream=stream):
         made = function()
     return made, graph.replay
 
 
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which `device` is the current one, if it is a GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class GraphedStep:
     """Runs the steps of a learner of form "step" as CUDA graphs. Mutates `state` and `carried`.
+
+    The constructor leaves the weights as they are, and the other two zero.
 
     layer    its parameters must keep their storage
     carried  the sensitivities, zero
@@ -68,13 +81,23 @@ class GraphedStep:
         self._descent = None if lr is None else Descent.of_parameters(layer.weights(), lr)
         self._now = 0  # how many steps have run
         self._folded = True  # whether Γ has been advanced over the last of them
-        with torch.no_grad():
-            (self._after, *arrays), self._replay_forward = capture(self._run_forward)
-            fixed = iter(arrays)  # the arrays that replays write to, in the order of the block's tensors
-            self._block = self._structure.map(lambda _: next(fixed))
-            self._backward, self._replay_backward = capture(self._run_backward)
-            self.state.zero_()
-            carried.restart_()
+        weights = layer.weights()
+        kept = [weight.detach().clone() for weight in weights]
+        try:
+            with torch.no_grad(), without_autocast(state.device), _current(state.device):
+                (self._after, *arrays), self._replay_forward = capture(self._run_forward)
+                fixed = iter(arrays)  # the arrays that replays write to, in the order of the block's tensors
+                self._block = self._structure.map(lambda _: next(fixed))
+                # The runs before the next capture read these arrays, and with lr change the weights by what they find.
+                self._replay_forward()
+                self._backward, self._replay_backward = capture(self._run_backward)
+        finally:
+            with torch.no_grad():
+                if self._descent is not None:
+                    for weight, before in zip(weights, kept, strict=True):
+                        weight.detach().copy_(before)
+                self.state.zero_()
+                carried.restart_()
 
     def _storage(self) -> list[int]:
         return [weight.data_ptr() for weight in self._layer.weights()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton import GRU, LRU, LSTM, RGC, OnlineLearner, TwoPointRNN
+from rjepa_triton import GRU, LRU, LSTM, RGC, RNN, OnlineLearner, TwoPointRNN
 from rjepa_triton.backends import triton_backend
+from rjepa_triton.online import cuda_graph
+from rjepa_triton.online.cuda_graph import Capture
 from rjepa_triton.planning import cost
 
 F64 = torch.float64
@@ -27,20 +30,41 @@ LAYERS: dict[str, Any] = {
 by_layer = pytest.mark.parametrize("name", LAYERS)
 
 
-def stand_in(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-    made = function()
-
-    def replay() -> None:
-        with torch.no_grad():
-            for target, value in zip(made, function(), strict=True):
-                target.copy_(value)
-
-    return made, replay
+POISONS = [float("nan"), float("inf"), 1e30]
 
 
-def graphed(layer: TwoPointRNN, batch: int, **options: Any) -> OnlineLearner:
+def stand_in(learner: OnlineLearner, poison: float = float("nan")) -> Capture:
+    """In place of `cuda_graph`: three runs, then a capture, which changes nothing and whose results hold no numbers."""
+    sensitivity = learner._past.sensitivity
+    assert sensitivity is not None
+    held = [learner._state, *sensitivity.tensors(), *(p.data for p in learner.layer.parameters())]
+
+    def capture(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+        for _ in range(3):
+            function()
+        kept = [tensor.clone() for tensor in held]
+        made, again = function(), function()
+        for tensor, other in zip(made, again, strict=True):
+            if (
+                tensor.data_ptr() != other.data_ptr()
+            ):  # of the capture, and not an input that is handed through
+                tensor.fill_(poison if tensor.is_floating_point() else 1)
+        for tensor, before in zip(held, kept, strict=True):
+            tensor.copy_(before)
+
+        def replay() -> None:
+            with torch.no_grad():
+                for target, value in zip(made, function(), strict=True):
+                    target.copy_(value)
+
+        return made, replay
+
+    return capture
+
+
+def graphed(layer: TwoPointRNN, batch: int, *, poison: float = float("nan"), **options: Any) -> OnlineLearner:
     learner = OnlineLearner(layer, batch, **{"form": "step", **options})
-    learner._graph = learner._graphed(stand_in)
+    learner._graph = learner._graphed(stand_in(learner, poison))
     return learner
 
 
@@ -88,6 +112,94 @@ def test_a_graph_that_takes_the_weights_step(name: str) -> None:
     learner.lr = 0.1  # after the capture
     assert oracle.relative(run(learner, x, delta, {2, 7}), want) < 1e-12
     assert all(weight.grad is None for weight in twin.weights())
+
+
+@by_layer
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_constructor_changes_no_weight(name: str, poison: float, autocast: bool) -> None:
+    """A capture runs nothing: the second one's first runs must not read arrays that no kernel has written."""
+    plain, twin = LAYERS[name](), LAYERS[name]()
+    twin.load_state_dict(plain.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        learner = graphed(twin, 2, lr=0.1, poison=poison)
+    for weight, want in zip(twin.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(weight, want)
+    sensitivity = learner._past.sensitivity
+    assert sensitivity is not None
+    assert not any(bool(tensor.any()) for tensor in (learner._state, *sensitivity.tensors()))
+    x, delta = torch.randn(5, 2, plain.fan_in, dtype=F64), torch.randn(5, 2, plain.hidden_size, dtype=F64)
+    want = run(OnlineLearner(plain, 2, form="step"), x, delta)
+    assert oracle.relative(run(learner, x, delta), want) < 1e-12
+
+
+def test_nor_does_one_that_fails_or_whose_first_runs_overflow() -> None:
+    layer = RNN(3, 5, nonlinearity="relu", dtype=F64)
+    with torch.no_grad():
+        layer.bias.fill_(1e300)
+        layer.weight_hh.fill_(1e300)
+    before = [p.clone() for p in layer.parameters()]
+    graphed(layer, 2, lr=0.1)
+    learner = OnlineLearner(layer, 2, form="step", lr=0.1)
+
+    def fails(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+        made = stand_in(learner)(function)
+        if function.__name__ == "_run_backward":
+            raise RuntimeError("out of memory")
+        return made
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        learner._graphed(fails)
+    assert all(torch.equal(p, want) for p, want in zip(layer.parameters(), before, strict=True))
+
+
+def test_a_capture_runs_on_the_layers_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA's functions replaced: the current device is another."""
+    said: list[object] = []
+
+    class Context:
+        def __init__(self, *names: object, **named: object) -> None:
+            self.names = (*names, *named.values())
+
+        def __enter__(self) -> None:
+            said.append(self.names)
+
+        def __exit__(self, *_: object) -> None:
+            said.append("end")
+
+    class Stream(Context):
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    streams: list[Stream] = []
+
+    def make() -> Stream:
+        streams.append(Stream())
+        return streams[-1]
+
+    for name, value in {
+        "device": Context,
+        "Stream": make,
+        "stream": Context,
+        "graph": Context,
+        "CUDAGraph": Graph,
+        "current_stream": Stream,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    second = torch.device("cuda", 1)
+    with cuda_graph._current(second):
+        cuda_graph.cuda_graph(list)
+    assert said[0] == (second,)
+    captured = [
+        names for names in said if isinstance(names, tuple) and any(isinstance(n, Graph) for n in names)
+    ]
+    assert captured[0][1] is streams[0]  # not the one that torch made on another device
+    assert said[-1] == "end"
+    assert isinstance(cuda_graph._current(torch.device("cpu")), contextlib.nullcontext)
 
 
 @pytest.mark.parametrize(("features", "kernels", "forward", "backward"), [(None, 2, 1, 3), (3, 4, 2, 5)])
