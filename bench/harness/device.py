@@ -23,6 +23,10 @@ def check_device(device: str) -> None:
         raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:<index>', got {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} can't be used: torch finds no CUDA device here")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r} can't be used: torch finds {torch.cuda.device_count()} CUDA devices here"
+        )
 
 
 def out_of_memory(error: BaseException) -> bool:

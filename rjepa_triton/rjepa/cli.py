@@ -144,8 +144,10 @@ def preview_command(
 def _read(
     table: Path, sidecar: Path | None, format: str, movie_column: str, eye: str, policy: str
 ) -> Fixations:
+    from .. import _checks as check
     from .fixations import read_format
 
+    check.one_of("--format", format, FORMATS)
     return read_format(format, table, sidecar, movie=movie_column, policy=policy, eye=eye or None)
 
 

@@ -17,6 +17,7 @@ from matplotlib.patches import Rectangle
 from .. import _checks as check
 from .. import _files
 from .patches import FixationSequences, View
+from .video import still
 
 # In inches, except COLUMNS and DPI.
 COLUMNS = 12  # patches in a row of the strip
@@ -51,7 +52,9 @@ def draw(
     shown = range(start, start + steps)
     colours = colormaps[COLOURS](np.linspace(0.2, 0.95, steps))
     patches = rearrange(sequences[index]["patches"].numpy(), "t c h w -> t h w c")
-    frame = view.scene.film.frames[view.frame[shown[steps // 2]]]
+    film = view.scene.film
+    frame = film.frames[view.frame[shown[steps // 2]]]
+    image = still(film, int(view.frame[shown[steps // 2]]), round(DPI * WIDTH))
 
     inner = WIDTH - 2 * MARGIN
     above = min(inner * frame.shape[0] / frame.shape[1], TALLEST)
@@ -64,7 +67,9 @@ def draw(
         return figure.add_axes((left / WIDTH, 1 - (top + tall) / height, width / WIDTH, tall / height))
 
     figure.text(MARGIN / WIDTH, 1 - TITLE / 2 / height, _title(view, shown), va="center", fontsize=10)
-    _draw_path(box(MARGIN, TITLE, inner, above), view, shown, frame, sequences.patch, colours)
+    path = box(MARGIN, TITLE, inner, above)
+    path.imshow(image, extent=(0, frame.shape[1], frame.shape[0], 0), interpolation="antialiased")
+    _draw_path(path, view, shown, frame, sequences.patch, colours)
     for k, colour in zip(shown, colours, strict=True):
         row, column = divmod(k - start, COLUMNS)
         top = TITLE + above + MARGIN + row * cell
@@ -93,7 +98,6 @@ def _draw_path(
 ) -> None:
     which = list(shown)
     place, corner = view.centre[which], view.corner[which]
-    axes.imshow(frame, extent=(0, frame.shape[1], frame.shape[0], 0), interpolation="antialiased")
     squares = [Rectangle((x, y), patch, patch) for x, y in corner]
     axes.add_collection(PatchCollection(squares, facecolor="none", edgecolor=colours, linewidth=1, alpha=0.8))
     saccades = list(np.stack([place[:-1], place[1:]], 1))

@@ -220,6 +220,26 @@ def _digests(folder: Path) -> dict[str, str]:
     return {name: _files.digest(folder / name, CHECKED) for name in (FRAMES, TIMES)}
 
 
+def still(film: Film, index: int, width: int) -> np.ndarray:
+    """One frame of the film's file, (H, W, 3) uint8, at `width` pixels or, if that is less, at its own width.
+
+    The film's own frames are as small as the patches that are cut from them. Raises VideoError.
+    """
+    width = min(width, film.size[0])
+    size = (width, max(1, round(width * film.size[1] / film.size[0])))
+    if pictures.is_picture(film.file):
+        return pictures.rgb(film.file, size)
+    time = float(np.load(film.folder / TIMES)[index])
+    with _video(film.file) as (container, stream):
+        if stream.time_base is not None:
+            start = float((stream.start_time or 0) * stream.time_base)
+            container.seek(int((start + time) / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                if frame.time is not None and frame.time - start >= time - 1e-4:
+                    return _rgb(frame, size)
+    return film.frames[index]
+
+
 def _existing(file: str | Path) -> Path:
     file = Path(file)
     if not file.is_file():

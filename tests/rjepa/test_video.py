@@ -63,6 +63,17 @@ def test_resized_and_with_square_pixels(tmp_path: Path) -> None:
     assert small.size == (96, 48)
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+def test_a_still_is_the_frame_at_the_files_own_size(tmp_path: Path, name: str) -> None:
+    film = decode(films.write(tmp_path / name, 30), tmp_path / "cache", width=16).at_rate(10)
+    for index in (0, 7, 29):
+        frame = video.still(film, index, 1000)
+        assert frame.shape == (48, 64, 3)
+        assert abs(frame.mean() - film.frames[index].mean()) < 3
+    film = decode(films.picture(tmp_path), tmp_path / "cache", width=10)
+    assert video.still(film, 0, 100).shape == (75, 100, 3)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 def test_a_picture_is_a_film_of_one_frame_without_end(tmp_path: Path, mode: str) -> None:
     Image.new("RGB", (30, 20), (204, 204, 204)).convert(mode).save(tmp_path / "a.png")
