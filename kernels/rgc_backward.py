@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vector_width
-from .rgc_forward import joined_by_source
+from ._launch import check_dims, check_runnable, check_tensor, device_sizes
+from .rgc_forward import PointwiseConfig, joined_by_source, pick_pointwise_config
 
 
 @triton.jit(
@@ -100,23 +100,9 @@ def _rgc_backward_kernel(
     tl.store(passed_ptr + stride_passed + at, mm * credit_m, mask=mask)
 
 
-class Config(NamedTuple):
-    """How one program of one warp is laid out.
-
-    block   units that it owns
-    vector  numbers that one memory access moves
-    """
-
-    block: int
-    vector: int
-
-
-def pick_config(N: int, warp_size: int) -> Config:
-    """The layout for a layer of N units. A pure function.
-
-    Four units per thread make 128-bit accesses, and one warp per program makes as many programs as possible.
-    """
-    return Config(4 * warp_size, vector_width(N, torch.float32))
+# Each program is laid out as one of `_rgc_pointwise_kernel`: one warp, and a few units a thread.
+Config = PointwiseConfig
+pick_config = pick_pointwise_config
 
 
 class Credits(NamedTuple):
