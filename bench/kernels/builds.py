@@ -34,6 +34,15 @@ def _gamma_types(
     }
 
 
+def _gamma_constants(
+    config: gamma_step.Config | gamma_chunk.Config, states: int, absent: Sequence[str] = (), **more: Any
+) -> dict[str, Any]:
+    """The tile of a kernel of Γ, and None for the pointers that aren't given, of which Γ's second state may be one."""
+    gone = [*absent, *(("gamma1_ptr",) if states == 1 else ())]
+    tile = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "VECTOR": config.vector}
+    return {**dict.fromkeys(gone), **tile, **more}
+
+
 def step_build(
     target: str,
     config: gamma_step.Config,
@@ -56,16 +65,8 @@ def step_build(
         "gradient": ["weight_ptrs", "lr_ptr"],
         "weight": ["grad_ptr"],
     }[mode]
-    if states == 1:
-        absent.append("gamma1_ptr")
     if rounding == "nearest":
         absent.append("rng_state_ptr")
-    tile: dict[str, Any] = {
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "VECTOR": config.vector,
-        "DIAGONAL": own,
-    }
     integers = (
         "ROWS",
         "N",
@@ -92,7 +93,7 @@ def step_build(
             **tuples,
             "rng_state_ptr": "*i64",
         },
-        constants={**dict.fromkeys(absent), **tile},
+        constants=_gamma_constants(config, states, absent, DIAGONAL=own),
         divisible=divisible,
         options={"num_warps": config.num_warps},
     )
@@ -106,14 +107,12 @@ def read_build(
     divisible: Sequence[str] = (),
 ) -> Build:
     """The kernel by which a credit reads Γ, in the tiles of Γ's step."""
-    absent = ["gamma1_ptr"] if states == 1 else []
-    tile = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "VECTOR": config.vector}
     integers = ("ROWS", "K", "N", "M", "stride_credit")
     return Build(
         target,
         "rjepa_triton.kernels.gamma_read:_gamma_read_kernel",
         types=_gamma_types(dtype, ("credit", "grad"), integers),
-        constants={**dict.fromkeys(absent), **tile},
+        constants=_gamma_constants(config, states),
         divisible=divisible,
         options={"num_warps": config.num_warps},
     )
@@ -128,19 +127,12 @@ def chunk_build(
     vector_u: int | None = None,
 ) -> Build:
     """Γ's chunk, with credit. vector_u: numbers of U in one access; if None 4, or 1 where Γ's accesses have 1."""
-    absent = ["gamma1_ptr"] if states == 1 else []
-    tile = {
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "BLOCK_C": config.block_c,
-        "VECTOR": config.vector,
-        "VECTOR_U": vector_u or (4 if config.vector > 1 else 1),
-    }
+    of_u = vector_u or (4 if config.vector > 1 else 1)
     return Build(
         target,
         "rjepa_triton.kernels.gamma_chunk:_gamma_chunk_kernel",
         types=_gamma_types(dtype, ("whole", "u", "y", "credit", "grad"), "CBKNM"),
-        constants={**dict.fromkeys(absent), **tile},
+        constants=_gamma_constants(config, states, BLOCK_C=config.block_c, VECTOR_U=of_u),
         divisible=divisible,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
