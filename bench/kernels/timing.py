@@ -21,6 +21,7 @@ from ... import _checks as check
 from ..harness import measure, record
 from ..harness.device import MEMORY_SHARE, check_device, failure
 from ..harness.record import Record
+from ..harness.settings import check_above_zero, check_chosen, check_points
 from ..harness.tables import bytes_text, seconds_text
 from .cases import BY, KERNELS, MATRICES, STATES, Given, Kernel, Runner, problem
 
@@ -46,16 +47,10 @@ class Settings:
     case_seconds: float = 0.3
 
     def __post_init__(self) -> None:
-        if not self.kernels:
-            raise ValueError(f"kernels must name at least one of {', '.join(KERNELS)}")
-        for name in self.kernels:
-            check.one_of("kernels", name, KERNELS)
-        for units, batch in self.points:
-            check.integer("hidden", units, 1)
-            check.integer("batch", batch, 1)
+        check_chosen("kernels", self.kernels, KERNELS)
+        check_points(self.points)
         check.integer("steps", self.steps, 2)
-        if not self.case_seconds > 0:
-            raise ValueError(f"case_seconds must be above 0, got {self.case_seconds}")
+        check_above_zero(self, "case_seconds")
         check_device(self.device)
 
     def params(self, kernel: Kernel, by: str, units: int, batch: int) -> dict[str, Any]:

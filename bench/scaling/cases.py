@@ -18,6 +18,7 @@ from ... import _checks as check
 from ...backends import operations
 from ...cells.builtin import RGCCell
 from ..harness.device import out_of_memory
+from ..harness.settings import check_chosen
 from .case import Case
 from .online import Copy, RfpChunk, RfpHistory, RfpLazy, RfpStep, RfpStepGamma
 from .problem import Problem, Size, dense, eager, oracle, own_path_only, problem
@@ -113,10 +114,7 @@ def predicted_seconds(case: type[Case], size: Size, rate: float) -> float:
 
 def check_names(names: Sequence[str]) -> None:
     """Raise ValueError for a name that no case has, or if there are no names."""
-    if not names:
-        raise ValueError(f"algorithms must name at least one of {', '.join(CASES)}")
-    for name in names:
-        check.one_of("algorithms", name, CASES)
+    check_chosen("algorithms", names, CASES)
 
 
 def check_backend(backend: str) -> None:

@@ -29,6 +29,7 @@ from ...rules import rfp
 from ..harness import inputs, measure, record
 from ..harness.device import check_device, failure
 from ..harness.record import Record
+from ..harness.settings import check_above_zero, check_chosen
 from ..harness.tables import bytes_text, seconds_text
 
 FILE = "forward.jsonl"
@@ -63,13 +64,8 @@ class Settings:
                 raise ValueError(f"{name} must name at least one size")
             for value in values:
                 check.integer(name, value, 1)
-        if not self.cells:
-            raise ValueError(f"cells must name at least one of {', '.join(CELLS)}")
-        for cell in self.cells:
-            check.one_of("cells", cell, CELLS)
-        for name, number in (("budget", self.budget), ("case_seconds", self.case_seconds)):
-            if not number > 0:
-                raise ValueError(f"{name} must be above 0, got {number}")
+        check_chosen("cells", self.cells, CELLS)
+        check_above_zero(self, "budget", "case_seconds")
         check_device(self.device)
 
     def params(self, cell: str, units: int, batch: int, steps: int) -> dict[str, Any]:

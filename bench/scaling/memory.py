@@ -8,6 +8,7 @@ predicted and not run.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ... import _checks as check
-from ..harness import measure, record
+from ..harness import measure, progress, record
 from ..harness.device import MEMORY_SHARE, check_device, failure
 from ..harness.record import Record
+from ..harness.settings import check_above_zero
 from ..harness.statistics import crossovers
-from ..harness.tables import bytes_text, place, seconds_text
+from ..harness.tables import bytes_text, seconds_text
 from . import cases
 from .cases import CASES, Case, Size
 
@@ -80,8 +81,7 @@ class Settings:
             check.integer(what, self.base[what], 2 if what == "T" else 1)
         check.integer("chunk", self.chunk, 1)
         cases.check_backend(self.backend)
-        if not self.budget > 0:
-            raise ValueError(f"budget must be above 0, got {self.budget}")
+        check_above_zero(self, "budget")
         check_device(self.device)
 
     def points(self) -> list[dict[str, int]]:
@@ -185,22 +185,9 @@ def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = 
 
 def run(settings: Settings, path: Path, console: Console) -> list[Record]:
     """`sweep` with progress on `console`; returns the file's records of these settings."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     points = settings.points()
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("memory", total=len(points) * len(settings.algorithms))
-
-        def on_record(made: Record) -> None:
-            progress.update(bar, description=f"memory {place(made)}", advance=1)
-            if made.status == "error":
-                progress.console.print(
-                    f"{place(made)}: {made.status}: {made.message}", highlight=False, soft_wrap=True
-                )
-
-        kept = sweep(settings, path, on_record)
-        progress.update(bar, description="memory", advance=kept)
-    if kept:
-        console.print(f"kept {kept} records measured earlier; --fresh measures them again", highlight=False)
+    total = len(points) * len(settings.algorithms)
+    progress.shown("memory", total, functools.partial(sweep, settings, path), console, tell=("error",))
     wanted = [settings.params(point) for point in points]
     found = record.here(path, "memory", settings.device)
     return [r for r in found if r.params in wanted and r.algorithm in settings.algorithms]

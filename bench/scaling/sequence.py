@@ -89,9 +89,7 @@ class BpttAutograd(_Sequence):
         # the gradients; and for one matrix at a time, what a step adds to its sum, and the new sum
         return sequence_bytes(size, cls.MOST) + 3 * gradient_bytes(size) // 2
 
-    @staticmethod
-    def flop(size: Size) -> float:
-        return size.batch * size.units**2 * (8 + 8 + 8)
+    flop = staticmethod(Bptt.flop)
 
 
 class Tbptt(Case):

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 from ... import _checks as check
 from ...layers.named import RGC
 from ...online.learner import OnlineLearner
-from ..harness import energy, inputs, measure, record
+from ..harness import energy, inputs, measure, progress, record
 from ..harness.device import check_device, failure
 from ..harness.record import Record
-from ..harness.tables import bytes_text, place, seconds_text
+from ..harness.settings import check_above_zero, check_chosen, check_points
+from ..harness.tables import bytes_text, seconds_text
 from ..scaling import cases
 
 FILE = "online.jsonl"
@@ -86,18 +86,11 @@ class Settings:
     budget: float = 120.0
 
     def __post_init__(self) -> None:
-        if not self.forms:
-            raise ValueError(f"forms must name at least one of {', '.join(FORMS)}")
-        for name in self.forms:
-            check.one_of("forms", name, FORMS)
-        for units, batch in self.points:
-            check.integer("hidden", units, 1)
-            check.integer("batch", batch, 1)
+        check_chosen("forms", self.forms, FORMS)
+        check_points(self.points)
         check.integer("steps", self.steps, 100)
         check.integer("chunk", self.chunk, 2)
-        for name in ("scale", "budget"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_above_zero(self, "scale", "budget")
         check_device(self.device)
 
     def params(self, form: str, units: int, batch: int) -> dict[str, Any]:
@@ -273,21 +266,8 @@ def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = 
 
 def run(settings: Settings, path: Path, console: Console) -> list[Record]:
     """`sweep` with progress on `console`; returns the file's records of these settings."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("online", total=len(settings.points) * len(settings.forms))
-
-        def on_record(made: Record) -> None:
-            progress.update(bar, description=f"online {place(made)}", advance=1)
-            if made.status != "ok":
-                progress.console.print(
-                    f"{place(made)}: {made.status}: {made.message}", highlight=False, soft_wrap=True
-                )
-
-        kept = sweep(settings, path, on_record)
-        progress.update(bar, description="online", advance=kept)
-    if kept:
-        console.print(f"kept {kept} records measured earlier; --fresh measures them again", highlight=False)
+    total = len(settings.points) * len(settings.forms)
+    progress.shown("online", total, functools.partial(sweep, settings, path), console)
     wanted = [settings.params(form, *point) for point in settings.points for form in settings.forms]
     return [r for r in record.here(path, "online", settings.device) if r.params in wanted]
 

@@ -42,6 +42,19 @@ def test_an_unknown_command_exits_2(
 @pytest.mark.parametrize(
     ("line", "says"),
     [
+        ("scaling --speed 9", "No such option"),
+        ("scaling --algorithms rfp-dual,magic", "algorithms must be one of 'rfp-step'"),
+        ("scaling --algorithms ''", "algorithms must name at least one of rfp-step"),
+        ("scaling --dtype int8", "dtype must be one of 'float32', 'float64', got 'int8'"),
+        ("scaling --input film", "input must be one of 'photo', 'noise', got 'film'"),
+        ("scaling --backend magic", "backend must be one of"),
+        ("scaling --device tpu", "device must be 'cpu', 'cuda' or 'cuda:<index>', got 'tpu'"),
+        ("scaling --hidden 8,x", "--hidden must be integers, such as 32,64, got '8,x'"),
+        ("scaling --hidden 0", "hidden must be at least 1, got 0"),
+        ("scaling --steps 1", "steps must be at least 2, got 1"),
+        ("scaling --passes 0", "passes must be at least 1, got 0"),
+        ("scaling --budget 0", "budget must be above 0, got 0"),
+        ("scaling --threads -1", "--threads must be at least 0, got -1"),
         ("learn --tasks juggling", "task must be one of 'recall', 'adding', 'lorenz', got 'juggling'"),
         ("learn --rules hebb", "rule must be one of 'rtrl', 'rtrl-heads', 'rfp',"),
         ("learn --rules ,", "rules must name at least one of rtrl"),
@@ -73,7 +86,8 @@ def test_an_unknown_command_exits_2(
 def test_user_errors_exit_2(line: str, says: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(bench, [*shlex.split(line), "--out", str(tmp_path)])
     assert result.exit_code == 2
-    assert says in result.output
+    assert says in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
 
 
 MISSING = """

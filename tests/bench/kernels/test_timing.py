@@ -259,11 +259,17 @@ def test_gpus() -> None:
         roofline.run(Path("never"), "tpu", ((64, 1),))
 
 
-def test_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two kernels, compiled here for a GPU that isn't."""
+@pytest.fixture
+def cuobjdump() -> None:
+    """Skip the test without triton, or where it comes without the program that reads machine code."""
     pytest.importorskip("triton")
     if roofline.static.cuobjdump() is None:
         pytest.skip("this triton comes without cuobjdump")
+
+
+@pytest.mark.usefixtures("cuobjdump")
+def test_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels, compiled here for a GPU that isn't."""
     few = {name: KERNELS[name] for name in ("step-fp32-gradient", "arriving")}
     monkeypatch.setattr(roofline, "KERNELS", few)
     file = tmp_path / roofline.FILE
@@ -284,11 +290,9 @@ def test_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "copy 4.8 TB/s nominal" in str(roofline.tables(made)[1].caption)
 
 
+@pytest.mark.usefixtures("cuobjdump")
 def test_a_prediction_of_a_long_scan_of_few_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By blocks of time, and by one pass: each waits for memory longer than it moves bytes."""
-    pytest.importorskip("triton")
-    if roofline.static.cuobjdump() is None:
-        pytest.skip("this triton comes without cuobjdump")
     monkeypatch.setattr(roofline, "KERNELS", {"scan": KERNELS["scan"]})
     blocks, one = roofline.run(tmp_path / roofline.FILE, "h100", ((64, 1),), 4096)
     assert (blocks.algorithm, one.algorithm) == ("scan", "scan-one-pass")
@@ -303,13 +307,11 @@ def test_a_prediction_of_a_long_scan_of_few_units(tmp_path: Path, monkeypatch: p
     assert one.predicted_seconds == pytest.approx(4096 / 3 * 600e-9)
 
 
+@pytest.mark.usefixtures("cuobjdump")
 def test_a_prediction_of_a_long_dual_form_of_few_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By blocks of time, which read nine numbers of each unit and step twice, and by one pass."""
-    pytest.importorskip("triton")
-    if roofline.static.cuobjdump() is None:
-        pytest.skip("this triton comes without cuobjdump")
     monkeypatch.setattr(roofline, "KERNELS", {"rgc-dual": KERNELS["rgc-dual"]})
     blocks, one = roofline.run(tmp_path / roofline.FILE, "h100", ((64, 1),), 4096)
     assert (blocks.algorithm, one.algorithm) == ("rgc-dual", "rgc-dual-one-pass")
@@ -321,11 +323,9 @@ def test_a_prediction_of_a_long_dual_form_of_few_units(
     assert one.predicted_seconds == pytest.approx(4096 / 3 * 600e-9)
 
 
+@pytest.mark.usefixtures("cuobjdump")
 def test_a_prediction_of_programs_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For each tile of rows and at each barrier; and nothing of what the GPU is too small for."""
-    pytest.importorskip("triton")
-    if roofline.static.cuobjdump() is None:
-        pytest.skip("this triton comes without cuobjdump")
     name = "rgc-forward-persistent"
     monkeypatch.setattr(roofline, "KERNELS", {name: KERNELS[name]})
     file = tmp_path / roofline.FILE

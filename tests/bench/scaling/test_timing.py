@@ -229,31 +229,6 @@ def test_failures_while_running_are_recorded(
     assert rtrl.status == "ok"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--speed", "9"), "No such option"),
-        (("--algorithms", "rfp-dual,magic"), "algorithms must be one of 'rfp-step'"),
-        (("--algorithms", ""), "algorithms must name at least one of rfp-step"),
-        (("--dtype", "int8"), "dtype must be one of 'float32', 'float64', got 'int8'"),
-        (("--input", "film"), "input must be one of 'photo', 'noise', got 'film'"),
-        (("--backend", "magic"), "backend must be one of"),
-        (("--device", "tpu"), "device must be 'cpu', 'cuda' or 'cuda:<index>', got 'tpu'"),
-        (("--hidden", "8,x"), "--hidden must be integers, such as 32,64, got '8,x'"),
-        (("--hidden", "0"), "hidden must be at least 1, got 0"),
-        (("--steps", "1"), "steps must be at least 2, got 1"),
-        (("--passes", "0"), "passes must be at least 1, got 0"),
-        (("--budget", "0"), "budget must be above 0, got 0"),
-        (("--threads", "-1"), "--threads must be at least 0, got -1"),
-    ],
-)
-def test_unknown_options_and_values_exit_2(tmp_path: Path, arguments: Sequence[str], message: str) -> None:
-    code, shown = command("scaling", "--out", tmp_path, *arguments)
-    assert code == 2
-    assert message in " ".join(shown.split())
-    assert not (tmp_path / "scaling.jsonl").exists()
-
-
 def test_fresh_deletes_earlier_records(tmp_path: Path) -> None:
     arguments = (
         "scaling",
