@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from . import weights as weight_ops
-from .two_point import Cell, Linearization, Matrix, Partials, Trajectory, reset_steps_of
+from .two_point import Cell, Linearization, Matrix, Partials, Trajectory
 
 __all__ = [
     "NONLINEARITIES",
@@ -378,7 +378,6 @@ class RGCCell(Cell):
         (product_s, weights_s, s_gates), (product_m, weights_m, m_gates) = (
             _gate_product(*pair, gates[j]) for j, pair in enumerate(_by_state_read(weights))
         )
-        reset_steps = reset_steps_of(resets)
 
         # make the views of all steps before the loop: in a small layer, making one costs as much as a product
         at, u_at, gate_at = states.unbind(1), u.unbind(0), gates.unbind(1)
@@ -387,8 +386,7 @@ class RGCCell(Cell):
         ms_at, sm_at = gates[1, :, :, 1].unbind(0), gates[0, :, :, 1].unbind(0)
         for t in range(steps):
             before, s, m, given = at[t], s_at[t], m_at[t], u_at[t]
-            if t in reset_steps:
-                assert resets is not None
+            if resets is not None:
                 before = before.masked_fill(resets[t, :, None], 0)
                 s, m = before
             product_s(s, weights_s, out=s_gates[t])

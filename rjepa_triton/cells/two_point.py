@@ -29,6 +29,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import weights as weight_ops
 
@@ -235,12 +236,11 @@ class Cell(ABC):
         for nu, initial in enumerate(state):
             states[nu, 0] = initial
         saved = x.new_zeros(steps, batch, len(self.gates), units)
-        reset_steps = reset_steps_of(resets)
         write_pre_activations = _PreActivations(self, weights)
         states_at, saved_at, x_at = states.unbind(1), saved.unbind(0), x.unbind(1)
         for t in range(steps):
             before = states_at[t]
-            if resets is not None and t in reset_steps:
+            if resets is not None:  # at which steps isn't asked: reading that would wait for the device
                 before = before.masked_fill(resets[t, :, None], 0)
             write_pre_activations(before, saved_at[t])
             after = self.update(before.unbind(), saved_at[t].unbind(1), x_at[t].unbind())
@@ -277,10 +277,10 @@ def state_read(matrix: Matrix) -> int:
 
 
 def reset_steps_of(resets: Tensor | None) -> frozenset[int]:
-    """The steps at which any batch row is reset; for a single step always {0}, a superset."""
+    """The steps at which any batch row is reset; for a single step always {0}, a superset. It waits for the device."""
     if resets is None:
         return frozenset()
-    if len(resets) == 1:  # reading the values would wait for the device
+    if len(resets) == 1:
         return frozenset({0})
     return frozenset(resets.any(1).nonzero()[:, 0].tolist())
 
@@ -327,9 +327,15 @@ class _PreActivations:
 def verify(cell: Cell) -> None:
     """Raise ValueError, with the reason, unless `cell` is two-point and its matrices fit its gates and states.
 
-    That F acts on each unit alone is checked numerically: when unit 0 of one argument changes, no other unit's new
-    state may change.
+    That F acts on each unit alone is checked numerically, on the CPU: when unit 0 of one argument changes, no other
+    unit's new state may change. It takes no part in a tensor mode, such as a device or FakeTensorMode, that a layer is
+    made in.
     """
+    with torch.device("cpu"), _disable_current_modes():
+        _verify(cell)
+
+
+def _verify(cell: Cell) -> None:
     name = type(cell).__name__
     for matrix in cell.matrices:
         into, gate = matrix.into

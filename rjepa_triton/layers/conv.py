@@ -14,7 +14,7 @@ from torch.nn.grad import conv2d_weight
 from .. import _checks as check
 from ..backends import operations
 from ..cells.builtin import RGCCell
-from ..cells.two_point import Trajectory, reset_steps_of
+from ..cells.two_point import Trajectory
 from ..rules import rfp
 
 Learning = Literal["rfp", "bptt"]
@@ -88,7 +88,7 @@ class ConvRGC(nn.Module):
             resets = check.mask("resets", resets, x.shape[:2], x.device)
         if self.learning == "rfp":
             s_all, m_all = _Dual.apply(resets, x, s, m, *self.weights())
-            return s_all, (s_all[-1], m_all[-1])
+            return s_all, (s_all[-1].clone(), m_all[-1].clone())  # states with memory of their own
         outputs = []
         for t, now in enumerate(x.unbind(0)):
             if resets is not None:
@@ -107,7 +107,7 @@ class ConvRGC(nn.Module):
         """
         check.shape("x", check.tensor("x", x), ("B", self.channels, "H", "W"))
         s, m = self._advance(x, *self._state(state, x))
-        return s, (s, m)
+        return s, (s.clone(), m)
 
     def _state(self, state: Sequence[Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
         check.like("x", like, "the weights", self.weights()[0])
@@ -163,10 +163,9 @@ class _Dual(torch.autograd.Function):
         states[0, 0], states[1, 0] = s.reshape(batch, units), m.reshape(batch, units)
         gates = x.new_empty(2, steps, batch, 2, units)  # by the state they read, as RGCCell keeps them
         ss, ms, mm, sm = weights
-        reset_steps = reset_steps_of(resets)
         for t in range(steps):
             before = states[:, t]
-            if resets is not None and t in reset_steps:
+            if resets is not None:
                 before = before.masked_fill(resets[t, :, None], 0)
             for source, pair in enumerate(((ss, sm), (mm, ms))):
                 signal = before[source].view(batch, *maps)

@@ -209,7 +209,7 @@ def two_point(
     Args:
         cell: the cell (`cells.two_point.Cell`), which defines the equations.
         x: (J, T, B, N), T ≥ 1: the cell's per-unit inputs, its parameters last; any floating dtype.
-        weights: the K recurrent weights, finite, of x's dtype and device. Each is (N, N), whose row i enters unit i;
+        weights: the K recurrent weights, of x's dtype and device. Each is (N, N), whose row i enters unit i;
             (H, b, b) with H·b = N, the blocks of a block-diagonal matrix; or (N,), a diagonal.
         state: the S initial states, (B, N) each.
         resets: (T, B) bool. True starts a new episode at that step: state and sensitivities of that row are
@@ -227,8 +227,10 @@ def two_point(
             instead, with a warning (`rules.refine.Divergence`).
         forward: how the states are found. The states are the same to the tolerance of `parallel.attempt`, and so are
             the gradients.
-            "sequential"   by a loop over time; always so under torch.compile
-            "parallel"     all steps at once, in rounds (`parallel`). Where these diverge, the loop runs instead, with a
+            "sequential"   by a loop over time; always so under torch.compile, while a CUDA graph is captured, and for
+                           tensors without values (meta, fake)
+            "parallel"     all steps at once, in rounds (`parallel`), each of which waits for the device to tell whether
+                           it is the last. Where these diverge, the loop runs instead, with a
                            warning (`parallel.Divergence`).
             "auto"         in parallel where that is predicted to be faster: for long sequences of a small layer on a
                            GPU, and for an affine cell on the CPU with one thread. Elsewhere, and where the rounds
@@ -245,7 +247,10 @@ def two_point(
     Raises:
         TypeError: for a value that isn't a tensor, and a dtype that isn't floating or differs from x's.
         ValueError: for a wrong shape (T = 0 included), device, learning, refine, forward or backend; a combination of
-            learning and refine that can't run; weights that aren't finite; a backend that can't run here.
+            learning and refine that can't run; a backend that can't run here.
+
+    Values aren't looked at, since reading them would wait for the device: NaN in x or a weight gives NaN. An
+    `OnlineLearner` refuses weights that aren't finite when it is made.
     """
     check.shape("x", check.tensor("x", x), (len(cell.per_unit), "T", "B", "N"))
     check.floating("x", x)
@@ -269,8 +274,12 @@ def two_point(
             x, state[0], state[1], list(weights), resets, learning, rounds, backend, recompute
         )
         return states[0, 1:], states[1, 1:]
-    # how many rounds there are depends on values, which a compiled graph doesn't know
-    mode: parallel.Forward = "sequential" if compiling else forward
+    # how many rounds there are depends on values, which a compiled or captured graph and a fake tensor don't know
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    known = check.values_known(x) and not capturing
+    mode: parallel.Forward = forward if known else "sequential"
+    if not compiling and not check.values_known(x):
+        backend = "torch"  # there is no memory to give to other code
     return _TwoPoint.apply(cell, learning, rounds, backend, mode, recompute, resets, x, *state, *weights)
 
 
@@ -296,7 +305,7 @@ def rgc(
 
     Args:
         x: (T, B, N), T ≥ 1, any floating dtype.
-        weight_ss, weight_ms, weight_mm, weight_sm: finite, of x's dtype and device. Each is (N, N), whose row i enters
+        weight_ss, weight_ms, weight_mm, weight_sm: of x's dtype and device. Each is (N, N), whose row i enters
             unit i; (H, b, b), block-diagonal; or (N,), a diagonal.
         state: (s0, m0), each (B, N); zero if None.
         resets: (T, B) bool. True starts a new episode at that step: state and sensitivities of that row are
@@ -329,7 +338,7 @@ def rgc(
 
 
 def recurrent_weight(name: str, weight: Tensor, units: int, x: Tensor) -> None:
-    """Raise unless `weight` is a finite (N, N), (H, b, b) or (N,) tensor of x's dtype and device."""
+    """Raise unless `weight` is an (N, N), (H, b, b) or (N,) tensor of x's dtype and device."""
     dims = check.tensor(name, weight).dim()
     if dims == 1:
         check.shape(name, weight, (units,), "to match x")
@@ -345,8 +354,6 @@ def recurrent_weight(name: str, weight: Tensor, units: int, x: Tensor) -> None:
     else:
         check.shape(name, weight, (units, units), "or (H, b, b), or (N,), to match x")
     check.like(name, weight, "x", x)
-    if not torch.compiler.is_compiling():  # a compiled graph can't branch on values
-        check.finite(name, weight)
 
 
 def state_tuple(state: object, names: Sequence[str]) -> tuple[Tensor, ...]:

@@ -18,6 +18,8 @@ from . import functional, parallel
 Recurrence = Literal["dense", "diagonal"]
 Init = Literal["zeros", "uniform"]
 State = Tensor | tuple[Tensor, ...]
+Device = torch.device | str | None
+Dtype = torch.dtype | None
 
 
 class TwoPointRNN(nn.Module):
@@ -67,8 +69,8 @@ class TwoPointRNN(nn.Module):
         init: Init = "uniform",
         bias: bool = True,
         batch_first: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__()
         if not isinstance(cell, Cell):
@@ -210,7 +212,8 @@ class TwoPointRNN(nn.Module):
             resets: bool, of x's shape without F: True starts a new episode at that step.
 
         Returns:
-            the output, in x's layout with N features; and the last state, in the form of `state`.
+            the output, in x's layout with N features; and the last state, in the form of `state`, which has memory of
+            its own.
 
         The gradients of all parameters, x and state are those of `learning`. Under autocast everything runs in the
         parameters' own dtype, since gates are sums over many units, and states over many steps. Raises TypeError or
@@ -259,9 +262,11 @@ class TwoPointRNN(nn.Module):
         )
         output = self.readout([states[nu] for nu in self.cell.outputs], x)
         output = output if time_first else output.transpose(0, 1)
-        last = tuple(value[-1] for value in states)
+        # copies, with memory of their own: a state that is kept or saved keeps no sequence, and the caller may change
+        # it or the output
+        last = tuple((value[-1] if batched else value[-1, 0]).clone() for value in states)
         if not batched:
-            output, last = output[:, 0], tuple(value[0] for value in last)
+            output = output[:, 0]
         return output, last if len(last) > 1 else last[0]
 
     def exactness(self) -> Exactness:

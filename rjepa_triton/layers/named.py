@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..cells import builtin as cells
 from ..cells.builtin import Nonlinearity
-from .layer import Init, TwoPointRNN
+from .layer import Device, Dtype, Init, TwoPointRNN
 
 __all__ = ["CTRNN", "ELSTM", "GRU", "LRU", "LSTM", "RGC", "RNN", "IndRNN", "TimeDecay", "TwoPointRNN"]
 
@@ -29,8 +29,16 @@ class RGC(TwoPointRNN):
     Parameters: weight_ss, weight_ms, weight_mm, weight_sm; weight_in and bias with input_size.
     """
 
-    def __init__(self, hidden_size: int, *, init: Init = "zeros", **options: Any) -> None:
-        super().__init__(cells.RGCCell(), hidden_size, init=init, **options)
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        init: Init = "zeros",
+        device: Device = None,
+        dtype: Dtype = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(cells.RGCCell(), hidden_size, init=init, device=device, dtype=dtype, **options)
 
 
 class _TorchWeights(TwoPointRNN):
@@ -78,9 +86,23 @@ class RNN(_TorchWeights):
     """
 
     def __init__(
-        self, input_size: int, hidden_size: int, nonlinearity: Nonlinearity = "tanh", **options: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        nonlinearity: Nonlinearity = "tanh",
+        *,
+        device: Device = None,
+        dtype: Dtype = None,
+        **options: Any,
     ) -> None:
-        super().__init__(cells.ElmanCell(nonlinearity), hidden_size, input_size=input_size, **options)
+        super().__init__(
+            cells.ElmanCell(nonlinearity),
+            hidden_size,
+            input_size=input_size,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
 
 
 class IndRNN(TwoPointRNN):
@@ -90,10 +112,25 @@ class IndRNN(TwoPointRNN):
     """
 
     def __init__(
-        self, input_size: int, hidden_size: int, nonlinearity: Nonlinearity = "relu", **options: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        nonlinearity: Nonlinearity = "relu",
+        *,
+        device: Device = None,
+        dtype: Dtype = None,
+        **options: Any,
     ) -> None:
         cell = cells.ElmanCell(nonlinearity)
-        super().__init__(cell, hidden_size, input_size=input_size, recurrence="diagonal", **options)
+        super().__init__(
+            cell,
+            hidden_size,
+            input_size=input_size,
+            recurrence="diagonal",
+            device=device,
+            dtype=dtype,
+            **options,
+        )
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -113,9 +150,19 @@ class CTRNN(TwoPointRNN):
         hidden_size: int,
         alpha: float = 0.1,
         nonlinearity: Nonlinearity = "tanh",
+        *,
+        device: Device = None,
+        dtype: Dtype = None,
         **options: Any,
     ) -> None:
-        super().__init__(cells.LeakyCell(alpha, nonlinearity), hidden_size, input_size=input_size, **options)
+        super().__init__(
+            cells.LeakyCell(alpha, nonlinearity),
+            hidden_size,
+            input_size=input_size,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
 
 
 class LSTM(_TorchWeights):
@@ -125,8 +172,12 @@ class LSTM(_TorchWeights):
     N), weight_in_<g> (N, I), bias_<g> (N,) for the gates g = i, f, g, o. Other arguments: `TwoPointRNN`.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
-        super().__init__(cells.LSTMCell(), hidden_size, input_size=input_size, **options)
+    def __init__(
+        self, input_size: int, hidden_size: int, *, device: Device = None, dtype: Dtype = None, **options: Any
+    ) -> None:
+        super().__init__(
+            cells.LSTMCell(), hidden_size, input_size=input_size, device=device, dtype=dtype, **options
+        )
 
 
 class GRU(_TorchWeights):
@@ -137,8 +188,25 @@ class GRU(_TorchWeights):
     arguments: `TwoPointRNN`.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, *, bias: bool = True, **options: Any) -> None:
-        super().__init__(cells.GRUCell(bias), hidden_size, input_size=input_size, bias=bias, **options)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        bias: bool = True,
+        device: Device = None,
+        dtype: Dtype = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            cells.GRUCell(bias),
+            hidden_size,
+            input_size=input_size,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
 
     def _from_torch(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours = super()._from_torch(theirs)
@@ -157,9 +225,17 @@ class ELSTM(TwoPointRNN):
     their gradient is that of the step itself, which is exact. The state is c. Other arguments: `TwoPointRNN`.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
+    def __init__(
+        self, input_size: int, hidden_size: int, *, device: Device = None, dtype: Dtype = None, **options: Any
+    ) -> None:
         super().__init__(
-            cells.ELSTMCell(), hidden_size, input_size=input_size, recurrence="diagonal", **options
+            cells.ELSTMCell(),
+            hidden_size,
+            input_size=input_size,
+            recurrence="diagonal",
+            device=device,
+            dtype=dtype,
+            **options,
         )
         like = self.get_parameter("weight_in_f")
         factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
@@ -178,8 +254,18 @@ class TimeDecay(TwoPointRNN):
     bias, and tau (N,), which is drawn from U(0, 1). Other arguments: `TwoPointRNN`.
     """
 
-    def __init__(self, input_size: int | None, hidden_size: int, **options: Any) -> None:
-        super().__init__(cells.TimeDecayCell(), hidden_size, input_size=input_size, **options)
+    def __init__(
+        self,
+        input_size: int | None,
+        hidden_size: int,
+        *,
+        device: Device = None,
+        dtype: Dtype = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            cells.TimeDecayCell(), hidden_size, input_size=input_size, device=device, dtype=dtype, **options
+        )
 
 
 class LRU(TwoPointRNN):
@@ -204,10 +290,12 @@ class LRU(TwoPointRNN):
         r_min: float = 0.9,
         r_max: float = 0.999,
         max_phase: float = 2 * math.pi,
+        device: Device = None,
+        dtype: Dtype = None,
         **options: Any,
     ) -> None:
         cell = cells.LRUCell(nonlinearity, r_min, r_max, max_phase)
-        super().__init__(cell, hidden_size, input_size=input_size, **options)
+        super().__init__(cell, hidden_size, input_size=input_size, device=device, dtype=dtype, **options)
         like = self.get_parameter("nu")
         factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.output_re = nn.Linear(hidden_size, hidden_size, bias=False, **factory)

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from ..cells import weights as weight_ops
 from ..cells.two_point import Linearization, Matrix, Trajectory, state_read
 from .rounding import round_stochastically
@@ -155,7 +156,7 @@ def emptied(trajectory: Trajectory, delta: Tensor | Sequence[Tensor | None]) -> 
     if trajectory.resets is None:
         return trajectory
     dead = without_credit(trajectory.resets, delta)
-    if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():
+    if dead.device.type == "cpu" and check.values_known(dead) and not dead.any():
         return trajectory
     states = trajectory.states.clone()
     states[:, :-1].masked_fill_(dead[..., None], 0)
