@@ -6,7 +6,8 @@ import os
 # threads that wait for a core cost more than they bring. Read when torch is first imported.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-_ASKED = int(os.environ.get("OMP_NUM_THREADS", "2"))  # by the user, or in a worker by the process that started it
+# By the user, or in a worker by the process that started it.
+_ASKED = int(os.environ.get("OMP_NUM_THREADS", "2"))
 os.environ["OMP_NUM_THREADS"] = str(max(1, min(_ASKED, 2, _CORES // _WORKERS)))
 
 import pytest  # noqa: E402

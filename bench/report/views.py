@@ -32,7 +32,7 @@ def of(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def tables(records: Sequence[Record]) -> list[Table]:
     """The tables of all benchmarks in `records`. Raises ValueError if no benchmark with a view is among them."""
-    found = []
+    found: list[Table] = []
     for name, mine in of(records).items():
         with named_errors(mine):
             found += VIEWS[name].tables(mine)

@@ -216,7 +216,7 @@ def _boolean(name: str, value: object) -> bool:
 def _list(name: str, value: object) -> list[Any]:
     if type(value) not in (list, tuple):
         raise TypeError(f"state's {name} must be a list, got {type(value).__name__}")
-    return list(value)  # type: ignore[call-overload, no-any-return]
+    return list(value)  # type: ignore[call-overload]
 
 
 def _tensor(

@@ -97,6 +97,6 @@ def _plain(file: Path, image: Image.Image) -> Image.Image:
         )
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             raise VideoError(f"{file}: it has transparent pixels; save it as it was shown, without them")
     return image.convert("RGB")

@@ -358,18 +358,20 @@ def _check_missing(
         value = columns[key][i].as_py()
         return f": the cell holds {value!r}" if value is not None and str(value).strip() else ""
 
+    def nameless(key: str) -> Callable[[int], str]:
+        return lambda i: f"has no {key}{held(key, i)}"
+
+    def numberless(key: str) -> Callable[[int], str]:
+        return lambda i: f"{key} is missing or not finite{held(key, i)}"
+
     for key, names in (("participant", participant), ("movie", movie)):
-        state.mark(names == "", f"{key} missing", lambda i, key=key: f"has no {key}{held(key, i)}")
+        state.mark(names == "", f"{key} missing", nameless(key))
     for key, (_, texts) in numbers.items():
         state.mark_each("not a number", {i: f"{key} is {text!r}" for i, text in texts.items()})
     for kind, keys in (("time", ("onset", "offset", "duration")), ("position", ("x", "y"))):
         for key in keys:
             if key in numbers:
-                state.mark(
-                    ~np.isfinite(numbers[key][0]),
-                    f"{kind} missing",
-                    lambda i, key=key: f"{key} is missing or not finite{held(key, i)}",
-                )
+                state.mark(~np.isfinite(numbers[key][0]), f"{kind} missing", numberless(key))
 
 
 def _times(
