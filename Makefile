@@ -26,8 +26,10 @@ QUICK := test_house.py cells rules/test_rfp.py rules/test_rounding.py backends/t
 quick: lint typecheck
 	$(PYTEST) -q $(addprefix tests/,$(QUICK))
 
-# On a machine with a GPU whose own python has torch, triton and what the extra `test` names: tests of what runs on
-# the GPU, kernels against the roofline, scaling, plots, in under nine minutes, into $(OUT). Exits 2 without a GPU.
+# On a machine with a GPU whose own python has torch, triton and what the extra `test` names: every kernel once, tests
+# of what runs on the GPU, kernels against the roofline, scaling, plots, in at most seven minutes. $(OUT) gets a page, a
+# summary and an archive, renewed after each stage; a rerun goes on. Exits 2 without a GPU; REHEARSE=1 runs all of it on
+# the CPU, with stand-ins.
 gpu-check:
 	$(PYTHON) -m rjepa_triton.bench.report.gpu_check --out $(OUT)
 

@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from rich.errors import ConsoleError
 
 from ... import _files
 from ..._device import device_name as device_name
+from . import clocks
 
 SCHEMA = 3
 # Schema 1 has timings without intervals and yardsticks; schema 2 without samples, and with one time of each yardstick.
@@ -218,9 +219,13 @@ def here(path: Path, benchmark: str, device: str) -> list[Record]:
 def append(path: Path, record: Record) -> None:
     """Add a record to the file as one line, and sync it. If that fails, the file stays as it was.
 
+    A record of what a GPU has just done gets the GPU's clocks as payload["clocks"] (`clocks.now`).
+
     What an interrupted write left after the last newline is cut off first, with a warning. Raises OSError if the line
     can't be written whole.
     """
+    if record.params.get("device") == "cuda" and torch.cuda.is_available():
+        record = replace(record, payload={**record.payload, "clocks": clocks.now("cuda")})
     line = (json.dumps(asdict(record), sort_keys=True, allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:

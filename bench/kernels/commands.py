@@ -26,6 +26,7 @@ def kernels_command(
     which: Annotated[str, typer.Option("--kernels", help="Which kernels, with commas between.")] = ",".join(
         cases.KERNELS
     ),
+    by: Annotated[str, typer.Option(help="By what each is run, with commas between.")] = ",".join(cases.BY),
     device: options.Device = "auto",
     threads: options.Threads = 0,
     seed: options.Seed = 0,
@@ -43,6 +44,7 @@ def kernels_command(
             default=kernels.POINTS[torch.device(where).type],
         ),
         kernels=options.names(which),
+        by=options.names(by),
         steps=steps,
         device=where,
         seed=check.integer("--seed", seed, 0),

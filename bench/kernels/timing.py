@@ -37,7 +37,10 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8, "tf32": 2.0**-9}
 
 @dataclass(frozen=True)
 class Settings:
-    """Kernels at points (N, B). steps: T of the scans; case_seconds: for how long each runner is sampled at least."""
+    """Kernels at points (N, B).
+
+    steps: T of the scans; case_seconds: for how long each runner is sampled at least; by: which runners.
+    """
 
     points: tuple[tuple[int, int], ...]
     kernels: tuple[str, ...] = tuple(KERNELS)
@@ -45,9 +48,11 @@ class Settings:
     device: str = "cpu"
     seed: int = 0
     case_seconds: float = 0.3
+    by: tuple[str, ...] = BY
 
     def __post_init__(self) -> None:
         check_chosen("kernels", self.kernels, KERNELS)
+        check_chosen("by", self.by, BY)
         check_points(self.points)
         check.integer("steps", self.steps, 2)
         check_above_zero(self, "case_seconds")
@@ -187,7 +192,7 @@ def sweep(settings: Settings, path: Path, on_record: Callable[[Record], None] = 
             if not _fits(kernel, units, device):
                 continue
             missing = {}
-            for by in kernel.runners(device):
+            for by in [by for by in kernel.runners(device) if by in settings.by]:
                 params = settings.params(kernel, by, units, batch)
                 common = {**shared, "algorithm": f"{name}/{by}", "params": params}
                 if record.key(Record(status="ok", time="", **common)) in done:
