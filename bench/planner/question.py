@@ -14,6 +14,7 @@ from ...layers.layer import TwoPointRNN
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 GAMMA_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+MOST = 10**9  # of each size: the bytes of larger matrices have no number of 64 bits
 # What makes a layer, by name, from (I, N, options of TwoPointRNN). Only an RGC can do without input weights (I = None).
 CELLS: dict[str, Callable[..., TwoPointRNN]] = {
     "rgc": lambda size, units, **options: nn.RGC(units, input_size=size, **options),
@@ -54,12 +55,12 @@ class Question:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        check.integer("hidden", self.hidden, 1)
-        check.integer("batch", self.batch, 1)
-        check.integer("chunk", self.chunk, 1)
-        for name, value in (("steps", self.steps), ("input_size", self.input_size)):
-            if value is not None:
+        for name in ("hidden", "batch", "chunk", "steps", "input_size"):
+            value = getattr(self, name)
+            if value is not None or name in ("hidden", "batch", "chunk"):
                 check.integer(name, value, 1)
+                if value > MOST:
+                    raise ValueError(f"{name} must be at most {MOST:,}, got {value:,}")
         check.one_of("cell", self.cell, CELLS)
         check.one_of("dtype", self.dtype, DTYPES)
         if self.gamma_dtype is not None:

@@ -15,12 +15,20 @@ from ..scaling import timing as scaling
 from . import gpu_check, page, suite, views
 
 
+def _records(file: Path) -> list[record.Record]:
+    """The records of a file. Raises ValueError if it has none."""
+    found = record.load(file)
+    if not found:
+        raise ValueError(f"{file} has no records")
+    return found
+
+
 def table_command(
     file: Annotated[Path, typer.Argument(help="Records of any benchmark.")] = options.OUT / scaling.FILE,
     markdown: options.Markdown = False,
 ) -> None:
     """Print the tables of a file of records."""
-    print_tables(views.tables(record.load(file)), markdown)
+    print_tables(views.tables(_records(file)), markdown)
 
 
 def plot_command(
@@ -34,7 +42,7 @@ def plot_command(
     ] = None,
 ) -> None:
     """Draw what a file of records shows, as PNG and SVG."""
-    records = record.load(file)
+    records = _records(file)
     if batch:
         check.one_of("--batch", batch, sorted({r.params["B"] for r in records if r.benchmark == "scaling"}))
         records = [r for r in records if r.benchmark == "scaling" and r.params["B"] == batch]
@@ -53,7 +61,7 @@ def compare_command(
     ] = compare.FLOOR,
 ) -> None:
     """Show what became faster or slower from A to B by more than noise explains; versions may differ."""
-    found = compare.compare(record.load(a), record.load(b), floor)
+    found = compare.compare(_records(a), _records(b), floor)
     show([compare.table(found)])
     for file, only in ((a, found.only_a), (b, found.only_b)):
         for r in only:
@@ -106,7 +114,12 @@ def report_command(
 
 
 def gpu_check_command(
-    out: Annotated[Path, typer.Option(help="Folder of logs, records, plots and summary.json.")] = options.OUT,
+    out: Annotated[
+        Path, typer.Option(help="Folder of results.md, summary.json, results.tar.gz.")
+    ] = options.OUT,
 ) -> None:
-    """Run tests and benchmarks on a GPU, from a checkout, in under 9 minutes. Exit code 2 without a GPU."""
+    """Run tests and benchmarks on a GPU, from a checkout, in at most 7 minutes. Exit code 2 without a GPU.
+
+    A rerun into the same folder goes on where the last one stopped. REHEARSE=1 runs all of it on the CPU.
+    """
     raise typer.Exit(gpu_check.check(out))

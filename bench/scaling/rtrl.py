@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -81,5 +82,6 @@ class RtrlHeads(Rtrl):
 
 def head_size(units: int) -> int:
     """b: the divisor of N nearest to √N on a logarithmic scale; of two equally near, the smaller."""
-    sizes = [b for b in range(1, units + 1) if units % b == 0]
+    small = [b for b in range(1, math.isqrt(units) + 1) if units % b == 0]
+    sizes = [*small, *(units // b for b in reversed(small))]
     return min(sizes, key=lambda b: max(b * b / units, units / (b * b)))

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,7 @@ def test_an_unknown_command_exits_2(
         ("memory --steps 1", "T must be at least 2, got 1"),
         ("memory --hidden ''", "the sweep of N must have at least one value"),
         ("memory --algorithms bptt,x", "algorithms must be one of"),
+        ("kernels --by magic", "by must be one of 'triton', 'torch', 'compile', got 'magic'"),
         ("online --forms stop", "forms must be one of"),
         ("online --steps 9", "steps must be at least 100, got 9"),
         ("online --hidden x", "--hidden must be integers"),
@@ -88,6 +90,35 @@ def test_user_errors_exit_2(line: str, says: str, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert says in " ".join(result.output.split())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "line", ["compare a.jsonl b.jsonl", "compare b.jsonl a.jsonl", "table a.jsonl", "plot a.jsonl"]
+)
+def test_a_file_without_records_is_refused(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        Path(name).touch()
+    result = CliRunner().invoke(bench, line.split())
+    assert result.exit_code == 2
+    assert f"{line.split()[1]} has no records" in result.output
+
+
+def test_sizes_of_a_plan_without_end(tmp_path: Path) -> None:
+    """At once, and refused where no number of 64 bits tells the bytes."""
+    begin = time.monotonic()
+    for option in ("hidden", "batch", "steps", "chunk", "input-size"):
+        size = {"hidden": "64", option: "1000000001"}
+        line = ["plan", "--device", "h100", *(part for name, n in size.items() for part in (f"--{name}", n))]
+        result = CliRunner().invoke(bench, line)
+        assert result.exit_code == 2
+        assert f"{option.replace('-', '_')} must be at most 1,000,000,000, got 1,000,000,001" in result.output
+    result = CliRunner().invoke(bench, ["plan", "--device", "h100", "--hidden", "1000000000"])
+    assert result.exit_code == 0
+    assert "nothing fits" in result.output
+    assert time.monotonic() - begin < 60
 
 
 MISSING = """
