@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._device import autocast_is_on, without_autocast
 from ..backends.descent import Descent
 from ..layers.layer import TwoPointRNN
 from .past import Past, Record
@@ -34,9 +35,26 @@ class PendingBackward:
 
         grads: of the cell's outputs, (C, B, N) or None each. later_credit (S, B, N) or None: from the chunk's later
         calls. input_weights: the weights that read the layer's input, as the steps ran with them; None: the input
-        needs no gradient. With lr the weights take their step and get None. The port's is None but in a chunk.
+        needs no gradient. With lr the weights take their step and get None. The port's is None but in a chunk. Runs in
+        the layer's dtype, also where autocast is on.
         """
         before = self.record.block.lin.before
+        if autocast_is_on(before.device):
+            with without_autocast(before.device):
+                return self.gradients(grads, later_credit, input_weights)
+        self.past.enter()
+        try:
+            return self._gradients(before, grads, later_credit, input_weights)
+        finally:
+            self.past.leave()
+
+    def _gradients(
+        self,
+        before: Tensor,
+        grads: Sequence[Tensor | None],
+        later_credit: Tensor | None,
+        input_weights: Sequence[Tensor] | None,
+    ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
         delta = before.new_zeros(before.shape)
         for nu, grad in zip(self.layer.cell.outputs, grads, strict=True):
             if grad is not None:

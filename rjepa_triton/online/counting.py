@@ -164,9 +164,11 @@ class _Count:
                 gates = [sum(parts[1:], parts[0]) for parts in entering]
                 state = list(self.cell.update(state, gates, self.x[:, t].unbind()))
                 outputs.append(state[self.cell.outputs[0]])
-            torch.autograd.grad(
-                torch.stack(outputs), weights, torch.zeros(steps, 1, UNITS), allow_unused=True
-            )
+            output = torch.stack(outputs)
+            if (
+                output.requires_grad
+            ):  # not where a cell's own partials alone pass on credit, as through a threshold
+                torch.autograd.grad(output, weights, torch.zeros(steps, 1, UNITS), allow_unused=True)
 
     def _kept(self, steps: int) -> int:
         """How many arrays of one step's shape autograd keeps of that loop, without the inputs."""

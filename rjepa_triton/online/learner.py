@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -21,8 +20,19 @@ from .autograd import PendingBackward, Steps
 from .compiled import CompiledCalls, refuse_while_compiling
 from .cuda_graph import Capture, Graphed, GraphedStep
 from .cuda_graph import cuda_graph as capture_cuda_graph
-from .options import ONLY_FORM, Form, Learning, Options, check_options, choose_form
+from .options import (
+    ONLY_FORM,
+    Form,
+    Learning,
+    Options,
+    check_options,
+    choose_form,
+    learning_rate,
+    refuse_distributed,
+    refuse_hooks,
+)
 from .past import Past, full_credit
+from .readout import has_readout, readout
 from .sensitivity import Exact, NoSensitivity, PerUnit, RankOne, Sensitivity
 from .tape import Block, recorded
 
@@ -139,6 +149,8 @@ class OnlineLearner:
         self.learning, self.credit, self._refine = options.learning, options.credit, options.refine
         self.update_every, self.horizon = options.update_every, options.horizon
         self.gamma_rounding = options.gamma_rounding
+        self._has_readout = has_readout(layer)
+        self._fresh = True  # no step has run
         self._reads_input = any(matrix.reads == "input" for matrix in layer.matrices)
         self._asked_rewrite_every = options.rewrite_every
         self._choice = choose_form(layer, options)
@@ -151,7 +163,10 @@ class OnlineLearner:
             self._lr = self._state.new_zeros(1)  # a tensor, which captured steps read in place
             self.lr = lr
         self._graph: GraphedStep | None = None
+        # Whether weights must be the layer's parameters themselves: they are changed in place, or read by address.
+        self._fixed = lr is not None or cuda_graph
         if cuda_graph:
+            self._refuse_parametrized()
             if self._state.device.type != "cuda":
                 raise ValueError(
                     f"cuda_graph=True needs a layer on a CUDA or ROCm device, got {self._state.device}"
@@ -247,9 +262,7 @@ class OnlineLearner:
             raise ValueError(
                 f"lr can't be set to {value} in a learner that was made without it: OnlineLearner(..., lr=…)"
             )
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"lr must be a finite number ≥ 0, got {value!r}")
-        self._lr.fill_(value)
+        self._lr.fill_(learning_rate(value, self._lr.dtype))
 
     @property
     def lag(self) -> int:
@@ -284,21 +297,29 @@ class OnlineLearner:
         """
         if isinstance(x, Tensor) and autocast_is_on(x.device):
             with without_autocast(x.device):
-                return self.step(x.to(self._state.dtype))
+                return self._step(x.to(self._state.dtype), self._has_readout)
+        return self._step(x, self._has_readout and self.lag > 0)
+
+    def _step(self, x: Tensor, one_node: bool) -> Tensor:
+        """As `step`, without autocast. one_node: whether the layer's readout is a node of its own (`readout`)."""
         self._check_input(x, (self.batch_size,))
         if torch.compiler.is_compiling():
             if self.form == "chunk":
                 raise ValueError("form='chunk' runs by chunk() under torch.compile, got step()")
             return self._run_compiled(x[None], None)[0]
         if self._graph is not None:
-            outputs = Graphed.apply(self._graph, self._forget, x, *self.layer.weights())
-            self._forget, self._forget_all = None, False
-            return self.layer.readout(outputs, x)
+            self._past.enter()
+            try:
+                outputs = Graphed.apply(self._graph, self._forget, x, *self.layer.weights())
+                self._forget, self._forget_all = None, False
+            finally:
+                self._past.leave()
+            return self._readout(outputs, x, one_node)
         if self.form == "step":
-            return self._run(x[None], None, None)[0][0]
+            return self._run(x[None], None, None, one_node)[0][0]
         if self.form == "chunk":
             self._check_chunk_weights()
-        output, port = self._run(x[None], None, self._port)
+        output, port = self._run(x[None], None, self._port, one_node)
         self._position = (self._position + 1) % self.update_every
         self._past.mid_chunk = self._position > 0
         self._port = port if self._position and self.form == "chunk" else None
@@ -313,7 +334,11 @@ class OnlineLearner:
         """
         if isinstance(x, Tensor) and autocast_is_on(x.device):
             with without_autocast(x.device):
-                return self.chunk(x.to(self._state.dtype), resets)
+                return self._chunk(x.to(self._state.dtype), resets, self._has_readout)
+        return self._chunk(x, resets, self._has_readout and self.lag > 0)
+
+    def _chunk(self, x: Tensor, resets: Tensor | None, one_node: bool) -> Tensor:
+        """As `chunk`, without autocast. one_node: as in `_step`."""
         if self._graph is not None:
             raise ValueError("chunk() can't go with cuda_graph=True, which captures one step: call step()")
         self._check_input(x, ("C", self.batch_size))
@@ -322,13 +347,25 @@ class OnlineLearner:
         if torch.compiler.is_compiling():
             return self._run_compiled(x, resets)
         self._position, self._port, self._past.mid_chunk = 0, None, False
-        return self._run(x, resets, None)[0]
+        return self._run(x, resets, None, one_node)[0]
 
     def _check_input(self, x: Tensor, leading: tuple[int | str, ...]) -> None:
+        refuse_hooks(self.layer)
+        if self._fixed and "parametrizations" in self.layer._modules:
+            self._refuse_parametrized()
         check.shape("x", check.tensor("x", x), (*leading, self.layer.fan_in), "to match the learner")
         weight = self.layer.weights()[0]
         check.like("x", x, "the layer", weight)
         check.like("the layer", weight, "the learner", self._state)
+
+    def _refuse_parametrized(self) -> None:
+        """Raise ValueError if a weight has become another than the parameter that the learner changes or reads."""
+        for matrix, weight in zip(self.layer.matrices, self.layer.weights(), strict=True):
+            if not isinstance(weight, torch.nn.Parameter):
+                raise ValueError(
+                    f"lr and cuda_graph=True go with weights that are parameters, and {matrix.name} is computed from "
+                    "others by now: make a new OnlineLearner without them"
+                )
 
     def _check_chunk_weights(self) -> None:
         versions = tuple(weight._version for weight in self.layer.weights())
@@ -339,11 +376,23 @@ class OnlineLearner:
             )
         self._versions = versions
 
-    def _run(self, x: Tensor, resets: Tensor | None, port: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _run(
+        self, x: Tensor, resets: Tensor | None, port: Tensor | None, one_node: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Outputs (C, B, N) of x (C, B, F), and the credit port for the chunk's next call, if any."""
-        resets = self._before_steps(x, resets)
-        port, *outputs = Steps.apply(self.advance, resets, x, port, *self.layer.weights())
-        return self.layer.readout(outputs, x), port
+        self._past.enter()
+        try:
+            if self._fresh:
+                refuse_distributed(self.layer)
+                self._fresh = False
+            resets = self._before_steps(x, resets)
+            port, *outputs = Steps.apply(self.advance, resets, x, port, *self.layer.weights())
+        finally:
+            self._past.leave()
+        return self._readout(outputs, x, one_node), port
+
+    def _readout(self, outputs: Sequence[Tensor], x: Tensor, one_node: bool) -> Tensor:
+        return readout(self.layer, outputs, x, self.lag > 0) if one_node else self.layer.readout(outputs, x)
 
     def _before_steps(self, x: Tensor, resets: Tensor | None) -> Tensor | None:
         """Fold what no later loss may reach, and keep the weights if they are needed.
@@ -415,8 +464,12 @@ class OnlineLearner:
     def operate(self, x: Tensor, resets: Tensor | None) -> list[Tensor]:
         """What the operator `learner_steps` runs: the cell's outputs (C, B, N) of x (C, B, F), and the call's clock."""
         self._position, self._port, self._past.mid_chunk = 0, None, False
-        resets = self._before_steps(x, resets)
-        pending, outputs, input_weights = self.advance(x, resets, False, self.layer.weights())
+        self._past.enter()
+        try:
+            resets = self._before_steps(x, resets)
+            pending, outputs, input_weights = self.advance(x, resets, False, self.layer.weights())
+        finally:
+            self._past.leave()
         return [*outputs, self._compiled.add(pending, input_weights, self.lag)]
 
     def operator_gradients(self, call: int, grads: Sequence[Tensor]) -> list[Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _checks as check
 from .._device import available_bytes
@@ -76,12 +78,14 @@ def check_options(
 ) -> Options:
     """The arguments of `OnlineLearner`, checked one by one and together, and the layer's weights.
 
-    `backend` is left to what chooses a backend, and the value of `lr` to the learner's setter.
+    `backend` is left to what chooses a backend.
 
     Raises TypeError or ValueError, naming the argument; for a combination that can't run, the nearest that can.
     """
     if not isinstance(layer, TwoPointRNN):
         raise TypeError(f"layer must be a recurrent layer such as RGC, got {type(layer).__name__}")
+    refuse_hooks(layer)
+    refuse_distributed(layer)
     check.integer("batch_size", batch_size, 1)
     check.integer("update_every", update_every, 1)
     check.one_of("form", form, FORMS)
@@ -99,8 +103,14 @@ def check_options(
     check.one_of("gamma_rounding", gamma_rounding, ROUNDINGS)
     if gamma_rounding == "stochastic":
         allowed = _form_of_stochastic_rounding(rule, allowed, gamma_dtype)
+    check.integer("seed", seed, -(2**63))
+    if seed >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {seed}")
+    if not isinstance(cuda_graph, bool):
+        raise TypeError(f"cuda_graph must be a bool, got {type(cuda_graph).__name__}")
     weights = layer.weights()
     if lr is not None:
+        learning_rate(lr, weights[0].dtype)
         allowed = _form_of_lr(allowed, lag, update_every, layer.matrices, weights)
     check.floating("layer", weights[0], (torch.float64, torch.float32))
     for matrix, weight in zip(layer.matrices, weights, strict=True):
@@ -124,6 +134,52 @@ def check_options(
         seed=seed,
         cuda_graph=cuda_graph,
     )
+
+
+def learning_rate(value: object, dtype: torch.dtype) -> float:
+    """`value` as η. Raises ValueError unless it is a number ≥ 0 that `dtype` can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"lr must be a finite number ≥ 0, got {value!r}")
+    if value > torch.finfo(dtype).max:
+        shown = repr(value) if isinstance(value, float) else f"an int of {value.bit_length()} bits"
+        raise ValueError(f"lr must be a finite number of the layer's dtype, {dtype}, got {shown}")
+    return float(value)
+
+
+# Where torch keeps a module's hooks; a learner runs the layer's parts, and not the layer's own forward().
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def refuse_hooks(layer: TwoPointRNN) -> None:
+    """Raise ValueError if the layer has hooks, which a learner's steps would not run."""
+    if not (
+        layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+    ):
+        return
+    names = [
+        f"{getattr(hook, '__name__', type(hook).__name__)} in {kind}"
+        for kind in _HOOKS
+        for hook in getattr(layer, kind).values()
+    ]
+    raise ValueError(
+        f"layer must have no hooks on its forward or backward pass, which an OnlineLearner doesn't run, got "
+        f"{', '.join(names)}; remove them, and compute weights by torch.nn.utils.parametrize instead"
+    )
+
+
+def refuse_distributed(layer: TwoPointRNN) -> None:
+    """Raise ValueError if the layer is in a DistributedDataParallel, which a learner's backward pass goes around."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    for each in gc.get_objects():
+        if issubclass(type(each), DistributedDataParallel) and any(m is layer for m in each.modules()):
+            raise ValueError(
+                "layer must not be in a DistributedDataParallel, which would not reduce the gradients of an "
+                "OnlineLearner: give the learner a layer that isn't wrapped, and reduce .grad between the processes "
+                "before the optimizer's step"
+            )
 
 
 def _rule(layer: TwoPointRNN, learning: str | None) -> str:
@@ -199,6 +255,11 @@ def _form_of_lr(
                 f"lr goes with {name}={wanted}: backward() changes the weights, got {name}={value}"
             )
     for matrix, weight in zip(matrices, weights, strict=True):
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"lr goes with weights that are parameters: {matrix.name} is computed from others, by a "
+                "parametrization or a hook, and backward() would change the result, not these; use an optimizer"
+            )
         if not weight.is_contiguous():
             raise ValueError(
                 f"lr goes with contiguous weights, got {matrix.name} with strides {weight.stride()}"

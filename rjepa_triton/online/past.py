@@ -18,6 +18,7 @@ S×S block M of the Jacobian, or through the full Jacobian, which needs the weig
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -113,6 +114,7 @@ class Past:
         self.scan_backend = scan_backend
         self.sensitivity = sensitivity
         self.mid_chunk = False
+        self._in_use = threading.Lock()
         self.begin(0)
 
     def begin(self, now: int) -> None:
@@ -126,8 +128,24 @@ class Past:
         self._epoch = object()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: without the records, whose backward passes belong to this past."""
-        return {**self.__dict__, "_records": []}
+        """For copies: without the records, whose backward passes belong to this past, and the lock."""
+        return {**self.__dict__, "_records": [], "_in_use": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._in_use = threading.Lock()
+
+    def enter(self) -> None:
+        """Begin to change the past. Raises RuntimeError if another thread is at it; else call `leave` afterwards."""
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is running this OnlineLearner: steps and backward passes of one learner come one after "
+                "the other; give each thread a learner of its own"
+            )
+
+    def leave(self) -> None:
+        """End what `enter` began."""
+        self._in_use.release()
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,281 @@
+"""What a learner can't do is refused by name, and what it can do it does where it is used: autocast, threads, hooks."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, OnlineLearner, Stack, StackLearner, TwoPointRNN
+from rjepa_triton.cells.two_point import Cell, Matrix, Partials
+
+F64 = torch.float64
+
+
+# Weights that are computed from others
+
+
+def masked(layer: RGC) -> None:
+    class Masked(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight.tril()
+
+    nn.utils.parametrize.register_parametrization(layer, "weight_ss", Masked())
+
+
+@pytest.mark.parametrize("change", [lambda made: parametrizations.weight_norm(made, "weight_ss"), masked])
+def test_lr_with_weights_that_are_computed(change: Any) -> None:
+    before, after = RGC(4, init="uniform"), RGC(4, init="uniform")
+    change(before)
+    with pytest.raises(
+        ValueError, match="lr goes with weights that are parameters: ss is computed from others"
+    ):
+        OnlineLearner(before, 2, lr=0.1)
+    learner = OnlineLearner(after, 2, lr=0.1)
+    change(after)
+    with pytest.raises(ValueError, match="go with weights that are parameters, and ss is computed"):
+        learner.step(torch.randn(2, 4))
+    OnlineLearner(before, 2).step(torch.randn(2, 4)).sum().backward()
+    assert all(p.grad is not None for name, p in before.named_parameters() if "original" in name)
+
+
+def test_lr_with_a_parametrized_readout_trains_the_rest() -> None:
+    layer = ELSTM(3, 4)
+    parametrizations.weight_norm(layer.output_in)
+    start = layer.weights()[0].detach().clone()
+    OnlineLearner(layer, 2, lr=0.1).step(torch.randn(2, 3)).sum().backward()
+    learner = OnlineLearner(layer, 2, lr=0.1)
+    for _ in range(3):
+        learner.step(torch.randn(2, 3)).sum().backward()
+    assert not torch.equal(layer.weights()[0], start)
+
+
+@pytest.mark.parametrize(
+    "value", [10**40, 10**400, 1e39, -1, float("inf"), True, "0.1", [0.1], torch.ones(2)]
+)
+def test_lr_that_is_no_rate(value: Any) -> None:
+    with pytest.raises(ValueError, match="lr must be a finite number"):
+        OnlineLearner(RGC(3), 2, lr=value)
+    learner = OnlineLearner(RGC(3), 2, lr=0.5)
+    with pytest.raises(ValueError, match="lr must be a finite number"):
+        learner.lr = value
+    assert learner.lr == 0.5
+    learner.lr = 10**30  # an int that torch has no dtype for, but a number that float32 holds
+    assert learner.lr == pytest.approx(1e30)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"seed": "1"}, "seed must be an int, got str"),
+        ({"seed": 1.0, "learning": "uoro"}, "seed must be an int, got float"),
+        ({"cuda_graph": "yes"}, "cuda_graph must be a bool, got str"),
+    ],
+)
+def test_other_junk(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        OnlineLearner(RGC(3), 2, **options)
+    with pytest.raises(ValueError, match=r"seed must be below 2\*\*64"):
+        OnlineLearner(RGC(3), 2, seed=2**64)
+
+
+# Hooks
+
+
+def pruned(layer: RGC) -> None:
+    prune.l1_unstructured(layer, "weight_ss", 0.5)
+
+
+def noisy(module: nn.Module, *_: object) -> None:
+    raise AssertionError("a learner ran it")
+
+
+@pytest.mark.parametrize(
+    ("add", "named"),
+    [
+        (pruned, "L1Unstructured in _forward_pre_hooks"),
+        (lambda layer: layer.register_forward_pre_hook(noisy), "noisy in _forward_pre_hooks"),
+        (lambda layer: layer.register_forward_hook(noisy), "noisy in _forward_hooks"),
+        (lambda layer: layer.register_full_backward_hook(noisy), "noisy in _backward_hooks"),
+    ],
+)
+def test_hooks_are_refused(add: Any, named: str) -> None:
+    before, after = RGC(4, init="uniform"), RGC(4, init="uniform")
+    add(before)
+    with pytest.raises(ValueError, match=f"layer must have no hooks .* got {named}"):
+        OnlineLearner(before, 2)
+    learner = OnlineLearner(after, 2)
+    add(after)
+    for call in (lambda: learner.step(torch.randn(2, 4)), lambda: learner.chunk(torch.randn(3, 2, 4))):
+        with pytest.raises(ValueError, match="layer must have no hooks"):
+            call()
+
+
+# Several processes
+
+
+def test_a_layer_in_ddp_is_refused() -> None:
+    layer = LSTM(3, 4)
+    learner = OnlineLearner(layer, 2)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        OnlineLearner(LSTM(3, 4), 2, lr=0.1).step(torch.randn(2, 3))
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(layer))
+        says = "layer must not be in a DistributedDataParallel"
+        for options in ({}, {"lr": 0.1}):
+            with pytest.raises(ValueError, match=says):
+                OnlineLearner(layer, 2, **options)
+        with pytest.raises(ValueError, match=says):  # wrapped after the learner was made
+            learner.step(torch.randn(2, 3))
+        with pytest.raises(ValueError, match=says):
+            StackLearner(Stack(layer), 2)
+        del wrapped
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# Threads
+
+
+def test_two_threads_of_one_learner() -> None:
+    """One at a time, or an error that says so: never wrong numbers or an error from within."""
+    learner = OnlineLearner(LSTM(8, 64), 8, form="lazy", rewrite_every=4)
+    said: list[BaseException] = []
+    start = threading.Barrier(4)
+
+    def run() -> None:
+        start.wait()
+        for _ in range(60):
+            try:
+                learner.step(torch.randn(8, 8))
+            except RuntimeError as error:
+                said.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("another thread is running this OnlineLearner" in str(error) for error in said)
+    assert learner.state_dict()["now"] == 4 * 60 - len(said)
+    learner.step(torch.randn(8, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("how", ["step", "chunk", "backward"])
+def test_what_another_thread_is_in_the_middle_of(how: str) -> None:
+    learner = OnlineLearner(RGC(4, init="uniform"), 2)
+    loss = learner.step(torch.randn(2, 4)).sum()
+    calls = {
+        "step": lambda: learner.step(torch.randn(2, 4)),
+        "chunk": lambda: learner.chunk(torch.randn(3, 2, 4)),
+        "backward": lambda: loss.backward(retain_graph=True),
+    }
+    learner._past.enter()
+    with pytest.raises(RuntimeError, match="another thread is running this OnlineLearner"):
+        calls[how]()
+    learner._past.leave()
+    calls[how]()
+
+
+# Autocast
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "step"},
+        {"form": "lazy", "rewrite_every": 3},
+        {"form": "history"},
+        {"form": "chunk", "update_every": 3},
+        {"credit": "carry", "update_every": 3},
+        {"refine": 1, "update_every": 3},
+        {"learning": "rtrl"},
+        {"learning": "uoro"},
+        {"learning": "snap0"},
+        {"learning": "tbptt", "update_every": 3},
+        {"form": "step", "lr": 0.1},
+        {"form": "step", "lag": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "make", [lambda: LSTM(3, 8), lambda: GRU(3, 8), lambda: LRU(3, 8), lambda: ELSTM(3, 8)]
+)
+def test_a_backward_inside_autocast_runs_in_the_parameters_dtype(make: Any, options: dict[str, Any]) -> None:
+    layer = make()
+    x = torch.randn(9, 2, 3)
+    results = []
+    for autocast in (False, True):
+        twin = copy.deepcopy(layer)
+        learner = OnlineLearner(twin, 2, **options)
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            for start in (0, 3, 6):
+                if options.get("lr"):
+                    for t in range(start, start + 3):
+                        learner.step(given[t]).square().sum().backward()
+                else:
+                    learner.chunk(given[start : start + 3]).square().sum().backward()
+        parts = [p.detach() if p.grad is None else p.grad for p in twin.parameters()]
+        assert given.grad is not None
+        results.append([given.grad, *parts])
+    assert oracle.relative(results[1], results[0]) < 1e-6
+
+
+# Cells with partials of their own
+
+
+class Spike(Cell):
+    """A spiking unit with a surrogate slope: autograd finds no gradient through its threshold."""
+
+    states = ("v", "z")
+    gates = ("i",)
+    matrices = (Matrix("zi", ("gate", 0), 1),)
+    outputs: Sequence[int] = (1,)
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        v = 0.9 * c[0] + p[0] + x[0] - c[1]
+        return v, (v > 0.5).to(v)
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        v = 0.9 * c[0] + p[0] + x[0] - c[1]
+        slope, one = 0.3 * (1 - (v - 0.5).abs()).clamp(min=0), torch.ones_like(v)
+        into = {0: one, 1: slope}
+        return Partials([{0: 0.9 * one, 1: 0.9 * slope}, {0: -one, 1: -slope}], [into], [into])
+
+
+class Detached(Spike):
+    """The same, where no state passes on a gradient."""
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        v, z = super().update(c, p, x)
+        return v.detach(), z
+
+
+@pytest.mark.parametrize("cell", [Spike, Detached])
+@pytest.mark.parametrize("outputs", [(1,), (0, 1)])
+@pytest.mark.parametrize("learning", ["rfp", "eprop"])
+def test_a_cell_with_a_surrogate_slope_learns_online(
+    cell: Any, outputs: tuple[int, ...], learning: str
+) -> None:
+    made = cell()
+    made.outputs = outputs
+    layer = TwoPointRNN(made, 4, input_size=3, learning=learning, dtype=F64)
+    x = torch.randn(6, 2, 3, dtype=F64)
+    delta = torch.randn(6, 2, 4, dtype=F64)
+    (layer(x)[0] * delta).sum().backward()
+    want = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    assert float(want[0].norm()) > 0
+    for options in ({}, {"form": "step"}, {"form": "history"}, {"form": "chunk", "update_every": 6}):
+        layer.zero_grad()
+        learner = OnlineLearner(layer, 2, learning=learning, **options)  # type: ignore[arg-type]
+        (learner.chunk(x) * delta).sum().backward()
+        assert oracle.relative([p.grad for p in layer.parameters()], want) < 1e-12
