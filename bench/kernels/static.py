@@ -7,11 +7,14 @@ would have compiled is in `builds`.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -105,7 +108,7 @@ def compile_all(builds: Sequence[Build]) -> list[Facts | str]:
     return [result if isinstance(result, str) else Facts(**result) for result in results]
 
 
-def _compile(build: Build) -> Facts | str:
+def _compile(build: Build) -> Facts | _Code | str:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -135,36 +138,88 @@ def _compile(build: Build) -> Facts | str:
         )
     except Exception as error:  # any error is this build's alone; the others go on
         return f"{type(error).__name__}: {error}"
-    return _amd_facts(compiled) if build.target.startswith("gfx") else _nvidia_facts(compiled, build.target)
+    return _amd_facts(compiled) if build.target.startswith("gfx") else _nvidia_code(compiled)
 
 
 def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
 
-def _nvidia_facts(compiled: Any, target: str) -> Facts:
+@dataclass(frozen=True)
+class _Code:
+    """A kernel's instructions for an NVIDIA GPU, as numbers, and what is known of it before they are read.
+
+    architecture: as the assembler was told, such as "sm_90a".
+    """
+
+    architecture: str
+    instructions: bytes
+    registers: int
+    stack: int
+    shared: int
+
+
+def _nvidia_code(compiled: Any) -> _Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage, sass = (
-            subprocess.run(
-                [str(cuobjdump()), flag, cubin.name],
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                check=True,
-            ).stdout
-            for flag in ("--dump-resource-usage", "-sass")
-        )
+        command = [str(cuobjdump()), "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    registers, stack = map(int, found.groups())
-    return Facts(
-        registers=registers,
-        spills=stack > 0 or _count(r"\b(?:LDL|STL)\b", sass) > 0,
+    architecture = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)
+    assert architecture, compiled.asm["ptx"][:200]
+    return _Code(
+        architecture=architecture[1],
+        instructions=_instructions(compiled.asm["cubin"]),
+        registers=int(found[1]),
+        stack=int(found[2]),
         shared=compiled.metadata.shared,
+    )
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """The contents of the sections `.text.*` of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, of_names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + size * index) for index in range(count)]
+    names = headers[of_names][4]
+    return b"".join(
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in headers
+        if cubin.startswith(b".text.", names + name)
+    )
+
+
+def _nvidia_facts(target: str, codes: Sequence[_Code]) -> list[Facts]:
+    """Facts of kernels for one target, read by one process: it takes longer to start than to read a kernel."""
+    program, architecture = cuobjdump(), codes[0].architecture.replace("sm_", "SM")
+    assert program is not None
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(code.instructions for code in codes))
+        file.flush()
+        command = [str(program.with_name("nvdisasm")), "--no-dataflow", "--binary", architecture, file.name]
+        lines = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout.splitlines()
+    ends = list(itertools.accumulate(len(code.instructions) for code in codes))
+    texts: list[list[str]] = [[] for _ in codes]
+    for line in lines:
+        if place := re.match(r"\s*/\*([0-9a-f]{4,})\*/", line):
+            texts[bisect.bisect_right(ends, int(place[1], 16))].append(line)
+    assert all(texts), f"no instructions of {texts.count([])} kernels"
+    return [_facts_of_code(target, code, "\n".join(text)) for code, text in zip(codes, texts, strict=True)]
+
+
+def _facts_of_code(target: str, code: _Code, sass: str) -> Facts:
+    return Facts(
+        registers=code.registers,
+        spills=code.stack > 0 or _count(r"\b(?:LDL|STL)\b", sass) > 0,
+        shared=code.shared,
         instructions=_count(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP\b)[@A-Z]", sass),
-        # LDG loads to registers, LDGSTS copies to shared memory asynchronously
+        # Straight to registers, or copied to shared memory behind the arithmetic's back.
         wide_loads=_count(r"\b(?:LDG|LDGSTS)\.[\w.]*\b128\b", sass),
         wide_stores=_count(r"\bSTG\.[\w.]*\b128\b", sass),
         narrow_stores=_count(r"\bSTG\b(?!\.[\w.]*\b128\b)", sass),
@@ -198,4 +253,12 @@ if __name__ == "__main__":
     wanted = [Build(**build) for build in json.load(sys.stdin)]
     with ProcessPoolExecutor() as pool:
         found = list(pool.map(_compile, wanted))
+        codes: dict[str, dict[int, _Code]] = {}
+        for place, result in enumerate(found):
+            if isinstance(result, _Code):
+                codes.setdefault(wanted[place].target, {})[place] = result
+        read = pool.map(_nvidia_facts, codes, [list(those.values()) for those in codes.values()])
+        for those, facts in zip(codes.values(), read, strict=True):
+            for place, fact in zip(those, facts, strict=True):
+                found[place] = fact
     print(json.dumps([f if isinstance(f, str) else dataclasses.asdict(f) for f in found]))
