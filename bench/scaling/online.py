@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...backends import operations
+from ...backends import operations, table
 from ...cells.builtin import RGCCell
 from ...cells.two_point import Linearization
 from ...online.sensitivity import PerUnit
@@ -56,8 +56,11 @@ class _Online(_Stream):
         self.sensitivity = PerUnit(
             self.cell.matrices, problem.weights, 2, batch, problem.x.dtype, problem.backend
         )
+
+    @property
+    def backend(self) -> str:
         (group,) = self.sensitivity.groups
-        self.backend = f"{group.backend}: {group.why}"
+        return ": ".join(group.serving())
 
     @staticmethod
     def state_bytes(size: Size) -> int:
@@ -100,6 +103,10 @@ class RfpStepGamma(_Online):
         (self.group,) = self.sensitivity.groups
         self.step = [a.contiguous() for a in (m[:, :, 0], rfp.immediates(self.group.matrices, lin)[:, 0])]
         self.step += [rfp.signals(self.group.matrices, lin, None)[0], delta[:, 0].contiguous()]
+
+    @property
+    def backend(self) -> str:
+        return ": ".join(table.serving(self.group.backend, self.group.why, "gamma_step_"))
 
     def run(self) -> Sequence[Tensor]:
         m, phi, y, delta = self.step

@@ -275,7 +275,10 @@ def measure_point(
         if isinstance(timing, Exception):
             found["status"], found["message"] = failure(timing)
         else:
-            found.update(status="ok", timing=timing.per(built[name].covers))
+            made = built[name]
+            found.update(status="ok", timing=timing.per(made.covers))
+            if made.backend is not None:
+                found["backend"] = made.backend  # once more, since a kernel may have failed meanwhile
     return results
 
 

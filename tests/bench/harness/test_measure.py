@@ -6,6 +6,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +98,24 @@ def test_memory_that_was_freed_is_not_mapped_anew() -> None:
 def test_a_c_library_that_can_not_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure.ctypes, "CDLL", lambda _: object())
     assert not measure.keep_freed_memory.__wrapped__()
+
+
+def test_rates_are_those_of_numbers_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of numbers all alike a GPU multiplies and copies more: the same ones each time, and no one else's."""
+    made: list[torch.Tensor] = []
+    draw = measure._random
+
+    def small(shape: Sequence[int], *how: Any) -> torch.Tensor:
+        made.append(draw([min(n, 1 << 10) for n in shape], *how))
+        return made[-1]
+
+    monkeypatch.setattr(measure, "_random", small)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        assert measure.copy_rate(CPU) > 0
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            assert measure.flop_rate(CPU, dtype) > 0
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(len(a.unique()) > 100 for a in made)
+    half = len(made) // 2
+    assert all(torch.equal(a, b) for a, b in zip(made[:half], made[half:], strict=True))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rjepa_triton.backends import native_backend
 from rjepa_triton.bench.harness import measure
 from rjepa_triton.bench.scaling import cases
 from rjepa_triton.bench.scaling.cases import CASES, Case, Problem, Size
@@ -91,3 +92,36 @@ def test_running_on_starts_over_at_the_end() -> None:
     case = CASES["rfp-chunk"](problem(Size(5, 1, 20, 8)))
     for _ in range(5):
         assert all(torch.isfinite(g).all() for g in case.run())
+
+
+@pytest.mark.skipif(native_backend.cpp_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [
+        ("rfp-step", "gamma_step_of_"),
+        ("rfp-step-gamma", "gamma_step_"),
+        ("rfp-chunk", "gamma_chunk_"),
+        ("rfp-lazy", "gamma_read"),
+    ],
+)
+def test_a_case_tells_what_runs_it_once_a_kernel_has_given_way(
+    name: str, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which happens when it first runs, after it was built."""
+    native = native_backend.NATIVE
+
+    class Broken(Exception):
+        pass
+
+    def broken(*_: object, **__: object) -> None:
+        raise Broken("no such instruction")
+
+    made = CASES[name](problem(Size(8, 2, 6, 4), torch.float32, "auto"))
+    assert made.backend is not None
+    assert made.backend.startswith("compile: ")
+    monkeypatch.setattr(native, "failed", {})
+    monkeypatch.setattr(native, "failures", lambda: (Broken,))
+    monkeypatch.setitem(native.implementations, operation, broken)
+    with pytest.warns(UserWarning, match="no such instruction"):
+        made.run()
+    assert made.backend == "torch: backend 'compile' failed: no such instruction"
