@@ -289,7 +289,12 @@ def page(head: dict[str, Any], results: Sequence[Result], work: Path) -> str:
             "| what | N | B | status | time | of the floor | MHz | message |",
         ]
         lines += ["| --- | ---: | ---: | --- | ---: | ---: | ---: | --- |"]
-        for r in record.latest(record.load(path)):
+        try:
+            records = record.latest(record.load(path))
+        except (ValueError, OSError) as error:  # the archive has it, for someone to mend
+            lines.append(f"| {_files.first_line(error)} |")
+            continue
+        for r in records:
             took = "" if r.timing is None else seconds_text(r.timing.median)
             part = r.payload.get("fraction")
             cells = (

@@ -33,19 +33,22 @@ def usable() -> bool:
         return False
 
 
-def passed(log: Path) -> set[str]:
-    """The tests that passed, according to a file of outcomes."""
-    found = set()
+def outcomes(log: Path) -> dict[str, str]:
+    """The last outcome of each test in a file of outcomes."""
+    found: dict[str, str] = {}
     if log.exists():
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 test, outcome = json.loads(line)
             except ValueError:  # a line that was cut off
                 continue
-            found.discard(test)
-            if outcome == PASSED:
-                found.add(test)
+            found[test] = outcome
     return found
+
+
+def passed(log: Path) -> set[str]:
+    """The tests that passed, according to a file of outcomes."""
+    return {test for test, outcome in outcomes(log).items() if outcome == PASSED}
 
 
 def _log() -> Path | None:

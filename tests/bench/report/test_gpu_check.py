@@ -150,6 +150,19 @@ def test_a_rerun_goes_on_unless_something_changed(
     assert "can't be read" in capsys.readouterr().out
 
 
+def test_damaged_findings_stop_nothing(tmp_path: Path, rehearsing: None) -> None:
+    def make(work: Path, _: bool) -> list[Stage]:
+        (work / "kernels.jsonl").write_text("no record\n{}\n")
+        (work / "tests.tests").write_text('["a", "failed"]\n["b", "pas\n')
+        return [python("first", "pass"), python("second", "pass")]
+
+    assert gpu_check.check(tmp_path / "out", make) == 0
+    page = (tmp_path / "out" / gpu_check.PAGE).read_text()
+    assert "tests: 1 told, 1 failed" in page
+    assert "kernels.jsonl" in members(tmp_path / "out")
+    assert "line 1" in page
+
+
 @pytest.mark.parametrize("way", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_killed_leaves_what_it_had(
     tmp_path: Path, way: signal.Signals, rehearsing: None
