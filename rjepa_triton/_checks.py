@@ -13,9 +13,12 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def tensor(name: str, value: object) -> Tensor:
-    """Return `value`, or raise TypeError if it is not a tensor."""
+    """Return `value`, or raise TypeError if it is not a tensor, or a sparse, mkldnn or nested one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor (layout torch.strided), got {kind}")
     return value
 
 
@@ -53,6 +56,13 @@ def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def boolean(name: str, value: object) -> bool:
+    """Return `value`, or raise TypeError if it is not a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def integer(name: str, value: object, least: int) -> int:

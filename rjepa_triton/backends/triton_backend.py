@@ -376,7 +376,9 @@ def _fits_heads(gamma: ExactSensitivity) -> bool:
         for shape, indices in gamma.groups
         for index in indices
     )
-    return size <= HEAD_UNITS and gamma.states <= SCAN_STATES and not (diagonal and size > 1)
+    # nor have recurrent matrices whose own heads are joined
+    joined = any(len(shape) == 3 and shape[0] != gamma.heads for shape, _ in gamma.groups)
+    return size <= HEAD_UNITS and gamma.states <= SCAN_STATES and not (diagonal and size > 1) and not joined
 
 
 @TRITON.implements("rtrl_step_")

@@ -34,6 +34,17 @@ def hollow(weight: Tensor) -> Tensor:
     return out
 
 
+def in_heads(weight: Tensor, heads: int) -> Tensor:
+    """A dense or block-diagonal recurrent weight as (heads, b, b), where its own heads, if more, are joined."""
+    own = heads_of(weight)
+    if own == heads:
+        return weight.view(heads, weight.shape[-1], weight.shape[-1])
+    size = weight.shape[-1]
+    out = weight.new_zeros(heads, own // heads, size, own // heads, size)
+    out.diagonal(dim1=1, dim2=3).copy_(weight.view(heads, own // heads, size, size).permute(0, 2, 3, 1))
+    return out.flatten(3).flatten(1, 2)
+
+
 def multiply(weight: Tensor, y: Tensor) -> Tensor:
     """W y, (…, N), for y (…, M)."""
     if weight.dim() == 1:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from .. import _checks as check
+from .._autograd import once_differentiable
 from ..backends import operations
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Trajectory
@@ -63,6 +64,7 @@ class ConvRGC(nn.Module):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, so that a unit has a middle tap, got {kernel_size}")
         check.one_of("learning", learning, LEARNING)
+        check.boolean("depthwise", depthwise)
         self.depthwise, self.learning = depthwise, learning
         shape = (channels, 1 if depthwise else channels, kernel_size, kernel_size)
         for matrix in _CELL.matrices:
@@ -179,7 +181,7 @@ class _Dual(torch.autograd.Function):
         return states[0, 1:].view(x.shape), states[1, 1:].view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_s: Tensor, grad_m: Tensor) -> tuple[Tensor | None, ...]:
         flat, states, gates, resets, *weights = ctx.saved_tensors
         maps = ctx.maps

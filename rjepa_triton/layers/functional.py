@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._autograd import once_differentiable
 from ..backends import native_backend, operations
 from ..cells import weights as weight_ops
 from ..cells.builtin import RGCCell
@@ -77,7 +78,7 @@ class _TwoPoint(torch.autograd.Function):
         return trajectory.after.unbind(0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cell: Cell = ctx.cell
         x, states, saved, resets, *weights = ctx.saved_tensors
@@ -256,6 +257,7 @@ def two_point(
     check.floating("x", x)
     rounds = rule("learning", learning, refine)
     check.one_of("forward", forward, parallel.FORWARD)
+    check.boolean("recompute", recompute)
     _, steps, batch, units = x.shape
     if len(weights) != len(cell.matrices):
         raise ValueError(

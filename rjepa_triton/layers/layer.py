@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from .._autograd import once_differentiable
 from .._device import autocast_is_on, without_autocast
 from ..cells.two_point import Cell, Matrix, verify
 from ..rules.exactness import Exactness, exactness
@@ -89,8 +90,9 @@ class TwoPointRNN(nn.Module):
         check.one_of("forward", forward, parallel.FORWARD)
         self.forward_mode = forward  # `forward` is the module's method
         self.recurrence, self.learning, self.refine = recurrence, learning, refine
-        self.recompute = recompute
-        self.init, self.batch_first, self.cell = init, batch_first, cell
+        self.recompute = check.boolean("recompute", recompute)
+        self.init, self.batch_first, self.cell = init, check.boolean("batch_first", batch_first), cell
+        check.boolean("bias", bias)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         shape: tuple[int, ...] = (hidden_size, hidden_size) if recurrence == "dense" else (hidden_size,)
@@ -119,6 +121,16 @@ class TwoPointRNN(nn.Module):
         self.reset_parameters()
 
     def _add(self, name: str, shape: tuple[int, ...], factory: dict[str, Any]) -> None:
+        kind = type(self.cell).__name__
+        if name in self._names:
+            raise ValueError(
+                f"{kind}'s matrices, inputs and parameters must each have a parameter of their own, got two named "
+                f"{name!r} (matrices {[m.name for m in self.cell.matrices]}, inputs {list(self.cell.inputs)}, "
+                f"parameters {list(self.cell.parameters)})"
+            )
+        if hasattr(self, name) or name == "matrices" or not name.isidentifier():
+            why = "is not a Python name" if not name.isidentifier() else "is an attribute of the layer"
+            raise ValueError(f"{kind} can't have a parameter named {name!r}, which {why}")
         self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)))
         self._names.append(name)
 
@@ -156,26 +168,31 @@ class TwoPointRNN(nn.Module):
         """The parameters of the cell's own matrices, which come first in `weights`."""
         return self.weights()[: len(self.cell.matrices)]
 
-    def drive(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+    def drive(
+        self, x: Tensor, weights: Sequence[Tensor] | None = None, resets: Tensor | None = None
+    ) -> Tensor:
         """The cell's per-unit inputs (J, T, B, N) from the layer's input (T, B, fan_in).
 
+        weights: as `weights` gives them, for a caller that has read them: a parametrization may draw them anew each
+        time.
         With resets the weights' gradients leave out the steps that no credit reaches, even where x is NaN there.
         """
         inputs, parameters = self.cell.inputs, self.cell.parameters
+        weights = self.weights() if weights is None else weights
         if self.input_size is None:
             driven = x[None]
         else:
             given: dict[str, list[Tensor]] = {"input": [], "one": []}
-            for matrix, weight in zip(self.matrices, self.weights(), strict=True):
+            for matrix, weight in zip(self.matrices, weights, strict=True):
                 if matrix.reads in ("input", "one") and matrix.into[1] < len(inputs):
                     given[str(matrix.reads)].append(weight)
             bias = _joined(given["one"]) if given["one"] else None
-            project = nn.functional.linear if resets is None else _Projection.apply
-            driven = project(x, _joined(given["input"]), bias)
+            weight = _joined(given["input"])
+            driven = project(x, weight, bias, selects=resets is not None)
             driven = driven.unflatten(-1, (len(inputs), self.hidden_size)).movedim(-2, 0)
         if not parameters:
             return driven
-        own = torch.stack([getattr(self, name) for name in parameters])[:, None, None]
+        own = torch.stack(list(weights[len(weights) - len(parameters) :]))[:, None, None]
         return torch.cat([driven, own.expand(-1, *driven.shape[1:])])
 
     def input_gradient(self, per_unit: Tensor, input_weights: Sequence[Tensor]) -> Tensor:
@@ -222,7 +239,7 @@ class TwoPointRNN(nn.Module):
         x = check.tensor("x", x)
         if autocast_is_on(x.device):
             with without_autocast(x.device):
-                dtype = self.weights()[0].dtype
+                dtype = next(self.parameters()).dtype
                 if isinstance(state, Tensor):
                     state = state.to(dtype)
                 elif state is not None:
@@ -231,7 +248,8 @@ class TwoPointRNN(nn.Module):
         if x.dim() not in (2, 3):
             raise ValueError(f"x must have 2 or 3 dimensions, got shape {tuple(x.shape)}")
         check.shape("x", x, (*("T", "B")[: x.dim() - 1], self.fan_in), "to match the layer")
-        check.like("x", x, "the layer", self.weights()[0])
+        weights = self.weights()
+        check.like("x", x, "the layer", weights[0])
         batched = x.dim() == 3
         time_first = not (batched and self.batch_first)
         names = self.cell.states
@@ -251,8 +269,8 @@ class TwoPointRNN(nn.Module):
         start = self.zero_state(x.shape[1], x) if given is None else given
         states = functional.two_point(
             self.cell,
-            self.drive(x, resets),
-            self.recurrent_weights(),
+            self.drive(x, weights, resets),
+            weights[: len(self.cell.matrices)],
             start,
             resets=resets,
             learning=self.learning,
@@ -307,27 +325,37 @@ def _heads(heads: int, hidden_size: int, recurrence: str) -> int:
     return heads
 
 
-class _Projection(torch.autograd.Function):
-    """x Wᵀ + b, where a step of x without gradient has no part in W's, even if it is NaN: a reset forgets."""
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, *, selects: bool = False) -> Tensor:
+    """x Wᵀ + b, as torch.nn.functional.linear, but for its backward pass: that has the dtype of the forward pass, under
+    autocast too.
 
+    selects: a step of x without gradient has no part in W's gradient, even if it is NaN, since a reset forgets.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Projection.apply(x, weight, bias, selects)  # type: ignore[no-any-return]
+    return nn.functional.linear(x, weight, bias)
+
+
+class _Projection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, selects: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.selects = selects
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        for_weight = None
-        if needs_weight:
-            read = x.masked_fill((grad == 0).all(-1, keepdim=True), 0)
-            for_weight = grad.flatten(0, -2).mT @ read.flatten(0, -2)
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if ctx.selects:
+            x = x.masked_fill((grad == 0).all(-1, keepdim=True), 0)
+        rows = grad.flatten(0, -2)
         return (
             grad @ weight if needs_x else None,
-            for_weight,
-            grad.flatten(0, -2).sum(0) if needs_bias else None,
+            rows.mT @ x.flatten(0, -2) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+            None,
         )
 
 

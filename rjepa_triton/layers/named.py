@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..cells import builtin as cells
 from ..cells.builtin import Nonlinearity
-from .layer import Device, Dtype, Init, TwoPointRNN
+from .layer import Device, Dtype, Init, TwoPointRNN, project
 
 __all__ = ["CTRNN", "ELSTM", "GRU", "LRU", "LSTM", "RGC", "RNN", "IndRNN", "TimeDecay", "TwoPointRNN"]
 
@@ -244,7 +244,7 @@ class ELSTM(TwoPointRNN):
 
     def readout(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
         (c,) = states
-        return torch.sigmoid(self.output_in(x) + self.output_cell(c)) * c
+        return torch.sigmoid(_applied(self.output_in, x) + _applied(self.output_cell, c)) * c
 
 
 class TimeDecay(TwoPointRNN):
@@ -304,4 +304,8 @@ class LRU(TwoPointRNN):
 
     def readout(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
         re, im = states
-        return self.output_re(re) - self.output_im(im) + self.skip(x)
+        return _applied(self.output_re, re) - _applied(self.output_im, im) + _applied(self.skip, x)
+
+
+def _applied(linear: nn.Linear, x: Tensor) -> Tensor:
+    return project(x, linear.weight, linear.bias)

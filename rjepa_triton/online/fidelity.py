@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,16 +50,20 @@ def fidelity(
     """Compare a learning rule's gradient with the exact one, that of BPTT, on a sequence.
 
     Args:
-        layer: the layer. Its parameters, their gradients and its options stay as they are.
+        layer: the layer. It stays as it is, its parameters' gradients included; what runs is a copy without hooks.
         x: (T, B, F), whatever the layer's batch_first.
         grad_output: (T, B, N), ∂L/∂output of a loss Σ_t L(t); random normal numbers from a fixed seed if None.
         resets: (T, B) bool or None: rows in which a new episode starts at that step.
         learning, refine: the rule to compare; the layer's own if None.
         online: options of an `OnlineLearner` whose gradient is compared instead. It gets x in pieces of `update_every`
-            steps, from the zero state; the weights stay as they are.
+            steps, from the zero state; the weights stay as they are, so `lr` is refused.
+
+    It runs under torch.no_grad() too.
 
     Raises TypeError or ValueError for an argument out of its range, as the layer and the learner do.
     """
+    if not isinstance(layer, TwoPointRNN):
+        raise TypeError(f"layer must be a recurrent layer such as RGC, got {type(layer).__name__}")
     check.shape("x", check.tensor("x", x), ("T", "B", layer.fan_in), "to match the layer")
     shape = (*x.shape[:2], layer.hidden_size)
     if grad_output is None:
@@ -82,26 +87,40 @@ def gradients(
     """A rule's gradient of each parameter, by name. Arguments are those of `fidelity`. The layer stays as it is."""
     if online is not None and not (learning is None and refine is None):
         raise ValueError("online must hold learning and refine too where it is given, got them outside of it")
-    kept = (layer.learning, layer.refine, layer.batch_first, [p.grad for p in layer.parameters()])
-    try:
-        if learning is not None:
-            layer.learning, layer.refine = learning, 0
-        if refine is not None:
-            layer.refine = refine
-        layer.batch_first = False
-        layer.zero_grad(set_to_none=True)
+    if online is not None and not isinstance(online, Mapping):
+        raise TypeError(f"online must be a mapping of options of OnlineLearner, got {type(online).__name__}")
+    if online is not None and online.get("lr") is not None:
+        raise ValueError(
+            f"online can't have lr={online['lr']!r}, by which backward() changes the weights and gives no gradient"
+        )
+    copied = _without_hooks(layer)
+    if learning is not None:
+        copied.learning, copied.refine = learning, 0
+    if refine is not None:
+        copied.refine = refine
+    copied.batch_first = False
+    with torch.enable_grad():
         if online is None:
-            functional.rule("learning", layer.learning, layer.refine)
-            layer(x, resets=resets)[0].backward(grad_output)
+            functional.rule("learning", copied.learning, copied.refine)
+            copied(x.detach(), resets=resets)[0].backward(grad_output.detach())
         else:
-            _stream(layer, x, resets, grad_output, online)
-        return {
-            name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in layer.named_parameters()
-        }
-    finally:
-        layer.learning, layer.refine, layer.batch_first = kept[:3]
-        for parameter, grad in zip(layer.parameters(), kept[3], strict=True):
-            parameter.grad = grad
+            _stream(copied, x.detach(), resets, grad_output.detach(), online)
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in copied.named_parameters()}
+
+
+def _without_hooks(layer: TwoPointRNN) -> TwoPointRNN:
+    """A copy of a layer and its parameters, without gradients and without the user's hooks."""
+    copied = copy.deepcopy(layer)
+    for module in copied.modules():
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            hooks.clear()
+    copied.zero_grad(set_to_none=True)
+    return copied
 
 
 def _stream(

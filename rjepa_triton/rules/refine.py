@@ -5,9 +5,11 @@ unit: the off-diagonal entries of the matrices. The exact credit solves λ(t) = 
 
     λ⁽⁰⁾ = RFP's credit,       λ⁽ʳ⁺¹⁾(t) = δ(t) + O(t+1)ᵀ λ⁽ʳ⁾(t+1) + M(t+1)ᵀ λ⁽ʳ⁺¹⁾(t+1)
 
-λ⁽ʳ⁾ contains every path that passes from unit to unit at most r times. A round costs one product per matrix over
-(T, B) and one scan per unit. The series ends after T rounds at the latest, but with large weights its terms grow before
-they vanish. Such divergence is detected, and the sequential backward pass (`bptt`) runs instead.
+λ⁽ʳ⁾ contains every path that passes from unit to unit at most r times. What goes on to the state before the first step,
+M(1)ᵀ λ⁽ʳ⁾(1) + O(1)ᵀ λ⁽ʳ⁾(1), contains those that do so once more, in step 1: that costs no scan. A round costs one
+product per matrix over (T, B) and one scan per unit. The series ends after T rounds at the latest, but with large
+weights its terms grow before they vanish. Such divergence is detected, and the sequential backward pass (`bptt`) runs
+instead.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ The gradient is exact for any two-point cell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,8 +32,11 @@ def rows_at_once(blocks: int) -> int:
 
 
 def joint_heads(weights: Sequence[Tensor], units: int) -> int:
-    """H, the number of groups of units such that no recurrent weight connects two of them; N without such weights."""
-    return min((weight_ops.heads_of(weight) for weight in weights), default=units)
+    """H, the number of groups of units such that no recurrent weight connects two of them; N without such weights.
+
+    It is the greatest common divisor of the weights' own numbers of heads: heads of different sizes are joined.
+    """
+    return math.gcd(units, *(weight_ops.heads_of(weight) for weight in weights))
 
 
 def jacobian(
@@ -56,7 +60,7 @@ def jacobian(
             if weight.dim() == 1:
                 block.diagonal(dim1=2, dim2=3).addcmul_(by_head, weight.view(heads, size))
             else:
-                block.addcmul_(by_head[..., None], weight.view(heads, size, size))
+                block.addcmul_(by_head[..., None], weight_ops.in_heads(weight, heads))
     if lin.resets is not None:
         out.masked_fill_(lin.resets[t].view(-1, *(1,) * 5), 0)
     return out.flatten(4).flatten(2, 3)
@@ -174,6 +178,9 @@ class ExactSensitivity:
         """y (B, Y), with Y as in `rfp.rows_read`, in a shape that broadcasts against (B, H, M, b)."""
         if y.shape[-1] == fan_in:
             return y[:, None, :, None]
+        if fan_in not in (1, self.units // self.heads):  # several heads of this weight are joined in one
+            rows = rfp.rows_read(y[:, None], fan_in)[:, 0]
+            return rows.unflatten(1, (self.heads, -1)).mT
         return self._by_head(y)[:, :, None] if fan_in == 1 else self._by_head(y)[..., None]
 
     def read(self, delta: Tensor) -> list[Tensor]:
