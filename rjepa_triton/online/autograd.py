@@ -44,21 +44,17 @@ class PendingBackward:
                 return self.gradients(grads, later_credit, input_weights)
         self.past.enter()
         try:
-            return self._gradients(before, grads, later_credit, input_weights)
+            return self._gradients(grads, later_credit, input_weights)
         finally:
             self.past.leave()
 
     def _gradients(
         self,
-        before: Tensor,
         grads: Sequence[Tensor | None],
         later_credit: Tensor | None,
         input_weights: Sequence[Tensor] | None,
     ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
-        delta = before.new_zeros(before.shape)
-        for nu, grad in zip(self.layer.cell.outputs, grads, strict=True):
-            if grad is not None:
-                delta[nu] = grad
+        delta = self._delta(grads)
         weights = self.layer.weights()
         to_input = None
         if input_weights is not None:
@@ -70,6 +66,24 @@ class PendingBackward:
         if descent is not None:
             descent.mark_changed()
         return for_x, passed if self.record.continues_chunk else None, by_weight
+
+    def _delta(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """The losses' gradient with respect to all states (S, C, B, N), from that of the cell's outputs."""
+        before = self.record.block.lin.before
+        delta = before.new_zeros(before.shape)
+        for nu, grad in zip(self.layer.cell.outputs, grads, strict=True):
+            if grad is not None:
+                delta[nu] = grad
+        return delta
+
+    def input_gradient(self, grads: Sequence[Tensor | None], input_weights: Sequence[Tensor]) -> Tensor:
+        """The part of `gradients` that is the layer's input's, for a call of one step."""
+        device = self.record.block.lin.before.device
+        if autocast_is_on(device):
+            with without_autocast(device):
+                return self.input_gradient(grads, input_weights)
+        to_input = functools.partial(self.layer.input_gradient, input_weights=input_weights)
+        return self.past.input_gradient(self.record, self._delta(grads), to_input)
 
 
 # Runs steps: (x, resets, whether they continue a chunk, weights) → their backward pass, the cell's outputs, and the
@@ -124,3 +138,27 @@ class Steps(torch.autograd.Function):
             passed,
             *(g if need else None for g, need in zip(gradients, needs_weight, strict=True)),
         )
+
+
+class Input(torch.autograd.Function):
+    """The node through which one step of a chunk gives its input a gradient. Hands on the cell's outputs.
+
+    It is apart from `Steps`, through which the backward passes of the chunk's later steps come again: what made x has
+    freed its graph then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, pending: PendingBackward, input_weights: Sequence[Tensor], x: Tensor, *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.pending = pending
+        ctx.save_for_backward(*input_weights)
+        ctx.set_materialize_grads(False)
+        return tuple(output.clone() for output in outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return None, None, ctx.pending.input_gradient(grads, ctx.saved_tensors), *grads

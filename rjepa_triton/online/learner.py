@@ -16,7 +16,7 @@ from ..planning import cost
 from ..rules import rfp
 from ..rules.exactness import Exactness, exactness
 from . import checkpoint
-from .autograd import PendingBackward, Steps
+from .autograd import Input, PendingBackward, Steps
 from .compiled import CompiledCalls, refuse_while_compiling
 from .cuda_graph import Capture, Graphed, GraphedStep
 from .cuda_graph import cuda_graph as capture_cuda_graph
@@ -53,6 +53,18 @@ class OnlineLearner:
     layer, an approximation for a dense one (`docs/exactness.md`). Weights may change after any backward(), in form
     "chunk" only at the end of a chunk: each step advances Γ with the weights that the step ran with. All forms give the
     same gradient; `learning`, `credit` and `refine` change it.
+
+    When backward() may be called is the same in all forms that "auto" chooses from:
+
+    - after each step() and before the next;
+    - with update_every = C, also after the last of the C steps and before the next: once, on the sum of their losses,
+      or for one step after the other, in their order;
+    - after each chunk() and before the next call, on any of its outputs together.
+
+    form="step", which "auto" takes only with update_every=1, and so "rtrl", "uoro", lr and cuda_graph, serves the first
+    and the last of these. With lag=1 a loss may also reach the step before; with cuda_graph=True each step has one
+    backward(). Under torch.compile each call of the compiled function has its own. A backward() that comes too late
+    raises RuntimeError.
 
     The input gets the gradient of its own step's loss or, within one chunk() call, credit from the later steps of that
     call as well. Γ carries the effect of earlier steps for the weights only, not for earlier inputs.
@@ -290,8 +302,7 @@ class OnlineLearner:
     def step(self, x: Tensor) -> Tensor:
         """Advance one step. x (B, F), with F input features → the layer's output (B, N).
 
-        Call backward() on a loss of the output before the next step() (form "step"), or at the latest at the end of the
-        update_every steps that this one belongs to (forms "lazy", "chunk", "history"). Mutates the learner's state.
+        The class says when backward() may be called. Mutates the learner's state.
 
         Raises TypeError or ValueError for x; ValueError, with nothing changed, if the weights changed inside a chunk.
         """
@@ -319,7 +330,7 @@ class OnlineLearner:
             return self._run(x[None], None, None, one_node)[0][0]
         if self.form == "chunk":
             self._check_chunk_weights()
-        output, port = self._run(x[None], None, self._port, one_node)
+        output, port = self._run(x[None], None, self._port, one_node, joins=True)
         self._position = (self._position + 1) % self.update_every
         self._past.mid_chunk = self._position > 0
         self._port = port if self._position and self.form == "chunk" else None
@@ -377,16 +388,33 @@ class OnlineLearner:
         self._versions = versions
 
     def _run(
-        self, x: Tensor, resets: Tensor | None, port: Tensor | None, one_node: bool
+        self, x: Tensor, resets: Tensor | None, port: Tensor | None, one_node: bool, joins: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Outputs (C, B, N) of x (C, B, F), and the credit port for the chunk's next call, if any."""
+        """Outputs (C, B, N) of x (C, B, F), and the credit port for the chunk's next call, if any.
+
+        joins: whether this is one step of a chunk that several calls make up.
+        """
         self._past.enter()
         try:
             if self._fresh:
                 refuse_distributed(self.layer)
                 self._fresh = False
             resets = self._before_steps(x, resets)
-            port, *outputs = Steps.apply(self.advance, resets, x, port, *self.layer.weights())
+            weights = self.layer.weights()
+            if self.form == "chunk" and joins and x.requires_grad and torch.is_grad_enabled():
+                made: list[tuple[PendingBackward, list[Tensor], Sequence[Tensor]]] = []
+
+                def advance(
+                    x: Tensor, resets: Tensor | None, continues: bool, weights: Sequence[Tensor]
+                ) -> tuple[PendingBackward, list[Tensor], Sequence[Tensor]]:
+                    made.append(self.advance(x, resets, continues, weights))
+                    return made[0]
+
+                port, *outputs = Steps.apply(advance, resets, x.detach(), port, *weights)
+                ((pending, _, input_weights),) = made
+                outputs = Input.apply(pending, input_weights, x, *outputs)
+            else:
+                port, *outputs = Steps.apply(self.advance, resets, x, port, *weights)
         finally:
             self._past.leave()
         return self._readout(outputs, x, one_node), port

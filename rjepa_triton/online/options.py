@@ -298,6 +298,9 @@ class FormChoice:
         fits = self.available is None or lazy.state_bytes <= self.available
         if fits and lazy.seconds < chosen.seconds:
             return f"'lazy' is chosen only where predicted {cost.LAZY_MARGIN} times as fast as any other that fits"
+        step = next(each for each in self.costs if each.form == "step")
+        if step.seconds < chosen.seconds:
+            return "the fastest that fits in memory and serves one backward() for several steps"
         return "the fastest that fits in memory"
 
 
@@ -320,7 +323,9 @@ def choose_form(layer: TwoPointRNN, options: Options) -> FormChoice:
     requested = options.form
     if requested == "auto" and options.cuda_graph:
         requested = "step"  # the only form that a CUDA graph can capture
-    form = cost.cheapest(costs, available).form if requested == "auto" else requested
+    # Form "step" doesn't serve a loss of several steps: whether "auto" takes it must not depend on its cost.
+    eligible = [each for each in costs if each.form != "step" or options.update_every == 1]
+    form = cost.cheapest(eligible, available).form if requested == "auto" else requested
     heads = rtrl.joint_heads([w.detach() for w in layer.recurrent_weights()], layer.hidden_size)
     carried = problem.carried_bytes(options.learning, layer.hidden_size // heads)
     choice = FormChoice(form, requested, rewrite_every, costs, problem, available, carried)

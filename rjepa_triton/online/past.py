@@ -220,9 +220,7 @@ class Past:
         block, sensitivity = record.block, self.sensitivity
 
         def for_input(of: Tensor) -> Tensor | None:
-            if to_input is None:
-                return None
-            return to_input(rfp.input_gradient(_with_credit(block, of).lin, of, record.inputs))
+            return None if to_input is None else self.input_gradient(record, of, to_input)
 
         if record.end <= self.base:  # another loss of the step that was folded last: Γ is still its own
             assert sensitivity is not None
@@ -258,15 +256,19 @@ class Past:
         whole_window = self._tape.blocks()
         full = self.now - self.base >= self.rewrite_every and len(whole_window) == 1
         last_loss = record.start == self._unreachable and not self.mid_chunk and self.lag == 0
-        # The losses of a chunk are one sum. In the other forms each step between two updates may have a backward of its
-        # own, and steps are folded by the last alone.
-        if full and last_loss and (self.form == "chunk" or record.end == self.now):
+        # Each step between two updates may have a backward of its own, and steps are folded by the last alone.
+        last_step = (later_calls[-1] if later_calls else record).end
+        if full and last_loss and last_step == self.now:
             from_past = self.sensitivity.chunk_(whole_window[0], passed)
             self._move_base(self.now)
         else:
             from_past = self.sensitivity.read(passed)
         assert from_past is not None
         return for_x, None, [own.add_(past) for own, past in zip(gradients, from_past, strict=True)]
+
+    def input_gradient(self, record: Record, of: Tensor, to_input: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gradient of the layer's input that credits `of` (S, C, B, N) give; to_input as in `gradients`."""
+        return to_input(rfp.input_gradient(_with_credit(record.block, of).lin, of, record.inputs))
 
     def _refuse_if_late(self, record: Record) -> None:
         same = record.epoch is self._epoch
