@@ -21,7 +21,7 @@ QUICK := test_house.py cells rules/test_rfp.py rules/test_rounding.py backends/t
 	online/test_fidelity.py online/test_cuda_graph.py planning rjepa/test_rows.py rjepa/test_fixations.py \
 	rjepa/test_sidecar.py rjepa/test_config.py rjepa/test_split.py rjepa/test_scanpath.py rjepa/test_model.py \
 	rjepa/test_diagnostics.py bench/harness/test_record.py bench/harness/test_compare.py \
-	bench/harness/test_statistics.py bench/test_cli.py
+	bench/harness/test_statistics.py bench/test_cli.py::test_user_errors_exit_2
 
 quick: lint typecheck
 	$(PYTEST) -q $(addprefix tests/,$(QUICK))
