@@ -93,24 +93,25 @@ def stages(out: Path, rehearse: bool = False) -> list[Stage]:
     python, folder = sys.executable, ("--out", str(out))
     bench = (python, "-m", "rjepa_triton", "bench")
     device = ("--device", "cpu" if rehearse else "cuda")
-    install = (python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", ".")
     workers = 2 if rehearse else min(6, os.cpu_count() or 1)
+    small = ("--hidden", "16", "--batch", "1")
+    install: tuple[str, ...]
     if rehearse:
-        small = ("--hidden", "16", "--batch", "1")
-        install = (python, "-m", "pip", "--version")
-        tests = ["tests/test_gpu.py"]
-        kernels = (*bench, "kernels", *device, *small, "--steps", "4", "--sample", "0.001", *folder)
-        which = ("--algorithms", "rfp-step,rfp-dual", "--sample", "0.001", "--passes", "1")
-        scaling = (*bench, "scaling", *device, *which, *folder)
-        online = (*bench, "online", *device, *small, "--steps", "100", "--budget", "5", *folder)
-        sizes = {1: "16", 2: "16"}
+        install, tests, sizes = (python, "-m", "pip", "--version"), ["tests/test_gpu.py"], {1: "16", 2: "16"}
+        of_kernels: tuple[str, ...] = (*small, "--steps", "4", "--sample", "0.001")
+        of_scaling: tuple[str, ...] = ("--algorithms", "rfp-step,rfp-dual", "--sample", "0.001")
+        of_online: tuple[str, ...] = (*small, "--steps", "100", "--budget", "5")
     else:
+        install = (python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", ".")
         tests = files_of_tests(ROOT)
-        # 32 steps, since torch.compile unrolls a scan for comparison, and with more it would take all the time there is
-        kernels = (*bench, "kernels", *device, "--steps", "32", "--sample", "0.15", *folder)
-        scaling = (*bench, "scaling", *device, "--sample", "0.2", "--passes", "1", "--budget", "5", *folder)
-        online = (*bench, "online", *device, "--budget", "15", *folder)
         sizes = {1: "64,128,256,512,1024,2048,4096", 32: "128,256,512,1024,2048"}
+        # 32 steps, since torch.compile unrolls a scan for comparison, and with more it would take all the time there is
+        of_kernels = ("--steps", "32", "--sample", "0.15")
+        of_scaling = ("--sample", "0.2", "--budget", "5")
+        of_online = ("--budget", "15")
+    kernels = (*bench, "kernels", *device, *of_kernels, *folder)
+    scaling = (*bench, "scaling", *device, "--passes", "1", *of_scaling, *folder)
+    online = (*bench, "online", *device, *of_online, *folder)
     first, *others = sizes
     longer = REHEARSAL if rehearse else 1.0
     made = [
@@ -282,28 +283,28 @@ def page(head: dict[str, Any], results: Sequence[Result], work: Path) -> str:
         if r.status not in ("ok", "running"):
             lines += ["", f"## {r.name}: {r.status}, exit code {r.code}", "", "```", *r.tail, "```"]
     for path in sorted(work.glob("*.jsonl")):
-        lines += [
-            "",
-            f"## {path.name}",
-            "",
-            "| what | N | B | status | time | of the floor | MHz | message |",
-        ]
-        lines += ["| --- | ---: | ---: | --- | ---: | ---: | ---: | --- |"]
-        try:
-            records = record.latest(record.load(path))
-        except (ValueError, OSError) as error:  # the archive has it, for someone to mend
-            lines.append(f"| {_files.first_line(error)} |")
-            continue
-        for r in records:
-            took = "" if r.timing is None else seconds_text(r.timing.median)
-            part = r.payload.get("fraction")
-            cells = (
-                *(r.algorithm, r.params.get("N", ""), r.params.get("B", ""), r.status, took),
-                *("" if part is None else f"{part:.2f}", r.payload.get("clocks", {}).get("sm_mhz", "")),
-                r.message.replace("|", "\\|").replace("\n", " ")[:200],
-            )
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines += ["", f"## {path.name}", "", *_of_records(path)]
     return "\n".join(lines) + "\n"
+
+
+def _of_records(path: Path) -> list[str]:
+    """A file's records as a table in Markdown."""
+    try:
+        records = record.latest(record.load(path))
+    except (ValueError, OSError) as error:  # the archive has it, for someone to mend
+        return [_files.first_line(error)]
+    lines = ["| what | N | B | status | time | of the floor | MHz | message |"]
+    lines += ["| --- | ---: | ---: | --- | ---: | ---: | ---: | --- |"]
+    for made in records:
+        took = "" if made.timing is None else seconds_text(made.timing.median)
+        part, told = made.payload.get("fraction"), made.payload.get("clocks", {})
+        cells = (
+            *(made.algorithm, made.params.get("N", ""), made.params.get("B", ""), made.status, took),
+            *("" if part is None else f"{part:.2f}", told.get("sm_mhz", "")),
+            made.message.replace("|", "\\|").replace("\n", " ")[:200],
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def main() -> None:
