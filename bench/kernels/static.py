@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ... import _processes
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -94,13 +96,10 @@ def compile_all(builds: Sequence[Build]) -> list[Facts | str]:
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    done = subprocess.run(
+    done = _processes.run(
         [sys.executable, "-m", "rjepa_triton.bench.kernels.static"],
         input=json.dumps([dataclasses.asdict(build) for build in builds]),
         env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
     )
     if done.returncode:
         raise RuntimeError(f"the compiling process failed:\n{done.stderr}")
@@ -251,7 +250,7 @@ def _amd_facts(compiled: Any) -> Facts:
 
 if __name__ == "__main__":
     wanted = [Build(**build) for build in json.load(sys.stdin)]
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=_processes.die_with, initargs=(os.getpid(),)) as pool:
         found = list(pool.map(_compile, wanted))
         codes: dict[str, dict[int, _Code]] = {}
         for place, result in enumerate(found):
