@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd import once_differentiable
 from .._device import autocast_is_on, without_autocast
 from ..backends.descent import Descent
 from ..layers.layer import TwoPointRNN
@@ -122,7 +123,7 @@ class Steps(torch.autograd.Function):
         return outputs[0].new_zeros(1).expand(states, batch, units), *outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, later_credit: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if later_credit is None and all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
@@ -157,7 +158,7 @@ class Input(torch.autograd.Function):
         return tuple(output.clone() for output in outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)

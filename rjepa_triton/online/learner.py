@@ -467,7 +467,7 @@ class OnlineLearner:
         layer = self.layer
         return recorded(
             layer.cell,
-            layer.drive(x),
+            layer.drive(x, weights),
             weights[: len(layer.cell.matrices)],
             state,
             resets,

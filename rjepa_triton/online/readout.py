@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._autograd import once_differentiable
 from .._device import without_autocast
 from ..layers.layer import TwoPointRNN
 
@@ -62,7 +63,7 @@ class _Readout(torch.autograd.Function):
         return made.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(grad.device):
             found = iter(

@@ -8,7 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rjepa_triton import CTRNN, ELSTM, GRU, LRU, LSTM, RGC, RNN, Cell, Matrix, TwoPointRNN, fidelity
+from rjepa_triton import (
+    CTRNN,
+    ELSTM,
+    GRU,
+    LRU,
+    LSTM,
+    RGC,
+    RNN,
+    Cell,
+    Matrix,
+    OnlineLearner,
+    TwoPointRNN,
+    fidelity,
+)
 from rjepa_triton.layers import functional
 from rjepa_triton.layers.conv import ConvRGC
 from rjepa_triton.rules import rtrl
@@ -245,3 +258,31 @@ def test_fidelity_leaves_the_layer_as_it_is() -> None:
     with pytest.raises(TypeError, match="online must be a mapping"):
         fidelity(layer, x, online=3)  # type: ignore[arg-type]
     assert fidelity(ELSTM(3, 5), x).total_cosine > 0.999
+
+
+@pytest.mark.parametrize(
+    "options", [{"form": "step"}, {"form": "chunk", "update_every": 4}, {"learning": "rtrl"}]
+)
+@pytest.mark.parametrize("name", ["LSTM", "LRU"])
+def test_a_second_derivative_through_a_learner_is_an_error(name: str, options: dict[str, Any]) -> None:
+    layer, x = LAYERS[name](), torch.randn(4, 2, 3, requires_grad=True)
+    learner = OnlineLearner(layer, 2, **options)
+    for run in (lambda: learner.step(x[0]), lambda: learner.chunk(x)):
+        learner.reset()
+        grads = torch.autograd.grad(run().sum(), [x, layer.weights()[0]], create_graph=True)
+        with pytest.raises(RuntimeError, match="can't be differentiated twice"):
+            grads[1].sum().backward()
+
+
+def test_a_parametrization_draws_once_a_step_of_a_learner() -> None:
+    layer, drawn = LSTM(3, 5), Drawn()
+    parametrize.register_parametrization(layer, "weight_in_f", drawn)
+    learner = OnlineLearner(layer, 2, form="step")
+    layer.weights()
+    counts = []
+    for _ in range(3):
+        before = drawn.drawn
+        output = learner.step(torch.randn(2, 3))
+        counts.append(drawn.drawn - before)
+        output.sum().backward()
+    assert counts == [counts[0]] * 3
