@@ -16,8 +16,8 @@ test: $(VENV)/.test
 	$(PYTEST) --durations 20
 
 # In a minute or so, while one thinks: lint, types, and of each wing the tests that a change is most likely to break.
-QUICK := test_house.py cells rules/test_rfp.py rules/test_rounding.py backends/test_table.py backends/test_buffers.py \
-	backends/native/test_gamma.py layers/test_named.py layers/test_functional.py layers/test_conv.py online/test_stack.py \
+QUICK := test_house.py cells rules/test_rfp.py rules/test_rounding.py backend/test_table.py backend/test_buffers.py \
+	backend/native/test_gamma.py layers/test_named.py layers/test_functional.py layers/test_conv.py online/test_stack.py \
 	online/test_fidelity.py online/test_cuda_graph.py planning rjepa/test_rows.py rjepa/test_fixations.py \
 	rjepa/test_sidecar.py rjepa/test_config.py rjepa/test_split.py rjepa/test_scanpath.py rjepa/test_model.py \
 	rjepa/test_diagnostics.py bench/harness/test_record.py bench/harness/test_compare.py \

@@ -14,7 +14,7 @@ WINGS = (
     ("_checks", "_device", "_autograd", "_files", "_processes", "_command", "_moved", "kernels."),
     ("cells.",),
     ("rules.",),
-    ("backends.",),
+    ("backend.",),
     ("planning.",),
     ("layers.",),
     ("online.",),
@@ -88,3 +88,12 @@ def test_no_wing_imports_from_another_on_its_floor() -> None:
             wing = ".".join(name.split(".")[:2]) + "."
             for other in imported(name, path):
                 assert other.startswith(wing) or floor(other) < floor(name), f"{name} imports {other}"
+
+
+def test_torch_compile_may_look_into_every_file() -> None:
+    """It skips files by parts of their paths, such as Triton's `triton/backends`, and ours lie below `rjepa_triton`."""
+    from torch._dynamo.trace_rules import SKIP_DIRS
+
+    for path in FILES.values():
+        inside = "rjepa_triton/" + path.relative_to(ROOT).as_posix().removeprefix("rjepa_triton/")
+        assert not any(part.strip("/") in inside for part in SKIP_DIRS if "/" in part), inside

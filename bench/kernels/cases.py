@@ -1,7 +1,7 @@
 """The kernels that `rjepa bench kernels` measures, by name.
 
 On a GPU the launchers of `kernels/` run them, and the same function by eager torch and by torch.compile; on the CPU the
-backends of `backends/` do.
+backends of `backend/` do.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...backends import native_backend, operations
-from ...backends.native.library import library
+from ...backend import native_backend, operations
+from ...backend.native.library import library
 from ...rules import rfp
 from .kernel import MATRICES, STATES, Kernel, Problem, Runner, compiled, entered
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.native.library import library
+from ...backend.native.library import library
 from ...rules import rfp
 
 STATES, MATRICES = 2, 4

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...backends import operations
-from ...backends.native import calls
+from ...backend import operations
+from ...backend.native import calls
 from ...cells.builtin import RGCCell
 from ...cells.two_point import Partials, Trajectory
 from ...rules import rfp

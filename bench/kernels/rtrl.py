@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import triton_backend
+from ...backend import triton_backend
 from .kernel import MATRICES, STATES, Given, Kernel, Runner, compiled
 from .rgc import OfCircuit
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...backends.native import calls
+from ...backend.native import calls
 from ...rules import rfp
 from .kernel import MATRICES, STATES, Kernel, WithoutGamma, entered
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from ... import _checks as check
-from ...backends import triton_backend
+from ...backend import triton_backend
 from ...planning import devices
 from ..harness.record import Record
 from ..harness.tables import seconds_text

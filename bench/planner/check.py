@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from rich.table import Table
 
-from ...backends import operations
+from ...backend import operations
 from ...layers import parallel
 from ...planning import cost, devices
 from ...planning.cost import Phase, Work

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...backends import operations
+from ...backend import operations
 from ...layers import functional, parallel
 from ...layers.layer import TwoPointRNN
 from ...online import counting

@@ -53,7 +53,7 @@ def files_of_tests(root: Path) -> list[str]:
     """The test files for which a GPU makes a difference, the most telling ones first."""
     kernels = sorted((root / "tests" / "kernels").glob("test_*.py"))
     names = [f"kernels/{file.name}" for file in kernels]
-    return [f"tests/{name}" for name in ("test_gpu.py", *names, "backends/test_operations.py")]
+    return [f"tests/{name}" for name in ("test_gpu.py", *names, "backend/test_operations.py")]
 
 
 def rehearsal() -> bool:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from ... import _checks as check
-from ...backends import operations
+from ...backend import operations
 from ...cells.builtin import RGCCell
 from ..harness.device import out_of_memory
 from ..harness.settings import check_chosen

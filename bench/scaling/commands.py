@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ... import _checks as check
-from ...backends import operations
+from ...backend import operations
 from ..harness import options
 from ..harness.terminal import plain_console, print_tables, show
 from ..harness.view import show_records

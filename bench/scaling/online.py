@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...backends import operations, table
+from ...backend import operations, table
 from ...cells.builtin import RGCCell
 from ...cells.two_point import Linearization
 from ...online.sensitivity import PerUnit

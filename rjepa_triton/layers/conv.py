@@ -13,7 +13,7 @@ from torch.nn.grad import conv2d_weight
 
 from .. import _checks as check
 from .._autograd import once_differentiable
-from ..backends import operations
+from ..backend import operations
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Trajectory
 from ..rules import rfp

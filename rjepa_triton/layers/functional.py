@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._autograd import once_differentiable
-from ..backends import native_backend, operations
+from ..backend import native_backend, operations
 from ..cells import weights as weight_ops
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Cell, Trajectory

@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..backends import native_backend, operations, triton_backend
+from ..backend import native_backend, operations, triton_backend
 from ..cells.two_point import Cell, Trajectory
 from ..planning import cost
 from ..rules import rfp

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._autograd import once_differentiable
 from .._device import autocast_is_on, without_autocast
-from ..backends.descent import Descent
+from ..backend.descent import Descent
 from ..layers.layer import TwoPointRNN
 from .past import Past, Record
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import native_backend, triton_backend
+from ..backend import native_backend, triton_backend
 from ..cells import weights as weight_ops
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Cell, Matrix, Trajectory, state_read

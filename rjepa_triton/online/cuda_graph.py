@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._autograd import once_differentiable
 from .._device import without_autocast
-from ..backends.descent import Descent
+from ..backend.descent import Descent
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp
 from .sensitivity import Sensitivity

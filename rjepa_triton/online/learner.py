@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._device import autocast_is_on, without_autocast
-from ..backends import operations
+from ..backend import operations
 from ..layers.layer import TwoPointRNN
 from ..planning import cost
 from ..rules import rfp

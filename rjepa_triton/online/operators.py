@@ -21,7 +21,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..backends import operations
+from ..backend import operations
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Trajectory
 from ..layers import functional

@@ -25,8 +25,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import operations
-from ..backends.descent import Descent
+from ..backend import operations
+from ..backend.descent import Descent
 from ..cells.two_point import Cell, Matrix
 from ..rules import refine as refinement
 from ..rules import rfp

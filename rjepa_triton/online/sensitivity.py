@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..backends import operations, table
-from ..backends.buffers import ReusedMemory
-from ..backends.descent import Descent
+from ..backend import operations, table
+from ..backend.buffers import ReusedMemory
+from ..backend.descent import Descent
 from ..cells import weights as weight_ops
 from ..cells.two_point import Cell, Matrix, state_read
 from ..rules import rfp, rtrl
@@ -266,7 +266,7 @@ class Exact(_StepByStep):
 
     Blocks must carry the recurrent weights that their steps ran with. backend: "torch" or "triton". Triton advances
     heads of at most 64 units and reads their gradient in one pass over γ; for a larger dense RGC it computes J in one
-    pass and adds R in another (`backends.triton_backend`), and torch multiplies J γ.
+    pass and adds R in another (`backend.triton_backend`), and torch multiplies J γ.
     """
 
     def __init__(

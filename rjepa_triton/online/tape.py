@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import operations
+from ..backend import operations
 from ..cells.two_point import Cell, Linearization, Partials, Trajectory
 
 TIME = -3  # the dimension of time in every array below

@@ -25,8 +25,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..backends import native_backend
-from ..backends.native.calls import MOST_STATES
+from ..backend import native_backend
+from ..backend.native.calls import MOST_STATES
 from ..rules import rtrl
 from .calls import Calls, Line, counted
 from .forward import (

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from .._device import device_name
-from ..backends import buffers
+from ..backend import buffers
 from . import devices
 
 
@@ -163,7 +163,7 @@ class Work:
 
 
 # What calling compiled code takes beside its arithmetic: allocating arrays, making views, passing arguments
-# (`backends.native.calls`).
+# (`backend.native.calls`).
 COMPILED_LOOP, COMPILED_REVERSE = Work(calls=1, views=3), Work(calls=1, views=2)
 COMPILED_LINEARIZE, COMPILED_EXACT = Work(calls=2, views=8), Work(calls=4, views=8)
 COMPILED_DUAL = Work(calls=2, views=8)

@@ -26,7 +26,7 @@ from rjepa_triton import (
     TwoPointRNN,
     functional,
 )
-from rjepa_triton.backends import operations
+from rjepa_triton.backend import operations
 from rjepa_triton.cells.builtin import ElmanCell, LSTMCell, TimeDecayCell
 
 F64 = torch.float64

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rjepa_triton import LRU, LSTM, RGC, functional
-from rjepa_triton.backends import operations
+from rjepa_triton.backend import operations
 from rjepa_triton.cells.builtin import LRUCell, LSTMCell, RGCCell, TimeDecayCell
 from rjepa_triton.cells.two_point import Cell
 from rjepa_triton.layers import parallel

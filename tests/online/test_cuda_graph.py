@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rjepa_triton import GRU, LRU, LSTM, RGC, RNN, OnlineLearner, TwoPointRNN
-from rjepa_triton.backends import triton_backend
+from rjepa_triton.backend import triton_backend
 from rjepa_triton.online import cuda_graph
 from rjepa_triton.online.cuda_graph import Capture
 from rjepa_triton.planning import cost

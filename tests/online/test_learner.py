@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rjepa_triton import GRU, LSTM, RGC, OnlineLearner, TwoPointRNN
-from rjepa_triton.backends import operations, triton_backend
+from rjepa_triton.backend import operations, triton_backend
 from rjepa_triton.online import counting
 from rjepa_triton.planning import cost
 

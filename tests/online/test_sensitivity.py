@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rjepa_triton import GRU, LSTM, RGC, RNN, OnlineLearner, TwoPointRNN
-from rjepa_triton.backends import triton_backend
+from rjepa_triton.backend import triton_backend
 from rjepa_triton.online.sensitivity import Exact
 
 F64 = torch.float64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rjepa_triton.backends.buffers import LARGE
+from rjepa_triton.backend.buffers import LARGE
 from rjepa_triton.planning.work import Phase, Rates, Work, fresh_bytes_of, seconds
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rjepa_triton import CTRNN, ELSTM, GRU, LRU, LSTM, RGC, RNN, OnlineLearner, TwoPointRNN
-from rjepa_triton.backends import native_backend, operations, triton_backend
+from rjepa_triton.backend import native_backend, operations, triton_backend
 from rjepa_triton.layers import functional
 from rjepa_triton.layers.conv import ConvRGC
 from rjepa_triton.rules import rfp

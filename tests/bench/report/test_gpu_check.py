@@ -49,7 +49,7 @@ def test_the_real_stages(tmp_path: Path) -> None:
     assert "tests/bench/kernels/test_static.py" not in files
     assert {
         "tests/test_gpu.py",
-        "tests/backends/test_operations.py",
+        "tests/backend/test_operations.py",
         "tests/kernels/test_gamma_step.py",
     } <= set(files)
     assert [s.name for s in gpu_check.stages(tmp_path, rehearse=True)][:4] == order[:4]

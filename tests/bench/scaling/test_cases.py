@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton.backends import native_backend
+from rjepa_triton.backend import native_backend
 from rjepa_triton.bench.harness import measure
 from rjepa_triton.bench.scaling import cases
 from rjepa_triton.bench.scaling.cases import CASES, Case, Problem, Size

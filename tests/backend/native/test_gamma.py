@@ -12,9 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rjepa_triton.backends import operations
-from rjepa_triton.backends.descent import Descent
-from rjepa_triton.backends.native import calls, library
+from rjepa_triton.backend import operations
+from rjepa_triton.backend.descent import Descent
+from rjepa_triton.backend.native import calls, library
 from rjepa_triton.cells.builtin import ElmanCell, GRUCell, LSTMCell, RGCCell
 from rjepa_triton.cells.two_point import Cell, Matrix
 from rjepa_triton.online.sensitivity import PerUnit

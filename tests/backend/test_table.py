@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rjepa_triton import RGC, OnlineLearner
-from rjepa_triton.backends import native_backend, operations, table
-from rjepa_triton.backends.table import BACKENDS, Backend, Operation, Refusal
+from rjepa_triton.backend import native_backend, operations, table
+from rjepa_triton.backend.table import BACKENDS, Backend, Operation, Refusal
 
 OPERATIONS = {name: op for name, op in vars(operations).items() if isinstance(op, Operation)}
 

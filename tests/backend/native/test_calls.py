@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rjepa_triton import RGC, RNN, OnlineLearner
-from rjepa_triton.backends import native_backend, operations
-from rjepa_triton.backends.native import calls, library
+from rjepa_triton.backend import native_backend, operations
+from rjepa_triton.backend.native import calls, library
 from rjepa_triton.cells.builtin import ElmanCell, GRUCell, LeakyCell, LSTMCell, RGCCell
 from rjepa_triton.cells.two_point import Cell, Trajectory
 from rjepa_triton.layers import parallel

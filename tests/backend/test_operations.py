@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rjepa_triton import RGC, Cell, Matrix, OnlineLearner
-from rjepa_triton.backends import native_backend, operations, triton_backend
+from rjepa_triton.backend import native_backend, operations, triton_backend
 from rjepa_triton.cells.builtin import GRUCell, LSTMCell, RGCCell
 from rjepa_triton.cells.two_point import Trajectory
 from rjepa_triton.layers.functional import rgc

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from rjepa_triton import RGC
-from rjepa_triton.backends import native_backend, operations
-from rjepa_triton.backends.native import library
+from rjepa_triton.backend import native_backend, operations
+from rjepa_triton.backend.native import library
 from rjepa_triton.cells.builtin import RGCCell
 
 pytestmark = [
@@ -34,11 +34,11 @@ PACKAGE = Path(library.__file__).parents[2]
 ALONE = f"""
 import importlib, sys, types, warnings
 from pathlib import Path
-for name in ("", "/backends", "/backends/native"):
+for name in ("", "/backend", "/backend/native"):
     made = types.ModuleType("rjepa_triton" + name.replace("/", "."))
     made.__path__ = [{str(PACKAGE)!r} + name]
     sys.modules[made.__name__] = made
-library = importlib.import_module("rjepa_triton.backends.native.library")
+library = importlib.import_module("rjepa_triton.backend.native.library")
 library.SOURCES = Path(sys.argv[1])
 """
 

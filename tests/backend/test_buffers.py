@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rjepa_triton import RGC, OnlineLearner
-from rjepa_triton.backends import buffers
-from rjepa_triton.backends.buffers import ReusedMemory
-from rjepa_triton.backends.native import library
+from rjepa_triton.backend import buffers
+from rjepa_triton.backend.buffers import ReusedMemory
+from rjepa_triton.backend.native import library
 from rjepa_triton.bench.harness import measure
 
 
