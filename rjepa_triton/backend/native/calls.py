@@ -1,11 +1,11 @@
-"""Calls of the compiled library: each gives the addresses of tensors to one function of the C++ sources in this folder.
+"""Calls into the compiled library: each function passes the addresses of tensors to one of the C++ sources' functions.
 
-Torch goes over Γ several times a step, and one step of a loop over time is a few calls of torch, each of which costs
-microseconds whatever it works on. Here Γ's step is one pass over memory, and a whole loop is one call. ctypes releases
-the GIL while compiled code runs.
+With torch's operations, one step of Γ reads and writes Γ several times, and one step of a loop over time takes a few
+calls, each of which costs microseconds however little it computes. Here a step of Γ is one pass over memory, and a
+whole loop over time is one call. ctypes releases the GIL while compiled code runs.
 
-Every function needs `library.library()` to be there, and tensors on the CPU that have memory of their own (no tensor of
-torch.compile's or of a tensor mode): `native_backend` checks both before it calls.
+Every function needs a compiled library (`library.library()`) and CPU tensors with memory of their own, so neither the
+fake tensors of torch.compile nor those of a tensor mode. `native_backend` checks both before it calls.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from ...rules.rfp import Joined
 from ..buffers import ReusedMemory
 from .library import loaded
 
-PANEL = 32  # as in products.h
-PACKED_FROM = 16  # rows of all steps that pay for laying out weights anew
-MOST_STATES = 2  # a unit, of Γ's pass
+PANEL = 32  # the PANEL of products.h
+PACKED_FROM = 16  # packing the weights saves time from T·B = 16 on
+MOST_STATES = 2  # states per unit that gamma.cpp is compiled for
 
 
 def rgc_scan(
     x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], resets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The loop of an RGC with dense weights: `RGCCell.scan`'s states (2, T + 1, B, N) and gates (2, T, B, 2, N).
+    """Run an RGC with dense weights over T steps, as `RGCCell.scan` does.
 
-    x (T, B, N), weights ss, ms, mm, sm (N, N), state two of (B, N), resets (T, B) bool or None; float32, on the CPU.
-    Nothing is mutated.
+    Takes x (T, B, N), the weights ss, ms, mm, sm (N, N), the initial states s and m (B, N), and resets (T, B) bool or
+    None; float32, on the CPU. Returns the states (2, T + 1, B, N), initial state included, and the gates
+    (2, T, B, 2, N) in the layout of `native/rgc.cpp`. Nothing is mutated.
     """
     code = loaded()
     steps, batch, units = x.shape
@@ -61,17 +62,17 @@ def rgc_scan(
 
 
 def _packed_numbers(count: int, units: int) -> int:
-    """As in products.h."""
+    """The numbers that `count` packed matrices take: `packed_numbers` of products.h."""
     return -(-count * units // PANEL) * PANEL * units
 
 
 def _room_to_pack(x: Tensor, numbers: int) -> Tensor | None:
-    """Where the rows of all steps of x (…, T, B, N) pay for it."""
+    """Memory for packed weights, or None where x (…, T, B, N) has too few rows in all to pay for packing."""
     return x.new_empty(numbers) if x.shape[-3] * x.shape[-2] >= PACKED_FROM else None
 
 
 def gated_cell(cell: Cell) -> int | None:
-    """The number that `native/gated.cpp` has of a cell, or None."""
+    """The number by which `native/gated.cpp` knows the cell, or None where it doesn't have that cell."""
     if type(cell) is ElmanCell:
         return 1 if cell.nonlinearity == "relu" else 0
     return {LSTMCell: 2, GRUCell: 3}.get(type(cell))
@@ -80,10 +81,11 @@ def gated_cell(cell: Cell) -> int | None:
 def gated_scan(
     cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], resets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The loop of a `gated_cell` with dense weights: `Cell.scan`'s states (S, T + 1, B, N) and `saved` (G, T, B, N).
+    """Run a cell that `gated_cell` knows over T steps with dense weights, as `Cell.scan` does.
 
-    x (J, T, B, N), weights G of (N, N), state S of (B, N), resets (T, B) bool or None; float32, on the CPU. Nothing is
-    mutated.
+    Takes x (J, T, B, N), the G weights (N, N), the S initial states (B, N), and resets (T, B) bool or None; float32, on
+    the CPU. Returns the states (S, T + 1, B, N), initial state included, and the pre-activations W^g c (G, T, B, N),
+    which are the trajectory's `saved`. Nothing is mutated.
     """
     code = loaded()
     _, steps, batch, units = x.shape
@@ -114,11 +116,12 @@ def gated_scan(
 def gated_linearize(
     cell: Cell, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Partials, Tensor]:
-    """The partials of a `gated_cell`, and RFP's M, of T steps, in one pass.
+    """The partials of T steps of a cell that `gated_cell` knows, and RFP's M, in one pass.
 
-    trajectory: as `gated_scan` makes it; before (S, T, B, N): the states that its steps read; weights of the G
-    matrices, (N, N), or their own parts (N,); float32, on the CPU. Returns the partials, and M (S, S, T, B, N), zero
-    where reset. Nothing is mutated.
+    M^{νν'} = ∂F_ν/∂c^ν' + Σ_g ∂F_ν/∂p^g diag(W^g), over the matrices g that read state ν'. trajectory is one that
+    `gated_scan` made; before (S, T, B, N) holds the states that its steps read; weights holds the G matrices (N, N) or
+    their diagonals (N,); float32, on the CPU. Returns the partials, and M (S, S, T, B, N), which is zero at reset
+    steps. Nothing is mutated.
     """
     code = loaded()
     kind = gated_cell(cell)
@@ -147,12 +150,12 @@ def gated_linearize(
     return _partials(kind, out.unbind(0)[:distinct], len(x)), m
 
 
-# Numbers of one unit that partials are made of, by `gated_cell`.
+# How many distinct numbers the partials of one unit consist of, by `gated_cell` (DISTINCT in cells.h).
 DISTINCT = {0: 1, 1: 1, 2: 9, 3: 5}
 
 
 def _partials(kind: int, found: Sequence[Tensor], inputs: int) -> Partials:
-    """The partials that `native/gated.cpp` found."""
+    """`Partials` from the distinct arrays (T, B, N) that `native/gated.cpp` found, in the order of cells.h."""
     if kind == 2:
         i, f, g, h_i, h_f, h_g, h_o, to_h, to_c = found
         gates = [{0: h_i, 1: i}, {0: h_f, 1: f}, {0: h_g, 1: g}, {0: h_o}]
@@ -170,25 +173,29 @@ def _units_together(x: Tensor) -> Tensor:
 
 
 def _address(tensor: Tensor | None) -> int | None:
+    """The address of a tensor's first number; None becomes a null pointer."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> bytes:
+    """A C array with the tensors' addresses, null for None."""
     return _places([_address(tensor) for tensor in tensors])
 
 
 def _places(addresses: Sequence[int | None]) -> bytes:
+    """A C array of addresses, null for None."""
     return struct.pack(f"{len(addresses)}P", *[address or 0 for address in addresses])
 
 
 def _longs(values: Sequence[int]) -> bytes:
+    """A C array of longs."""
     return struct.pack(f"{len(values)}l", *values)
 
 
 def rgc_linearize(
     cell: Cell, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Partials, Tensor]:
-    """`gated_linearize` of an RGC; weights ss, ms, mm and sm."""
+    """`gated_linearize` for an RGC: trajectory as `rgc_scan` makes it, weights ss, ms, mm and sm."""
     code = loaded()
     gates, x = trajectory.saved.contiguous(), trajectory.x[0].contiguous()
     if not before[0].is_contiguous():
@@ -210,7 +217,7 @@ def rgc_linearize(
 
 
 def _own(weights: Sequence[Tensor]) -> tuple[bytes, bytes]:
-    """Addresses of the own parts of weights (N, N) or (N,), and how far their numbers lie apart."""
+    """Addresses of the diagonals of weights (N, N), or of weights (N,), and the distance of their numbers."""
     return _addresses(weights), _longs([sum(weight.stride()) for weight in weights])
 
 
@@ -221,10 +228,11 @@ def dual(
     delta: Tensor | Sequence[Tensor | None],
     carry: Tensor | None = None,
 ) -> tuple[Joined, Tensor, Tensor]:
-    """`operations.dual_of` of a `gated_cell` or an RGC, in one pass: E^k of all the cell's matrices, and all J inputs'.
+    """`operations.dual_of` for an RGC or a cell that `gated_cell` knows, in one pass (`native/dual.cpp`).
 
-    trajectory: as `gated_scan` or `rgc_scan` makes it; weights as `gated_linearize` takes them; delta (S, T, B, N), or
-    (T, B, N) of each state, None for zeros; carry (S, B, N) or None; float32, on the CPU. Nothing is
+    trajectory is one that `gated_scan` or `rgc_scan` made; weights are as in `gated_linearize`; delta is (S, T, B, N),
+    or a (T, B, N) for each state with None for zeros; carry is (S, B, N) or None; float32, on the CPU. Returns the
+    credit E^k of all the cell's matrices, the credit of the J inputs (J, T, B, N), and M(1)ᵀ λ(1) (S, B, N). Nothing is
     mutated.
     """
     code = loaded()
@@ -281,27 +289,30 @@ def dual(
 
 
 def _each(array: Tensor) -> list[int]:
-    """Where each of the float32 arrays begins that an array is made of."""
+    """The address of array[k] for each k, array being float32."""
     first, apart = array.data_ptr(), 4 * array.stride(0)
     return [first + apart * k for k in range(array.shape[0])]
 
 
 def _by_gate(array: Tensor) -> list[int]:
-    """Where ss, ms, mm and sm begin in an array (2, T, B, 2, N) by source, as `rgc_scan` has gates."""
+    """The addresses of ss, ms, mm and sm in an array (2, T, B, 2, N) laid out like the gates of `rgc_scan`."""
     first, source, gate = array.data_ptr(), 4 * array.stride(0), 4 * array.stride(3)
     return [first, first + source + gate, first + source, first + gate]
 
 
-# Number of an RGC in `native/dual.cpp`, beside those of `gated_cell`, and where E^k of its matrices are put, as in
-# `Joined`. Of the other cells, the planes of what enters gates, then inputs: those of gates first, of inputs last.
+# `native/dual.cpp` numbers its cells as `gated_cell` does, and the RGC is 4. For the other cells, PLANES gives the
+# plane of the joined array (T, B, planes, N) that each of the numbers of `Cell::entering` goes to, in their order. The
+# gates' credit takes the first planes and the inputs' the last; a GRU's r and z, and all gates of the other cells,
+# share their plane with the input that is added to them.
 RGC = 4
 PLANES = {0: (0,), 1: (0,), 2: (0, 1, 2, 3), 3: (1, 2, 0, 3, 4)}
 
 
 def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`rfp.reverse_scan`: m (S, S, T, B, N), delta (S, T, B, N), carry (S, B, N) or None; float32, on the CPU.
+    """`rfp.reverse_scan`: the credits λ(t) = δ(t) + M(t+1)ᵀ λ(t+1).
 
-    Returns λ (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N). Nothing is mutated.
+    Takes m (S, S, T, B, N), delta (S, T, B, N), and carry (S, B, N) or None; float32, on the CPU. Returns λ
+    (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N). Nothing is mutated.
     """
     code = loaded()
     count, steps, batch, units = delta.shape
@@ -328,9 +339,10 @@ def exact_credits(
     delta: Tensor,
     carry: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`bptt.credits` of dense weights: λ (S, T, B, N), and what goes on to the initial state (S, B, N).
+    """`bptt.credits` with dense weights (N, N), in the order of `matrices`; float32, on the CPU.
 
-    float32, on the CPU. Nothing is mutated.
+    Returns λ (S, T, B, N), and the credit that the first step passes to the initial state (S, B, N). Nothing is
+    mutated.
     """
     code = loaded()
     states, steps, batch, units = delta.shape
@@ -368,7 +380,7 @@ def exact_credits(
 
 
 def _evenly(array: Tensor | None) -> tuple[Tensor | None, int]:
-    """(T, B, N) whose T·B rows lie one stride apart, copied where they don't, and that stride."""
+    """array (T, B, N), copied unless its T·B rows lie evenly apart, and the distance of its rows in numbers."""
     if array is None:
         return None, 0
     next_step, next_row, next_unit = array.stride()
@@ -391,11 +403,12 @@ def gamma_pass(
 ) -> Tensor | None:
     """Γ ← M Γ + Σ_t U(t) y(t)ᵀ, and Σ_{b,ν} credit ⊙_rows Γ (K, N, M), in one pass over Γ, by torch's threads.
 
-    gammas: S ≤ `MOST_STATES` of (B, K, N, M), contiguous; m (S, S, B, N), or None where Γ is only read; entering
-    (S, C, B, K, N), y (C, B, K, Y), Y as in `rfp.rows_read`; credit (S, B, N) or None. All on the CPU, of one dtype,
-    float32 or float64. before: Γ is read before it moves. memory: of the gradient.
+    gammas holds S ≤ `MOST_STATES` contiguous tensors (B, K, N, M); m is (S, S, B, N), or None where Γ is only read;
+    entering is U (S, C, B, K, N) and y (C, B, K, Y), with Y as in `rfp.rows_read`; credit is (S, B, N) or None. All are
+    on the CPU and have one dtype, float32 or float64. With `before`, the gradient is read before Γ moves. The gradient
+    is allocated from `memory`, if given.
 
-    Returns the gradient, or None without credit. Mutates gammas, where m is given.
+    Returns the gradient, or None without credit. Mutates gammas if m is given.
     """
     batch, count, units, _ = gammas[0].shape
     m, entering, y, credit = [None if a is None else a.contiguous() for a in (m, entering, y, credit)]
@@ -426,11 +439,12 @@ def gamma_step(
     memory: ReusedMemory | None = None,
     descent: tuple[Sequence[Tensor | None], float] | None = None,
 ) -> Tensor | None:
-    """`gamma_pass` by step t of T, whose arrays lie apart, as linearisation leaves them.
+    """`gamma_pass` for step t alone, whose operands are read where the linearization of T steps left them.
 
-    m (S, S, T, B, N); phi S·K of (T, B, N), state by state, None: zeros; y K of (T, B, Y); delta (S, T, B, N) or None.
-    descent: K weights of N·M numbers, contiguous, None for one that stays, and a rate: they take a step down the
-    gradient, which is None then. Mutates gammas, and those.
+    m is (S, S, T, B, N); phi holds S·K tensors (T, B, N), those of state 0 first, None for zeros; y holds K tensors
+    (T, B, Y); delta is (S, T, B, N) or None. descent holds the K weights, contiguous with N·M numbers each or None for
+    a weight that stays, and a rate: W -= rate · gradient. The gradient itself is then not returned. Mutates gammas and
+    the weights of descent.
     """
     m, phi, y = (
         m.contiguous(),
@@ -474,7 +488,7 @@ def _pass(
     skipped: int = 0,
     descent: tuple[Sequence[Tensor | None], float] | None = None,
 ) -> Tensor | None:
-    """`gamma_pass` of tables of addresses and distances, as in `native/gamma.cpp`; skipped: bytes of m."""
+    """Call `gamma_pass` of gamma.cpp with tables of addresses and distances; m is read from `skipped` bytes on."""
     code = loaded()
     first = gammas[0]
     batch, *shape = first.shape
@@ -505,10 +519,10 @@ def _pass(
 
 
 def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-    """`rfp.arriving` and R(0) of `rfp.suffix_products`: m (S, S, C, B, N), phi (S, C, B, K, N), S ≤ `MOST_STATES`.
+    """U(t) = M(C) … M(t+1) φ(t), as `rfp.arriving` has it, and M(C) … M(1), which is R(0) of `rfp.suffix_products`.
 
-    Returns U (S, C, B, K, N) and M(C) … M(1) (S, S, B, N). Of one dtype, float32 or float64, on the
-    CPU. Nothing is mutated.
+    Takes m (S, S, C, B, N) and phi (S, C, B, K, N) on the CPU, S ≤ `MOST_STATES`, of one dtype, float32 or float64.
+    Returns U (S, C, B, K, N) and the full product (S, S, B, N). Nothing is mutated.
     """
     code = loaded()
     states, steps, batch, matrices, units = phi.shape
@@ -520,5 +534,5 @@ def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def activate_(values: Tensor, *, sigmoid: bool = False) -> None:
-    """The loops' tanh, or sigmoid, of contiguous float32 numbers on the CPU, in place."""
+    """Replace contiguous float32 numbers on the CPU by their tanh or sigmoid, as the compiled loops compute them."""
     loaded().activate(values.data_ptr(), values.numel(), sigmoid)

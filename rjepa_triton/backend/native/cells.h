@@ -1,7 +1,12 @@
-// Cells on the CPU, float32 (`cells`): what becomes of one unit's S states c, G pre-activations p and J inputs x, sixteen
-// units at once. `update` gives its new states, `partials` the DISTINCT numbers that its partials are made of, own ones
-// among them, and, added up from these and the matrices' diagonals w, M by rows. `entering` gives, of these numbers and
-// the credit λ of the S states, what enters each gate and each input, ENTERING numbers: the gates first.
+// The per-unit functions of the built-in cells (`rjepa_triton.cells`) on the CPU, float32. A `wide` holds sixteen
+// units. A unit has S states c, G pre-activations p^g = (W^g c)_n, without x, and J inputs x.
+//
+// update    computes the new states now[ν] = F_ν(c, p, x).
+// partials  computes `found`, the DISTINCT numbers that occur among ∂F/∂c, ∂F/∂p and ∂F/∂x (each cell lists them), and
+//           RFP's M^{νν'} = ∂F_ν/∂c^ν' + Σ_g ∂F_ν/∂p^g w^g at m[ν · S + ν'], where w^g is the unit's entry on the
+//           diagonal of W^g and g runs over the matrices that read state ν'.
+// entering  computes, from `found` and the credit λ of the S states, the ENTERING numbers Σ_ν λ^ν ∂F_ν/∂p^g for each
+//           gate, then Σ_ν λ^ν ∂F_ν/∂x^j for the inputs that don't share a gate's number.
 
 #pragma once
 
@@ -9,11 +14,12 @@
 
 namespace {
 
-// p: tanh of what enters ss, ms, mm and sm; c: s, m; x: one.
+// Reciprocal gated circuit: s' = x + p_ss s - p_ms x, m' = x + p_mm m - p_sm x.
+// c = {s, m}; p = {ss, ms, mm, sm}, here after their tanh; x is one input.
 struct Rgc {
     static constexpr int S = 2, G = 4, DISTINCT = 6, ENTERING = 5;
 
-    // The gates' ss, ms, mm, sm; of x to s and to m.
+    // found: ∂s'/∂ss, ∂s'/∂ms, ∂m'/∂mm, ∂m'/∂sm (with respect to the pre-activations), ∂s'/∂x, ∂m'/∂x.
     static void partials(const wide *c, const wide *p, const wide *x, int, const wide *w, wide *found, wide *m) {
         found[0] = c[0] - p[0] * p[0] * c[0];
         found[1] = p[1] * p[1] * x[0] - x[0];
@@ -36,6 +42,7 @@ struct Rgc {
     }
 };
 
+// h' = f(p + x), f = tanh or relu. found: f'(p + x), which is ∂h'/∂p and ∂h'/∂x.
 template <bool relu> struct Elman {
     static constexpr int S = 1, G = 1, DISTINCT = 1, ENTERING = 1;
 
@@ -53,7 +60,7 @@ template <bool relu> struct Elman {
     static wide f(wide value) { return relu ? chosen(value < 0.0f, wide{}, value) : tanh_of(value); }
 };
 
-// p, x: i, f, g, o; c: h, c.
+// c' = σ(f) c + σ(i) tanh(g), h' = σ(o) tanh(c'), where each gate is p + x. p, x = {i, f, g, o}; c = {h, c}.
 struct Lstm {
     static constexpr int S = 2, G = 4, DISTINCT = 9, ENTERING = 4;
 
@@ -62,7 +69,7 @@ struct Lstm {
         now[0] = sigmoid_of(p[3] + x[3]) * tanh_of(now[1]);
     }
 
-    // Of c to i, f and g; of h to i, f, g and o; of h and c to c.
+    // found: ∂c'/∂i, ∂c'/∂f, ∂c'/∂g; ∂h'/∂i, ∂h'/∂f, ∂h'/∂g, ∂h'/∂o; ∂h'/∂c, ∂c'/∂c.
     static void partials(const wide *c, const wide *p, const wide *x, int, const wide *w, wide *found, wide *m) {
         const wide i = sigmoid_of(p[0] + x[0]), f = sigmoid_of(p[1] + x[1]);
         const wide g = tanh_of(p[2] + x[2]), o = sigmoid_of(p[3] + x[3]);
@@ -86,7 +93,8 @@ struct Lstm {
     }
 };
 
-// p: r, z, n; x: r, z, n, and the bias inside n where there are four; c: h.
+// r = σ(p_r + x_r), z = σ(p_z + x_z), n = tanh(x_n + r (p_n + b)), h' = (1 - z) n + z h.
+// p = {r, z, n}; x = {r, z, n} or {r, z, n, b} with the bias b inside n; c = {h}.
 struct Gru {
     static constexpr int S = 1, G = 3, DISTINCT = 5, ENTERING = 5;
 
@@ -96,7 +104,7 @@ struct Gru {
         now[0] = (1.0f - z) * n + z * c[0];
     }
 
-    // To r, to z, to W_hn h', to x_n, to h.
+    // found: ∂h'/∂p_r, ∂h'/∂p_z, ∂h'/∂p_n, ∂h'/∂x_n, ∂h'/∂h.
     static void partials(const wide *c, const wide *p, const wide *x, int inputs, const wide *w, wide *found, wide *m) {
         const wide r = sigmoid_of(p[0] + x[0]), z = sigmoid_of(p[1] + x[1]);
         const wide inside = recurrent(p, x, inputs), n = tanh_of(x[2] + r * inside);
@@ -108,19 +116,22 @@ struct Gru {
         m[0] = z + found[0] * w[0] + found[1] * w[1] + found[2] * w[2];
     }
 
-    // r, z, what W_hn h' enters, x_n, and the bias inside n, which enters what W_hn h' does.
+    // e: the credit of p_r, p_z, p_n, x_n and b. The credit of b equals that of p_n, since n depends on p_n + b, but it
+    // has a place of its own, so that the credit of all inputs can be written side by side.
     static void entering(const wide *found, const wide *credit, wide *e) {
         for (int k = 0; k < 4; k++) e[k] = credit[0] * found[k];
         e[4] = e[2];
     }
 
   private:
+    // p_n + b, or p_n if there is no b.
     static wide recurrent(const wide *p, const wide *x, int inputs) { return inputs > 3 ? p[2] + x[3] : p[2]; }
 };
 
 constexpr int MOST_INPUTS = 4;
 
-// Where the inputs of one row and step begin: x (J, T, B, N), its units next to one another.
+// The inputs x (J, T, B, N) with units contiguous and the distances of the other dimensions given in numbers. `load_at`
+// loads the `here` units from unit i on, of all J inputs at step t and batch row b.
 struct Inputs {
     const float *x;
     long of_input, of_step, of_row;

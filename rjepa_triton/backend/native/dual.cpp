@@ -1,5 +1,9 @@
-// The dual form on the CPU, float32: from a trajectory and δ to what enters each gate and each input, in one pass backward
-// in time. Partials, M and λ are made on the way, sixteen units at once, and written nowhere.
+// The dual form on the CPU, float32, in one pass backward in time over a trajectory:
+//
+//     λ(t) = δ(t) + M(t+1)ᵀ λ(t+1),        E^g(t) = Σ_ν λ^ν(t) ∂F_ν/∂p^g(t),        E^j(t) = Σ_ν λ^ν(t) ∂F_ν/∂x^j(t)
+//
+// for each gate g and each input j. The pass computes the partials, M and λ for sixteen units at a time, in registers,
+// and never writes them to memory; only E and what the first step passes back are written.
 
 #include <vector>
 
@@ -7,8 +11,8 @@
 
 namespace {
 
-// Arrays (T, B, N) whose units lie next to one another, or nulls. apart: for each, how far its steps lie apart, and its
-// rows.
+// Several arrays (T, B, N), each with its units contiguous, or null. `apart` holds two distances for each array, in
+// numbers: from one step to the next and from one batch row to the next.
 template <class Number> struct Arrays {
     Number *const *arrays;
     const long *apart;
@@ -18,8 +22,10 @@ template <class Number> struct Arrays {
     }
 };
 
-constexpr long TASK = 256; // registers of units that one thread takes through all steps
+constexpr long TASK = 256; // a thread takes at most this many registers (WIDTH units each) through all steps at once
 
+// `dual_pass` for one cell. Units are independent of each other here, because M couples only the states of one unit. So
+// the B · ⌈N / WIDTH⌉ registers of units are split into tasks, which threads share, and each task runs over all steps.
 template <class Cell>
 void dual(const float *const *arrays, const long *apart, const Arrays<float> &out, const float *const *diagonals,
           const long *strides, const float *carry, const unsigned char *resets, float *passed, long inputs, long steps,
@@ -84,11 +90,18 @@ void dual(const float *const *arrays, const long *apart, const Arrays<float> &ou
 
 } // namespace
 
-// Of a cell, 0: Elman with tanh, 1: with relu, 2: LSTM, 3: GRU, 4: RGC, whose gates are given as their tanh. arrays, and
-// twice as many numbers of how far their steps and rows lie apart: x's J, the gates' G, the states before each step S, δ
-// of each S, or nulls for zeros; and what `Cell::entering` gives, written, or nulls. diagonals of the G matrices, N
-// numbers each `strides` apart; carry (S, B, N) or null: what later steps pass to the last; resets (T, B) bytes or null.
-// Writes passed (S, B, N), M(1)ᵀ λ(1).
+// The dual form (see the top of this file) of the cell with this number: 0 Elman with tanh, 1 Elman with relu, 2 LSTM,
+// 3 GRU, 4 RGC. J = inputs, G and S are the cell's numbers of gates and states.
+//
+// arrays     J + G + 2S arrays (T, B, N), in this order: the inputs x^j; the pre-activations p^g without x (for an RGC
+//            their tanh); the states before each step; δ of each state, where null stands for zeros
+// apart      their distances, two for each array, as in `Arrays`
+// out        the arrays (T, B, N) that are written with what `Cell::entering` gives, in its order; a null is skipped
+// out_apart  their distances
+// diagonals  the diagonals of the G matrices, N numbers each; those of matrix g lie strides[g] apart
+// carry      (S, B, N), the credit that later steps pass to the last step, or null for zeros
+// resets     (T, B) bytes, or null; a reset step reads zeros as its state and passes nothing back
+// passed     (S, B, N), written: M(1)ᵀ λ(1), the credit that the first step passes to the state before it
 extern "C" void dual_pass(const float *const *arrays, const long *apart, float *const *out, const long *out_apart,
                           const float *const *diagonals, const long *strides, const float *carry,
                           const unsigned char *resets, float *passed, long cell, long inputs, long steps, long batch,

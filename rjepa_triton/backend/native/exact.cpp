@@ -1,5 +1,9 @@
-// The exact credits of backpropagation through time on the CPU, float32: λ(t) = δ(t) + A(t+1)ᵀ λ(t+1) + Σ_k Wᵀ E(t+1),
-// E = Σ_ν λ^ν φ^{ν,k} (`reference.bptt`), of a cell with dense matrices.
+// The exact credits of backpropagation through time (`rules.bptt.credits`) on the CPU, float32, for a cell with dense
+// matrices. For each state ν',
+//
+//     λ^ν'(t) = δ^ν'(t) + Σ_ν A^{νν'}(t+1) λ^ν(t+1) + Σ_k (W^k)ᵀ E^k(t+1),        E^k(t) = Σ_ν λ^ν(t) φ^{ν,k}(t),
+//
+// where A^{νν'} = ∂F_ν/∂c^ν' of one unit, φ^{ν,k} = ∂F_ν/∂p^k, and k runs over the matrices that read state ν'.
 
 #include <vector>
 
@@ -7,7 +11,7 @@
 
 namespace {
 
-// An array (T, B, N) whose rows are `next` apart, or none.
+// An array (T, B, N) whose T·B rows of N contiguous numbers lie `next` numbers apart. A null `first` stands for zeros.
 struct Rows {
     const float *first;
     long next;
@@ -15,7 +19,9 @@ struct Rows {
     const float *at(long row) const { return first + row * next; }
 };
 
-// Matrices that read one state, by columns, N numbers to each of K' · N: panels of PANEL units, filled up with zeros.
+// Copies `count` matrices (N, N) that read one state to `out` as panels of PANEL columns, laid out as
+// [panel][matrix][row][column in the panel]. Columns past N in the last panel are zeros. A panel is then the operand of
+// `packed_rows` for the products with the transposed matrices.
 void pack_columns(const float *const *matrices, long count, long units, float *__restrict out) {
     for (long first = 0; first < units; first += PANEL) {
         const long here = units - first < PANEL ? units - first : PANEL;
@@ -27,7 +33,8 @@ void pack_columns(const float *const *matrices, long count, long units, float *_
     }
 }
 
-// A panel of the products of all rows: entering (B, K' · N), added to out (B, N).
+// Adds Σ_k (W^k)ᵀ E^k for the PANEL units of one panel and all batch rows to out (B, N). `entering` (B, columns) holds
+// E^k of the matrices side by side, columns = (number of matrices) · N; `packed` comes from `pack_columns`.
 void add_panel(const float *packed, const float *entering, float *out, long panel, long columns, long batch,
                long units) {
     const float *w = packed + panel * columns * PANEL;
@@ -53,10 +60,17 @@ void add_panel(const float *packed, const float *entering, float *out, long pane
 
 } // namespace
 
-// S states, K matrices (N, N) sorted by the state that they read, `readers` (S) of each. own: ∂F_ν/∂c^source at
-// [source · S + ν], phi: at [k · S + ν], (T, B, N) each or null, their rows `own_next` and `phi_next` apart; delta, credit
-// (S, T, B, N); carry (S, B, N) or null; resets (T, B) bytes or null. Writes credit and first (S, B, N), what goes on to
-// the state before the first step. packed: K · panels · PANEL · N numbers of room.
+// The credits of all T steps (see the top of this file). S = states.
+//
+// weights  K matrices (N, N), contiguous, sorted by the state that they read; readers (S,): how many read each state
+// own      A^{νν'} at [ν' · S + ν], each (T, B, N) with rows own_next[·] apart, or null for zeros
+// phi      φ^{ν,k} at [k · S + ν], each (T, B, N) with rows phi_next[·] apart, or null for zeros
+// delta    (S, T, B, N), contiguous
+// carry    (S, B, N), the credit that later steps pass to the last step, or null for zeros
+// resets   (T, B) bytes, or null; a reset step passes nothing back
+// credit   (S, T, B, N), written: λ
+// first    (S, B, N), written: the credit that the first step passes to the state before it
+// packed   scratch memory for the packed matrices, K · ⌈N / PANEL⌉ · PANEL · N numbers
 extern "C" void exact_credits(const float *const *weights, const long *readers, const float *const *own,
                               const long *own_next, const float *const *phi, const long *phi_next, const float *delta,
                               const float *carry, const unsigned char *resets, float *credit, float *first,

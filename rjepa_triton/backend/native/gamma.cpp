@@ -1,9 +1,13 @@
-// Γ's recursion for the CPU: one pass over Γ^ν (B, K, N, M) of S states, in place, that advances and reads it.
+// The recursion of the sensitivities Γ^ν (B, K, N, M), ν = 1 … S, on the CPU. One pass over their memory advances them
+// in place and reads the gradient from them:
 //
-// A row is what unit n has of matrix k: M numbers a state and batch row, which share their coefficients. All batch rows
-// of a few units are gone through together, so that their sum, the gradient's rows, stays in the nearest cache. Rows
-// are shared among threads by OpenMP, of which torch has the same library in use. Arrays are contiguous, but where a
-// distance is given.
+//     Γ^ν ← Σ_ν' M^{νν'} Γ^ν' + Σ_t U^ν(t) y(t)ᵀ,        gradient (K, N, M) = Σ_{b,ν} credit^ν Γ^ν.
+//
+// B counts batch rows, K matrices, N units and M the inputs (fan-in) of a unit. A "row" is the M numbers that Γ^ν has
+// for one batch row, matrix and unit; all of them share the coefficients M^{νν'}, U^ν and credit^ν. The pass takes all
+// batch rows of a few units together, so that their sum, a few rows of the gradient, stays in the nearest cache. OpenMP
+// shares the rows among threads; torch uses the same OpenMP library. Arrays are contiguous except where a distance is
+// given.
 
 #include <algorithm>
 #include <cstddef>
@@ -11,40 +15,46 @@
 
 namespace {
 
-constexpr long SHARED_FROM = 1 << 16; // numbers of Γ from which a second thread is worth calling
-constexpr long TILE = 256;            // numbers of a row whose entering sums are made at once
-constexpr long BLOCK = 64;            // steps that are summed at once
+constexpr long SHARED_FROM = 1 << 16; // with fewer numbers in Γ, a second thread costs more than it saves
+constexpr long TILE = 256;            // Σ_t U(t) y(t)ᵀ is formed for this many numbers of a row at a time
+constexpr long BLOCK = 64;            // Σ_t adds this many steps at a time
 #ifdef __AVX512F__
-constexpr int SUMS = 8; // of 64 bytes, that registers hold
+constexpr int SUMS = 8; // this many running sums of 64 bytes fit in the registers
 #else
 constexpr int SUMS = 4;
 #endif
 
+// The operands of one pass over C ≥ 1 steps. Each `const *` is a table of arrays.
 template <typename real> struct Arrays {
-    real *const *gammas;         // S of (B, K, N, M)
-    const real *m;               // (S, S, B, N), entries `next_m` apart, or null: Γ stays as it is
-    const real *const *entering; // S·K of (C, B, N), of C ≥ 1 steps; null: zeros
-    const real *const *y;        // K of (C, B, Y): Y = M, which every row reads, or N, of which a row reads its head's M
-    const real *const *credit;   // S of (B, N), null: zeros; or null
-    real *total;                 // (K, N, M): Σ credit · Γ over states and batch rows; written where there is credit
-    real *const *weights;        // K of (N, M), or null: they take a step down that sum, which goes nowhere then; or null
-    real rate;                   // of that step
-    long next_m, next_step, next_row, next_y_step, next_y_row; // from one step, or batch row, to the next
-    long steps, batch, matrices, units, fan_in, reads;
+    real *const *gammas;         // S arrays (B, K, N, M), mutated if `m` is given
+    const real *m;               // (S, S, B, N), its S·S planes `next_m` apart; null: Γ is read and doesn't move
+    const real *const *entering; // U: S·K arrays (C, B, N), the one of state ν and matrix k at [ν·K + k]; null: zeros
+    const real *const *y;        // K arrays (C, B, Y). If Y = M, all units read y; if Y = N, each reads its head's M
+    const real *const *credit;   // S arrays (B, N), null: zeros; the whole table is null if no gradient is wanted
+    real *total;                 // (K, N, M), written with the gradient if there is credit and `weights` is null
+    real *const *weights;        // K arrays (N, M), or null: W -= rate · gradient. A null array's weight stays as it is
+    real rate;
+    // Distances in numbers: of the planes of m; of the steps and batch rows of `entering`; and of those of y.
+    long next_m, next_step, next_row, next_y_step, next_y_row;
+    long steps, batch, matrices, units, fan_in, reads; // C, B, K, N, M, Y
 
-    // What rows of unit n read.
+    // The offset in y of the M numbers that unit n reads.
     long head(long n) const { return reads == fan_in ? 0 : n / fan_in * fan_in; }
 };
 
-// Of one row: S×S transitions, what a step's immediates are, and the credit that reads. A state whose transitions are
-// all zero is forgotten, and one without credit isn't read before Γ moves: it counts as zero, even where it is NaN.
+// The coefficients of one row: m[ν][ν'] = M^{νν'}; phi, the factor of what enters (U of the one step, or 1 where
+// several steps are summed beforehand); and credit. kept[ν'] is false where all M^{νν'} are zero, as after a reset: the
+// old Γ^ν' then counts as zero, even where it is NaN. read[ν] is false where the credit is zero: where Γ is read before
+// it moves, the old Γ^ν then counts as zero likewise.
 template <typename real, int S> struct Coefficients {
     real m[S][S], phi[S], credit[S];
     bool kept[S], read[S];
 };
 
-// `count` numbers of a row: new = M Γ + φ y, y by state; and credit · new to `total`, or added to it; credit · Γ where
-// Γ is read before it moves. descends: the sum goes to the weight, which takes a step of `rate` down it.
+// Advances and reads `count` numbers of a row for one batch row. gammas[ν], y[ν], total and weight point at the first
+// of them. If `moves`, Γ^ν ← Σ_ν' M^{νν'} Γ^ν' + φ^ν y^ν. If `reads`, sum = Σ_ν credit^ν Γ^ν, with the new Γ, or with
+// the old one if `before`; `add` adds what `total` holds already. The sum is written to `total`, or if `descends`,
+// weight -= rate · sum.
 template <typename real, int S, bool moves, bool reads, bool before, bool descends>
 inline __attribute__((always_inline)) void pass(real *const *gammas, const Coefficients<real, S> &c, const real *const *y, real *total, bool add,
                  real *weight, real rate, long count) {
@@ -71,7 +81,8 @@ inline __attribute__((always_inline)) void pass(real *const *gammas, const Coeff
     }
 }
 
-// Σ_t u(t) y(t) added to `sums` [COUNT][TILE]: u (steps, COUNT), `count` numbers of y, whose steps are `stride` apart.
+// sums[r][i] += Σ_t u[t][r] y[t][i] for i < count. sums is [COUNT][TILE], u is [steps][COUNT], and the steps of y lie
+// `stride` numbers apart.
 template <typename real, int COUNT>
 void add_products(const real *__restrict u, const real *__restrict y, size_t stride, real *__restrict sums, long steps,
                   long count) {
@@ -92,7 +103,8 @@ void add_products(const real *__restrict u, const real *__restrict y, size_t str
             for (int r = 0; r < COUNT; r++) sums[r * TILE + i] += u[t * COUNT + r] * y[t * stride + i];
 }
 
-// All that is done to R rows, of matrix k from unit n on, which read the same. room: of R · M numbers where weights step.
+// Does the whole pass for the R units n … n + R - 1 of matrix k and all batch rows. These units must read the same part
+// of y. `room` is scratch memory of R · M numbers, which holds the gradient where the weights take a step.
 template <typename real, int S, int R, bool moves, bool reads, bool before>
 void rows(const Arrays<real> &a, long k, long n, real *room) {
     real *const totals = a.weights ? room : a.total + (k * a.units + n) * (size_t)a.fan_in;
@@ -101,7 +113,7 @@ void rows(const Arrays<real> &a, long k, long n, real *room) {
     for (long b = 0; b < a.batch; b++) {
         Coefficients<real, S> c[R];
         size_t begin[R];
-        const real *entered[S], *credit[S]; // of this batch row from unit n on, or null: zeros
+        const real *entered[S], *credit[S]; // at this batch row and unit n; null: zeros
         for (int nu = 0; nu < S; nu++) {
             const real *phi = moves ? a.entering[nu * a.matrices + k] : nullptr;
             entered[nu] = phi ? phi + b * a.next_row + n : nullptr;
@@ -157,6 +169,8 @@ void rows(const Arrays<real> &a, long k, long n, real *room) {
     }
 }
 
+// Shares the units of all matrices among threads, R at a time, or one by one where the R units don't read the same
+// part of y.
 template <typename real, int S, bool moves, bool reads, bool before>
 void all_rows(const Arrays<real> &a, int threads) {
     constexpr int R = SUMS / S;
@@ -178,6 +192,7 @@ void all_rows(const Arrays<real> &a, int threads) {
     }
 }
 
+// Picks the variant: read only; advance only; read, then advance; advance, then read.
 template <typename real, int S> void of_states(const Arrays<real> &a, bool before, int threads) {
     if (!a.m)
         all_rows<real, S, false, true, true>(a, threads);
@@ -189,8 +204,9 @@ template <typename real, int S> void of_states(const Arrays<real> &a, bool befor
         all_rows<real, S, true, true, false>(a, threads);
 }
 
-// What each of C steps adds to Γ at their end, U(t) = M(C) … M(t+1) φ(t), and M(C) … M(1): m (S, S, C, B, N),
-// phi and arrived (S, C, B, K, N), whole (S, S, B, N).
+// U(t) = M(C) … M(t+1) φ(t), the immediate influence of step t as it stands after all C steps, and M(C) … M(1), both
+// as S×S products for each batch row and unit. m (S, S, C, B, N) and phi (S, C, B, K, N) are read. Writes U to
+// arrived (S, C, B, K, N) and the full product to whole (S, S, B, N).
 template <typename real, int S>
 void arrive(const real *__restrict m, const real *__restrict phi, real *__restrict arrived, real *__restrict whole,
             long steps, long batch, long matrices, long units) {
@@ -274,9 +290,10 @@ void of_type(void *const *gammas, const void *m, const void *const *entering, co
 
 } // namespace
 
-// Γ ← M Γ + Σ_t U(t) y(t)ᵀ in place, and total = Σ credit · Γ: of S = 1 or 2 states, arrays and their five distances
-// `apart` as in `Arrays`, of floats, or of doubles where `item` is 8. `before`: Γ is read before it moves. weights, or
-// null: they take a step of `rate` down the sum, in place of `total`.
+// Γ ← M Γ + Σ_t U(t) y(t)ᵀ in place, and total = Σ_{b,ν} credit · Γ (see the top of this file), for S = 1 or 2 states.
+// The arrays are as in `Arrays`, and apart = {next_m, next_step, next_row, next_y_step, next_y_row}. Numbers are double
+// if `item` is 8, otherwise float. If `before`, the gradient is read before Γ moves. If `weights` is given, the weights
+// take a step of `rate` against the gradient, and `total` isn't written.
 extern "C" void gamma_pass(void *const *gammas, const void *m, const void *const *entering, const void *const *y,
                            const void *const *credit, void *total, void *const *weights, const long *apart, double rate,
                            long states, long steps, long batch, long matrices, long units, long fan_in, long reads,
@@ -286,7 +303,7 @@ extern "C" void gamma_pass(void *const *gammas, const void *m, const void *const
         reads, before, threads);
 }
 
-// `arrive` of S = 1 or 2 states, of floats, or of doubles where `item` is 8.
+// `arrive` for S = 1 or 2 states. Numbers are double if `item` is 8, otherwise float.
 extern "C" void gamma_arriving(const void *m, const void *phi, void *arrived, void *whole, long states, long steps,
                                long batch, long matrices, long units, long item) {
     const auto run = item == sizeof(double) ? arrive_of_type<double> : arrive_of_type<float>;

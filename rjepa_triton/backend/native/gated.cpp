@@ -1,10 +1,11 @@
-// Cells whose matrices all read state 0, on the CPU, float32: Elman, LSTM, GRU, their loop over time and their partials.
-// All arrays are contiguous, but where strides are given.
+// The loop over time and the partials of the cells whose matrices all read state 0 (Elman, LSTM, GRU), on the CPU,
+// float32. Arrays are contiguous except where strides are given.
 
 #include "cells.h"
 
 namespace {
 
+// `gated_scan` for one cell.
 template <class Cell>
 void run(const Inputs &x, const float *const *weights, const float *const *start, const unsigned char *resets,
          float *states, float *sums, float *kept, float *packed, long steps, long batch, long units, long threads) {
@@ -37,6 +38,7 @@ void run(const Inputs &x, const float *const *weights, const float *const *start
     }
 }
 
+// `gated_linearize` for one cell. The T·B rows are independent, so threads share them.
 template <class Cell>
 void linearize(const Inputs &x, const float *sums, const float *before, const unsigned char *resets,
                const float *const *diagonals, const long *strides, float *out, long next_before, long steps, long batch,
@@ -64,10 +66,15 @@ void linearize(const Inputs &x, const float *sums, const float *before, const un
 
 } // namespace
 
-// T steps of a cell, 0: Elman with tanh, 1: with relu, 2: LSTM, 3: GRU. x (J, T, B, N), `strides` of its J, T and B;
-// weights G of (N, N), start S of (B, N), resets (T, B) bytes or null; states (S, T + 1, B, N) and sums (T, B, G, N)
-// written. kept: S · B · N numbers for what a step reads where rows are reset, or null. packed: `packed_numbers(G, N)` for
-// packed weights, or null: they are read as they are.
+// T steps c(t) = F(c(t-1), p(t), x(t)), p^g(t) = W^g c^0(t-1), of the cell with this number: 0 Elman with tanh, 1 Elman
+// with relu, 2 LSTM, 3 GRU.
+//
+// x        (J, T, B, N), its strides over J, T and B in `strides`
+// weights  G matrices (N, N);  start: S initial states (B, N);  resets: (T, B) bytes, or null
+// states   (S, T + 1, B, N), written: `start`, then the state after each step
+// sums     (T, B, G, N), written: the pre-activations p
+// kept     scratch memory of S · B · N numbers for the state that a step with reset rows reads; null if no resets
+// packed   scratch memory of `packed_numbers(G, N)` numbers for repacked weights; null: weights are read as they are
 extern "C" void gated_scan(const float *x, const long *strides, const float *const *weights, const float *const *start,
                            const unsigned char *resets, float *states, float *sums, float *kept, float *packed,
                            long cell, long inputs, long steps, long batch, long units, long threads) {
@@ -76,9 +83,11 @@ extern "C" void gated_scan(const float *x, const long *strides, const float *con
     scan(given, weights, start, resets, states, sums, kept, packed, steps, batch, units, threads);
 }
 
-// Partials and RFP's M along T steps: sums (T, B, G, N); before (S, T, B, N), its states `next_before` apart; x, strides,
-// resets as above; diagonals of the G matrices, N numbers each `diagonal_strides` apart. Writes out (·, T, B, N): what
-// the cell's `partials` finds, and M by rows, zero where reset.
+// The partials and RFP's M of T steps. sums (T, B, G, N) are the pre-activations; before (S, T, B, N) the states that
+// the steps read, states `next_before` numbers apart; diagonals the G matrices' diagonals, N numbers each, those of
+// matrix g diagonal_strides[g] apart; x, strides, resets and cell are as in `gated_scan`. Writes out
+// (DISTINCT + S·S, T, B, N): what the cell's `partials` finds, then M^{νν'} at DISTINCT + ν · S + ν', zero at
+// reset steps.
 extern "C" void gated_linearize(const float *x, const long *strides, const float *sums, const float *before,
                                 const unsigned char *resets, const float *const *diagonals,
                                 const long *diagonal_strides, float *out, long cell, long inputs, long next_before,
@@ -91,7 +100,8 @@ extern "C" void gated_linearize(const float *x, const long *strides, const float
     find(given, sums, before, resets, diagonals, diagonal_strides, out, next_before, steps, batch, units, threads);
 }
 
-// tanh of `count` numbers in place, or their sigmoid, by which their accuracy is tested.
+// Replaces `count` contiguous numbers by their tanh, or by their sigmoid if `sigmoid`. Tests measure the accuracy of
+// both functions through it.
 extern "C" void activate(float *values, long count, long sigmoid) {
     for (long i = 0; i < count; i += WIDTH) {
         const long here = count - i < WIDTH ? count - i : WIDTH;

@@ -1,34 +1,38 @@
-// What the loops over time are made of: tanh, sigmoid, and a layer's matrices times the states of a few rows. float32.
+// The building blocks of the loops over time, float32: tanh, sigmoid, and the products of a layer's matrices with the
+// states of a few batch rows.
 //
-// No -ffast-math, which may have the whole process flush subnormals to zero and lets NaN and infinities be anything. So
-// tanh and exp are written here, sixteen numbers at once.
+// The sources are compiled without -ffast-math, which may make the whole process flush subnormals to zero and leaves
+// NaN and infinities undefined. Without it compilers don't vectorize tanh and exp, so both are written here, for
+// sixteen numbers at a time.
 
 #pragma once
 
 #include <cstddef>
 #include <cstring>
 
-#ifdef __AVX512F__ // a call of memcpy would have every register saved
+#ifdef __AVX512F__ // masked loads and stores replace memcpy, since a call of memcpy saves and restores all registers
 #include <immintrin.h>
 #endif
 
 namespace {
 
-// One register of AVX-512, two of AVX, four of SSE and NEON, by the compiler.
+// A `wide` of WIDTH floats is one register of AVX-512; the compiler makes it two of AVX and four of SSE and NEON.
 constexpr long WIDTH = 16;
-constexpr long PANEL = 2 * WIDTH;
-constexpr long FEW = 8;
+constexpr long PANEL = 2 * WIDTH; // output units of one packed panel
+constexpr long FEW = 8;           // rows that `pack` copies together
 typedef float wide __attribute__((vector_size(64), aligned(sizeof(float)), may_alias));
 typedef int bits __attribute__((vector_size(64), aligned(sizeof(int)), may_alias));
 
+// `yes` where the mask is all ones, `no` where it is zero, lane by lane.
 inline wide chosen(bits mask, wide yes, wide no) { return (wide)((mask & (bits)yes) | (~mask & (bits)no)); }
 
-// exp of what is between -87 and 88; of what is beyond, of these. To 2 ulp.
+// exp(x) to within 2 ulp. x is clamped to [-87, 88] first.
 inline wide exp_of(wide x) {
     x = chosen(x < -87.0f, wide{} - 87.0f, chosen(x > 88.0f, wide{} + 88.0f, x));
     bits n = __builtin_convertvector(x * 1.44269504088896341f + chosen(x < 0.0f, wide{} - 0.5f, wide{} + 0.5f), bits);
     wide whole = __builtin_convertvector(n, wide);
-    wide r = x - whole * 0.693359375f + whole * 2.12194440e-4f; // less n log 2, in two parts: the first is exact
+    // r = x - n log 2. log 2 is split in two parts, and the product of n and the first part is exact.
+    wide r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     wide e = 1.979034151e-4f * r + 1.394465964e-3f;
     e = e * r + 8.333497075e-3f;
     e = e * r + 4.166629495e-2f;
@@ -38,8 +42,9 @@ inline wide exp_of(wide x) {
     return e * (wide)((n + 127) << 23); // 2ⁿ
 }
 
-// tanh to 2 ulp. Below 0.625 an odd polynomial; above, 1 - 2 / (exp(2|x|) + 1), which is 1 from 9.02 on. Coefficients, and
-// those of exp, are those of the least largest relative error: 4.4e-9 of tanh's, 5.2e-11 of exp's between ±log(2)/2.
+// tanh(x) to within 2 ulp. Below |x| = 0.625 it is an odd polynomial; above, it is 1 - 2 / (exp(2|x|) + 1), which is 1
+// from 9.02 on. NaN stays NaN. The coefficients here and in `exp_of` minimize the largest relative error, which is
+// 4.4e-9 for tanh's polynomial and 5.2e-11 for exp's between ±log(2)/2.
 inline wide tanh_of(wide x) {
     bits sign = (bits)x & (int)0x80000000;
     wide size = (wide)((bits)x ^ sign), z = size * size;
@@ -53,9 +58,11 @@ inline wide tanh_of(wide x) {
     return chosen(x != x, x, found);
 }
 
+// 1 / (1 + exp(-x)). NaN stays NaN.
 inline wide sigmoid_of(wide x) { return chosen(x != x, x, 1.0f / (1.0f + exp_of(-x))); }
 
-// `count` numbers, at most WIDTH, in the first places of a register, and back.
+// `load` reads min(count, WIDTH) numbers into the first lanes and sets the other lanes to zero; `store` writes the
+// first min(count, WIDTH) lanes.
 inline wide load(const float *from, long count) {
     if (count >= WIDTH) return *(const wide *)from;
 #ifdef __AVX512F__
@@ -78,24 +85,29 @@ inline void store(float *to, wide values, long count) {
 #endif
 }
 
-// Matrices (N, N) that read one state, their rows one after the other: as they are, or packed as well.
+// The `count` matrices (N, N) that read one state, N = units, regarded as one matrix of count · N rows. `packed` holds
+// the same weights as `pack` lays them out; where it is null, products read `matrices`.
 struct Readers {
     const float *const *matrices;
     long count, units;
-    const float *packed; // or null
+    const float *packed;
 
     long rows() const { return count * units; }
     long panels() const { return (rows() + PANEL - 1) / PANEL; }
 };
 
-// What `packed` takes of so many matrices: panels of PANEL rows, [panel][column][row], the last filled up with zeros.
+// How many numbers `pack` writes for `count` matrices: panels of PANEL rows, laid out as [panel][column][row], where
+// the rows that the last panel lacks are zeros.
 inline long packed_numbers(long count, long units) { return (count * units + PANEL - 1) / PANEL * PANEL * units; }
 
+// Writes the packed form of readers.matrices to `out`.
 void pack(const Readers &readers, float *__restrict out) {
     static const float zeros[WIDTH] = {};
     const long units = readers.units;
     for (long first = 0; first < readers.rows(); first += PANEL, out += units * PANEL)
-        // a line of a few rows at once is read whole, where rows that lie apart by a power of two drive one another out
+        // WIDTH columns of FEW rows at a time: each cache line is then used whole before another row evicts it. Rows
+        // that lie a power of two apart map to the same cache sets, and reading PANEL of them at a time would evict
+        // lines early.
         for (long k = 0; k < units; k += WIDTH) {
             const long columns = units - k < WIDTH ? units - k : WIDTH;
             for (long some = 0; some < PANEL; some += FEW) {
@@ -111,7 +123,8 @@ void pack(const Readers &readers, float *__restrict out) {
         }
 }
 
-// A panel times R rows of c (R, N), even and odd columns apart where there is one, since a sum waits for the one before.
+// sums[r][h] = Σ_k w[k][h] c[r][k]: one packed panel w [N][2][WIDTH] times R rows c (R, N), N = units. For a single
+// row, even and odd k have separate sums, because each addition to a sum has to wait for the one before.
 template <int R>
 inline void packed_rows(const float *__restrict w, const float *__restrict c, wide (&sums)[R][2], long units) {
     wide odd[2] = {};
@@ -138,7 +151,7 @@ inline void packed_rows(const float *__restrict w, const float *__restrict c, wi
     }
 }
 
-// A row of a matrix as it is, times R rows of c (R, N): one sum each, `next` apart.
+// out[r · next] = Σ_k weight[k] c[r][k]: one row of an unpacked matrix times R rows c (R, N), N = units.
 template <int R>
 inline void plain_row(const float *__restrict weight, const float *__restrict c, float *__restrict out, long next,
                       long units) {
@@ -157,6 +170,7 @@ inline void plain_row(const float *__restrict weight, const float *__restrict c,
     }
 }
 
+// `multiply_panel` for R batch rows, by the packed weights where there are any.
 template <int R, bool with_tanh>
 inline void panel_rows(const Readers &readers, long panel, const float *c, float *out) {
     const long units = readers.units, all = readers.rows(), first = panel * PANEL;
@@ -179,7 +193,8 @@ inline void panel_rows(const Readers &readers, long panel, const float *c, float
                   count - half * WIDTH);
 }
 
-// A panel of all matrices times c (B, N): PANEL of the numbers of out (B, count, N), their tanh if asked for.
+// out[b] = W c[b], or its tanh if `with_tanh`, for the PANEL rows of W that belong to this panel and all batch rows b.
+// W is the matrices of `readers` stacked, c is (B, N), and out (B, count, N).
 template <bool with_tanh>
 void multiply_panel(const Readers &readers, long panel, const float *c, float *out, long batch) {
     long b = 0;
@@ -189,10 +204,12 @@ void multiply_panel(const Readers &readers, long panel, const float *c, float *o
         panel_rows<1, with_tanh>(readers, panel, c + b * readers.units, out + b * readers.rows());
 }
 
-// Products of a step, and numbers of T·B·N of what is done to each alone, from which a second thread is worth calling.
+// The sizes from which a second thread saves time: SHARED_FROM multiplications in a step's matrix products, and
+// SPREAD_FROM = T·B·N numbers in elementwise work over all steps.
 constexpr long SHARED_FROM = 1 << 18, SPREAD_FROM = 1 << 15;
 
-// What a step reads of a state (B, N): as it is, or copied to `kept` with zeros for the rows that are reset.
+// The state (B, N) that a step reads. If no row is reset it is `state` itself; otherwise it is `kept`, which is written
+// with the state and zeros in the reset rows. resets: (B,) bytes, or null.
 inline const float *read_state(const float *state, const unsigned char *resets, float *kept, long batch, long units) {
     bool any = false;
     for (long b = 0; resets && b < batch; b++) any |= resets[b];

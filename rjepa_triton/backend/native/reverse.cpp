@@ -1,8 +1,8 @@
-// The reverse scan on the CPU, float32, one thread; arrays are contiguous. A product with a zero of M or of the credit is
-// zero, even where the other is NaN: a reset selects.
+// The reverse scan on the CPU, float32, in one thread; arrays are contiguous. A product with a zero of M or of the
+// credit is zero even where the other factor is NaN, so that a NaN doesn't cross a reset.
 
-// Mᵀ λ of one step, for `count` units of S states, added to `out`. m: of the step, its planes `plane` apart; credit and
-// out: their states as far apart as given.
+// out^ν' += Σ_ν M^{νν'} λ^ν for one step and `count` units. M^{νν'} begins at m + (ν · S + ν') · plane, λ^ν at
+// credit + ν · credit_state and out^ν' at out + ν' · out_state.
 static inline void pass_back(const float *m, long plane, const float *credit, long credit_state, float *out,
                              long out_state, long states, long count) {
     for (long source = 0; source < states; source++) {
@@ -14,8 +14,8 @@ static inline void pass_back(const float *m, long plane, const float *credit, lo
     }
 }
 
-// λ(t) = δ(t) + M(t+1)ᵀ λ(t+1) and M(1)ᵀ λ(1): m (S, S, T, R), delta and credit (S, T, R), carry (S, R) or null, first
-// (S, R); R = B·N. Writes credit and first.
+// λ(t) = δ(t) + M(t+1)ᵀ λ(t+1), where λ(T) = δ(T) + carry. Reads m (S, S, T, R), delta (S, T, R) and carry (S, R),
+// which may be null for zeros; R = count = B·N. Writes λ to credit (S, T, R) and M(1)ᵀ λ(1) to first (S, R).
 extern "C" void reverse_scan(const float *m, const float *__restrict delta, const float *__restrict carry,
                              float *credit, float *first, long states, long steps, long count) {
     long plane = steps * count;

@@ -1,12 +1,19 @@
-// A reciprocal gated circuit (`cells.RGCCell`) on the CPU, float32: its loop over time, and its partials. All arrays are
-// contiguous, but where strides are given.
+// The loop over time and the partials of a reciprocal gated circuit (`rjepa_triton.cells.RGCCell`) on the CPU, float32:
+//
+//     s(t) = x + tanh(W_ss s) s - tanh(W_ms m) x,        m(t) = x + tanh(W_mm m) m - tanh(W_sm s) x,
+//
+// with x = x(t), s = s(t-1) and m = m(t-1). Arrays are contiguous except where strides are given.
 
 #include "cells.h"
 
-// T steps: states (2, T + 1, B, N) written, from s0 and m0 (B, N) on; gates (2, T, B, 2, N) written; x (T, B, N); resets
-// (T, B) bytes or null; weights ss, ms, mm, sm (N, N) each. kept: 2 · B · N numbers for what a step reads where rows are
-// reset, or null. packed: room for packed weights, twice `packed_numbers(2, N)`, or null: they are read as they are, which
-// is faster for a few rows and steps.
+// T steps from the initial states s0, m0 (B, N).
+//
+// x       (T, B, N);  ss, ms, mm, sm: the weights (N, N);  resets: (T, B) bytes, or null
+// states  (2, T + 1, B, N), written: s and m, initial and after each step
+// gates   (2, T, B, 2, N), written by the state read: [0] tanh(W_ss s), tanh(W_sm s); [1] tanh(W_mm m), tanh(W_ms m)
+// kept    scratch memory of 2 · B · N numbers for the states that a step with reset rows reads; null if no resets
+// packed  scratch memory of 2 · `packed_numbers(2, N)` numbers for repacked weights; null: the weights are read as they
+//         are, which is faster for few rows and steps
 extern "C" void rgc_scan(const float *x, const float *ss, const float *ms, const float *mm, const float *sm,
                          const float *s0, const float *m0, const unsigned char *resets, float *states, float *gates,
                          float *kept, float *packed, long steps, long batch, long units, long threads) {
@@ -43,10 +50,10 @@ extern "C" void rgc_scan(const float *x, const float *ss, const float *ms, const
     }
 }
 
-// Partials and RFP's M along T steps: gates (2, T, B, 2, N); before
-// (2, T, B, N), its states `next_before` apart; x (T, B, N); resets (T, B) bytes or null; diagonals of ss, ms, mm and sm,
-// N numbers each `strides` apart. Writes out (10, T, B, N): the gates' partials ss, ms, mm, sm, x's of s and m, and M by
-// rows, zero where reset.
+// The partials and RFP's M of T steps. gates (2, T, B, 2, N) are as `rgc_scan` writes them; before (2, T, B, N) are the
+// states that the steps read, s and m `next_before` numbers apart; x (T, B, N); resets (T, B) bytes, or null; diagonals
+// those of ss, ms, mm and sm, N numbers each, strides[k] apart. Writes out (10, T, B, N): the six numbers that
+// `Rgc::partials` finds, then M^{ss}, M^{sm}, M^{ms}, M^{mm}, which are zero at reset steps.
 extern "C" void rgc_linearize(const float *gates, const float *before, const float *x, const unsigned char *resets,
                               const float *const *diagonals, const long *strides, float *out, long next_before,
                               long steps, long batch, long units, long threads) {
