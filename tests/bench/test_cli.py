@@ -107,7 +107,7 @@ def test_a_file_without_records_is_refused(
 
 
 def test_sizes_of_a_plan_without_end(tmp_path: Path) -> None:
-    """At once, and refused where no number of 64 bits tells the bytes."""
+    """The answer comes at once, and sizes whose bytes don't fit in 64 bits are refused."""
     begin = time.monotonic()
     for option in ("hidden", "batch", "steps", "chunk", "input-size"):
         size = {"hidden": "64", option: "1000000001"}
@@ -139,7 +139,7 @@ for package in ("typer", "rich", "matplotlib"):
 
 
 def test_missing_packages_are_named() -> None:
-    """In a process of its own, since this one has them all imported."""
+    """The check runs in a process of its own, since this one has imported all the packages."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", MISSING], env=env, capture_output=True, text=True, check=True
@@ -180,7 +180,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(arguments: tuple[str, 
 
 
 def test_head_gets_the_first_line_and_nothing_is_said(tmp_path: Path) -> None:
-    """By a shell's own pipe, whose reader leaves after a line of many."""
+    """The pipe is a shell's own, and its reader leaves after the first of many lines."""
     words, env = command(*TABLES)
     line = f"{shlex.join(words)} 2>told | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
@@ -192,7 +192,7 @@ def test_head_gets_the_first_line_and_nothing_is_said(tmp_path: Path) -> None:
 
 
 def test_another_pipe_that_breaks_is_an_error() -> None:
-    """Only stdout and stderr end a command quietly: what a worker's pipe says is told."""
+    """Only a broken stdout or stderr ends a command quietly; an error from another pipe is reported."""
     code = """
 import sys
 from rjepa_triton._command import quiet_end_of_pipe, user_errors
@@ -206,7 +206,7 @@ with quiet_end_of_pipe(), user_errors():
 
 
 def test_what_is_written_is_what_it_was_without_the_guard() -> None:
-    """Encoding and order of lines: a table's lines to a pipe, in UTF-8 whatever the locale says."""
+    """A table goes to a pipe with its lines in order, and in UTF-8 whatever the locale says."""
     words, env = command("bench", "plan", "--hidden", "64", "--device", "h100")
     done = subprocess.run(words, env={**env, "PYTHONIOENCODING": "utf-8"}, capture_output=True, check=True)
     told = done.stdout.decode("utf-8")
@@ -214,7 +214,7 @@ def test_what_is_written_is_what_it_was_without_the_guard() -> None:
     assert told.rstrip().splitlines()[-1].endswith(".")
 
 
-# A command, the encoding of its streams, and what of its words stands for a character that the encoding lacks.
+# Each command has the encoding of its streams, and the text written for a character that the encoding lacks.
 ELSEWHERE: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench", "plan", "--hidden", "64", "--device", "h100"): ("cp1252", "Gamma"),
     TABLES: ("ascii", "us"),

@@ -1,4 +1,7 @@
-"""Loops compiled for the CPU: what torch's give, and how the library is built, found and done without."""
+"""The functions compiled for the CPU give what torch's give; how their library is built, found and done without.
+
+This is one long file because all compiled functions run here on one set of problems (`sizes`, `given`).
+"""
 
 from __future__ import annotations
 

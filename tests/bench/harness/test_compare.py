@@ -32,7 +32,7 @@ BEFORE = [made(n, 1e-6 * n**2) for n in (32, 64, 128)]
 
 
 def slowed(factor: float, spread: float = 0.01) -> list[Record]:
-    """N = 64 slower by `factor`, under another torch."""
+    """Records in which N = 64 is slower by `factor`, made with another version of torch."""
     return [made(n, 1e-6 * n**2 * (factor if n == 64 else 1), spread, "2.14.1") for n in (32, 64, 128)]
 
 

@@ -1,4 +1,4 @@
-"""Timing in turn, and peak bytes."""
+"""Cases are timed in turn, and peak bytes are measured."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_peak_counts_what_is_alive_at_once() -> None:
     def one_after_the_other() -> torch.Tensor:
         out = torch.zeros(MEGA, dtype=torch.uint8)
         for _ in range(3):
-            out = out + held  # two alive: the old one, and the new
+            out = out + held  # two tensors are alive here, the old one and the new
         return out
 
     peak = measure.peak_bytes(one_after_the_other, CPU)
     assert 2 * MEGA <= peak < 2.01 * MEGA
-    # what was alive before does not count, and nothing is left over from one call to the next
+    # what was alive before does not count, and no call leaves anything over for the next
     assert measure.peak_bytes(one_after_the_other, CPU) == peak
 
 
@@ -88,7 +88,7 @@ print(kept)
 
 
 def test_memory_that_was_freed_is_not_mapped_anew() -> None:
-    """In a process of its own: for good."""
+    """The check runs in a process of its own, because the setting holds until the process ends."""
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     if platform.libc_ver()[0] == "glibc":
@@ -101,7 +101,7 @@ def test_a_c_library_that_can_not_be_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_rates_are_those_of_numbers_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of numbers all alike a GPU multiplies and copies more: the same ones each time, and no one else's."""
+    """A GPU multiplies and copies equal numbers faster, so they are random: the same each time, from a separate generator."""
     made: list[torch.Tensor] = []
     draw = measure._random
 

@@ -165,7 +165,7 @@ def test_bytes_that_are_no_text_are_a_broken_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("results", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_records_without_what_a_table_or_picture_needs_are_named(results: Path, tmp_path: Path) -> None:
-    """Each parameter and each part of the payload is taken away, and made something else."""
+    """Each parameter and each entry of the payload is removed, then replaced by a value of another type."""
     if results not in record.files_of(results.parent):
         pytest.skip("no records of a benchmark")
     whole = [json.loads(line) for line in results.read_text().splitlines()]
@@ -187,7 +187,7 @@ def test_records_without_what_a_table_or_picture_needs_are_named(results: Path, 
 
 
 def test_brackets_in_a_message_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """rich would take them for markup, or raise MarkupError."""
+    """Unescaped, rich would take brackets for markup, or raise MarkupError."""
     message = "[bold]no[/] such [/path] | :smile:\nsecond line"
     table = Table("message", title="[/title]")
     table.add_row(message)

@@ -46,7 +46,7 @@ def test_all_well(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_recorded_and_the_next_stage_runs(tmp_path: Path) -> None:
-    (tmp_path / "bad.xml").write_text('<testsuite tests="9"/>')  # of an earlier run
+    (tmp_path / "bad.xml").write_text('<testsuite tests="9"/>')  # an earlier run left it
     stages = [
         python("bad", "import sys; print('why'); sys.exit(3)"),
         Stage("absent", (str(tmp_path / "no-such-program"),), 5),
@@ -74,7 +74,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("must_finish", [False, True])
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_stage_out_of_time_is_interrupted(tmp_path: Path, must_finish: bool, ignored: bool) -> None:
-    """Where interrupts are ignored too, as of a command that a shell runs in the background."""
+    """This holds also where SIGINT is ignored, as in a command that a shell runs in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
         code, found = run([python("slow", INTERRUPTED, 1.2, must_finish), python("next", "pass")], tmp_path)
@@ -98,7 +98,7 @@ def test_a_stage_that_will_not_stop_is_killed_with_its_children(
     _, found = run([python("stubborn", stubborn, 1.2)], tmp_path)
     assert (found["stubborn"]["status"], found["stubborn"]["code"]) == ("cut off", -9)
     status = Path(f"/proc/{found['stubborn']['tail'][0]}/status")
-    for _ in range(100):  # until whoever adopts it has buried it
+    for _ in range(100):  # the process that adopts the orphan needs a moment to reap it
         if not status.exists() or "State:\tZ" in status.read_text():
             return
         time.sleep(0.05)

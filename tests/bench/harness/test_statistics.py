@@ -28,7 +28,7 @@ def test_the_interval_covers_the_truth_95_times_in_100() -> None:
         found = fit.slope(N, [n**2 * float(np.exp(0.1 * rng.standard_normal())) for n in N])
         assert found is not None
         covered += abs(found.value - 2) <= found.half_width
-    # binomial deviation of 1000 draws at 0.95 is 7
+    # the standard deviation of a binomial of 1000 draws at 0.95 is 7
     assert 925 <= covered <= 975
 
 

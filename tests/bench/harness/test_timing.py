@@ -21,17 +21,17 @@ POINTS, PASSES = 4, 3
 
 
 class Machine:
-    """A clock, and work that takes as long as the machine is slow when it is done.
+    """A simulated clock, and work whose duration depends on how slow the machine is at that moment.
 
-    Noise: each call by 2 %, the speed wandering by 1 % from call to call and back within a hundred, one call in fifty
-    held up to twice its time; and one factor for all of a run.
+    Each call varies by 2 %; the speed wanders by 1 % and returns within a hundred calls; one call in fifty takes twice
+    its time; and one factor (`speed`) applies to all of a run.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         self.now, self.wander, self.speed = 0.0, 0.0, 1.0
         self.rng = random.Random(seed)
         monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(measure.gc, "collect", lambda: 0)  # 0.1 s each, and nothing here needs it
+        monkeypatch.setattr(measure.gc, "collect", lambda: 0)  # it takes 0.1 s and isn't needed
         sizes = {"calls": 100e-6, "product": 3e-3, "copy": 4e-3}
         gauges = {name: self.work(seconds) for name, seconds in sizes.items()}
         monkeypatch.setattr(measure, "yardsticks", lambda device: gauges)
@@ -46,7 +46,7 @@ class Machine:
         return call
 
     def run(self, slower: dict[str, float] | None = None, speed: float = 1.0) -> list[Record]:
-        """Records of all cases at all points; slower: factors by case."""
+        """Records of all cases at all points. `slower` holds the factor by which a case is slowed."""
         self.speed, found = speed, {}
         for _ in range(PASSES):
             for point in range(POINTS):
@@ -85,7 +85,7 @@ def test_a_slowdown_of_10_percent_is_found_and_nothing_else(monkeypatch: pytest.
             seen = changed(a, b)
             assert set(seen) == {(name, verdict)}
             found += len(seen)
-    # at single points noise may hide it: at 3 of 144, over twelve machines
+    # noise may hide the change at single points: it did at 3 of 144, over twelve machines
     assert found >= 2 * len(CASES) * POINTS - 2
 
 
@@ -93,7 +93,7 @@ def test_a_machine_that_became_slower_is_not_the_code(monkeypatch: pytest.Monkey
     machine = Machine(monkeypatch, seed=2)
     before = machine.run()
     assert changed(before, machine.run(speed=1.2)) == []
-    # what goes beyond that is found all the same
+    # a case that slows more than the machine is still found
     assert changed(before, machine.run({"rfp-dual": 1.4}, speed=1.2)) == [("rfp-dual", "slower")] * POINTS
 
 
@@ -106,7 +106,7 @@ def test_an_unsteady_machine_widens_what_counts_as_noise() -> None:
     assert compare.unsteadiness(steady) < 0.01
     assert compare.unsteadiness(rough) > 0.1
     assert compare.unsteadiness(rough[:3]) == 0
-    # one point in ten, while others had the machine
+    # at one point in ten, other programs had the machine
     assert compare.unsteadiness([*steady, timing(1.1e-3)]) < 0.01
     assert compare.unsteadiness([*steady, timing(2e-3)]) == pytest.approx(
         math.sqrt(2) * math.log(2), rel=1e-2
@@ -125,7 +125,7 @@ def test_the_interval_of_a_median_covers_it_19_times_in_20() -> None:
         assert found.high is not None
         assert found.low <= found.median <= found.high
         covered += found.low <= 1.0 <= found.high
-    # binomial deviation of 300 draws at 0.95 is 4
+    # the standard deviation of a binomial of 300 draws at 0.95 is 4
     assert 270 <= covered <= 297
 
 
@@ -137,8 +137,8 @@ def test_passes_count_alike_and_the_interval_has_what_differs_between_them() -> 
     assert mixed.high is not None
     assert (steady.median, mixed.median) == (1.0, pytest.approx(1.0, rel=0.02))
     assert steady.high - steady.low < 0.02
-    assert mixed.high > 1.9  # three draws of three passes may all be of the slow one
-    # five samples of the one weigh no more than three of the other
+    assert mixed.high > 1.9  # all three passes that are drawn may be the slow one
+    # five samples of one pass weigh no more than three of the other
     assert measure.timing(low, high).median == pytest.approx(1.5, abs=0.02)
     one, other = (
         replace(measure.timing(taken), samples=[taken], yardsticks={"copy": [1.0]}) for taken in (low, high)

@@ -59,10 +59,10 @@ Config = gamma_step.Config | gamma_chunk.Config
 
 @dataclass(frozen=True)
 class Case:
-    """A build and what is asked of it.
+    """A build and the requirements on its machine code.
 
-    registers    at most so many a thread on NVIDIA, where they decide how many programs share a multiprocessor
-    wide_loads   at least so many of 128 bits, and all stores of 128 bits; 0 where rows allow neither
+    registers    the most registers per thread on NVIDIA, where they decide how many programs share a multiprocessor
+    wide_loads   the least number of 128-bit loads; all stores must have 128 bits then. 0 where rows allow neither
     tensor_core  whether there must be matrix instructions
     rounded      whether there must be conversions to bfloat16 that round to nearest
     """
@@ -74,23 +74,23 @@ class Case:
     rounded: bool = False
 
 
-# Stores of fewer than 128 bits, by the start of a case's name, and why they are left so.
+# How many stores of fewer than 128 bits a case may have, by the start of its name, and why.
 NARROW_STORES = {
     # A matrix product leaves four numbers in a row to a lane: 128 bits of float32, 64 of bfloat16.
     "chunk-gfx942-64x32x32-bf16": 8,
-    # A step's four gates and two states of each unit, joined, number by number: two and one of a thread.
+    # A thread stores the four gates and two states of a unit, which lie joined, one number at a time.
     "rgc-small": 3,
-    # Eight units of a row, a number to a thread: gates and states as above.
+    # Each thread stores one number of the eight units of a row; gates and states are as above.
     "rgc-persistent": 6,
-    # What a unit and a batch row have, once: two states, as read and as made, and ten partials.
+    # Each unit and batch row stores two states as read, two states as computed, and ten partials, each once.
     "rgc-step": 14,
-    # φ y goes to one row a state of each column, and a column has one gradient: number by number.
+    # φ y goes to one row per state in each column, and a column has one gradient, so numbers are stored singly.
     "rtrl-heads": 3,
 }
 
 
 def _configs(pick: Callable[..., Config], *choices: Iterable[object]) -> list[Config]:
-    """Everything `pick` can return over sizes, fan-ins and the choices."""
+    """All configurations that `pick` returns over the sizes, the fan-ins and the choices."""
     sizes = (1, 63, 64, 128, 256, 512, 1000, 4096)
     return sorted({pick(*arguments) for arguments in itertools.product(sizes, sizes, *choices)})
 
@@ -106,7 +106,7 @@ RGC_SMALL_CONFIGS = {
     for warp in (32, 64)
 }
 
-# What differs in the code alone: how units are dealt out is the launch's.
+# Only fields that change the code are kept apart; how units are dealt out concerns the launch alone.
 RGC_PERSISTENT_CONFIGS = {
     warp: sorted(
         {
@@ -136,7 +136,8 @@ HEADS_CONFIGS = {
     for precision in rtrl_heads.PRECISIONS
 }
 
-# Credits alone, and what cells make of them: states, and those that each output has partials of.
+# Scans of credits alone, and of credits that a cell's outputs use: the states, and for each output the states whose
+# partials it has.
 SCANS: dict[str, tuple[int, list[list[int]]]] = {
     "S1": (1, []),
     "S2": (2, []),
@@ -148,13 +149,13 @@ SCANS: dict[str, tuple[int, list[list[int]]]] = {
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
-    """Two states on every target; what takes fewer registers, one state and less to do, on one of them.
+    """All cases: two states on every target; one state and lighter modes, which take fewer registers, on one target.
 
-    At sizes that VECTOR divides and 16 doesn't: the least that the compiler is ever told of a wide row.
+    VECTOR divides the sizes and 16 doesn't, which is the least that the compiler is ever told about a wide row.
     """
 
     def vectors(config: Config) -> int:
-        """Loads of 128 bits that bring a batch row's tile of Γ to a thread."""
+        """The number of 128-bit loads by which a thread reads its part of one batch row's tile of Γ."""
         if config.vector == 1:
             return 0
         per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)
@@ -162,9 +163,9 @@ def _cases() -> Iterator[tuple[str, Case]]:
 
     for target, (precision, configs) in itertools.product(TARGETS, HEADS_CONFIGS.items()):
         if precision == "tf32x3" and target.startswith("gfx"):
-            continue  # NVIDIA's alone
+            continue  # only NVIDIA has this precision
         for config in configs:
-            # γ's rows of one product, 128 bits a load.
+            # A product's rows of γ are read 128 bits at a time.
             tile = config.block_k * config.block_p // (WARP[target] * config.num_warps)
             name = f"rtrl-heads-{target}-{config.block_r}x{config.block_p}-v{config.vector}{config.vector_j}-{precision}"
             for gradient in (True, False) if target == "sm_90" else (True,):
@@ -180,8 +181,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
                 ):
                     build = step_build(target, config, dtype, states, mode)
                     name = f"step-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}-{mode}"
-                    # Three programs of four warps; on an A100 two, whose loads under way are three times what fills
-                    # its memory's bandwidth.
+                    # Three programs of four warps must fit. On an A100 two suffice: the loads that they have under way
+                    # are three times what its memory's bandwidth needs.
                     limit = 192 if target == "sm_80" else 168
                     yield name, Case(build, limit, vectors(config), rounded=rounded)
                     if config.block_m == 1:
@@ -202,17 +203,17 @@ def _cases() -> Iterator[tuple[str, Case]]:
             for config in STEP_CONFIGS[dtype]:
                 build = read_build(target, config, dtype, states)
                 name = f"read-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}"
-                # Six programs of four warps.
+                # Six programs of four warps must fit.
                 yield name, Case(build, 80, vectors(config))
             for config in CHUNK_CONFIGS[dtype]:
                 build, product = chunk_build(target, config, dtype, states), config.block_c > 1
                 tile = f"{config.block_n}x{config.block_m}x{config.block_c}"
-                # A product's operands take registers: two programs of four warps on two targets.
+                # A product's operands take registers, so on two targets only two programs of four warps fit.
                 limit = 255 if product and target in ("sm_80", "sm_100") else 168
                 case = Case(build, limit, vectors(config), tensor_core=product, rounded=rounded)
                 yield f"chunk-{target}-{tile}-{dtype}-S{states}", case
                 if product and dtype == "fp32" and states == 2:
-                    # Units in a number that 4 doesn't divide: U comes number by number, Γ doesn't.
+                    # Where 4 doesn't divide the number of units, U is read one number at a time, but Γ isn't.
                     odd = dataclasses.replace(build, constants={**build.constants, "VECTOR_U": 1})
                     yield (
                         f"chunk-{target}-{tile}-odd-units",
@@ -223,7 +224,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
             loads = states * states + states * matrices
             yield f"suffix-{target}-S{states}-K{matrices}", Case(build, 128, loads)
         for (cell, (states, partials)), steps in itertools.product(SCANS.items(), (64, 4096)):
-            # The last of two launches, or the one: the steps' arrays, and what blocks of time are summarised as.
+            # The last of two launches, or the only one, reads the steps' arrays and the summaries of blocks of time.
             *summary, build = scan_build(target, states, partials, steps=steps, units=64)
             assert len(summary) == (steps == 4096)
             loads = (1 + len(summary)) * (states * states + states) + sum(map(len, partials))
@@ -236,37 +237,37 @@ def _cases() -> Iterator[tuple[str, Case]]:
             RGC_SMALL_CONFIGS[WARP[target]], (True, False), (True, False)
         ):
             if config.block < 128 and not (resets and gates):
-                continue  # takes fewer registers, and far from all
-            # The weights, 128 bits a load: once for all steps, or half of them and the other half in the loop.
+                continue  # it takes fewer registers, far from all that there are
+            # Weights are read 128 bits at a time, either once for all steps, or half before the loop and half in it.
             loads = 4 * config.block**2 // (WARP[target] * config.num_warps) // 4
             build = rgc_small_build(target, config, resets=resets, gates=gates)
             name = f"rgc-small-{target}-{config.block}{'-resets' * resets}{'-gates' * gates}"
             yield name, Case(build, {32: 128, 64: 208, 128: 255}[config.block], loads)
         for config, vector in itertools.product(RGC_PERSISTENT_CONFIGS[WARP[target]], (4, 1)):
             columns, threads = config.chunks * config.lanes, WARP[target] * config.num_warps
-            # The weights, once for all steps; both states of the rows under way, if there are four for each thread.
+            # The weights are read once for all steps; both states of the rows, if each thread has four numbers of them.
             loads = 4 * config.units * columns // threads // 4
             loads += 2 * (config.tile_rows * columns // threads // 4)
             case = Case(rgc_persistent_build(target, config, vector), 255, loads if vector == 4 else 0)
             yield f"rgc-persistent-{target}-{columns}x{config.tile_rows}-{vector}", case
         for config, vector in itertools.product(RGC_STEP_CONFIGS[WARP[target]], (4, 1)):
-            # Four numbers of each matrix for a thread.
+            # A thread reads four numbers of each matrix.
             case = Case(rgc_step_build(target, config, vector), 128, 4 if vector == 4 else 0)
             yield f"rgc-step-{target}-{config.units}x{config.rows}-{vector}", case
         for vector, loads in ((4, 7), (1, 0)):
             yield f"rgc-pointwise-{target}-{vector}", Case(rgc_pointwise_build(target, vector), 64, loads)
         for vector, last in itertools.product((4, 1), (False, True)):
-            # Gates, states, input and credits; what the step after passes, unless it is the last.
+            # It reads gates, states, input and credits, and, except at the last step, the next step's credit.
             loads = 0 if vector == 1 else 9 if last else 11
             build = rgc_backward_build(target, vector, last)
             yield f"rgc-backward-{target}-{vector}{'-last' * last}", Case(build, 96, loads)
         for vector in (4, 1):
-            # Gates, states and input, of a program each once.
+            # Each program reads gates, states and input once.
             case = Case(rgc_linearize_build(target, vector), *((64, 7) if vector == 4 else (96, 0)))
             yield f"rgc-linearize-{target}-{vector}", case
             for steps in (64, 4096):
-                # Nine numbers a step, as often as steps are under way; what blocks of time are summarised as, likewise;
-                # and the credit of later steps. Where each number is an access, so many addresses take registers.
+                # It reads nine numbers for each step under way, the summaries of blocks of time likewise, and the
+                # credit of later steps. Where each number is an access, the many addresses take registers.
                 *summary, build = rgc_dual_build(target, vector, steps=steps, units=64)
                 assert len(summary) == (steps == 4096)
                 stages = build.constants["STAGES"]
@@ -278,7 +279,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
                     case = Case(build, of_summary, 9 * stages if vector == 4 else 0)
                     yield f"rgc-dual-summary-{target}-{vector}", case
         for kernel, config in itertools.product(("jacobian", "immediate"), RTRL_CONFIGS):
-            # Tiles of four matrices.
+            # It reads tiles of four matrices.
             per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)
             loads = 0 if config.vector == 1 else 4 * per_thread // config.vector
             yield (
@@ -323,14 +324,14 @@ OF_ONE = {
     ]
 }
 
-# Builds that the gate must catch, by the complaint that it is to make: one that passes all would go unnoticed.
+# Builds that the gate must reject, by the complaint that it must make. They show that the gate can fail at all.
 CONTROLS = {
-    # Rows that don't start on 16 bytes, moved as if they might not.
+    # These are compiled as if rows might not start on 16 bytes, so accesses are narrow.
     "wide loads": Case(step_build("sm_90", gamma_step.Config(8, 64, vector=1, num_warps=1)), 255, 8),
     "narrow stores": Case(step_build("gfx942", gamma_step.Config(8, 64, vector=1, num_warps=1)), 255, 8),
-    # Four times the numbers a thread, as all four matrices of an RGC in one program would have.
+    # A thread has four times as many numbers, as if one program took all four matrices of an RGC.
     "spills": Case(step_build("sm_90", gamma_step.Config(128, 64, vector=4, num_warps=4)), 255, 32),
-    # A warp group's product takes 64 rows: with 32 it falls back to a warp's.
+    # The product of a warp group takes 64 rows; with 32 the compiler falls back to that of a warp.
     "tensor-core": Case(
         chunk_build("sm_90", gamma_chunk.Config(32, 64, 32, vector=4, num_warps=4, num_stages=1)),
         255,
@@ -342,7 +343,7 @@ CONTROLS = {
 
 
 def complaints(name: str, case: Case, facts: Facts) -> list[str]:
-    """What `facts` lacks of what `case` asks; empty if nothing."""
+    """The requirements of `case` that `facts` doesn't meet; empty if it meets all."""
     target = case.build.target
     narrow = next((n for start, n in NARROW_STORES.items() if name.startswith(start)), 0)
     found = {

@@ -90,7 +90,7 @@ def test_what_is_written_and_read_is_what_the_formula_counts(name: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_runner_agrees_with_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's as well: kernels are interpreted here, and compiled functions run uncompiled."""
+    """A GPU's runners count too: without one, kernels are interpreted and compiled functions run uncompiled."""
     for module in (kernel_module, gamma, rtrl):
         monkeypatch.setattr(module, "compiled", lambda function: function)
     kernel = KERNELS[name]
@@ -104,7 +104,7 @@ def test_every_runner_agrees_with_float64(name: str, monkeypatch: pytest.MonkeyP
     want = kernel.reference(given.copy(torch.float64))
     before = [g.clone() for g in given.gammas]
     for run in runners.values():
-        # the interpreter cuts off where a GPU rounds to nearest: twice the error
+        # the interpreter truncates where a GPU rounds to nearest, which doubles the error
         monkeypatch.setitem(kernels.TOLERANCE, "bfloat16", 2.0**-7)
         assert kernels.verify(kernel, run, given, want) < 2.0**-7
     assert all(torch.equal(a, b) for a, b in zip(given.gammas, before, strict=True))
@@ -269,7 +269,7 @@ def cuobjdump() -> None:
 
 @pytest.mark.usefixtures("cuobjdump")
 def test_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two kernels, compiled here for a GPU that isn't."""
+    """Two kernels are compiled for a GPU that isn't here."""
     few = {name: KERNELS[name] for name in ("step-fp32-gradient", "arriving")}
     monkeypatch.setattr(roofline, "KERNELS", few)
     file = tmp_path / roofline.FILE
@@ -292,7 +292,7 @@ def test_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("cuobjdump")
 def test_a_prediction_of_a_long_scan_of_few_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By blocks of time, and by one pass: each waits for memory longer than it moves bytes."""
+    """The scan runs by blocks of time and in one pass; both wait for memory longer than they move bytes."""
     monkeypatch.setattr(roofline, "KERNELS", {"scan": KERNELS["scan"]})
     blocks, one = roofline.run(tmp_path / roofline.FILE, "h100", ((64, 1),), 4096)
     assert (blocks.algorithm, one.algorithm) == ("scan", "scan-one-pass")
@@ -300,7 +300,7 @@ def test_a_prediction_of_a_long_scan_of_few_units(tmp_path: Path, monkeypatch: p
     assert (blocks.payload["config"], blocks.payload["programs"]) == ("128 w1 v4 s4 t46", 90)
     assert (one.payload["config"], one.payload["programs"]) == ("128 w1 v4 s4", 1)
     assert one.payload["bytes"] == 4 * 64 * (8 * 4096 + 2)
-    # all but 46 steps twice, and 89 summaries written and read
+    # blocks read all but 46 steps twice, and write and read 89 summaries
     again = 4 * 64 * 6 * (4096 - 46 + 2 * 89)
     assert blocks.payload["bytes"] == one.payload["bytes"] + again
     assert blocks.predicted_seconds == pytest.approx((2 * 46 + 89) / 3 * 600e-9)
@@ -311,7 +311,7 @@ def test_a_prediction_of_a_long_scan_of_few_units(tmp_path: Path, monkeypatch: p
 def test_a_prediction_of_a_long_dual_form_of_few_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By blocks of time, which read nine numbers of each unit and step twice, and by one pass."""
+    """It runs in one pass, and by blocks of time, which read nine numbers of each unit and step twice."""
     monkeypatch.setattr(roofline, "KERNELS", {"rgc-dual": KERNELS["rgc-dual"]})
     blocks, one = roofline.run(tmp_path / roofline.FILE, "h100", ((64, 1),), 4096)
     assert (blocks.algorithm, one.algorithm) == ("rgc-dual", "rgc-dual-one-pass")
@@ -325,14 +325,14 @@ def test_a_prediction_of_a_long_dual_form_of_few_units(
 
 @pytest.mark.usefixtures("cuobjdump")
 def test_a_prediction_of_programs_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For each tile of rows and at each barrier; and nothing of what the GPU is too small for."""
+    """Programs wait for each tile of rows and at each barrier; a GPU that is too small gets no prediction."""
     name = "rgc-forward-persistent"
     monkeypatch.setattr(roofline, "KERNELS", {name: KERNELS[name]})
     file = tmp_path / roofline.FILE
     small, large = roofline.run(file, "h100", ((256, 20), (1024, 1), (4096, 1)), 10)
     assert (small.payload["config"], small.payload["programs"]) == ("8×4 w8 v4", 128)
     assert (large.payload["config"], large.payload["programs"]) == ("8×1 w8 v4", 128)
-    # four parts of five rows, a tile of four and one of one
+    # each of four parts has five rows: a tile of four and a tile of one
     assert small.payload["waits"] == 10 * 2 + 9
     assert large.payload["waits"] == 10 + 9
     assert large.payload["bound"] == "waits"
@@ -345,7 +345,7 @@ def test_a_prediction_of_programs_that_wait(tmp_path: Path, monkeypatch: pytest.
 def test_a_prediction_compiles_what_the_launcher_launches(
     name: str, units: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Constants, grid and options of the build are those that the launcher passes."""
+    """The build has the constants, grid and options that the launcher passes."""
     pytest.importorskip("triton")
     from launches import MODULES
 

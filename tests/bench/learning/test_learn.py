@@ -169,8 +169,11 @@ def test_every_rule_runs_through_the_command(tmp_path: Path, monkeypatch: pytest
     [("recall", "rflo", "snap0"), ("adding", "rflo", "eprop"), ("lorenz", "rflo", "eprop")],
 )
 def test_rules_that_coincide_for_a_cell(task: str, rule: str, same: str) -> None:
-    """An LSTM's output is no trace of its own, so that its leak reaches no loss; one state, or two that meet only
-    through matrices, leave e-prop nothing but the leak."""
+    """RFLO keeps only a state's own leak, and for these cells that equals a simpler rule.
+
+    An LSTM's output h doesn't depend directly on its previous value, so its leak carries no credit to a loss. With one
+    state, or with two that influence each other only through matrices, e-prop has nothing but the leak either.
+    """
     sizes = dataclasses.replace(TINY, steps=240)
     a, b = (learn.train(sizes.run(task, name, 0, 0.01, tuning=False)) for name in (rule, same))
     assert a["status"] == "ok"
@@ -201,7 +204,7 @@ def test_a_run_that_is_not_finite_says_so_and_counts_as_the_cap() -> None:
 
 
 def recorded(rule: str, seed: int, rate: float = 0.01, *, task: str = "lorenz", **found: object) -> Record:
-    """A record of a run of TINY's sizes."""
+    """A record of a run at the sizes of TINY."""
     run = TINY.run(task, rule, seed, rate, tuning=False)
     found = {"status": "ok", "payload": {"curve": [0.5] * learn.WINDOWS, "final": 0.5}, **found}
     common = {"device": "a processor", "versions": {}, "git": None, "run": "", "time": ""}

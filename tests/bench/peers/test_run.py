@@ -228,7 +228,7 @@ def test_what_fails_has_its_message(
 
 
 def gone(pid: int) -> bool:
-    """Has a process ended, even if nobody has waited for it?"""
+    """Whether a process has ended, even if nobody has waited for it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -324,7 +324,7 @@ def test_rows_for_all_and_what_is_measured_is_kept(tmp_path: Path, command: tupl
     assert place(by["jax-scan"]) == f"jax-scan task=rgc-sequence N={UNITS} B=2 T={STEPS}"
     assert record.load(file) == rows
 
-    # again: what failed is tried again, with ours beside it; the rest is kept
+    # a second run tries again what failed, with our own rule beside it, and keeps the rest
     (tmp_path / "turns").unlink()
     peers["bptt"] = fake("Slow")
     rows = run.run(settings, file, peers=peers, command=command)
@@ -390,7 +390,7 @@ HERE = [
     (name, task) for name, peer in PEERS.items() for task in peer.tasks
     if not peer.cuda and not peer.compiles
 ]  # fmt: skip
-# one of each kind: each compiles
+# one of each kind, since each takes a compilation
 COMPILING = [
     ("torch-compile", "rgc-sequence"), ("torch-compile-step", "rgc-sequence"),
     ("jax-scan", "rgc-sequence"), ("jax-scan", "lstm-sequence"), ("jax-scan", "gru-sequence"),
@@ -421,7 +421,7 @@ def test_a_peer_gives_the_gradient_that_it_is_said_to(
 
 
 def test_by_the_command(tmp_path: Path) -> None:
-    """Workers as they are, of this package's own ways; once more, and all is kept."""
+    """Real workers run this package's own rules; a second run keeps every record of the first."""
     options = [
         "peers", "--hidden", "4", "--steps", "3", "--tasks", "rgc-sequence", "--peers", "rfp-dual,bptt",
         "--rounds", "2", "--sample", "0.001", "--threads", "1", "--device", "cpu", "--out", str(tmp_path),

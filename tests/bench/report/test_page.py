@@ -23,7 +23,7 @@ from rjepa_triton.bench.report import views
 
 RESULTS = ROOT / "bench" / "results"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Told by the page itself, after it has been laid out.
+# A script by which the page reports its own measures once it has been laid out.
 PROBE = """<script>addEventListener("load", () => {
   const made = document.createElement("pre"); made.id = "probe";
   made.textContent = JSON.stringify({
@@ -45,9 +45,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def probe(page: Path, width: int, folder: Path) -> dict[str, object]:
-    """What a browser of that width says of the page."""
+    """The measures of the page as a browser lays it out at that width."""
     assert BROWSER is not None
-    # a page of that width within a window: no browser's window is as narrow as a phone
+    # the page goes into a frame of that width, since no browser's window is as narrow as a phone
     (folder / "page.html").write_text(page.read_text().replace("</body>", PROBE + "</body>"))
     shell = f'<iframe id="f" width="{width}" height="800" src="page.html"></iframe>'
     tell = """<script>f.onload = () => setTimeout(() => { document.body.append(

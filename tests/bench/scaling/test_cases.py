@@ -28,7 +28,7 @@ def test_gradients_agree_with_float64(name: str, dtype: torch.dtype, backend: st
 
 
 def test_the_two_oracles_differ() -> None:
-    """Else the check could not tell RFP from BPTT."""
+    """If they did not, the check could not tell RFP from BPTT."""
     p = problem(Size(7, 3, 9, 4))
     rfp, bptt = cases.oracle(p, exact=False), cases.oracle(p, exact=True)
     assert all(float((a - b).norm() / b.norm()) > 1e-3 for a, b in zip(rfp, bptt, strict=True))
@@ -65,7 +65,7 @@ def test_state_bytes_are_the_formulas_stated() -> None:
     assert CASES["rtrl"].state_bytes(size) == 4 * 8 * 3 * 10**3
     assert CASES["bptt"].state_bytes(size) == 4 * 6 * 20 * 3 * 10
     assert CASES["rtrl"].flop(size) == 32 * 3 * 10**4
-    # what the floor moves: it is read and written
+    # the bytes that the floor, a copy, reads and writes
     assert CASES["copy"].peak_bytes(size) == 64 * 3 * 10**2 + 32 * 10**2
 
 
@@ -107,7 +107,7 @@ def test_running_on_starts_over_at_the_end() -> None:
 def test_a_case_tells_what_runs_it_once_a_kernel_has_given_way(
     name: str, operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which happens when it first runs, after it was built."""
+    """A kernel fails when the case first runs, which is after the case was built."""
     native = native_backend.NATIVE
 
     class Broken(Exception):

@@ -100,7 +100,7 @@ def test_a_prediction_is_of_what_is_counted() -> None:
 
 
 def test_what_is_counted_grows_as_it_is_continued() -> None:
-    """BPTT's calls at a length that was not counted."""
+    """The predicted calls and bytes of BPTT hold at a length that was not counted."""
     cell, x, weights, state = forward.problem(RGCCell(), 4, 1, 40, 0.1, 0, torch.empty(0))
     trajectory = cell.scan(x, weights, state)
     delta = torch.ones_like(trajectory.after)

@@ -47,7 +47,7 @@ def with_(**changes: object) -> Settings:
 
 
 def sweep(settings: Settings, file: Path, on_record: Callable[[Record], None] = lambda made: None) -> int:
-    """A sweep in this process, where what a test has put in a case's place is."""
+    """A sweep in this process, so that it sees the cases that a test has replaced."""
     return scaling.sweep(settings, file, on_record=on_record, start=lambda: ThreadPoolExecutor(1))
 
 
@@ -162,7 +162,7 @@ def test_a_process_that_dies_costs_its_point_only(tmp_path: Path) -> None:
 def test_a_pass_is_a_process_with_as_many_threads() -> None:
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads + 1)  # which isn't what a process has by itself
+        torch.set_num_threads(threads + 1)  # this isn't the number that a process has by itself
         with scaling.own_process() as process:
             assert process.submit(os.getpid).result() != os.getpid()
             assert process.submit(torch.get_num_threads).result() == threads + 1
