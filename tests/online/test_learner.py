@@ -1,4 +1,7 @@
-"""OnlineLearner: every form gives RFP's gradient, also while the weights change; episodes, checkpoints, refusals."""
+"""OnlineLearner: every form gives RFP's gradient, also while the weights change; episodes, checkpoints, refusals.
+
+This is one long file because it holds every form and rule of one class, and every way to use it, to one oracle.
+"""
 
 from __future__ import annotations
 
