@@ -29,7 +29,7 @@ NO_PLUGINS = not (importlib.util.find_spec("xdist") and importlib.util.find_spec
 def rehearsing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REHEARSE", "1")
     monkeypatch.setattr(gpu_check, "source", lambda root: "as it is")
-    # what this run of pytest tells its own workers
+    # variables by which this run of pytest configures its own workers
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         monkeypatch.delenv(name)
 
@@ -38,7 +38,7 @@ def test_the_real_stages(tmp_path: Path) -> None:
     stages = gpu_check.stages(tmp_path)
     assert [s.name for s in stages if s.must_finish] == ["smoke", "tests"]
     assert len({s.name for s in stages}) == len(stages)
-    # with what starting takes, and stopping the last stage, twice
+    # starting counts too, and stopping the last stage counts twice
     assert sum(s.seconds for s in stages) <= gpu_check.TOTAL_SECONDS
     assert gpu_check.TOTAL_SECONDS + 2 * stages_module.STOP_SECONDS + 10 < 7 * 60
     order = [s.name for s in stages]
@@ -67,7 +67,7 @@ def command(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str]) -> int:
 def test_the_commands_exist_as_they_are_called(
     which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each is taken by the command line, and refused for what is missing here alone."""
+    """The command line accepts each command, which then fails only for lack of something that is missing here."""
     (stage,) = (s for s in gpu_check.stages(tmp_path) if s.name == which)
     assert stage.command[1:3] == ("-m", "rjepa_triton")
     assert command(monkeypatch, stage.command[3:]) == 2
@@ -138,7 +138,7 @@ def test_a_rerun_goes_on_unless_something_changed(
         return [python("once", add), python("twice", fail)]
 
     assert gpu_check.check(out, make) == 1
-    assert gpu_check.check(out, make) == 0  # with the file that the first run left
+    assert gpu_check.check(out, make) == 0  # the file that the first run left is still there
     assert count.read_text() == "a"
     assert "kept from an earlier run: once" in capsys.readouterr().out
     monkeypatch.setattr(gpu_check, "source", lambda root: "changed")
@@ -196,7 +196,7 @@ import pytest
 from rjepa_triton.bench.report import gpu_tests
 
 class Device:
-    """Stands in for a GPU: after one bad call, this process can't use it any more."""
+    """A stand-in for a GPU that its process can no longer use after one bad call."""
     broken = False
     def call(self):
         if Device.broken:
