@@ -451,6 +451,16 @@ def test_reset_forgets_even_a_diverged_row() -> None:
         assert all(bool(torch.isfinite(g).all()) for g in gradients(made)), form
 
 
+@pytest.fixture
+def new_objects_alone() -> Iterator[None]:
+    """The garbage collector sees what the test makes, and not the hundreds of thousands of objects from before."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("new_objects_alone")
 def test_a_long_stream_stays_finite_in_constant_memory() -> None:
     made = layer(4, scale=0.3, dtype=torch.float32)
     learner = OnlineLearner(made, 1)
@@ -474,6 +484,7 @@ def test_a_long_stream_stays_finite_in_constant_memory() -> None:
     [("chunk", 4, "together"), ("step", 1, "each"), ("lazy", 1, "each"), ("chunk", 4, "chunk")],
 )
 @pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.usefixtures("new_objects_alone")
 def test_no_graph_outlives_its_loss(form: str, every: int, how: str, lag: int) -> None:
     made = layer(4, scale=0.3)
     x, delta = torch.randn(24, 2, 4, dtype=F64), torch.randn(24, 2, 4, dtype=F64)
@@ -582,7 +593,7 @@ def backends() -> list[str]:
 def test_gamma_rounded_stochastically(backend: str, options: dict[str, Any]) -> None:
     """Near, and nearer in the mean over seeds; a seed gives the same bits again, another seed others."""
     made = layer(9, dtype=torch.float32, **options)
-    steps, seeds = (20, 12) if backend == "torch" else (2, 2)  # the interpreter takes its time
+    steps, seeds = (20, 12) if backend == "torch" else (3, 2)  # Γ is zero after the first step; the interpreter is slow
     x, delta = torch.randn(steps, 2, made.fan_in), torch.randn(steps, 2, 9)
     run(made, x, delta, "each")
     want = torch.cat([g.flatten() for g in gradients(made)])
