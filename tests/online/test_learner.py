@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import oracle
@@ -593,7 +594,9 @@ def backends() -> list[str]:
 def test_gamma_rounded_stochastically(backend: str, options: dict[str, Any]) -> None:
     """Near, and nearer in the mean over seeds; a seed gives the same bits again, another seed others."""
     made = layer(9, dtype=torch.float32, **options)
-    steps, seeds = (20, 12) if backend == "torch" else (3, 2)  # Γ is zero after the first step; the interpreter is slow
+    steps, seeds = (
+        (20, 12) if backend == "torch" else (3, 2)
+    )  # Γ is zero after the first step; the interpreter is slow
     x, delta = torch.randn(steps, 2, made.fan_in), torch.randn(steps, 2, 9)
     run(made, x, delta, "each")
     want = torch.cat([g.flatten() for g in gradients(made)])
