@@ -141,7 +141,7 @@ def damage(state: dict[str, Any], data: st.DataObject) -> None:
     whole = isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
     if kind == "own" and whole and value.numel() and value.dim() and value.untyped_storage().nbytes():
         holder[last] = data.draw(st.sampled_from(OF_TENSORS))(value)
-    elif kind == "own" and type(value) is int:
+    elif kind == "own" and type(value) is int and abs(value) < 1 << 62:
         holder[last] = data.draw(
             st.sampled_from([value + 1, value - 1, -value, torch.tensor(value), str(value)])
         )
