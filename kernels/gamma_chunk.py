@@ -99,8 +99,9 @@ def _gamma_chunk_kernel(
             if credit_ptr is not None:
                 credit1 = tl.load(credit_ptr + plane + row, mask=in_n, other=0.0)[:, None]
                 total += credit1 * tl.where(credit1 == 0.0, 0.0, old1)
-            old0 = tl.where((r00 == 0.0) & (r10 == 0.0), 0.0, old0)
-            old1 = tl.where((r01 == 0.0) & (r11 == 0.0), 0.0, old1)
+            forgets = (r00 == 0.0) & (r01 == 0.0) & (r10 == 0.0) & (r11 == 0.0)
+            old0 = tl.where(forgets, 0.0, old0)
+            old1 = tl.where(forgets, 0.0, old1)
             new0 = r00 * old0 + r01 * old1
             new1 = r10 * old0 + r11 * old1
 

@@ -147,18 +147,14 @@ def _gamma_step_kernel(
         old0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         m00 = tl.load(m_ptr + row, mask=in_n, other=0.0)[:, None]
         phi0 = tl.load(phi0_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < phi0_end, other=0.0)[:, None]
-        # A state whose transitions are all zero is forgotten, even where Γ is NaN: a reset selects.
-        if gamma1_ptr is None:
-            new0 = m00 * tl.where(m00 == 0.0, 0.0, old0) + phi0 * y
-        else:
+        new0 = m00 * old0 + phi0 * y
+        if gamma1_ptr is not None:
             old1 = tl.load(gamma1_ptr + tile, mask=inside, other=0.0).to(tl.float32)
             m01 = tl.load(m_ptr + stride_m_from + row, mask=in_n, other=0.0)[:, None]
             m10 = tl.load(m_ptr + stride_m_to + row, mask=in_n, other=0.0)[:, None]
             m11 = tl.load(m_ptr + stride_m_to + stride_m_from + row, mask=in_n, other=0.0)[:, None]
             phi1 = tl.load(phi1_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < phi1_end, other=0.0)[:, None]
-            old0 = tl.where((m00 == 0.0) & (m10 == 0.0), 0.0, old0)
-            old1 = tl.where((m01 == 0.0) & (m11 == 0.0), 0.0, old1)
-            new0 = m00 * old0 + phi0 * y + m01 * old1
+            new0 += m01 * old1
             new1 = m10 * old0 + m11 * old1 + phi1 * y
             if rng_state_ptr is not None:
                 kept1 = _round_stochastically(new1, rng_state_ptr, 1, (b0 + b) * K + k, M, i0, j0)
@@ -371,6 +367,49 @@ def gamma_step_(
         if weight is not None:
             weight.addcmul_(step, lr, value=-1)
     return None
+
+
+@triton.jit(do_not_specialize=["NUMBERS"])
+def _forget_kernel(
+    gamma0_ptr,  # [B, NUMBERS]
+    gamma1_ptr,  # [B, NUMBERS], or None for one state
+    resets_ptr,  # [B]
+    NUMBERS,
+    BLOCK: tl.constexpr,
+):
+    # One program: BLOCK numbers of one batch row, which it writes only where the row is reset.
+    b = tl.program_id(1).to(tl.int64)
+    if tl.load(resets_ptr + b) != 0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        zeros = tl.zeros((BLOCK,), tl.float32).to(gamma0_ptr.dtype.element_ty)
+        tl.store(gamma0_ptr + b * NUMBERS + at, zeros, mask=at < NUMBERS)
+        if gamma1_ptr is not None:
+            tl.store(gamma1_ptr + b * NUMBERS + at, zeros, mask=at < NUMBERS)
+
+
+def forget_(gammas: Sequence[Tensor], resets: Tensor) -> None:
+    """Set Γ to zero in the batch rows that are reset, before `gamma_step_` of that step. It moves their memory alone.
+
+    M is zero there, but its product with a NaN or an infinity of Γ isn't. A test of M in `gamma_step_` itself would
+    take registers, and spill.
+
+    gammas: as for `gamma_step_`; mutated. resets: (B,) bool or uint8, contiguous. Raises TypeError or ValueError as
+    `gamma_step_` does.
+    """
+    batch, matrices, units, fan_in = check_gammas(gammas)
+    gamma = gammas[0]
+    check_tensor("resets", resets, (batch,), gamma, (torch.bool, torch.uint8))
+    check_runnable(_forget_kernel, "gammas", gamma)
+    numbers = matrices * units * fan_in
+    with torch.cuda.device_of(gamma):
+        _forget_kernel[(triton.cdiv(numbers, 4096), batch)](
+            gamma,
+            gammas[1] if len(gammas) == 2 else None,
+            resets.view(torch.uint8),
+            numbers,
+            BLOCK=4096,
+            num_warps=4,
+        )
 
 
 def _separate_arrays(

@@ -39,12 +39,6 @@ from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vec
 
 
 @triton.jit
-def product(a, b):
-    """a · b, and zero where one of them is zero even if the other is NaN or infinite: a reset selects."""
-    return tl.where((a == 0.0) | (b == 0.0), 0.0, a * b)
-
-
-@triton.jit
 def load_transition(m_ptr, at, stride_from, stride_to, mask, STATES: tl.constexpr):
     """The four entries of M, row by row, at the offsets `at`. With one state only the first has a meaning."""
     m00 = tl.load(m_ptr + at, mask=mask, other=0.0)
@@ -69,23 +63,20 @@ def load_states(ptr, at, stride, mask, STATES: tl.constexpr):
 def pass_back(m00, m01, m10, m11, credit0, credit1, STATES: tl.constexpr):
     """Mᵀ λ, the credit that one step passes to the step before it. With one state the second value is unused."""
     if STATES == 1:
-        return product(m00, credit0), credit1
-    return (
-        product(m00, credit0) + product(m10, credit1),
-        product(m01, credit0) + product(m11, credit1),
-    )
+        return m00 * credit0, credit1
+    return m00 * credit0 + m10 * credit1, m01 * credit0 + m11 * credit1
 
 
 @triton.jit
 def times(r00, r01, r10, r11, m00, m01, m10, m11, STATES: tl.constexpr):
     """The S×S product R M, row by row. With one state only the first entry has a meaning."""
     if STATES == 1:
-        return product(r00, m00), r01, r10, r11
+        return r00 * m00, r01, r10, r11
     return (
-        product(r00, m00) + product(r01, m10),
-        product(r00, m01) + product(r01, m11),
-        product(r10, m00) + product(r11, m10),
-        product(r10, m01) + product(r11, m11),
+        r00 * m00 + r01 * m10,
+        r00 * m01 + r01 * m11,
+        r10 * m00 + r11 * m10,
+        r10 * m01 + r11 * m11,
     )
 
 
@@ -387,8 +378,8 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple
         delta: instantaneous credits δ (S, T, B, N) float32, contiguous.
         carry: credit that the steps after the last pass to it, (S, B, N) float32, contiguous; or None.
 
-    Nothing is mutated. Fast where four divides B·N. Where blocks of time are scanned side by side
-    (`pick_scan_config`), the product of M over one block must not overflow.
+    Nothing is mutated. A NaN of λ passes on where M is zero, too, as in any product. Fast where four divides B·N. Where
+    blocks of time are scanned side by side (`pick_scan_config`), the product of M over one block must not overflow.
 
     Returns:
         λ (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N), float32.

@@ -310,6 +310,8 @@ def gamma_step_of_(
         return refusal
     from ..kernels import gamma_step as kernels
 
+    if steps.lin.resets is not None:
+        kernels.forget_(gammas, steps.lin.resets[t].contiguous())
     weights = None
     if descent is not None:
         weights = [w if w is None else w.view(len(w), -1) for w in descent.weights]

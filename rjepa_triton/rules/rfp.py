@@ -20,9 +20,10 @@ logarithms.
 
 A reset forgets, whatever there was, so it selects and never multiplies: 0 · NaN is NaN. M is zero where a batch row is
 reset, and a sensitivity is taken as zero where all of M that it meets is zero, and where the credit that reads it is
-zero (`_unless_forgotten`; the kernels and the compiled code do the same). Of the steps before a reset, those whose
-credit is zero because no loss reaches them are emptied before the backward pass (`without_credit`), and before Γ moves
-over a chunk all of them are (`before_a_reset`).
+zero (`_unless_forgotten`; the compiled code and the kernels do the same, but for Γ's step on a GPU, whose reset rows
+are set to zero by a launch of their own). Of the steps before a reset, those whose credit is zero because no loss
+reaches them are emptied before the backward pass (`without_credit`), and before Γ moves over a chunk all of them are
+(`before_a_reset`).
 
 Layout: per-unit arrays are (S, T, B, N), and transitions (S, S, T, B, N), where the first index is the row ν. Γ is one
 tensor (B, K, N, M) per state, for K matrices of one shape; M is 1 for diagonal matrices and biases.

@@ -11,6 +11,7 @@ import torch
 
 from rjepa_triton import CTRNN, ELSTM, GRU, LRU, LSTM, RGC, RNN, OnlineLearner, TwoPointRNN
 from rjepa_triton.backend import native_backend, operations, triton_backend
+from rjepa_triton.cells.two_point import Linearization, Matrix, Partials
 from rjepa_triton.layers import functional
 from rjepa_triton.layers.conv import ConvRGC
 from rjepa_triton.rules import rfp
@@ -281,6 +282,17 @@ def forgetful(states: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list
     return poisoned, clean, m
 
 
+def one_step(states: int) -> tuple[list[Matrix], Linearization, torch.Tensor]:
+    """Two matrices that read the layer's input, one step that resets rows 1 and 2, and that input (1, B, M)."""
+    generator = torch.Generator().manual_seed(3)
+    matrices = [Matrix(str(k), ("input", k), "input") for k in range(2)]
+    arrays = torch.randn(2, states, 1, 4, 5, generator=generator)
+    partials = Partials((), (), [dict(enumerate(by_state)) for by_state in arrays])
+    resets = torch.tensor([[False, True, True, False]])
+    before = torch.zeros(states, 1, 4, 5)
+    return matrices, Linearization(partials, before, resets), torch.randn(1, 4, 3, generator=generator)
+
+
 @pytest.mark.parametrize("backend", ["torch", "compile", "triton"])
 @pytest.mark.parametrize("states", [1, 2])
 def test_gammas_operations_forget(states: int, backend: str) -> None:
@@ -295,7 +307,9 @@ def test_gammas_operations_forget(states: int, backend: str) -> None:
         inside = torch.randn(states, states, 6, 4, 5)
         inside[:, :, 2, 1:3] = 0  # so that the product of all is zero as well
         read = operations.gamma_read(gammas, credit, backend=backend)
-        stepped = operations.gamma_step_(gammas, m, phi[:, 0], y[0], credit, backend=backend)
+        stepped = operations.gamma_steps_(
+            gammas, *one_step(states), m[:, :, None], credit[:, None], backend=backend
+        )
         after = [gamma.clone() for gamma in gammas]
         gammas = forgetful(states, torch.float32)[which]
         chunk = operations.gamma_chunk_(gammas, inside, phi, y, credit, backend=backend)
@@ -313,18 +327,14 @@ def test_a_bfloat16_gamma_forgets(backend: str) -> None:
     for which in (0, 1):
         found = forgetful(2, torch.bfloat16)
         gammas, m = found[which], found[2]
-        operations.gamma_step_(gammas, m, torch.ones(2, 4, 2, 5), torch.ones(4, 2, 3), backend=backend)
+        operations.gamma_steps_(gammas, *one_step(2), m[:, :, None], backend=backend)
         results.append(gammas)
     assert_same(*results)
 
 
-@pytest.mark.parametrize("backend", ["compile", "triton"])
+@pytest.mark.skipif(native_backend.cpp_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("states", [1, 2])
-def test_scans_let_nothing_pass_a_reset(states: int, backend: str) -> None:
-    if backend == "compile" and native_backend.cpp_compiler() is None:
-        pytest.skip("no C++ compiler")
-    if backend == "triton" and triton_backend.no_triton(torch.device("cpu"), torch.float32):
-        pytest.skip("no interpreter of kernels")
+def test_the_compiled_scan_lets_nothing_pass_a_reset(states: int) -> None:
     found = []
     for poison in (math.nan, None):
         torch.manual_seed(0)
@@ -332,6 +342,6 @@ def test_scans_let_nothing_pass_a_reset(states: int, backend: str) -> None:
         m[:, :, 3, 1] = 0
         if poison is not None:
             delta[:, 4, 1] = poison
-        credit, first = operations.reverse_scan(m, delta, backend=backend)
+        credit, first = operations.reverse_scan(m, delta, backend="compile")
         found.append([credit[:, :3], credit[:, :, 0], first])
     assert_same(*found)
