@@ -7,6 +7,7 @@ Every array has a fixed address: inputs are copied to it, and results are copied
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -117,6 +118,8 @@ class GraphedStep:
             backend=self._backend_of_scan,
         )
         self.state.copy_(after[:, -1])
+        # `step` itself has Γ forget, so that a replay needs no launch for it
+        block = replace(block, lin=replace(block.lin, resets=None))
         self._structure = block
         return [after, *block.tensors()]
 
