@@ -7,8 +7,8 @@ Every array has a fixed address: inputs are copied to it, and results are copied
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
