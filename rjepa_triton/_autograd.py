@@ -36,7 +36,7 @@ def once_differentiable(backward: Backward) -> Backward:
                 found = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # torch.compile refuses by itself
             return found
-        refuse = torch._C._functions.DelayedError(_TWICE, len(found))  # type: ignore[attr-defined]
+        refuse: Any = torch._C._functions.DelayedError(_TWICE, len(found))
         marked = [value if value is None else value.detach().requires_grad_() for value in found]
         refused = refuse(*marked)
         return refused if isinstance(refused, tuple) else (refused,)

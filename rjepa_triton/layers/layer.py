@@ -332,7 +332,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, *, selects: bool = F
     selects: a step of x without gradient has no part in W's gradient, even if it is NaN, since a reset forgets.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Projection.apply(x, weight, bias, selects)  # type: ignore[no-any-return]
+        return _Projection.apply(x, weight, bias, selects)
     return nn.functional.linear(x, weight, bias)
 
 
