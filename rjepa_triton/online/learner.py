@@ -1,4 +1,7 @@
-"""Online learning: a layer that runs step by step, or in chunks, and learns while it does."""
+"""Online learning: a layer that runs step by step, or in chunks, and learns while it does.
+
+It is one long file because it is one class: the contract of its constructor, its steps and its state stand together.
+"""
 
 from __future__ import annotations
 
