@@ -21,8 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor, Future
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -122,7 +121,7 @@ class Workers(Executor):
 
     As ProcessPoolExecutor with the start method "spawn", except that the main module isn't imported, that no worker
     outlives the thread that made the pool, and that leaving the context by an exception kills what still runs. A worker
-    that dies breaks the pool: what isn't done yet raises BrokenProcessPool.
+    that dies breaks the pool: what isn't done yet raises BrokenExecutor.
 
     count: of processes. initializer: called with `initargs` in each before anything else; what it raises, each call
     raises.
@@ -153,11 +152,11 @@ class Workers(Executor):
         return start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call a function in the next free process. Raises BrokenProcessPool, or RuntimeError after `shutdown`."""
+        """Call a function in the next free process. Raises BrokenExecutor, or RuntimeError after `shutdown`."""
         told = pickle.dumps((fn, args, kwargs))
         with self._lock:
             if self._broken:
-                raise BrokenProcessPool("a process of the pool has died")
+                raise BrokenExecutor("a process of the pool has died")
             if self._closed:
                 raise RuntimeError("the pool is shut down")
             future: Future[Any] = Future()
@@ -214,7 +213,7 @@ class Workers(Executor):
             except (OSError, EOFError, pickle.UnpicklingError):
                 code = end(process)
                 how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-                future.set_exception(BrokenProcessPool(f"a process of the pool ended {how}"))
+                future.set_exception(BrokenExecutor(f"a process of the pool ended {how}"))
                 self._break()
                 break
             except BaseException as unreadable:  # an answer whose class can't be found here
@@ -231,7 +230,7 @@ class Workers(Executor):
     def _break(self) -> None:
         with self._lock:
             self._broken = True
-            self._drain(BrokenProcessPool("a process of the pool has died"))
+            self._drain(BrokenExecutor("a process of the pool has died"))
             for _ in self._processes:
                 self._tasks.put(None)
 

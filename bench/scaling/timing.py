@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,12 +133,12 @@ class _Process:
         self._executor: Executor | None = None
 
     def call(self, function: Callable[..., Any], *arguments: object) -> Any:
-        """Call the function in the process. Raises what it raises, or BrokenProcessPool if the process dies."""
+        """Call the function in the process. Raises what it raises, or BrokenExecutor if the process dies."""
         if self._executor is None:
             self._executor = self._start().__enter__()
         try:
             return self._executor.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
+        except BrokenExecutor as error:
             self.__exit__(type(error), error, None)
             raise
 
@@ -199,7 +198,7 @@ def sweep(
                 try:
                     rate = rate or process.call(measure.flop_rate, device, dtype)
                     results = process.call(measure_point, settings, *at, due, rate)
-                except BrokenProcessPool:
+                except BrokenExecutor:
                     message = "the process that measured this point died; did the system run out of memory?"
                     results = {name: {"status": "error", "message": message} for name in due}
                 for name, result in results.items():

@@ -22,15 +22,17 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ..backend import native_backend, operations, triton_backend
 from ..cells.two_point import Cell, Trajectory
-from ..planning import cost
 from ..rules import rfp
+
+if TYPE_CHECKING:
+    from ..planning import cost
 
 Forward = Literal["auto", "sequential", "parallel"]
 FORWARD = ("auto", "sequential", "parallel")
@@ -197,6 +199,8 @@ def rounds_worth(
     weights: only their shapes matter, and on a GPU how many multiprocessors it has. sizes: T, B, N. kernel: whether
     Triton runs the scan.
     """
+    from ..planning import cost  # here: `import rjepa_triton` doesn't need the cost model
+
     if device.type not in ("cpu", "cuda") or dtype not in (torch.float32, torch.float64) or sizes[0] == 1:
         return 0
     if device.type == "cpu" and not (cell.affine and torch.get_num_threads() == 1):
@@ -219,6 +223,8 @@ def forward_problem(
     compiled: bool = False,
 ) -> cost.ForwardProblem:
     """The forward pass as the cost model sees it. compiled: whether "compile" runs it; else as in `rounds_worth`."""
+    from ..planning import cost  # here: `import rjepa_triton` doesn't need the cost model
+
     steps, batch, units = sizes
     step, round_ = _counts(cell, [weight.dim() for weight in weights])
     scale = dtype.itemsize / _COUNTED_AT.itemsize
@@ -252,6 +258,8 @@ def _counts(cell: Cell, dims: Sequence[int]) -> tuple[cost.Work, cost.Work]:
 
     They are counted once for each kind of cell, on a few units. dims: how many dimensions each weight has.
     """
+    from ..planning import cost  # here: `import rjepa_triton` doesn't need the cost model
+
     key = (type(cell), cell.affine, cell.per_unit, tuple(dims))
     if key not in _counted:
         units, short, long = 4, 3, 5  # not a single step, which may run by other code

@@ -15,7 +15,6 @@ from .. import _checks as check
 from .._device import autocast_is_on, without_autocast
 from ..backend import operations
 from ..layers.layer import TwoPointRNN
-from ..planning import cost
 from ..rules import rfp
 from ..rules.exactness import Exactness, exactness
 from . import checkpoint
@@ -599,6 +598,8 @@ class OnlineLearner:
 
     def explain(self) -> None:
         """Print what each form would cost by the cost model, which one runs, and why."""
+        from ..planning import cost  # here: `import rjepa_triton` doesn't need the cost model
+
         problem, rates = self._choice.problem, cost.rates_of(self._state.device, self._state.dtype)
         print(
             f"{type(self.layer).__name__}: N = {problem.units}, B = {problem.batch}, "

@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from .. import _checks as check
 from .._device import available_bytes
 from ..cells.two_point import Matrix
 from ..layers.layer import TwoPointRNN
-from ..planning import cost
 from ..rules import rfp, rtrl
-from .counting import problem as problem_of
+
+if TYPE_CHECKING:
+    from ..planning import cost
 
 Form = Literal["auto", "step", "lazy", "chunk", "history"]
 FORMS = ("auto", "step", "lazy", "chunk", "history")
@@ -289,6 +290,8 @@ class FormChoice:
 
     def reason(self) -> str:
         """Why this form runs, in words."""
+        from ..planning import cost  # here: `import rjepa_triton` doesn't need the cost model
+
         if self.requested != "auto":
             return "asked for"
         chosen = next(each for each in self.costs if each.form == self.form)
@@ -309,6 +312,9 @@ def choose_form(layer: TwoPointRNN, options: Options) -> FormChoice:
 
     Raises TypeError or ValueError for `rewrite_every`, and ValueError for sensitivities that don't fit in memory.
     """
+    from ..planning import cost  # here: `import rjepa_triton` doesn't need the cost model
+    from .counting import problem as problem_of
+
     first = layer.weights()[0]
     device, dtype = first.device, first.dtype
     problem = problem_of(layer, options.batch_size, options.gamma_dtype, gpu=device.type == "cuda")

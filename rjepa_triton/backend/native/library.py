@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
-from ... import _processes
 from ..._files import read_text, sync
 
 try:
@@ -152,6 +151,8 @@ def _built(
 
     Raises OSError or SubprocessError if it can't be compiled or loaded, and _NotKept if it can't be moved into `cache`.
     """
+    from ... import _processes  # here: only a machine that compiles needs it
+
     with tempfile.TemporaryDirectory(prefix=BUILD, dir=cache) as folder:
         made = Path(folder) / f"native-{key}.so"
         for threads in THREADS:
@@ -291,6 +292,8 @@ def _machine(found: str, flags: Sequence[str]) -> list[str]:
 
     Raises OSError or SubprocessError.
     """
+
+    from ... import _processes
 
     def answer(*options: str) -> str:
         done = _processes.run([found, *options], timeout=SECONDS, env={**os.environ, "LC_ALL": "C"})

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rjepa_triton import RGC
+from rjepa_triton import RGC, _processes
 from rjepa_triton.backend import native_backend, operations
 from rjepa_triton.backend.native import library
 from rjepa_triton.cells.builtin import RGCCell
@@ -39,6 +39,7 @@ for name in ("", "/backend", "/backend/native"):
     made.__path__ = [{str(PACKAGE)!r} + name]
     sys.modules[made.__name__] = made
 library = importlib.import_module("rjepa_triton.backend.native.library")
+_processes = importlib.import_module("rjepa_triton._processes")
 library.SOURCES = Path(sys.argv[1])
 """
 
@@ -67,14 +68,14 @@ def kept(cache: Path) -> list[Path]:
 
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The compiler's builds from now on."""
-    run, commands = library._processes.run, []
+    run, commands = _processes.run, []
 
     def noted(command: list[str], **options: object) -> object:
         if "-o" in command:
             commands.append(command)
         return run(command, **options)
 
-    monkeypatch.setattr(library._processes, "run", noted)
+    monkeypatch.setattr(_processes, "run", noted)
     return commands
 
 
@@ -249,8 +250,8 @@ def run_alone(cache: Path, code: str) -> subprocess.Popen[str]:
 
 def test_many_builders_build_once(cache: Path) -> None:
     code = """
-run = library._processes.run
-library._processes.run = lambda c, **o: ("-o" in c and print("built"), run(c, **o))[1]
+run = _processes.run
+_processes.run = lambda c, **o: ("-o" in c and print("built"), run(c, **o))[1]
 warnings.simplefilter("error")
 assert library.library() is not None
 """
@@ -271,7 +272,7 @@ def run(command, **options):
         print("building", flush=True)
         import time; time.sleep(60)
     return RUN(command, **options)
-RUN, library._processes.run = library._processes.run, run
+RUN, _processes.run = _processes.run, run
 library.library()
 """
     killed = run_alone(cache, slow)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +142,7 @@ def test_a_process_that_dies_costs_its_point_only(tmp_path: Path) -> None:
     class Dying(ThreadPoolExecutor):
         def submit(self, function: Callable[..., object], /, *args: object, **kwargs: object) -> Future[Any]:
             if args[1:2] == (8,):
-                raise BrokenProcessPool("gone")
+                raise BrokenExecutor("gone")
             return super().submit(function, *args, **kwargs)
 
     started: list[Dying] = []
