@@ -1,26 +1,25 @@
 """The backend "compile": C++ for the CPU, built on first use (`native/`).
 
-It serves Γ of one or two states a unit, in float32 or float64, by one pass over memory a step or chunk. In float32 it
-also serves, as one call each, the loops over time of RGC, LSTM, GRU and Elman cells with dense weights, their
-linearization, dual form and exact credit, and the reverse scan of a small layer.
+It serves Γ of one or two states a unit by one pass over memory a step or chunk. As one call each it also serves the
+loops over time of every cell that can be traced, which C++ is written for (`native/generated.py`), their linearization,
+dual form and exact credit, and the reverse scan of a small layer; all in float32 and float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..cells import weights as weight_ops
 from ..cells.builtin import RGCCell
+from ..cells.trace import traced
 from ..cells.two_point import Cell, Linearization, Matrix, Trajectory
-from ..rules import rfp
 from . import table
 from .buffers import ReusedMemory
 from .descent import Descent
-from .native import calls, library
+from .native import calls, generated, library
 from .table import Backend, Reason, Refusal
 
 if TYPE_CHECKING:
@@ -43,8 +42,8 @@ def cpp_compiler() -> str | None:
 def _no_loops(device: torch.device, dtype: torch.dtype) -> Reason:
     if device.type != "cpu":
         return f"compiled code serves CPU tensors, got {device}"
-    if dtype != torch.float32:
-        return f"compiled loops compute in float32, got {dtype}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"compiled loops compute in float32 or float64, got {dtype}"
     # under torch.compile torch runs, and no program is looked for
     return None if torch.compiler.is_compiling() else _no_compiler()
 
@@ -68,21 +67,25 @@ def _no_gamma(device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype
     return _no_compiler()
 
 
-NATIVE = Backend("compile", "cpu", "one pass over Γ a step", _no_loops, _no_gamma)
+NATIVE = Backend("compile", "cpu", "one pass over Γ a step", _no_loops, _no_gamma, traceable=False)
 
 
 def compiled_loop(cell: Cell, weights: Sequence[Tensor], steps: int, batch: int) -> bool:
     """Whether the cell's loop over T = `steps`, B = `batch` is one call. Of the weights only the shapes count."""
-    if not compiled_partials(cell) or any(weight.dim() != 2 for weight in weights):
+    if not compiled_partials(cell):
         return False
-    units = weights[0].shape[0]
+    if isinstance(cell, RGCCell) and any(weight.dim() != 2 for weight in weights):
+        return False
+    units = max(
+        (weight.shape[0] * (weight.shape[1] if weight.dim() == 3 else 1) for weight in weights), default=1
+    )
     enough = steps >= FEW_STEPS or batch <= FEW_ROWS or units <= FEW_UNITS
     return enough and units <= LOOP_UNITS and batch <= LOOP_ROWS
 
 
 def compiled_partials(cell: Cell) -> bool:
-    """Whether the cell's linearization is one call."""
-    return isinstance(cell, RGCCell) or calls.gated_cell(cell) is not None
+    """Whether the cell's linearization is one call: whether the cell can be traced."""
+    return traced(cell) is not None
 
 
 def one_pass(cell: Cell, learning: str, backend: str) -> bool:
@@ -101,8 +104,6 @@ def _unusable(*tensors: Tensor | None, given: Sequence[Tensor | None] = ()) -> R
     given: those that may be as a user or autograd made them, which takes longer to check. The others this package made
     of them, by operations of torch, which give tensors with memory of their own.
     """
-    if torch.compiler.is_compiling():
-        return Refusal("torch.compile traces this call")
     # `all` of a generator takes longer, and a step of a small layer asks three times
     for group in (tensors, given):
         for tensor in group:
@@ -115,9 +116,12 @@ def _unusable(*tensors: Tensor | None, given: Sequence[Tensor | None] = ()) -> R
     return None if library.library() is not None else Refusal("the library could not be built")
 
 
-def _own(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The weights as they are; of block-diagonal ones their own parts (N,)."""
-    return [weight if weight.dim() < 3 else weight_ops.own(weight) for weight in weights]
+def _loops(cell: Cell) -> generated.Loops | Refusal:
+    """The cell's compiled loops."""
+    found = generated.loops(cell)
+    if found is None:
+        return Refusal("the cell can't be traced")
+    return found if found.code is not None else Refusal("the cell's loops could not be built")
 
 
 @NATIVE.implements("scan")
@@ -134,11 +138,11 @@ def scan(
         return Refusal("there is no compiled loop of this cell, or not of these sizes")
     if refusal := _unusable(given=(x, resets, *weights, *state)):
         return refusal
-    if isinstance(cell, RGCCell):
-        states, saved = calls.rgc_scan(x[0], weights, state, resets)
-    else:
-        states, saved = calls.gated_scan(cell, x, weights, state, resets)
-    return Trajectory(x, states, saved if keep else x.new_empty(0), resets)
+    code = _loops(cell)
+    if isinstance(code, Refusal):
+        return code
+    states, saved = code.scan(x, weights, state, resets, keep)
+    return Trajectory(x, states, saved, resets)
 
 
 @NATIVE.implements("linearize")
@@ -151,9 +155,11 @@ def linearize(
         trajectory.states, trajectory.saved, given=(trajectory.x, trajectory.resets, *weights)
     ):
         return refusal
+    code = _loops(cell)
+    if isinstance(code, Refusal):
+        return code
     before = trajectory.before
-    find = calls.rgc_linearize if isinstance(cell, RGCCell) else calls.gated_linearize
-    partials, m = find(cell, trajectory, before, _own(weights))
+    partials, m = code.linearize(trajectory, before, weights)
     return Linearization(partials, before, trajectory.resets), m
 
 
@@ -165,9 +171,11 @@ def step(
     trajectory = scan(cell, x, weights, state.unbind(0), resets)
     if isinstance(trajectory, Refusal):
         return trajectory
+    code = _loops(cell)
+    if isinstance(code, Refusal):
+        return code
     before = trajectory.before
-    find = calls.rgc_linearize if isinstance(cell, RGCCell) else calls.gated_linearize
-    partials, m = find(cell, trajectory, before, _own(weights))
+    partials, m = code.linearize(trajectory, before, weights)
     return trajectory.after, Linearization(partials, before, trajectory.resets), m
 
 
@@ -176,7 +184,8 @@ def exact_credits(
     cell: Cell, lin: Linearization, weights: Sequence[Tensor], delta: Tensor, carry: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | Refusal:
     _, steps, batch, _ = delta.shape
-    if steps * batch < calls.PACKED_FROM or not compiled_loop(cell, weights, steps, batch):
+    dense = bool(weights) and all(weight.dim() == 2 for weight in weights)
+    if not dense or steps * batch < calls.PACKED_FROM or not compiled_loop(cell, weights, steps, batch):
         return Refusal("there is no compiled backward pass of this cell, or not of these sizes")
     if refusal := _unusable(lin.before, given=(delta, carry, lin.resets, *weights)):
         return refusal
@@ -202,14 +211,15 @@ def dual_of(
     inputs: int,
     learning: str,
     carry: Tensor | None = None,
-) -> tuple[rfp.Joined, Tensor, Tensor] | Refusal:
+) -> tuple[Iterable[Tensor], Tensor, Tensor] | Refusal:
     if not one_pass(cell, learning, NATIVE.name):
         return Refusal("there is no compiled dual form of this cell or rule")
     if refusal := _unusable(
         trajectory.states, trajectory.saved, given=(*delta, carry, trajectory.x, trajectory.resets, *weights)
     ):
         return refusal
-    return calls.dual(cell, trajectory, _own(weights), delta, carry)
+    code = _loops(cell)
+    return code if isinstance(code, Refusal) else code.dual(trajectory, weights, delta, carry)
 
 
 @NATIVE.implements("gamma_step_")

@@ -61,6 +61,7 @@ class Backend:
     gain            what the Γ recursion gains by it, for `OnlineLearner.explain`
     no_loops        (device, dtype) → why it can't run loops over time there, or None
     no_gamma        (device, dtype, Γ's dtype, states a unit) → why it can't run the Γ recursion, or None
+    traceable       whether torch.compile can trace the implementations; where it can't, torch runs under it
     failures        the exceptions which say that an implementation can't be compiled or launched on this machine;
                     they are raised before anything is changed
     failed          operations that gave way to torch, with the reason
@@ -71,6 +72,7 @@ class Backend:
     gain: str
     no_loops: Callable[[torch.device, torch.dtype], Reason]
     no_gamma: Callable[[torch.device, torch.dtype, torch.dtype, int], Reason]
+    traceable: bool = True
     failures: Callable[[], tuple[type[BaseException], ...]] = tuple
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -102,7 +104,12 @@ class Operation(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         name: Any = kwargs.pop("backend", "torch")
         backend = BACKENDS.get(name)
-        if backend is not None and self.name in backend.implementations and self.name not in backend.failed:
+        if (
+            backend is not None
+            and self.name in backend.implementations
+            and self.name not in backend.failed
+            and (backend.traceable or not torch.compiler.is_compiling())
+        ):
             try:
                 made = backend.implementations[self.name](*args, **kwargs)
                 if type(made) is not Refusal:

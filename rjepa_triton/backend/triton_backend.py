@@ -68,7 +68,7 @@ def _failures() -> tuple[type[BaseException], ...]:
     return CompilationError, OutOfResources, PTXASError
 
 
-TRITON = Backend("triton", "cuda", "one pass over Γ a step", no_triton, _no_gamma, _failures)
+TRITON = Backend("triton", "cuda", "one pass over Γ a step", no_triton, _no_gamma, failures=_failures)
 
 
 def is_dense_rgc(cell: Cell, weights: Sequence[Tensor]) -> bool:

@@ -64,10 +64,6 @@ class ElmanCell(Cell):
     def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (_apply(self.nonlinearity, p[0] + x[0]),)
 
-    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        slope = {0: _derivative(self.nonlinearity, self.update(c, p, x)[0])}
-        return Partials(own=[{}], gate=[slope], input=[slope])
-
 
 class LeakyCell(Cell):
     """h = (1 - α) h' + α f(W h' + x): a leaky recurrent network, which is Euler's method on a continuous-time one.
@@ -87,10 +83,6 @@ class LeakyCell(Cell):
 
     def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return ((1 - self.alpha) * c[0] + self.alpha * _apply(self.nonlinearity, p[0] + x[0]),)
-
-    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        slope = {0: self.alpha * _derivative(self.nonlinearity, _apply(self.nonlinearity, p[0] + x[0]))}
-        return Partials(own=[{0: torch.full_like(c[0], 1 - self.alpha)}], gate=[slope], input=[slope])
 
 
 class LSTMCell(Cell):
@@ -115,14 +107,6 @@ class LSTMCell(Cell):
         i, f, g, o = self._gates(p, x)
         cell = f * c[1] + i * g
         return o * cell.tanh(), cell
-
-    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        i, f, g, o = self._gates(p, x)
-        shown = (f * c[1] + i * g).tanh()
-        to_h = o * (1 - shown.square())  # ∂h/∂c
-        into_c = [g * i * (1 - i), c[1] * f * (1 - f), i * (1 - g.square())]
-        gates = [{0: to_h * value, 1: value} for value in into_c] + [{0: shown * o * (1 - o)}]
-        return Partials(own=[{}, {0: to_h * f, 1: f}], gate=gates, input=gates)
 
 
 class GRUCell(Cell):
@@ -152,15 +136,6 @@ class GRUCell(Cell):
         _, z, _, n = self._gates(p, x)
         return ((1 - z) * n + z * c[0],)
 
-    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        r, z, recurrent, n = self._gates(p, x)
-        into_n = (1 - z) * (1 - n.square())
-        by_r = {0: into_n * recurrent * r * (1 - r)}
-        by_z = {0: (c[0] - n) * z * (1 - z)}
-        by_hn = {0: into_n * r}
-        inputs = [by_r, by_z, {0: into_n}, by_hn]
-        return Partials(own=[{0: z}], gate=[by_r, by_z, by_hn], input=inputs[: len(x)])
-
 
 class ELSTMCell(Cell):
     """The recurrent part of eLSTM, an element-wise LSTM (Irie et al. 2024): forget gate f and candidate z.
@@ -178,11 +153,6 @@ class ELSTMCell(Cell):
     def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
         f, z = (p[0] + x[0]).sigmoid(), (p[1] + x[1]).tanh()
         return (f * c[0] + (1 - f) * z,)
-
-    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        f, z = (p[0] + x[0]).sigmoid(), (p[1] + x[1]).tanh()
-        gates = [{0: (c[0] - z) * f * (1 - f)}, {0: (1 - f) * (1 - z.square())}]
-        return Partials(own=[{0: f}], gate=gates, input=gates)
 
 
 class TimeDecayCell(Cell):
@@ -203,9 +173,6 @@ class TimeDecayCell(Cell):
 
     def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (x[1] * c[0] + x[0],)
-
-    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        return Partials(own=[{0: x[1]}], gate=[], input=[{0: torch.ones_like(c[0])}, {0: c[0]}])
 
 
 class LRUCell(Cell):
@@ -265,24 +232,6 @@ class LRUCell(Cell):
             else (_apply(self.nonlinearity, re), _apply(self.nonlinearity, im))
         )
 
-    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        a, b, gain = self._decay(x)
-        rate, phase = x[2].exp(), x[3].exp()
-        # dλ/dν = -rate λ, dλ/dθ = i phase λ, d gain/dν = rate |λ|² / gain
-        gain_by_nu = rate * (a.square() + b.square()) / gain
-        turned_re, turned_im = a * c[0] - b * c[1], b * c[0] + a * c[1]
-        by_nu = {0: gain_by_nu * x[0] - rate * turned_re, 1: gain_by_nu * x[1] - rate * turned_im}
-        by_theta = {0: -phase * turned_im, 1: phase * turned_re}
-        own: list[dict[int, Tensor]] = [{0: a, 1: b}, {0: -b, 1: a}]
-        given: list[dict[int, Tensor]] = [{0: gain}, {1: gain}, by_nu, by_theta]
-        if self.nonlinearity is not None:
-            slopes = [_derivative(self.nonlinearity, value) for value in self.update(c, p, x)]
-            own, given = (
-                [{nu: slopes[nu] * value for nu, value in by.items()} for by in group]
-                for group in (own, given)
-            )
-        return Partials(own=own, gate=[], input=given)
-
 
 class RGCCell(Cell):
     """Reciprocal gated circuit (Nayebi et al. 2022; paper, Section 2.2 and eq. 13; σ is tanh).
@@ -315,11 +264,6 @@ class RGCCell(Cell):
         ss, ms, mm, sm = p
         (u,) = x
         return (1 - ms.tanh()) * u + ss.tanh() * s, (1 - sm.tanh()) * u + mm.tanh() * m
-
-    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        ss, ms, mm, sm = p
-        gates = torch.stack([torch.stack([ss, sm]), torch.stack([mm, ms])]).tanh()
-        return self._partials_from_gates(gates.movedim(1, -2), torch.stack(tuple(c)), x[0])
 
     @staticmethod
     def _partials_from_gates(gates: Tensor, c: Tensor, x: Tensor) -> Partials:

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import weights as weight_ops
+from .trace import traced, why_not
 
 __all__ = [
     "ByState",
@@ -170,6 +171,10 @@ class Cell(ABC):
     outputs: Sequence[int] = (0,)
     affine: bool = False
 
+    def __setattr__(self, name: str, value: object) -> None:
+        self.__dict__.pop("_traced", None)  # what `update` computes may depend on the attribute
+        super().__setattr__(name, value)
+
     @property
     def per_unit(self) -> tuple[str, ...]:
         """Names of all J per-unit inputs: `inputs`, then `parameters`."""
@@ -188,8 +193,12 @@ class Cell(ABC):
         """
 
     def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
-        """The partials of F at (c, p, x); a cell that has them in closed form overrides this."""
-        return self.automatic_partials(c, p, x)
+        """The partials of F at (c, p, x), which follow from `update` (`trace`).
+
+        A cell whose partials aren't the derivatives of `update`, as with a surrogate derivative, overrides this.
+        """
+        found = traced(self)
+        return self.automatic_partials(c, p, x) if found is None else found.partials_at(c, p, x)
 
     def automatic_partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
         """The partials of F by forward-mode differentiation.
@@ -327,12 +336,13 @@ class _PreActivations:
 def verify(cell: Cell) -> None:
     """Raise ValueError, with the reason, unless `cell` is two-point and its matrices fit its gates and states.
 
-    That F acts on each unit alone is checked numerically, on the CPU: when unit 0 of one argument changes, no other
-    unit's new state may change. It takes no part in a tensor mode, such as a device or FakeTensorMode, that a layer is
-    made in.
+    A cell that can be traced (`trace`) acts on each unit alone. Another is checked numerically, on the CPU:
+    when unit 0 of one argument changes, no other unit's new state may change. It takes no part in a tensor mode, such
+    as a device or FakeTensorMode, that a layer is made in.
     """
     with torch.device("cpu"), _disable_current_modes():
         _verify(cell)
+    traced(cell)
 
 
 def _verify(cell: Cell) -> None:
@@ -360,16 +370,25 @@ def _verify(cell: Cell) -> None:
             raise ValueError(
                 f"{name}.update must give {len(cell.states)} states of the shape of what it gets, (2, 4), got {shapes}"
             )
-        for which, (kind, names) in enumerate(groups.items()):
+        wanted = f"{len(cell.states)} states of float64, the dtype of what it gets"
+        if any(value.dtype != torch.float64 for value in new):
+            raise ValueError(f"{name}.update must give {wanted}, got {[value.dtype for value in new]}")
+        reason = why_not(cell)
+        for which, (kind, names) in enumerate(groups.items() if reason else ()):
             for j, changed in enumerate(names):
                 moved = [list(group) for group in point]
                 moved[which][j] = point[which][j].clone()
                 moved[which][j][:, 0] += 0.5
-                _refuse_mixing(name, cell.states, new, cell.update(*moved), f"{kind} {changed!r}")
+                _refuse_mixing(name, cell.states, new, cell.update(*moved), f"{kind} {changed!r}", reason)
 
 
 def _refuse_mixing(
-    name: str, states: Sequence[str], new: Sequence[Tensor], moved: Sequence[Tensor], changed: str
+    name: str,
+    states: Sequence[str],
+    new: Sequence[Tensor],
+    moved: Sequence[Tensor],
+    changed: str,
+    reason: str | None,
 ) -> None:
     """Raise ValueError if a new state of a unit other than 0 differs between `new` and `moved`."""
     for state, before, after in zip(states, new, moved, strict=True):
@@ -379,5 +398,5 @@ def _refuse_mixing(
                 f"{name} is not a two-point cell: new state {state!r} of unit {int(others[0]) + 1} depends on "
                 f"{changed} of unit 0 within the step. update() must act on each unit alone; units meet only in "
                 "matrices that read a state of the step before. A product with something computed in this step, "
-                "such as U(r ⊙ h), is none of these"
+                f"such as U(r ⊙ h), is none of these. {reason}"
             )

@@ -48,7 +48,13 @@ def test_auto(
 
 @pytest.mark.parametrize(
     ("device", "dtype", "chosen"),
-    [(CPU, F32, "compile"), (CPU, F64, "torch"), (GPU, F32, "triton"), (GPU, F64, "torch")],
+    [
+        (CPU, F32, "compile"),
+        (CPU, F64, "compile"),
+        (CPU, torch.bfloat16, "torch"),
+        (GPU, F32, "triton"),
+        (GPU, F64, "torch"),
+    ],
 )
 def test_auto_of_a_loop_over_time(device: torch.device, dtype: torch.dtype, chosen: str) -> None:
     assert operations.choose_scan("auto", device, dtype) == chosen
@@ -64,13 +70,14 @@ def test_what_can_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         operations.choose_gamma("compile", GPU, F32, F32, 1)
     with pytest.raises(ValueError, match="'compile' can't run: compiled code serves CPU tensors, got cuda"):
         operations.choose_scan("compile", GPU, F32)
-    with pytest.raises(ValueError, match="'compile' can't run: compiled loops compute in float32, got"):
-        operations.choose_scan("compile", CPU, F64)
+    with pytest.raises(ValueError, match="'compile' can't run: compiled loops compute in float32 or float64"):
+        operations.choose_scan("compile", CPU, torch.bfloat16)
     with pytest.raises(
         ValueError, match="backend must be one of 'auto', 'torch', 'compile', 'triton', got 'c'"
     ):
         operations.choose_scan("c", CPU, F32)
     monkeypatch.setattr(native_backend, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(native_backend.library, "tell_of_no_compiler", lambda: None)
     for choose in (
         lambda: operations.choose_gamma("compile", CPU, F32, F32, 1),
         lambda: operations.choose_scan("compile", CPU, F32),

@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cells.builtin import ElmanCell, GRUCell, LSTMCell, RGCCell
-from ...cells.two_point import Cell, Linearization, Matrix, Partials, Trajectory, state_read
-from ...rules.rfp import Joined
+from ...cells.two_point import Linearization, Matrix, state_read
 from ..buffers import ReusedMemory
 from .library import loaded
 
-PANEL = 32  # the PANEL of products.h
+PANEL = 32  # the PANEL of products.h for float32; it is half as many for float64
 PACKED_FROM = 16  # packing the weights saves time from T·B = 16 on
 MOST_STATES = 2  # states per unit that gamma.cpp is compiled for
 
@@ -34,7 +32,7 @@ def rgc_scan(
     """Run an RGC with dense weights over T steps, as `RGCCell.scan` does.
 
     Takes x (T, B, N), the weights ss, ms, mm, sm (N, N), the initial states s and m (B, N), and resets (T, B) bool or
-    None; float32, on the CPU. Returns the states (2, T + 1, B, N), initial state included, and the gates
+    None; on the CPU. Returns the states (2, T + 1, B, N), initial state included, and the gates
     (2, T, B, 2, N) in the layout of `native/rgc.cpp`. Nothing is mutated.
     """
     code = loaded()
@@ -45,7 +43,7 @@ def rgc_scan(
     packed = _room_to_pack(x, 2 * _packed_numbers(2, units))
     x, given = x.contiguous(), [a.contiguous() for a in (*weights, *state)]
     marks = None if resets is None else resets.contiguous()
-    code.rgc_scan(
+    _of(x, code.rgc_scan_float, code.rgc_scan_double)(
         x.data_ptr(),
         *[a.data_ptr() for a in given],
         _address(marks),
@@ -61,115 +59,19 @@ def rgc_scan(
     return states, gates
 
 
+def _of(like: Tensor, single: Any, double: Any) -> Any:
+    """The one of two functions that computes in the dtype of `like`."""
+    return single if like.dtype == torch.float32 else double
+
+
 def _packed_numbers(count: int, units: int) -> int:
-    """The numbers that `count` packed matrices take: `packed_numbers` of products.h."""
+    """At least the numbers that `count` packed matrices take: `packed_numbers` of products.h."""
     return -(-count * units // PANEL) * PANEL * units
 
 
 def _room_to_pack(x: Tensor, numbers: int) -> Tensor | None:
     """Memory for packed weights, or None where x (…, T, B, N) has too few rows in all to pay for packing."""
     return x.new_empty(numbers) if x.shape[-3] * x.shape[-2] >= PACKED_FROM else None
-
-
-def gated_cell(cell: Cell) -> int | None:
-    """The number by which `native/gated.cpp` knows the cell, or None where it doesn't have that cell."""
-    if type(cell) is ElmanCell:
-        return 1 if cell.nonlinearity == "relu" else 0
-    return {LSTMCell: 2, GRUCell: 3}.get(type(cell))
-
-
-def gated_scan(
-    cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], resets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Run a cell that `gated_cell` knows over T steps with dense weights, as `Cell.scan` does.
-
-    Takes x (J, T, B, N), the G weights (N, N), the S initial states (B, N), and resets (T, B) bool or None; float32, on
-    the CPU. Returns the states (S, T + 1, B, N), initial state included, and the pre-activations W^g c (G, T, B, N),
-    which are the trajectory's `saved`. Nothing is mutated.
-    """
-    code = loaded()
-    _, steps, batch, units = x.shape
-    x = _units_together(x)
-    states = x.new_empty(len(state), steps + 1, batch, units)
-    sums = x.new_empty(steps, batch, len(weights), units)
-    kept = None if resets is None else x.new_empty(len(state) * batch * units)
-    packed = _room_to_pack(x, _packed_numbers(len(weights), units))
-    marks = None if resets is None else resets.contiguous()
-    dense, start = [a.contiguous() for a in weights], [a.contiguous() for a in state]
-    code.gated_scan(
-        x.data_ptr(),
-        _longs(x.stride()[:3]),
-        _addresses(dense),
-        _addresses(start),
-        _address(marks),
-        states.data_ptr(),
-        sums.data_ptr(),
-        _address(kept),
-        _address(packed),
-        gated_cell(cell),
-        *x.shape,
-        torch.get_num_threads(),
-    )
-    return states, sums.movedim(2, 0)
-
-
-def gated_linearize(
-    cell: Cell, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor]
-) -> tuple[Partials, Tensor]:
-    """The partials of T steps of a cell that `gated_cell` knows, and RFP's M, in one pass.
-
-    M^{νν'} = ∂F_ν/∂c^ν' + Σ_g ∂F_ν/∂p^g diag(W^g), over the matrices g that read state ν'. trajectory is one that
-    `gated_scan` made; before (S, T, B, N) holds the states that its steps read; weights holds the G matrices (N, N) or
-    their diagonals (N,); float32, on the CPU. Returns the partials, and M (S, S, T, B, N), which is zero at reset
-    steps. Nothing is mutated.
-    """
-    code = loaded()
-    kind = gated_cell(cell)
-    assert kind is not None
-    x, sums = _units_together(trajectory.x), trajectory.saved.movedim(0, 2).contiguous()
-    if not before[0].is_contiguous():
-        before = before.contiguous()
-    marks = None if trajectory.resets is None else trajectory.resets.contiguous()
-    states, distinct = len(before), DISTINCT[kind]
-    out = x.new_empty(distinct + states**2, *x.shape[1:])
-    code.gated_linearize(
-        x.data_ptr(),
-        _longs(x.stride()[:3]),
-        sums.data_ptr(),
-        before.data_ptr(),
-        _address(marks),
-        *_own(weights),
-        out.data_ptr(),
-        kind,
-        len(x),
-        before.stride(0),
-        *x.shape[1:],
-        torch.get_num_threads(),
-    )
-    m = out[distinct:].view(states, states, *x.shape[1:])
-    return _partials(kind, out.unbind(0)[:distinct], len(x)), m
-
-
-# How many distinct numbers the partials of one unit consist of, by `gated_cell` (DISTINCT in cells.h).
-DISTINCT = {0: 1, 1: 1, 2: 9, 3: 5}
-
-
-def _partials(kind: int, found: Sequence[Tensor], inputs: int) -> Partials:
-    """`Partials` from the distinct arrays (T, B, N) that `native/gated.cpp` found, in the order of cells.h."""
-    if kind == 2:
-        i, f, g, h_i, h_f, h_g, h_o, to_h, to_c = found
-        gates = [{0: h_i, 1: i}, {0: h_f, 1: f}, {0: h_g, 1: g}, {0: h_o}]
-        return Partials(own=[{}, {0: to_h, 1: to_c}], gate=gates, input=gates)
-    if kind == 3:
-        r, z, hn, n, own = ({0: value} for value in found)
-        return Partials(own=[own], gate=[r, z, hn], input=[r, z, n, hn][:inputs])
-    slope = {0: found[0]}
-    return Partials(own=[{}], gate=[slope], input=[slope])
-
-
-def _units_together(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, copied only where it isn't."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -192,126 +94,10 @@ def _longs(values: Sequence[int]) -> bytes:
     return struct.pack(f"{len(values)}l", *values)
 
 
-def rgc_linearize(
-    cell: Cell, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor]
-) -> tuple[Partials, Tensor]:
-    """`gated_linearize` for an RGC: trajectory as `rgc_scan` makes it, weights ss, ms, mm and sm."""
-    code = loaded()
-    gates, x = trajectory.saved.contiguous(), trajectory.x[0].contiguous()
-    if not before[0].is_contiguous():
-        before = before.contiguous()
-    marks = None if trajectory.resets is None else trajectory.resets.contiguous()
-    out = x.new_empty(10, *x.shape)
-    code.rgc_linearize(
-        gates.data_ptr(),
-        before.data_ptr(),
-        x.data_ptr(),
-        _address(marks),
-        *_own(weights),
-        out.data_ptr(),
-        before.stride(0),
-        *x.shape,
-        torch.get_num_threads(),
-    )
-    return RGCCell.partials_in(out, gates)
-
-
-def _own(weights: Sequence[Tensor]) -> tuple[bytes, bytes]:
-    """Addresses of the diagonals of weights (N, N), or of weights (N,), and the distance of their numbers."""
-    return _addresses(weights), _longs([sum(weight.stride()) for weight in weights])
-
-
-def dual(
-    cell: Cell,
-    trajectory: Trajectory,
-    weights: Sequence[Tensor],
-    delta: Tensor | Sequence[Tensor | None],
-    carry: Tensor | None = None,
-) -> tuple[Joined, Tensor, Tensor]:
-    """`operations.dual_of` for an RGC or a cell that `gated_cell` knows, in one pass (`native/dual.cpp`).
-
-    trajectory is one that `gated_scan` or `rgc_scan` made; weights are as in `gated_linearize`; delta is (S, T, B, N),
-    or a (T, B, N) for each state with None for zeros; carry is (S, B, N) or None; float32, on the CPU. Returns the
-    credit E^k of all the cell's matrices, the credit of the J inputs (J, T, B, N), and M(1)ᵀ λ(1) (S, B, N). Nothing is
-    mutated.
-    """
-    code = loaded()
-    kind = gated_cell(cell)
-    x, states, saved = (_units_together(a) for a in (trajectory.x, trajectory.states, trajectory.saved))
-    source = [None if one is None else _units_together(one) for one in delta]
-    marks = None if trajectory.resets is None else trajectory.resets.contiguous()
-    carry = None if carry is None else carry.contiguous()
-    inputs, steps, batch, units = x.shape
-    if kind is None:
-        kind = RGC
-        made, for_x = x.new_empty(2, steps, batch, 2, units), x.new_empty(x.shape)
-        arrays = made.flatten(3)
-        places: Sequence[tuple[int, int]] = RGCCell.CREDIT_PLACES
-        gates = _by_gate(saved)
-        out: list[int | None] = [*_by_gate(made), for_x.data_ptr()]
-        row, last_row = 2 * units, units
-    else:
-        order, count = PLANES[kind], saved.shape[0]
-        planes = inputs + 1 if kind == 3 else count
-        made = x.new_empty(steps, batch, planes, units)
-        arrays = made.flatten(2)[None, :, :, : count * units]
-        places = [(0, k) for k in order[:count]]
-        for_x = made[:, :, planes - inputs :].movedim(2, 0)
-        first = made.data_ptr()
-        gates = _each(saved)
-        out = [first + 4 * units * k if k < planes else None for k in order]
-        row = last_row = planes * units
-    passed = x.new_empty(states.shape[0], batch, units)
-    apart = [
-        *x.stride()[1:3] * inputs,
-        *saved.stride()[1:3] * len(gates),
-        *states.stride()[1:3] * len(source),
-    ]
-    for one in source:
-        apart += (0, 0) if one is None else one.stride()[:2]
-    code.dual_pass(
-        _places([*_each(x), *gates, *_each(states), *[_address(one) for one in source]]),
-        _longs(apart),
-        _places(out),
-        _longs((batch * row, row) * (len(out) - 1) + (batch * last_row, last_row)),
-        *_own(weights),
-        _address(carry),
-        _address(marks),
-        passed.data_ptr(),
-        kind,
-        inputs,
-        steps,
-        batch,
-        units,
-        torch.get_num_threads(),
-    )
-    return Joined(arrays, places, units), for_x, passed
-
-
-def _each(array: Tensor) -> list[int]:
-    """The address of array[k] for each k, array being float32."""
-    first, apart = array.data_ptr(), 4 * array.stride(0)
-    return [first + apart * k for k in range(array.shape[0])]
-
-
-def _by_gate(array: Tensor) -> list[int]:
-    """The addresses of ss, ms, mm and sm in an array (2, T, B, 2, N) laid out like the gates of `rgc_scan`."""
-    first, source, gate = array.data_ptr(), 4 * array.stride(0), 4 * array.stride(3)
-    return [first, first + source + gate, first + source, first + gate]
-
-
-# `native/dual.cpp` numbers its cells as `gated_cell` does, and the RGC is 4. For the other cells, PLANES gives the
-# plane of the joined array (T, B, planes, N) that each of the numbers of `Cell::entering` goes to, in their order. The
-# gates' credit takes the first planes and the inputs' the last; a GRU's r and z, and all gates of the other cells,
-# share their plane with the input that is added to them.
-RGC = 4
-PLANES = {0: (0,), 1: (0,), 2: (0, 1, 2, 3), 3: (1, 2, 0, 3, 4)}
-
-
 def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
     """`rfp.reverse_scan`: the credits λ(t) = δ(t) + M(t+1)ᵀ λ(t+1).
 
-    Takes m (S, S, T, B, N), delta (S, T, B, N), and carry (S, B, N) or None; float32, on the CPU. Returns λ
+    Takes m (S, S, T, B, N), delta (S, T, B, N), and carry (S, B, N) or None; on the CPU. Returns λ
     (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N). Nothing is mutated.
     """
     code = loaded()
@@ -319,7 +105,7 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None) -> tuple[Tensor
     m, delta = m.contiguous(), delta.contiguous()
     carry = None if carry is None else carry.contiguous()
     credit, first = torch.empty_like(delta), delta.new_empty(count, batch, units)
-    code.reverse_scan(
+    _of(delta, code.reverse_scan_float, code.reverse_scan_double)(
         m.data_ptr(),
         delta.data_ptr(),
         _address(carry),
@@ -339,7 +125,7 @@ def exact_credits(
     delta: Tensor,
     carry: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`bptt.credits` with dense weights (N, N), in the order of `matrices`; float32, on the CPU.
+    """`bptt.credits` with dense weights (N, N), in the order of `matrices`; on the CPU.
 
     Returns λ (S, T, B, N), and the credit that the first step passes to the initial state (S, B, N). Nothing is
     mutated.
@@ -357,7 +143,7 @@ def exact_credits(
     marks = None if lin.resets is None else lin.resets.contiguous()
     credit, first = torch.empty_like(delta), delta.new_empty(states, batch, units)
     packed = delta.new_empty(len(dense) * _packed_numbers(1, units))
-    code.exact_credits(
+    _of(delta, code.exact_credits_float, code.exact_credits_double)(
         _addresses(dense),
         _longs(readers),
         _addresses(own),
@@ -533,6 +319,7 @@ def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     return arrived, whole
 
 
-def activate_(values: Tensor, *, sigmoid: bool = False) -> None:
-    """Replace contiguous float32 numbers on the CPU by their tanh or sigmoid, as the compiled loops compute them."""
-    loaded().activate(values.data_ptr(), values.numel(), sigmoid)
+def activate_(values: Tensor, function: str) -> None:
+    """Replace contiguous numbers on the CPU by their "tanh", "sigmoid" or "exp", as the compiled loops compute them."""
+    run = _of(values, loaded().activate_float, loaded().activate_double)
+    run(values.data_ptr(), values.numel(), ("tanh", "sigmoid", "exp").index(function))

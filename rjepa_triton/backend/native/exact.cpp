@@ -1,4 +1,4 @@
-// The exact credits of backpropagation through time (`rules.bptt.credits`) on the CPU, float32, for a cell with dense
+// The exact credits of backpropagation through time (`rules.bptt.credits`) on the CPU, for a cell with dense
 // matrices. For each state ν',
 //
 //     λ^ν'(t) = δ^ν'(t) + Σ_ν A^{νν'}(t+1) λ^ν(t+1) + Σ_k (W^k)ᵀ E^k(t+1),        E^k(t) = Σ_ν λ^ν(t) φ^{ν,k}(t),
@@ -12,36 +12,40 @@
 namespace {
 
 // An array (T, B, N) whose T·B rows of N contiguous numbers lie `next` numbers apart. A null `first` stands for zeros.
-struct Rows {
-    const float *first;
+template <class real> struct Rows {
+    const real *first;
     long next;
 
-    const float *at(long row) const { return first + row * next; }
+    const real *at(long row) const { return first + row * next; }
 };
 
 // Copies `count` matrices (N, N) that read one state to `out` as panels of PANEL columns, laid out as
 // [panel][matrix][row][column in the panel]. Columns past N in the last panel are zeros. A panel is then the operand of
 // `packed_rows` for the products with the transposed matrices.
-void pack_columns(const float *const *matrices, long count, long units, float *__restrict out) {
+template <class real> void pack_columns(const real *const *matrices, long count, long units, real *__restrict out) {
+    constexpr long PANEL = 2 * Lanes<real>::width;
     for (long first = 0; first < units; first += PANEL) {
         const long here = units - first < PANEL ? units - first : PANEL;
         for (long k = 0; k < count; k++)
             for (long i = 0; i < units; i++, out += PANEL) {
-                memcpy(out, matrices[k] + i * units + first, here * sizeof(float));
-                for (long j = here; j < PANEL; j++) out[j] = 0.0f;
+                memcpy(out, matrices[k] + i * units + first, here * sizeof(real));
+                for (long j = here; j < PANEL; j++) out[j] = real(0);
             }
     }
 }
 
 // Adds Σ_k (W^k)ᵀ E^k for the PANEL units of one panel and all batch rows to out (B, N). `entering` (B, columns) holds
 // E^k of the matrices side by side, columns = (number of matrices) · N; `packed` comes from `pack_columns`.
-void add_panel(const float *packed, const float *entering, float *out, long panel, long columns, long batch,
+template <class real>
+void add_panel(const real *packed, const real *entering, real *out, long panel, long columns, long batch,
                long units) {
-    const float *w = packed + panel * columns * PANEL;
+    typedef typename Lanes<real>::wide wide;
+    constexpr long WIDTH = Lanes<real>::width, PANEL = 2 * WIDTH;
+    const real *w = packed + panel * columns * PANEL;
     const long first = panel * PANEL, here = units - first < PANEL ? units - first : PANEL;
     const auto add = [&](long b, const wide(&sums)[2]) {
         for (long half = 0; half < 2 && half * WIDTH < here; half++) {
-            float *at = out + b * units + first + half * WIDTH;
+            real *at = out + b * units + first + half * WIDTH;
             store(at, load(at, here - half * WIDTH) + sums[half], here - half * WIDTH);
         }
     };
@@ -58,7 +62,6 @@ void add_panel(const float *packed, const float *entering, float *out, long pane
     }
 }
 
-} // namespace
 
 // The credits of all T steps (see the top of this file). S = states.
 //
@@ -71,42 +74,43 @@ void add_panel(const float *packed, const float *entering, float *out, long pane
 // credit   (S, T, B, N), written: λ
 // first    (S, B, N), written: the credit that the first step passes to the state before it
 // packed   scratch memory for the packed matrices, K · ⌈N / PANEL⌉ · PANEL · N numbers
-extern "C" void exact_credits(const float *const *weights, const long *readers, const float *const *own,
-                              const long *own_next, const float *const *phi, const long *phi_next, const float *delta,
-                              const float *carry, const unsigned char *resets, float *credit, float *first,
-                              float *packed, long states, long steps, long batch, long units, long threads) {
-    const long numbers = batch * units, plane = steps * numbers, panels = (units + PANEL - 1) / PANEL;
+template <class real>
+void exact_credits(const real *const *weights, const long *readers, const real *const *own,
+                              const long *own_next, const real *const *phi, const long *phi_next, const real *delta,
+                              const real *carry, const unsigned char *resets, real *credit, real *first,
+                              real *packed, long states, long steps, long batch, long units, long threads) {
+    const long numbers = batch * units, plane = steps * numbers, panels = (units + PANEL<real> - 1) / PANEL<real>;
     std::vector<long> begin(states + 1, 0);
     for (long j = 0; j < states; j++) begin[j + 1] = begin[j] + readers[j];
-    const long all = begin[states], of_matrix = panels * PANEL * units;
+    const long all = begin[states], of_matrix = panels * PANEL<real> * units;
     for (long j = 0; j < states; j++)
         pack_columns(weights + begin[j], readers[j], units, packed + begin[j] * of_matrix);
-    std::vector<float> entering(all * numbers), passed(states * numbers);
+    std::vector<real> entering(all * numbers), passed(states * numbers);
     const bool shared = threads > 1 && all * units * numbers >= SHARED_FROM;
     for (long t = steps - 1; t >= 0; t--) {
         for (long nu = 0; nu < states; nu++) {
-            float *to = credit + nu * plane + t * numbers;
-            const float *given = delta + nu * plane + t * numbers;
-            const float *more = t < steps - 1 ? &passed[nu * numbers] : carry ? carry + nu * numbers : nullptr;
+            real *to = credit + nu * plane + t * numbers;
+            const real *given = delta + nu * plane + t * numbers;
+            const real *more = t < steps - 1 ? &passed[nu * numbers] : carry ? carry + nu * numbers : nullptr;
             for (long i = 0; i < numbers; i++) to[i] = more ? given[i] + more[i] : given[i];
         }
         for (long j = 0; j < states; j++)
             for (long b = 0; b < batch; b++) {
                 const long row = t * batch + b;
                 for (long k = begin[j]; k < begin[j + 1]; k++) {
-                    float *to = &entering[begin[j] * numbers + (b * readers[j] + k - begin[j]) * units];
-                    memset(to, 0, units * sizeof(float));
+                    real *to = &entering[begin[j] * numbers + (b * readers[j] + k - begin[j]) * units];
+                    memset(to, 0, units * sizeof(real));
                     for (long nu = 0; nu < states; nu++) {
-                        const Rows by{phi[k * states + nu], phi_next[k * states + nu]};
-                        const float *from = credit + nu * plane + row * units;
+                        const Rows<real> by{phi[k * states + nu], phi_next[k * states + nu]};
+                        const real *from = credit + nu * plane + row * units;
                         for (long i = 0; by.first && i < units; i++) to[i] += by.at(row)[i] * from[i];
                     }
                 }
-                float *to = &passed[j * numbers + b * units];
-                memset(to, 0, units * sizeof(float));
+                real *to = &passed[j * numbers + b * units];
+                memset(to, 0, units * sizeof(real));
                 for (long nu = 0; nu < states; nu++) {
-                    const Rows by{own[j * states + nu], own_next[j * states + nu]};
-                    const float *from = credit + nu * plane + row * units;
+                    const Rows<real> by{own[j * states + nu], own_next[j * states + nu]};
+                    const real *from = credit + nu * plane + row * units;
                     for (long i = 0; by.first && i < units; i++) to[i] += by.at(row)[i] * from[i];
                 }
             }
@@ -118,7 +122,21 @@ extern "C" void exact_credits(const float *const *weights, const long *readers, 
         }
         for (long b = 0; resets && b < batch; b++)
             for (long nu = 0; resets[t * batch + b] && nu < states; nu++)
-                memset(&passed[nu * numbers + b * units], 0, units * sizeof(float));
+                memset(&passed[nu * numbers + b * units], 0, units * sizeof(real));
     }
-    memcpy(first, passed.data(), states * numbers * sizeof(float));
+    memcpy(first, passed.data(), states * numbers * sizeof(real));
 }
+
+} // namespace
+
+#define EXPORTED(real)                                                                                                 \
+    extern "C" void exact_credits_##real(                                                                              \
+        const real *const *weights, const long *readers, const real *const *own, const long *own_next,                 \
+        const real *const *phi, const long *phi_next, const real *delta, const real *carry,                            \
+        const unsigned char *resets, real *credit, real *first, real *packed, long states, long steps, long batch,     \
+        long units, long threads) {                                                                                    \
+        exact_credits<real>(weights, readers, own, own_next, phi, phi_next, delta, carry, resets, credit, first,       \
+                            packed, states, steps, batch, units, threads);                                             \
+    }
+EXPORTED(float)
+EXPORTED(double)

@@ -95,29 +95,49 @@ loaded = cast(Callable[[], ctypes.CDLL], library)
 def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_long
     for function, pointers, counts in (
-        (code.rgc_scan, 12, 4),
-        (code.rgc_linearize, 7, 5),
-        (code.dual_pass, 9, 6),
-        (code.reverse_scan, 5, 3),
-        (code.exact_credits, 12, 5),
+        (code.rgc_scan_float, 12, 4),
+        (code.rgc_scan_double, 12, 4),
+        (code.reverse_scan_float, 5, 3),
+        (code.reverse_scan_double, 5, 3),
+        (code.exact_credits_float, 12, 5),
+        (code.exact_credits_double, 12, 5),
         (code.gamma_arriving, 4, 6),
-        (code.activate, 1, 2),
-        (code.gated_scan, 9, 6),
-        (code.gated_linearize, 8, 7),
+        (code.activate_float, 1, 2),
+        (code.activate_double, 1, 2),
     ):
         function.argtypes, function.restype = [pointer] * pointers + [count] * counts, None
     code.gamma_pass.argtypes, code.gamma_pass.restype = [pointer] * 8 + [ctypes.c_double] + [count] * 10, None
     return code
 
 
-def _found_or_built(found: str) -> ctypes.CDLL:
+@functools.cache
+def generated(text: str) -> ctypes.CDLL | None:
+    """The library of one cell's loops, from C++ that includes headers of this folder; else as `library`.
+
+    Every function takes two tables, of addresses and of numbers.
+    """
+    found = compiler()
+    if found is None:
+        return None
+    try:
+        return _found_or_built(found, text)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        cause = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"the compiled loops of a cell can't be built by {found} or loaded, torch runs in their place: {cause}",
+            stacklevel=2,
+        )
+        return None
+
+
+def _found_or_built(found: str, text: str | None = None) -> ctypes.CDLL:
     """The library from the cache, or compiled into it; where nothing can be kept there, into a folder of its own.
 
     Raises OSError, ValueError or SubprocessError.
     """
     flags = (*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native")
-    sources, headers = sorted(SOURCES.glob("*.cpp")), sorted(SOURCES.glob("*.h"))
-    texts = [read_text(source) for source in (*sources, *headers)]
+    sources, headers = sorted(SOURCES.glob("*.cpp")) if text is None else [], sorted(SOURCES.glob("*.h"))
+    texts = [text or "", *(read_text(source) for source in (*sources, *headers))]
     told = "\0".join((*texts, *flags, found, *_machine(found, flags)))
     key = hashlib.sha256(told.encode()).hexdigest()[:32]
     try:
@@ -131,13 +151,13 @@ def _found_or_built(found: str) -> ctypes.CDLL:
                 return code
             _remove_leftovers(folder)
             _check_room(folder)
-            return _built(found, flags, sources, folder, key)
+            return _built(found, flags, text or sources, folder, key)
     except _NotKept as reason:
         warnings.warn(
             f"the compiled code for the CPU can't be kept, so each process compiles it anew: {reason}",
             stacklevel=3,
         )
-        return _built(found, flags, sources, None, key)
+        return _built(found, flags, text or sources, None, key)
 
 
 class _NotKept(Exception):
@@ -145,9 +165,9 @@ class _NotKept(Exception):
 
 
 def _built(
-    found: str, flags: Sequence[str], sources: Sequence[Path], cache: Path | None, key: str
+    found: str, flags: Sequence[str], sources: Sequence[Path] | str, cache: Path | None, key: str
 ) -> ctypes.CDLL:
-    """The library, compiled, and kept in the folder `cache` if there is one.
+    """The library, compiled from files or from a text, and kept in the folder `cache` if there is one.
 
     Raises OSError or SubprocessError if it can't be compiled or loaded, and _NotKept if it can't be moved into `cache`.
     """
@@ -155,8 +175,11 @@ def _built(
 
     with tempfile.TemporaryDirectory(prefix=BUILD, dir=cache) as folder:
         made = Path(folder) / f"native-{key}.so"
+        if isinstance(sources, str):
+            (written := Path(folder) / "cell.cpp").write_text(sources, encoding="utf-8")
+            sources = [written]
         for threads in THREADS:
-            command = [found, *flags, threads, "-o", str(made), *map(str, sources)]
+            command = [found, *flags, threads, f"-I{SOURCES}", "-o", str(made), *map(str, sources)]
             # the compiler's own files lie there too, and are removed with it
             done = _processes.run(command, timeout=SECONDS, env={**os.environ, "TMPDIR": folder})
             try:
@@ -287,7 +310,8 @@ def _check_room(folder: Path) -> None:
         raise _NotKept(error) from error
 
 
-def _machine(found: str, flags: Sequence[str]) -> list[str]:
+@functools.cache
+def _machine(found: str, flags: tuple[str, ...]) -> list[str]:
     """What a library that is compiled here may not be run without: the compiler's own answer, and its libraries'.
 
     Raises OSError or SubprocessError.

@@ -26,8 +26,12 @@ pytestmark = [
 ]
 
 FUNCTIONS = (
-    *("rgc_scan", "rgc_linearize", "dual_pass", "reverse_scan", "exact_credits", "gamma_arriving"),
-    *("activate", "gated_scan", "gated_linearize", "gamma_pass"),
+    *(
+        f"{name}_{real}"
+        for name in ("rgc_scan", "reverse_scan", "exact_credits", "activate")
+        for real in ("float", "double")
+    ),
+    *("gamma_arriving", "gamma_pass"),
 )
 PACKAGE = Path(library.__file__).parents[2]
 # What a process runs to import the library's module alone: torch takes seconds.

@@ -1,0 +1,295 @@
+// The loops over time of any two-point cell on the CPU: the forward pass, the linearization and the dual form. Include
+// it after a `template <class real> struct Cell`, which `rjepa_triton.backend.native.cells` writes from the cell's
+// `update`. For a vector of units, Cell has
+//
+//     S, G, J, K   how many states c, pre-activations p, per-unit inputs x and recurrent matrices W there are
+//     reads[k]     the state that matrix k reads;  into[k]: the pre-activation that its product is added to
+//     update       the new states now[ν] = F_ν(c, p, x)
+//     partials     the FOUND distinct partials of F, and RFP's M^{νν'} = ∂F_ν/∂c^ν' + Σ_k ∂F_ν/∂p^into[k] w^k over the
+//                  matrices that read ν', at m[ν · S + ν']; w^k is the unit's entry on the diagonal of W^k
+//     dual         from λ: the ENTERING distinct numbers Σ_ν λ^ν ∂F_ν/∂p^g and Σ_ν λ^ν ∂F_ν/∂x^j, and what goes back
+//                  to each state, Σ_ν M^{νν'} λ^ν
+//
+// Each function takes a table of arrays and a table of numbers, in the order in which they are listed. An array (T, B,
+// N) has its units contiguous; in the table of numbers two distances stand for it, in numbers: from one step to the
+// next, and from one batch row to the next.
+
+#pragma once
+
+#include <vector>
+
+#include "products.h"
+
+namespace {
+
+// Reads a table from its beginning.
+struct Table {
+    void *const *array;
+    const long *number;
+
+    template <class real> real *next() { return (real *)*array++; }
+    long next() { return *number++; }
+};
+
+// Some arrays (T, B, N), as described above. An array may be null.
+template <class real> struct Arrays {
+    real *const *arrays;
+    const long *apart;
+
+    real *at(long k, long t, long b) const {
+        return arrays[k] ? arrays[k] + t * apart[2 * k] + b * apart[2 * k + 1] : nullptr;
+    }
+};
+
+template <class real> Arrays<real> some(Table &table, long count) {
+    const Arrays<real> found{(real *const *)table.array, table.number};
+    table.array += count, table.number += 2 * count;
+    return found;
+}
+
+constexpr long at_least_one(long count) { return count ? count : 1; }
+
+// A weight of one matrix: (N,), one number a unit; (N, N); or (H, b, b), H heads of b units.
+template <class real> struct Weight {
+    const real *numbers;
+    long dims, head;
+};
+
+// out[b] = W c[b] of a matrix by heads, for all rows; c and out are (B, N), the rows of `out` `next` numbers apart.
+template <class real>
+void multiply_heads(const Weight<real> &weight, const real *c, real *out, long next, long batch, long units) {
+    for (long b = 0; b < batch; b++)
+        for (long i = 0; i < units; i++)
+            plain_row<1>(weight.numbers + i * weight.head, c + b * units + i / weight.head * weight.head,
+                         out + b * next + i, 1, weight.head);
+}
+
+// T steps c(t) = F(c(t-1), p(t), x(t)), p^g(t) = Σ_{k into g} W^k c^{reads k}(t-1).
+//
+// arrays   J inputs x, G pre-activations (each written, or null), K weights, S initial states (B, N), S states
+//          (T + 1, B, N) that are written: the initial one, then the one after each step; resets (T, B) bytes or null;
+//          scratch memory: S · B · N numbers if there are resets; K · B · N numbers; and for packed weights
+//          `packed_numbers(K, N)` and PANEL · N more for each state, or null: weights are read as they are
+// numbers  2 (J + G) distances; of each weight the number of its dimensions, and b; T, B, N, threads
+template <class real> void scan(Table table) {
+    typedef Cell<real> C;
+    typedef typename Lanes<real>::wide wide;
+    constexpr long S = C::S, G = C::G, J = C::J, K = C::K, W = Lanes<real>::width;
+    const auto x = some<real>(table, J), saved = some<real>(table, G);
+    Weight<real> weights[at_least_one(K)];
+    for (long k = 0; k < K; k++) {
+        weights[k].numbers = table.next<const real>();
+        weights[k].dims = table.next(), weights[k].head = table.next();
+    }
+    const real *start[S];
+    real *states[S];
+    for (long nu = 0; nu < S; nu++) start[nu] = table.next<const real>();
+    for (long nu = 0; nu < S; nu++) states[nu] = table.next<real>();
+    const auto resets = table.next<const unsigned char>();
+    real *const kept = table.next<real>(), *const sums = table.next<real>(), *packed = table.next<real>();
+    const long steps = table.next(), batch = table.next(), units = table.next(), threads = table.next();
+    const long numbers = batch * units, blocks = (units + W - 1) / W;
+
+    // the dense matrices, by the state that they read; where each product of a step lies, and how far its rows are apart
+    const real *dense[at_least_one(K)];
+    Readers<real> readers[S];
+    real *product[at_least_one(K)];
+    long next_row[at_least_one(K)], done = 0, panels = 0, first_panel[S + 1] = {};
+    for (long nu = 0; nu < S; nu++) {
+        const long begin = done;
+        for (long k = 0; k < K; k++)
+            if (C::reads[k] == nu && weights[k].dims == 2) dense[done++] = weights[k].numbers;
+        const long count = done - begin;
+        long place = 0;
+        for (long k = 0; k < K; k++)
+            if (C::reads[k] == nu && weights[k].dims == 2) {
+                product[k] = sums + begin * numbers + place++ * units;
+                next_row[k] = count * units;
+            }
+        readers[nu] = {dense + begin, count, units, packed};
+        if (packed && count) {
+            pack(readers[nu], packed);
+            packed += packed_numbers<real>(count, units);
+        }
+        panels += readers[nu].panels();
+        first_panel[nu + 1] = panels;
+    }
+    long by_heads = done;
+    for (long k = 0; k < K; k++)
+        if (weights[k].dims == 3) product[k] = sums + by_heads++ * numbers, next_row[k] = units;
+
+    const bool shared = threads > 1 && done * units * numbers >= SHARED_FROM;
+    for (long nu = 0; nu < S; nu++) memcpy(states[nu], start[nu], numbers * sizeof(real));
+    for (long t = 0; t < steps; t++) {
+        const real *before[S];
+        for (long nu = 0; nu < S; nu++)
+            before[nu] = read_state(states[nu] + t * numbers, resets ? resets + t * batch : nullptr,
+                                    kept ? kept + nu * numbers : nullptr, batch, units);
+        for (long k = 0; k < K; k++)
+            if (weights[k].dims == 3)
+                multiply_heads(weights[k], before[C::reads[k]], product[k], next_row[k], batch, units);
+        const auto multiply = [&](long each) {
+            long nu = 0;
+            while (each >= first_panel[nu + 1]) nu++;
+            multiply_panel<false>(readers[nu], each - first_panel[nu], before[nu],
+                                  sums + (readers[nu].matrices - dense) * numbers, batch);
+        };
+        const auto move = [&](long each) {
+            const long b = each / blocks, i = each % blocks * W, here = units - i < W ? units - i : W;
+            wide c[S], p[at_least_one(G)] = {}, given[at_least_one(J)], now[S];
+            for (long nu = 0; nu < S; nu++) c[nu] = load(before[nu] + b * units + i, here);
+            for (long k = 0; k < K; k++)
+                p[C::into[k]] += weights[k].dims == 1 ? load(weights[k].numbers + i, here) * c[C::reads[k]]
+                                                      : load(product[k] + b * next_row[k] + i, here);
+            for (long j = 0; j < J; j++) given[j] = load(x.at(j, t, b) + i, here);
+            C::update(c, p, given, now);
+            for (long g = 0; g < G; g++)
+                if (real *to = saved.at(g, t, b)) store(to + i, p[g], here);
+            for (long nu = 0; nu < S; nu++) store(states[nu] + (t + 1) * numbers + b * units + i, now[nu], here);
+        };
+        if (!shared) {
+            for (long each = 0; each < panels; each++) multiply(each);
+            for (long each = 0; each < batch * blocks; each++) move(each);
+            continue;
+        }
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for schedule(static)
+            for (long each = 0; each < panels; each++) multiply(each);
+#pragma omp for schedule(static)
+            for (long each = 0; each < batch * blocks; each++) move(each);
+        }
+    }
+}
+
+// The partials and RFP's M of T steps.
+//
+// arrays   J inputs x; G pre-activations; S states before each step; K diagonals of N numbers; resets (T, B) bytes or
+//          null; out (FOUND + S · S, T, B, N), written: what `partials` finds, then M^{νν'}, which is zero at reset
+//          steps
+// numbers  2 (J + G + S) distances; the distance of each diagonal's numbers; T, B, N, threads
+template <class real> void linearize(Table table) {
+    typedef Cell<real> C;
+    typedef typename Lanes<real>::wide wide;
+    constexpr long S = C::S, G = C::G, J = C::J, K = C::K, FOUND = C::FOUND, W = Lanes<real>::width;
+    const auto x = some<real>(table, J), gates = some<real>(table, G), states = some<real>(table, S);
+    const real *diagonals[at_least_one(K)];
+    long strides[at_least_one(K)];
+    for (long k = 0; k < K; k++) diagonals[k] = table.next<const real>(), strides[k] = table.next();
+    const auto resets = table.next<const unsigned char>();
+    real *const out = table.next<real>();
+    const long steps = table.next(), batch = table.next(), units = table.next(), threads = table.next();
+    const long rows = steps * batch, plane = rows * units;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && plane >= SPREAD_FROM)
+    for (long row = 0; row < rows; row++) {
+        const long t = row / batch, b = row % batch;
+        for (long i = 0; i < units; i += W) {
+            const long here = units - i < W ? units - i : W;
+            wide c[S], p[at_least_one(G)], given[at_least_one(J)], w[at_least_one(K)] = {};
+            wide found[at_least_one(FOUND)], m[S * S];
+            for (long nu = 0; nu < S; nu++) c[nu] = load(states.at(nu, t, b) + i, here);
+            for (long g = 0; g < G; g++) p[g] = load(gates.at(g, t, b) + i, here);
+            for (long j = 0; j < J; j++) given[j] = load(x.at(j, t, b) + i, here);
+            for (long k = 0; k < K; k++)
+                for (long lane = 0; lane < here; lane++) w[k][lane] = diagonals[k][(i + lane) * strides[k]];
+            C::partials(c, p, given, w, found, m);
+            real *to = out + row * units + i;
+            for (long k = 0; k < FOUND; k++, to += plane) store(to, found[k], here);
+            for (long k = 0; k < S * S; k++, to += plane) store(to, resets && resets[row] ? wide{} : m[k], here);
+        }
+    }
+}
+
+constexpr long TASK = 256; // a thread takes at most this many vectors of units through all steps at once
+
+// The dual form, in one pass backward in time:
+//
+//     λ(t) = δ(t) + M(t+1)ᵀ λ(t+1),        E^g(t) = Σ_ν λ^ν(t) ∂F_ν/∂p^g(t),        E^j(t) = Σ_ν λ^ν(t) ∂F_ν/∂x^j(t)
+//
+// The partials, M and λ stay in registers; only E and what the first step passes back are written. Units are
+// independent here, because M couples only the states of one unit: the B · ⌈N / width⌉ vectors of units are split into
+// tasks, which threads share, and each task runs over all steps.
+//
+// arrays   J inputs x; G pre-activations; S states before each step; δ of each state, null for zeros; the ENTERING
+//          arrays that are written, null for one that isn't wanted; K diagonals; carry (S, B, N), the credit that later
+//          steps pass to the last one, or null for zeros; resets (T, B) bytes or null: a reset step reads zeros as its
+//          state and passes nothing back; passed (S, B, N), written: M(1)ᵀ λ(1)
+// numbers  2 (J + G + 2S + ENTERING) distances; the distance of each diagonal's numbers; T, B, N, threads
+template <class real> void dual(Table table) {
+    typedef Cell<real> C;
+    typedef typename Lanes<real>::wide wide;
+    constexpr long S = C::S, G = C::G, J = C::J, K = C::K, ENTERING = C::ENTERING, W = Lanes<real>::width;
+    const auto x = some<real>(table, J), gates = some<real>(table, G), states = some<real>(table, S);
+    const auto delta = some<real>(table, S), out = some<real>(table, ENTERING);
+    const real *diagonals[at_least_one(K)];
+    long strides[at_least_one(K)];
+    for (long k = 0; k < K; k++) diagonals[k] = table.next<const real>(), strides[k] = table.next();
+    const real *const carry = table.next<const real>();
+    const auto resets = table.next<const unsigned char>();
+    real *const passed = table.next<real>();
+    const long steps = table.next(), batch = table.next(), units = table.next(), threads = table.next();
+    const long numbers = batch * units, of_row = (units + W - 1) / W, all = batch * of_row;
+    std::vector<real> own(K * of_row * W, real(0));
+    for (long k = 0; k < K; k++)
+        for (long i = 0; i < units; i++) own[k * of_row * W + i] = diagonals[k][i * strides[k]];
+    if (carry)
+        memcpy(passed, carry, S * numbers * sizeof(real));
+    else
+        memset(passed, 0, S * numbers * sizeof(real));
+    const bool shared = threads > 1 && steps * numbers >= SPREAD_FROM;
+    const long each = shared ? (all + threads - 1) / threads : all, task = each < TASK ? each : TASK;
+    if (!all) return;
+#pragma omp parallel for schedule(static) num_threads(threads) if (shared)
+    for (long first = 0; first < all; first += task) {
+        const long last = first + task < all ? first + task : all;
+        const real *const w_at = own.data();
+        for (long t = steps - 1; t >= 0; t--)
+            for (long at = first, b = first / of_row; at < last; b++) {
+                const long begin = b * of_row, end = begin + of_row < last ? begin + of_row : last;
+                const bool reset = resets && resets[t * batch + b];
+                const real *x_at[at_least_one(J)], *p_at[at_least_one(G)], *c_at[S], *given_at[S];
+                real *e_at[at_least_one(ENTERING)], *passed_at[S];
+                for (long j = 0; j < J; j++) x_at[j] = x.at(j, t, b);
+                for (long g = 0; g < G; g++) p_at[g] = gates.at(g, t, b);
+                for (long k = 0; k < ENTERING; k++) e_at[k] = out.at(k, t, b);
+                for (long nu = 0; nu < S; nu++) {
+                    c_at[nu] = states.at(nu, t, b);
+                    given_at[nu] = delta.at(nu, t, b);
+                    passed_at[nu] = passed + nu * numbers + b * units;
+                }
+                for (; at < end; at++) {
+                    const long i = (at - begin) * W, here = units - i < W ? units - i : W;
+                    wide given[at_least_one(J)], p[at_least_one(G)], c[S], w[at_least_one(K)], credit[S];
+                    wide e[at_least_one(ENTERING)], back[S];
+                    for (long j = 0; j < J; j++) given[j] = load(x_at[j] + i, here);
+                    for (long g = 0; g < G; g++) p[g] = load(p_at[g] + i, here);
+                    for (long k = 0; k < K; k++) w[k] = *(const wide *)(w_at + k * of_row * W + i);
+                    for (long nu = 0; nu < S; nu++) {
+                        c[nu] = reset ? wide{} : load(c_at[nu] + i, here);
+                        credit[nu] = load(passed_at[nu] + i, here);
+                        if (given_at[nu]) credit[nu] += load(given_at[nu] + i, here);
+                    }
+                    C::dual(c, p, given, w, credit, e, back);
+                    for (long k = 0; k < ENTERING; k++)
+                        if (e_at[k]) store(e_at[k] + i, e[k], here);
+                    for (long nu = 0; nu < S; nu++) store(passed_at[nu] + i, reset ? wide{} : back[nu], here);
+                }
+            }
+    }
+}
+
+} // namespace
+
+#ifndef LOOP
+#define LOOP(name) name
+#endif
+#define EXPORTED(name, real)                                                                                           \
+    extern "C" void LOOP(name##_##real)(void *const *arrays, const long *numbers) { name<real>({arrays, numbers}); }
+#ifndef NO_SCAN
+EXPORTED(scan, float)
+EXPORTED(scan, double)
+#endif
+EXPORTED(linearize, float)
+EXPORTED(linearize, double)
+EXPORTED(dual, float)
+EXPORTED(dual, double)
