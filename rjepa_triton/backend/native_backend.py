@@ -120,6 +120,16 @@ def _own(weights: Sequence[Tensor]) -> list[Tensor]:
     return [weight if weight.dim() < 3 else weight_ops.own(weight) for weight in weights]
 
 
+def not_finite(a: Tensor, b: Tensor) -> bool | Refusal:
+    """Whether one of the numbers of two clones is NaN or infinite, outside of torch.compile's tracing.
+
+    A clone fills its memory, as `calls.not_finite` needs it.
+    """
+    if type(a) is not Tensor or type(b) is not Tensor or library.library() is None:
+        return Refusal("compiled code takes tensors with memory of their own, and a library")
+    return calls.not_finite(a, b)
+
+
 @NATIVE.implements("scan")
 def scan(
     cell: Cell,

@@ -27,7 +27,7 @@ pytestmark = [
 
 FUNCTIONS = (
     *("rgc_scan", "rgc_linearize", "dual_pass", "reverse_scan", "exact_credits", "gamma_arriving"),
-    *("activate", "gated_scan", "gated_linearize", "gamma_pass"),
+    *("activate", "gated_scan", "gated_linearize", "gamma_pass", "not_finite"),
 )
 PACKAGE = Path(library.__file__).parents[2]
 # What a process runs to import the library's module alone: torch takes seconds.
