@@ -124,6 +124,16 @@ def _loops(cell: Cell) -> generated.Loops | Refusal:
     return found if found.code is not None else Refusal("the cell's loops could not be built")
 
 
+def not_finite(a: Tensor, b: Tensor) -> bool | Refusal:
+    """Whether one of the numbers of two clones is NaN or infinite, outside of torch.compile's tracing.
+
+    A clone fills its memory, as `calls.not_finite` needs it.
+    """
+    if type(a) is not Tensor or type(b) is not Tensor or library.library() is None:
+        return Refusal("compiled code takes tensors with memory of their own, and a library")
+    return calls.not_finite(a, b)
+
+
 @NATIVE.implements("scan")
 def scan(
     cell: Cell,

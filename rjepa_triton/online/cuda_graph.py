@@ -19,6 +19,7 @@ from .._device import without_autocast
 from ..backend.descent import Descent
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp
+from .nonfinite import Watch
 from .sensitivity import Sensitivity
 from .tape import recorded
 
@@ -61,6 +62,7 @@ class GraphedStep:
     backend  of the loops over time, as `operations.choose_scan` returns it
     lr       (1,) or None; with it the second graph also takes a step of SGD (`Descent`)
     capture  makes a graph of a function
+    watch    gets a flag from the first graph for each step that isn't finite; None: none is made
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class GraphedStep:
         backend: str,
         lr: Tensor | None = None,
         capture: Capture = cuda_graph,
+        watch: Watch | None = None,
     ) -> None:
         self._layer, self._carried, self.state = layer, carried, state
         batch = state.shape[1]
@@ -80,6 +83,7 @@ class GraphedStep:
         self._delta = state.new_zeros(len(layer.cell.states), 1, batch, layer.hidden_size)
         self._addresses = self._storage()
         self._rule, self._backend_of_scan = rule, backend
+        self._watch = watch if watch is not None and watch.on else None
         self._descent = None if lr is None else Descent.of_parameters(layer.weights(), lr)
         self._now = 0  # how many steps have run
         self._folded = True  # whether Γ has been advanced over the last of them
@@ -100,6 +104,8 @@ class GraphedStep:
                         weight.detach().copy_(before)
                 self.state.zero_()
                 carried.restart_()
+                if self._watch is not None:
+                    self._watch.begin(0)
 
     def _storage(self) -> list[int]:
         return [weight.data_ptr() for weight in self._layer.weights()]
@@ -118,6 +124,8 @@ class GraphedStep:
             backend=self._backend_of_scan,
         )
         self.state.copy_(after[:, -1])
+        if self._watch is not None:
+            self._watch.mark_graphed(self._x, self.state)
         # `step` itself has Γ forget, so that a replay needs no launch for it
         block = replace(block, lin=replace(block.lin, resets=None))
         self._structure = block

@@ -22,10 +22,12 @@ from .autograd import Input, PendingBackward, Steps
 from .compiled import CompiledCalls, refuse_while_compiling
 from .cuda_graph import Capture, Graphed, GraphedStep
 from .cuda_graph import cuda_graph as capture_cuda_graph
+from .nonfinite import Watch, in_steps, watched
 from .options import (
     ONLY_FORM,
     Form,
     Learning,
+    Nonfinite,
     Options,
     check_options,
     choose_form,
@@ -110,6 +112,24 @@ class OnlineLearner:
             them elsewhere in the graph go to `.grad` as usual. The input's gradient is that of the weights before. It
             needs form "step", lag 0, update_every 1 and contiguous weights, and doesn't run under torch.compile.
             `learner.lr` may be set at any time. None: gradients go to `.grad`.
+        nonfinite: what is done about NaN and infinities in the input or the states, told with step (counted from 1
+            since the learner was made), batch row and unit, and about sensitivities that explode: that are NaN, or
+            beyond the root of the largest number of their dtype, 1.8e19 in float32 and bfloat16, 1.3e154 in float64.
+            They are looked at before a step, every 64 steps, or every 8 by "raise" and "clip".
+            "warn"   one RuntimeWarning for each learner, which then looks no more
+            "raise"  FloatingPointError, of the step in which it was found. On a CPU that step has not run: the learner
+                     goes on from the state before, with the same step's right input or after a reset; only the
+                     backward() of earlier steps may come too late by then. In a `StackLearner` the layers below have
+                     run.
+            "clip"   changes the gradient to keep it finite, and warns once. Batch rows that aren't finite start anew,
+                     at the step that isn't, with zeros in place of what isn't finite in their input; such a step that
+                     isn't finite even so raises FloatingPointError. Rows of Γ (of one batch row, matrix, unit and
+                     state) with a number beyond the bound are scaled so that the largest is the bound; of "rtrl" and
+                     "uoro" likewise, rows of what is carried along its last dimension.
+            "ignore" nothing is looked at
+            On a GPU no step waits for this: flags are made on the device and are read when they have come, 64 to 128
+            steps later, or 8 to 16; "raise" and "clip" then act on the learner as it is by then. What form "history"
+            and "tbptt" find in a backward pass is told once it reaches a state.
 
     Under autocast the layer and its learning run in the parameters' own dtype.
 
@@ -139,6 +159,7 @@ class OnlineLearner:
         seed: int = 0,
         cuda_graph: bool = False,
         lr: float | None = None,
+        nonfinite: Nonfinite = "warn",
     ) -> None:
         refuse_while_compiling("OnlineLearner(…)", "make the learner outside of the compiled function")
         options = check_options(
@@ -157,6 +178,7 @@ class OnlineLearner:
             backend=backend,
             seed=seed,
             cuda_graph=cuda_graph,
+            nonfinite=nonfinite,
             lr=lr,
         )
         self.layer, self.batch_size = layer, options.batch_size
@@ -171,6 +193,7 @@ class OnlineLearner:
         self.form, self.carried_bytes = self._choice.form, self._choice.carried_bytes
         self._past = self._new_past(options)
         self._start_at_zero()
+        self._watch = Watch(options.nonfinite, self._state, self._past.scan_backend, one_flag=cuda_graph)
         self._compiled = CompiledCalls(self)
         self._lr: Tensor | None = None
         if lr is not None:
@@ -237,7 +260,14 @@ class OnlineLearner:
                 f"got form={self.form!r}, lag={self.lag}, learning={self.learning!r}"
             )
         return GraphedStep(
-            self.layer, carried, self._state, self.learning, self._past.scan_backend, self._lr, capture
+            self.layer,
+            carried,
+            self._state,
+            self.learning,
+            self._past.scan_backend,
+            self._lr,
+            capture,
+            self._watch,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -279,6 +309,11 @@ class OnlineLearner:
         self._lr.fill_(learning_rate(value, self._lr.dtype))
 
     @property
+    def nonfinite(self) -> str:
+        """What is done about NaN, infinities and sensitivities that explode."""
+        return self._watch.policy
+
+    @property
     def lag(self) -> int:
         """How many steps before the current one a loss may still reach."""
         return self._past.lag
@@ -306,7 +341,8 @@ class OnlineLearner:
 
         The class says when backward() may be called. Mutates the learner's state.
 
-        Raises TypeError or ValueError for x; ValueError, with nothing changed, if the weights changed inside a chunk.
+        Raises TypeError or ValueError for x; ValueError, with nothing changed, if the weights changed inside a chunk;
+        FloatingPointError as `nonfinite` says.
         """
         if isinstance(x, Tensor) and autocast_is_on(x.device):
             with without_autocast(x.device):
@@ -323,6 +359,8 @@ class OnlineLearner:
         if self._graph is not None:
             self._past.enter()
             try:
+                if self._watch.next <= self._graph.now:
+                    self._look(self._graph.now, self._graph.now)
                 outputs = Graphed.apply(self._graph, self._forget, x, *self.layer.weights())
                 self._forget, self._forget_all = None, False
             finally:
@@ -343,7 +381,7 @@ class OnlineLearner:
 
         resets (C, B) bool or None: rows in which a new episode starts at that step. Call backward() once, on the sum of
         all losses of these outputs, before the next call. Mutates the learner's state. Raises TypeError or ValueError
-        for x and resets.
+        for x and resets, and FloatingPointError as `nonfinite` says.
         """
         if isinstance(x, Tensor) and autocast_is_on(x.device):
             with without_autocast(x.device):
@@ -429,6 +467,8 @@ class OnlineLearner:
 
         Returns `resets` with the rows that reset() has marked.
         """
+        if self._watch.next <= self._past.now:
+            self._look(self._past.now, self._past.base)
         self._past.before_steps(self._forget, self._forget_all)
         if self._forget is not None:
             marks = x.new_zeros(x.shape[:2], dtype=torch.bool) if resets is None else resets.clone()
@@ -436,8 +476,11 @@ class OnlineLearner:
             resets = marks
         if self._full and (self.form == "step" or self._position == 0 or self._chunk_weights is None):
             self._chunk_weights = tuple(weight.detach().clone() for weight in self.layer.recurrent_weights())
-        self._forget, self._forget_all = None, False
         return resets
+
+    def _look(self, now: int, base: int) -> None:
+        """Act on what has been found on the device, and on the sensitivities, which are of time `base`."""
+        watched(self._watch, self.layer, now, base, self._state, self._past.sensitivity, self.reset)
 
     def advance(
         self, x: Tensor, resets: Tensor | None, continues_chunk: bool, weights: Sequence[Tensor]
@@ -451,11 +494,38 @@ class OnlineLearner:
         x = x.clone()  # callers may write the next input into the same memory
         input_weights = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
         after, block = self._record(x, resets, self._state, weights, self._chunk_weights)
+        state = after[:, -1].clone()
+        seen = state if len(x) == 1 else after  # the former is in one piece
+        if self._watch.on and self._watch.found(past.now, x, seen):
+            x, after, block = self._act_on(x, resets, weights, after, block)
+            state = after[:, -1].clone()
+        self._forget, self._forget_all = None, False  # only now: a step that raises can be run again
         record = past.add(block, len(cell.inputs), continues_chunk)
         # copies, which the caller may change: the window goes on reading the states
         outputs = [after[nu].clone() for nu in cell.outputs]
-        self._state = after[:, -1].clone()
+        self._state = state
         return PendingBackward(layer, past, record, self._lr), outputs, input_weights
+
+    def _act_on(
+        self, x: Tensor, resets: Tensor | None, weights: Sequence[Tensor], after: Tensor, block: Block
+    ) -> tuple[Tensor, Tensor, Block]:
+        """x, states and block of steps that aren't finite, as the policy has them. The learner stays as it is."""
+        layer, now, watch = self.layer, self._past.now, self._watch
+        place = in_steps(layer, now, x, after)
+        if place is None:
+            return x, after, block
+        watch.tell(layer, place.what)
+        if watch.policy != "clip":
+            return x, after, block
+        x, resets = place.mended(x, resets)
+        after, block = self._record(x, resets, self._state, weights, self._chunk_weights)
+        place = in_steps(layer, now, x, after)
+        if place is not None:
+            raise FloatingPointError(
+                f"OnlineLearner of {type(layer).__name__}: {place.what}; nonfinite='clip' made these batch rows start "
+                "anew, and they weren't finite again"
+            )
+        return x, after, block
 
     def _record(
         self,
@@ -570,6 +640,7 @@ class OnlineLearner:
             self._graph.load(state["state"])
         self._position, self._port, self._chunk_weights = state["position"], None, None
         self._versions = None
+        self._watch.begin(self._past.now if self._graph is None else self._graph.now)
         self._forget = None if state["forget"] is None else checkpoint.owned(state["forget"])
         self._forget_all = state["forget_all"]
 

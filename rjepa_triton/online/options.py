@@ -16,6 +16,7 @@ from .._device import available_bytes
 from ..cells.two_point import Matrix
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp, rtrl
+from .nonfinite import POLICIES
 
 if TYPE_CHECKING:
     from ..planning import cost
@@ -28,6 +29,7 @@ LEARNING = (*rfp.RULES, "rtrl", "uoro", "tbptt")
 ONLY_FORM = {"rtrl": "step", "uoro": "step", "tbptt": "chunk"}
 GAMMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 ROUNDINGS = ("nearest", "stochastic")
+Nonfinite = Literal["warn", "raise", "clip", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Options:
     backend: str
     seed: int
     cuda_graph: bool
+    nonfinite: str
 
 
 def check_options(
@@ -75,6 +78,7 @@ def check_options(
     backend: str,
     seed: int,
     cuda_graph: bool,
+    nonfinite: str,
     lr: float | None,
 ) -> Options:
     """The arguments of `OnlineLearner`, checked one by one and together, and the layer's weights.
@@ -109,6 +113,7 @@ def check_options(
         raise ValueError(f"seed must be below 2**64, got {seed}")
     if not isinstance(cuda_graph, bool):
         raise TypeError(f"cuda_graph must be a bool, got {type(cuda_graph).__name__}")
+    check.one_of("nonfinite", nonfinite, POLICIES)
     weights = layer.weights()
     if lr is not None:
         learning_rate(lr, weights[0].dtype)
@@ -134,6 +139,7 @@ def check_options(
         backend=backend,
         seed=seed,
         cuda_graph=cuda_graph,
+        nonfinite=nonfinite,
     )
 
 

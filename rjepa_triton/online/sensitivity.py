@@ -11,7 +11,7 @@ All are advanced in place over the steps of a `Block`, and give Σ credit · sen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +37,14 @@ class Sensitivity(ABC):
     def nbytes(self) -> int:
         """Bytes of all that is carried."""
         return sum(tensor.nbytes for tensor in self.tensors())
+
+    def numbers(self) -> list[Tensor]:
+        """Those of `tensors` that hold sensitivities."""
+        return [tensor for tensor in self.tensors() if tensor.is_floating_point()]
+
+    @abstractmethod
+    def by_unit(self) -> Iterator[tuple[str, Tensor]]:
+        """All sensitivities as (B, N, ·), those of one unit in a row, each with its name: for messages."""
 
     def load_(self, tensors: Sequence[Tensor]) -> None:
         """Restore what `tensors` gave."""
@@ -171,6 +179,12 @@ class PerUnit(Sensitivity):
             *(group.rng_state for group in self.groups if group.rng_state is not None),
         ]
 
+    def by_unit(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.groups:
+            for gamma in group.gammas:
+                for k, matrix in enumerate(group.matrices):
+                    yield f"Γ of {matrix.name}", gamma[:, k]
+
     def _gammas(self) -> list[Tensor]:
         return [gamma for group in self.groups for gamma in group.gammas]
 
@@ -288,6 +302,14 @@ class Exact(_StepByStep):
     def tensors(self) -> list[Tensor]:
         return self._gamma.gammas
 
+    def by_unit(self) -> Iterator[tuple[str, Tensor]]:
+        for gamma, (_, indices) in zip(self._gamma.gammas, self._gamma.groups, strict=True):
+            for k, index in enumerate(
+                indices
+            ):  # (B, H, S, b, b, M): of unit j of a head, by unit p that W enters
+                of_units = gamma[:, :, :, :, k].transpose(2, 3)
+                yield f"γ of {self._gamma.matrices[index].name}", of_units.flatten(3).flatten(1, 2)
+
     def _advance(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
         assert block.weights is not None
         gamma, lin = self._gamma, block.lin
@@ -328,6 +350,14 @@ class RankOne(_StepByStep):
 
     def tensors(self) -> list[Tensor]:
         return [self._c, *self._theta, self._generator.get_state()]
+
+    def numbers(self) -> list[Tensor]:
+        return [self._c, *self._theta]
+
+    def by_unit(self) -> Iterator[tuple[str, Tensor]]:
+        yield "c̃", self._c.permute(1, 2, 0)
+        for matrix, theta in zip(self._matrices, self._theta, strict=True):
+            yield f"θ̃ of {matrix.name}", theta
 
     def load_(self, tensors: Sequence[Tensor]) -> None:
         *own, generator = tensors
@@ -406,6 +436,9 @@ class NoSensitivity(Sensitivity):
 
     def tensors(self) -> list[Tensor]:
         return []
+
+    def by_unit(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
 
     def step_(
         self, block: Block, delta: Tensor | None = None, descent: Descent | None = None

@@ -202,11 +202,11 @@ def test_a_capture_runs_on_the_layers_device(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(cuda_graph._current(torch.device("cpu")), contextlib.nullcontext)
 
 
-@pytest.mark.parametrize(("features", "kernels", "forward", "backward"), [(None, 2, 1, 3), (3, 4, 2, 5)])
+@pytest.mark.parametrize(("features", "kernels", "forward", "backward"), [(None, 2, 2, 3), (3, 4, 3, 5)])
 def test_what_a_graph_of_kernels_is_made_of(
     features: int | None, kernels: int, forward: int, backward: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By Triton, with lr: the step's kernel and Γ's, and of torch the state kept and the input's gradient.
+    """By Triton, with lr: the step's kernel and Γ's; of torch the state kept, its flag, and the input's gradient.
 
     With an input of its own a product more each way, and two more groups of matrices, W_in and the bias.
     """

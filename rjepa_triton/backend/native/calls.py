@@ -319,6 +319,15 @@ def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     return arrived, whole
 
 
+def not_finite(a: Tensor, b: Tensor) -> bool:
+    """Whether one of the numbers of two tensors of one dtype, float32 or float64, is NaN or infinite.
+
+    Each must fill its memory, in any order of its dimensions.
+    """
+    found: int = loaded().not_finite(a.data_ptr(), b.data_ptr(), a.numel(), b.numel(), a.element_size())
+    return found != 0
+
+
 def activate_(values: Tensor, function: str) -> None:
     """Replace contiguous numbers on the CPU by their "tanh", "sigmoid" or "exp", as the compiled loops compute them."""
     run = _of(values, loaded().activate_float, loaded().activate_double)

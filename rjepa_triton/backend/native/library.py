@@ -106,6 +106,7 @@ def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
         (code.activate_double, 1, 2),
     ):
         function.argtypes, function.restype = [pointer] * pointers + [count] * counts, None
+    code.not_finite.argtypes, code.not_finite.restype = [pointer] * 2 + [count] * 3, count
     code.gamma_pass.argtypes, code.gamma_pass.restype = [pointer] * 8 + [ctypes.c_double] + [count] * 10, None
     return code
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from rjepa_triton import RGC, RNN, OnlineLearner
 from rjepa_triton.backend import native_backend, operations
 from rjepa_triton.backend.native import calls, generated, library
+from rjepa_triton.backend.table import Refusal
 from rjepa_triton.cells.builtin import (
     ElmanCell,
     ELSTMCell,
@@ -655,3 +656,29 @@ def test_a_step_down_the_gradient_of_weights_of_the_other_sign() -> None:
             learner.step(step).square().sum().backward()
         found.append([weight.detach() + 0 for weight in layer.parameters()])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_what_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, bad: float) -> None:
+    info = torch.finfo(dtype)
+    finite = [0.0, -0.0, 1.0, info.max, info.min, info.tiny, info.tiny / 4]
+    for size in (0, 1, 2, 7, 8, 33, 64, 65):
+        arrays = [torch.tensor([*finite, *finite] * 5, dtype=dtype)[:size].clone() for _ in range(2)]
+        assert native_backend.not_finite(*arrays) is False
+        for array in arrays:
+            for place in range(size):
+                kept = array[place].item()
+                array[place] = bad
+                assert native_backend.not_finite(*arrays) is True
+                array[place] = kept
+
+
+def test_what_has_no_memory_of_its_own_is_not_given_to_it() -> None:
+    class Other(Tensor):
+        pass
+
+    plain, other = torch.zeros(3), torch.zeros(3).as_subclass(Other)
+    assert isinstance(native_backend.not_finite(plain, other), Refusal)
+    zero = torch._efficientzerotensor((3,))  # its address is null
+    assert native_backend.not_finite(zero, plain) is False

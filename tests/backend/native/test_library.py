@@ -31,7 +31,7 @@ FUNCTIONS = (
         for name in ("rgc_scan", "reverse_scan", "exact_credits", "activate")
         for real in ("float", "double")
     ),
-    *("gamma_arriving", "gamma_pass"),
+    *("gamma_arriving", "gamma_pass", "not_finite"),
 )
 PACKAGE = Path(library.__file__).parents[2]
 # What a process runs to import the library's module alone: torch takes seconds.
