@@ -20,6 +20,7 @@ from .online import OnlineLearner  # noqa: E402
 from .online import operators as _operators  # noqa: E402, F401  registers them with torch
 from .online.fidelity import fidelity  # noqa: E402
 from .online.stack import Stack, StackLearner  # noqa: E402
+from .online.streams import Stream  # noqa: E402
 
 _moved.install()
 
@@ -48,6 +49,7 @@ __all__ = [
     "Partials",
     "Stack",
     "StackLearner",
+    "Stream",
     "TimeDecay",
     "TwoPointRNN",
     "cells",

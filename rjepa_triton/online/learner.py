@@ -598,6 +598,31 @@ class OnlineLearner:
         self._forget = rows.clone() if self._forget is None else self._forget | rows
         self._forget_all |= mask is None
 
+    def lend(self) -> tuple[Tensor, PerUnit]:
+        """The state (S, B, N) and Γ as they are now, for a `Stream`, which advances them in place; then `returned`.
+
+        A backward() of an earlier step comes too late from here on.
+        """
+        sensitivity = self._past.sensitivity
+        assert isinstance(sensitivity, PerUnit)
+        self._past.enter()
+        try:
+            if self._past.now > self._past.base:
+                self._past.fold()
+            if self._forget is not None:
+                sensitivity.forget_(self._forget)
+                self._forget, self._forget_all = None, False
+            if not self._state.is_contiguous():
+                self._state = self._state.contiguous()
+        finally:
+            self._past.leave()
+        return self._state, sensitivity
+
+    def returned(self, steps: int) -> None:
+        """What was lent has been advanced by so many steps."""
+        self._fresh = False
+        self._past.begin(self._past.now + steps)
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed learner needs, as tensors, numbers, strings and lists; tensors are shared, not copied.
 

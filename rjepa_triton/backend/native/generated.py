@@ -384,3 +384,16 @@ def loops(cell: Cell) -> Loops | None:
         kind = RGCLoops if isinstance(cell, RGCCell) else Loops
         made = found.made["loops"] = kind(cell, Functions(cell, found))
     return made
+
+
+def stream_code(cell: Cell) -> ctypes.CDLL | None:
+    """The library of a cell's streams (`stream.h`), built on first use; None if the cell can't be traced or built."""
+    found = traced(cell)
+    if found is None:
+        return None
+    if "stream" not in found.made:
+        functions = Functions(cell, found)
+        text = _struct(cell, functions, Planes(cell, functions).nodes)
+        found.made["stream"] = library.generated(text + '\n#include "stream.h"\n')
+    made: ctypes.CDLL | None = found.made["stream"]
+    return made

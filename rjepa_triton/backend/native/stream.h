@@ -1,0 +1,534 @@
+// Online learning of one layer with a linear readout, T steps in one call, on the CPU: forward pass, Γ, readout, loss,
+// gradient and optimizer. Include it after a `template <class real> struct Cell` (loops.h says what Cell has).
+//
+// For each step t, with W as the step before left it:
+//
+//     p = Σ_k W^k c(t-1), x = W_in u(t) + b, c(t) = F(c(t-1), p, x), o = W_o c^out(t) + b_o, L = loss(o, target)
+//     Γ^{ν,k} ← Σ_ν' M^{νν'} Γ^{ν',k} + φ^{ν,k} y^kᵀ,    ∂L/∂W^k = Σ_b δ_b Γ^{out,k}_b,  δ = W_oᵀ ∂L/∂o
+//
+// and then the optimizer's step of all weights, or at every C-th step, with the gradients' sum. A pass over the rows of
+// Γ and W does the last line and the optimizer's step at once.
+
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "loops.h"
+
+namespace {
+
+enum { MSE, CROSS_ENTROPY, HUBER, COSINE, GIVEN };   // losses
+enum { SGD, ADAM, ADAMW, RMSPROP };                  // optimizers
+enum { RFP, EPROP, RFLO, SNAP0 };                    // rules
+enum { FORWARD = 1, LEARN = 2 };                     // phases of a step
+constexpr long INPUT = -1, ONE = -2;                 // what a matrix may read other than a state
+constexpr long SHARED_STREAM = 1 << 17;              // numbers of Γ from which a second thread saves time
+
+// Weights that learn: (rows, fan_in), the optimizer's two moments or null, the gradient's sum where it is kept, and
+// whether they learn at all.
+template <class real> struct Learned {
+    real *weight, *first, *second, *total;
+    long learns;
+};
+
+// One of the layer's matrices. reads: a state, INPUT or ONE; of_gate: whether it enters gate `into` or input `into`;
+// dims, fan_in: (N,) with fan-in 1, (N, M), or heads of fan_in units; gamma[ν]: Γ^ν, whose batch rows are `next` apart.
+template <class real, long S> struct Matrix {
+    Learned<real> learned;
+    real *gamma[S];
+    long reads, of_gate, into, dims, fan_in, next, phi[S];
+};
+
+// The step of one optimizer, as torch.optim has it, for weights that lie side by side.
+template <class real, int kind> struct Optimizer {
+    typedef typename Lanes<real>::wide wide;
+    real lr, beta1, beta2, eps, decay, scale1, scale2;
+    bool begins; // no momentum was kept before
+
+    void step(real *weight, real *first, real *second, wide gradient, long here) const {
+        wide w = load(weight, here);
+        if (kind == ADAMW)
+            w = w * (real(1) - lr * decay);
+        else if (decay != 0)
+            gradient = gradient + decay * w;
+        if (kind == SGD) {
+            if (first) { // beta1: momentum, beta2: dampening, eps: Nesterov's
+                const wide kept = begins ? gradient : beta1 * load(first, here) + (real(1) - beta2) * gradient;
+                store(first, kept, here);
+                gradient = eps != 0 ? gradient + beta1 * kept : kept;
+            }
+            store(weight, w - lr * gradient, here);
+        } else if (kind == RMSPROP) {
+            const wide v = beta1 * load(second, here) + (real(1) - beta1) * gradient * gradient;
+            store(second, v, here);
+            store(weight, w - lr * gradient / (root(v) + eps), here);
+        } else {
+            wide m = load(first, here);
+            m = m + (real(1) - beta1) * (gradient - m);
+            const wide v = beta2 * load(second, here) + (real(1) - beta2) * gradient * gradient;
+            store(first, m, here);
+            store(second, v, here);
+            store(weight, w - (lr / scale1) * m / (root(v) / scale2 + eps), here);
+        }
+    }
+
+  private:
+    static wide root(wide v) {
+        wide r;
+        for (unsigned i = 0; i < sizeof(v) / sizeof(real); i++) r[i] = std::sqrt(v[i]);
+        return r;
+    }
+};
+
+// The sum of a vector's numbers, by halves.
+template <class wide, class real> inline real sum_of(wide v, real) {
+    typedef real half __attribute__((vector_size(32)));
+    typedef real quarter __attribute__((vector_size(16)));
+    half h[2];
+    memcpy(h, &v, sizeof(v));
+    const half both = h[0] + h[1];
+    quarter q[2];
+    memcpy(q, &both, sizeof(both));
+    const quarter last = q[0] + q[1];
+    real sum = last[0];
+    for (unsigned i = 1; i < sizeof(last) / sizeof(real); i++) sum += last[i];
+    return sum;
+}
+
+// Σ_j w[j] c[j].
+template <class real> inline real dot(const real *__restrict w, const real *__restrict c, long count) {
+    typedef typename Lanes<real>::wide wide;
+    constexpr long W = Lanes<real>::width;
+    wide sum{}, more{};
+    long j = 0;
+    for (; j + 2 * W <= count; j += 2 * W) {
+        sum += *(const wide *)(w + j) * *(const wide *)(c + j);
+        more += *(const wide *)(w + j + W) * *(const wide *)(c + j + W);
+    }
+    for (; j < count; j += W) sum += load(w + j, count - j) * load(c + j, count - j);
+    return sum_of(sum + more, real(0));
+}
+
+// One network, and what a call gives it.
+template <class real> struct Network {
+    typedef Cell<real> C;
+    typedef typename Lanes<real>::wide wide;
+    static constexpr long S = C::S, G = C::G, J = C::J, K = C::K, FOUND = C::FOUND, W = Lanes<real>::width;
+
+    const real *x, *target;
+    const long *classes;
+    real *outputs;
+    double *losses;
+    const unsigned char *resets, *mask;
+    const double *rates;
+    real *state, *scratch;
+    Learned<real> out_weight, out_bias;
+    std::vector<Matrix<real, S>> matrices;
+    long phase, steps, batch, units, features, classes_or_outputs, loss, optimizer, every, position, rule, out, done;
+    const double *options; // beta1, beta2, eps, weight decay, Huber's δ, largest norm of the gradient or 0
+
+    real *before, *sums, *drives, *m, *found, *delta, *given; // in `scratch`
+
+    static long scratch_numbers(long batch, long units, long outputs) {
+        return batch * (units * (S + G + J + S * S + FOUND + 1) + outputs) + 8 * W;
+    }
+
+    Network(Table &table, const double *options) : options(options) {
+        x = table.next<const real>();
+        const void *aims = table.next<const void>();
+        target = (const real *)aims, classes = (const long *)aims;
+        outputs = table.next<real>();
+        losses = table.next<double>();
+        resets = table.next<const unsigned char>(), mask = table.next<const unsigned char>();
+        rates = table.next<const double>();
+        state = table.next<real>(), scratch = table.next<real>();
+        phase = table.next(), steps = table.next(), batch = table.next(), units = table.next();
+        features = table.next(), classes_or_outputs = table.next(), loss = table.next(), optimizer = table.next();
+        every = table.next(), position = table.next(), rule = table.next(), out = table.next(), done = table.next();
+        out_weight = learned(table), out_bias = learned(table);
+        matrices.resize(table.next());
+        for (auto &k : matrices) {
+            k.learned = learned(table);
+            for (long nu = 0; nu < S; nu++) k.gamma[nu] = table.next<real>();
+            k.reads = table.next(), k.of_gate = table.next(), k.into = table.next(), k.dims = table.next();
+            k.fan_in = table.next(), k.next = table.next();
+            for (long nu = 0; nu < S; nu++) k.phi[nu] = table.next();
+        }
+        const long plane = batch * units;
+        before = scratch, sums = before + S * plane, drives = sums + G * plane, m = drives + J * plane;
+        found = m + S * S * plane, delta = found + FOUND * plane, given = delta + plane;
+    }
+
+    static Learned<real> learned(Table &table) {
+        Learned<real> one;
+        one.weight = table.next<real>(), one.first = table.next<real>(), one.second = table.next<real>();
+        one.total = table.next<real>(), one.learns = table.next();
+        return one;
+    }
+
+    const real *signal(const Matrix<real, S> &k, long t, long b) const {
+        return k.reads == INPUT ? x + (t * batch + b) * features : k.reads == ONE ? nullptr
+                                                                    : before + (k.reads * batch + b) * units;
+    }
+
+    // Adds the product of row i of matrix k to the pre-activation or input that it enters, for all batch rows.
+    void multiply_row(const Matrix<real, S> &k, long t, long i) {
+        real *to = (k.of_gate ? sums : drives) + k.into * batch * units + i;
+        for (long b = 0; b < batch; b++) {
+            const real *y = signal(k, t, b);
+            to[b * units] += k.dims == 1 ? k.learned.weight[i] * (y ? y[i] : real(1))
+                                         : dot(k.learned.weight + i * k.fan_in,
+                                               y + (k.dims == 3 ? i / k.fan_in * k.fan_in : 0), k.fan_in);
+        }
+    }
+
+    // The new states, M and the partials of the units from i on in batch row b.
+    void move(long t, long b, long i) {
+        const long here = units - i < W ? units - i : W, plane = batch * units, at = b * units + i;
+        wide c[S], p[at_least_one(G)], input[at_least_one(J)], w[at_least_one(K)] = {}, now[S];
+        wide partial[at_least_one(FOUND)], whole[S * S];
+        for (long nu = 0; nu < S; nu++) c[nu] = load(before + nu * plane + at, here);
+        for (long g = 0; g < G; g++) p[g] = load(sums + g * plane + at, here);
+        for (long j = 0; j < J; j++) input[j] = load(drives + j * plane + at, here);
+        for (long k = 0; k < K && rule == RFP; k++) {
+            const auto &one = matrices[k];
+            if (one.dims == 1)
+                w[k] = load(one.learned.weight + i, here);
+            else
+                for (long lane = 0; lane < here; lane++) {
+                    const long unit = i + lane, column = one.dims == 3 ? unit % one.fan_in : unit;
+                    w[k][lane] = one.learned.weight[unit * one.fan_in + column];
+                }
+        }
+        C::update(c, p, input, now);
+        C::partials(c, p, input, w, partial, whole);
+        for (long nu = 0; nu < S; nu++) store(state + nu * plane + at, now[nu], here);
+        for (long k = 0; k < FOUND; k++) store(found + k * plane + at, partial[k], here);
+        const bool forgets = resets && resets[t * batch + b];
+        for (long k = 0; k < S * S; k++) {
+            const bool kept = !forgets && rule != SNAP0 && (rule != RFLO || k / S == k % S);
+            store(m + k * plane + at, kept ? whole[k] : wide{}, here);
+        }
+    }
+
+    // The loss of a step, and its gradient with respect to the outputs in `given` (B, O).
+    double judge(long t) {
+        const long O = classes_or_outputs;
+        const real *o = outputs + t * batch * O;
+        const unsigned char *counts = mask ? mask + t * batch : nullptr;
+        long rows = 0;
+        for (long b = 0; b < batch; b++) rows += !counts || counts[b];
+        double sum = 0;
+        for (long b = 0; b < batch; b++) {
+            const real *out = o + b * O, *aim = target + (t * batch + b) * O;
+            real *to = given + b * O;
+            if (counts && !counts[b]) {
+                for (long i = 0; i < O; i++) to[i] = 0;
+                continue;
+            }
+            if (loss == MSE || loss == HUBER) {
+                const real edge = options[4];
+                for (long i = 0; i < O; i++) {
+                    const real off = out[i] - aim[i], size = std::abs(off);
+                    const bool square = loss == MSE || size <= edge;
+                    sum += loss == MSE ? off * off : square ? real(0.5) * off * off : edge * (size - real(0.5) * edge);
+                    to[i] = (loss == MSE ? 2 * off : square ? off : off > 0 ? edge : -edge) / (rows * O);
+                }
+            } else if (loss == CROSS_ENTROPY) {
+                const long wanted = classes[t * batch + b];
+                real most = out[0], all = 0;
+                for (long i = 1; i < O; i++) most = out[i] > most || out[i] != out[i] ? out[i] : most;
+                for (long i = 0; i < O; i++) all += to[i] = std::exp(out[i] - most);
+                sum += std::log(all) + most - out[wanted];
+                for (long i = 0; i < O; i++) to[i] = (to[i] / all - (i == wanted)) / rows;
+            } else if (loss == COSINE) {
+                real along = 0, ours = 0, theirs = 0;
+                for (long i = 0; i < O; i++)
+                    along += out[i] * aim[i], ours += out[i] * out[i], theirs += aim[i] * aim[i];
+                const real floor = 1e-8, by = std::max(std::sqrt(ours), floor), of = std::max(std::sqrt(theirs), floor);
+                const real cosine = along / (by * of);
+                sum += 1 - cosine;
+                for (long i = 0; i < O; i++)
+                    to[i] = -(aim[i] / (by * of) - (by > floor ? cosine * out[i] / (by * by) : real(0))) / rows;
+            } else
+                for (long i = 0; i < O; i++) sum += aim[i] * out[i], to[i] = aim[i];
+        }
+        if (loss == GIVEN) return sum;
+        return rows ? sum / (rows * (loss == MSE || loss == HUBER ? O : 1)) : 0;
+    }
+
+    // Takes the gradient of `here` weights from `at` on: into the optimizer's step, or into the sum.
+    template <int kind>
+    void take(const Optimizer<real, kind> &optimizer, const Learned<real> &one, long at, wide gradient, long here,
+              bool sums_up, bool first) const {
+        if (!one.learns) return;
+        if (sums_up)
+            store(one.total + at, first ? gradient : load(one.total + at, here) + gradient, here);
+        else
+            optimizer.step(one.weight + at, one.first ? one.first + at : nullptr,
+                           one.second ? one.second + at : nullptr, gradient, here);
+    }
+
+    // The coefficients of unit i's rows of Γ in batch row b. kept[ν'] is false where all M^{νν'} are zero, as after a
+    // reset: Γ^ν' then counts as zero, even where it isn't finite.
+    struct Coefficients {
+        real m[S][S], phi[S], delta;
+        bool kept[S], all;
+
+        Coefficients(const Network &n, const Matrix<real, S> &k, long at) {
+            const long plane = n.batch * n.units;
+            all = true, delta = n.delta[at];
+            for (long nu = 0; nu < S; nu++) phi[nu] = k.phi[nu] < 0 ? real(0) : n.found[k.phi[nu] * plane + at];
+            for (long source = 0; source < S; source++) {
+                kept[source] = false;
+                for (long nu = 0; nu < S; nu++) {
+                    m[nu][source] = n.m[(nu * S + source) * plane + at];
+                    kept[source] |= m[nu][source] != 0;
+                }
+                all &= kept[source];
+            }
+        }
+
+        // Advances `here` numbers of Γ^ν at gamma[ν] + at, which read y, and returns δ Γ^out.
+        template <bool some_forgotten>
+        inline wide advance(real *const *gamma, long at, wide y, long out, long here) const {
+            wide was[S], now[S];
+            for (long nu = 0; nu < S; nu++)
+                was[nu] = some_forgotten && !kept[nu] ? wide{} : load(gamma[nu] + at, here);
+            for (long nu = 0; nu < S; nu++) {
+                now[nu] = phi[nu] * y;
+                for (long source = 0; source < S; source++) now[nu] += m[nu][source] * was[source];
+                store(gamma[nu] + at, now[nu], here);
+            }
+            wide found = now[0]; // a constant index keeps `now` in registers
+            for (long nu = 1; nu < S; nu++) found = out == nu ? now[nu] : found;
+            return delta * found;
+        }
+    };
+
+    // Advances row i of matrix k's Γ, and takes its gradient.
+    template <int kind>
+    void learn_row(const Matrix<real, S> &k, long t, long i, const Optimizer<real, kind> &optimizer, bool sums_up,
+                   bool first) {
+        const long skip = k.dims == 3 ? i / k.fan_in * k.fan_in : 0, begin = i * k.fan_in;
+        if (batch == 1) {
+            const Coefficients c(*this, k, i);
+            const real *y = signal(k, t, 0) + skip;
+            const auto all = [&](auto some_forgotten) {
+                constexpr bool some = decltype(some_forgotten)::value;
+                long j = 0;
+                for (; j + W <= k.fan_in; j += W)
+                    take(optimizer, k.learned, begin + j,
+                         c.template advance<some>(k.gamma, begin + j, *(const wide *)(y + j), out, W), W, sums_up, first);
+                if (const long here = k.fan_in - j)
+                    take(optimizer, k.learned, begin + j,
+                         c.template advance<some>(k.gamma, begin + j, load(y + j, here), out, here), here, sums_up,
+                         first);
+            };
+            c.all ? all(std::false_type()) : all(std::true_type());
+            return;
+        }
+        constexpr long TOGETHER = 4 * W; // numbers of a row whose gradient is summed over batch rows in registers
+        for (long j = 0; j < k.fan_in; j += TOGETHER) {
+            wide gradient[4] = {};
+            for (long b = 0; b < batch; b++) {
+                const Coefficients c(*this, k, b * units + i);
+                const real *y = signal(k, t, b) + skip;
+                real *gamma[S];
+                for (long nu = 0; nu < S; nu++) gamma[nu] = k.gamma[nu] + b * k.next;
+                for (long part = 0; part < 4 && j + part * W < k.fan_in; part++) {
+                    const long at = j + part * W, here = k.fan_in - at;
+                    gradient[part] += c.template advance<true>(gamma, begin + at, load(y + at, here), out, here);
+                }
+            }
+            for (long part = 0; part < 4 && j + part * W < k.fan_in; part++) {
+                const long at = j + part * W;
+                take(optimizer, k.learned, begin + at, gradient[part], k.fan_in - at, sums_up, first);
+            }
+        }
+    }
+
+    // `learn_row` of a matrix with fan-in 1, for the units from i on.
+    template <int kind>
+    void learn_units(const Matrix<real, S> &k, long t, long i, const Optimizer<real, kind> &optimizer, bool sums_up,
+                     bool first) {
+        const long plane = batch * units, here = units - i < W ? units - i : W;
+        wide gradient{};
+        for (long b = 0; b < batch; b++) {
+            const long at = b * units + i;
+            const real *read = signal(k, t, b);
+            const wide y = k.reads == ONE ? wide{} + real(1) : k.reads == INPUT ? wide{} + *read : load(read + i, here);
+            wide was[S], now[S];
+            for (long nu = 0; nu < S; nu++) was[nu] = load(k.gamma[nu] + b * k.next + i, here);
+            for (long nu = 0; nu < S; nu++) {
+                now[nu] = k.phi[nu] < 0 ? wide{} : load(found + k.phi[nu] * plane + at, here) * y;
+                for (long source = 0; source < S; source++) {
+                    const wide by = load(m + (nu * S + source) * plane + at, here);
+                    now[nu] += chosen(by == 0, wide{}, by * was[source]);
+                }
+                store(k.gamma[nu] + b * k.next + i, now[nu], here);
+            }
+            gradient += load(delta + at, here) * now[out];
+        }
+        take(optimizer, k.learned, i, gradient, here, sums_up, first);
+    }
+
+    void begin_step(long t) {
+        const long plane = batch * units;
+        for (long nu = 0; nu < S; nu++)
+            for (long b = 0; b < batch; b++)
+                for (long i = 0; i < units; i++) {
+                    const long at = (nu * batch + b) * units + i;
+                    before[at] = resets && resets[t * batch + b] ? real(0) : state[at];
+                }
+        std::fill(sums, sums + G * plane, real(0));
+        std::fill(drives, drives + J * plane, real(0));
+        if (features_are_inputs()) memcpy(drives, x + t * plane, plane * sizeof(real));
+    }
+
+    // Whether the layer's input is the cell's own: no matrix reads it.
+    bool features_are_inputs() const {
+        for (auto &k : matrices)
+            if (k.reads == INPUT) return false;
+        return features == units;
+    }
+
+    void answer(long t) {
+        const long O = classes_or_outputs;
+        for (long b = 0; b < batch; b++)
+            for (long o = 0; o < O; o++)
+                outputs[(t * batch + b) * O + o] =
+                    dot(out_weight.weight + o * units, state + (out * batch + b) * units, units) +
+                    (out_bias.weight ? out_bias.weight[o] : real(0));
+    }
+
+    template <int kind> void learn_readout(const Optimizer<real, kind> &optimizer, bool sums_up, bool first) {
+        const long O = classes_or_outputs;
+        std::fill(delta, delta + batch * units, real(0));
+        for (long o = 0; o < O; o++)
+            for (long i = 0; i < units; i += W) {
+                const long here = units - i < W ? units - i : W;
+                const wide w = load(out_weight.weight + o * units + i, here);
+                wide gradient{};
+                for (long b = 0; b < batch; b++) {
+                    const real by = given[b * O + o];
+                    real *to = delta + b * units + i;
+                    store(to, load(to, here) + by * w, here);
+                    gradient += by * load(state + (out * batch + b) * units + i, here);
+                }
+                take(optimizer, out_weight, o * units + i, gradient, here, sums_up, first);
+            }
+        for (long o = 0; o < O && out_bias.weight; o += W) {
+            const long here = O - o < W ? O - o : W;
+            wide gradient{};
+            for (long b = 0; b < batch; b++) gradient += load(given + b * O + o, here);
+            take(optimizer, out_bias, o, gradient, here, sums_up, first);
+        }
+    }
+
+    template <int kind> Optimizer<real, kind> optimizer_at(long t, long updates) const {
+        Optimizer<real, kind> o{};
+        o.lr = rates[t], o.beta1 = options[0], o.beta2 = options[1], o.eps = options[2], o.decay = options[3];
+        o.scale1 = 1 - std::pow(options[0], double(updates + 1));
+        o.scale2 = std::sqrt(1 - std::pow(options[1], double(updates + 1)));
+        o.begins = updates == 0;
+        return o;
+    }
+
+    // The step of all weights by the gradients that were summed, which are scaled if their norm is too large.
+    template <int kind> void update(const Optimizer<real, kind> &optimizer) {
+        std::vector<std::pair<Learned<real> *, long>> all{{&out_weight, classes_or_outputs * units}};
+        if (out_bias.weight) all.push_back({&out_bias, classes_or_outputs});
+        for (auto &k : matrices) all.push_back({&k.learned, units * k.fan_in});
+        double square = 0;
+        for (auto &[one, count] : all)
+            for (long i = 0; one->learns && i < count; i++) square += double(one->total[i]) * one->total[i];
+        const double most = options[5], by = most > 0 ? std::min(1.0, most / (std::sqrt(square) + 1e-6)) : 1;
+        for (auto &[one, count] : all)
+            for (long i = 0; one->learns && i < count; i += W) {
+                const long here = count - i < W ? count - i : W;
+                take(optimizer, *one, i, load(one->total + i, here) * real(by), here, false, true);
+            }
+    }
+
+    template <int kind> void run(long threads) {
+        const long blocks = (units + W - 1) / W;
+        long numbers = 0, updates = done;
+        for (auto &k : matrices) numbers += S * batch * units * k.fan_in;
+        const bool shared = threads > 1 && numbers >= SHARED_STREAM, clips = options[5] > 0;
+#pragma omp parallel num_threads(threads) if (shared)
+        for (long t = 0; t < steps; t++) {
+            if (phase & FORWARD) {
+#pragma omp single
+                begin_step(t);
+#pragma omp for schedule(static)
+                for (long i = 0; i < units; i++)
+                    for (auto &k : matrices) multiply_row(k, t, i);
+#pragma omp for schedule(static)
+                for (long each = 0; each < batch * blocks; each++) move(t, each / blocks, each % blocks * W);
+#pragma omp single
+                answer(t);
+            }
+            if (phase & LEARN) {
+                const long at = (position + t) % every;
+                const bool sums_up = every > 1 || clips, first = at == 0;
+                const auto optimizer = optimizer_at<kind>(t, updates);
+#pragma omp single
+                {
+                    losses[t] = judge(t);
+                    learn_readout(optimizer, sums_up, first);
+                }
+                for (auto &k : matrices) {
+                    const long tasks = k.fan_in == 1 ? blocks : units;
+#pragma omp for schedule(static) nowait
+                    for (long task = 0; task < tasks; task++)
+                        if (k.fan_in == 1)
+                            learn_units(k, t, task * W, optimizer, sums_up, first);
+                        else
+                            learn_row(k, t, task, optimizer, sums_up, first);
+                }
+#pragma omp barrier
+                if (sums_up && at == every - 1) {
+#pragma omp single
+                    update(optimizer);
+                }
+                if (at == every - 1) {
+#pragma omp single
+                    updates++;
+                }
+            }
+        }
+    }
+
+    void run_any(long threads) {
+        if (optimizer == SGD)
+            run<SGD>(threads);
+        else if (optimizer == ADAM)
+            run<ADAM>(threads);
+        else if (optimizer == ADAMW)
+            run<ADAMW>(threads);
+        else
+            run<RMSPROP>(threads);
+    }
+};
+
+// P networks, which threads share; a single one has all threads.
+template <class real> void stream(void *const *arrays, const long *numbers, const double *options) {
+    Table table{arrays, numbers};
+    const long count = table.next(), threads = table.next(), each = table.next();
+    std::vector<Network<real>> networks;
+    for (long p = 0; p < count; p++) networks.emplace_back(table, options + p * each);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (count > 1 && threads > 1)
+    for (long p = 0; p < count; p++) networks[p].run_any(count > 1 ? 1 : threads);
+}
+
+} // namespace
+
+extern "C" void stream_float(void *const *arrays, const long *numbers, const double *options) {
+    stream<float>(arrays, numbers, options);
+}
+extern "C" void stream_double(void *const *arrays, const long *numbers, const double *options) {
+    stream<double>(arrays, numbers, options);
+}
