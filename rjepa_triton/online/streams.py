@@ -570,8 +570,12 @@ class _OneStep:
         self.losses, self.rates = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         self.mask = torch.ones(1, batch, dtype=torch.bool)
         given = {
-            **{"x": self.x, "target": self.target, "outputs": self.outputs, "losses": self.losses},
-            **{"rates": self.rates, "mask": self.mask},
+            "x": self.x,
+            "target": self.target,
+            "outputs": self.outputs,
+            "losses": self.losses,
+            "rates": self.rates,
+            "mask": self.mask,
         }
         self.arrays, self.numbers, self.options = _packed([compiled.tables(given, 1, FORWARD)])
         self.addresses = self._addresses(compiled)

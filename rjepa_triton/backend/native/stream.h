@@ -25,6 +25,7 @@ enum { RFP, EPROP, RFLO, SNAP0 };                    // rules
 enum { FORWARD = 1, LEARN = 2 };                     // phases of a step
 constexpr long INPUT = -1, ONE = -2;                 // what a matrix may read other than a state
 constexpr long SHARED_STREAM = 1 << 17;              // numbers of Γ from which a second thread saves time
+constexpr long PANELS_FROM = 8;                      // steps from which panels pay for being copied
 
 // Weights that learn: (rows, fan_in), the optimizer's two moments or null, the gradient's sum where it is kept, and
 // whether they learn at all.
@@ -38,7 +39,47 @@ template <class real> struct Learned {
 template <class real, long S> struct Matrix {
     Learned<real> learned;
     real *gamma[S];
-    long reads, of_gate, into, dims, fan_in, next, phi[S];
+    long reads, of_gate, into, dims, fan_in, next, phi[S], panel; // panel: its place among the panels, or -1
+};
+
+// A dense matrix (N, M) and what goes with it, in panels of `width` units: [panel][M][unit]. So a step's coefficients
+// are vectors of units, the product with the next step's signal needs no sum across a vector, and a panel is read in
+// one piece. Units that the last panel lacks are zeros.
+template <class real, long S> struct Panels {
+    static constexpr long W = Lanes<real>::width;
+    std::vector<real> room;
+    Learned<real> rows, learned; // as the caller has them, and as panels
+    real *gamma_rows[S], *gamma[S], *product;
+    long units, fan_in;
+
+    // Copies to panels, or, if `back`, from panels.
+    void turn(real *rows, real *panels, bool back) const {
+        if (!rows) return;
+        for (long first = 0; first < units; first += W, panels += fan_in * W)
+            for (long lane = 0; lane < W && first + lane < units; lane++) {
+                real *row = rows + (first + lane) * fan_in;
+                for (long j = 0; j < fan_in; j++) (back ? row[j] : panels[j * W + lane]) = back ? panels[j * W + lane] : row[j];
+            }
+    }
+
+    void turn_all(bool back) {
+        turn(rows.weight, learned.weight, back), turn(rows.first, learned.first, back);
+        turn(rows.second, learned.second, back), turn(rows.total, learned.total, back);
+        for (long nu = 0; nu < S; nu++) turn(gamma_rows[nu], gamma[nu], back);
+    }
+
+    Panels(const Learned<real> &rows, real *const *gammas, long units, long fan_in)
+        : rows(rows), learned(rows), units(units), fan_in(fan_in) {
+        const long blocks = (units + W - 1) / W, numbers = blocks * W * fan_in;
+        room.assign((4 + S) * numbers + (blocks + 1) * W, real(0));
+        real *at = (real *)(((uintptr_t)room.data() + 63) / 64 * 64);
+        const auto take = [&](real *given) { return given ? (at += numbers, at - numbers) : nullptr; };
+        learned.weight = take(rows.weight), learned.first = take(rows.first);
+        learned.second = take(rows.second), learned.total = take(rows.total);
+        for (long nu = 0; nu < S; nu++) gamma_rows[nu] = gammas[nu], gamma[nu] = take(gammas[nu]);
+        product = at;
+        turn_all(false);
+    }
 };
 
 // The step of one optimizer, as torch.optim has it, for weights that lie side by side.
@@ -47,7 +88,8 @@ template <class real, int kind> struct Optimizer {
     real lr, beta1, beta2, eps, decay, scale1, scale2;
     bool begins; // no momentum was kept before
 
-    void step(real *weight, real *first, real *second, wide gradient, long here) const {
+    // Returns the weights that it has written.
+    inline wide step(real *weight, real *first, real *second, wide gradient, long here) const {
         wide w = load(weight, here);
         if (kind == ADAMW)
             w = w * (real(1) - lr * decay);
@@ -59,19 +101,21 @@ template <class real, int kind> struct Optimizer {
                 store(first, kept, here);
                 gradient = eps != 0 ? gradient + beta1 * kept : kept;
             }
-            store(weight, w - lr * gradient, here);
+            w = w - lr * gradient;
         } else if (kind == RMSPROP) {
             const wide v = beta1 * load(second, here) + (real(1) - beta1) * gradient * gradient;
             store(second, v, here);
-            store(weight, w - lr * gradient / (root(v) + eps), here);
+            w = w - lr * gradient / (root(v) + eps);
         } else {
             wide m = load(first, here);
             m = m + (real(1) - beta1) * (gradient - m);
             const wide v = beta2 * load(second, here) + (real(1) - beta2) * gradient * gradient;
             store(first, m, here);
             store(second, v, here);
-            store(weight, w - (lr / scale1) * m / (root(v) / scale2 + eps), here);
+            w = w - (lr / scale1) * m / (root(v) / scale2 + eps);
         }
+        store(weight, w, here);
+        return w;
     }
 
   private:
@@ -126,6 +170,7 @@ template <class real> struct Network {
     real *state, *scratch;
     Learned<real> out_weight, out_bias;
     std::vector<Matrix<real, S>> matrices;
+    std::vector<Panels<real, S>> panels; // of the matrices that have `panel` ≥ 0
     long phase, steps, batch, units, features, classes_or_outputs, loss, optimizer, every, position, rule, out, done;
     const double *options; // beta1, beta2, eps, weight decay, Huber's δ, largest norm of the gradient or 0
 
@@ -155,6 +200,7 @@ template <class real> struct Network {
             k.reads = table.next(), k.of_gate = table.next(), k.into = table.next(), k.dims = table.next();
             k.fan_in = table.next(), k.next = table.next();
             for (long nu = 0; nu < S; nu++) k.phi[nu] = table.next();
+            k.panel = -1;
         }
         const long plane = batch * units;
         before = scratch, sums = before + S * plane, drives = sums + G * plane, m = drives + J * plane;
@@ -173,9 +219,73 @@ template <class real> struct Network {
                                                                     : before + (k.reads * batch + b) * units;
     }
 
+    // What matrix k reads at step t, or at the step after it if `after`, of the only batch row.
+    const real *read_at(const Matrix<real, S> &k, long t, bool after) const {
+        return k.reads == INPUT ? x + (t + after) * features : (after ? state : before) + k.reads * units;
+    }
+
+    // The product of one panel with a signal.
+    void multiply_panel_of(const Matrix<real, S> &k, const real *y, long block) {
+        auto &p = panels[k.panel];
+        const real *w = p.learned.weight + block * k.fan_in * W;
+        wide sum{}, more{};
+        long j = 0;
+        for (; j + 2 <= k.fan_in; j += 2) {
+            sum += y[j] * *(const wide *)(w + j * W);
+            more += y[j + 1] * *(const wide *)(w + (j + 1) * W);
+        }
+        if (j < k.fan_in) sum += y[j] * *(const wide *)(w + j * W);
+        *(wide *)(p.product + block * W) = sum + more;
+    }
+
+    // Advances one panel of matrix k's Γ, and takes its gradient; then the product with the next step's signal, if the
+    // weights have taken their step.
+    template <int kind, bool sums_up>
+    void learn_panel(const Matrix<real, S> &k, long t, long block, const Optimizer<real, kind> &optimizer, bool first) {
+        auto &p = panels[k.panel];
+        const long i = block * W, here = units - i, begin = block * k.fan_in * W;
+        wide by[S * S], phi[S], product{};
+        for (long nu = 0; nu < S; nu++) phi[nu] = k.phi[nu] < 0 ? wide{} : load(found + k.phi[nu] * units + i, here);
+        for (long each = 0; each < S * S; each++) by[each] = load(m + each * units + i, here);
+        const bool forgets = rule == SNAP0 || (resets && resets[t]); // then Γ counts as zero even where it isn't finite
+        const wide d = load(delta + i, here);
+        const bool last = sums_up || t + 1 == steps;
+        const real *y = read_at(k, t, false), *next = last ? y : read_at(k, t, true);
+        const Learned<real> &one = p.learned;
+        for (long j = 0; j < k.fan_in; j++) {
+            const long at = begin + j * W;
+            wide was[S], now[S];
+            for (long nu = 0; nu < S; nu++) was[nu] = forgets ? wide{} : *(const wide *)(p.gamma[nu] + at);
+            for (long nu = 0; nu < S; nu++) {
+                now[nu] = phi[nu] * y[j];
+                for (long source = 0; source < S; source++) now[nu] += by[nu * S + source] * was[source];
+                *(wide *)(p.gamma[nu] + at) = now[nu];
+            }
+            wide of_out = now[0];
+            for (long nu = 1; nu < S; nu++) of_out = out == nu ? now[nu] : of_out;
+            const wide gradient = d * of_out;
+            if (sums_up) {
+                if (one.learns) {
+                    wide *total = (wide *)(one.total + at);
+                    *total = first ? gradient : *total + gradient;
+                }
+                continue;
+            }
+            const wide w = one.learns ? optimizer.step(one.weight + at, one.first ? one.first + at : nullptr,
+                                                       one.second ? one.second + at : nullptr, gradient, W)
+                                      : *(const wide *)(one.weight + at);
+            product += w * next[j];
+        }
+        if (!sums_up) *(wide *)(p.product + i) = product;
+    }
+
     // Adds the product of row i of matrix k to the pre-activation or input that it enters, for all batch rows.
     void multiply_row(const Matrix<real, S> &k, long t, long i) {
         real *to = (k.of_gate ? sums : drives) + k.into * batch * units + i;
+        if (k.panel >= 0) {
+            if (k.reads == INPUT || !(resets && resets[t])) to[0] += panels[k.panel].product[i];
+            return;
+        }
         for (long b = 0; b < batch; b++) {
             const real *y = signal(k, t, b);
             to[b * units] += k.dims == 1 ? k.learned.weight[i] * (y ? y[i] : real(1))
@@ -197,7 +307,9 @@ template <class real> struct Network {
             if (one.dims == 1)
                 w[k] = load(one.learned.weight + i, here);
             else
-                for (long lane = 0; lane < here; lane++) {
+                for (long lane = 0; lane < here && one.panel >= 0; lane++)
+                    w[k][lane] = panels[one.panel].learned.weight[(i * one.fan_in) + (i + lane) * W + lane];
+                for (long lane = 0; lane < here && one.panel < 0; lane++) {
                     const long unit = i + lane, column = one.dims == 3 ? unit % one.fan_in : unit;
                     w[k][lane] = one.learned.weight[unit * one.fan_in + column];
                 }
@@ -441,7 +553,11 @@ template <class real> struct Network {
     template <int kind> void update(const Optimizer<real, kind> &optimizer) {
         std::vector<std::pair<Learned<real> *, long>> all{{&out_weight, classes_or_outputs * units}};
         if (out_bias.weight) all.push_back({&out_bias, classes_or_outputs});
-        for (auto &k : matrices) all.push_back({&k.learned, units * k.fan_in});
+        for (auto &k : matrices)
+            if (k.panel < 0)
+                all.push_back({&k.learned, units * k.fan_in});
+            else
+                all.push_back({&panels[k.panel].learned, (units + W - 1) / W * W * k.fan_in});
         double square = 0;
         for (auto &[one, count] : all)
             for (long i = 0; one->learns && i < count; i++) square += double(one->total[i]) * one->total[i];
@@ -458,11 +574,27 @@ template <class real> struct Network {
         long numbers = 0, updates = done;
         for (auto &k : matrices) numbers += S * batch * units * k.fan_in;
         const bool shared = threads > 1 && numbers >= SHARED_STREAM, clips = options[5] > 0;
+        const bool sums_up = every > 1 || clips;
+        if (batch == 1 && steps >= PANELS_FROM) {
+            panels.reserve(matrices.size());
+            for (auto &k : matrices)
+                if (k.dims == 2 && k.fan_in > 1) {
+                    k.panel = panels.size();
+                    panels.emplace_back(k.learned, k.gamma, units, k.fan_in);
+                }
+        }
 #pragma omp parallel num_threads(threads) if (shared)
         for (long t = 0; t < steps; t++) {
             if (phase & FORWARD) {
 #pragma omp single
                 begin_step(t);
+                if (sums_up || t == 0)
+                    for (auto &k : matrices)
+                        if (k.panel >= 0) {
+                            const real *y = read_at(k, t, false);
+#pragma omp for schedule(static)
+                            for (long block = 0; block < blocks; block++) multiply_panel_of(k, y, block);
+                        }
 #pragma omp for schedule(static)
                 for (long i = 0; i < units; i++)
                     for (auto &k : matrices) multiply_row(k, t, i);
@@ -473,7 +605,7 @@ template <class real> struct Network {
             }
             if (phase & LEARN) {
                 const long at = (position + t) % every;
-                const bool sums_up = every > 1 || clips, first = at == 0;
+                const bool first = at == 0;
                 const auto optimizer = optimizer_at<kind>(t, updates);
 #pragma omp single
                 {
@@ -481,10 +613,14 @@ template <class real> struct Network {
                     learn_readout(optimizer, sums_up, first);
                 }
                 for (auto &k : matrices) {
-                    const long tasks = k.fan_in == 1 ? blocks : units;
+                    const long tasks = k.fan_in == 1 || k.panel >= 0 ? blocks : units;
 #pragma omp for schedule(static) nowait
                     for (long task = 0; task < tasks; task++)
-                        if (k.fan_in == 1)
+                        if (k.panel >= 0 && sums_up)
+                            learn_panel<kind, true>(k, t, task, optimizer, first);
+                        else if (k.panel >= 0)
+                            learn_panel<kind, false>(k, t, task, optimizer, first);
+                        else if (k.fan_in == 1)
                             learn_units(k, t, task * W, optimizer, sums_up, first);
                         else
                             learn_row(k, t, task, optimizer, sums_up, first);
@@ -500,6 +636,8 @@ template <class real> struct Network {
                 }
             }
         }
+        for (auto &p : panels) p.turn_all(true);
+        panels.clear();
     }
 
     void run_any(long threads) {
