@@ -274,7 +274,7 @@ class Stream:
         loss = self.loss_of(output, target, mask)
         if self.position == 0:
             self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.position = (self.position + 1) % self.update_every
         if self.position == 0:
             if self.clip_norm is not None:
