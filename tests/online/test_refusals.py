@@ -279,3 +279,23 @@ def test_a_cell_with_a_surrogate_slope_learns_online(
         learner = OnlineLearner(layer, 2, learning=learning, **options)  # type: ignore[arg-type]
         (learner.chunk(x) * delta).sum().backward()
         assert oracle.relative([p.grad for p in layer.parameters()], want) < 1e-12
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("build", [ELSTM, LRU, GRU])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_steps_without_gradients(build: Any, mode: Any, autocast: bool, lag: int) -> None:
+    """Also of a layer with a readout, where that is one node: with lag=1, and under autocast."""
+    layer, x = build(3, 4), torch.randn(6, 2, 3)
+    outputs = []
+    for inside in (mode, torch.enable_grad):
+        learner = OnlineLearner(layer, 2, form="step", lag=lag)
+        layer.zero_grad()
+        with inside(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = [learner.step(x[0]), *learner.chunk(x[1:4])]
+        last = learner.step(x[4])  # and the stream goes on
+        last.sum().backward()
+        outputs.append([each.detach() for each in (*found, last, *(p.grad for p in layer.parameters()))])
+    for got, want in zip(*outputs, strict=True):
+        torch.testing.assert_close(got, want)
