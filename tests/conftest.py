@@ -24,3 +24,18 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the fuzz tests counted, of all processes together (`fuzzing.Count`)."""
+    made: dict[str, int] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, times in getattr(report, "user_properties", ()):
+                if name.startswith("count of ") and getattr(report, "when", "") == "call":
+                    what = name.removeprefix("count of ")
+                    made[what] = made.get(what, 0) + times
+    if made:
+        terminalreporter.section("counts")
+        for what, times in sorted(made.items()):
+            terminalreporter.write_line(f"{times:>10,} {what}")
