@@ -553,7 +553,7 @@ def test_orders_of_calls(options: str, record_property: Callable[[str, object], 
         def run(data: st.DataObject) -> None:
             case = begun(options, data, count)
             calls = data.draw(
-                st.lists(st.tuples(st.sampled_from(CALLS), st.sampled_from(MODES)), min_size=1, max_size=24)
+                st.lists(st.tuples(st.sampled_from(CALLS), st.sampled_from(MODES)), min_size=6, max_size=24)
             )
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
