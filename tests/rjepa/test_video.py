@@ -357,7 +357,7 @@ def test_a_film_that_is_cut_anywhere_is_named(tmp_path: Path, suffix: str) -> No
         try:
             decode(file, tmp_path / "cache")
         except VideoError as error:
-            assert file.name in str(error)
-            said.add(str(error).rpartition(": ")[2])
+            said.add(str(error))
+    assert all(file.name in each for each in said)
     if suffix == "mp4":
-        assert "its header doesn't say how its frames are coded" in said
+        assert any("its header doesn't say how its frames are coded" in each for each in said)
