@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import os
+from collections.abc import Iterator
 
 # A worker of `pytest -n` and the processes that its tests start take their share of the cores, and two threads at most:
 # threads that wait for a core cost more than they bring. Read when torch is first imported.
@@ -22,8 +23,11 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    if torch.cuda.is_available():
+        torch.set_default_device(None)  # as `kernels_here.go` may have left it
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
