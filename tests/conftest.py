@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = str(max(1, min(_ASKED, 2, _CORES // _WORKERS)))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from children import marked  # noqa: E402, F401 # a fixture
 
 if not torch.cuda.is_available():
     # Read when triton is first imported: kernels run in Python, on CPU tensors.

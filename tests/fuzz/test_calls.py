@@ -312,7 +312,9 @@ class Case:
     def reset(self, rows: bool) -> None:
         batch = self.learner.batch_size
         mask = torch.rand(batch, generator=self.generator) < 0.5 if rows else None
-        if self.rule == "uoro" and mask is None:  # reset() drops the last step and its signs, which are not drawn then
+        if (
+            self.rule == "uoro" and mask is None
+        ):  # reset() drops the last step and its signs, which are not drawn then
             mask = torch.ones(batch, dtype=torch.bool)
         self.learner.reset(mask)
         self.pending = self.pending | (torch.ones(batch, dtype=torch.bool) if mask is None else mask)
