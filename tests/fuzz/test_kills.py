@@ -79,7 +79,7 @@ def test_kills(
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", "rjepa_triton", *COMMANDS[name], "--out", str(tmp_path / "out")],
-                env=environment, stdout=out, stderr=out, cwd=tmp_path, preexec_fn=heed_interrupts,
+                env=environment, stdout=out, stderr=out, cwd=tmp_path, preexec_fn=heed_signals,
             )  # fmt: skip
             if not SOAK and kill:  # at least one run gets to write
                 until(functools.partial(has_written, tmp_path / "out", process), 120)
@@ -109,6 +109,8 @@ def has_written(folder: Path, process: subprocess.Popen[bytes]) -> bool:
     return process.poll() is not None or read(folder) > 0
 
 
-def heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def heed_signals() -> None:
+    """As in a terminal: what is ignored where the tests run, as SIGHUP under nohup, a program would go on ignoring."""
+    for way in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(way, signal.SIG_DFL)
     os.setsid()
