@@ -23,7 +23,7 @@ soak: $(VENV)/.test
 # below 2.4, with which Triton 3.6's interpreter can't run. `oldest-slice` runs what depends on them most.
 OLDEST        := build/oldest
 OLDEST_PYTHON ?= python3.12
-OLDEST_SLICE  := online/test_compiled.py online/test_operators.py backend/test_operations.py kernels/test_gamma_step.py \
+OLDEST_SLICE  := online/test_compiled.py online/test_operators.py backend/test_operations.py kernels/test_gamma_read.py \
 	bench/kernels/test_static.py
 
 test-oldest: $(OLDEST)/.made
