@@ -161,8 +161,8 @@ def read(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     except (TypeError, ValueError) as error:
         if file is None:
             raise
-        given = f" with {' '.join(overrides)}" if overrides else ""
-        raise type(error)(f"{file}{given}: {error}") from None
+        changes = f" with {' '.join(overrides)}" if overrides else ""
+        raise type(error)(f"{file}{changes}: {error}") from None
     return config
 
 
