@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= bench-out
 
-.PHONY: bench test quick gpu-check lint typecheck docs clean
+.PHONY: bench test quick soak test-oldest oldest-slice gpu-check lint typecheck docs clean
 
 bench: $(VENV)/.bench
 	$(BIN)/rjepa bench scaling --out $(OUT)
@@ -14,6 +14,29 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --timeout 600
 
 test: $(VENV)/.test
 	$(PYTEST) --durations 20
+
+# Hours: every fuzz test with all its cases (docs/reliability.md), whose counts are printed at the end.
+soak: $(VENV)/.test
+	RJEPA_SOAK=1 $(BIN)/python -m pytest -n auto --dist worksteal --timeout 14400 --durations 20 tests/fuzz
+
+# The oldest versions that are promised, in an environment of their own: Python 3.12, torch 2.11, Triton 3.6 and numpy
+# below 2.4, with which Triton 3.6's interpreter can't run. `oldest-slice` runs what depends on them most.
+OLDEST        := build/oldest
+OLDEST_PYTHON ?= python3.12
+OLDEST_SLICE  := online/test_compiled.py online/test_operators.py backend/test_operations.py kernels/test_gamma_read.py \
+	bench/kernels/test_static.py
+
+test-oldest: $(OLDEST)/.made
+	$(OLDEST)/bin/python -m pytest -n auto --dist worksteal --timeout 600 --durations 20
+
+oldest-slice: $(OLDEST)/.made
+	$(OLDEST)/bin/python -m pytest -n auto --dist worksteal --timeout 600 -q $(addprefix tests/,$(OLDEST_SLICE))
+
+$(OLDEST)/.made: pyproject.toml
+	$(OLDEST_PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 12) and 'Python 3.12 is needed: make OLDEST_PYTHON=path')"
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -e '.[test]' 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4'
+	touch $@
 
 # In a minute or so, while one thinks: lint, types, and of each wing the tests that a change is most likely to break.
 QUICK := test_house.py cells rules/test_rfp.py rules/test_rounding.py backend/test_table.py backend/test_buffers.py \

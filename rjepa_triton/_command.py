@@ -8,7 +8,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 import typer
@@ -77,7 +77,8 @@ def plain(error: UnicodeError) -> tuple[str | bytes, int]:
 
 @contextmanager
 def quiet_end_of_pipe() -> Iterator[None]:
-    """Exit with status `PIPE_CLOSED`, and no message, when the reader of stdout or stderr goes away (`… | head -1`).
+    """Exit with status `PIPE_CLOSED`, and no message, when the reader of stdout or stderr goes away (`… | head -1`);
+    with a message and 2 if what they go to can't be written, as on a full disk.
 
     Inside the block stdout and stderr write through `_Pipe`; characters that their encoding lacks come out as `plain`
     says. It raises SystemExit in place of BrokenPipeError, so that no handler of an ordinary error on the way
@@ -99,17 +100,24 @@ def quiet_end_of_pipe() -> Iterator[None]:
 
 
 class _Pipe(io.FileIO):
-    """A file descriptor whose reader may go away: writing then ends the program, and later writes are dropped."""
+    """A file descriptor whose reader may go away, or whose disk may be full: writing then ends the program, with exit
+    status `PIPE_CLOSED` or with a message and 2, and later writes are dropped."""
 
     def write(self, data: object) -> int | None:  # type: ignore[override] # any buffer, as the base class's
         try:
             return super().write(data)  # type: ignore[arg-type]
-        except BrokenPipeError:
+        except OSError as error:
             # what the buffers above still hold is flushed at the interpreter's end; it must not fail again there
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)
-            raise SystemExit(PIPE_CLOSED) from None
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(PIPE_CLOSED) from None
+            if self.fileno() != sys.__stderr__.fileno():  # type: ignore[union-attr] # or else there is nowhere to say it
+                with suppress(OSError):
+                    told = f"error: standard output can't be written: {error.strerror}\n"
+                    os.write(sys.__stderr__.fileno(), told.encode("ascii", "replace"))  # type: ignore[union-attr]
+            raise SystemExit(2) from None
 
 
 def _guarded(stream: TextIO) -> TextIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import torch
 from checkout import RESULTS, ROOT
@@ -98,3 +99,12 @@ def test_the_tables_of_rjepa_are_those_of_its_records() -> None:
     lines = (RESULTS / "rjepa-demo-cpu.jsonl").read_text().splitlines()
     for row in figures.summary(figures.by_rule([("record", json.loads(line)) for line in lines])):
         assert "| " + " | ".join(row) + " |" in page
+
+
+def test_the_tests_that_hold_each_promise_exist() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 15
+    for file, test in named:
+        text = (ROOT / file).read_text()
+        assert f"\ndef {test or 'test_'}" in text, (file, test)

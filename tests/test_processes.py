@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, as_completed
 from pathlib import Path
 
 import pytest
+from children import left, until
 
 from rjepa_triton import _processes
 from rjepa_triton._processes import Workers
@@ -93,36 +92,6 @@ def test_a_program_runs_to_its_end_or_its_limit() -> None:
         _processes.run(["sh", "-c", "sleep 60 & sleep 60"], timeout=0.2)
     with pytest.raises(OSError, match="nowhere"):
         _processes.run(["/nowhere/program"])
-
-
-@pytest.fixture
-def marked() -> Iterator[dict[str, str]]:
-    """An environment by which all processes that have it are found, and killed after the test."""
-    environment = {**os.environ, "RJEPA_TEST_MARK": uuid.uuid4().hex}
-    yield environment
-    for process in left(environment):
-        os.kill(process, signal.SIGKILL)
-
-
-def left(environment: dict[str, str]) -> list[int]:
-    """The processes that run in an environment."""
-    mark, found = f"RJEPA_TEST_MARK={environment['RJEPA_TEST_MARK']}".encode(), []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:  # it has ended, or is someone else's
-            pass
-    return found
-
-
-def until(true: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 # The module by itself, without torch.

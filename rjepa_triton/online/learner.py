@@ -280,7 +280,13 @@ class OnlineLearner:
                 "an OnlineLearner with cuda_graph=True can't be copied or pickled: make a new one, and pass it the "
                 "state_dict() of this one"
             )
-        return {**self.__dict__, "_compiled": None, "_port": None, "_versions": None}
+        return {
+            **self.__dict__,
+            "_compiled": None,
+            "_port": None,
+            "_versions": None,
+            "_chunk_weights": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

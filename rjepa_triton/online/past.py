@@ -274,7 +274,10 @@ class Past:
         same = record.epoch is self._epoch
         one_step = record.end - record.start == 1
         carried = self.sensitivity is not None and not isinstance(self.sensitivity, NoSensitivity)
-        at_base = carried and one_step and record.end == self.base
+        # Γ of the step itself gives its gradient, but where credit passes through the full Jacobian: from one step to
+        # the one before it, that is not how Γ was advanced.
+        own = record.block.weights is None or self.form == "step"
+        at_base = carried and own and one_step and record.end == self.base
         if same and (record.start >= self.base or at_base):
             return
         steps = f"step {record.end}" if one_step else f"steps {record.start + 1} to {record.end}"

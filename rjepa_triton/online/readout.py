@@ -26,6 +26,8 @@ def readout(layer: TwoPointRNN, outputs: Sequence[Tensor], x: Tensor, copies: bo
 
     copies: whether it keeps copies of the readout's own parameters, so that they may change before a backward pass.
     """
+    if not torch.is_grad_enabled():  # no backward pass comes; in inference mode none could be kept for
+        return layer.readout(outputs, x)
     names, parameters = zip(*layer.named_parameters(), strict=True)
     return _Readout.apply(layer, names, copies, x, *outputs, *parameters)
 

@@ -91,7 +91,7 @@ def _zero_rows_(tensors: Sequence[Tensor], rows: Tensor | None) -> None:
         if rows is None:
             tensor.zero_()
         else:
-            tensor[rows] = 0
+            tensor.masked_fill_(rows.view(-1, *(1,) * (tensor.dim() - 1)), 0)
 
 
 def _descend(descent: Descent | None, gradients: list[Tensor] | None) -> list[Tensor] | None:
@@ -366,10 +366,8 @@ class RankOne(_StepByStep):
         self._generator.set_state(generator.cpu())
 
     def forget_(self, rows: Tensor | None) -> None:
-        keep = slice(None) if rows is None else rows
-        self._c[:, keep] = 0
-        for theta in self._theta:
-            theta[keep] = 0
+        _zero_rows_(self._theta, rows)
+        _zero_rows_(self._c.unbind(0), rows)
 
     def _advance(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
         assert block.weights is not None
@@ -389,7 +387,8 @@ class RankOne(_StepByStep):
             entering.append(rows[:, :, None] * read)
         rho_0, inverse_0 = _balance(_norm(self._theta), _norm([moved.transpose(0, 1)]))
         rho_1, inverse_1 = _balance(_norm(entering), _norm([signs.transpose(0, 1)]))
-        self._c = moved * rho_0[:, None] + signs * rho_1[:, None]
+        # in place: a tensor that is made in inference mode could not be changed outside of it
+        torch.addcmul(moved * rho_0[:, None], signs, rho_1[:, None], out=self._c)
         for theta, new in zip(self._theta, entering, strict=True):
             theta.mul_(inverse_0[:, None, None]).add_(new * inverse_1[:, None, None])
         return [] if delta is None else self.read(delta)

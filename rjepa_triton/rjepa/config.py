@@ -127,8 +127,8 @@ def read(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Names are text, as they are written: data.held_out=[007] holds out 007.
 
-    Raises ValueError, naming the key, if it is unknown or its value is of another type or out of its range;
-    FileNotFoundError.
+    Raises ValueError, naming the file and the key, if it is unknown or its value is of another type or out of its
+    range; FileNotFoundError.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -156,7 +156,13 @@ def read(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     except OmegaConfBaseException as error:
         raise ValueError(f"{where}: {_files.first_line(error)}") from None
     assert isinstance(config, Config)
-    _check(config)
+    try:
+        _check(config)
+    except (TypeError, ValueError) as error:
+        if file is None:
+            raise
+        changes = f" with {' '.join(overrides)}" if overrides else ""
+        raise type(error)(f"{file}{changes}: {error}") from None
     return config
 
 

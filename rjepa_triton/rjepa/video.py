@@ -426,6 +426,8 @@ def _video(file: Path) -> Iterator[tuple[Any, VideoStream]]:
                     f"{file}: it is a picture in a format that isn't read; save it as PNG, JPEG or TIFF"
                 )
             stream = container.streams.video[0]
+            if stream.codec_context is None:  # a stream without one has no size or rate either
+                raise VideoError(f"{file}: its header doesn't say how its frames are coded")
             stream.thread_type = "AUTO"
             yield container, stream
     except av.FFmpegError as error:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import kernels_here
 import oracle
 import pytest
 import torch
@@ -88,15 +89,8 @@ def test_what_can_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert operations.choose_gamma("auto", CPU, F32, F32, 1) == ("torch", "no C++ compiler was found")
 
 
-def interpreted() -> bool:
-    """Whether kernels run here: on a GPU, or interpreted (`conftest.py`)."""
-    pytest.importorskip("triton")
-    return triton_backend.no_triton(CPU, F32) is None
-
-
 def test_the_layers_gradient_by_triton() -> None:
-    if not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    kernels_here.go()
     x, weights, state, ds, dm = oracle.problem(7, 3, 17, dtype=F32)
     gradients = []
     for backend in ("torch", "triton"):
@@ -117,8 +111,7 @@ def test_the_layers_gradient_by_triton() -> None:
 )
 @pytest.mark.parametrize("options", [{}, {"input_size": 3}, {"recurrence": "diagonal"}], ids=str)
 def test_the_learners_gradient_by_triton(form: str, how: str, every: int, options: dict[str, Any]) -> None:
-    if not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    kernels_here.go()
     layer = RGC(17, init="uniform", **options)
     x, delta = torch.randn(9, 2, layer.fan_in), torch.randn(9, 2, 17)
     resets = torch.rand(9, 2) < 0.2
@@ -144,8 +137,8 @@ def test_the_learners_gradient_by_triton(form: str, how: str, every: int, option
 @pytest.mark.parametrize("backend", ["torch", "compile", "triton"])
 def test_what_a_credit_reads_of_gamma(backend: str) -> None:
     """By each backend the float64 sum; Γ is left as it is."""
-    if backend == "triton" and not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    if backend == "triton":
+        kernels_here.go()
     if backend == "compile" and native_backend.cpp_compiler() is None:
         pytest.skip("no C++ compiler")
     gammas, credit = [torch.randn(3, 2, 17, 5) for _ in range(2)], torch.randn(2, 4, 3, 17)[:, 1]
@@ -159,8 +152,7 @@ def test_what_a_credit_reads_of_gamma(backend: str) -> None:
 def test_a_kernel_that_can_not_launch_gives_way_to_torch_with_one_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    kernels_here.go()
     from triton.runtime.errors import OutOfResources
 
     from rjepa_triton.kernels import reverse_scan
@@ -199,8 +191,7 @@ class ThreeStates(Cell):
     [(RGCCell(), 5), (LSTMCell(), 4), (GRUCell(), 4), (GRUCell(bias=False), 4), (ThreeStates(), 0)],
 )
 def test_the_dual_forms_parts_by_triton(cell: Cell, arrays: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    kernels_here.go()
     from rjepa_triton.kernels import reverse_scan
 
     written: list[int] = []
@@ -245,8 +236,7 @@ def _weights(shaped: str) -> list[Tensor]:
 
 def _count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the launchers of `rgc_partials` as they are called."""
-    if not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    kernels_here.go()
     from rjepa_triton.kernels import rgc_partials
 
     called: list[str] = []
@@ -347,8 +337,7 @@ def test_the_layers_gradient_by_triton_is_that_of_the_oracle(
 
 
 def test_a_dual_form_that_can_not_launch_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    kernels_here.go()
     from triton.runtime.errors import OutOfResources
 
     from rjepa_triton.kernels import rgc_partials
@@ -385,6 +374,7 @@ def test_no_triton_is_a_clear_refusal() -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_rgc_by_its_own_kernels(units: int, reset: bool, learning: str, recompute: bool) -> None:
     """Forward pass and exact backward pass, on chip and a step at a time, against float64."""
+    kernels_here.go()
     if learning == "rtrl" and units > 5:
         pytest.skip("RTRL's weights are torch's")
     x, weights, state, delta, delta_m = oracle.problem(6, 2, units)
@@ -408,8 +398,7 @@ def test_rgc_by_its_own_kernels(units: int, reset: bool, learning: str, recomput
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_step_of_rgc_and_its_linearisation_at_once(reset: bool) -> None:
-    if not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    kernels_here.go()
     cell, batch, units = RGCCell(), 3, 17
     x, weights, state, *_ = oracle.problem(1, batch, units)
     resets = torch.tensor([[False, True, False]]) if reset else None
@@ -428,8 +417,7 @@ def test_a_step_of_rgc_and_its_linearisation_at_once(reset: bool) -> None:
 
 
 def test_a_step_that_the_kernel_is_not_for_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    kernels_here.go()
     from rjepa_triton.kernels import rgc_step as kernels
 
     monkeypatch.setattr(kernels, "rgc_step", lambda *_: pytest.fail("the kernel was launched"))

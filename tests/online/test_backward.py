@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import oracle
 import pytest
+import replayed
 import torch
 from torch import Tensor, nn
 
@@ -153,3 +155,71 @@ def test_a_readout_in_one_node_gives_torchs_gradient(name: str) -> None:
             (learner.step(row) * d).sum().backward()
         results.append([given.grad, *(p.grad.clone() for p in layer.parameters())])
     assert oracle.relative(results[1], results[0]) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{"credit": "carry"}, {"refine": 2}, {"learning": "tbptt"}], ids=str)
+@pytest.mark.parametrize("name", ["lstm", "rgc"])
+def test_a_second_backward_of_a_folded_step_is_refused_where_gamma_is_not_its_gradient(
+    name: str, options: dict[str, Any]
+) -> None:
+    """With update_every=1 each step is a chunk, which its first backward folds."""
+    layer = LAYERS[name]()
+    learner = OnlineLearner(layer, 2, **options)
+    for _ in range(3):
+        output = learner.step(torch.randn(2, 3, dtype=F64))
+    output.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward of step 3 comes too late"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options", [{"form": "step"}, {"form": "lazy", "rewrite_every": 1}, {"learning": "rtrl"}], ids=str
+)
+def test_a_second_backward_of_a_folded_step_reads_gamma(options: dict[str, Any]) -> None:
+    layer = LAYERS["lstm"]()
+    learner = OnlineLearner(layer, 2, **options)
+    for _ in range(3):
+        output = learner.step(torch.randn(2, 3, dtype=F64))
+    found = []
+    for _ in range(2):
+        layer.zero_grad()
+        output.sum().backward(retain_graph=True)
+        found.append([p.grad.clone() for p in layer.parameters()])
+    assert oracle.relative(*found) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "options", [{"credit": "carry"}, {"refine": "exact"}, {"learning": "tbptt"}], ids=str
+)
+@pytest.mark.parametrize("by", ["copy", "pickle", "checkpoint"])
+def test_a_chunk_goes_on_in_a_copy_with_other_weights(by: str, options: dict[str, Any]) -> None:
+    """Credit passes back through the weights that each step ran with."""
+    layer = LAYERS["rgc"]()
+    learner = OnlineLearner(layer, 2, update_every=2, **options)
+    x = torch.randn(4, 2, 3, dtype=F64)
+    for row in x[:3]:
+        learner.step(row)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(0.8)
+    if by == "checkpoint":
+        state = copy.deepcopy(learner.state_dict())
+        learner = OnlineLearner(layer, 2, update_every=2, **options)
+        learner.load_state_dict(state)
+    else:
+        learner = copy.deepcopy(learner) if by == "copy" else pickle.loads(pickle.dumps(learner))
+    learner.step(x[3]).sum().backward()
+    old = copy.deepcopy(layer)
+    with torch.no_grad():
+        for p in old.parameters():
+            p.div_(0.8)
+    none = torch.zeros(2, dtype=torch.bool)
+    ran = [old, old, old, layer]
+    steps = [
+        replayed.step_of(one, row, none, t, t // 2 * 2)
+        for t, (one, row) in enumerate(zip(ran, x, strict=True))
+    ]
+    loss = replayed.Loss(3, 4, torch.ones(1, 2, 5, dtype=F64))
+    want, _ = replayed.gradients(layer, steps, [loss], "tbptt" if "learning" in options else "carry")
+    got = [p.grad for p in learner.layer.parameters()]
+    assert oracle.relative(got, want) < 1e-12  # type: ignore[arg-type]

@@ -279,3 +279,48 @@ def test_a_cell_with_a_surrogate_slope_learns_online(
         learner = OnlineLearner(layer, 2, learning=learning, **options)  # type: ignore[arg-type]
         (learner.chunk(x) * delta).sum().backward()
         assert oracle.relative([p.grad for p in layer.parameters()], want) < 1e-12
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("build", [ELSTM, LRU, GRU])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_steps_without_gradients(build: Any, mode: Any, autocast: bool, lag: int) -> None:
+    """Also of a layer with a readout, where that is one node: with lag=1, and under autocast."""
+    layer, x = build(3, 4), torch.randn(6, 2, 3)
+    outputs = []
+    for inside in (mode, torch.enable_grad):
+        learner = OnlineLearner(layer, 2, form="step", lag=lag)
+        layer.zero_grad()
+        with inside(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = [learner.step(x[0]), *learner.chunk(x[1:4])]
+        last = learner.step(x[4])  # and the stream goes on
+        last.sum().backward()
+        outputs.append([each.detach() for each in (*found, last, *(p.grad for p in layer.parameters()))])
+    for got, want in zip(*outputs, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("learning", ["rfp", "rtrl", "uoro", "tbptt"])
+@pytest.mark.parametrize("form", ["auto", "lazy", "history"])
+def test_a_stream_goes_on_after_steps_in_inference_mode(learning: str, form: str) -> None:
+    """What is carried stays a tensor that may be changed in place, by steps, chunks and resets."""
+    if learning != "rfp" and form != "auto":
+        pytest.skip("the rule has a form of its own")
+    found = []
+    layer, x = LSTM(3, 4), torch.randn(9, 2, 3)
+    for mode in (torch.inference_mode, torch.no_grad):
+        layer.zero_grad()
+        learner = OnlineLearner(layer, 2, learning=learning, form=form)  # type: ignore[arg-type]
+        with mode():
+            learner.step(x[0])
+            learner.chunk(x[1:3], torch.tensor([[False, True], [False, False]]))
+            learner.step(x[3])
+        learner.reset(torch.tensor([True, False]))
+        learner.step(x[4]).sum().backward()
+        learner.chunk(x[5:8]).sum().backward()
+        learner.load_state_dict(copy.deepcopy(learner.state_dict()))
+        learner.reset()
+        learner.step(x[8]).sum().backward()
+        found.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
+    assert oracle.relative(*found) < 1e-6

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import kernels_here
 import oracle
 import pytest
 import torch
@@ -51,12 +52,6 @@ class Loop:
             target[index] = target[index] + value
         self.c = list(cell.update(self.c, p, drive))
         return self.c[0]
-
-
-def interpreted() -> bool:
-    """Whether kernels are interpreted here (`conftest.py`)."""
-    pytest.importorskip("triton")
-    return triton_backend.no_triton(torch.device("cpu"), torch.float32) is None
 
 
 def leaves(layer: TwoPointRNN) -> list[Tensor]:
@@ -391,8 +386,7 @@ def test_dense_rtrl_by_its_own_kernels(
     units: int, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """J and R by `kernels.rtrl_step` against float64, with resets and weights that change at every step."""
-    if not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    kernels_here.go()
     from rjepa_triton.kernels import rtrl_step
 
     if options.get("input_size") == -1:
@@ -423,8 +417,7 @@ def test_dense_rtrl_by_its_own_kernels(
 @pytest.mark.parametrize("name", LAYERS)
 def test_rtrl_in_one_pass_over_gamma(name: str) -> None:
     """By `kernels.rtrl_heads`, as any layer of up to 64 units a head."""
-    if not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    kernels_here.go()
     wide = LAYERS[name]()
     narrow = LAYERS[name]().to(torch.float32)
     narrow.load_state_dict(wide.state_dict())
@@ -435,8 +428,7 @@ def test_rtrl_in_one_pass_over_gamma(name: str) -> None:
 
 
 def test_dense_rtrl_that_can_not_launch_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not interpreted():
-        pytest.skip("the interpreter is off: a GPU is here")
+    kernels_here.go()
     from triton.runtime.errors import OutOfResources
 
     from rjepa_triton.kernels import rtrl_step

@@ -89,3 +89,13 @@ def test_files_that_are_no_configuration_are_named(tmp_path: Path, body: bytes) 
     (tmp_path / "run.yaml").write_bytes(body)
     with pytest.raises(ValueError, match=r"run\.yaml: "):
         config.read(tmp_path / "run.yaml")
+
+
+def test_a_value_out_of_range_names_the_file_that_has_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {source: demos}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"mine\.yaml: data\.source must be one of .* got 'demos'"):
+        config.read(file)
+    file.write_text("train: {epochs: 3}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"mine\.yaml with data\.source=x: data\.source must be one of"):
+        config.read(file, ["data.source=x"])

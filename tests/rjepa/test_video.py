@@ -344,3 +344,20 @@ def test_the_folder_of_caches_can_be_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.raises(ValueError, match=r"no home folder is known: name a folder .* RJEPA_CACHE"):
         video.default_cache()
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_a_film_that_is_cut_anywhere_is_named(tmp_path: Path, suffix: str) -> None:
+    """Of some, a stream is left of which nothing is known, neither codec nor size."""
+    whole = films.write(tmp_path / f"whole.{suffix}", 5, (32, 16)).read_bytes()
+    file = tmp_path / f"film.{suffix}"
+    said = set()
+    for length in (*range(0, min(900, len(whole)), 3), *range(900, len(whole), 200)):
+        file.write_bytes(whole[:length])
+        try:
+            decode(file, tmp_path / "cache")
+        except VideoError as error:
+            said.add(str(error))
+    assert all(file.name in each for each in said)
+    if suffix == "mp4":
+        assert any("its header doesn't say how its frames are coded" in each for each in said)
