@@ -43,11 +43,11 @@ def test_the_compiled_codes_own_tests(tests: str, cache: Path) -> None:
 # What must be caught, so that a run without a report says something: numbers read and written past the end, before the
 # beginning, after the memory is freed, and from an address that is no float's.
 FAULTS = {
-    "past the end": ("library.activate(x.data_ptr(), x.numel() + 1, 0)", "heap-buffer-overflow"),
-    "before the beginning": ("library.activate(x.data_ptr() - 4, 1, 0)", "heap-buffer-overflow"),
-    "freed": ("address = x.data_ptr(); del x; library.activate(address, 8, 0)", "heap-use-after-free"),
+    "past the end": ("library.activate_float(x.data_ptr(), x.numel() + 1, 0)", "heap-buffer-overflow"),
+    "before the beginning": ("library.activate_float(x.data_ptr() - 4, 1, 0)", "heap-buffer-overflow"),
+    "freed": ("address = x.data_ptr(); del x; library.activate_float(address, 8, 0)", "heap-use-after-free"),
     "misaligned": (
-        "a = x.data_ptr(); library.reverse_scan(a + 1, a, None, a + 400, a + 800, 1, 1, 8)",
+        "a = x.data_ptr(); library.reverse_scan_float(a + 1, a, None, a + 400, a + 800, 1, 1, 8)",
         "runtime error: load of misaligned address",
     ),
 }
@@ -62,7 +62,7 @@ sanitized.use()
 from rjepa_triton.backend.native.library import library as find
 library = find()
 x = torch.zeros(100_001)
-library.activate(x.data_ptr(), x.numel(), 0)
+library.activate_float(x.data_ptr(), x.numel(), 0)
 print("so far", flush=True)
 {call}
 """
