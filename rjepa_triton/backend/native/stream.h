@@ -25,6 +25,7 @@ enum { RFP, EPROP, RFLO, SNAP0 };                    // rules
 enum { FORWARD = 1, LEARN = 2 };                     // phases of a step
 constexpr long INPUT = -1, ONE = -2;                 // what a matrix may read other than a state
 constexpr long SHARED_STREAM = 1 << 17;              // numbers of Γ from which a second thread saves time
+constexpr long APART = 9 * 64;                        // between arrays of panels, which else share a cache's sets
 constexpr long PANELS_FROM = 8;                      // steps from which panels pay for being copied
 
 // Weights that learn: (rows, fan_in), the optimizer's two moments or null, the gradient's sum where it is kept, and
@@ -70,10 +71,10 @@ template <class real, long S> struct Panels {
 
     Panels(const Learned<real> &rows, real *const *gammas, long units, long fan_in)
         : rows(rows), learned(rows), units(units), fan_in(fan_in) {
-        const long blocks = (units + W - 1) / W, numbers = blocks * W * fan_in;
-        room.assign((4 + S) * numbers + (blocks + 1) * W, real(0));
+        const long blocks = (units + W - 1) / W, apart = blocks * W * fan_in + APART;
+        room.assign((4 + S) * apart + (blocks + 1) * W, real(0));
         real *at = (real *)(((uintptr_t)room.data() + 63) / 64 * 64);
-        const auto take = [&](real *given) { return given ? (at += numbers, at - numbers) : nullptr; };
+        const auto take = [&](real *given) { return given ? (at += apart, at - apart) : nullptr; };
         learned.weight = take(rows.weight), learned.first = take(rows.first);
         learned.second = take(rows.second), learned.total = take(rows.total);
         for (long nu = 0; nu < S; nu++) gamma_rows[nu] = gammas[nu], gamma[nu] = take(gammas[nu]);
@@ -282,10 +283,6 @@ template <class real> struct Network {
     // Adds the product of row i of matrix k to the pre-activation or input that it enters, for all batch rows.
     void multiply_row(const Matrix<real, S> &k, long t, long i) {
         real *to = (k.of_gate ? sums : drives) + k.into * batch * units + i;
-        if (k.panel >= 0) {
-            if (k.reads == INPUT || !(resets && resets[t])) to[0] += panels[k.panel].product[i];
-            return;
-        }
         for (long b = 0; b < batch; b++) {
             const real *y = signal(k, t, b);
             to[b * units] += k.dims == 1 ? k.learned.weight[i] * (y ? y[i] : real(1))
@@ -543,8 +540,10 @@ template <class real> struct Network {
     template <int kind> Optimizer<real, kind> optimizer_at(long t, long updates) const {
         Optimizer<real, kind> o{};
         o.lr = rates[t], o.beta1 = options[0], o.beta2 = options[1], o.eps = options[2], o.decay = options[3];
-        o.scale1 = 1 - std::pow(options[0], double(updates + 1));
-        o.scale2 = std::sqrt(1 - std::pow(options[1], double(updates + 1)));
+        if (kind == ADAM || kind == ADAMW) {
+            o.scale1 = 1 - std::pow(options[0], double(updates + 1));
+            o.scale2 = std::sqrt(1 - std::pow(options[1], double(updates + 1)));
+        }
         o.begins = updates == 0;
         return o;
     }
@@ -569,12 +568,36 @@ template <class real> struct Network {
             }
     }
 
+    // body(i) for all i < count, by the threads of the team if there is one. Without a team OpenMP's own constructs cost
+    // a call of the kernel each.
+    template <class Body> static void spread(bool team, long count, const Body &body, bool waits = true) {
+        if (!team)
+            for (long i = 0; i < count; i++) body(i);
+        else if (waits) {
+#pragma omp for schedule(static)
+            for (long i = 0; i < count; i++) body(i);
+        } else {
+#pragma omp for schedule(static) nowait
+            for (long i = 0; i < count; i++) body(i);
+        }
+    }
+
+    // body() by one thread, for which the others wait.
+    template <class Body> static void once(bool team, const Body &body) {
+        if (!team)
+            body();
+        else {
+#pragma omp single
+            body();
+        }
+    }
+
     template <int kind> void run(long threads) {
         const long blocks = (units + W - 1) / W;
         long numbers = 0, updates = done;
         for (auto &k : matrices) numbers += S * batch * units * k.fan_in;
-        const bool shared = threads > 1 && numbers >= SHARED_STREAM, clips = options[5] > 0;
-        const bool sums_up = every > 1 || clips;
+        const bool team = threads > 1 && numbers >= SHARED_STREAM;
+        const bool sums_up = every > 1 || options[5] > 0;
         if (batch == 1 && steps >= PANELS_FROM) {
             panels.reserve(matrices.size());
             for (auto &k : matrices)
@@ -583,59 +606,64 @@ template <class real> struct Network {
                     panels.emplace_back(k.learned, k.gamma, units, k.fan_in);
                 }
         }
-#pragma omp parallel num_threads(threads) if (shared)
-        for (long t = 0; t < steps; t++) {
-            if (phase & FORWARD) {
-#pragma omp single
-                begin_step(t);
-                if (sums_up || t == 0)
-                    for (auto &k : matrices)
-                        if (k.panel >= 0) {
-                            const real *y = read_at(k, t, false);
-#pragma omp for schedule(static)
-                            for (long block = 0; block < blocks; block++) multiply_panel_of(k, y, block);
-                        }
-#pragma omp for schedule(static)
-                for (long i = 0; i < units; i++)
-                    for (auto &k : matrices) multiply_row(k, t, i);
-#pragma omp for schedule(static)
-                for (long each = 0; each < batch * blocks; each++) move(t, each / blocks, each % blocks * W);
-#pragma omp single
-                answer(t);
-            }
-            if (phase & LEARN) {
-                const long at = (position + t) % every;
-                const bool first = at == 0;
-                const auto optimizer = optimizer_at<kind>(t, updates);
-#pragma omp single
-                {
-                    losses[t] = judge(t);
-                    learn_readout(optimizer, sums_up, first);
+        const auto forward = [&](long t) {
+            once(team, [&] { begin_step(t); });
+            for (auto &k : matrices)
+                if (k.panel < 0)
+                    spread(team, units, [&](long i) { multiply_row(k, t, i); });
+                else {
+                    const real *y = read_at(k, t, false);
+                    const bool multiplies = sums_up || t == 0, adds = k.reads == INPUT || !(resets && resets[t]);
+                    real *to = (k.of_gate ? sums : drives) + k.into * units;
+                    spread(team, blocks, [&](long block) {
+                        if (multiplies) multiply_panel_of(k, y, block);
+                        const long i = block * W;
+                        const wide product = *(const wide *)(panels[k.panel].product + i);
+                        if (adds) store(to + i, load(to + i, units - i) + product, units - i);
+                    });
                 }
-                for (auto &k : matrices) {
-                    const long tasks = k.fan_in == 1 || k.panel >= 0 ? blocks : units;
-#pragma omp for schedule(static) nowait
-                    for (long task = 0; task < tasks; task++)
+            spread(team, batch * blocks, [&](long each) { move(t, each / blocks, each % blocks * W); });
+            once(team, [&] { answer(t); });
+        };
+        const auto learn = [&](long t) {
+            const long at = (position + t) % every;
+            const auto optimizer = optimizer_at<kind>(t, updates);
+            once(team, [&] {
+                losses[t] = judge(t);
+                learn_readout(optimizer, sums_up, at == 0);
+            });
+            for (auto &k : matrices)
+                spread(
+                    team, k.fan_in == 1 || k.panel >= 0 ? blocks : units,
+                    [&](long task) {
                         if (k.panel >= 0 && sums_up)
-                            learn_panel<kind, true>(k, t, task, optimizer, first);
+                            learn_panel<kind, true>(k, t, task, optimizer, at == 0);
                         else if (k.panel >= 0)
-                            learn_panel<kind, false>(k, t, task, optimizer, first);
+                            learn_panel<kind, false>(k, t, task, optimizer, at == 0);
                         else if (k.fan_in == 1)
-                            learn_units(k, t, task * W, optimizer, sums_up, first);
+                            learn_units(k, t, task * W, optimizer, sums_up, at == 0);
                         else
-                            learn_row(k, t, task, optimizer, sums_up, first);
-                }
+                            learn_row(k, t, task, optimizer, sums_up, at == 0);
+                    },
+                    false);
+            if (team) {
 #pragma omp barrier
-                if (sums_up && at == every - 1) {
-#pragma omp single
-                    update(optimizer);
-                }
-                if (at == every - 1) {
-#pragma omp single
-                    updates++;
-                }
             }
-        }
+            if (at == every - 1)
+                once(team, [&] {
+                    if (sums_up) update(optimizer);
+                    updates++;
+                });
+        };
+        const auto step = [&](long t) {
+            if (phase & FORWARD) forward(t);
+            if (phase & LEARN) learn(t);
+        };
+        if (team) {
+#pragma omp parallel num_threads(threads)
+            for (long t = 0; t < steps; t++) step(t);
+        } else
+            for (long t = 0; t < steps; t++) step(t);
         for (auto &p : panels) p.turn_all(true);
         panels.clear();
     }
