@@ -123,7 +123,8 @@ class Stream:
             self.parameters, lr=lr, **dict(optimizer_options or {})
         )
         self.position = 0  # how many of the C steps between two updates have run
-        self._pending: tuple[Tensor, Tensor] | None = None  # of step(): x and the output, until learn()
+        self._pending: Tensor | None = None  # the output of step(), until learn()
+        self._step_shape = (self.batch_size, layer.fan_in)
         self._compiled: _Compiled | None = None
         self.why = "asked for"
         if backend != "torch":
@@ -223,32 +224,40 @@ class Stream:
         return found
 
     def step(self, x: Tensor) -> Tensor:
-        """The first half of a step: x (B, F) → the output (B, O), detached. `learn` is the other half."""
+        """The first half of a step: x (B, F) → the output (B, O), detached. `learn` is the other half.
+
+        Raises RuntimeError if the step before wasn't learned from; TypeError or ValueError for x.
+        """
         if self._pending is not None:
             raise RuntimeError("step() came twice without learn(target) in between")
-        if self._compiled is not None:
-            output = self._compiled.step(x)
-            self._pending = (x, output)
-            return output
-        output = self.readout(self.learner.step(x))
-        self._pending = (x, output)
-        return output.detach().clone()
+        if self._compiled is None:
+            output = self.readout(self.learner.step(x))
+            self._pending = output
+            return output.detach().clone()
+        weight = self.parameters[0]
+        if not isinstance(x, Tensor) or x.dtype is not weight.dtype or x.shape != self._step_shape:
+            check.shape("x", check.tensor("x", x), self._step_shape, "to match the stream")
+            check.like("x", x, "the layer", weight)
+        self._pending = output = self._compiled.step(x)
+        return output
 
     def learn(self, target: Tensor, mask: Tensor | None = None) -> float:
         """The other half of a step: learn from what `step` gave, and return the loss. target (B, O), or (B,) classes.
 
         Raises RuntimeError if no step is pending; TypeError or ValueError for target and mask.
         """
-        if self._pending is None:
+        output = self._pending
+        if output is None:
             raise RuntimeError("learn(target) came without a step(x) before it")
-        target = self._checked_target(check.tensor("target", target)[None], 1)
+        if target.dtype is not output.dtype or target.shape != output.shape:
+            target = self._checked_target(check.tensor("target", target)[None], 1)[0]
         if mask is not None:
             mask = check.mask("mask", mask, (self.batch_size,), target.device)
         rate = float(self.optimizer.param_groups[0]["lr"])
-        (_, output), self._pending = self._pending, None
+        self._pending = None
         if self._compiled is not None:
             return self._compiled.learn(target, mask, rate)
-        return float(self._learn_from(output, target[0], mask, rate))
+        return float(self._learn_from(output, target, mask, rate))
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Start a new episode at the next step in the batch rows where mask (B,) is True, or in all."""
@@ -324,6 +333,8 @@ class Stream:
         self.optimizer.load_state_dict(state["optimizer"])
         self.learner.load_state_dict(state["learner"])
         self.position, self._pending = state["position"], None
+        if self._compiled is not None:
+            self._compiled.forget()
 
 
 def _positive(name: str, value: float) -> float:
@@ -421,6 +432,10 @@ class _Compiled:
             "the cell can't be traced, or its code could not be built" if code is None else cls(stream, code)
         )
 
+    def forget(self) -> None:
+        """What was made of memory that the stream no longer has."""
+        self._one, self.totals = None, [None] * len(self.totals)
+
     def learned(self) -> list[nn.Parameter]:
         """The readout's weight and bias, then the layer's weights."""
         readout, layer = self.stream.readout, self.stream.layer
@@ -432,7 +447,7 @@ class _Compiled:
         learner, layer, readout = stream.learner, stream.layer, stream.readout
         state, sensitivity = learner.lend()
         options = stream.optimizer.param_groups[0]
-        moments, done = self._moments(options)
+        moments, done = self.moments(options)
         arrays = [_address(given.get(name)) for name in FIRST] + [state.data_ptr(), self.scratch.data_ptr()]
         numbers: list[int] = [
             *(phase, steps, stream.batch_size, layer.hidden_size, layer.fan_in, self.outputs),
@@ -483,7 +498,7 @@ class _Compiled:
             ],
         )
 
-    def _moments(self, options: dict[str, Any]) -> tuple[list[tuple[Tensor | None, Tensor | None]], int]:
+    def moments(self, options: dict[str, Any]) -> tuple[list[tuple[Tensor | None, Tensor | None]], int]:
         """The optimizer's moments of each weight, made as torch.optim makes them, and how many steps it has taken."""
         found: list[tuple[Tensor | None, Tensor | None]] = []
         done = 0
@@ -507,26 +522,23 @@ class _Compiled:
             found.append((state.get("exp_avg"), state.get("exp_avg_sq", state.get("square_avg"))))
         return found, done
 
-    def advanced(self, steps: int) -> None:
+    def advanced(self, steps: int, learned: Sequence[nn.Parameter]) -> None:
         """So many steps have run whole: the optimizer, the position and the learner know of it."""
         stream = self.stream
-        learned = self.learned()
         torch.autograd.graph.increment_version(learned)
         updates, stream.position = divmod(stream.position + steps, stream.update_every)
-        if updates:
-            for parameter in learned:
-                state = stream.optimizer.state.get(parameter, {})
-                if "step" in state:
-                    state["step"] += updates
+        if updates and stream.kind > 0:
+            states = [stream.optimizer.state.get(parameter, {}) for parameter in learned]
+            torch._foreach_add_([state["step"] for state in states if "step" in state], float(updates))
         stream.learner.returned(steps)
 
     def run(
         self, x: Tensor, target: Tensor, resets: Tensor | None, mask: Tensor | None, rates: Sequence[float]
     ) -> Result:
-        steps = len(x)
+        steps, self._one = len(x), None
         given = self.given(x, target, resets, mask, rates)
         _call(self.function, [self.tables(given, steps, FORWARD | LEARN)])
-        self.advanced(steps)
+        self.advanced(steps, self.learned())
         losses, outputs = given["losses"], given["outputs"]
         assert losses is not None
         assert outputs is not None
@@ -545,7 +557,7 @@ class _Compiled:
 
     def step(self, x: Tensor) -> Tensor:
         """The output (B, O) of one step."""
-        if self._one is None or not self._one.is_still(self):
+        if self._one is None or not self._one.is_still():
             self._one = _OneStep(self)
         return self._one.forward(x)
 
@@ -559,59 +571,58 @@ class _OneStep:
     """The tables of one step, which a loop with an environment uses again and again."""
 
     def __init__(self, compiled: _Compiled) -> None:
-        self.compiled = compiled
         stream = compiled.stream
-        batch, weight = stream.batch_size, stream.layer.weights()[0]
-        aims = (1, batch) if stream.loss == "cross_entropy" else (1, batch, compiled.outputs)
-        dtype = torch.int64 if stream.loss == "cross_entropy" else weight.dtype
-        self.x = weight.new_zeros(1, batch, stream.layer.fan_in)
-        self.target = torch.zeros(aims, dtype=dtype)
-        self.outputs = weight.new_zeros(1, batch, compiled.outputs)
-        self.losses, self.rates = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        self.mask = torch.ones(1, batch, dtype=torch.bool)
-        given = {
-            "x": self.x,
-            "target": self.target,
-            "outputs": self.outputs,
-            "losses": self.losses,
-            "rates": self.rates,
-            "mask": self.mask,
-        }
-        self.arrays, self.numbers, self.options = _packed([compiled.tables(given, 1, FORWARD)])
-        self.addresses = self._addresses(compiled)
-        self.at = len(HEADER)  # of the phase, in `numbers`
-        self.adaptive = stream.kind > 0 or bool(stream.optimizer.param_groups[0]["momentum"])
+        self.stream, self.compiled, self.function = stream, compiled, compiled.function
+        batch, weight = stream.batch_size, stream.parameters[0]
+        classes = stream.loss == "cross_entropy"
+        self.x = weight.new_zeros(batch, stream.layer.fan_in)
+        aims = (batch,) if classes else (batch, compiled.outputs)
+        self.target = torch.zeros(aims, dtype=torch.int64 if classes else weight.dtype)
+        self.outputs = weight.new_zeros(batch, compiled.outputs)
+        self.mask = torch.ones(batch, dtype=torch.bool)
+        self.loss, self.rate = ctypes.c_double(), ctypes.c_double()
+        given = {"x": self.x, "target": self.target, "outputs": self.outputs, "mask": self.mask}
+        arrays, numbers, options = compiled.tables(given, 1, FORWARD)
+        arrays[FIRST.index("losses")] = ctypes.addressof(self.loss)
+        arrays[FIRST.index("rates")] = ctypes.addressof(self.rate)
+        self.arrays, self.numbers, self.options = _packed([(arrays, numbers, options)])
+        self.learned, self.masked = compiled.learned(), False
+        self.addresses = self._addresses()
+        self.done = numbers[DONE - 3]
 
-    @staticmethod
-    def _addresses(compiled: _Compiled) -> list[int]:
-        stream = compiled.stream
-        found = [parameter.data_ptr() for parameter in compiled.learned()]
-        return [*found, stream.learner.lend()[0].data_ptr()]
+    def _addresses(self) -> list[int]:
+        state = self.stream.learner.lend()[0]
+        return [state.data_ptr(), *[parameter.data_ptr() for parameter in self.learned]]
 
-    def is_still(self, compiled: _Compiled) -> bool:
+    def is_still(self) -> bool:
         """Whether the tables name the memory that the stream has now."""
-        return self.addresses == self._addresses(compiled)
+        return self.addresses == self._addresses()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.x[0] = x
-        self.numbers[self.at] = FORWARD
-        self.compiled.function(self.arrays, self.numbers, self.options)
-        return self.outputs[0].clone()
+        """The output of a step, (B, O)."""
+        self.x.copy_(x)
+        self.numbers[PHASE] = FORWARD
+        self.function(self.arrays, self.numbers, self.options)
+        return self.outputs.clone()
 
     def learn(self, target: Tensor, mask: Tensor | None, rate: float) -> float:
+        """The loss of the step that `forward` ran; it is learned from."""
         self.target.copy_(target)
-        self.mask.fill_(True) if mask is None else self.mask.copy_(mask[None])
-        self.rates[0] = rate
-        numbers, stream = self.numbers, self.compiled.stream
-        numbers[self.at], numbers[self.at + 9] = LEARN, stream.position
-        if self.adaptive:  # stream.h counts the updates from `done` on
-            numbers[self.at + 12] = self.compiled._moments(stream.optimizer.param_groups[0])[1]
-        self.compiled.function(self.arrays, self.numbers, self.options)
-        self.compiled.advanced(1)
-        return float(self.losses)
+        if mask is not None or self.masked:
+            self.masked = mask is not None
+            self.mask.fill_(True) if mask is None else self.mask.copy_(mask)
+        self.rate.value = rate
+        numbers, stream = self.numbers, self.stream
+        numbers[PHASE], numbers[POSITION] = LEARN, stream.position
+        numbers[DONE] = self.done
+        self.function(self.arrays, self.numbers, self.options)
+        self.compiled.advanced(1, self.learned)
+        self.done += stream.position == 0
+        return self.loss.value
 
 
-HEADER = ("networks", "threads", "options")
+# Places in the table of numbers, which begins with those of networks, threads and options.
+PHASE, POSITION, DONE = 3, 12, 15
 
 
 def _packed(networks: Sequence[Tables]) -> tuple[Any, Any, Any]:

@@ -156,6 +156,23 @@ template <class real> inline real dot(const real *__restrict w, const real *__re
     return sum_of(sum + more, real(0));
 }
 
+// out[r] += Σ_j w[r][j] c[j] for four rows w, `count` numbers each, that follow one another.
+template <class real> inline void add_four_dots(const real *w, const real *c, real *out, long count) {
+    typedef typename Lanes<real>::wide wide;
+    constexpr long W = Lanes<real>::width;
+    wide sums[4] = {};
+    long j = 0;
+    for (; j + W <= count; j += W) {
+        const wide at = *(const wide *)(c + j);
+        for (long r = 0; r < 4; r++) sums[r] += *(const wide *)(w + r * count + j) * at;
+    }
+    if (const long here = count - j) {
+        const wide at = load(c + j, here);
+        for (long r = 0; r < 4; r++) sums[r] += load(w + r * count + j, here) * at;
+    }
+    for (long r = 0; r < 4; r++) out[r] += sum_of(sums[r], real(0));
+}
+
 // One network, and what a call gives it.
 template <class real> struct Network {
     typedef Cell<real> C;
@@ -609,8 +626,17 @@ template <class real> struct Network {
         const auto forward = [&](long t) {
             once(team, [&] { begin_step(t); });
             for (auto &k : matrices)
-                if (k.panel < 0)
+                if (k.panel < 0 && (k.dims != 2 || batch > 1))
                     spread(team, units, [&](long i) { multiply_row(k, t, i); });
+                else if (k.panel < 0)
+                    spread(team, (units + 3) / 4, [&](long four) {
+                        const long i = 4 * four;
+                        real *to = (k.of_gate ? sums : drives) + k.into * units + i;
+                        if (i + 4 <= units)
+                            add_four_dots(k.learned.weight + i * k.fan_in, signal(k, t, 0), to, k.fan_in);
+                        else
+                            for (long rest = i; rest < units; rest++) multiply_row(k, t, rest);
+                    });
                 else {
                     const real *y = read_at(k, t, false);
                     const bool multiplies = sums_up || t == 0, adds = k.reads == INPUT || !(resets && resets[t]);
