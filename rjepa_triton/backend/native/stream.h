@@ -194,10 +194,6 @@ template <class real> struct Network {
 
     real *before, *sums, *drives, *m, *found, *delta, *given; // in `scratch`
 
-    static long scratch_numbers(long batch, long units, long outputs) {
-        return batch * (units * (S + G + J + S * S + FOUND + 1) + outputs) + 8 * W;
-    }
-
     Network(Table &table, const double *options) : options(options) {
         x = table.next<const real>();
         const void *aims = table.next<const void>();
@@ -318,15 +314,15 @@ template <class real> struct Network {
         for (long j = 0; j < J; j++) input[j] = load(drives + j * plane + at, here);
         for (long k = 0; k < K && rule == RFP; k++) {
             const auto &one = matrices[k];
-            if (one.dims == 1)
+            if (one.dims == 1) {
                 w[k] = load(one.learned.weight + i, here);
-            else
-                for (long lane = 0; lane < here && one.panel >= 0; lane++)
-                    w[k][lane] = panels[one.panel].learned.weight[(i * one.fan_in) + (i + lane) * W + lane];
-                for (long lane = 0; lane < here && one.panel < 0; lane++) {
-                    const long unit = i + lane, column = one.dims == 3 ? unit % one.fan_in : unit;
-                    w[k][lane] = one.learned.weight[unit * one.fan_in + column];
-                }
+                continue;
+            }
+            for (long lane = 0; lane < here; lane++) {
+                const long unit = i + lane, column = one.dims == 3 ? unit % one.fan_in : unit;
+                w[k][lane] = one.panel < 0 ? one.learned.weight[unit * one.fan_in + column]
+                                           : panels[one.panel].learned.weight[i * one.fan_in + unit * W + lane];
+            }
         }
         C::update(c, p, input, now);
         C::partials(c, p, input, w, partial, whole);
@@ -348,7 +344,7 @@ template <class real> struct Network {
         for (long b = 0; b < batch; b++) rows += !counts || counts[b];
         double sum = 0;
         for (long b = 0; b < batch; b++) {
-            const real *out = o + b * O, *aim = target + (t * batch + b) * O;
+            const real *out = o + b * O, *aim = loss == CROSS_ENTROPY ? nullptr : target + (t * batch + b) * O;
             real *to = given + b * O;
             if (counts && !counts[b]) {
                 for (long i = 0; i < O; i++) to[i] = 0;

@@ -1,0 +1,30 @@
+"""`stream.h` against the loop over steps, for weights of every shape."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rjepa_triton import RNN, Stream
+from rjepa_triton.backend import native_backend
+
+pytestmark = pytest.mark.skipif(native_backend.cpp_compiler() is None, reason="no C++ compiler")
+
+
+@pytest.mark.parametrize("steps", [4, 12])  # from 8 on, one batch row runs on panels
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("shape", [{}, {"recurrence": "diagonal"}, {"heads": 4}, {"heads": 20}])
+def test_weights_of_every_shape(shape: dict[str, Any], batch: int, steps: int) -> None:
+    torch.manual_seed(0)
+    layer, readout = RNN(3, 20, dtype=torch.float64, **shape), nn.Linear(20, 2, dtype=torch.float64)
+    x, target = (torch.randn(steps, batch, count, dtype=torch.float64) for count in (3, 2))
+    found = []
+    for backend in ("compile", "torch"):
+        stream = Stream(copy.deepcopy(layer), copy.deepcopy(readout), batch, lr=0.1, backend=backend)
+        result = stream.run(x, target)
+        found.append([result.losses, result.outputs, *stream.layer.weights()])
+    torch.testing.assert_close(*found)
