@@ -628,6 +628,8 @@ class OnlineLearner:
         """What was lent has been advanced by so many steps."""
         self._fresh = False
         self._past.begin(self._past.now + steps)
+        if self._watch.next <= self._past.now:
+            self._look(self._past.now, self._past.now)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed learner needs, as tensors, numbers, strings and lists; tensors are shared, not copied.

@@ -1,0 +1,335 @@
+"""Calls of a stream's compiled code (`backend/native/stream.h`): tables of the addresses of what the stream owns."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backend import native_backend
+from ..backend.native import generated, library
+from ..cells.trace import traced
+from ..layers.layer import TwoPointRNN
+from ..rules import rfp
+
+if TYPE_CHECKING:
+    from .streams import Stream
+
+LOSSES = ("mse", "cross_entropy", "huber", "cosine", "delta")  # in the order of stream.h, as are these:
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+}
+RULES = {"rfp": 0, "eprop": 1, "rflo": 2, "snap0": 3}
+LOSSES_AT = {
+    name: k for k, name in enumerate(LOSSES)
+}  # in the order of stream.h, as are these and OPTIMIZERS
+INPUT, ONE = -1, -2
+FORWARD, LEARN = 1, 2
+OPTIONS = 6  # numbers of `Network::options`
+Tables = tuple[list[int], list[int], list[float]]
+FIRST = (
+    "x",
+    "target",
+    "outputs",
+    "losses",
+    "resets",
+    "mask",
+    "rates",
+)  # the first addresses, which a call gives
+
+
+class Result:
+    """What `Stream.run` gives: iterate over it, or name its parts.
+
+    losses   (T,), or (P, T) of a population
+    outputs  (T, B, O), or (P, T, B, O)
+    state    the layer's S states after the last step, (B, N) each; a list of these of a population
+    """
+
+    def __init__(self, losses: Tensor, outputs: Tensor, state: Any) -> None:
+        self.losses, self.outputs, self.state = losses, outputs, state
+
+    def __iter__(self) -> Any:
+        return iter((self.losses, self.outputs, self.state))
+
+
+class Compiled:
+    """Calls of `stream.h` for one stream, by the addresses of what the stream owns."""
+
+    def __init__(self, stream: Stream, code: ctypes.CDLL) -> None:
+        self.stream = stream
+        layer, weight = stream.layer, stream.layer.weights()[0]
+        self.function = code.stream_float if weight.dtype == torch.float32 else code.stream_double
+        self.function.argtypes, self.function.restype = [ctypes.c_void_p] * 3, None
+        cell, found = layer.cell, traced(layer.cell)
+        assert found is not None
+        self.entries = {"gate": found.entries[1], "input": found.entries[2]}
+        self.outputs = int(stream.readout.out_features)  # type: ignore[arg-type]
+        counts = len(cell.states), len(cell.gates), len(cell.per_unit)
+        planes = sum(counts) + counts[0] ** 2 + len(set(found.partials.values())) + 1
+        self.scratch = weight.new_empty(stream.batch_size * (layer.hidden_size * planes + self.outputs) + 128)
+        self.totals: list[Tensor | None] = [None] * len(self.learned())
+        self._one: _OneStep | None = None
+
+    @classmethod
+    def of(cls, stream: Stream) -> Compiled | str:
+        """The compiled calls, or why there are none."""
+        layer, readout, learner = stream.layer, stream.readout, stream.learner
+        weight = layer.weights()[0]
+        options = stream.optimizer.param_groups[0]
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+            return (
+                f"compiled code serves float32 and float64 on the CPU, got {weight.dtype} on {weight.device}"
+            )
+        if type(readout) is not nn.Linear:
+            return f"compiled code takes a readout that is one nn.Linear, got {type(readout).__name__}"
+        if learner.learning not in rfp.RULES:
+            return f"compiled code takes the rules {', '.join(rfp.RULES)}, got {learner.learning!r}"
+        if type(layer).readout is not TwoPointRNN.readout:
+            return f"{type(layer).__name__} computes its output outside of the recurrence"
+        for name in ("amsgrad", "maximize", "centered", "differentiable", "decoupled_weight_decay"):
+            if options.get(name) and not (name == "decoupled_weight_decay" and stream.kind == 2):
+                return f"compiled code has no {name} of torch.optim"
+        if stream.kind == 3 and options["momentum"]:
+            return "compiled code has no momentum of RMSprop"
+        if any("parametrizations" in module._modules for module in (layer, readout)):
+            return "a weight is computed from others"
+        if len(stream.parameters) != len(layer.weights()) + (1 if readout.bias is None else 2):
+            return "the layer or the readout has parameters that no step uses, or shares them"
+        if any(not parameter.is_contiguous() for parameter in stream.parameters):
+            return "a weight isn't contiguous"
+        if native_backend.cpp_compiler() is None:
+            library.tell_of_no_compiler()
+            return "no C++ compiler was found"
+        code = generated.stream_code(layer.cell)
+        return (
+            "the cell can't be traced, or its code could not be built" if code is None else cls(stream, code)
+        )
+
+    def forget(self) -> None:
+        """What was made of memory that the stream no longer has."""
+        self._one, self.totals = None, [None] * len(self.totals)
+
+    def learned(self) -> list[nn.Parameter]:
+        """The readout's weight and bias, then the layer's weights."""
+        readout, layer = self.stream.readout, self.stream.layer
+        return [p for p in (readout.weight, readout.bias, *layer.weights()) if p is not None]  # type: ignore[misc]
+
+    def tables(self, given: Mapping[str, Tensor | None], steps: int, phase: int) -> Tables:
+        """Addresses, numbers and options of one network, as stream.h reads them. given: tensors named in `FIRST`."""
+        stream = self.stream
+        learner, layer, readout = stream.learner, stream.layer, stream.readout
+        state, sensitivity = learner.lend()
+        options = stream.optimizer.param_groups[0]
+        moments, done = self.moments(options)
+        arrays = [_address(given.get(name)) for name in FIRST] + [state.data_ptr(), self.scratch.data_ptr()]
+        numbers: list[int] = [
+            *(phase, steps, stream.batch_size, layer.hidden_size, layer.fan_in, self.outputs),
+            *(LOSSES_AT[stream.loss], stream.kind, stream.update_every, stream.position),
+            *(RULES[learner.learning], layer.cell.outputs[0], done),
+        ]
+        sums_up = stream.update_every > 1 or stream.clip_norm is not None
+        place = iter(range(len(self.totals)))
+
+        def add(parameter: Any) -> None:
+            if parameter is None:
+                arrays.extend((0, 0, 0, 0))
+                numbers.append(0)
+                return
+            k = next(place)
+            if sums_up and self.totals[k] is None:
+                self.totals[k] = torch.zeros_like(parameter)
+            arrays.extend(_address(one) for one in (parameter, *moments[k], self.totals[k]))
+            numbers.append(parameter.requires_grad)
+
+        add(readout.weight)
+        add(readout.bias)
+        weights = layer.weights()
+        numbers.append(len(weights))
+        places = {index: (group, k) for group in sensitivity.groups for k, index in enumerate(group.indices)}
+        for index, (matrix, weight) in enumerate(zip(layer.matrices, weights, strict=True)):
+            add(weight)
+            group, k = places[index]
+            first = group.gammas[0]
+            arrays.extend(g.data_ptr() + g.element_size() * k * g.stride(1) for g in group.gammas)
+            reads = {"input": INPUT, "one": ONE}.get(str(matrix.reads), matrix.reads)
+            phi = dict(self.entries[matrix.into[0]][matrix.into[1]])
+            numbers += [
+                *(int(reads), matrix.into[0] == "gate", matrix.into[1]),
+                *(weight.dim(), first.shape[3], first.stride(0)),
+                *(phi.get(nu, -1) for nu in range(len(layer.cell.states))),
+            ]
+        first_beta, second_beta = options.get(
+            "betas", (options.get("alpha", options.get("momentum", 0.0)), 0.0)
+        )
+        return (
+            arrays,
+            list(map(int, numbers)),
+            [
+                *(float(first_beta), float(options.get("dampening", second_beta))),
+                *(float(options.get("eps", options.get("nesterov", False))), float(options["weight_decay"])),
+                *(stream.huber_delta, stream.clip_norm or 0.0),
+            ],
+        )
+
+    def moments(self, options: dict[str, Any]) -> tuple[list[tuple[Tensor | None, Tensor | None]], int]:
+        """The optimizer's moments of each weight, made as torch.optim makes them, and how many steps it has taken."""
+        found: list[tuple[Tensor | None, Tensor | None]] = []
+        done = 0
+        kind = self.stream.kind
+        for parameter in self.learned():
+            if not parameter.requires_grad or (kind == 0 and not options["momentum"]):
+                found.append((None, None))
+                continue
+            state = self.stream.optimizer.state[parameter]
+            if kind == 0:
+                done = int(state.get("momentum_buffer") is not None)
+                if not done:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                found.append((state["momentum_buffer"], None))
+                continue
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                for name in ("square_avg",) if kind == 3 else ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(parameter)
+            done = int(state["step"])
+            found.append((state.get("exp_avg"), state.get("exp_avg_sq", state.get("square_avg"))))
+        return found, done
+
+    def advanced(self, steps: int, learned: Sequence[nn.Parameter]) -> None:
+        """So many steps have run whole: the optimizer, the position and the learner know of it."""
+        stream = self.stream
+        torch.autograd.graph.increment_version(learned)
+        updates, stream.position = divmod(stream.position + steps, stream.update_every)
+        if updates and stream.kind > 0:
+            states = [stream.optimizer.state.get(parameter, {}) for parameter in learned]
+            torch._foreach_add_([state["step"] for state in states if "step" in state], float(updates))
+        stream.learner.returned(steps)
+
+    def run(self, *given: Any) -> Result:
+        """`Stream.run` of checked arguments (`Stream._checked`)."""
+        return self.run_all([self], [given])[0]
+
+    @staticmethod
+    def run_all(networks: Sequence[Compiled], arguments: Sequence[tuple[Any, ...]]) -> list[Result]:
+        """`run` of some networks in one call."""
+        given = [one.given(*each) for one, each in zip(networks, arguments, strict=True)]
+        steps = len(arguments[0][0])
+        tables = [one.tables(each, steps, FORWARD | LEARN) for one, each in zip(networks, given, strict=True)]
+        networks[0].function(*_packed(tables))
+        results = []
+        for one, each in zip(networks, given, strict=True):
+            one._one = None
+            one.advanced(steps, one.learned())
+            losses, outputs = each["losses"], each["outputs"]
+            assert losses is not None
+            assert outputs is not None
+            results.append(Result(losses.to(outputs.dtype), outputs, one.stream.learner.state))
+        return results
+
+    def given(
+        self, x: Tensor, target: Tensor, resets: Tensor | None, mask: Tensor | None, rates: Sequence[float]
+    ) -> dict[str, Tensor | None]:
+        """The tensors of a call, by their names in `FIRST`, with those that it writes."""
+        given: dict[str, Tensor | None] = {"x": x, "target": target, "resets": resets, "mask": mask}
+        given = {name: None if a is None else a.detach().contiguous() for name, a in given.items()}
+        given["outputs"] = x.new_empty(len(x), self.stream.batch_size, self.outputs)
+        given["losses"] = torch.empty(len(x), dtype=torch.float64)
+        given["rates"] = torch.tensor(rates, dtype=torch.float64)
+        return given
+
+    def step(self, x: Tensor) -> Tensor:
+        """The output (B, O) of one step."""
+        if self._one is None or not self._one.is_still():
+            self._one = _OneStep(self)
+        return self._one.forward(x)
+
+    def learn(self, target: Tensor, mask: Tensor | None, rate: float) -> float:
+        """The loss of the step that ran; it is learned from."""
+        assert self._one is not None
+        return self._one.learn(target, mask, rate)
+
+
+class _OneStep:
+    """The tables of one step, which a loop with an environment uses again and again."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        stream = compiled.stream
+        self.stream, self.compiled, self.function = stream, compiled, compiled.function
+        batch, weight = stream.batch_size, stream.parameters[0]
+        classes = stream.loss == "cross_entropy"
+        self.x = weight.new_zeros(batch, stream.layer.fan_in)
+        aims = (batch,) if classes else (batch, compiled.outputs)
+        self.target = torch.zeros(aims, dtype=torch.int64 if classes else weight.dtype)
+        self.outputs = weight.new_zeros(batch, compiled.outputs)
+        self.mask = torch.ones(batch, dtype=torch.bool)
+        self.loss, self.rate = ctypes.c_double(), ctypes.c_double()
+        given = {"x": self.x, "target": self.target, "outputs": self.outputs, "mask": self.mask}
+        arrays, numbers, options = compiled.tables(given, 1, FORWARD)
+        arrays[FIRST.index("losses")] = ctypes.addressof(self.loss)
+        arrays[FIRST.index("rates")] = ctypes.addressof(self.rate)
+        self.arrays, self.numbers, self.options = _packed([(arrays, numbers, options)])
+        self.learned, self.masked = compiled.learned(), False
+        self.addresses = self._addresses()
+        self.done = numbers[DONE - 3]
+
+    def _addresses(self) -> list[int]:
+        state = self.stream.learner.lend()[0]
+        return [state.data_ptr(), *[parameter.data_ptr() for parameter in self.learned]]
+
+    def is_still(self) -> bool:
+        """Whether the tables name the memory that the stream has now."""
+        return self.addresses == self._addresses()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of a step, (B, O)."""
+        self.x.copy_(x)
+        self.numbers[PHASE] = FORWARD
+        self.function(self.arrays, self.numbers, self.options)
+        return self.outputs.clone()
+
+    def learn(self, target: Tensor, mask: Tensor | None, rate: float) -> float:
+        """The loss of the step that `forward` ran; it is learned from."""
+        self.target.copy_(target)
+        if mask is not None or self.masked:
+            self.masked = mask is not None
+            self.mask.fill_(True) if mask is None else self.mask.copy_(mask)
+        self.rate.value = rate
+        numbers, stream = self.numbers, self.stream
+        numbers[PHASE], numbers[POSITION] = LEARN, stream.position
+        numbers[DONE] = self.done
+        self.function(self.arrays, self.numbers, self.options)
+        self.compiled.advanced(1, self.learned)
+        self.done += stream.position == 0
+        return self.loss.value
+
+
+# Places in the table of numbers, which begins with those of networks, threads and options.
+PHASE, POSITION, DONE = 3, 12, 15
+
+
+def _packed(networks: Sequence[Tables]) -> tuple[Any, Any, Any]:
+    """The tables of some networks as C arrays."""
+    arrays = [address for network in networks for address in network[0]]
+    numbers = [
+        len(networks),
+        torch.get_num_threads(),
+        OPTIONS,
+        *(n for network in networks for n in network[1]),
+    ]
+    options = [value for network in networks for value in network[2]]
+    return (
+        (ctypes.c_void_p * len(arrays))(*arrays),
+        (ctypes.c_long * len(numbers))(*numbers),
+        (ctypes.c_double * len(options))(*options),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
