@@ -31,6 +31,7 @@ class Functions:
     gates     the credit E^g = Σ_ν λ^ν ∂F_ν/∂p^g that enters each pre-activation
     inputs    the credit E^j = Σ_ν λ^ν ∂F_ν/∂x^j that enters each per-unit input
     back      what goes back to each state, Σ_ν M^{νν'} λ^ν
+    fixed     the nodes that depend on the cell's `parameters` alone, and that others need: the same at all steps
     """
 
     def __init__(self, cell: Cell, traced: Traced) -> None:
@@ -76,18 +77,47 @@ class Functions:
             for source in states
         ]
 
+        self.fixed = self._fixed(
+            {f"x{j}" for j in range(len(cell.inputs), len(cell.per_unit))},
+            [*self.states, *self.found, *self.m, *self.gates, *self.inputs, *self.back],
+        )
+
+    def _fixed(self, parameters: set[str], roots: Sequence[int]) -> list[int]:
+        graph, alone = self.graph, set[int]()
+        found: dict[int, None] = {}
+        for node in graph.needed(roots):
+            operation, *operands = graph.nodes[node]
+            if operation == "argument":
+                if operands[0] in parameters:
+                    alone.add(node)
+            elif operation == "const" or all(each in alone for each in operands):
+                alone.add(node)
+            else:
+                found.update((each, None) for each in operands if each in alone)
+        found.update((root, None) for root in roots if root in alone)
+        return [node for node in found if graph.nodes[node][0] not in ("argument", "const")]
+
 
 def printed(
-    graph: Graph, roots: Sequence[int], target: Target, names: dict[str, str]
+    graph: Graph,
+    roots: Sequence[int],
+    target: Target,
+    names: dict[str, str],
+    known: dict[int, str] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Statements that compute the roots, and the text of each root's value.
 
-    names: how the arguments are written, where that isn't their own name.
+    names: how the arguments are written, where that isn't their own name. known: the text of nodes that were computed
+    before.
     """
     text: dict[int, str] = {}
     statements = []
-    for node in graph.needed(roots):
+    known = known or {}
+    for node in graph.needed(roots, known):
         operation, *operands = graph.nodes[node]
+        if node in known:
+            text[node] = known[node]
+            continue
         if operation == "argument":
             text[node] = names.get(operands[0], operands[0])
         elif operation == "const":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,8 +198,8 @@ class Graph:
         operation = self.nodes[node][0]
         return operation in OPERATIONS and OPERATIONS[operation].truth
 
-    def needed(self, roots: Iterable[int]) -> list[int]:
-        """The nodes that the roots are made of, operands first."""
+    def needed(self, roots: Iterable[int], known: Container[int] = ()) -> list[int]:
+        """The nodes that the roots are made of, operands first; not what those in `known` are made of."""
         order: list[int] = []
         seen: set[int] = set()
         stack = [(root, False) for root in reversed(list(roots))]
@@ -210,7 +210,7 @@ class Graph:
             elif node not in seen:
                 seen.add(node)
                 stack.append((node, True))
-                if self.nodes[node][0] not in ("argument", "const"):
+                if node not in known and self.nodes[node][0] not in ("argument", "const"):
                     stack += [(each, False) for each in reversed(self.nodes[node][1:])]
         return order
 

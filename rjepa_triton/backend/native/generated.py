@@ -30,9 +30,12 @@ PACKED_FROM = 16  # packing the weights saves time from T·B = 16 on
 def _struct(cell: Cell, functions: Functions, entering: Sequence[int]) -> str:
     """The C++ of a cell's functions of one unit. entering: what its `dual` finds."""
 
+    fixed = {node: f"h[{k}]" for k, node in enumerate(functions.fixed)}
+
     def body(*results: tuple[str, Sequence[int]]) -> str:
         roots = [root for _, nodes in results for root in nodes]
-        statements, values = printed(functions.graph, roots, "cpp", names)
+        known = {} if results[0][0] == "h" else fixed
+        statements, values = printed(functions.graph, roots, "cpp", names, known)
         to = [f"{array}[{k}]" for array, nodes in results for k in range(len(nodes))]
         return "\n        ".join(
             [*statements, *(f"{place} = {value};" for place, value in zip(to, values, strict=True))]
@@ -59,18 +62,24 @@ template <class real> struct Cell {{
     typedef typename Lanes<real>::wide wide;
     static constexpr long S = {len(cell.states)}, G = {len(cell.gates)}, J = {len(cell.per_unit)};
     static constexpr long K = {len(cell.matrices)}, FOUND = {len(functions.found)}, ENTERING = {len(entering)};
+    static constexpr long INPUTS = {len(cell.inputs)}, FIXED = {len(fixed)};
     static constexpr long reads[] = {{{reads}}}, into[] = {{{into}}};
 
-    static inline void update(const wide *c, const wide *p, const wide *x, wide *now) {{
+    static inline void prepare(const wide *x, wide *h) {{
+        {body(("h", functions.fixed))}
+    }}
+
+    static inline void update(const wide *c, const wide *p, const wide *x, const wide *h, wide *now) {{
         {body(("now", functions.states))}
     }}
 
-    static inline void partials(const wide *c, const wide *p, const wide *x, const wide *w, wide *found, wide *m) {{
+    static inline void partials(const wide *c, const wide *p, const wide *x, const wide *h, const wide *w, wide *found,
+                                wide *m) {{
         {body(("found", functions.found), ("m", functions.m))}
     }}
 
-    static inline void dual(const wide *c, const wide *p, const wide *x, const wide *w, const wide *credit, wide *e,
-                            wide *back) {{
+    static inline void dual(const wide *c, const wide *p, const wide *x, const wide *h, const wide *w,
+                            const wide *credit, wide *e, wide *back) {{
         {body(("e", entering), ("back", functions.back))}
     }}
 }};

@@ -4,6 +4,8 @@
 //
 //     S, G, J, K   how many states c, pre-activations p, per-unit inputs x and recurrent matrices W there are
 //     reads[k]     the state that matrix k reads;  into[k]: the pre-activation that its product is added to
+//     INPUTS       how many of the inputs x come first that aren't the cell's own `parameters`
+//     prepare      the FIXED numbers h that depend on the cell's parameters alone
 //     update       the new states now[ν] = F_ν(c, p, x)
 //     partials     the FOUND distinct partials of F, and RFP's M^{νν'} = ∂F_ν/∂c^ν' + Σ_k ∂F_ν/∂p^into[k] w^k over the
 //                  matrices that read ν', at m[ν · S + ν']; w^k is the unit's entry on the diagonal of W^k
@@ -53,6 +55,38 @@ constexpr long at_least_one(long count) { return count ? count : 1; }
 template <class real> struct Weight {
     const real *numbers;
     long dims, head;
+};
+
+// The numbers h of a cell. Where its parameters are the same at all steps and rows, they are computed once.
+template <class real> struct Prepared {
+    typedef Cell<real> C;
+    typedef typename Lanes<real>::wide wide;
+    static constexpr long W = Lanes<real>::width, KEPT = at_least_one(C::FIXED);
+    std::vector<real> kept;
+    long blocks = 0;
+
+    Prepared(const Arrays<real> &x, long steps, long batch, long units) {
+        if (!C::FIXED || steps * batch < 2) return;
+        for (long j = C::INPUTS; j < C::J; j++)
+            for (long row = 1; row < steps * batch; row++) // a comparison takes a hundredth of what it may save
+                if (memcmp(x.at(j, row / batch, row % batch), x.at(j, 0, 0), units * sizeof(real))) return;
+        blocks = (units + W - 1) / W;
+        kept.resize(KEPT * blocks * W);
+        for (long i = 0; i < units; i += W) {
+            wide given[at_least_one(C::J)] = {}, h[KEPT];
+            for (long j = C::INPUTS; j < C::J; j++) given[j] = load(x.at(j, 0, 0) + i, units - i);
+            C::prepare(given, h);
+            for (long k = 0; k < C::FIXED; k++) memcpy(&kept[k * blocks * W + i], &h[k], sizeof(wide));
+        }
+    }
+
+    // h of the units from i on, whose inputs are given.
+    inline void at(long i, const wide *given, wide *h) const {
+        if (C::FIXED && blocks)
+            for (long k = 0; k < C::FIXED; k++) h[k] = *(const wide *)&kept[k * blocks * W + i];
+        else if (C::FIXED)
+            C::prepare(given, h);
+    }
 };
 
 // out[b] = W c[b] of a matrix by heads, for all rows; c and out are (B, N), the rows of `out` `next` numbers apart.
@@ -114,6 +148,7 @@ template <class real> void scan(Table table) {
         panels += readers[nu].panels();
         first_panel[nu + 1] = panels;
     }
+    const Prepared<real> prepared(x, steps, batch, units);
     long by_heads = done;
     for (long k = 0; k < K; k++)
         if (weights[k].dims == 3) product[k] = sums + by_heads++ * numbers, next_row[k] = units;
@@ -142,7 +177,9 @@ template <class real> void scan(Table table) {
                 p[C::into[k]] += weights[k].dims == 1 ? load(weights[k].numbers + i, here) * c[C::reads[k]]
                                                       : load(product[k] + b * next_row[k] + i, here);
             for (long j = 0; j < J; j++) given[j] = load(x.at(j, t, b) + i, here);
-            C::update(c, p, given, now);
+            wide h[at_least_one(C::FIXED)];
+            prepared.at(i, given, h);
+            C::update(c, p, given, h, now);
             for (long g = 0; g < G; g++)
                 if (real *to = saved.at(g, t, b)) store(to + i, p[g], here);
             for (long nu = 0; nu < S; nu++) store(states[nu] + (t + 1) * numbers + b * units + i, now[nu], here);
@@ -180,6 +217,7 @@ template <class real> void linearize(Table table) {
     real *const out = table.next<real>();
     const long steps = table.next(), batch = table.next(), units = table.next(), threads = table.next();
     const long rows = steps * batch, plane = rows * units;
+    const Prepared<real> prepared(x, steps, batch, units);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && plane >= SPREAD_FROM)
     for (long row = 0; row < rows; row++) {
         const long t = row / batch, b = row % batch;
@@ -192,7 +230,9 @@ template <class real> void linearize(Table table) {
             for (long j = 0; j < J; j++) given[j] = load(x.at(j, t, b) + i, here);
             for (long k = 0; k < K; k++)
                 for (long lane = 0; lane < here; lane++) w[k][lane] = diagonals[k][(i + lane) * strides[k]];
-            C::partials(c, p, given, w, found, m);
+            wide h[at_least_one(C::FIXED)];
+            prepared.at(i, given, h);
+            C::partials(c, p, given, h, w, found, m);
             real *to = out + row * units + i;
             for (long k = 0; k < FOUND; k++, to += plane) store(to, found[k], here);
             for (long k = 0; k < S * S; k++, to += plane) store(to, resets && resets[row] ? wide{} : m[k], here);
@@ -239,6 +279,7 @@ template <class real> void dual(Table table) {
     const bool shared = threads > 1 && steps * numbers >= SPREAD_FROM;
     const long each = shared ? (all + threads - 1) / threads : all, task = each < TASK ? each : TASK;
     if (!all) return;
+    const Prepared<real> prepared(x, steps, batch, units);
 #pragma omp parallel for schedule(static) num_threads(threads) if (shared)
     for (long first = 0; first < all; first += task) {
         const long last = first + task < all ? first + task : all;
@@ -269,7 +310,9 @@ template <class real> void dual(Table table) {
                         credit[nu] = load(passed_at[nu] + i, here);
                         if (given_at[nu]) credit[nu] += load(given_at[nu] + i, here);
                     }
-                    C::dual(c, p, given, w, credit, e, back);
+                    wide h[at_least_one(C::FIXED)];
+                    prepared.at(i, given, h);
+                    C::dual(c, p, given, h, w, credit, e, back);
                     for (long k = 0; k < ENTERING; k++)
                         if (e_at[k]) store(e_at[k] + i, e[k], here);
                     for (long nu = 0; nu < S; nu++) store(passed_at[nu] + i, reset ? wide{} : back[nu], here);

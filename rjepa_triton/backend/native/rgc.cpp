@@ -14,9 +14,13 @@ namespace {
 template <class real> struct Cell {
     typedef typename Lanes<real>::wide wide;
     static constexpr long S = 2, G = 4, J = 1, K = 4, FOUND = 6, ENTERING = 5;
+    static constexpr long INPUTS = 1, FIXED = 0;
     static constexpr long reads[] = {0, 1, 1, 0}, into[] = {0, 1, 2, 3};
 
-    static inline void partials(const wide *c, const wide *p, const wide *x, const wide *w, wide *found, wide *m) {
+    static inline void prepare(const wide *, wide *) {}
+
+    static inline void partials(const wide *c, const wide *p, const wide *x, const wide *h, const wide *w, wide *found,
+                                wide *m) {
         found[0] = c[0] - p[0] * p[0] * c[0];
         found[1] = p[1] * p[1] * x[0] - x[0];
         found[2] = c[1] - p[2] * p[2] * c[1];
@@ -29,10 +33,10 @@ template <class real> struct Cell {
         m[3] = p[2] + found[2] * w[2];
     }
 
-    static inline void dual(const wide *c, const wide *p, const wide *x, const wide *w, const wide *credit, wide *e,
-                            wide *back) {
+    static inline void dual(const wide *c, const wide *p, const wide *x, const wide *h, const wide *w, const wide *credit,
+                            wide *e, wide *back) {
         wide found[FOUND], m[4];
-        partials(c, p, x, w, found, m);
+        partials(c, p, x, h, w, found, m);
         e[0] = credit[0] * found[0];
         e[1] = credit[1] * found[3];
         e[2] = credit[0] * found[1];

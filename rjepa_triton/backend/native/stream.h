@@ -324,8 +324,10 @@ template <class real> struct Network {
                                            : panels[one.panel].learned.weight[i * one.fan_in + unit * W + lane];
             }
         }
-        C::update(c, p, input, now);
-        C::partials(c, p, input, w, partial, whole);
+        wide h[at_least_one(C::FIXED)];
+        C::prepare(input, h);
+        C::update(c, p, input, h, now);
+        C::partials(c, p, input, h, w, partial, whole);
         for (long nu = 0; nu < S; nu++) store(state + nu * plane + at, now[nu], here);
         for (long k = 0; k < FOUND; k++) store(found + k * plane + at, partial[k], here);
         const bool forgets = resets && resets[t * batch + b];

@@ -215,6 +215,24 @@ def test_exact_credits(
             torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6 * scale)
 
 
+@pytest.mark.parametrize("changes", [None, (0, 0, 1), (4, 2, 32)])
+@pytest.mark.parametrize("name", ["lru", "rtu", "time decay"])
+def test_parameters_that_are_the_same_at_all_steps_or_not(name: str, changes: tuple[int, ...] | None) -> None:
+    """What depends on a cell's parameters alone is computed once, unless one number of them differs at one step."""
+    cell = CELLS[name]
+    x = torch.randn(len(cell.per_unit), 5, 3, 33)
+    x[len(cell.inputs) :] = 0.3 * x[len(cell.inputs) :, :1, :1]
+    if changes is not None:
+        x[(-1, *changes)] += 1.0
+    state = [torch.randn(3, 33) for _ in cell.states]
+    got = operations.scan(cell, x, [], state, None, backend="compile")
+    want = cell.scan(x.double(), [], [s.double() for s in state])
+    torch.testing.assert_close(got.states.double(), want.states, rtol=1e-5, atol=1e-5)
+    m = operations.linearize(cell, got, [], backend="compile")[1]
+    torch.testing.assert_close(m.double(), operations.linearize(cell, want, [])[1], rtol=1e-5, atol=1e-5)
+    assert_dual(cell, got, [], torch.randn_like(got.after))
+
+
 def ran(
     cell: Cell, steps: int, batch: int, units: int, shape: str, reset: bool
 ) -> tuple[Trajectory, list[Tensor]]:
