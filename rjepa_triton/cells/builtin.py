@@ -459,7 +459,7 @@ class LIFCell(Cell):
     Raises ValueError unless 0 ≤ decay ≤ 1, threshold > 0 and dampening > 0, all finite.
     """
 
-    states = ("z", "v")
+    states: Sequence[str] = ("z", "v")
     gates = ("z",)
     matrices = (Matrix("hz", ("gate", 0), 0),)
 
