@@ -7,8 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import pages
 import pytest
 import torch
+from checkout import DOCS
 from every_cell import CELLS, by_cell, random_point
 from torch import Tensor
 
@@ -79,6 +81,14 @@ def test_an_lstm_reads_like_its_equations() -> None:
     assert "  c = c' * [2] + [3] * [4]\n  [5] = tanh(c)\n  h = [1] * [5]\n" in text
     assert "matrices    p_i = W_hi h'\n            p_f = W_hf h'" in text
     assert text.endswith("zero by structure\n  ∂h/∂h', ∂c/∂h', ∂c/∂p_o, ∂c/∂x_o")
+
+
+def test_the_documentation_shows_what_is_printed() -> None:
+    page = pages.blocks(DOCS / "cells.md")
+    names: dict[str, Any] = {}
+    pages.run_python(next(b for b in page if "class LeakyGate" in b.text), names)
+    (shown,) = [block.text for block in page if block.text.startswith("LeakyGate: ")]
+    assert shown.startswith(described(names["LeakyGate"]()))
 
 
 def test_two_matrices_of_one_gate_and_a_surrogate_are_told() -> None:
