@@ -15,7 +15,23 @@ from .cells.two_point import Cell, Matrix, Partials  # noqa: E402
 from .layers import functional  # noqa: E402
 from .layers import named as nn  # noqa: E402
 from .layers.conv import ConvRGC  # noqa: E402
-from .layers.named import CTRNN, ELSTM, GRU, LRU, LSTM, RGC, RNN, IndRNN, TimeDecay, TwoPointRNN  # noqa: E402
+from .layers.named import (  # noqa: E402
+    ALIF,
+    CTRNN,
+    ELSTM,
+    GRU,
+    LIF,
+    LRU,
+    LSTM,
+    MGU,
+    RGC,
+    RNN,
+    IndRNN,
+    MinGRU,
+    MinLSTM,
+    TimeDecay,
+    TwoPointRNN,
+)
 from .online import OnlineLearner  # noqa: E402
 from .online import operators as _operators  # noqa: E402, F401  registers them with torch
 from .online.fidelity import fidelity  # noqa: E402
@@ -34,17 +50,22 @@ if not TYPE_CHECKING:  # else a type checker would take every name for one of th
 
 
 __all__ = [
+    "ALIF",
     "CTRNN",
     "ELSTM",
     "GRU",
+    "LIF",
     "LRU",
     "LSTM",
+    "MGU",
     "RGC",
     "RNN",
     "Cell",
     "ConvRGC",
     "IndRNN",
     "Matrix",
+    "MinGRU",
+    "MinLSTM",
     "OnlineLearner",
     "Partials",
     "Stack",

@@ -15,6 +15,7 @@ def main() -> None:
 
         from ._command import quiet_end_of_pipe
         from .bench.cli import bench
+        from .layers.cli import cells
         from .rjepa.cli import add_to
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -33,6 +34,7 @@ def main() -> None:
         help="Recurrent layers that learn while they run.",
     )
     app.add_typer(bench, name="bench")
+    app.add_typer(cells, name="cells")
     add_to(app)
     with quiet_end_of_pipe():
         app()

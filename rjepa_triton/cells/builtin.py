@@ -1,12 +1,15 @@
-"""The built-in two-point cells, each with its partials in closed form.
+"""The built-in two-point cells: names and `update`, from which the rest follows.
 
     ElmanCell      h = f(W h' + x); with a diagonal W an independently recurrent unit
     LeakyCell      h = (1 - α) h' + α f(W h' + x)
     LSTMCell, GRUCell   as in torch.nn
+    MGUCell        minimal gated unit: one gate that forgets and resets
+    MinLSTMCell, MinGRUCell   gates that read the input alone
     ELSTMCell      element-wise LSTM: forget gate and candidate
     TimeDecayCell  c = τ c' + x
     LRUCell        linear recurrent unit, or recurrent trace unit: one complex decay per unit
     RGCCell        reciprocal gated circuit, the paper's cell
+    LIFCell, ALIFCell   spiking neurons, which learn by a surrogate derivative
 
 A prime is the step before. docs/cells.md shows how to write a cell.
 """
@@ -19,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .. import _checks as check
 from . import weights as weight_ops
@@ -26,12 +30,17 @@ from .two_point import Cell, Linearization, Matrix, Partials, Trajectory
 
 __all__ = [
     "NONLINEARITIES",
+    "ALIFCell",
     "ELSTMCell",
     "ElmanCell",
     "GRUCell",
+    "LIFCell",
     "LRUCell",
     "LSTMCell",
     "LeakyCell",
+    "MGUCell",
+    "MinGRUCell",
+    "MinLSTMCell",
     "Nonlinearity",
     "RGCCell",
     "TimeDecayCell",
@@ -43,11 +52,6 @@ NONLINEARITIES = ("tanh", "relu")
 
 def _apply(nonlinearity: str, value: Tensor) -> Tensor:
     return torch.tanh(value) if nonlinearity == "tanh" else torch.relu(value)
-
-
-def _derivative(nonlinearity: str, result: Tensor) -> Tensor:
-    """f'(v), given f(v)."""
-    return 1 - result.square() if nonlinearity == "tanh" else (result > 0).to(result.dtype)
 
 
 class ElmanCell(Cell):
@@ -135,6 +139,62 @@ class GRUCell(Cell):
     def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _, z, _, n = self._gates(p, x)
         return ((1 - z) * n + z * c[0],)
+
+
+class MGUCell(Cell):
+    """Minimal gated unit (Zhou et al. 2016), in the two-point variant: the gate comes after the product, as in GRUCell.
+
+        f = σ(W_f h' + x_f);    n = tanh(x_n + f (W_n h' + b_hn));    h = (1 - f) h' + f n
+
+    bias: whether there is b_hn. The paper's W_n (f ⊙ h') is not two-point: W_n reads f, which is of the same step.
+    """
+
+    states = ("h",)
+    gates = ("f", "n")
+    inputs = ("f", "n")
+    matrices = (Matrix("hf", ("gate", 0), 0), Matrix("hn", ("gate", 1), 0))
+
+    def __init__(self, bias: bool = True) -> None:
+        self.parameters = ("bias_hn",) if bias else ()
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        f = (p[0] + x[0]).sigmoid()
+        n = (x[1] + f * (p[1] + x[2] if len(x) > 2 else p[1])).tanh()
+        return ((1 - f) * c[0] + f * n,)
+
+
+class MinLSTMCell(Cell):
+    """minLSTM (Feng et al. 2024): an LSTM whose gates read the input alone and sum to 1.
+
+        f = σ(x_f) / (σ(x_f) + σ(x_i));    h = f h' + (1 - f) x_n
+
+    f is computed as σ(log σ(x_f) - log σ(x_i)), which is never 0 / 0. There are no recurrent matrices, so F is affine
+    in h' and RFP is exact.
+    """
+
+    states = ("h",)
+    gates = ()
+    inputs = ("f", "i", "n")
+    matrices = ()
+    affine = True
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        f = (logsigmoid(x[0]) - logsigmoid(x[1])).sigmoid()
+        return (f * c[0] + (1 - f) * x[2],)
+
+
+class MinGRUCell(Cell):
+    """minGRU (Feng et al. 2024): h = (1 - z) h' + z x_n, z = σ(x_z). There are no recurrent matrices: RFP is exact."""
+
+    states = ("h",)
+    gates = ()
+    inputs = ("z", "n")
+    matrices = ()
+    affine = True
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        z = x[0].sigmoid()
+        return ((1 - z) * c[0] + z * x[1],)
 
 
 class ELSTMCell(Cell):
@@ -381,6 +441,103 @@ class RGCCell(Cell):
         before = trajectory.before
         partials = self._partials_from_gates(trajectory.saved, before, trajectory.x[0])
         return Linearization(partials, before, trajectory.resets)
+
+
+class LIFCell(Cell):
+    """Leaky integrate-and-fire neuron (Bellec et al. 2020): v is the membrane's potential, z its spike, 0 or 1.
+
+        v = α v' + W z' + x - θ z';    z = H(v - θ)
+
+    α is `decay`, θ is `threshold`; H(a) is 1 for a > 0, else 0. Its derivative is zero almost everywhere, so in its
+    place the partials have the pseudo-derivative ψ, with γ the `dampening`:
+
+        ψ = γ / θ max(0, 1 - |v - θ| / θ)
+
+    The reset - θ z' has no derivative either: credit doesn't pass through it. So e-prop's trace, learning="eprop", is
+    that of the paper. A unit's own weight W_ii is like any other; there is no refractory time.
+
+    Raises ValueError unless 0 ≤ decay ≤ 1, threshold > 0 and dampening > 0, all finite.
+    """
+
+    states: Sequence[str] = ("z", "v")
+    gates = ("z",)
+    matrices = (Matrix("hz", ("gate", 0), 0),)
+
+    def __init__(self, decay: float = 0.95, threshold: float = 1.0, dampening: float = 0.3) -> None:
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must be in [0, 1], got {decay}")
+        for name, value in (("threshold", threshold), ("dampening", dampening)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {value}")
+        self.decay, self.threshold, self.dampening = decay, threshold, dampening
+
+    def _potential(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
+        return self.decay * c[1] + p[0] + x[0] - self.threshold * c[0]
+
+    def _pseudo_derivative(self, over: Tensor) -> Tensor:
+        """ψ, of how far the potential is over the threshold."""
+        return self.dampening / self.threshold * (1 - over.abs() / self.threshold).clamp_min(0)
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        v = self._potential(c, p, x)
+        return (v > self.threshold).to(v.dtype), v
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        """Those with ψ for the derivative of H."""
+        psi = self._pseudo_derivative(self._potential(c, p, x) - self.threshold)
+        entering = {0: psi, 1: torch.ones_like(psi)}
+        kept = {0: self.decay * psi, 1: torch.full_like(psi, self.decay)}
+        return Partials(own=[{}, kept], gate=[entering], input=[entering])
+
+
+class ALIFCell(LIFCell):
+    """Adaptive leaky integrate-and-fire neuron (Bellec et al. 2020): each spike raises its threshold for a while.
+
+        v = α v' + W z' + x - θ z';    a = ρ a' + z';    z = H(v - θ - β a)
+
+    α is `decay`, θ `threshold`, ρ `adaptation_decay` and β `adaptation`. ψ = γ / θ max(0, 1 - |v - θ - β a| / θ) stands
+    for the derivative of H, and the reset has none, as in `LIFCell`; credit does pass from z' to a.
+
+    Raises ValueError as `LIFCell`, and unless 0 ≤ adaptation_decay ≤ 1 and adaptation is finite.
+    """
+
+    states = ("z", "v", "a")
+
+    def __init__(
+        self,
+        decay: float = 0.95,
+        threshold: float = 1.0,
+        dampening: float = 0.3,
+        adaptation_decay: float = 0.995,
+        adaptation: float = 0.18,
+    ) -> None:
+        super().__init__(decay, threshold, dampening)
+        if not 0 <= adaptation_decay <= 1:
+            raise ValueError(f"adaptation_decay must be in [0, 1], got {adaptation_decay}")
+        if not math.isfinite(adaptation):
+            raise ValueError(f"adaptation must be finite, got {adaptation}")
+        self.adaptation_decay, self.adaptation = adaptation_decay, adaptation
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        v, a = self._potential(c, p, x), self.adaptation_decay * c[2] + c[0]
+        return (v > self.threshold + self.adaptation * a).to(v.dtype), v, a
+
+    def partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
+        """Those with ψ for the derivative of H."""
+        a = self.adaptation_decay * c[2] + c[0]
+        psi = self._pseudo_derivative(self._potential(c, p, x) - (self.threshold + self.adaptation * a))
+        one, by_a = torch.ones_like(psi), -self.adaptation * psi
+        rho = self.adaptation_decay
+        entering = {0: psi, 1: one}
+        return Partials(
+            own=[
+                {0: by_a, 2: one},
+                {0: self.decay * psi, 1: self.decay * one},
+                {0: rho * by_a, 2: rho * one},
+            ],
+            gate=[entering],
+            input=[entering],
+        )
 
 
 def _by_state_read(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -13,7 +13,23 @@ from ..cells import builtin as cells
 from ..cells.builtin import Nonlinearity
 from .layer import Device, Dtype, Init, TwoPointRNN, project
 
-__all__ = ["CTRNN", "ELSTM", "GRU", "LRU", "LSTM", "RGC", "RNN", "IndRNN", "TimeDecay", "TwoPointRNN"]
+__all__ = [
+    "ALIF",
+    "CTRNN",
+    "ELSTM",
+    "GRU",
+    "LIF",
+    "LRU",
+    "LSTM",
+    "MGU",
+    "RGC",
+    "RNN",
+    "IndRNN",
+    "MinGRU",
+    "MinLSTM",
+    "TimeDecay",
+    "TwoPointRNN",
+]
 
 
 class RGC(TwoPointRNN):
@@ -215,6 +231,70 @@ class GRU(_TorchWeights):
         return ours
 
 
+class MGU(TwoPointRNN):
+    """Minimal gated unit (Zhou et al. 2016), with the gate after the product, as torch.nn.GRU has it:
+
+        f = σ(W_hf h' + W_in_f u + b_f),    n = tanh(W_in_n u + b_n + f (W_hn h' + b_hn)),    h = (1 - f) h' + f n
+
+    Output and state are h. Parameters: weight_h<g> (N, N), weight_in_<g> (N, I), bias_<g> (N,) for g = f, n, and
+    bias_hn (N,). Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        bias: bool = True,
+        device: Device = None,
+        dtype: Dtype = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            cells.MGUCell(bias),
+            hidden_size,
+            input_size=input_size,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
+
+
+class MinLSTM(TwoPointRNN):
+    """minLSTM (Feng et al. 2024): an LSTM whose gates read the input alone.
+
+        f = σ(F u) / (σ(F u) + σ(I u)),    h = f h' + (1 - f) P u
+
+    There are no recurrent matrices, so RFP is exact, and the forward pass in parallel takes one round. Output and state
+    are h. Parameters: weight_in_<g> (N, I) and bias_<g> (N,) for g = f, i, n. Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, *, device: Device = None, dtype: Dtype = None, **options: Any
+    ) -> None:
+        super().__init__(
+            cells.MinLSTMCell(), hidden_size, input_size=input_size, device=device, dtype=dtype, **options
+        )
+
+
+class MinGRU(TwoPointRNN):
+    """minGRU (Feng et al. 2024): a GRU whose gate reads the input alone.
+
+        z = σ(Z u),    h = (1 - z) h' + z P u
+
+    There are no recurrent matrices, so RFP is exact, and the forward pass in parallel takes one round. Output and state
+    are h. Parameters: weight_in_<g> (N, I) and bias_<g> (N,) for g = z, n. Other arguments: `TwoPointRNN`.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, *, device: Device = None, dtype: Dtype = None, **options: Any
+    ) -> None:
+        super().__init__(
+            cells.MinGRUCell(), hidden_size, input_size=input_size, device=device, dtype=dtype, **options
+        )
+
+
 class ELSTM(TwoPointRNN):
     """Element-wise LSTM (Irie et al. 2024), whose gates read the input by the same weights as those of an LSTM:
 
@@ -305,6 +385,59 @@ class LRU(TwoPointRNN):
     def readout(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
         re, im = states
         return _applied(self.output_re, re) - _applied(self.output_im, im) + _applied(self.skip, x)
+
+
+class LIF(TwoPointRNN):
+    """Spiking network of leaky integrate-and-fire neurons (Bellec et al. 2020).
+
+        v = α v' + W_hz z' + W_in u + b - θ z',    z = 1 where v > θ, else 0
+
+    The output is the spikes z, the state (z, v). α = decay, θ = threshold; dampening scales the pseudo-derivative that
+    stands for that of the step from 0 to 1 (`LIFCell`). learning="eprop" gives e-prop with symmetric feedback, "bptt"
+    the surrogate gradient through time. Parameters: weight_hz (N, N), weight_in (N, I), bias. Other arguments:
+    `TwoPointRNN`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        decay: float = 0.95,
+        threshold: float = 1.0,
+        dampening: float = 0.3,
+        *,
+        device: Device = None,
+        dtype: Dtype = None,
+        **options: Any,
+    ) -> None:
+        cell = cells.LIFCell(decay, threshold, dampening)
+        super().__init__(cell, hidden_size, input_size=input_size, device=device, dtype=dtype, **options)
+
+
+class ALIF(TwoPointRNN):
+    """Spiking network of neurons whose thresholds adapt (Bellec et al. 2020): LIF, and
+
+        a = ρ a' + z',    z = 1 where v > θ + β a, else 0
+
+    The output is the spikes z, the state (z, v, a). ρ = adaptation_decay, β = adaptation; the rest as in `LIF`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        decay: float = 0.95,
+        threshold: float = 1.0,
+        dampening: float = 0.3,
+        adaptation_decay: float = 0.995,
+        adaptation: float = 0.18,
+        *,
+        device: Device = None,
+        dtype: Dtype = None,
+        **options: Any,
+    ) -> None:
+        cell = cells.ALIFCell(decay, threshold, dampening, adaptation_decay, adaptation)
+        super().__init__(cell, hidden_size, input_size=input_size, device=device, dtype=dtype, **options)
 
 
 def _applied(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from every_cell import CELLS, by_cell, random_point
+from every_cell import CELLS, by_smooth_cell, random_point
 from torch import Tensor
 
 from rjepa_triton import TwoPointRNN
@@ -84,7 +84,7 @@ def test_an_update_s_partials_are_those_of_autograd(name: str) -> None:
         )
 
 
-@by_cell
+@by_smooth_cell
 def test_every_cell_s_partials_at_large_arguments(cell: Cell) -> None:
     """Over ±30, in float32, against float64: as near as torch's own automatic derivatives, and finite."""
     wide = [

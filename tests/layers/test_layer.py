@@ -16,11 +16,14 @@ from rjepa_triton import (
     GRU,
     LRU,
     LSTM,
+    MGU,
     RGC,
     RNN,
     Cell,
     IndRNN,
     Matrix,
+    MinGRU,
+    MinLSTM,
     OnlineLearner,
     TimeDecay,
     TwoPointRNN,
@@ -39,13 +42,16 @@ LAYERS: dict[str, Any] = {
     "ctrnn": lambda **o: CTRNN(3, 6, 0.3, **o),
     "lstm": lambda **o: LSTM(3, 6, **o),
     "gru": lambda **o: GRU(3, 6, **o),
+    "mgu": lambda **o: MGU(3, 6, **o),
+    "min-lstm": lambda **o: MinLSTM(3, 6, **o),
+    "min-gru": lambda **o: MinGRU(3, 6, **o),
     "elstm": lambda **o: ELSTM(3, 6, **o),
     "time-decay": lambda **o: TimeDecay(3, 6, **o),
     "lru": lambda **o: LRU(3, 6, **o),
     "rtu": lambda **o: LRU(3, 6, nonlinearity="tanh", **o),
     "rgc": lambda **o: RGC(6, input_size=3, init="uniform", **o),
 }
-MATRIX_FREE = {"indrnn", "elstm", "time-decay", "lru", "rtu"}
+MATRIX_FREE = {"indrnn", "min-lstm", "min-gru", "elstm", "time-decay", "lru", "rtu"}
 by_layer = pytest.mark.parametrize("name", LAYERS)
 
 

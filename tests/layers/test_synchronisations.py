@@ -18,14 +18,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rjepa_triton import (
+    ALIF,
     CTRNN,
     ELSTM,
     GRU,
+    LIF,
     LRU,
     LSTM,
+    MGU,
     RGC,
     RNN,
     IndRNN,
+    MinGRU,
+    MinLSTM,
     OnlineLearner,
     Stack,
     StackLearner,
@@ -100,6 +105,11 @@ LAYERS: dict[str, Any] = {
     "elstm": lambda **o: ELSTM(3, 4, **o),
     "time-decay": lambda **o: TimeDecay(3, 4, **o),
     "lru": lambda **o: LRU(3, 4, **o),
+    "lif": lambda **o: LIF(3, 4, **o),
+    "alif": lambda **o: ALIF(3, 4, **o),
+    "mgu": lambda **o: MGU(3, 4, **o),
+    "minlstm": lambda **o: MinLSTM(3, 4, **o),
+    "mingru": lambda **o: MinGRU(3, 4, **o),
 }
 by_layer = pytest.mark.parametrize("name", LAYERS)
 

@@ -11,14 +11,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rjepa_triton import (
+    ALIF,
     CTRNN,
     ELSTM,
     GRU,
+    LIF,
     LRU,
     LSTM,
+    MGU,
     RGC,
     RNN,
     IndRNN,
+    MinGRU,
+    MinLSTM,
     OnlineLearner,
     Stack,
     TimeDecay,
@@ -40,6 +45,11 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "ELSTM": lambda **o: ELSTM(3, 5, **o),
     "TimeDecay": lambda **o: TimeDecay(3, 5, **o),
     "LRU": lambda **o: LRU(3, 5, **o),
+    "LIF": lambda **o: LIF(3, 5, **o),
+    "ALIF": lambda **o: ALIF(3, 5, **o),
+    "MGU": lambda **o: MGU(3, 5, **o),
+    "MinLSTM": lambda **o: MinLSTM(3, 5, **o),
+    "MinGRU": lambda **o: MinGRU(3, 5, **o),
     "two-point": lambda **o: TwoPointRNN(RGCCell(), 5, input_size=3, learning="bptt", **o),
 }
 

@@ -34,13 +34,21 @@ CELLS: dict[str, Cell] = {
     "lstm": builtin.LSTMCell(),
     "gru": builtin.GRUCell(),
     "gru-without-bias": builtin.GRUCell(bias=False),
+    "mgu": builtin.MGUCell(),
+    "min-lstm": builtin.MinLSTMCell(),
+    "min-gru": builtin.MinGRUCell(),
     "elstm": builtin.ELSTMCell(),
     "time-decay": builtin.TimeDecayCell(),
     "lru": builtin.LRUCell(),
     "rtu": builtin.LRUCell("relu"),
     "rgc": builtin.RGCCell(),
     "shared-gate": SharedGate(),
+    "lif": builtin.LIFCell(0.9),
+    "alif": builtin.ALIFCell(0.9, 0.8, 0.5, 0.95, 0.3),
 }
+# Those whose partials are the derivatives of `update`, and not a surrogate.
+SMOOTH = {name: cell for name, cell in CELLS.items() if not isinstance(cell, builtin.LIFCell)}
+by_smooth_cell = pytest.mark.parametrize("cell", SMOOTH.values(), ids=SMOOTH.keys())
 by_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS.keys())
 # The shapes that a recurrent weight may have, for N = 6.
 SHAPES = {"dense": (6, 6), "blocks": (3, 2, 2), "diagonal": (6,)}

@@ -395,14 +395,21 @@ def loops(cell: Cell) -> Loops | None:
     return made
 
 
+def source(cell: Cell) -> str | None:
+    """The C++ of a cell's functions of one unit; None if it can't be traced."""
+    found = traced(cell)
+    if found is None:
+        return None
+    functions = Functions(cell, found)
+    return _struct(cell, functions, Planes(cell, functions).nodes)
+
+
 def stream_code(cell: Cell) -> ctypes.CDLL | None:
     """The library of a cell's streams (`stream.h`), built on first use; None if the cell can't be traced or built."""
     found = traced(cell)
     if found is None:
         return None
     if "stream" not in found.made:
-        functions = Functions(cell, found)
-        text = _struct(cell, functions, Planes(cell, functions).nodes)
-        found.made["stream"] = library.generated(text + '\n#include "stream.h"\n')
+        found.made["stream"] = library.generated(f'{source(cell)}\n#include "stream.h"\n')
     made: ctypes.CDLL | None = found.made["stream"]
     return made

@@ -23,12 +23,17 @@ from rjepa_triton.backend import native_backend, operations
 from rjepa_triton.backend.native import calls, generated, library
 from rjepa_triton.backend.table import Refusal
 from rjepa_triton.cells.builtin import (
+    ALIFCell,
     ElmanCell,
     ELSTMCell,
     GRUCell,
     LeakyCell,
+    LIFCell,
     LRUCell,
     LSTMCell,
+    MGUCell,
+    MinGRUCell,
+    MinLSTMCell,
     RGCCell,
     TimeDecayCell,
 )
@@ -148,6 +153,11 @@ CELLS: dict[str, Cell] = {
     "lru": LRUCell(),
     "rtu": LRUCell("tanh"),
     "two states into one gate": SharedGate(),
+    "mgu": MGUCell(),
+    "minlstm": MinLSTMCell(),
+    "mingru": MinGRUCell(),
+    "lif": LIFCell(),
+    "alif": ALIFCell(),
 }
 
 
@@ -326,7 +336,7 @@ def test_the_dual_form_by_threads_and_strides(name: str, monkeypatch: pytest.Mon
     resets = trajectory.resets.t().contiguous().t()
     other = [w.t().contiguous().t() for w in weights]
     again = assert_dual(
-        cell, Trajectory(*turned[:3], resets), other, turned[3], torch.zeros(2, 17, 520)[: len(delta), :, ::2]
+        cell, Trajectory(*turned[:3], resets), other, turned[3], torch.zeros(len(delta), 17, 520)[:, :, ::2]
     )
     torch.testing.assert_close(again, found[0], rtol=0, atol=0)
     # of one state alone
