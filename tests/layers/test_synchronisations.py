@@ -6,6 +6,8 @@ Counted by a mode that sees every operation that torch dispatches. The exception
   once, at the end, whether its terms fall;
 - on the CPU alone, where nothing waits, the dual form over a sequence with resets reads once whether any step is without
   a loss, and compiled code reads lr.
+- on the CPU alone, a learner reads once a call whether what it got and made is finite; elsewhere it reads flags that have
+  come by then (`test_nonfinite.py`, which counts reads on a stand-in for a far device). Here it looks at nothing.
 """
 
 from __future__ import annotations
@@ -192,7 +194,7 @@ FORMS: list[dict[str, Any]] = [
 def test_learners(name: str, options: dict[str, Any], backend: str) -> None:
     """Steps, chunks, resets and their backward passes. In the mode, torch runs in the place of compiled code."""
     layer = LAYERS[name]()
-    learner = OnlineLearner(layer, 2, backend=backend, **options)
+    learner = OnlineLearner(layer, 2, backend=backend, nonfinite="ignore", **options)
     x, resets, mask = torch.randn(4, 2, layer.fan_in), torch.rand(4, 2) < 0.3, torch.tensor([True, False])
     learner.step(x[0]).sum().backward()  # the first makes memory that the others reuse
     learner.reset()
@@ -217,7 +219,7 @@ def test_learners(name: str, options: dict[str, Any], backend: str) -> None:
 
 
 def test_a_stack() -> None:
-    learner = StackLearner(Stack(LSTM(3, 4), RGC(4)), 2)
+    learner = StackLearner(Stack(LSTM(3, 4), RGC(4)), 2, nonfinite="ignore")
     with Reads() as reads:
         for _ in range(3):
             learner.step(torch.randn(2, 3)).sum().backward()
