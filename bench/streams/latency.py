@@ -23,6 +23,8 @@ LOOKS = {
     "chunk": Look("#009E73", "s", DASHED),
     "carry": Look("#CC79A7", "D", DASHED),
     "tbptt": Look("#E69F00", "^", DASHED),
+    "stream": Look("#000000", "*"),
+    "stream-adam": Look("#999933", "h"),
 }
 MARKED = (0.5, 0.9, 0.99)
 
@@ -51,7 +53,7 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
             pair[::-1] for axes in panels[0] for pair in zip(*axes.get_legend_handles_labels(), strict=True)
         )
         figure.legend(shown.values(), shown.keys(), loc="lower center", ncols=len(shown), frameon=False)
-        figure.suptitle(f"Latency of one whole online step, RGC and SGD  ·  {where(records)}", fontsize=12)
+        figure.suptitle(f"Latency of one whole online step, RGC  ·  {where(records)}", fontsize=12)
         return save(figure, Path(path))
 
 

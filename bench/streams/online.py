@@ -2,6 +2,8 @@
 
 A stream waits for single steps, and their mean says little: with form "chunk" most steps are cheap and the last one of
 a chunk pays for all. So every step is timed by itself, over 10,000 steps and more, and the result is a distribution.
+The forms of `Stream.run` take many steps in one call, which is what is timed: a step's time is the call's over its
+steps.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from ... import _checks as check
 from ...layers.named import RGC
 from ...online.learner import OnlineLearner
+from ...online.streams import Stream as OneCall
 from ..harness import energy, inputs, measure, progress, record
 from ..harness.device import check_device, failure
 from ..harness.record import Record
@@ -34,7 +37,8 @@ LEAST_STEPS = 10_000
 WARM_STEPS = 200
 LEARNING_RATE = 1e-4
 INPUTS_KEPT = 64  # steps of x and δ that a stream repeats, so that they fit in a cache however long it is
-# The forms that can be timed, with their options of `OnlineLearner`.
+STREAM_STEPS = 200  # most steps of a call of the forms that take all steps in one call
+# The forms that can be timed, with their options of `OnlineLearner`, or of `Stream` for those that begin with "stream".
 FORMS: dict[str, dict[str, Any]] = {
     "step": {"form": "step"},
     "step-lr": {"form": "step", "lr": LEARNING_RATE},
@@ -44,8 +48,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "tbptt": {"learning": "tbptt"},
     "step-graph": {"form": "step", "cuda_graph": True},
     "step-graph-lr": {"form": "step", "cuda_graph": True, "lr": LEARNING_RATE},
+    "stream": {"optimizer": "sgd"},
+    "stream-adam": {"optimizer": "adam"},
 }
 CHUNKED = ("chunk", "carry", "tbptt")
+STREAMS = ("stream", "stream-adam")
 EXACT_AT_FIRST = ("carry", "tbptt")  # forms whose gradient of the first chunk is BPTT's
 POINTS = {"cpu": ((64, 1), (256, 1), (1024, 1)), "cuda": ((64, 1), (256, 1), (1024, 1), (2048, 1), (256, 32))}
 DEFAULT_FORMS = {
@@ -101,7 +108,7 @@ class Settings:
             "C": self.chunk if form in CHUNKED else 1,
             "steps": self.steps,
             "cell": "rgc",
-            "optimizer": "SGD",
+            "optimizer": "Adam" if form == "stream-adam" else "SGD",
             "dtype": "float32",
             "device": torch.device(self.device).type,
             "scale": self.scale,
@@ -157,28 +164,69 @@ class Stream:
         return shown
 
 
+class Calls:
+    """An RGC that learns online by `Stream.run`, many steps in one call: `call()` takes `steps` of them.
+
+    The loss is Σ δ(t) o(t) with a given δ, of a readout of one output, o(t) = w·s(t), which learns as the layer does.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        units: int,
+        batch: int,
+        settings: Settings,
+        rate: float = LEARNING_RATE,
+        steps: int = STREAM_STEPS,
+        update_every: int = 1,
+    ) -> None:
+        self.form, self.steps = form, steps
+        self.layer = Stream("step", units, batch, settings).layer
+        like = self.layer.recurrent_weights()[0].detach()
+        self.readout = torch.nn.Linear(units, 1, bias=False, device=like.device)
+        with torch.no_grad():
+            self.readout.weight.copy_(inputs.normal((1, units), settings.seed, 4, like))
+        self.stream = OneCall(
+            self.layer, self.readout, batch, loss="delta", lr=rate, update_every=update_every, **FORMS[form]
+        )
+        self.learner = self.stream.learner
+        self.x = inputs.inputs("noise", steps, batch, units, settings.seed, like)
+        self.delta = inputs.normal((steps, batch, 1), settings.seed, 3, like)
+
+    def call(self) -> None:
+        """Take `steps` steps."""
+        self.stream.run(self.x, self.delta)
+
+    def gradient(self) -> list[Tensor]:
+        """The sum of the gradients of all steps of one call, with the weights held still. The optimizer must be new."""
+        weights = self.layer.recurrent_weights()
+        before = [weight.detach().clone() for weight in weights]
+        self.call()
+        if FORMS[self.form]["optimizer"] == "sgd":  # of a learning rate of 1
+            return [kept - weight.detach() for kept, weight in zip(before, weights, strict=True)]
+        (first_beta, _) = self.stream.optimizer.param_groups[0]["betas"]
+        return [self.stream.optimizer.state[weight]["exp_avg"] / (1 - first_beta) for weight in weights]
+
+
 def verify(form: str, units: int, batch: int, settings: Settings) -> None:
     """Raise ArithmeticError unless the gradient summed over a chunk, with the weights held still, is the oracle's.
 
     The oracle (`cases.oracle`) is float64 autograd of RFP, or of BPTT for a form that is exact within its first chunk.
     """
-    stream = Stream(form, units, batch, settings, rate=1.0)
-    kept = [weight.detach().clone() for weight in stream.layer.recurrent_weights()]
-    gradients = [torch.zeros_like(weight) for weight in kept]
     steps = min(settings.chunk, cases.CHECK_STEPS) if form not in CHUNKED else settings.chunk
-    for _ in range(steps):
-        stream.step()
-        if stream.at % stream.every:
-            continue
-        with torch.no_grad():  # with a learning rate of 1, the weights' decrease is the gradient
-            for total, weight, before in zip(gradients, stream.layer.recurrent_weights(), kept, strict=True):
-                total.add_(before - weight)
-                weight.copy_(before)
-    zero = stream.x.new_zeros(batch, units)
-    weights: list[Tensor] = list(stream.layer.recurrent_weights())
-    short = cases.Problem(
-        stream.x[:steps], stream.delta[:steps], (zero, zero), weights, settings.chunk, "auto"
-    )
+    if form in STREAMS:
+        calls = Calls(form, units, batch, settings, 1.0, steps, update_every=steps)
+        layer, x = calls.layer, calls.x
+        delta = calls.delta * calls.readout.weight.detach()  # of the states
+        kept = [weight.detach().clone() for weight in layer.recurrent_weights()]
+        gradients = calls.gradient()
+    else:
+        stream = Stream(form, units, batch, settings, rate=1.0)
+        layer, x, delta = stream.layer, stream.x, stream.delta
+        kept = [weight.detach().clone() for weight in layer.recurrent_weights()]
+        gradients = _summed(stream, steps, kept)
+    zero = x.new_zeros(batch, units)
+    short = cases.Problem(x[:steps], delta[:steps], (zero, zero), kept, settings.chunk, "auto")
     wanted = cases.oracle(short, form in EXACT_AT_FIRST)
     for name, got, want in zip(("ss", "ms", "mm", "sm"), gradients, wanted, strict=True):
         error = float((got.double() - want).norm() / want.norm())
@@ -186,6 +234,20 @@ def verify(form: str, units: int, batch: int, settings: Settings) -> None:
             raise ArithmeticError(
                 f"{form}'s gradient of W_{name} differs from float64 by {error:.1e} relative"
             )
+
+
+def _summed(stream: Stream, steps: int, kept: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of so many steps, with the weights held at `kept` and a learning rate of 1."""
+    gradients = [torch.zeros_like(weight) for weight in kept]
+    for _ in range(steps):
+        stream.step()
+        if stream.at % stream.every:
+            continue
+        with torch.no_grad():  # the weights' decrease is the gradient
+            for total, weight, before in zip(gradients, stream.layer.recurrent_weights(), kept, strict=True):
+                total.add_(before - weight)
+                weight.copy_(before)
+    return gradients
 
 
 def latencies(step: Callable[[], object], steps: int, device: torch.device) -> np.ndarray:
@@ -201,17 +263,27 @@ def latencies(step: Callable[[], object], steps: int, device: torch.device) -> n
     return np.diff(stamps)
 
 
+def _timed(
+    form: str, units: int, batch: int, settings: Settings
+) -> tuple[Callable[[], object], int, OnlineLearner]:
+    """What is timed, how many steps that takes, and the learner whose state it keeps."""
+    if form in STREAMS:
+        calls = Calls(form, units, batch, settings, steps=min(STREAM_STEPS, settings.steps))
+        return calls.call, calls.steps, calls.learner
+    stream = Stream(form, units, batch, settings)
+    return stream.step, 1, stream.learner
+
+
 def measure_form(form: str, units: int, batch: int, settings: Settings) -> dict[str, Any]:
     """Check and time one form at one point; the fields of its record."""
     device = torch.device(settings.device)
     try:
         begin = time.perf_counter()
-        Stream(form, units, batch, settings).step()
+        _timed(form, units, batch, settings)[0]()
         first = time.perf_counter() - begin
         verify(form, units, batch, settings)
-        stream = Stream(form, units, batch, settings)
-        step = stream.step
-        warm = latencies(step, WARM_STEPS, device)
+        step, steps, learner = _timed(form, units, batch, settings)
+        warm = latencies(step, max(1, WARM_STEPS // steps), device) / steps
         predicted = float(warm.mean()) * settings.steps
         if predicted > settings.budget:
             return {
@@ -221,9 +293,9 @@ def measure_form(form: str, units: int, batch: int, settings: Settings) -> dict[
             }
         meter = energy.meter(device)
         before = meter.read()
-        taken = latencies(step, settings.steps, device)
+        taken = latencies(step, settings.steps // steps, device) / steps
         joules = meter.between(before, meter.read())
-        flowing = measure.seconds(step, settings.steps // 10, device)
+        flowing = measure.seconds(step, max(1, settings.steps // steps // 10), device) / steps
     except Exception as error:
         status, message = failure(error)
         return {"status": status, "message": message}
@@ -231,15 +303,15 @@ def measure_form(form: str, units: int, batch: int, settings: Settings) -> dict[
     return {
         "status": "ok",
         "timing": measure.timing(taken),
-        "state_bytes": stream.learner.nbytes,
+        "state_bytes": learner.nbytes,
         "compile_seconds": first,
         "payload": {
             "quantiles": [[q, value] for q, value in zip(QUANTILES, points, strict=True)],
             "mean": float(taken.mean()),
             "steps_per_second": batch / flowing,
-            "joules_per_step": None if joules is None else joules / settings.steps,
+            "joules_per_step": None if joules is None else joules / (len(taken) * steps),
             "energy": meter.source,
-            "form": stream.learner.form,
+            "form": learner.form,
         },
     }
 
@@ -284,7 +356,8 @@ def table(records: Sequence[Record]) -> Table:
     steps = sorted({r.params["steps"] for r in timed})
     out = Table(
         title=f"latency of one whole online step, over {', '.join(f'{n:,}' for n in steps)} steps",
-        caption="steps/s: rows times steps, without waiting for each; energy: " + "; ".join(meters),
+        caption="steps/s: rows times steps, without waiting for each; stream: a call's time over its steps; energy: "
+        + "; ".join(meters),
     )
     for heading in ("N", "B", "form", "C", "p50", "p90", "p99", "max", "steps/s", "state", "energy a step"):
         out.add_column(heading, justify="left" if heading == "form" else "right", no_wrap=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -32,6 +34,28 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "step's gradient of W_ss differs from float64" in found["message"]
 
 
+def test_a_wrong_gradient_of_a_stream_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(online.FORMS, "stream", {"optimizer": "sgd", "learning": "snap0"})
+    assert "stream's gradient of W_ss differs" in online.measure_form("stream", 8, 2, settings())["message"]
+
+
+@pytest.mark.parametrize("form", online.STREAMS)
+def test_a_streams_time_is_a_calls_over_its_steps(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def latencies(call: Callable[[], object], calls: int, device: torch.device) -> np.ndarray:
+        asked.append(calls)
+        call()
+        return np.full(calls, 0.5)
+
+    monkeypatch.setattr(online, "latencies", latencies)
+    found = online.measure_form(form, 8, 2, settings(steps=1500))
+    assert found["status"] == "ok"
+    assert asked == [1, 7]
+    assert found["timing"].median == pytest.approx(0.5 / online.STREAM_STEPS)
+    assert found["payload"]["mean"] == pytest.approx(0.5 / online.STREAM_STEPS)
+
+
 def test_each_step_is_timed_by_itself() -> None:
     lengths = iter([1e-3, 1e-3, 8e-3, 1e-3])
     taken = online.latencies(lambda: time.sleep(next(lengths)), 4, torch.device("cpu"))
@@ -51,11 +75,15 @@ def test_the_weights_change_at_a_chunks_end() -> None:
 
 
 def test_command(tmp_path: Path) -> None:
-    arguments = ["online", *OPTIONS, "--forms", "step,chunk", "--out", str(tmp_path)]
+    arguments = ["online", *OPTIONS, "--forms", "step,chunk,stream", "--out", str(tmp_path)]
     result = CliRunner().invoke(bench, arguments)
     assert result.exit_code == 0, result.output
     made = record.load(tmp_path / online.FILE)
-    assert [(r.algorithm, r.params["C"], r.status) for r in made] == [("step", 1, "ok"), ("chunk", 4, "ok")]
+    assert [(r.algorithm, r.params["C"], r.status) for r in made] == [
+        ("step", 1, "ok"),
+        ("chunk", 4, "ok"),
+        ("stream", 1, "ok"),
+    ]
     for r in made:
         values = [value for _, value in r.payload["quantiles"]]
         assert values == sorted(values)
@@ -66,9 +94,9 @@ def test_command(tmp_path: Path) -> None:
     assert made[0].state_bytes == 32 * 2 * 8**2 + 8 * 2 * 8
     assert (tmp_path / "online.png").exists()
     again = CliRunner().invoke(bench, [*arguments, "--markdown"])
-    assert "kept 2 records" in again.output
+    assert "kept 3 records" in again.output
     assert "| 8 | 2 | chunk | 4 |" in again.output
-    assert len(record.load(tmp_path / online.FILE)) == 2
+    assert len(record.load(tmp_path / online.FILE)) == 3
 
 
 def test_what_takes_too_long_is_recorded_and_not_run() -> None:

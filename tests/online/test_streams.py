@@ -1,0 +1,643 @@
+"""`Stream` is the loop of an `OnlineLearner`, a loss of torch.nn.functional and an optimizer of torch.optim."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rjepa_triton import (
+    CTRNN,
+    ELSTM,
+    GRU,
+    LSTM,
+    RGC,
+    RNN,
+    Cell,
+    IndRNN,
+    Matrix,
+    OnlineLearner,
+    Stream,
+    TimeDecay,
+    TwoPointRNN,
+)
+from rjepa_triton.backend import native_backend
+
+F32, F64 = torch.float32, torch.float64
+STEPS = 23
+
+needs_a_compiler = pytest.mark.skipif(native_backend.cpp_compiler() is None, reason="no C++ compiler")
+
+
+class LeakyGate(Cell):
+    """z = σ(W_z h' + x_z);  n = tanh(W_n h' + x_n);  h = σ(leak) h' + z (n - h'): the cell of docs/cells.md."""
+
+    states = ("h",)
+    gates = ("z", "n")
+    inputs = ("z", "n")
+    parameters = ("leak",)
+    matrices = (Matrix("hz", ("gate", 0), 0), Matrix("hn", ("gate", 1), 0))
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        z, n = torch.sigmoid(p[0] + x[0]), torch.tanh(p[1] + x[1])
+        return (torch.sigmoid(x[2]) * c[0] + z * (n - c[0]),)
+
+
+HEADS = {1: 1, 2: 2, 17: 1, 40: 4}  # of N units
+LAYERS: dict[str, Callable[..., TwoPointRNN]] = {
+    "rgc": lambda n, **o: RGC(n, init="uniform", **o),
+    "rgc of features": lambda n, **o: RGC(n, input_size=5, init="uniform", **o),
+    "rgc by heads": lambda n, **o: RGC(n, input_size=3, init="uniform", heads=HEADS[n], **o),
+    "lstm": lambda n, **o: LSTM(9, n, **o),
+    "lstm by heads": lambda n, **o: LSTM(2, n, heads=HEADS[n], **o),
+    "gru": lambda n, **o: GRU(4, n, **o),
+    "gru of one feature": lambda n, **o: GRU(1, n, **o),
+    "rnn": lambda n, **o: RNN(3, n, **o),
+    "ctrnn": lambda n, **o: CTRNN(3, n, **o),
+    "diagonal gru": lambda n, **o: GRU(3, n, recurrence="diagonal", **o),
+    "time decay": lambda n, **o: TimeDecay(3, n, **o),
+    "indrnn": lambda n, **o: IndRNN(3, n, **o),
+    "a user's": lambda n, **o: TwoPointRNN(LeakyGate(), n, input_size=3, **o),
+}
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("sgd", {}),
+    "momentum": ("sgd", {"momentum": 0.9}),
+    "nesterov": ("sgd", {"momentum": 0.8, "nesterov": True}),
+    "dampening": ("sgd", {"momentum": 0.9, "dampening": 0.3}),
+    "sgd with decay": ("sgd", {"weight_decay": 0.1}),
+    "adam": ("adam", {}),
+    "adam with decay": ("adam", {"weight_decay": 0.1, "betas": (0.8, 0.95)}),
+    "adamw": ("adamw", {}),
+    "rmsprop": ("rmsprop", {}),
+}
+CLASSES = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+}
+# How many steps each call takes; "step" for as many of step() and learn().
+Calls = tuple[int | tuple[str, int], ...]
+CALLS: dict[str, Calls] = {
+    "whole": (STEPS,),
+    "pieces": (9, 1, 13),
+    "steps": (("step", STEPS),),
+    "both": (10, ("step", 4), 3, ("step", 1), 5),
+}
+FACTORS: dict[str, Sequence[Any]] = {
+    "layer": list(LAYERS),
+    "optimizer": list(OPTIMIZERS),
+    "loss": ["mse", "cross_entropy", "huber", "cosine", "delta"],
+    "rule": ["rfp", "eprop", "rflo", "snap0"],
+    "calls": list(CALLS),
+    "units": [1, 2, 17, 40],
+    "batch": [1, 3],
+    "outputs": [2, 9],
+    "every": [1, 3],
+    "clip": [None, 0.2],
+    "rates": [False, True],
+    "resets": [False, True],
+    "mask": [False, True],
+    "bias": [True, False],
+}
+
+
+def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Cases in which each value of a factor meets each value of every other one."""
+    draw = random.Random(0)
+    missing = {
+        (a, x, b, y) for a, b in combinations(factors, 2) for x in factors[a] for y in factors[b]
+    }  # a before b
+    order = {name: at for at, name in enumerate(factors)}
+    cases = []
+    while missing:
+        a, x, b, y = min(missing, key=str)
+        case = {a: x, b: y}
+
+        def gained(name: str, value: Any, case: Mapping[str, Any] = case, missing: set[Any] = missing) -> int:
+            met = (
+                (name, value, other, case[other])
+                if order[name] < order[other]
+                else (other, case[other], name, value)
+                for other in case
+            )
+            return sum(pair in missing for pair in met)
+
+        for name in draw.sample([name for name in factors if name not in case], len(factors) - 2):
+            values = draw.sample(list(factors[name]), len(factors[name]))
+            case[name] = max(values, key=functools.partial(gained, name))
+        case = {name: case[name] for name in factors}
+        missing -= {(a, case[a], b, case[b]) for a, b in combinations(case, 2)}
+        cases.append(case)
+    return cases
+
+
+def told(case: Mapping[str, Any]) -> str:
+    return "-".join(str(value) for value in case.values())
+
+
+class Loop:
+    """What a `Stream` is documented to do, step by step."""
+
+    def __init__(
+        self, layer: TwoPointRNN, readout: nn.Module, batch: int, loss: str, optimizer: str, lr: float, rule: str,
+        every: int = 1, clip: float | None = None, options: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.layer, self.readout, self.loss, self.every, self.clip = layer, readout, loss, every, clip
+        self.learner = OnlineLearner(layer, batch, form="step", learning=rule)  # type: ignore[arg-type]
+        self.weights = [*layer.parameters(), *readout.parameters()]
+        self.optimizer = CLASSES[optimizer](self.weights, lr=lr, **(options or {}))
+        self.now = 0
+
+    def step(
+        self, x: Tensor, target: Tensor, reset: Tensor | None, mask: Tensor | None, rate: float | None
+    ) -> tuple[Tensor, Tensor]:
+        if reset is not None and reset.any():
+            self.learner.reset(reset)
+        output = self.readout(self.learner.step(x))
+        loss = self.of(output, target) if mask is None else self.of(output[mask], target[mask])
+        loss.backward()
+        self.now += 1
+        if self.now % self.every == 0:
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(self.weights, self.clip)
+            if rate is not None:
+                self.optimizer.param_groups[0]["lr"] = rate
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.detach(), output.detach()
+
+    def of(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.loss == "delta":
+            return (output * target).sum()
+        if not len(output):
+            return output.sum()  # of nothing: 0
+        if self.loss == "cosine":
+            return (1 - F.cosine_similarity(output, target)).mean()
+        if self.loss == "huber":
+            return F.huber_loss(output, target, delta=0.7)
+        return {"mse": F.mse_loss, "cross_entropy": F.cross_entropy}[self.loss](output, target)
+
+    def run(
+        self, x: Tensor, target: Tensor, resets: Tensor | None = None, mask: Tensor | None = None,
+        rates: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        found = [
+            self.step(
+                x[t], target[t], None if resets is None else resets[t], None if mask is None else mask[t],
+                None if rates is None else float(rates[t]),
+            )
+            for t in range(len(x))
+        ]  # fmt: skip
+        losses, outputs = zip(*found, strict=True)
+        return torch.stack(losses), torch.stack(outputs)
+
+
+def by_step(
+    stream: Stream, x: Tensor, target: Tensor, resets: Tensor | None = None, mask: Tensor | None = None,
+    rates: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `Stream.run`, by step() and learn()."""
+    losses, outputs = [], []
+    for t in range(len(x)):
+        if resets is not None and resets[t].any():
+            stream.reset(resets[t])
+        if rates is not None:
+            stream.optimizer.param_groups[0]["lr"] = float(rates[t])
+        outputs.append(stream.step(x[t]))
+        losses.append(stream.learn(target[t], None if mask is None else mask[t]))
+    return torch.tensor(losses, dtype=x.dtype), torch.stack(outputs)
+
+
+def given(
+    layer: TwoPointRNN, batch: int, outputs: int, loss: str, steps: int = STEPS
+) -> tuple[Tensor, Tensor]:
+    """x (T, B, F) that isn't contiguous, and a target that fits the loss."""
+    dtype = layer.weights()[0].dtype
+    x = torch.randn(batch, steps, layer.fan_in, dtype=dtype).transpose(0, 1)
+    if loss == "cross_entropy":
+        return x, torch.randint(outputs, (steps, batch))
+    return x, torch.randn(steps, outputs, batch, dtype=dtype).mT
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a state_dict."""
+    if isinstance(value, Mapping):
+        for key in value:
+            yield from flat(value[key], f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for at, each in enumerate(value):
+            yield from flat(each, f"{path}.{at}")
+    else:
+        yield path, value
+
+
+def near(found: Any, wanted: Any, tolerance: float) -> None:
+    """Numbers of two state_dicts within rounding, relative to the largest of each tensor, and all else equal."""
+    ours, theirs = dict(flat(found)), dict(flat(wanted))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if isinstance(value, Tensor):
+            got = ours[name]
+            assert got.dtype == value.dtype, name
+            assert got.shape == value.shape, name
+            scale = max(1.0, float(value.abs().max())) if value.numel() else 1.0
+            torch.testing.assert_close(
+                got, value, rtol=0, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        else:
+            assert ours[name] == value, name
+
+
+def everything(of: Stream | Loop) -> dict[str, Any]:
+    """Weights, the learner's state with Γ, and the optimizer's."""
+    of.learner.lend()  # folds a step that no backward pass has reached, as in a layer that doesn't learn
+    learner = of.learner.state_dict()
+    learner.pop("episode")  # when all rows were last reset, which form "step" doesn't use
+    return {
+        "layer": of.layer.state_dict(),
+        "readout": of.readout.state_dict(),
+        "learner": learner,
+        "optimizer": of.optimizer.state_dict(),
+    }
+
+
+def without_rates(state: dict[str, Any]) -> dict[str, Any]:
+    """Without the optimizer's learning rate, which stands for the steps that are given none."""
+    for group in state["optimizer"]["param_groups"]:
+        group.pop("lr")
+    return state
+
+
+def made(case: Mapping[str, Any], dtype: torch.dtype, lr: float = 0.01) -> tuple[Stream, Loop]:
+    """A compiled stream and the loop, with the same weights."""
+    layer = LAYERS[case["layer"]](case["units"], dtype=dtype)
+    # The cosine doesn't depend on the length of w h, of one unit: its gradient would be rounding alone.
+    bias = case["bias"] or (case["loss"] == "cosine" and case["units"] == 1)
+    readout = nn.Linear(case["units"], case["outputs"], bias=bias, dtype=dtype)
+    optimizer, options = OPTIMIZERS[case["optimizer"]]
+    loop = Loop(
+        copy.deepcopy(layer), copy.deepcopy(readout), case["batch"], case["loss"], optimizer, lr, case["rule"],
+        case["every"], case["clip"], options,
+    )  # fmt: skip
+    stream = Stream(
+        layer, readout, case["batch"], loss=case["loss"], optimizer=optimizer, lr=lr, optimizer_options=options,
+        learning=case["rule"], update_every=case["every"], clip_norm=case["clip"], huber_delta=0.7,
+        backend="compile",
+    )  # type: ignore[arg-type] # fmt: skip
+    return stream, loop
+
+
+def compare(stream: Stream, loop: Loop, case: Mapping[str, Any], tolerance: float) -> None:
+    """Run both, and compare losses, outputs and all state after each call."""
+    x, target = given(stream.layer, case["batch"], case["outputs"], case["loss"])
+    resets = torch.rand(STEPS, case["batch"]) < 0.2 if case["resets"] else None
+    mask = torch.rand(STEPS, case["batch"]) < 0.6 if case["mask"] else None
+    rates = 0.001 + 0.02 * torch.rand(STEPS) if case["rates"] else None
+    start = 0
+    for call in CALLS[case["calls"]]:
+        count = call if isinstance(call, int) else call[1]
+        part = slice(start, start + count)
+        start += count
+        arguments = [x[part], target[part], *(None if a is None else a[part] for a in (resets, mask, rates))]
+        run = stream.run if isinstance(call, int) else functools.partial(by_step, stream)
+        losses, outputs, *_ = run(*arguments)
+        near([losses, outputs], loop.run(*arguments), tolerance)
+        ours, theirs = everything(stream), everything(loop)
+        if rates is not None:
+            ours, theirs = without_rates(ours), without_rates(theirs)
+        near(ours, theirs, tolerance)
+    assert start == STEPS
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("case", pairwise(FACTORS), ids=told)
+def test_one_call_is_the_loop(case: dict[str, Any]) -> None:
+    stream, loop = made(case, F64)
+    assert stream.backend == "compile"
+    compare(stream, loop, case, 1e-10 if case["optimizer"] == "rmsprop" else 1e-11)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw", "rmsprop"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_one_call_is_the_loop_in_float32(layer: str, optimizer: str) -> None:
+    case = {
+        "layer": layer, "optimizer": optimizer, "loss": "mse", "rule": "rfp", "calls": "both", "units": 17, "batch": 2,
+        "outputs": 3, "every": 1, "clip": None, "rates": False, "resets": True, "mask": True, "bias": True,
+    }  # fmt: skip
+    stream, loop = made(case, F32, lr=0.001)
+    compare(stream, loop, case, 1e-4)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("units", [1, 40])
+def test_one_output(units: int) -> None:
+    case = {
+        "layer": "lstm", "optimizer": "adam", "loss": "mse", "rule": "rfp", "calls": "whole", "units": units, "batch": 1,
+        "outputs": 1, "every": 1, "clip": None, "rates": True, "resets": True, "mask": False, "bias": True,
+    }  # fmt: skip
+    stream, loop = made(case, F64)
+    compare(stream, loop, case, 1e-11)
+
+
+def stream_of(
+    layer: TwoPointRNN | None = None,
+    batch: int = 2,
+    outputs: int = 3,
+    backend: str = "compile",
+    **options: Any,
+) -> Stream:
+    layer = RGC(5, input_size=3, init="uniform", dtype=F64) if layer is None else layer
+    readout = nn.Linear(layer.hidden_size, outputs, dtype=layer.weights()[0].dtype)
+    return Stream(layer, readout, batch, backend=backend, **options)
+
+
+BACKENDS = [pytest.param("compile", marks=needs_a_compiler), "torch"]
+by_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@by_backend
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_stream_resumes(backend: str, optimizer: str) -> None:
+    name, options = OPTIMIZERS[optimizer]
+    first, second = (
+        stream_of(optimizer=name, lr=0.01, optimizer_options=options, backend=backend) for _ in range(2)
+    )
+    x, target = given(first.layer, 2, 3, "mse")
+    first.run(x[:10], target[:10])
+    second.run(x[3:5], target[3:5])  # which is forgotten
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    near(second.run(x[10:], target[10:]).losses, first.run(x[10:], target[10:]).losses, 0.0)
+    near(everything(second), everything(first), 0.0)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layer", ["rgc", "lstm"])
+@pytest.mark.parametrize(("optimizer", "clip"), [("momentum", None), ("adam", 0.1)])
+def test_two_threads_give_the_same_bits(
+    layer: str, batch: int, optimizer: str, clip: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N = 136: more numbers of Γ than one thread keeps to itself."""
+    states = []
+    name, options = OPTIMIZERS[optimizer]
+    for threads in (1, 2):
+        torch.manual_seed(1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        network = LAYERS[layer](136, dtype=F32)
+        stream = stream_of(network, batch, optimizer=name, optimizer_options=options, clip_norm=clip)
+        losses, outputs, _ = stream.run(*given(network, batch, 3, "mse", steps=10))
+        states.append([losses, outputs, everything(stream)])
+    near(*states, 0.0)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("frozen", ["layer", "readout", "some"])
+def test_frozen_weights_stay(optimizer: str, clip: float | None, frozen: str) -> None:
+    layer, readout = RGC(5, input_size=3, init="uniform", dtype=F64), nn.Linear(5, 3, dtype=F64)
+    held = {
+        "layer": list(layer.parameters()),
+        "readout": list(readout.parameters()),
+        "some": [layer.weight_ms, layer.bias, readout.weight],
+    }[frozen]
+    for weight in held:
+        weight.requires_grad_(False)
+    before = [weight.clone() for weight in held]
+    name, options = OPTIMIZERS[optimizer]
+    loop = Loop(
+        copy.deepcopy(layer), copy.deepcopy(readout), 1, "mse", name, 0.01, "rfp", clip=clip, options=options
+    )
+    stream = Stream(
+        layer, readout, 1, optimizer=name, lr=0.01, optimizer_options=options, clip_norm=clip, backend="compile"
+    )  # type: ignore[arg-type] # fmt: skip
+    x, target = given(layer, 1, 3, "mse")
+    losses, outputs, _ = stream.run(x, target)
+    near([losses, outputs], loop.run(x, target), 1e-11)
+    near(everything(stream), everything(loop), 1e-10 if optimizer == "rmsprop" else 1e-11)
+    assert all(torch.equal(*pair) for pair in zip(held, before, strict=True))
+
+
+@by_backend
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("layer", ["rgc of features", "lstm", "gru of one feature"])
+def test_a_reset_forgets_even_nan(layer: str, batch: int, backend: str) -> None:
+    """A stream whose row was poisoned and then reset gives what one that was never poisoned does."""
+    losses = []
+    network = LAYERS[layer](17, dtype=F64)
+    stream = stream_of(network, batch, backend=backend, lr=0.01)
+    x, target = given(network, batch, 3, "mse", steps=12)
+    resets = torch.zeros(12, batch, dtype=torch.bool)
+    resets[0] = True
+    start = copy.deepcopy(stream.state_dict())
+    for poison in (0.0, float("nan")):
+        saved = copy.deepcopy(start)
+        for tensor in (saved["learner"]["state"], *saved["learner"]["gamma"]):
+            tensor.fill_(poison)
+        stream.load_state_dict(saved)
+        losses.append(stream.run(x, target, resets).losses)
+    assert losses[0].isfinite().all()
+    assert torch.equal(*losses)
+
+
+@by_backend
+def test_a_learner_and_its_stream_go_on_from_each_other(backend: str) -> None:
+    stream, other = stream_of(backend=backend, lr=0.01), stream_of(backend="torch", lr=0.01)
+    other.load_state_dict(copy.deepcopy(stream.state_dict()))
+    x, target = given(stream.layer, 2, 3, "mse")
+    stream.run(x[:10], target[:10])
+    other.run(x[:10], target[:10])
+    for each in (stream, other):
+        for t in (10, 11):
+            each.optimizer.zero_grad()
+            F.mse_loss(each.readout(each.learner.step(x[t])), target[t]).backward()
+            each.optimizer.step()
+    near(stream.run(x[12:], target[12:]).losses, other.run(x[12:], target[12:]).losses, 1e-12)
+
+
+def _parametrized() -> TwoPointRNN:
+    layer = RGC(4, init="uniform")
+    nn.utils.parametrizations.weight_norm(layer, "weight_ss")
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "readout", "options", "why"),
+    [
+        (lambda: RGC(4), nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), {}, "one nn.Linear, got Seq"),
+        (lambda: RGC(4), nn.Linear(4, 2), {"learning": "rtrl"}, "the rules rfp, eprop, rflo, snap0, got 'rtrl'"),
+        (lambda: ELSTM(4, 4), nn.Linear(4, 2), {}, "ELSTM computes its output outside of the recurrence"),
+        (_parametrized, nn.Linear(4, 2), {}, "a weight is computed from others"),
+        (lambda: RGC(4), nn.Linear(4, 2), {"optimizer": "adam", "optimizer_options": {"amsgrad": True}}, "amsgrad"),
+        (
+            lambda: RGC(4), nn.Linear(4, 2), {"optimizer": "rmsprop", "optimizer_options": {"momentum": 0.9}},
+            "no momentum of RMSprop",
+        ),
+    ],
+    ids=["mlp", "rtrl", "elstm", "parametrized", "amsgrad", "rmsprop with momentum"],
+)  # fmt: skip
+def test_what_compiled_code_does_not_serve_runs_by_the_loop(
+    layer: Callable[[], TwoPointRNN], readout: nn.Module, options: dict[str, Any], why: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    network = layer()
+    stream = Stream(network, copy.deepcopy(readout), **options)
+    assert stream.backend == "torch"
+    assert why in stream.why
+    stream.explain()
+    assert why in capsys.readouterr().out
+    before = copy.deepcopy(stream.readout.state_dict())
+    losses, outputs, _ = stream.run(torch.randn(5, 1, 4), torch.randn(5, 1, 2))
+    assert losses.shape == (5,)
+    assert outputs.shape == (5, 1, 2)
+    assert not all(torch.equal(before[name], value) for name, value in stream.readout.state_dict().items())
+    with pytest.raises(ValueError, match="backend='compile' can't run: "):
+        Stream(layer(), readout, backend="compile", **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"readout": torch.zeros(3)}, TypeError, "readout must be a torch.nn.Module, got Tensor"),
+        ({"readout": nn.Linear(4, 2)}, ValueError, "must take the layer's 5 units, got in_features=4"),
+        ({"readout": nn.Linear(5, 2, dtype=F64)}, TypeError, "readout must have the dtype of the layer"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"loss": "l1"}, ValueError, "loss must be one of 'mse', .*, got 'l1'"),
+        ({"optimizer": "lion"}, ValueError, "optimizer must be one of 'sgd', .*, got 'lion'"),
+        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+        ({"optimizer_options": {"betas": 1}}, TypeError, "betas"),
+        ({"update_every": 0}, ValueError, "update_every must be at least 1, got 0"),
+        ({"clip_norm": 0.0}, ValueError, "clip_norm must be a number above 0, got 0.0"),
+        ({"huber_delta": float("nan")}, ValueError, "huber_delta must be a number above 0, got nan"),
+        ({"learning": "bptt"}, ValueError, "learning='bptt' needs the whole sequence"),
+        ({"backend": "jax"}, ValueError, "backend must be one of 'auto', 'compile', 'torch', got 'jax'"),
+    ],
+    ids=str,
+)
+def test_a_stream_that_cannot_be(change: dict[str, Any], error: type[Exception], says: str) -> None:
+    arguments = {"readout": nn.Linear(5, 2), "batch_size": 1, **change}
+    with pytest.raises(error, match=says):
+        Stream(RGC(5), arguments.pop("readout"), arguments.pop("batch_size"), **arguments)
+
+
+X, AIM, KINDS = (
+    torch.randn(6, 2, 3, dtype=F64),
+    torch.randn(6, 2, 3, dtype=F64),
+    torch.zeros(6, 2, dtype=torch.long),
+)
+BAD: dict[str, tuple[str, Callable[[Stream], object], type[Exception], str]] = {
+    "no steps": ("mse", lambda s: s.run(X[:0], AIM[:0]), ValueError, r"x must have shape \(T, 2, 3\)"),
+    "rows": ("mse", lambda s: s.run(X[:, :1], AIM), ValueError, r"x must have shape \(T, 2, 3\)"),
+    "one step's": ("mse", lambda s: s.run(X[0], AIM[0]), ValueError, r"x must have shape \(T, 2, 3\)"),
+    "dtype": ("mse", lambda s: s.run(X.float(), AIM), TypeError, "x must have the dtype of the layer"),
+    "no tensor": ("mse", lambda s: s.run([1.0], AIM), TypeError, "x must be a torch.Tensor, got list"),
+    "target's steps": ("mse", lambda s: s.run(X, AIM[:5]), ValueError, r"target must have shape \(6, 2, 3\)"),
+    "target's outputs": (
+        "mse",
+        lambda s: s.run(X, AIM[..., :2]),
+        ValueError,
+        r"target must have shape \(6, 2, 3\)",
+    ),
+    "target's dtype": ("huber", lambda s: s.run(X, AIM.float()), TypeError, "target must have the dtype of"),
+    "classes for mse": ("mse", lambda s: s.run(X, KINDS), ValueError, "for the loss 'mse'"),
+    "numbers for classes": ("cross_entropy", lambda s: s.run(X, AIM), ValueError, "of classes"),
+    "classes' dtype": (
+        "cross_entropy",
+        lambda s: s.run(X, KINDS.int()),
+        TypeError,
+        "classes as int64, got torch.int32",
+    ),
+    "a class too high": (
+        "cross_entropy",
+        lambda s: s.run(X, KINDS + 3),
+        ValueError,
+        "from 0 to 2, got one that is 3",
+    ),
+    "a class too low": ("cross_entropy", lambda s: s.run(X, KINDS - 100), ValueError, "got one that is -100"),
+    "resets' rows": (
+        "mse",
+        lambda s: s.run(X, AIM, X[:, 0] > 0),
+        ValueError,
+        r"resets must have shape \(6, 2\)",
+    ),
+    "resets' dtype": ("mse", lambda s: s.run(X, AIM, KINDS), TypeError, "resets must have dtype torch.bool"),
+    "mask's rows": (
+        "mse",
+        lambda s: s.run(X, AIM, None, X[0] > 0),
+        ValueError,
+        r"mask must have shape \(6, 2\)",
+    ),
+    "rates' shape": (
+        "mse",
+        lambda s: s.run(X, AIM, lr=torch.ones(5)),
+        ValueError,
+        r"lr must have shape \(6,\)",
+    ),
+    "a rate below 0": (
+        "mse",
+        lambda s: s.run(X, AIM, lr=-torch.ones(6)),
+        ValueError,
+        "lr must hold numbers of at least 0",
+    ),
+    "a rate of nan": (
+        "mse",
+        lambda s: s.run(X, AIM, lr=torch.full((6,), torch.nan)),
+        ValueError,
+        "lr must hold numbers",
+    ),
+    "learn first": ("mse", lambda s: s.learn(AIM[0]), RuntimeError, "without a step"),
+    "another's state": (
+        "mse",
+        lambda s: s.load_state_dict({"layer": {}}),
+        ValueError,
+        "lacks readout, learner, optimizer",
+    ),
+    "no state": ("mse", lambda s: s.load_state_dict(3), TypeError, "state must be what state_dict"),
+}
+
+
+@by_backend
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_changes_nothing(name: str, backend: str) -> None:
+    loss, use, error, says = BAD[name]
+    stream = stream_of(backend=backend, loss=loss, optimizer="adam")
+    stream.run(X[:3], KINDS[:3] if loss == "cross_entropy" else AIM[:3])
+    before = copy.deepcopy(stream.state_dict())
+    with pytest.raises(error, match=says):
+        use(stream)
+    near(stream.state_dict(), before, 0.0)
+    near(
+        stream.run(X[3:], KINDS[3:] if loss == "cross_entropy" else AIM[3:]).losses.isfinite().all(),
+        True,
+        0.0,
+    )
+
+
+@by_backend
+def test_step_and_learn_take_turns(backend: str) -> None:
+    stream = stream_of(backend=backend)
+    stream.step(X[0])
+    for use, says in [
+        (lambda: stream.step(X[1]), "twice"),
+        (lambda: stream.run(X, AIM), "without its learn"),
+    ]:
+        with pytest.raises(RuntimeError, match=says):
+            use()
+    with pytest.raises(ValueError, match="target must have shape"):
+        stream.learn(AIM[0, :, :2])
+    with pytest.raises(TypeError, match="mask must have dtype"):
+        stream.learn(AIM[0], KINDS[0])
+    other = stream_of(copy.deepcopy(stream.layer), backend="torch")
+    other.readout.load_state_dict(stream.readout.state_dict())
+    assert stream.learn(AIM[0]) == pytest.approx(float(other.run(X[:1], AIM[:1]).losses), rel=1e-12)
+    near(stream.layer.state_dict(), other.layer.state_dict(), 1e-12)
