@@ -26,7 +26,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_drawn_problems(seed: int, cache: Path, record_property: Callable[[str, object], None]) -> None:
     threads = 1 + seed % 4 if SOAK else 2
-    done = sanitized.run(["tests/support/sanitized.py", str(CASES), str(seed), str(threads)], cache, 3000)
+    arguments = [str(CASES), str(seed), str(threads), "all" if SOAK else "few"]
+    done = sanitized.run(["tests/support/sanitized.py", *arguments], cache, 3000)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{CASES} cases" in done.stdout
     record_property("count of sanitized cases", CASES)

@@ -1,8 +1,9 @@
 """The compiled code for the CPU, built with AddressSanitizer and UndefinedBehaviorSanitizer, in a process of its own.
 
-As a program, `sanitized.py CASES SEED THREADS` runs so many drawn problems through every compiled function: odd sizes,
-layouts that aren't contiguous, resets, float32 and float64. As a plugin of pytest, `-p sanitized`, it has the tests run
-on the sanitized library. `command` says how to start either. A fault ends the process with the sanitizer's report.
+As a program, `sanitized.py CASES SEED THREADS CELLS` runs so many drawn problems through every compiled function: odd
+sizes, layouts that aren't contiguous, resets, float32 and float64. CELLS says which libraries of cells they build:
+"few" or "all". As a plugin of pytest, `-p sanitized`, it has the tests run on sanitized libraries. `run` starts either.
+A fault ends the process with the sanitizer's report.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,13 @@ from typing import Any
 # AddressSanitizer doesn't see what AVX-512's masked loads and stores touch, so they are left out.
 NARROW = ("-mno-avx512f",) if platform.machine() in ("x86_64", "AMD64") else ()
 SANITIZE = (
-    "-O1",
+    "-Og",  # a cell's streams take five times as long to build with -O1
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",
     "-g1",
 )
-REPORTS = ("ERROR: AddressSanitizer", "runtime error:")
+RULES = ("rfp", "rfp", "bptt", "eprop")
 HERE = Path(__file__).parent
 
 
@@ -81,8 +83,10 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def use() -> None:
-    """Have this process build and load the sanitized library."""
+    """Have this process build and load sanitized libraries. Where one can't be, that is an error."""
     from rjepa_triton.backend.native import library
+
+    warnings.filterwarnings("error", message=".*can't be built")
 
     built = library._built
 
@@ -98,8 +102,8 @@ def pytest_configure() -> None:
     use()
 
 
-def main(cases: int, seed: int, threads: int) -> None:
-    """Run drawn problems. threads: torch's."""
+def main(cases: int, seed: int, threads: int, cells: str) -> None:
+    """Run drawn problems. threads: torch's. cells: "few" or "all"."""
     import torch
 
     use()
@@ -107,47 +111,52 @@ def main(cases: int, seed: int, threads: int) -> None:
     draw = random.Random(seed)
     for case in range(cases):
         torch.manual_seed(seed * 1_000_003 + case)
-        one(draw)
+        one(draw, cells)
     print(f"{cases} cases")
 
 
-def one(draw: random.Random) -> None:
-    """One problem: a layer over a sequence, a learner, or an operation on arrays of any layout."""
-    draw.choice([layer, layer, learner, learner, arrays])(draw)
+def one(draw: random.Random, cells: str) -> None:
+    """One problem: a layer over a sequence, a learner, a stream, or an operation on arrays of any layout."""
+    problem = draw.choice([layer, layer, learner, learner, stream, stream, arrays])
+    problem(draw, *[cells][: problem is not arrays])
 
 
 SIZES = (1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 127, 130)
+# Of each cell that "few" names, layers run its loops; streams run those of RNN alone. "all" is every cell for both.
+FEW = {"layers": ("RGC", "RNN", "GRU"), "streams": ("RNN",)}
 
 
-def some_layer(draw: random.Random) -> object:
+def some_layer(draw: random.Random, cells: str, use: str = "layers", rules: Sequence[str] = RULES) -> object:
+    """A layer of a cell, size, shape and dtype by chance."""
     import torch
 
     from rjepa_triton import CTRNN, ELSTM, GRU, LRU, LSTM, RGC, RNN, TimeDecay
 
     units, inputs = draw.choice(SIZES), draw.choice(SIZES[:12])
-    dtype = draw.choice([torch.float32, torch.float32, torch.float64])
-    kinds = [
-        lambda **o: RGC(units, init="uniform", **o),
-        lambda **o: RGC(units, init="uniform", input_size=inputs, **o),
-        lambda **o: RNN(inputs, units, draw.choice(["tanh", "relu"]), **o),
-        lambda **o: CTRNN(inputs, units, **o),
-        lambda **o: LSTM(inputs, units, bias=draw.random() < 0.8, **o),
-        lambda **o: GRU(inputs, units, bias=draw.random() < 0.8, **o),
-    ]
-    alone = [
-        lambda **o: ELSTM(inputs, units, **o),
-        lambda **o: LRU(inputs, units, **o),
-        lambda **o: TimeDecay(inputs, units, **o),
-    ]
-    if draw.random() < 0.2:
-        return draw.choice(alone)(dtype=dtype)
-    options = {"dtype": dtype, "learning": draw.choice(["rfp", "rfp", "bptt", "eprop"])}
-    shape = draw.random()
-    if shape < 0.2:
-        options["recurrence"] = "diagonal"
-    elif shape < 0.4:
-        options["heads"] = draw.choice([h for h in (1, 2, 3, 4, 8) if units % h == 0])
-    return draw.choice(kinds)(**options)
+    kinds = {
+        "RGC": lambda **o: RGC(
+            units, init="uniform", **({"input_size": inputs} if draw.random() < 0.5 else {}), **o
+        ),
+        "RNN": lambda **o: RNN(
+            inputs, units, "tanh" if cells == "few" else draw.choice(["tanh", "relu"]), **o
+        ),
+        "CTRNN": lambda **o: CTRNN(inputs, units, **o),
+        "LSTM": lambda **o: LSTM(inputs, units, bias=draw.random() < 0.8, **o),
+        "GRU": lambda **o: GRU(inputs, units, bias=draw.random() < 0.8, **o),
+        "ELSTM": lambda **o: ELSTM(inputs, units, **o),
+        "LRU": lambda **o: LRU(inputs, units, **o),
+        "TimeDecay": lambda **o: TimeDecay(inputs, units, **o),
+    }
+    kind = draw.choice(FEW[use] if cells == "few" else list(kinds))
+    options: dict[str, Any] = {"dtype": draw.choice([torch.float32, torch.float32, torch.float64])}
+    if kind not in ("ELSTM", "LRU", "TimeDecay"):
+        options["learning"] = draw.choice(rules)
+        shape = draw.random()
+        if shape < 0.2:
+            options["recurrence"] = "diagonal"
+        elif shape < 0.4:
+            options["heads"] = draw.choice([h for h in (1, 2, 3, 4, 8, units) if units % h == 0])
+    return kinds[kind](**options)  # type: ignore[no-untyped-call]
 
 
 def laid_out(draw: random.Random, array: object) -> object:
@@ -169,10 +178,10 @@ def laid_out(draw: random.Random, array: object) -> object:
     return array
 
 
-def layer(draw: random.Random) -> None:
+def layer(draw: random.Random, cells: str) -> None:
     import torch
 
-    made = some_layer(draw)
+    made = some_layer(draw, cells)
     steps, batch = draw.choice([1, 2, 3, 5, 8, 17, 33]), draw.choice([1, 2, 3, 5, 8])
     dtype = next(made.parameters()).dtype  # type: ignore[attr-defined]
     x = laid_out(draw, torch.randn(steps, batch, made.fan_in, dtype=dtype))  # type: ignore[attr-defined]
@@ -182,12 +191,12 @@ def layer(draw: random.Random) -> None:
     (output * torch.randn_like(output)).sum().backward()
 
 
-def learner(draw: random.Random) -> None:
+def learner(draw: random.Random, cells: str) -> None:
     import torch
 
     from rjepa_triton import OnlineLearner
 
-    made = some_layer(draw)
+    made = some_layer(draw, cells)
     made.learning = "rfp"  # type: ignore[attr-defined]
     batch, form = draw.choice([1, 2, 3, 5]), draw.choice(["step", "lazy", "chunk", "history"])
     options = {
@@ -218,6 +227,62 @@ def learner(draw: random.Random) -> None:
                     output.sum().backward()
         if draw.random() < 0.3:
             runs.reset(torch.rand(batch) < 0.5)
+
+
+def stream(draw: random.Random, cells: str) -> None:
+    """Streams in parts, by `run` and by `step` and `learn`."""
+    import torch
+    from torch import nn
+
+    from rjepa_triton import Stream
+
+    made = some_layer(draw, cells, "streams", ("rfp", "rfp", "eprop", "rflo", "snap0"))
+    dtype = next(made.parameters()).dtype  # type: ignore[attr-defined]
+    batch, outputs = draw.choice([1, 1, 3]), draw.choice([1, 2, 7, 16, 17])
+    readout = nn.Linear(made.hidden_size, outputs, bias=draw.random() < 0.8, dtype=dtype)  # type: ignore[attr-defined]
+    for parameter in (*made.parameters(), *readout.parameters()):  # type: ignore[attr-defined]
+        parameter.requires_grad_(draw.random() < 0.9)
+    loss = draw.choice(["mse", "cross_entropy", "huber", "cosine", "delta"])
+    optimizer = draw.choice(["sgd", "sgd", "adam", "adamw", "rmsprop"])
+    options: dict[str, Any] = {"weight_decay": 0.01} if draw.random() < 0.3 else {}
+    if optimizer == "sgd" and draw.random() < 0.5:
+        options |= {"momentum": 0.9, "nesterov": draw.random() < 0.5}
+    runs = Stream(
+        made,  # type: ignore[arg-type]
+        readout,
+        batch,
+        loss=loss,
+        optimizer=optimizer,
+        optimizer_options=options,
+        update_every=draw.choice([1, 1, 2, 5]),
+        clip_norm=draw.choice([None, None, 1.0]),
+        huber_delta=draw.choice([0.5, 1.0]),
+        backend="auto" if type(made).__name__ in ("ELSTM", "LRU") else "compile",
+    )
+
+    def target(steps: int) -> torch.Tensor:
+        if loss == "cross_entropy":
+            return torch.randint(outputs, (steps, batch))
+        found = laid_out(draw, torch.randn(steps, batch, outputs, dtype=dtype))
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    def some(chance: float, *shape: int) -> torch.Tensor | None:
+        return torch.rand(shape) < chance if draw.random() < 0.5 else None
+
+    for _ in range(draw.randrange(1, 5)):
+        steps = draw.choice([1, 2, 7, 8, 9, 20])  # from 8 on, one batch row runs on panels
+        x = laid_out(draw, torch.randn(steps, batch, made.fan_in, dtype=dtype))  # type: ignore[attr-defined]
+        assert isinstance(x, torch.Tensor)
+        if draw.random() < 0.7:
+            rates = torch.rand(steps) / 100 if draw.random() < 0.3 else None
+            runs.run(x, target(steps), some(0.2, steps, batch), some(0.7, steps, batch), rates)
+        else:
+            for row in x:
+                runs.step(row)
+                runs.learn(target(1)[0], some(0.7, batch))
+        if draw.random() < 0.3:
+            runs.reset(some(0.5, batch))
 
 
 def arrays(draw: random.Random) -> None:
@@ -251,9 +316,8 @@ def arrays(draw: random.Random) -> None:
         credit if draw.random() < 0.5 else None,
         backend="compile",
     )
-    if dtype == torch.float32:
-        carry = some(states, batch, units) if draw.random() < 0.5 else None
-        operations.reverse_scan(m, some(states, steps, batch, units), carry, backend="compile")
+    carry = some(states, batch, units) if draw.random() < 0.5 else None
+    operations.reverse_scan(m, some(states, steps, batch, units), carry, backend="compile")
 
 
 def run(arguments: list[str], cache: Path, seconds: float) -> subprocess.CompletedProcess[str]:
@@ -271,4 +335,4 @@ def run(arguments: list[str], cache: Path, seconds: float) -> subprocess.Complet
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]))
+    main(*map(int, sys.argv[1:4]), sys.argv[4])

@@ -18,6 +18,8 @@ from shared import made_once
 
 pytest.importorskip("triton")
 
+import triton
+
 from rjepa_triton.bench.kernels.builds import (
     chunk_build,
     heads_build,
@@ -290,6 +292,37 @@ def _cases() -> Iterator[tuple[str, Case]]:
 
 CASES = dict(_cases())
 
+# What the compiler of Triton 3.6 makes otherwise than that of 3.7: machine code of the same kernels that spills, or that
+# takes up to 20 registers more than the case allows. Results are the same; these builds are slower there.
+WORSE_BEFORE_3_7 = {
+    "spills": (
+        *(
+            f"rtrl-heads-sm_100-{tile}-v{vectors}-{precision}-gradient"
+            for tile, vectors, precision in itertools.product(
+                ("64x64", "128x32"), (41, 44), ("tf32", "tf32x3")
+            )
+        ),
+        *(
+            f"rtrl-heads-gfx942-{tile}-{precision}-gradient"
+            for tile, precision in itertools.product(
+                ("32x128-v11", "32x128-v41", "32x128-v44", "64x32-v11"), ("ieee", "tf32")
+            )
+        ),
+        "rgc-persistent-sm_90-1024x1-1",
+        "rgc-persistent-sm_100-1024x1-1",
+        "step-sm_90-32x64-stochastic-S2",
+        "chunk-sm_100-64x32x32-bf16-S2",
+    ),
+    "registers": (
+        "chunk-sm_80-32x64x1-fp32-S2",
+        "chunk-sm_90-32x64x1-fp32-S2",
+        "chunk-sm_100-32x64x1-fp32-S2",
+        "chunk-sm_90-64x32x32-fp32-S2",
+        "step-sm_100-8x64-fp32-S2-weight-alone",
+    ),
+}
+BEFORE_3_7 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
 # Arguments that are 1 are constants to the compiler: that other form of each kernel must compile as well.
 OF_ONE = {
     f"{name} of one": dataclasses.replace(
@@ -380,7 +413,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Facts | str]
     return dict(zip(builds, facts, strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
+def _marked() -> Iterator[Any]:
+    """The cases, of which those of `WORSE_BEFORE_3_7` must fail there."""
+    worse = {name: what for what, names in WORSE_BEFORE_3_7.items() for name in names}
+    assert worse.keys() <= CASES.keys()
+    for name in CASES:
+        known = name in worse and BEFORE_3_7
+        reason = f"{worse.get(name)}: the compiler of Triton {triton.__version__}"
+        yield pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=reason)] * known)
+
+
+@pytest.mark.parametrize("name", _marked())
 def test_machine_code(compiled, name):
     facts = compiled[name]
     assert isinstance(facts, Facts), facts
