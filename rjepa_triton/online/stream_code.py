@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from ..backend.native import generated, library
 from ..cells.trace import traced
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp
+from .options import refuse_hooks
 
 if TYPE_CHECKING:
     from .streams import Stream
@@ -75,6 +77,8 @@ class Compiled:
         planes = sum(counts) + counts[0] ** 2 + len(set(found.partials.values())) + 1
         self.scratch = weight.new_empty(stream.batch_size * (layer.hidden_size * planes + self.outputs) + 128)
         self.totals: list[Tensor | None] = [None] * len(self.learned())
+        # Moments of weights that no step has changed yet.
+        self.new: dict[nn.Parameter, dict[str, Tensor]] = {}
         self._one: _OneStep | None = None
 
     @classmethod
@@ -112,9 +116,45 @@ class Compiled:
             "the cell can't be traced, or its code could not be built" if code is None else cls(stream, code)
         )
 
+    def obstacle(self) -> str | None:
+        """Why this call must be the loop's, or None. Raises ValueError if the stream's weights are others by now."""
+        stream = self.stream
+        learned = self.learned()
+        mine = set(map(id, stream.parameters))
+        if any(id(parameter) not in mine for parameter in learned):
+            raise ValueError("a weight of the layer or the readout was replaced: make a new Stream")
+        for parameter in learned:
+            if parameter.dtype != self.scratch.dtype or parameter.device != self.scratch.device:
+                raise ValueError(
+                    f"the weights must stay {self.scratch.dtype} on {self.scratch.device}, as at first, got "
+                    f"{parameter.dtype} on {parameter.device}: make a new Stream"
+                )
+        refuse_hooks(stream.layer)
+        if _has_hooks(stream.readout):
+            return "the readout has hooks"
+        if not all(parameter.is_contiguous() for parameter in learned):
+            return "a weight isn't contiguous"
+        if not any(parameter.requires_grad for parameter in learned):
+            return "no weight requires a gradient"
+        if self.moments(stream.optimizer.param_groups[0])[1] is None:
+            return "the optimizer has taken a number of steps that differs from weight to weight"
+        return None
+
     def forget(self) -> None:
         """What was made of memory that the stream no longer has."""
         self._one, self.totals = None, [None] * len(self.totals)
+
+    def give_gradients(self) -> None:
+        """Let the weights' `.grad` be the gradients' sum so far."""
+        for parameter, total in zip(self.learned(), self.totals, strict=True):
+            parameter.grad = None if total is None or not parameter.requires_grad else total.clone()
+
+    def take_gradients(self) -> None:
+        """Go on from the gradients' sum that the weights' `.grad` holds."""
+        self.totals = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+            for parameter in self.learned()
+        ]
 
     def learned(self) -> list[nn.Parameter]:
         """The readout's weight and bias, then the layer's weights."""
@@ -128,6 +168,7 @@ class Compiled:
         state, sensitivity = learner.lend()
         options = stream.optimizer.param_groups[0]
         moments, done = self.moments(options)
+        assert done is not None
         arrays = [_address(given.get(name)) for name in FIRST] + [state.data_ptr(), self.scratch.data_ptr()]
         numbers: list[int] = [
             *(phase, steps, stream.batch_size, layer.hidden_size, layer.fan_in, self.outputs),
@@ -165,48 +206,64 @@ class Compiled:
                 *(weight.dim(), first.shape[3], first.stride(0)),
                 *(phi.get(nu, -1) for nu in range(len(layer.cell.states))),
             ]
-        first_beta, second_beta = options.get(
-            "betas", (options.get("alpha", options.get("momentum", 0.0)), 0.0)
-        )
-        return (
-            arrays,
-            list(map(int, numbers)),
-            [
-                *(float(first_beta), float(options.get("dampening", second_beta))),
-                *(float(options.get("eps", options.get("nesterov", False))), float(options["weight_decay"])),
-                *(stream.huber_delta, stream.clip_norm or 0.0),
-            ],
-        )
+        return arrays, list(map(int, numbers)), self.settings()
 
-    def moments(self, options: dict[str, Any]) -> tuple[list[tuple[Tensor | None, Tensor | None]], int]:
-        """The optimizer's moments of each weight, made as torch.optim makes them, and how many steps it has taken."""
+    def settings(self) -> list[float]:
+        """`Network::options` of stream.h."""
+        stream = self.stream
+        options = stream.optimizer.param_groups[0]
+        first, second = options.get("betas", (options.get("alpha", options.get("momentum", 0.0)), 0.0))
+        return [
+            *(float(first), float(options.get("dampening", second))),
+            *(float(options.get("eps", options.get("nesterov", False))), float(options["weight_decay"])),
+            *(stream.huber_delta, stream.clip_norm or 0.0),
+        ]
+
+    def moments(
+        self, options: Mapping[str, Any]
+    ) -> tuple[list[tuple[Tensor | None, Tensor | None]], int | None]:
+        """The optimizer's moments of each weight, made as torch.optim makes them, and how many steps it has taken.
+
+        Moments that are new are the optimizer's once a step has been taken (`advanced`). None in place of the number of
+        steps where weights differ in it.
+        """
         found: list[tuple[Tensor | None, Tensor | None]] = []
-        done = 0
+        steps: set[int] = set()
         kind = self.stream.kind
+        names = (("momentum_buffer",), ("exp_avg", "exp_avg_sq"), ("exp_avg", "exp_avg_sq"), ("square_avg",))[
+            kind
+        ]
         for parameter in self.learned():
             if not parameter.requires_grad or (kind == 0 and not options["momentum"]):
                 found.append((None, None))
                 continue
-            state = self.stream.optimizer.state[parameter]
-            if kind == 0:
-                done = int(state.get("momentum_buffer") is not None)
-                if not done:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                found.append((state["momentum_buffer"], None))
-                continue
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                for name in ("square_avg",) if kind == 3 else ("exp_avg", "exp_avg_sq"):
-                    state[name] = torch.zeros_like(parameter)
-            done = int(state["step"])
-            found.append((state.get("exp_avg"), state.get("exp_avg_sq", state.get("square_avg"))))
-        return found, done
+            state = self.stream.optimizer.state.get(parameter) or {}
+            if state.get(names[0]) is None:
+                if parameter not in self.new:
+                    self.new[parameter] = {name: torch.zeros_like(parameter) for name in names}
+                    if kind > 0:
+                        self.new[parameter]["step"] = torch.zeros((), dtype=torch.float32)
+                state = self.new[parameter]
+                steps.add(0)
+            else:
+                self.new.pop(parameter, None)
+                steps.add(int(state["step"]) if kind > 0 else 1)
+            found.append(
+                (state.get(names[0]), state[names[1]])
+                if kind in (1, 2)
+                else ((state[names[0]], None) if kind == 0 else (None, state[names[0]]))
+            )
+        return found, max(steps, default=0) if len(steps) < 2 else None
 
     def advanced(self, steps: int, learned: Sequence[nn.Parameter]) -> None:
         """So many steps have run whole: the optimizer, the position and the learner know of it."""
         stream = self.stream
         torch.autograd.graph.increment_version(learned)
         updates, stream.position = divmod(stream.position + steps, stream.update_every)
+        if updates and self.new:
+            for parameter, made in self.new.items():
+                stream.optimizer.state[parameter].update(made)
+            self.new = {}
         if updates and stream.kind > 0:
             states = [stream.optimizer.state.get(parameter, {}) for parameter in learned]
             torch._foreach_add_([state["step"] for state in states if "step" in state], float(updates))
@@ -246,9 +303,19 @@ class Compiled:
 
     def step(self, x: Tensor) -> Tensor:
         """The output (B, O) of one step."""
-        if self._one is None or not self._one.is_still():
+        if self._one is None:
             self._one = _OneStep(self)
         return self._one.forward(x)
+
+    def is_ready(self) -> bool:
+        """Whether the tables of one step name what the stream has now; else they are made anew at the next step."""
+        if self._one is not None and not self._one.is_still():
+            self._one = None
+        return self._one is not None
+
+    def renew(self) -> None:
+        """Others than these calls have run steps: make the tables anew."""
+        self._one = None
 
     def learn(self, target: Tensor, mask: Tensor | None, rate: float) -> float:
         """The loss of the step that ran; it is learned from."""
@@ -276,27 +343,42 @@ class _OneStep:
         arrays[FIRST.index("rates")] = ctypes.addressof(self.rate)
         self.arrays, self.numbers, self.options = _packed([(arrays, numbers, options)])
         self.learned, self.masked = compiled.learned(), False
-        self.addresses = self._addresses()
+        self.of = self._of()
         self.done = numbers[DONE - 3]
 
-    def _addresses(self) -> list[int]:
-        state = self.stream.learner.lend()[0]
-        return [state.data_ptr(), *[parameter.data_ptr() for parameter in self.learned]]
+    def _of(self) -> list[Any]:
+        """What the tables are made of: addresses, and what the optimizer is told."""
+        stream = self.stream
+        found: list[Any] = [stream.learner.lend()[0].data_ptr(), self.compiled.settings()]
+        states = stream.optimizer.state
+        for parameter in self.learned:
+            found += (parameter.data_ptr(), parameter.requires_grad)
+            if moments := states.get(parameter):
+                found += [
+                    value.data_ptr()
+                    for name, value in moments.items()
+                    if name != "step" and value is not None
+                ]
+        return found
 
     def is_still(self) -> bool:
-        """Whether the tables name the memory that the stream has now."""
-        return self.addresses == self._addresses()
+        """Whether the tables name what the stream has now."""
+        stream, now = self.stream, self.compiled.learned()
+        if _has_hooks(stream.readout) or _has_hooks(stream.layer):
+            return False
+        same = len(now) == len(self.learned) and all(map(operator.is_, now, self.learned))
+        return same and self.of == self._of()
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of a step, (B, O)."""
-        self.x.copy_(x)
+        self.x.copy_(x.detach() if x.requires_grad else x)
         self.numbers[PHASE] = FORWARD
         self.function(self.arrays, self.numbers, self.options)
         return self.outputs.clone()
 
     def learn(self, target: Tensor, mask: Tensor | None, rate: float) -> float:
         """The loss of the step that `forward` ran; it is learned from."""
-        self.target.copy_(target)
+        self.target.copy_(target.detach() if target.requires_grad else target)
         if mask is not None or self.masked:
             self.masked = mask is not None
             self.mask.fill_(True) if mask is None else self.mask.copy_(mask)
@@ -328,6 +410,15 @@ def _packed(networks: Sequence[Tables]) -> tuple[Any, Any, Any]:
         (ctypes.c_void_p * len(arrays))(*arrays),
         (ctypes.c_long * len(numbers))(*numbers),
         (ctypes.c_double * len(options))(*options),
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 

@@ -153,6 +153,8 @@ class Stream:
         self._pending: Tensor | None = None  # the output of step(), until learn()
         self._step_shape = (self.batch_size, layer.fan_in)
         self._compiled: Compiled | None = None
+        self._one_step: Compiled | None = None  # what runs the pending step; None: the loop
+        self._served = True  # whether the compiled calls ran last: they hold the gradients' sum
         self.why = "asked for"
         if backend != "torch":
             made = Compiled.of(self)
@@ -185,7 +187,7 @@ class Stream:
         """Learn from T steps.
 
         Args:
-            x: (T, B, F), F the layer's fan_in. T may be 0.
+            x: (T, B, F), F the layer's fan_in.
             target: (T, B, O); for "cross_entropy" (T, B), classes from 0 on.
             resets: (T, B) bool or None: rows in which a new episode starts at that step.
             mask: (T, B) bool or None: the rows that a step's loss is the mean over. A step without any has the loss 0
@@ -198,10 +200,8 @@ class Stream:
         if self.members is not None:
             return self._run_members(self.members, x, target, resets, mask, lr)
         given = self._checked(x, target, resets, mask, lr)
-        if self._compiled is not None and len(x):
-            result = self._compiled.run(*given)
-        else:
-            result = self._loop(*given)
+        compiled = self._serving()
+        result = self._loop(*given) if compiled is None else compiled.run(*given)
         self._tell(result.losses)
         return result
 
@@ -212,8 +212,7 @@ class Stream:
         if self._pending is not None:
             raise RuntimeError("run() came after step() without its learn(target)")
         x = check.tensor("x", x)
-        if x.dim() != 3 or tuple(x.shape[1:]) != self._step_shape:  # T may be 0
-            check.shape("x", x, ("T", *self._step_shape), "to match the stream")
+        check.shape("x", x, ("T", *self._step_shape), "to match the stream")
         check.like("x", x, "the layer", self.layer.weights()[0])
         steps = x.shape[0]
         target = self._checked_target(target, steps)
@@ -293,10 +292,12 @@ class Stream:
                 strict=True,
             )
         ]
-        compiled = [member._compiled for member in members if member._compiled is not None]
-        if len(compiled) == count and len(given[0][0]):
+        compiled = [one for member in members if (one := member._serving()) is not None]
+        if len(compiled) == count:
             results = Compiled.run_all(compiled, given)
         else:
+            for member in members:
+                member._serving(never=True)
             results = [member._loop(*each) for member, each in zip(members, given, strict=True)]
         for member, result in zip(members, results, strict=True):
             member._tell(result.losses)
@@ -355,7 +356,10 @@ class Stream:
         self._refuse_population("step")
         if self._pending is not None:
             raise RuntimeError("step() came twice without learn(target) in between")
-        if self._compiled is None:
+        compiled = self._one_step
+        if compiled is None or not compiled.is_ready():
+            self._one_step = compiled = self._serving()
+        if compiled is None:
             output = self.readout(self.learner.step(x))
             self._pending = output
             return output.detach().clone()
@@ -363,7 +367,7 @@ class Stream:
         if not isinstance(x, Tensor) or x.dtype is not weight.dtype or x.shape != self._step_shape:
             check.shape("x", check.tensor("x", x), self._step_shape, "to match the stream")
             check.like("x", x, "the layer", weight)
-        self._pending = output = self._compiled.step(x)
+        self._pending = output = compiled.step(x)
         return output
 
     def learn(self, target: Tensor, mask: Tensor | None = None) -> float:
@@ -381,8 +385,8 @@ class Stream:
             mask = check.mask("mask", mask, (self.batch_size,), target.device)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self._pending = None
-        if self._compiled is not None:
-            return self._compiled.learn(target, mask, rate)
+        if self._one_step is not None:
+            return self._one_step.learn(target, mask, rate)
         return float(self._learn_from(output, target, mask, rate))
 
     def reset(self, mask: Tensor | None = None) -> None:
@@ -393,6 +397,19 @@ class Stream:
             return
         self.learner.reset(mask)
 
+    def _serving(self, never: bool = False) -> Compiled | None:
+        """The compiled calls if they serve now, else None: the loop does. It gets the gradients' sum so far."""
+        compiled = self._compiled
+        if compiled is None:
+            return None
+        serves = not never and compiled.obstacle() is None
+        if serves != self._served:
+            if self.position:
+                (compiled.take_gradients if serves else compiled.give_gradients)()
+            compiled.renew()
+            self._served = serves
+        return compiled if serves else None
+
     def _refuse_population(self, name: str) -> None:
         if self.members is not None:
             raise ValueError(f"{name}() is of one network: call it of one of `members`")
@@ -401,16 +418,16 @@ class Stream:
         self, x: Tensor, target: Tensor, resets: Tensor | None, mask: Tensor | None, rates: Sequence[float]
     ) -> Result:
         """The steps one by one."""
-        losses, outputs = [], []
+        losses, outputs, groups = [], [], self.optimizer.param_groups
+        kept = [group["lr"] for group in groups]
         for t in range(len(x)):
             if resets is not None and bool(resets[t].any()):
                 self.learner.reset(resets[t])
             output = self.readout(self.learner.step(x[t]))
             outputs.append(output.detach().clone())
             losses.append(self._learn_from(output, target[t], None if mask is None else mask[t], rates[t]))
-        if not losses:
-            outputs_shape = (0, self.batch_size, self._outputs() or 0)
-            return Result(x.new_zeros(0), x.new_zeros(outputs_shape), self.learner.state)
+        for group, rate in zip(groups, kept, strict=True):
+            group["lr"] = rate
         return Result(torch.stack(losses), torch.stack(outputs), self.learner.state)
 
     def _learn_from(self, output: Tensor, target: Tensor, mask: Tensor | None, rate: float) -> Tensor:
@@ -445,10 +462,8 @@ class Stream:
         return torch.where(mask, rows, 0).sum() / mask.sum().clamp(min=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed stream needs: weights, the learner's state with Γ, and the optimizer's.
-
-        Between two updates (update_every > 1) the gradients so far are not among it: the resumed stream begins anew to
-        count its C steps, so save after a multiple of C.
+        """All that a resumed stream needs: weights, the learner's state with Γ, the optimizer's, and the gradients'
+        sum since its last step.
         """
         if self.members is not None:
             return {"members": [member.state_dict() for member in self.members]}
@@ -457,6 +472,8 @@ class Stream:
             "readout": self.readout.state_dict(),
             "learner": self.learner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "position": self.position,
+            "gradients": self._gradients() if self.position else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -472,17 +489,60 @@ class Stream:
             for member, one in zip(self.members, states, strict=True):
                 member.load_state_dict(one)
             return
-        missing = [k for k in ("layer", "readout", "learner", "optimizer") if k not in state]
+        missing = [
+            k for k in ("layer", "readout", "learner", "optimizer", "position", "gradients") if k not in state
+        ]
         if missing:
             raise ValueError(f"state must be what state_dict() gave, and lacks {', '.join(missing)}")
         self.learner.refuse_foreign(state["learner"])
-        self.layer.load_state_dict(state["layer"])
-        self.readout.load_state_dict(state["readout"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["position"] and len(state["gradients"]) != len(self.parameters):
+            raise ValueError(f"state must have the gradients of {len(self.parameters)} parameters")
+        before = copy.deepcopy(
+            [self.layer.state_dict(), self.readout.state_dict(), self.optimizer.state_dict()]
+        )
+        owners = (self.layer, self.readout, self.optimizer)
+        try:
+            for owner, name in zip(owners, ("layer", "readout", "optimizer"), strict=True):
+                owner.load_state_dict(state[name])
+        except BaseException:
+            for owner, value in zip(owners, before, strict=True):
+                owner.load_state_dict(value)
+            raise
         self.learner.load_state_dict(state["learner"])
-        self.position, self._pending = 0, None
+        self.position, self._pending, self._served = state["position"], None, True
         if self._compiled is not None:
             self._compiled.forget()
+        if self.position:
+            for parameter, gradient in zip(self.parameters, state["gradients"], strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+            if self._compiled is not None:
+                self._compiled.take_gradients()
+
+    def _gradients(self) -> list[Tensor | None]:
+        """The gradients' sum since the optimizer's last step, of each of `parameters`."""
+        if self._compiled is not None and self._served:
+            self._compiled.give_gradients()
+        return [parameter.grad for parameter in self.parameters]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: without what is of this process. A copy can't learn from a step of this one."""
+        if self.members is None and self.position:
+            self._gradients()
+        serves = self.backend == "compile"
+        gone = {"_compiled": None, "_one_step": None, "_pending": None, "_served": True}
+        return {**self.__dict__, **gone, "_serves": serves}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        serves = state.pop("_serves")
+        self.__dict__.update(state)
+        if serves and self.members is None:
+            made = Compiled.of(self)
+            if isinstance(made, Compiled):
+                self._compiled = made
+                if self.position:
+                    made.take_gradients()
+            else:
+                self.why = made
 
 
 def _members(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
@@ -641,3 +642,187 @@ def test_step_and_learn_take_turns(backend: str) -> None:
     other.readout.load_state_dict(stream.readout.state_dict())
     assert stream.learn(AIM[0]) == pytest.approx(float(other.run(X[:1], AIM[:1]).losses), rel=1e-12)
     near(stream.layer.state_dict(), other.layer.state_dict(), 1e-12)
+
+
+def _decayed(stream: Stream) -> None:
+    stream.optimizer.param_groups[0]["weight_decay"] = 0.5
+
+
+def _frozen(stream: Stream) -> None:
+    stream.layer.weight_ss.requires_grad_(False)
+
+
+def _thawed(stream: Stream) -> None:
+    for weight in stream.layer.parameters():
+        weight.requires_grad_(not weight.requires_grad)
+
+
+def _optimizer_loaded(stream: Stream) -> None:
+    stream.optimizer.load_state_dict(copy.deepcopy(stream.optimizer.state_dict()))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("by", ["run", "step"])
+@pytest.mark.parametrize("between", [_decayed, _frozen, _thawed, _optimizer_loaded])
+@pytest.mark.parametrize("optimizer", ["dampening", "adam"])
+def test_what_a_caller_changes_between_steps_counts(
+    optimizer: str, between: Callable[[Stream], None], by: str
+) -> None:
+    name, options = OPTIMIZERS[optimizer]
+    first = stream_of(backend="torch", optimizer=name, optimizer_options=options, lr=0.01)
+    second = stream_of(copy.deepcopy(first.layer), optimizer=name, optimizer_options=options, lr=0.01)
+    second.readout.load_state_dict(first.readout.state_dict())
+    x, target = given(first.layer, 2, 3, "mse")
+    found = []
+    for stream in (first, second):
+        if between is _thawed:
+            between(stream)
+        run = stream.run if by == "run" else functools.partial(by_step, stream)
+        losses, *_ = run(x[:10], target[:10])
+        between(stream)
+        more, *_ = run(x[10:], target[10:])
+        found.append([losses, more])
+    near(*found, 1e-11)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("optimizer", ["momentum", "dampening", "adam"])
+def test_calls_that_end_between_two_updates(optimizer: str) -> None:
+    name, options = OPTIMIZERS[optimizer]
+    results = []
+    x, target = X, AIM
+    layer, readout = RGC(5, input_size=3, init="uniform", dtype=F64), nn.Linear(5, 3, dtype=F64)
+    for backend in ("torch", "compile"):
+        stream = Stream(
+            copy.deepcopy(layer), copy.deepcopy(readout), 2, optimizer=name, optimizer_options=options, update_every=4,
+            lr=0.1, backend=backend,
+        )  # type: ignore[arg-type] # fmt: skip
+        results.append([stream.run(x[:2], target[:2]).losses, stream.run(x[2:], target[2:]).losses])
+    near(*results, 1e-11)
+
+
+@by_backend
+def test_a_stream_resumes_between_two_updates(backend: str) -> None:
+    """The sum of the gradients since the last update is part of the state."""
+    first, second = (stream_of(backend=backend, update_every=4, lr=0.1) for _ in range(2))
+    x, target = given(first.layer, 2, 3, "mse")
+    first.run(x[:6], target[:6])
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    near(second.run(x[6:], target[6:]).losses, first.run(x[6:], target[6:]).losses, 0.0)
+
+
+@by_backend
+def test_rates_of_a_call_leave_the_optimizers(backend: str) -> None:
+    stream = stream_of(backend=backend, lr=0.01)
+    stream.run(X, AIM, lr=torch.full((6,), 0.5))
+    assert stream.optimizer.param_groups[0]["lr"] == 0.01
+
+
+@by_backend
+@pytest.mark.parametrize(
+    ("x", "error", "says"),
+    [
+        (X[0, :1], ValueError, r"x must have shape \(2, 3\)"),
+        (X[0, 0], ValueError, r"x must have shape \(2, 3\)"),
+        (X[0].float(), TypeError, "x must have the dtype of the layer"),
+        ([1.0], TypeError, "x must be a torch.Tensor"),
+    ],
+)
+def test_a_step_of_a_wrong_input(x: Any, error: type[Exception], says: str, backend: str) -> None:
+    stream = stream_of(backend=backend)
+    before = copy.deepcopy(stream.state_dict())
+    with pytest.raises(error, match=says):
+        stream.step(x)
+    near(stream.state_dict(), before, 0.0)
+    stream.step(X[0])
+    stream.learn(AIM[0])
+
+
+@by_backend
+def test_a_step_does_not_keep_the_graph_of_its_input(backend: str) -> None:
+    stream = stream_of(backend=backend)
+    for t in range(3):
+        assert not stream.step(X[t].clone().requires_grad_()).requires_grad
+        stream.learn(AIM[t])
+
+
+@by_backend
+def test_a_state_that_does_not_fit_changes_nothing(backend: str) -> None:
+    stream, other = stream_of(backend=backend), stream_of(backend=backend, outputs=2)
+    before = copy.deepcopy(stream.state_dict())
+    with pytest.raises((RuntimeError, ValueError)):
+        stream.load_state_dict(other.state_dict())
+    near(stream.state_dict(), before, 0.0)
+
+
+@by_backend
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["copy", "pickle"]
+)
+def test_a_copy_is_a_stream_of_its_own(how: Callable[[Stream], Stream], backend: str) -> None:
+    stream = stream_of(backend=backend)
+    stream.run(X[:3], AIM[:3])
+    twin = how(stream)
+    losses = stream.run(X[3:], AIM[3:]).losses
+    near(twin.run(X[3:], AIM[3:]).losses, losses, 0.0)
+
+
+@by_backend
+def test_a_layer_that_became_another_is_refused(backend: str) -> None:
+    stream = stream_of(backend=backend)
+    stream.layer.float()
+    with pytest.raises((TypeError, ValueError), match=r"must have the dtype of|must stay torch\.float64"):
+        stream.run(X.float(), AIM.float())
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("of", ["layer", "readout"])
+def test_hooks_run_or_are_refused(of: str) -> None:
+    """As the loop does: it refuses the layer's, and runs the readout's."""
+    layer, readout = RGC(5, input_size=3, init="uniform", dtype=F64), nn.Linear(5, 3, dtype=F64)
+    found = []
+    for backend in ("torch", "auto"):
+        stream = Stream(copy.deepcopy(layer), copy.deepcopy(readout), 2, backend=backend)
+        if of == "readout":
+            stream.readout.register_forward_hook(lambda module, given, output: 2 * output)
+            found.append(stream.run(X, AIM).losses)
+        else:
+            stream.layer.register_forward_hook(lambda *_: None)
+            with pytest.raises(ValueError, match="must have no hooks"):
+                stream.run(X, AIM)
+    if found:
+        near(*found, 1e-11)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("by", ["run", "step"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_the_loop_takes_over_between_two_updates_and_gives_back(optimizer: str, by: str) -> None:
+    """A hook on the readout makes the loop serve; the gradients' sum and the moments go along, there and back."""
+    name, options = OPTIMIZERS[optimizer]
+    layer, readout = RGC(5, input_size=3, init="uniform", dtype=F64), nn.Linear(5, 3, dtype=F64)
+    found, (x, target) = [], given(layer, 2, 3, "mse")
+    for backend in ("torch", "compile"):
+        stream = Stream(
+            copy.deepcopy(layer), copy.deepcopy(readout), 2, optimizer=name, optimizer_options=options, update_every=4,
+            lr=0.1, backend=backend,
+        )  # type: ignore[arg-type] # fmt: skip
+        run = stream.run if by == "run" else functools.partial(by_step, stream)
+        losses = []
+        for hooked, part in (
+            (False, slice(3)),
+            (True, slice(3, 6)),
+            (False, slice(6, 7)),
+            (False, slice(7, None)),
+        ):
+            hook = (
+                stream.readout.register_forward_hook(lambda module, given, output: output + 1)
+                if hooked
+                else None
+            )
+            loss, *_ = run(x[part], target[part])
+            losses.append(loss)
+            if hook is not None:
+                hook.remove()
+        found.append(losses)
+    near(*found, 1e-11)

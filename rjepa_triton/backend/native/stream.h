@@ -86,7 +86,7 @@ template <class real, long S> struct Panels {
 // The step of one optimizer, as torch.optim has it, for weights that lie side by side.
 template <class real, int kind> struct Optimizer {
     typedef typename Lanes<real>::wide wide;
-    real lr, beta1, beta2, eps, decay, scale1, scale2;
+    real lr, beta1, beta2, rest1, rest2, eps, decay, scale1, scale2; // rest: 1 - beta, rounded once
     bool begins; // no momentum was kept before
 
     // Returns the weights that it has written.
@@ -98,19 +98,19 @@ template <class real, int kind> struct Optimizer {
             gradient = gradient + decay * w;
         if (kind == SGD) {
             if (first) { // beta1: momentum, beta2: dampening, eps: Nesterov's
-                const wide kept = begins ? gradient : beta1 * load(first, here) + (real(1) - beta2) * gradient;
+                const wide kept = begins ? gradient : beta1 * load(first, here) + rest2 * gradient;
                 store(first, kept, here);
                 gradient = eps != 0 ? gradient + beta1 * kept : kept;
             }
             w = w - lr * gradient;
         } else if (kind == RMSPROP) {
-            const wide v = beta1 * load(second, here) + (real(1) - beta1) * gradient * gradient;
+            const wide v = beta1 * load(second, here) + rest1 * gradient * gradient;
             store(second, v, here);
             w = w - lr * gradient / (root(v) + eps);
         } else {
             wide m = load(first, here);
-            m = m + (real(1) - beta1) * (gradient - m);
-            const wide v = beta2 * load(second, here) + (real(1) - beta2) * gradient * gradient;
+            m = m + rest1 * (gradient - m);
+            const wide v = beta2 * load(second, here) + rest2 * gradient * gradient;
             store(first, m, here);
             store(second, v, here);
             w = w - (lr / scale1) * m / (root(v) / scale2 + eps);
@@ -555,6 +555,7 @@ template <class real> struct Network {
     template <int kind> Optimizer<real, kind> optimizer_at(long t, long updates) const {
         Optimizer<real, kind> o{};
         o.lr = rates[t], o.beta1 = options[0], o.beta2 = options[1], o.eps = options[2], o.decay = options[3];
+        o.rest1 = 1 - options[0], o.rest2 = 1 - options[1];
         if (kind == ADAM || kind == ADAMW) {
             o.scale1 = 1 - std::pow(options[0], double(updates + 1));
             o.scale2 = std::sqrt(1 - std::pow(options[1], double(updates + 1)));
