@@ -24,7 +24,7 @@ soak: $(VENV)/.test
 OLDEST        := build/oldest
 OLDEST_PYTHON ?= python3.12
 OLDEST_SLICE  := online/test_compiled.py online/test_operators.py backend/test_operations.py kernels/test_gamma_read.py \
-	bench/kernels/test_static.py
+	backend/native/test_calls.py::test_under_torch_compile_with_a_full_graph bench/kernels/test_static.py
 
 test-oldest: $(OLDEST)/.made
 	$(OLDEST)/bin/python -m pytest -n auto --dist worksteal --timeout 600 --durations 20

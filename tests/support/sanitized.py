@@ -242,8 +242,8 @@ def stream(draw: random.Random, cells: str) -> None:
     readout = nn.Linear(made.hidden_size, outputs, bias=draw.random() < 0.8, dtype=dtype)  # type: ignore[attr-defined]
     for parameter in (*made.parameters(), *readout.parameters()):  # type: ignore[attr-defined]
         parameter.requires_grad_(draw.random() < 0.9)
-    loss = draw.choice(["mse", "cross_entropy", "huber", "cosine", "delta"])
-    optimizer = draw.choice(["sgd", "sgd", "adam", "adamw", "rmsprop"])
+    loss: Any = draw.choice(["mse", "cross_entropy", "huber", "cosine", "delta"])
+    optimizer: Any = draw.choice(["sgd", "sgd", "adam", "adamw", "rmsprop"])
     options: dict[str, Any] = {"weight_decay": 0.01} if draw.random() < 0.3 else {}
     if optimizer == "sgd" and draw.random() < 0.5:
         options |= {"momentum": 0.9, "nesterov": draw.random() < 0.5}
@@ -335,4 +335,5 @@ def run(arguments: list[str], cache: Path, seconds: float) -> subprocess.Complet
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), sys.argv[4])
+    count, first, processors = map(int, sys.argv[1:4])
+    main(count, first, processors, sys.argv[4])
