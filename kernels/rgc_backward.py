@@ -28,7 +28,6 @@ from .rgc_forward import PointwiseConfig, joined_by_source, pick_pointwise_confi
 
 @triton.jit(
     do_not_specialize=[
-        "stride_gates",
         "stride_before",
         "stride_delta",
         "stride_credit",
@@ -37,7 +36,7 @@ from .rgc_forward import PointwiseConfig, joined_by_source, pick_pointwise_confi
     ]
 )
 def _rgc_backward_kernel(
-    gates_ptr,  # [2, B, 2, N]
+    gates_ptr,  # [B, 2, 2, N]
     before_ptr,  # [2, B, N]
     u_ptr,  # [B, N]
     delta_ptr,  # [2, B, N]
@@ -46,7 +45,6 @@ def _rgc_backward_kernel(
     entering_ptr,  # [2, B, 2, N]: written, E
     passed_ptr,  # [2, B, N]: read, the credit from the step after; then written, Aᵀ λ of this step
     N,
-    stride_gates,
     stride_before,
     stride_delta,
     stride_credit,
@@ -57,7 +55,6 @@ def _rgc_backward_kernel(
     VECTOR: tl.constexpr,  # numbers that one memory access moves; divides N and every stride
 ):
     N = N // VECTOR * VECTOR  # leaves N and the strides as they are, and shows the compiler what divides them
-    stride_gates = tl.cast(stride_gates, tl.int64) // VECTOR * VECTOR
     stride_before = tl.cast(stride_before, tl.int64) // VECTOR * VECTOR
     stride_delta = tl.cast(stride_delta, tl.int64) // VECTOR * VECTOR
     stride_credit = tl.cast(stride_credit, tl.int64) // VECTOR * VECTOR
@@ -68,7 +65,7 @@ def _rgc_backward_kernel(
     unit = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     mask = unit < N
     at = b * N + unit
-    gates_ptr += b * 2 * N
+    gates_ptr += b * 4 * N
     entering_ptr += b * 2 * N
 
     credit_s = tl.load(delta_ptr + at, mask=mask, other=0.0)
@@ -90,8 +87,8 @@ def _rgc_backward_kernel(
     u = tl.load(u_ptr + at, mask=mask, other=0.0)
     ss = tl.load(gates_ptr + unit, mask=mask, other=0.0)
     sm = tl.load(gates_ptr + N + unit, mask=mask, other=0.0)
-    mm = tl.load(gates_ptr + stride_gates + unit, mask=mask, other=0.0)
-    ms = tl.load(gates_ptr + stride_gates + N + unit, mask=mask, other=0.0)
+    mm = tl.load(gates_ptr + 2 * N + unit, mask=mask, other=0.0)
+    ms = tl.load(gates_ptr + 3 * N + unit, mask=mask, other=0.0)
     tl.store(entering_ptr + unit, credit_s * (1.0 - ss * ss) * s, mask=mask)
     tl.store(entering_ptr + N + unit, credit_m * (sm * sm - 1.0) * u, mask=mask)
     tl.store(entering_ptr + stride_entering + unit, credit_m * (1.0 - mm * mm) * m, mask=mask)
@@ -140,7 +137,7 @@ def bptt_credits(
         entering[j].flatten(0, 1).flatten(1).T @ y        (2N, N), dW_ss above dW_sm, or dW_mm above dW_ms
 
     Args:
-        gates: tanh of the pre-activations, (2, T, B, 2, N) float32, contiguous, as `rgc_forward` returns them.
+        gates: tanh of the pre-activations, (T, B, 2, 2, N) float32, contiguous, as `rgc_forward` returns them.
         before: the states that the steps read, zero where reset, (2, T, B, N) float32. The first dimension may have
             any stride, so that `states[:, :-1]` needs no copy.
         u: the layer's per-unit input, (T, B, N) float32, contiguous.
@@ -160,7 +157,7 @@ def bptt_credits(
     """
     steps, batch, units = check_dims("u", u, "TBN")
     check_tensor("u", u, (steps, batch, units), u)
-    check_tensor("gates", gates, (2, steps, batch, 2, units), u)
+    check_tensor("gates", gates, (steps, batch, 2, 2, units), u)
     check_tensor("before", before, (2, steps, batch, units), u, any_stride=1)
     check_tensor("delta", delta, (2, steps, batch, units), u)
     if len(weights) != 4:
@@ -172,14 +169,14 @@ def bptt_credits(
         resets = resets.view(torch.uint8)
     check_runnable(_rgc_backward_kernel, "u", u)
 
-    credit, entering = torch.empty_like(delta), torch.empty_like(gates)
+    credit, entering = torch.empty_like(delta), delta.new_empty(2, steps, batch, 2, units)
     passed = torch.empty_like(delta[:, 0], memory_format=torch.contiguous_format)
     joined = joined_by_source(weights)
     config = pick_config(units, device_sizes(u).warp)
-    strides = [a.stride(0) for a in (gates, before, delta, credit, entering, passed)]
+    strides = [a.stride(0) for a in (before, delta, credit, entering, passed)]
     vector = config.vector if all(stride % config.vector == 0 for stride in strides) else 1
     grid = (batch * triton.cdiv(units, config.block),)
-    at = [a.unbind(1) for a in (gates, before, delta, credit, entering)]
+    at = [gates.unbind(0), *(a.unbind(1) for a in (before, delta, credit, entering))]
     entering_at = entering.flatten(-2).unbind(1)
     for t in range(steps - 1, -1, -1):
         gates_t, before_t, delta_t, credit_t, entering_t = (a[t] for a in at)

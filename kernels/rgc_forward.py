@@ -100,7 +100,7 @@ def _rgc_small_kernel(
     weight_ptr,  # [4, 4, BLOCK² / 4]: W_ss, W_sm, W_mm, W_ms, as `in_quarters` lays them out
     resets_ptr,  # [T, B], or None
     states_ptr,  # [2, T + 1, B, N]: the first step is given, the others are written
-    gates_ptr,  # [2, T, B, 2, N]: written; or None
+    gates_ptr,  # [T, B, 2, 2, N]: written; or None
     T,
     B,
     N,
@@ -129,8 +129,8 @@ def _rgc_small_kernel(
         resets_ptr += b
         reset = tl.load(resets_ptr)
     if gates_ptr is not None:
-        gates_ptr += b * 2 * N
-        gates_at = unit[:, None, None] + pair[None, :, None] * (step * 2 * T) + pair[None, None, :] * N
+        gates_ptr += b * 4 * N
+        gates_at = unit[:, None, None] + pair[None, :, None] * (2 * N) + pair[None, None, :] * N
 
     s = tl.load(states_ptr + unit, mask=inside, other=0.0)
     m = tl.load(states_ptr + plane + unit, mask=inside, other=0.0)
@@ -156,7 +156,7 @@ def _rgc_small_kernel(
         if gates_ptr is not None:
             gates = tl.permute(tl.join(tl.join(ss, sm), tl.join(mm, ms)), [0, 2, 1])
             tl.store(gates_ptr + gates_at, gates, mask=inside[:, None, None])
-            gates_ptr += 2 * step
+            gates_ptr += 4 * step
         s = (1.0 - ms) * u + ss * s
         m = (1.0 - sm) * u + mm * m
         u = next_u
@@ -164,16 +164,15 @@ def _rgc_small_kernel(
         tl.store(states_ptr + states_at, tl.join(s, m), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["stride_gates", "stride_before", "stride_after", "stride_next"])
+@triton.jit(do_not_specialize=["stride_before", "stride_after", "stride_next"])
 def _rgc_pointwise_kernel(
-    gates_ptr,  # [2, B, 2, N]: read, pre-activations; then written, their tanh
+    gates_ptr,  # [B, 2, 2, N]: read, pre-activations; then written, their tanh
     before_ptr,  # [2, B, N]: the state that the products read
     u_ptr,  # [B, N]
     after_ptr,  # [2, B, N]: written, the new state
     resets_ptr,  # [B]: whether the next step resets the batch row; or None with next_ptr
     next_ptr,  # [2, B, N]: written, the new state with those rows zeroed; or None
     N,
-    stride_gates,
     stride_before,
     stride_after,
     stride_next,
@@ -181,7 +180,6 @@ def _rgc_pointwise_kernel(
     VECTOR: tl.constexpr,  # numbers that one memory access moves; divides N
 ):
     N = N // VECTOR * VECTOR  # leaves N and the strides as they are, and shows the compiler what divides them
-    stride_gates = tl.cast(stride_gates, tl.int64) // VECTOR * VECTOR
     stride_before = tl.cast(stride_before, tl.int64) // VECTOR * VECTOR
     stride_after = tl.cast(stride_after, tl.int64) // VECTOR * VECTOR
     tiles = tl.cdiv(N, BLOCK)
@@ -189,19 +187,19 @@ def _rgc_pointwise_kernel(
     unit = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     mask = unit < N
     at = b * N + unit
-    gates_ptr += b * 2 * N
+    gates_ptr += b * 4 * N
 
     s = tl.load(before_ptr + at, mask=mask, other=0.0)
     m = tl.load(before_ptr + stride_before + at, mask=mask, other=0.0)
     u = tl.load(u_ptr + at, mask=mask, other=0.0)
     ss = tanh(tl.load(gates_ptr + unit, mask=mask, other=0.0))
     sm = tanh(tl.load(gates_ptr + N + unit, mask=mask, other=0.0))
-    mm = tanh(tl.load(gates_ptr + stride_gates + unit, mask=mask, other=0.0))
-    ms = tanh(tl.load(gates_ptr + stride_gates + N + unit, mask=mask, other=0.0))
+    mm = tanh(tl.load(gates_ptr + 2 * N + unit, mask=mask, other=0.0))
+    ms = tanh(tl.load(gates_ptr + 3 * N + unit, mask=mask, other=0.0))
     tl.store(gates_ptr + unit, ss, mask=mask)
     tl.store(gates_ptr + N + unit, sm, mask=mask)
-    tl.store(gates_ptr + stride_gates + unit, mm, mask=mask)
-    tl.store(gates_ptr + stride_gates + N + unit, ms, mask=mask)
+    tl.store(gates_ptr + 2 * N + unit, mm, mask=mask)
+    tl.store(gates_ptr + 3 * N + unit, ms, mask=mask)
 
     s = (1.0 - ms) * u + ss * s
     m = (1.0 - sm) * u + mm * m
@@ -284,8 +282,8 @@ def rgc_pointwise_(
     this step's products have already read it.
 
     Args:
-        pre: pre-activations p by the state that their matrices read, (2, B, 2, N) float32: [0] is ss and sm, which
-            read s, [1] mm and ms, which read m. Mutated: replaced by their tanh.
+        pre: pre-activations p by the state that their matrices read, (B, 2, 2, N) float32, contiguous: [:, 0] is ss and
+            sm, which read s, [:, 1] mm and ms, which read m. Mutated: replaced by their tanh.
         before: the state that the products read, s and m, (2, B, N) float32.
         u: the layer's input, (B, N) float32, contiguous.
         after: (2, B, N) float32. Mutated: receives the new state.
@@ -293,7 +291,7 @@ def rgc_pointwise_(
         next_before: (2, B, N) float32, or None. Mutated: receives the new state with those rows zeroed. It needs
             next_resets.
 
-    The first dimension of pre, before, after and next_before may have any stride; the rest must be contiguous. Fast
+    The first dimension of before, after and next_before may have any stride; the rest must be contiguous. Fast
     where four divides N and those strides.
 
     Raises:
@@ -301,8 +299,8 @@ def rgc_pointwise_(
         ValueError: a wrong shape (a dimension of size 0 among them), device or stride; one of next_resets and
             next_before without the other; or tensors that aren't on a GPU while kernels aren't interpreted.
     """
-    _, batch, _, units = check_dims("pre", pre, "SBSN")
-    check_tensor("pre", pre, (2, batch, 2, units), pre, any_stride=1)
+    batch, _, _, units = check_dims("pre", pre, "BSSN")
+    check_tensor("pre", pre, (batch, 2, 2, units), pre)
     check_tensor("before", before, (2, batch, units), pre, any_stride=1)
     check_tensor("u", u, (batch, units), pre)
     check_tensor("after", after, (2, batch, units), pre, any_stride=1)
@@ -327,7 +325,7 @@ def _pointwise(
 ) -> None:
     """`rgc_pointwise_` without its checks; next_resets in uint8."""
     batch, units = u.shape
-    strides = [0 if a is None else a.stride(0) for a in (pre, before, after, next_before)]
+    strides = [0 if a is None else a.stride(0) for a in (before, after, next_before)]
     config = pick_pointwise_config(units, device_sizes(u).warp)
     vector = config.vector if all(stride % config.vector == 0 for stride in strides) else 1
     with torch.cuda.device_of(u):
@@ -376,8 +374,8 @@ def rgc_forward(
 
     Returns:
         The states (2, T + 1, B, N), starting with the given ones, each as it was before the next step's resets. And
-        the gates (2, T, B, 2, N), tanh of the pre-activations: [0] of ss and sm, which read s, [1] of mm and ms,
-        which read m; or None. Float32.
+        the gates (T, B, 2, 2, N), tanh of the pre-activations: [:, :, 0] of ss and sm, which read s, [:, :, 1] of mm
+        and ms, which read m; or None. Float32.
 
     Raises:
         TypeError: an argument isn't a tensor, or has another dtype.
@@ -450,7 +448,7 @@ def _small(
     steps, batch, units = x.shape
     gates = None
     if save_gates:
-        gates = torch.empty(2, steps, batch, 2, units, dtype=torch.float32, device=x.device)
+        gates = torch.empty(steps, batch, 2, 2, units, dtype=torch.float32, device=x.device)
     warp = device_sizes(x).warp
     config = pick_small_config(units, warp)
     with torch.cuda.device_of(x):
@@ -475,10 +473,10 @@ def _by_step(
     x: Tensor, weights: Sequence[Tensor], states: Tensor, resets: Tensor | None, save_gates: bool
 ) -> tuple[Tensor, Tensor | None]:
     steps, batch, units = x.shape
-    gates = torch.empty(2, steps if save_gates else 1, batch, 2, units, dtype=torch.float32, device=x.device)
+    gates = torch.empty(steps if save_gates else 1, batch, 2, 2, units, dtype=torch.float32, device=x.device)
     joined = joined_by_source(weights).mT
-    products_at = gates.flatten(-2).unbind(1)
-    x_at, state_at, gates_at = x.unbind(0), states.unbind(1), gates.unbind(1)
+    products_at = gates.flatten(-2).transpose(1, 2).unbind(0)
+    x_at, state_at, gates_at = x.unbind(0), states.unbind(1), gates.unbind(0)
     signal = None if resets is None else states[:, 0].masked_fill(resets[0, :, None] != 0, 0)
     for t in range(steps):
         before = state_at[t] if signal is None else signal

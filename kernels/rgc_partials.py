@@ -47,20 +47,19 @@ def _load_step(
     gate_offset,
     N,
     BN,
-    gates_plane,
     stride_before,
     mask,
 ):
     """Gates ss, ms, mm and sm, states s and m and input u of step t (int64), and a mask of units that weren't reset.
 
-    unit: flat index into (B, N); row: its batch row; gate_offset: its offset in (B, 2, N) for the first of the two.
+    unit: flat index into (B, N); row: its batch row; gate_offset: its offset in (B, 2, 2, N) for the first of the four.
     """
     at = t * BN + unit
-    at_gates = 2 * t * BN + gate_offset
+    at_gates = 4 * t * BN + gate_offset
     ss = tl.load(gates_ptr + at_gates, mask=mask, other=0.0)
     sm = tl.load(gates_ptr + at_gates + N, mask=mask, other=0.0)
-    mm = tl.load(gates_ptr + gates_plane + at_gates, mask=mask, other=0.0)
-    ms = tl.load(gates_ptr + gates_plane + at_gates + N, mask=mask, other=0.0)
+    mm = tl.load(gates_ptr + at_gates + 2 * N, mask=mask, other=0.0)
+    ms = tl.load(gates_ptr + at_gates + 3 * N, mask=mask, other=0.0)
     s, m = load_states(before_ptr, at, stride_before, mask, 2)
     u = tl.load(u_ptr + at, mask=mask, other=0.0)
     keep = mask
@@ -107,7 +106,7 @@ STRIDES = ("stride_before", "stride_ss", "stride_ms", "stride_mm", "stride_sm")
 
 @triton.jit(do_not_specialize=["T", "steps", *STRIDES])
 def _linearize_kernel(
-    gates_ptr,  # [2, T, B, 2, N]
+    gates_ptr,  # [T, B, 2, 2, N]
     before_ptr,  # [2, T, B, N]
     u_ptr,  # [T, B, N]
     ss_ptr,  # [N] each: the diagonals of W_ss, W_ms, W_mm and W_sm
@@ -138,7 +137,7 @@ def _linearize_kernel(
     unit = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     mask = unit < BN
     row = unit // N
-    gate_offset = row.to(tl.int64) * (2 * N) + unit % N
+    gate_offset = row.to(tl.int64) * (4 * N) + unit % N
     first = (tl.program_id(0) // tiles) * steps
     count = tl.minimum(first + steps, T) - first
     wide_bn = tl.cast(BN, tl.int64)
@@ -161,7 +160,6 @@ def _linearize_kernel(
             gate_offset,
             N,
             BN,
-            2 * plane,
             stride_before,
             mask,
         )
@@ -188,7 +186,7 @@ def _linearize_kernel(
 
 @triton.jit(do_not_specialize=["T", "block_steps", *STRIDES])
 def _dual_summary_kernel(
-    gates_ptr,  # [2, T, B, 2, N]
+    gates_ptr,  # [T, B, 2, 2, N]
     before_ptr,  # [2, T, B, N]
     u_ptr,  # [T, B, N]
     ss_ptr,  # [N] each: the diagonals of W_ss, W_ms, W_mm and W_sm
@@ -220,7 +218,7 @@ def _dual_summary_kernel(
     unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = unit < BN
     row = unit // N
-    gate_offset = row.to(tl.int64) * (2 * N) + unit % N
+    gate_offset = row.to(tl.int64) * (4 * N) + unit % N
     first = (tl.program_id(1) + 1) * block_steps
     count = tl.minimum(first + block_steps, T) - first
     plane = tl.cast(BN, tl.int64) * T  # numbers of one (T, B·N)
@@ -248,7 +246,6 @@ def _dual_summary_kernel(
             gate_offset,
             N,
             BN,
-            2 * plane,
             stride_before,
             mask,
         )
@@ -268,7 +265,7 @@ def _dual_summary_kernel(
 
 @triton.jit(do_not_specialize=["T", "block_steps", *STRIDES])
 def _dual_kernel(
-    gates_ptr,  # [2, T, B, 2, N]
+    gates_ptr,  # [T, B, 2, 2, N]
     before_ptr,  # [2, T, B, N]
     u_ptr,  # [T, B, N]
     ss_ptr,  # [N] each: the diagonals of W_ss, W_ms, W_mm and W_sm
@@ -280,7 +277,7 @@ def _dual_kernel(
     carry_ptr,  # [2, B, N], or None for zero
     product_ptr,  # [2, 2, G, B·N], R of each block of time after the first; or None where there is one block
     local_ptr,  # [2, G, B·N], ℓ of each; or None with product_ptr
-    entering_ptr,  # [2, T, B, 2, N]: written, E
+    entering_ptr,  # [T, B, 2, 2, N]: written, E
     for_input_ptr,  # [T, B, N]: written, ∂E/∂u
     passed_ptr,  # [2, B, N]: written, M(1)ᵀ λ(1)
     T,
@@ -305,7 +302,7 @@ def _dual_kernel(
     unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = unit < BN
     row = unit // N
-    gate_offset = row.to(tl.int64) * (2 * N) + unit % N
+    gate_offset = row.to(tl.int64) * (4 * N) + unit % N
     first = tl.program_id(1) * block_steps
     count = tl.minimum(first + block_steps, T) - first
     wide_bn = tl.cast(BN, tl.int64)
@@ -336,7 +333,6 @@ def _dual_kernel(
             gate_offset,
             N,
             BN,
-            2 * plane,
             stride_before,
             mask,
         )
@@ -346,11 +342,11 @@ def _dual_kernel(
         )
         credit0 = delta0 + later0
         credit1 = delta1 + later1
-        at_gates = 2 * t * BN + gate_offset
+        at_gates = 4 * t * BN + gate_offset
         tl.store(entering_ptr + at_gates, credit0 * phi_ss, mask=mask)
         tl.store(entering_ptr + at_gates + N, credit1 * phi_sm, mask=mask)
-        tl.store(entering_ptr + 2 * plane + at_gates, credit1 * phi_mm, mask=mask)
-        tl.store(entering_ptr + 2 * plane + at_gates + N, credit0 * phi_ms, mask=mask)
+        tl.store(entering_ptr + at_gates + 2 * N, credit1 * phi_mm, mask=mask)
+        tl.store(entering_ptr + at_gates + 3 * N, credit0 * phi_ms, mask=mask)
         tl.store(for_input_ptr + at, credit0 * (1.0 - ms) + credit1 * (1.0 - sm), mask=mask)
         later0, later1 = pass_back(m00, m01, m10, m11, credit0, credit1, 2)
         if resets_ptr is not None:
@@ -401,7 +397,8 @@ def pick_dual_config(T: int, BN: int, warp_size: int, multiprocessors: int) -> S
 class Dual(NamedTuple):
     """What `rgc_dual` returns.
 
-    entering   E (2, T, B, 2, N): [0] of the matrices that read s, ss and sm; [1] of those that read m, mm and ms
+    entering   E (T, B, 2, 2, N): [:, :, 0] of the matrices that read s, ss and sm; [:, :, 1] of those that read m, mm
+               and ms
     for_input  ∂E/∂u (T, B, N)
     passed     the credit that the first step passes to the state before it, (2, B, N)
     """
@@ -420,7 +417,7 @@ def rgc_linearize(
     Seven numbers of each unit and step are read, and ten written.
 
     Args:
-        gates: tanh of the pre-activations, (2, T, B, 2, N) float32, contiguous, as `rgc_forward` returns them.
+        gates: tanh of the pre-activations, (T, B, 2, 2, N) float32, contiguous, as `rgc_forward` returns them.
         before: the states before the steps, (2, T, B, N) float32; where reset they count as zero. The first dimension
             may have any stride, so that `states[:, :-1]` needs no copy.
         u: the layer's per-unit input, (T, B, N) float32, contiguous.
@@ -530,7 +527,7 @@ def _check(
     """(T, B, N) of checked arguments. Raises TypeError or ValueError as `rgc_linearize` does."""
     steps, batch, units = check_dims("u", u, "TBN")
     check_tensor("u", u, (steps, batch, units), u)
-    check_tensor("gates", gates, (2, steps, batch, 2, units), u)
+    check_tensor("gates", gates, (steps, batch, 2, 2, units), u)
     check_tensor("before", before, (2, steps, batch, units), u, any_stride=1)
     if len(own) != 4:
         raise ValueError(f"own must hold 4 tensors, got {len(own)}")

@@ -91,7 +91,7 @@ def _rgc_persistent_kernel(
     sm_ptr,  # [N, N]
     resets_ptr,  # [T, B], or None
     states_ptr,  # [2, T + 1, B, N]: the first step is given, the others are written
-    gates_ptr,  # [2, T, B, 2, N]: written; or None
+    gates_ptr,  # [T, B, 2, 2, N]: written; or None
     arrived_ptr,  # [parts, COUNTER_STRIDE]: zero at first; the barrier's counters
     T,
     B,
@@ -121,7 +121,6 @@ def _rgc_persistent_kernel(
 
     step = tl.cast(B, tl.int64) * N
     plane = step * (T + 1)
-    gates_plane = step * 2 * T
     arrived_ptr += part * COUNTER_STRIDE
     arrivals = tl.cast(slices, tl.int64) * ARRIVALS
     first = part * rows
@@ -151,11 +150,11 @@ def _rgc_persistent_kernel(
             mm = tanh(_product(w_mm, all_m))
             ms = tanh(_product(w_ms, all_m))
             if gates_ptr is not None:
-                gates_at = gates_ptr + 2 * offset[:, None] + unit[None, :]
+                gates_at = gates_ptr + 4 * offset[:, None] + unit[None, :]
                 tl.store(gates_at, ss, mask=own_mask)
                 tl.store(gates_at + N, sm, mask=own_mask)
-                tl.store(gates_at + gates_plane, mm, mask=own_mask)
-                tl.store(gates_at + gates_plane + N, ms, mask=own_mask)
+                tl.store(gates_at + 2 * N, mm, mask=own_mask)
+                tl.store(gates_at + 3 * N, ms, mask=own_mask)
             tl.store(own_at + step, (1.0 - ms) * u + ss * s, mask=own_mask)
             tl.store(own_at + step + plane, (1.0 - sm) * u + mm * m, mask=own_mask)
         x_ptr += step
@@ -163,7 +162,7 @@ def _rgc_persistent_kernel(
         if resets_ptr is not None:
             resets_ptr += B
         if gates_ptr is not None:
-            gates_ptr += 2 * step
+            gates_ptr += 4 * step
         if t < T - 1:
             _wait_for_all(arrived_ptr, arrivals * (t + 1), ARRIVALS, LANES)
 
@@ -275,7 +274,7 @@ def rgc_forward_persistent(
     )
     gates = None
     if save_gates:
-        gates = torch.empty(2, steps, batch, 2, units, dtype=torch.float32, device=x.device)
+        gates = torch.empty(steps, batch, 2, 2, units, dtype=torch.float32, device=x.device)
     arrived = torch.zeros(config.parts, COUNTER_STRIDE, dtype=torch.int64, device=x.device)
     _launch(x, weights, states, resets, gates, arrived, config)
     return states, gates

@@ -298,7 +298,7 @@ def rgc_pointwise_build(
     from ...kernels import rgc_forward
 
     config = rgc_forward.pick_pointwise_config(512, WARP[target])
-    strides = [f"stride_{name}" for name in ("gates", "before", "after", "next")]
+    strides = [f"stride_{name}" for name in ("before", "after", "next")]
     absent = [] if resets else ["resets_ptr", "next_ptr"]
     return Build(
         target,
@@ -329,7 +329,7 @@ def rgc_backward_build(
         types={
             **{f"{name}_ptr": "*fp32" for name in (*arrays, "u")},
             "resets_ptr": "*u8",
-            **dict.fromkeys(["N", *(f"stride_{name}" for name in arrays)], "i32"),
+            **dict.fromkeys(["N", *(f"stride_{name}" for name in arrays[1:])], "i32"),
         },
         constants={**dict.fromkeys(absent), "LAST": last, "BLOCK": config.block, "VECTOR": vector},
         divisible=divisible,

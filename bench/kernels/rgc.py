@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...backend import operations
-from ...backend.native import calls
+from ...backend import operations, triton_backend
 from ...cells.builtin import RGCCell
 from ...cells.two_point import Partials, Trajectory
 from ...rules import rfp
@@ -26,7 +25,7 @@ class Circuit(Given):
     x, weights     inputs (T, B, N); W_ss, W_ms, W_mm, W_sm (4, N, N)
     diagonals      a view of the weights' diagonals (4, N)
     state          s and m before the first step (2, B, N)
-    gates          tanh of the pre-activations that read s, and of those that read m (2, T, B, 2, N)
+    gates          tanh of the pre-activations that read s, and of those that read m (T, B, 2, 2, N)
     before, delta  states before each step, and δ (2, T, B, N)
     own, phi       of one step: own-state paths (2, B, N) and immediate sensitivities (4, B, N)
     """
@@ -49,7 +48,7 @@ def _circuit_shapes(units: int, batch: int, steps: int) -> dict[str, tuple[int, 
         "weights": (MATRICES, units, units),
         "diagonals": (MATRICES, units),
         "state": (STATES, batch, units),
-        "gates": (2, steps, batch, 2, units),
+        "gates": (steps, batch, 2, 2, units),
         "before": (STATES, steps, batch, units),
         "delta": (STATES, steps, batch, units),
         "own": (STATES, batch, units),
@@ -174,7 +173,12 @@ class RGCDual(OfCircuit):
 
 def _forward(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     made = RGCCell().scan(x[None], weights.unbind(0), state.unbind(0))
-    return made.states, made.saved
+    return made.states, _gates_of(made.saved)
+
+
+def _gates_of(saved: Tensor) -> Tensor:
+    """What an RGC has saved, (4, T, B, N), as its kernels lay it out."""
+    return saved.movedim(0, 2).unflatten(2, (2, 2))
 
 
 def _pure_forward(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,12 +188,13 @@ def _pure_forward(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, Te
         by_s, by_m = [(s @ ss).tanh(), (s @ sm).tanh()], [(m @ mm).tanh(), (m @ ms).tanh()]
         s, m = (1 - by_m[1]) * u + by_s[0] * s, (1 - by_s[1]) * u + by_m[0] * m
         states.append(torch.stack([s, m]))
-        gates.append(torch.stack([torch.stack(by_s, -2), torch.stack(by_m, -2)]))
-    return torch.stack(states, 1), torch.stack(gates, 1)
+        gates.append(torch.stack([torch.stack(by_s, -2), torch.stack(by_m, -2)], 1))
+    return torch.stack(states, 1), torch.stack(gates)
 
 
 def _loop_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor] | None:
-    return calls.rgc_scan(x, weights.unbind(0), state.unbind(0), None)
+    made = operations.scan(RGCCell(), x[None], weights.unbind(0), state.unbind(0), backend="compile")
+    return made.states, _gates_of(made.saved)
 
 
 def _launch_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
@@ -225,11 +230,12 @@ def _launch_step(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
     from ...kernels import rgc_step
 
     after, _, planes = rgc_step.rgc_step(x[0], weights.unbind(0), state)
-    return after, *_parts(*RGCCell.partials_in(planes[:, None]))
+    return after, *_parts(*triton_backend.partials_in(planes[:, None]))
 
 
 def _trajectory(gates: Tensor, before: Tensor, x: Tensor) -> Trajectory:
-    return Trajectory(x[None], torch.cat([before, before[:, -1:]], 1), gates)  # no step reads the last
+    states = torch.cat([before, before[:, -1:]], 1)  # no step reads the last
+    return Trajectory(x[None], states, gates.flatten(2, 3).movedim(2, 0))
 
 
 def _backward(
@@ -249,7 +255,7 @@ def _pure_backward(
     passed = torch.zeros_like(delta[:, 0])
     credits, entering = [], []
     for t in range(x.shape[0] - 1, -1, -1):
-        (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in gates[:, t])
+        (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in gates[t].unbind(1))
         (s, m), credit = before[:, t], delta[:, t] + passed
         from_ss, from_ms = credit[0] * (1 - ss * ss) * s, credit[0] * (ms * ms - 1) * x[t]
         from_mm, from_sm = credit[1] * (1 - mm * mm) * m, credit[1] * (sm * sm - 1) * x[t]
@@ -273,7 +279,8 @@ def _launch_backward(
 
 def _parts(partials: Partials, m: Tensor) -> tuple[Tensor, ...]:
     """The tensors of a linearization: φ of ss, ms, mm and sm, ∂F_s/∂x, ∂F_m/∂x, and M."""
-    phi, by_input = (next(iter(by_state.values())) for by_state in partials.gate), partials.input[0]
+    entering = [partials.gate[matrix.into[1]] for matrix in RGCCell.matrices]
+    phi, by_input = (next(iter(by_state.values())) for by_state in entering), partials.input[0]
     return *phi, by_input[0], by_input[1], m
 
 
@@ -286,7 +293,7 @@ def _linearize(
 
 
 def _pure_linearize(gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor) -> tuple[Tensor, ...]:
-    (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in gates.unbind(0))
+    (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in gates.unbind(2))
     w_ss, w_ms, w_mm, w_sm = diagonals
     by_ss, by_ms = (1 - ss * ss) * before[0], (ms * ms - 1) * x
     by_mm, by_sm = (1 - mm * mm) * before[1], (sm * sm - 1) * x
@@ -298,7 +305,7 @@ def _launch_linearize(gates: Tensor, before: Tensor, x: Tensor, diagonals: Tenso
     from ...kernels import rgc_partials
 
     planes = rgc_partials.rgc_linearize(gates, before, x, diagonals.unbind(0))
-    return _parts(*RGCCell.partials_in(planes, gates))
+    return _parts(*triton_backend.partials_in(planes))
 
 
 def _dual(
@@ -326,7 +333,7 @@ def _launch_dual(
     from ...kernels import rgc_partials
 
     entering, for_input, passed = rgc_partials.rgc_dual(gates, before, x, diagonals.unbind(0), delta)
-    (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in entering.unbind(0))
+    (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in entering.unbind(2))
     return ss, ms, mm, sm, for_input, passed
 
 

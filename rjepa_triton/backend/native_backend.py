@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..cells.builtin import RGCCell
 from ..cells.trace import traced
 from ..cells.two_point import Cell, Linearization, Matrix, Trajectory
 from . import table
@@ -73,8 +72,6 @@ NATIVE = Backend("compile", "cpu", "one pass over Γ a step", _no_loops, _no_gam
 def compiled_loop(cell: Cell, weights: Sequence[Tensor], steps: int, batch: int) -> bool:
     """Whether the cell's loop over T = `steps`, B = `batch` is one call. Of the weights only the shapes count."""
     if not compiled_partials(cell):
-        return False
-    if isinstance(cell, RGCCell) and any(weight.dim() != 2 for weight in weights):
         return False
     units = max(
         (weight.shape[0] * (weight.shape[1] if weight.dim() == 3 else 1) for weight in weights), default=1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cells import weights as weight_ops
 from ..cells.builtin import RGCCell
-from ..cells.two_point import ByState, Cell, Linearization, Matrix, Trajectory
+from ..cells.two_point import ByState, Cell, Linearization, Matrix, Partials, Trajectory
 from ..rules import rfp
 from ..rules.rtrl import ExactSensitivity
 from .buffers import ReusedMemory
@@ -33,6 +33,10 @@ SCAN_STATES = 2  # states a unit that kernels take
 # there are no more batch rows than the GPU has multiprocessors.
 SMALL_UNITS, ON_CHIP_UNITS = 64, 128
 STEP_ROWS = 8  # batch rows up to which a step of an RGC and its linearization are one launch
+
+# The kernels write the credit of ss and sm, which read s, side by side, and that of mm and ms, which read m: (state,
+# column) of ss, ms, mm and sm in `rfp.Joined`.
+RGC_PLACES = ((0, 0), (1, 1), (1, 0), (0, 1))
 
 NOT_RGC = Refusal("kernels run an RGC, with dense weights")
 MANY_STATES = Refusal(f"kernels take up to {SCAN_STATES} states a unit")
@@ -119,7 +123,8 @@ def scan(
     states, gates = kernels.rgc_forward(
         x[0].contiguous(), given, initial, _contiguous(resets), save_gates=keep
     )
-    return Trajectory(x, states, x.new_empty(0) if gates is None else gates, resets)
+    saved = x.new_empty(0) if gates is None else gates.flatten(2, 3).movedim(2, 0)
+    return Trajectory(x, states, saved, resets)
 
 
 @TRITON.implements("linearize")
@@ -131,8 +136,25 @@ def linearize(
     from ..kernels import rgc_partials as kernels
 
     gates, before, u, own, resets = _of_rgc(trajectory, weights)
-    partials, m = RGCCell.partials_in(kernels.rgc_linearize(gates, before, u, own, resets), gates)
+    partials, m = partials_in(kernels.rgc_linearize(gates, before, u, own, resets), gates)
     return Linearization(partials, trajectory.before, trajectory.resets), m
+
+
+def partials_in(planes: Tensor, gates: Tensor | None = None) -> tuple[Partials, Tensor]:
+    """Partials and M (2, 2, …, N) as views of the arrays that an RGC's kernels write.
+
+    planes (10, …, N): φ of ss, ms, mm and sm; ∂s/∂x and ∂m/∂x; the four entries of M row by row. gates (…, 2, 2, N), or
+    None to leave out the own-state partials.
+    """
+    ss, ms, mm, sm, of_s, of_m = planes[:6].unbind(0)
+    own = [] if gates is None else [{nu: gates[..., nu, 0, :]} for nu in range(2)]
+    partials = Partials(own=own, gate=[{0: ss}, {1: sm}, {1: mm}, {0: ms}], input=[{0: of_s, 1: of_m}])
+    return partials, planes[6:].unflatten(0, (2, 2))
+
+
+def _gates_of(trajectory: Trajectory) -> Tensor:
+    """An RGC's saved gates as its kernels have them, (T, B, 2, 2, N)."""
+    return trajectory.saved.movedim(0, 2).contiguous().unflatten(2, (2, 2))
 
 
 def _of_rgc(
@@ -141,7 +163,7 @@ def _of_rgc(
     """What `kernels.rgc_partials` takes of an RGC's trajectory: gates, states, input, own weights and resets."""
     before = trajectory.states[:, :-1]
     return (
-        trajectory.saved.contiguous(),
+        _gates_of(trajectory),
         before if before[0].is_contiguous() else before.contiguous(),
         trajectory.x[0].contiguous(),
         [weight_ops.own(weight) for weight in weights],
@@ -161,7 +183,7 @@ def step(
 
     dense, marks = [w.contiguous() for w in weights], None if resets is None else resets[0].contiguous()
     after, before, arrays = kernels.rgc_step(x[0, 0].contiguous(), dense, state.contiguous(), marks)
-    partials, m = RGCCell.partials_in(arrays[:, None])
+    partials, m = partials_in(arrays[:, None])
     return after[:, None], Linearization(partials, before[:, None], resets), m
 
 
@@ -176,7 +198,7 @@ def exact(
     from ..kernels import rgc_backward as kernels
 
     credit, first, entering = kernels.bptt_credits(
-        trajectory.saved.contiguous(),
+        _gates_of(trajectory),
         lin.before,
         trajectory.x[0].contiguous(),
         [weight.contiguous() for weight in weights],
@@ -235,7 +257,8 @@ def dual_of(
     gates, before, u, own, resets = _of_rgc(trajectory, weights)
     source = joined_states(delta, trajectory).contiguous()
     entering, for_input, first = kernels.rgc_dual(gates, before, u, own, source, resets, _contiguous(carry))
-    joined = rfp.Joined(entering.flatten(-2), RGCCell.CREDIT_PLACES, for_input.shape[-1])
+    by_source = entering.flatten(-2).movedim(2, 0)
+    joined = rfp.Joined(by_source, RGC_PLACES, for_input.shape[-1])
     return joined, for_input[None][:inputs], first
 
 
@@ -451,4 +474,5 @@ def rtrl_immediate_(
 
 def _phi_of_gates(lin: Linearization, t: int) -> list[Tensor]:
     """φ(t) of an RGC's ss, ms, mm and sm, each for the state that the gate enters."""
-    return [next(iter(by_state.values()))[t].contiguous() for by_state in lin.partials.gate]
+    entering = [lin.immediate(matrix) for matrix in RGCCell.matrices]
+    return [next(iter(by_state.values()))[t].contiguous() for by_state in entering]

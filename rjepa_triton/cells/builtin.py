@@ -17,16 +17,15 @@ A prime is the step before. docs/cells.md shows how to write a cell.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import _checks as check
-from . import weights as weight_ops
-from .two_point import Cell, Linearization, Matrix, Partials, Trajectory
+from .two_point import Cell, Matrix, Partials
 
 __all__ = [
     "NONLINEARITIES",
@@ -308,139 +307,19 @@ class RGCCell(Cell):
     """
 
     states = ("s", "m")
-    gates = ("ss", "ms", "mm", "sm")
+    gates = ("ss", "sm", "mm", "ms")  # by the state that their matrices read
     matrices = (
         Matrix("ss", ("gate", 0), 0),
-        Matrix("ms", ("gate", 1), 1),
+        Matrix("ms", ("gate", 3), 1),
         Matrix("mm", ("gate", 2), 1),
-        Matrix("sm", ("gate", 3), 0),
+        Matrix("sm", ("gate", 1), 0),
     )
-    # Compiled code and kernels write the credit of ss and sm side by side for the state s, that of mm and ms for m:
-    # (state, column) of ss, ms, mm and sm in `rfp.Joined`.
-    CREDIT_PLACES = ((0, 0), (1, 1), (1, 0), (0, 1))
 
     def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
         s, m = c
-        ss, ms, mm, sm = p
+        ss, sm, mm, ms = p
         (u,) = x
         return (1 - ms.tanh()) * u + ss.tanh() * s, (1 - sm.tanh()) * u + mm.tanh() * m
-
-    @staticmethod
-    def _partials_from_gates(gates: Tensor, c: Tensor, x: Tensor) -> Partials:
-        """The partials from gates (2, …, 2, N), laid out as in `scan`, the states c (2, …, N) that the step read, and
-        the input x (…, N).
-        """
-        own_gate, cross_gate = gates.unbind(-2)
-        own_square, cross_square = gates.square().unbind(-2)
-        from_ss, from_mm = torch.addcmul(c, own_square, c, value=-1).unbind(0)
-        from_sm, from_ms = torch.addcmul(x.neg(), cross_square, x).unbind(0)
-        open_m, open_s = (1 - cross_gate).unbind(0)
-        b_s, b_m = own_gate.unbind(0)
-        return Partials(
-            own=[{0: b_s}, {1: b_m}],
-            gate=[{0: from_ss}, {0: from_ms}, {1: from_mm}, {1: from_sm}],
-            input=[{0: open_s, 1: open_m}],
-        )
-
-    @staticmethod
-    def partials_in(planes: Tensor, gates: Tensor | None = None) -> tuple[Partials, Tensor]:
-        """Partials and M (2, 2, …, N) as views of the arrays that compiled code and kernels write.
-
-        planes (10, …, N): φ of ss, ms, mm and sm; ∂s/∂x and ∂m/∂x; the four entries of M row by row. gates: as in
-        `scan`, or None to leave out the own-state partials.
-        """
-        ss, ms, mm, sm, of_s, of_m = planes[:6].unbind(0)
-        own = [] if gates is None else [{nu: gate} for nu, gate in enumerate(gates[..., 0, :].unbind(0))]
-        partials = Partials(
-            own=own,
-            gate=[{0: ss}, {0: ms}, {1: mm}, {1: sm}],
-            input=[{0: of_s, 1: of_m}],
-        )
-        return partials, planes[6:].unflatten(0, (2, 2))
-
-    @torch.no_grad()
-    def scan(
-        self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        state: Sequence[Tensor],
-        resets: Tensor | None = None,
-    ) -> Trajectory:
-        """`Cell.scan`, with tanh of the pre-activations as `saved`, (2, T, B, 2, N).
-
-        saved[0, …, 0, :] is ss and saved[0, …, 1, :] sm, whose matrices read s; saved[1, …, 0, :] is mm and
-        saved[1, …, 1, :] ms, whose matrices read m. Gates of matrices that read one state are adjacent, so a step takes
-        one matrix product per state and four pointwise calls.
-        """
-        (u,) = x.unbind(0)
-        steps, batch, units = u.shape
-        if steps == 1:
-            return self._one_step(x, u[0], weights, torch.stack(tuple(state)), resets)
-        states = x.new_empty(2, steps + 1, batch, units)
-        states[0, 0], states[1, 0] = state
-        gates = x.new_empty(2, steps, batch, 2, units)
-        (product_s, weights_s, s_gates), (product_m, weights_m, m_gates) = (
-            _gate_product(*pair, gates[j]) for j, pair in enumerate(_by_state_read(weights))
-        )
-
-        # make the views of all steps before the loop: in a small layer, making one costs as much as a product
-        at, u_at, gate_at = states.unbind(1), u.unbind(0), gates.unbind(1)
-        s_at, m_at = states[0].unbind(0), states[1].unbind(0)
-        own_at = gates[..., 0, :].unbind(1)
-        ms_at, sm_at = gates[1, :, :, 1].unbind(0), gates[0, :, :, 1].unbind(0)
-        for t in range(steps):
-            before, s, m, given = at[t], s_at[t], m_at[t], u_at[t]
-            if resets is not None:
-                before = before.masked_fill(resets[t, :, None], 0)
-                s, m = before
-            product_s(s, weights_s, out=s_gates[t])
-            product_m(m, weights_m, out=m_gates[t])
-            gate_at[t].tanh_()
-            torch.addcmul(given, own_at[t], before, out=at[t + 1])
-            s_at[t + 1].addcmul_(ms_at[t], given, value=-1)
-            m_at[t + 1].addcmul_(sm_at[t], given, value=-1)
-        return Trajectory(x, states, gates, resets)
-
-    def _one_step(
-        self, x: Tensor, u: Tensor, weights: Sequence[Tensor], old: Tensor, resets: Tensor | None
-    ) -> Trajectory:
-        """`scan` of a single step, with fewer calls: here a call costs more than its arithmetic."""
-        before = old if resets is None else old.masked_fill(resets[0, :, None], 0)
-        s, m = before.unbind(0)
-        gates = x.new_empty(2, 1, *u.shape[:1], 2, u.shape[1])
-        from_s, from_m = gates.squeeze(1).unbind(0)
-        (ss, sm), (mm, ms) = from_s.unbind(1), from_m.unbind(1)
-        for weight, signal, out in zip(weights, (s, m, m, s), (ss, ms, mm, sm), strict=True):
-            _multiply_into(weight, signal, out)
-        gates.tanh_()
-        new = torch.addcmul(u, gates.squeeze(1).select(2, 0), before)
-        new_s, new_m = new.unbind(0)
-        new_s.addcmul_(ms, u, value=-1)
-        new_m.addcmul_(sm, u, value=-1)
-        return Trajectory(x, torch.stack([old, new], dim=1), gates, resets)
-
-    @torch.no_grad()
-    def evaluate(self, x: Tensor, before: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        (u,) = x.unbind(0)
-        gates = x.new_empty(2, *u.shape[:2], 2, u.shape[2])
-        for j, (w_own, w_cross) in enumerate(_by_state_read(weights)):
-            if w_own.dim() == w_cross.dim() == 2:
-                rows, out = before[j].flatten(0, -2), gates[j].flatten(0, -3).flatten(1)
-                torch.mm(rows, torch.cat([w_own, w_cross]).t(), out=out)
-            else:
-                gates[j, ..., 0, :] = weight_ops.multiply(w_own, before[j])
-                gates[j, ..., 1, :] = weight_ops.multiply(w_cross, before[j])
-        gates.tanh_()
-        after = torch.addcmul(u, gates[..., 0, :], before)
-        after[0].addcmul_(gates[1, ..., 1, :], u, value=-1)
-        after[1].addcmul_(gates[0, ..., 1, :], u, value=-1)
-        return after, gates
-
-    @torch.no_grad()
-    def linearize(self, trajectory: Trajectory) -> Linearization:
-        before = trajectory.before
-        partials = self._partials_from_gates(trajectory.saved, before, trajectory.x[0])
-        return Linearization(partials, before, trajectory.resets)
 
 
 class LIFCell(Cell):
@@ -538,41 +417,3 @@ class ALIFCell(LIFCell):
             gate=[entering],
             input=[entering],
         )
-
-
-def _by_state_read(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The weights that read s, (W_ss, W_sm), and those that read m, (W_mm, W_ms).
-
-    In each pair the first enters the gate on the state itself, the second the gate on the other state's input.
-    """
-    ss, ms, mm, sm = weights
-    return (ss, sm), (mm, ms)
-
-
-def _gate_product(
-    w_own: Tensor, w_cross: Tensor, gates: Tensor
-) -> tuple[Callable[..., object], Any, Sequence[Tensor]]:
-    """How to write both pre-activations that read one state, at each step: product(state, weights, out=out).
-
-    gates (T, B, 2, N) is where they go. Returns the product, its weights, and `out` for every step.
-    """
-    if w_own.dim() == w_cross.dim() == 2:
-        # one product with the joined matrix is one call, not two
-        return torch.mm, torch.cat([w_own, w_cross]).t(), gates.flatten(-2).unbind(0)
-    return _multiply_each, (w_own, w_cross), gates.unbind(0)
-
-
-def _multiply_each(signal: Tensor, weights: tuple[Tensor, Tensor], *, out: Tensor) -> None:
-    """Write out (B, 2, N) = [W_own signal, W_cross signal], for weights of any shape and signal (B, N)."""
-    for j, weight in enumerate(weights):
-        _multiply_into(weight, signal, out[:, j])
-
-
-def _multiply_into(weight: Tensor, signal: Tensor, out: Tensor) -> None:
-    """Write out = W signal, (B, N) each."""
-    if weight.dim() == 1:
-        torch.mul(signal, weight, out=out)
-    elif weight.dim() == 2:
-        torch.mm(signal, weight.t(), out=out)
-    else:
-        out.copy_(weight_ops.multiply(weight, signal))

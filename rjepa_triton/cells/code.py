@@ -25,7 +25,8 @@ class Functions:
     of its S states.
 
     states    the S new states
-    found     the distinct partials that aren't zero by their structure
+    saved     what a forward pass keeps of the pre-activations; all that follows but `fixed` can be computed from it
+    found     the distinct partials that aren't zero by their structure; first those that aren't among `saved`
     entries   which of `found` the partials are (`Traced.entries`)
     m         RFP's M^{νν'} = ∂F_ν/∂c^ν' + Σ_k ∂F_ν/∂p^g(k) w^k over the matrices that read ν', at [ν · S + ν']
     gates     the credit E^g = Σ_ν λ^ν ∂F_ν/∂p^g that enters each pre-activation
@@ -39,8 +40,8 @@ class Functions:
         states, matrices = range(len(cell.states)), list(enumerate(cell.matrices))
         self.w = [graph.argument(f"w{k}") for k, _ in matrices]
         self.credit = [graph.argument(f"l{nu}") for nu in states]
-        self.states = list(traced.states)
-        self.found = list(dict.fromkeys(traced.partials.values()))
+        self.states, self.saved = list(traced.states), list(traced.saved)
+        self.found = traced.found
         self.entries = traced.entries
         zero = graph.constant(0)
 

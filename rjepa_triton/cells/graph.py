@@ -172,7 +172,7 @@ class Graph:
             found = self.constant(0)
             if operation not in ("argument", "const") and (slopes := OPERATIONS[operation].slopes):
                 inner = [
-                    0.0 if self._is_truth(each) else self.derivative(each, by, known) for each in operands
+                    0.0 if self.is_truth(each) else self.derivative(each, by, known) for each in operands
                 ]
                 if any(type(each) is int and self.value(each) != 0 for each in inner):
                     found = self._chain(slopes(self, node, operands), inner, operation, operands)
@@ -194,7 +194,8 @@ class Graph:
             self.mul(slope, each) for slope, each in zip(slopes, inner, strict=True) if slope is not None
         )
 
-    def _is_truth(self, node: int) -> bool:
+    def is_truth(self, node: int) -> bool:
+        """Whether a node's value is a truth and not a number."""
         operation = self.nodes[node][0]
         return operation in OPERATIONS and OPERATIONS[operation].truth
 
@@ -329,14 +330,18 @@ OPERATIONS: Mapping[str, Operation] = {
 class Program:
     """Some nodes of a graph as a function in torch: program(values of the arguments) → the nodes' values.
 
+    The arguments may be any nodes; what they are made of isn't computed.
+
     A value that isn't needed any more is let go at once, so no more arrays are held than the expression needs. A node
     that is constant is a float. Tensors that are returned may be the arguments themselves.
     """
 
     def __init__(self, graph: Graph, arguments: Sequence[int], roots: Sequence[int]) -> None:
-        order = graph.needed(roots)
+        given = frozenset(arguments)
+        order = graph.needed(roots, given)
+        operands_of = {node: () if node in given else self._operands(graph, node) for node in order}
         place = {node: k for k, node in enumerate((*arguments, *(n for n in order if n not in arguments)))}
-        last = {each: node for node in order for each in self._operands(graph, node)}
+        last = {each: node for node in order for each in operands_of[node]}
         kept = set(roots)
         self.size = len(place)
         self.constants: list[tuple[int, float]] = []
@@ -344,7 +349,7 @@ class Program:
         for node in order:
             if (value := graph.value(node)) is not None:
                 self.constants.append((place[node], value))
-            elif operands := self._operands(graph, node):
+            elif operands := operands_of[node]:
                 done = {each for each in operands if last[each] == node and each not in kept}
                 self.steps.append(
                     (

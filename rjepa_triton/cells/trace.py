@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,9 @@ class Traced:
     arguments  the nodes of the S states c0, c1, …, the G pre-activations p0, … and the J per-unit inputs x0, …
     states     the nodes of the S new states
     partials   the nodes of the partials that aren't zero by their structure
+    saved      the nodes that a forward pass keeps for the partials in place of the pre-activations (`_worth_saving`)
     made       what was made of it, such as compiled loops, by its name
+    found      the distinct nodes among `partials`: first those that aren't among `saved`
     entries    of each state, gate and input, (ν, place) of its partials among the distinct ones
     """
 
@@ -57,14 +59,23 @@ class Traced:
     arguments: tuple[int, ...]
     states: tuple[int, ...]
     partials: dict[Key, int]
+    saved: tuple[int, ...]
     made: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # made here, so that torch.compile, which traces `partials_at`, finds it
         found = list(dict.fromkeys(self.partials.values()))
-        self.made["partials"] = Program(self.graph, self.arguments, found)
-        place = {node: k for k, node in enumerate(found)}
+        found = self.found = sorted(found, key=lambda node: node in self.saved)
         names = [self.graph.nodes[node][1][0] for node in self.arguments]
+        by_letter = [
+            [node for node, of in zip(self.arguments, names, strict=True) if of == letter] for letter in "cpx"
+        ]
+        self.made["partials"] = Program(self.graph, self.arguments, found)
+        self.made["partials of saved"] = Program(
+            self.graph, (*by_letter[0], *self.saved, *by_letter[2]), found
+        )
+        self.made["advance"] = Program(self.graph, self.arguments, [*self.states, *self.saved])
+        place = {node: k for k, node in enumerate(found)}
         self.entries: list[list[tuple[tuple[int, int], ...]]] = [
             [
                 tuple((nu, place[node]) for (of, j, nu), node in self.partials.items() if (of, j) == (kind, index))
@@ -75,11 +86,28 @@ class Traced:
 
     def partials_at(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
         """`Cell.partials`, without those that are zero by their structure."""
+        return self._partials("partials", c, p, x)
+
+    def partials_of_saved(
+        self, c: Sequence[Tensor], saved: Sequence[Tensor], x: Sequence[Tensor]
+    ) -> Partials:
+        """`partials_at`, from what `advance` has saved of the pre-activations."""
+        return self._partials("partials of saved", c, saved, x)
+
+    def _partials(
+        self, program: str, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]
+    ) -> Partials:
         from .two_point import Partials
 
-        values = self.made["partials"]((*c, *p, *x))
-        whole = [value if isinstance(value, Tensor) else torch.full_like(c[0], value) for value in values]
-        return Partials(*by_kind(self.entries, whole))
+        values = self.made[program]((*c, *p, *x))
+        return Partials(*by_kind(self.entries, _whole(values, c[0])))
+
+    def advance(
+        self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The new states, and what is saved for `partials_of_saved`."""
+        values = _whole(self.made["advance"]((*c, *p, *x)), c[0])
+        return values[: len(c)], values[len(c) :]
 
     def __copy__(self) -> Traced:
         return self
@@ -89,6 +117,11 @@ class Traced:
 
     def __reduce__(self) -> Any:
         return _nothing, ()  # a cell that was pickled is traced anew
+
+
+def _whole(values: Sequence[Any], like: Tensor) -> list[Tensor]:
+    """Values of a `Program`, in which a constant is a float, as tensors."""
+    return [value if isinstance(value, Tensor) else torch.full_like(like, value) for value in values]
 
 
 def by_kind(
@@ -134,7 +167,7 @@ def why_not(cell: Cell) -> str | None:
     """Why a cell can't be traced, or None. It traces the cell if that wasn't done before."""
     found = cell.__dict__.get("_traced")
     if found is None:
-        key = _attributes(cell)
+        key = attributes(cell)
         known = _KNOWN.setdefault(type(cell), {}) if key is not None else {}
         found = known.get(key)
         if found is None:
@@ -147,9 +180,9 @@ def why_not(cell: Cell) -> str | None:
 _KNOWN: weakref.WeakKeyDictionary[type, dict[Any, Traced | str]] = weakref.WeakKeyDictionary()
 
 
-def _attributes(cell: Cell) -> tuple[Any, ...] | None:
-    """What tells cells of one class apart, or None where that can't be said."""
-    values = {name: value for name, value in vars(cell).items() if name not in ("_traced", "_told")}
+def attributes(cell: Cell) -> tuple[Any, ...] | None:
+    """The attributes of a cell, by name, if all are plain values: they tell cells of one class apart. Else None."""
+    values = {name: value for name, value in vars(cell).items() if name not in ("_traced", "_told", "_key")}
     plain = (str, int, float, bool, type(None))
     flat = [each for value in values.values() for each in (value if isinstance(value, tuple) else (value,))]
     return tuple(sorted(values.items())) if all(type(each) in plain for each in flat) else None
@@ -199,9 +232,34 @@ def _trace(cell: Cell) -> Traced:
             for index, by_state in enumerate(getattr(followed.result, kind)):
                 for nu, value in by_state.items():
                     partials[kind, index, nu] = followed.node(value)
-    return Traced(
-        graph, tuple(arguments), states, {k: node for k, node in partials.items() if graph.value(node) != 0}
-    )
+    partials = {key: node for key, node in partials.items() if graph.value(node) != 0}
+    return Traced(graph, tuple(arguments), states, partials, _worth_saving(graph, groups[1], partials))
+
+
+def _worth_saving(graph: Graph, gates: Sequence[int], partials: Mapping[Key, int]) -> tuple[int, ...]:
+    """What a forward pass keeps of its pre-activations p, so that the partials needn't compute it again.
+
+    A node that p alone enters and that all partials of p go through says all that they need of p: tanh(p) in place of
+    p, say, or σ(p + x), whose input then needn't be read again either. For each p it is the last such node.
+    """
+    users: dict[int, set[int]] = {}
+    roots = set(partials.values())
+    for node in graph.needed(roots):
+        if graph.nodes[node][0] not in ("argument", "const"):
+            for operand in graph.nodes[node][1:]:
+                users.setdefault(operand, set()).add(node)
+    saved: dict[int, None] = {}
+    for node in gates:
+        if node not in users and node not in roots:
+            continue  # no partial depends on it
+        best = at = node
+        while at not in roots and len(users[at]) == 1:
+            (at,) = users[at]
+            # a truth is no number to save; a change of sign may be moved on into the products that a partial enters
+            if graph.nodes[at][0] != "neg" and not graph.is_truth(at):
+                best = at
+        saved[best] = None
+    return tuple(saved)
 
 
 def _has_own_partials(cell: Cell) -> bool:

@@ -22,6 +22,7 @@ time-major.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -89,7 +90,7 @@ class Trajectory:
 
     x       (J, T, B, N)       the layer's per-unit inputs
     states  (S, T + 1, B, N)   the state before the first step, then after each step
-    saved   (·, T, …)          what the cell has saved of its gates, in a layout of its own; (0,) where nothing is saved
+    saved   (·, T, B, N)       what `Cell.advance` keeps of the pre-activations; (0,) where nothing is kept
     resets  (T, B) bool        batch rows whose state was zeroed before that step; or None
     """
 
@@ -200,6 +201,30 @@ class Cell(ABC):
         found = traced(self)
         return self.automatic_partials(c, p, x) if found is None else found.partials_at(c, p, x)
 
+    def advance(
+        self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The S new states, and what is to be kept of p for the partials: at most G arrays.
+
+        That is p itself for a cell that can't be traced, else what the partials would compute again of it
+        (`Traced.saved`), such as tanh(p).
+        """
+        found = traced(self)
+        return (self.update(c, p, x), p) if found is None else found.advance(c, p, x)
+
+    def partials_of_saved(
+        self, c: Sequence[Tensor], saved: Sequence[Tensor], x: Sequence[Tensor]
+    ) -> Partials:
+        """`partials`, from what `advance` has kept of the pre-activations."""
+        found = traced(self)
+        return self.partials(c, saved, x) if found is None else found.partials_of_saved(c, saved, x)
+
+    @property
+    def saves(self) -> int:
+        """How many arrays `advance` keeps."""
+        found = traced(self)
+        return len(self.gates) if found is None else len(found.saved)
+
     def automatic_partials(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> Partials:
         """The partials of F by forward-mode differentiation.
 
@@ -238,23 +263,24 @@ class Cell(ABC):
             resets: (T, B) bool, batch rows whose state is zeroed before that step; or None.
 
         Returns:
-            A `Trajectory` whose `saved` is the pre-activations, (G, T, B, N).
+            A `Trajectory`, whose `saved` is what `advance` keeps.
         """
         _, steps, batch, units = x.shape
         states = x.new_empty(len(self.states), steps + 1, batch, units)
         for nu, initial in enumerate(state):
             states[nu, 0] = initial
-        saved = x.new_zeros(steps, batch, len(self.gates), units)
-        write_pre_activations = _PreActivations(self, weights)
+        saved = x.new_empty(steps, batch, self.saves, units)
+        pre_activations = _PreActivations(self, weights, states[0, 0])
         states_at, saved_at, x_at = states.unbind(1), saved.unbind(0), x.unbind(1)
         for t in range(steps):
             before = states_at[t]
             if resets is not None:  # at which steps isn't asked: reading that would wait for the device
                 before = before.masked_fill(resets[t, :, None], 0)
-            write_pre_activations(before, saved_at[t])
-            after = self.update(before.unbind(), saved_at[t].unbind(1), x_at[t].unbind())
+            after, kept = self.advance(before.unbind(), pre_activations(before), x_at[t].unbind())
             for target, value in zip(states_at[t + 1].unbind(), after, strict=True):
                 target.copy_(value)
+            if kept:
+                torch.stack(tuple(kept), 1, out=saved_at[t])
         return Trajectory(x, states, saved.movedim(2, 0), resets)
 
     @torch.no_grad()
@@ -265,16 +291,19 @@ class Cell(ABC):
         `saved` in the layout of `scan`.
         """
         _, steps, batch, units = x.shape
-        saved = x.new_zeros(len(self.gates), steps, batch, units)
+        pre = x.new_zeros(len(self.gates), steps, batch, units)
         for matrix, weight in zip(self.matrices, weights, strict=True):
-            saved[matrix.into[1]] += weight_ops.multiply(weight, before[state_read(matrix)])
-        return torch.stack(self.update(before.unbind(), saved.unbind(), x.unbind())), saved
+            pre[matrix.into[1]] += weight_ops.multiply(weight, before[state_read(matrix)])
+        after, kept = self.advance(before.unbind(), pre.unbind(), x.unbind())
+        return torch.stack(tuple(after)), torch.stack(tuple(kept)) if kept else x.new_empty(
+            0, steps, batch, units
+        )
 
     @torch.no_grad()
     def linearize(self, trajectory: Trajectory) -> Linearization:
         """The partials at every step of a trajectory that `scan` has returned."""
         before = trajectory.before
-        partials = self.partials(before.unbind(), trajectory.saved.unbind(), trajectory.x.unbind())
+        partials = self.partials_of_saved(before.unbind(), trajectory.saved.unbind(), trajectory.x.unbind())
         return Linearization(partials, before, trajectory.resets)
 
 
@@ -295,42 +324,40 @@ def reset_steps_of(resets: Tensor | None) -> frozenset[int]:
 
 
 class _PreActivations:
-    """Writes the pre-activations of one step, p^g = Σ_{k into g} W^k y^k.
+    """The pre-activations of one step, p^g = Σ_{k into g} W^k y^k.
 
-    All dense matrices that read one state take one product, if their gates are adjacent and no other matrix enters
-    these gates.
+    All dense matrices that read one state take one product.
+    like: (B, N), which the states are.
     """
 
-    def __init__(self, cell: Cell, weights: Sequence[Tensor]) -> None:
-        entering = [matrix.into[1] for matrix in cell.matrices]
-        self.joined: list[
-            tuple[int, int, int, Tensor]
-        ] = []  # state read, first gate, number of gates, weights
-        self.single: list[tuple[int, int, Tensor]] = []  # state read, gate, weight
-        for source in range(len(cell.states)):
-            readers = [
-                (matrix.into[1], weight)
-                for matrix, weight in zip(cell.matrices, weights, strict=True)
-                if state_read(matrix) == source
-            ]
-            gates = [gate for gate, _ in readers]
-            together = bool(gates) and gates == list(range(gates[0], gates[0] + len(gates)))
-            if (
-                together
-                and all(entering.count(gate) == 1 for gate in gates)
-                and all(weight.dim() == 2 for _, weight in readers)
-            ):
-                joined = torch.cat([weight for _, weight in readers]).t()
-                self.joined.append((source, gates[0], len(gates), joined))
-            else:
-                self.single += [(source, gate, weight) for gate, weight in readers]
+    def __init__(self, cell: Cell, weights: Sequence[Tensor], like: Tensor) -> None:
+        batch, units = like.shape
+        sources = [state_read(matrix) for matrix in cell.matrices]
+        order = sorted(range(len(weights)), key=lambda k: (sources[k], weights[k].dim() != 2))
+        products = like.new_empty(batch, len(weights), units)
+        at = dict(zip(order, products.unbind(1), strict=True))
+        self.joined: list[tuple[int, Tensor, Tensor]] = []  # state read, weights, where the product goes
+        self.single: list[tuple[int, Tensor, Tensor]] = []
+        for source in dict.fromkeys(sources):
+            dense = [k for k in order if sources[k] == source and weights[k].dim() == 2]
+            if dense:
+                first = order.index(dense[0])
+                to = products[:, first : first + len(dense)].flatten(1)
+                self.joined.append((source, torch.cat([weights[k] for k in dense]).t(), to))
+        self.single = [(sources[k], weights[k], at[k]) for k in order if weights[k].dim() != 2]
+        zero = like.new_zeros(batch, units)
+        entering: list[list[Tensor]] = [[] for _ in cell.gates]
+        for k, matrix in enumerate(cell.matrices):
+            entering[matrix.into[1]].append(at[k])
+        self.parts = [parts or [zero] for parts in entering]
 
-    def __call__(self, before: Tensor, out: Tensor) -> None:
-        """Write to out (B, G, N), which must be zero, the pre-activations of the states before (S, B, N)."""
-        for source, first, count, weight in self.joined:
-            torch.mm(before[source], weight, out=out[:, first : first + count].flatten(1))
-        for source, gate, weight in self.single:
-            out[:, gate] += weight_ops.multiply(weight, before[source])
+    def __call__(self, before: Tensor) -> list[Tensor]:
+        """The pre-activations of the states before (S, B, N), (B, N) each, which the next call writes over."""
+        for source, weight, to in self.joined:
+            torch.mm(before[source], weight, out=to)
+        for source, weight, to in self.single:
+            to.copy_(weight_ops.multiply(weight, before[source]))
+        return [functools.reduce(torch.add, parts) for parts in self.parts]
 
 
 def verify(cell: Cell) -> None:

@@ -94,15 +94,13 @@ def _of_a_user(name: str) -> Cell:
 def compiled(cell: Cell) -> str:
     """Whether C++ serves a cell on the CPU, or why not."""
     from ..backend.native import library
-    from ..cells.builtin import RGCCell
     from ..cells.trace import why_not
 
     if reason := why_not(cell):
         return f"no, torch runs it: {reason}"
     if library.compiler() is None:
         return "no, torch runs it: no C++ compiler (g++, clang++ or c++) was found"
-    made = "with the package's library" if isinstance(cell, RGCCell) else "of its own"
-    return f"yes, C++ for the CPU, {made}, in float32 and float64, built on first use"
+    return "yes, C++ for the CPU, in float32 and float64, built on first use"
 
 
 @cells.command("list")

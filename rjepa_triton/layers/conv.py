@@ -15,7 +15,7 @@ from .. import _checks as check
 from .._autograd import once_differentiable
 from ..backend import operations
 from ..cells.builtin import RGCCell
-from ..cells.two_point import Trajectory
+from ..cells.two_point import Trajectory, state_read
 from ..rules import rfp
 
 Learning = Literal["rfp", "bptt"]
@@ -163,30 +163,27 @@ class _Dual(torch.autograd.Function):
         flat = x.reshape(steps, batch, units)
         states = x.new_empty(2, steps + 1, batch, units)
         states[0, 0], states[1, 0] = s.reshape(batch, units), m.reshape(batch, units)
-        gates = x.new_empty(2, steps, batch, 2, units)  # by the state they read, as RGCCell keeps them
-        ss, ms, mm, sm = weights
+        saved = x.new_empty(steps, batch, _CELL.saves, units)
         for t in range(steps):
             before = states[:, t]
             if resets is not None:
                 before = before.masked_fill(resets[t, :, None], 0)
-            for source, pair in enumerate(((ss, sm), (mm, ms))):
-                signal = before[source].view(batch, *maps)
-                for gate, weight in enumerate(pair):
-                    torch.tanh(_convolve(weight, signal).view(batch, units), out=gates[source, t, :, gate])
-            torch.addcmul(flat[t], gates[:, t, :, 0], before, out=states[:, t + 1])
-            states[0, t + 1].addcmul_(gates[1, t, :, 1], flat[t], value=-1)
-            states[1, t + 1].addcmul_(gates[0, t, :, 1], flat[t], value=-1)
+            signals = [before[state_read(matrix)].view(batch, *maps) for matrix in _CELL.matrices]
+            p = [_convolve(w, signal).view(batch, units) for w, signal in zip(weights, signals, strict=True)]
+            after, kept = _CELL.advance(before.unbind(), p, (flat[t],))
+            torch.stack(tuple(after), out=states[:, t + 1])
+            torch.stack(tuple(kept), 1, out=saved[t])
         ctx.maps = maps
-        ctx.save_for_backward(flat, states, gates, resets, *weights)
+        ctx.save_for_backward(flat, states, saved.movedim(2, 0), resets, *weights)
         return states[0, 1:].view(x.shape), states[1, 1:].view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_s: Tensor, grad_m: Tensor) -> tuple[Tensor | None, ...]:
-        flat, states, gates, resets, *weights = ctx.saved_tensors
+        flat, states, saved, resets, *weights = ctx.saved_tensors
         maps = ctx.maps
         delta = torch.stack([grad_s, grad_m]).reshape(2, *flat.shape)
-        trajectory = rfp.emptied(Trajectory(flat[None], states, gates, resets), delta)
+        trajectory = rfp.emptied(Trajectory(flat[None], states, saved, resets), delta)
         pixels = maps[1] * maps[2]
         own = [_own(weight).repeat_interleave(pixels) for weight in weights]
         backend = operations.choose_scan("auto", delta.device, delta.dtype)
@@ -195,7 +192,10 @@ class _Dual(torch.autograd.Function):
         )
         by_weight = []
         for credit, signal, weight in zip(
-            entering, (trajectory.before[j] for j in (0, 1, 1, 0)), weights, strict=True
+            entering,
+            (trajectory.before[state_read(matrix)] for matrix in _CELL.matrices),
+            weights,
+            strict=True,
         ):
             by_weight.append(
                 conv2d_weight(

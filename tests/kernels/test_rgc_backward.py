@@ -16,7 +16,7 @@ from rjepa_triton.rules import bptt, rfp
 pytest.importorskip("triton")
 
 from kernel_problems import DEVICE, check_error
-from rgc_problems import TRAJECTORY_ERRORS
+from rgc_problems import TRAJECTORY_ERRORS, gates_of
 
 from rjepa_triton.kernels.rgc_backward import Config, Credits, bptt_credits, pick_config
 
@@ -46,7 +46,7 @@ def _problem(
     state = [_random(batch, units).double() for _ in range(2)]
     trajectory = CELL.scan(_random(1, steps, batch, units).double(), weights, state, resets)
     arguments = {
-        "gates": trajectory.saved.float(),
+        "gates": gates_of(trajectory.saved.float()),
         "before": trajectory.before.float().contiguous(),
         "u": trajectory.x[0].float(),
         "weights": [w.float() for w in weights],
@@ -108,9 +108,9 @@ def test_chunks_add_up_to_the_whole():
     """Credit that a later chunk passes back is added to δ of the earlier chunk's last step."""
     arguments, _, _ = _problem(5, 2, 20, False)
     whole = bptt_credits(**arguments)
-    split = {k: arguments[k] for k in ("gates", "before", "delta")}
-    late = {k: v[:, 2:].contiguous() for k, v in split.items()}
-    early = {k: v[:, :2].contiguous() for k, v in split.items()}
+    split = {k: arguments[k] for k in ("before", "delta")}
+    late = {k: v[:, 2:].contiguous() for k, v in split.items()} | {"gates": arguments["gates"][2:]}
+    early = {k: v[:, :2].contiguous() for k, v in split.items()} | {"gates": arguments["gates"][:2]}
     weights, u = arguments["weights"], arguments["u"]
     after = bptt_credits(**late, u=u[2:], weights=weights)
     early["delta"][:, -1] += after.passed

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_problems import DEVICE, check_error, poison
-from rgc_problems import TRAJECTORY_ERRORS, assert_near, problem, random, reference
+from rgc_problems import TRAJECTORY_ERRORS, assert_near, gates_of, problem, random, reference
 from torch import Tensor
 
 from rjepa_triton.cells import weights as weight_ops
@@ -56,7 +56,7 @@ def _problem(
     lin = CELL.linearize(trajectory)
     before = trajectory.states[:, :-1].float()
     arguments = {
-        "gates": trajectory.saved.float(),
+        "gates": gates_of(trajectory.saved.float()),
         "before": before if resets is None else before.masked_fill(resets[..., None], math.nan),
         "u": x,
         "own": [weight_ops.own(w) for w in weights],
@@ -77,7 +77,7 @@ def _assert_is_dual(
     delta = arguments["delta"].double()
     credit, passed = rfp.reverse_scan(m, delta, None if carry is None else carry.double())
     ss, ms, mm, sm = (rfp.entering_credit(matrix, lin, credit) for matrix in CELL.matrices)
-    entering = torch.stack([torch.stack([ss, sm], -2), torch.stack([mm, ms], -2)])
+    entering = torch.stack([torch.stack([ss, sm], -2), torch.stack([mm, ms], -2)], 2)
     assert_near(found.entering, entering, tolerance)
     assert_near(found.for_input, rfp.input_gradient(lin, credit, 1)[0], tolerance)
     assert_near(found.passed, passed, tolerance)
@@ -146,14 +146,17 @@ def test_a_long_sequence(with_resets: bool) -> None:
 def test_chunks_add_up_to_the_whole() -> None:
     arguments, _, _ = _problem(9, 2, 20, True)
     whole = rgc_dual(**arguments)
-    at = {name: 0 if name in ("u", "resets") else 1 for name in ("gates", "before", "u", "delta", "resets")}
+    at = {
+        name: 0 if name in ("gates", "u", "resets") else 1
+        for name in ("gates", "before", "u", "delta", "resets")
+    }
     late, early = (
         {name: arguments[name].narrow(at[name], first, count).contiguous() for name in at}
         for first, count in ((4, 5), (0, 4))
     )
     after = rgc_dual(**late, own=arguments["own"])
     first = rgc_dual(**early, own=arguments["own"], carry=after.passed)
-    assert_near(torch.cat([first.entering, after.entering], 1), whole.entering.double())
+    assert_near(torch.cat([first.entering, after.entering]), whole.entering.double())
     assert_near(torch.cat([first.for_input, after.for_input]), whole.for_input.double())
     assert_near(first.passed, whole.passed.double())
 
@@ -165,7 +168,7 @@ def _check_reset() -> None:
     found = rgc_dual(**arguments)
     arguments["delta"][:, 4:] *= 1e30
     again = rgc_dual(**arguments)
-    assert torch.equal(found.entering[:, :4], again.entering[:, :4])
+    assert torch.equal(found.entering[:4], again.entering[:4])
     assert torch.equal(found.passed, again.passed)
 
 

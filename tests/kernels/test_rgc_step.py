@@ -30,7 +30,7 @@ def wanted(u: Tensor, weights: list[Tensor], state: Tensor, resets: Tensor | Non
     cell = RGCCell()
     lin = cell.linearize(trajectory)
     m = rfp.transition(lin, cell.matrices, [w.double() for w in weights])
-    phi = [next(iter(by_state.values()))[0] for by_state in lin.partials.gate]
+    phi = [next(iter(by_state.values()))[0] for by_state in map(lin.immediate, cell.matrices)]
     of_input = [lin.partials.input[0][nu][0] for nu in range(2)]
     partials = torch.stack([*phi, *of_input, *m[:, :, 0].flatten(0, 1)])
     return Step(trajectory.states[:, -1], trajectory.before[:, 0], partials)

@@ -52,7 +52,7 @@ def _problem(
 def _at(lin: Linearization, t: int) -> Partials:
     """own and phi of step t, in the form that the launchers take."""
     own = [lin.partials.own[nu][nu][t] for nu in range(2)]
-    return own, [lin.partials.gate[k][k // 2][t] for k in range(4)]
+    return own, [lin.immediate(matrix)[k // 2][t] for k, matrix in enumerate(RGCCell.matrices)]
 
 
 def _assert_near(got: Tensor, want: Tensor) -> None:
@@ -84,7 +84,7 @@ def test_immediate_term_where_a_unit_meets_its_row_and_nowhere_else(units, batch
     before = gamma.clone()
     want = gamma.double().view(batch, 2, units, 4, units, units)
     for k, matrix in enumerate(CELL.matrices):
-        phi, y = wide.partials.gate[k][k // 2][0], wide.before[matrix.reads, 0]
+        phi, y = wide.immediate(matrix)[k // 2][0], wide.before[matrix.reads, 0]
         own = want[:, k // 2, :, k].diagonal(dim1=1, dim2=2)
         own += (phi[:, :, None] * y[:, None, :]).mT
     twin = gamma.clone()

@@ -72,7 +72,7 @@ def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], o
 def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
     """The same for the RGC's launchers: S = 2 and K = 4. Exact sensitivities have at most 64 units, to fit in memory."""
     x, resets, square, n = zeros(2, B, N), zeros(2, B).bool(), zeros(N, N), min(N, 64)
-    weights, gates, both = [square] * 4, zeros(2, 2, B, 2, N), zeros(2, 2, B, N)
+    weights, gates, both = [square] * 4, zeros(2, B, 2, 2, N), zeros(2, 2, B, N)
     small, most = (
         (x[..., :width].contiguous(), [zeros(width, width)] * 4, [zeros(B, width)] * 2)
         for width in (n, min(N, 128))
@@ -88,8 +88,8 @@ def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
         lambda: rgc_step.rgc_step(x[0], weights, both[:, 0].contiguous()),
         lambda: rgc_step.rgc_step(x[0], weights, both[:, 0].contiguous(), resets[0]),
         # one step is enough, because every step is the same launch
-        lambda: rgc_forward.rgc_pointwise_(gates[:, 0], both[:, 0], x[0], both[:, 1]),
-        lambda: rgc_forward.rgc_pointwise_(gates[:, 0], both[:, 0], x[0], both[:, 1], resets[0], both[:, 0]),
+        lambda: rgc_forward.rgc_pointwise_(gates[0], both[:, 0], x[0], both[:, 1]),
+        lambda: rgc_forward.rgc_pointwise_(gates[0], both[:, 0], x[0], both[:, 1], resets[0], both[:, 0]),
         # two steps: the last of a sequence, and one with a step after it
         lambda: rgc_backward.bptt_credits(gates, both, x, weights, both, resets),
         lambda: rgc_partials.rgc_linearize(gates, both, x, own, resets),
@@ -97,7 +97,7 @@ def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
         lambda: rgc_partials.rgc_dual(gates, both, x, own, both, resets, both[:, 0].contiguous()),
         # blocks of time, which take two kernels
         lambda: rgc_partials.rgc_dual(
-            zeros(2, long, B, 2, N), zeros(2, long, B, N), zeros(long, B, N), own, zeros(2, long, B, N)
+            zeros(long, B, 2, 2, N), zeros(2, long, B, N), zeros(long, B, N), own, zeros(2, long, B, N)
         ),
         lambda: rtrl_heads.rtrl_heads_(*head, zeros(B, 4, 1, n), zeros(2, B, n)),
         lambda: rtrl_heads.rtrl_heads_(*head, zeros(B, 4, n)),

@@ -27,13 +27,18 @@ FORWARD_ERRORS = [
 TRAJECTORY_ERRORS = [
     ({"u": torch.zeros(2, 0, 5)}, ValueError, r"u must have shape \(T, B, N\), none of them 0"),
     ({"u": torch.zeros(2, 3, 5).double()}, TypeError, "u must have dtype torch.float32"),
-    ({"gates": torch.zeros(2, 2, 3, 5)}, ValueError, r"gates must have shape \(2, 2, 3, 2, 5\)"),
+    ({"gates": torch.zeros(2, 2, 3, 5)}, ValueError, r"gates must have shape \(2, 3, 2, 2, 5\)"),
     ({"before": torch.zeros(2, 2, 5, 3).mT}, ValueError, "before must be contiguous beyond its first 1"),
     ({"delta": torch.zeros(2, 2, 5, 3).mT}, ValueError, "delta must be contiguous"),
     ({"resets": torch.zeros(2, 3)}, TypeError, "resets must have dtype torch.bool or torch.uint8"),
 ]
 
 Problem = tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]
+
+
+def gates_of(saved: Tensor) -> Tensor:
+    """What an RGC's forward pass has saved, (4, T, B, N), as its kernels have it: (T, B, 2, 2, N)."""
+    return saved.movedim(0, 2).contiguous().unflatten(2, (2, 2))
 
 
 # A launcher of the forward loop.

@@ -26,39 +26,6 @@ PACKED_FROM = 16  # packing the weights saves time from T·B = 16 on
 MOST_STATES = 2  # states per unit that gamma.cpp is compiled for
 
 
-def rgc_scan(
-    x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], resets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Run an RGC with dense weights over T steps, as `RGCCell.scan` does.
-
-    Takes x (T, B, N), the weights ss, ms, mm, sm (N, N), the initial states s and m (B, N), and resets (T, B) bool or
-    None; on the CPU. Returns the states (2, T + 1, B, N), initial state included, and the gates
-    (2, T, B, 2, N) in the layout of `native/rgc.cpp`. Nothing is mutated.
-    """
-    code = loaded()
-    steps, batch, units = x.shape
-    states = x.new_empty(2, steps + 1, batch, units)
-    gates = x.new_empty(2, steps, batch, 2, units)
-    kept = None if resets is None else x.new_empty(2 * batch * units)
-    packed = _room_to_pack(x, 2 * _packed_numbers(2, units))
-    x, given = x.contiguous(), [a.contiguous() for a in (*weights, *state)]
-    marks = None if resets is None else resets.contiguous()
-    _of(x, code.rgc_scan_float, code.rgc_scan_double)(
-        x.data_ptr(),
-        *[a.data_ptr() for a in given],
-        _address(marks),
-        states.data_ptr(),
-        gates.data_ptr(),
-        _address(kept),
-        _address(packed),
-        steps,
-        batch,
-        units,
-        torch.get_num_threads(),
-    )
-    return states, gates
-
-
 def _of(like: Tensor, single: Any, double: Any) -> Any:
     """The one of two functions that computes in the dtype of `like`."""
     return single if like.dtype == torch.float32 else double
@@ -67,11 +34,6 @@ def _of(like: Tensor, single: Any, double: Any) -> Any:
 def _packed_numbers(count: int, units: int) -> int:
     """At least the numbers that `count` packed matrices take: `packed_numbers` of products.h."""
     return -(-count * units // PANEL) * PANEL * units
-
-
-def _room_to_pack(x: Tensor, numbers: int) -> Tensor | None:
-    """Memory for packed weights, or None where x (…, T, B, N) has too few rows in all to pay for packing."""
-    return x.new_empty(numbers) if x.shape[-3] * x.shape[-2] >= PACKED_FROM else None
 
 
 def _address(tensor: Tensor | None) -> int | None:

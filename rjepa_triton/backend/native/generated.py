@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ...cells import weights as weight_ops
-from ...cells.builtin import RGCCell
 from ...cells.code import Functions, printed
 from ...cells.trace import by_kind, traced
 from ...cells.two_point import Cell, Partials, Trajectory, state_read
@@ -24,17 +23,16 @@ from . import calls, library
 
 WIDTH = {torch.float32: 16, torch.float64: 8}  # numbers in a `wide` of vectors.h
 NAMES = {torch.float32: "float", torch.float64: "double"}
-PACKED_FROM = 16  # packing the weights saves time from T·B = 16 on
 
 
 def _struct(cell: Cell, functions: Functions, entering: Sequence[int]) -> str:
     """The C++ of a cell's functions of one unit. entering: what its `dual` finds."""
 
     fixed = {node: f"h[{k}]" for k, node in enumerate(functions.fixed)}
+    kept = fixed | {node: f"kept[{k}]" for k, node in enumerate(functions.saved)}
 
-    def body(*results: tuple[str, Sequence[int]]) -> str:
+    def body(known: dict[int, str], *results: tuple[str, Sequence[int]]) -> str:
         roots = [root for _, nodes in results for root in nodes]
-        known = {} if results[0][0] == "h" else fixed
         statements, values = printed(functions.graph, roots, "cpp", names, known)
         to = [f"{array}[{k}]" for array, nodes in results for k in range(len(nodes))]
         return "\n        ".join(
@@ -62,25 +60,26 @@ template <class real> struct Cell {{
     typedef typename Lanes<real>::wide wide;
     static constexpr long S = {len(cell.states)}, G = {len(cell.gates)}, J = {len(cell.per_unit)};
     static constexpr long K = {len(cell.matrices)}, FOUND = {len(functions.found)}, ENTERING = {len(entering)};
+    static constexpr long NEW = {len(set(functions.found) - set(functions.saved))}, KEPT = {len(functions.saved)};
     static constexpr long INPUTS = {len(cell.inputs)}, FIXED = {len(fixed)};
     static constexpr long reads[] = {{{reads}}}, into[] = {{{into}}};
 
     static inline void prepare(const wide *x, wide *h) {{
-        {body(("h", functions.fixed))}
+        {body({}, ("h", functions.fixed))}
     }}
 
-    static inline void update(const wide *c, const wide *p, const wide *x, const wide *h, wide *now) {{
-        {body(("now", functions.states))}
+    static inline void update(const wide *c, const wide *p, const wide *x, const wide *h, wide *now, wide *saving) {{
+        {body(fixed, ("now", functions.states), ("saving", functions.saved))}
     }}
 
-    static inline void partials(const wide *c, const wide *p, const wide *x, const wide *h, const wide *w, wide *found,
-                                wide *m) {{
-        {body(("found", functions.found), ("m", functions.m))}
+    static inline void partials(const wide *c, const wide *kept, const wide *x, const wide *h, const wide *w,
+                                wide *found, wide *m) {{
+        {body(kept, ("found", functions.found), ("m", functions.m))}
     }}
 
-    static inline void dual(const wide *c, const wide *p, const wide *x, const wide *h, const wide *w,
+    static inline void dual(const wide *c, const wide *kept, const wide *x, const wide *h, const wide *w,
                             const wide *credit, wide *e, wide *back) {{
-        {body(("e", entering), ("back", functions.back))}
+        {body(kept, ("e", entering), ("back", functions.back))}
     }}
 }};
 
@@ -97,32 +96,24 @@ class Loops:
     planes  where the dual form writes credit
     """
 
-    prefix = ""  # of the functions' names in the library
-
     def __init__(self, cell: Cell, functions: Functions) -> None:
         self.cell, self.functions = cell, functions
         self.planes = Planes(cell, functions)
-        self.found = len(functions.found)
-        self.code = self._library()
-
-    def _library(self) -> ctypes.CDLL | None:
-        text = _struct(self.cell, self.functions, self.planes.nodes)
-        return library.generated(text + '\n#include "loops.h"\n')
-
-    def _gates(self, saved: Tensor) -> tuple[list[int], list[int]]:
-        """The addresses of the pre-activations, and how far apart their steps and rows are."""
-        return planes_of(saved), [*saved.stride()[1:3]] * len(saved)
-
-    def _partials(self, out: Tensor, saved: Tensor) -> tuple[Partials, Tensor]:
-        """Partials and M from what `linearize` has written."""
-        count = len(self.functions.found)
-        partials = Partials(*by_kind(self.functions.entries, out.unbind(0)[:count]))
-        states = len(self.cell.states)
-        return partials, out[count:].view(states, states, *out.shape[1:])
+        saved = functions.saved
+        self.known = [
+            saved.index(node) for node in functions.found if node in saved
+        ]  # partials that were saved
+        self.new = len(functions.found) - len(self.known)
+        text = _struct(cell, functions, self.planes.nodes)
+        self.code = library.generated(text + '\n#include "loops.h"\n')
+        self.calls = {
+            (name, dtype): getattr(self.code, f"{name}_{of}")
+            for name in ("scan", "linearize", "dual")
+            for dtype, of in (NAMES.items() if self.code is not None else ())
+        }
 
     def _run(self, name: str, like: Tensor, arrays: Sequence[int | None], numbers: Sequence[int]) -> None:
-        function = getattr(self.code, f"{self.prefix}{name}_{NAMES[like.dtype]}")
-        function(
+        self.calls[name, like.dtype](
             struct.pack(f"{len(arrays)}P", *[address or 0 for address in arrays]),
             struct.pack(f"{len(numbers)}l", *numbers),
         )
@@ -137,42 +128,46 @@ class Loops:
     ) -> tuple[Tensor, Tensor]:
         """Run the cell over T steps, as `Cell.scan` does. weights of any shape that `weights.py` knows.
 
-        Returns the states (S, T + 1, B, N), initial state included, and `saved`, the pre-activations (G, T, B, N),
-        or (0,) without `keep`. Nothing is mutated.
+        Returns the states (S, T + 1, B, N), initial state included, and `saved` (·, T, B, N), or (0,) without `keep`.
+        Nothing is mutated.
         """
         inputs, steps, batch, units = x.shape
-        gates, count = len(self.cell.gates), len(state)
+        saves, count = len(self.functions.saved), len(state)
         x = units_together(x)
         states = x.new_empty(count, steps + 1, batch, units)
-        sums = x.new_empty(steps, batch, gates, units) if keep else x.new_empty(0)
+        saved = x.new_empty(steps, batch, saves, units) if keep else x.new_empty(0)
         given = [weight.contiguous() for weight in weights]
         start = [one.contiguous() for one in state]
         marks = None if resets is None else resets.contiguous()
-        kept = None if resets is None else x.new_empty(count * batch * units)
-        products = x.new_empty(len(given) * batch * units)
-        packed = None
-        if steps * batch >= PACKED_FROM and any(weight.dim() == 2 for weight in given):
-            packed = x.new_empty(len(given) * units * units + count * 2 * WIDTH[x.dtype] * units)
-        item, row = x.element_size(), gates * units
+        products = _whole_lines(len(given) * batch * units)
+        kept = 0 if resets is None else _whole_lines(count * batch * units)
+        packed = 0
+        if steps * batch >= calls.PACKED_FROM and any(weight.dim() == 2 for weight in given):
+            packed = len(given) * units * units + count * 2 * WIDTH[x.dtype] * units
+        scratch = x.new_empty(products + kept + packed)
+        item, row, first = x.element_size(), saves * units, scratch.data_ptr()
         self._run(
             "scan",
             x,
             [
                 *planes_of(x),
-                *[sums.data_ptr() + item * units * g if keep else None for g in range(gates)],
+                *[saved.data_ptr() + item * units * k if keep else None for k in range(saves)],
                 *addresses(given),
                 *addresses(start),
                 *planes_of(states),
-                *addresses([marks, kept, products, packed]),
+                None if marks is None else marks.data_ptr(),
+                first + item * products if kept else None,
+                first,
+                first + item * (products + kept) if packed else None,
             ],
             [
                 *x.stride()[1:3] * inputs,
-                *(batch * row, row) * gates,
+                *(batch * row, row) * saves,
                 *[number for weight in given for number in (weight.dim(), weight.shape[-1])],
                 *(steps, batch, units, torch.get_num_threads()),
             ],
         )
-        return states, sums.movedim(2, 0) if keep else sums
+        return states, saved.movedim(2, 0) if keep else saved
 
     def linearize(
         self, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor]
@@ -183,24 +178,25 @@ class Loops:
         """
         x, before = units_together(trajectory.x), units_together(before)
         saved = units_together(trajectory.saved)
-        gates, gates_apart = self._gates(saved)
         states, steps, batch, units = before.shape
         marks = None if trajectory.resets is None else trajectory.resets.contiguous()
-        out = x.new_empty(self.found + states**2, steps, batch, units)
+        out = x.new_empty(self.new + states**2, steps, batch, units)
         diagonals, strides = own(weights)
         self._run(
             "linearize",
             x,
-            [*planes_of(x), *gates, *planes_of(before), *addresses([*diagonals, marks, out])],
+            [*planes_of(x), *planes_of(saved), *planes_of(before), *addresses([*diagonals, marks, out])],
             [
                 *x.stride()[1:3] * len(x),
-                *gates_apart,
+                *saved.stride()[1:3] * len(saved),
                 *before.stride()[1:3] * states,
                 *strides,
                 *(steps, batch, units, torch.get_num_threads()),
             ],
         )
-        return self._partials(out, saved)
+        found = [*out.unbind(0)[: self.new], *[saved[k] for k in self.known]]
+        partials = Partials(*by_kind(self.functions.entries, found))
+        return partials, out[self.new :].view(states, states, steps, batch, units)
 
     def dual(
         self,
@@ -217,7 +213,6 @@ class Loops:
         """
         x, states = units_together(trajectory.x), units_together(trajectory.states)
         saved = units_together(trajectory.saved)
-        gates, gates_apart = self._gates(saved)
         source = [None if one is None else units_together(one) for one in delta]
         marks = None if trajectory.resets is None else trajectory.resets.contiguous()
         carry = None if carry is None else carry.contiguous()
@@ -227,7 +222,7 @@ class Loops:
         diagonals, strides = own(weights)
         apart = [
             *x.stride()[1:3] * len(x),
-            *gates_apart,
+            *saved.stride()[1:3] * len(saved),
             *states.stride()[1:3] * len(source),
         ]
         for one in source:
@@ -237,7 +232,7 @@ class Loops:
             x,
             [
                 *planes_of(x),
-                *gates,
+                *planes_of(saved),
                 *planes_of(states),
                 *addresses(source),
                 *made.addresses,
@@ -246,39 +241,6 @@ class Loops:
             [*apart, *made.apart, *strides, *(steps, batch, units, torch.get_num_threads())],
         )
         return made.by_matrix, made.by_input, passed
-
-
-class RGCLoops(Loops):
-    """The loops of `rgc.cpp`. `saved` has the layout of `RGCCell.scan`."""
-
-    prefix = "rgc_"
-
-    def __init__(self, cell: Cell, functions: Functions) -> None:
-        super().__init__(cell, functions)
-        self.found = 6
-
-    def _library(self) -> ctypes.CDLL | None:
-        return library.library()
-
-    def _gates(self, saved: Tensor) -> tuple[list[int], list[int]]:
-        first, item = saved.data_ptr(), saved.element_size()
-        source, gate = item * saved.stride(0), item * saved.stride(3)
-        return [first, first + source + gate, first + source, first + gate], [*saved.stride()[1:3]] * 4
-
-    def _partials(self, out: Tensor, saved: Tensor) -> tuple[Partials, Tensor]:
-        return RGCCell.partials_in(out, saved)
-
-    def scan(
-        self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        state: Sequence[Tensor],
-        resets: Tensor | None,
-        keep: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """As `Loops.scan`, for dense weights."""
-        states, saved = calls.rgc_scan(x[0], weights, state, resets)
-        return states, saved if keep else x.new_empty(0)
 
 
 @dataclass(frozen=True)
@@ -361,6 +323,11 @@ class Planes:
         )
 
 
+def _whole_lines(numbers: int) -> int:
+    """So many numbers that what lies behind them begins at a line of the cache."""
+    return -(-numbers // 16) * 16
+
+
 def units_together(x: Tensor) -> Tensor:
     """x with its last dimension contiguous, copied only where it isn't."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -390,8 +357,7 @@ def loops(cell: Cell) -> Loops | None:
         return None
     made: Loops | None = found.made.get("loops")
     if made is None:
-        kind = RGCLoops if isinstance(cell, RGCCell) else Loops
-        made = found.made["loops"] = kind(cell, Functions(cell, found))
+        made = found.made["loops"] = Loops(cell, Functions(cell, found))
     return made
 
 

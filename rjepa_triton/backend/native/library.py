@@ -95,8 +95,6 @@ loaded = cast(Callable[[], ctypes.CDLL], library)
 def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_long
     for function, pointers, counts in (
-        (code.rgc_scan_float, 12, 4),
-        (code.rgc_scan_double, 12, 4),
         (code.reverse_scan_float, 5, 3),
         (code.reverse_scan_double, 5, 3),
         (code.exact_credits_float, 12, 5),

@@ -4,12 +4,14 @@
 //
 //     S, G, J, K   how many states c, pre-activations p, per-unit inputs x and recurrent matrices W there are
 //     reads[k]     the state that matrix k reads;  into[k]: the pre-activation that its product is added to
+//     KEPT         how many numbers a forward pass keeps of p for the partials (`Traced.saved`)
 //     INPUTS       how many of the inputs x come first that aren't the cell's own `parameters`
 //     prepare      the FIXED numbers h that depend on the cell's parameters alone
-//     update       the new states now[ν] = F_ν(c, p, x)
-//     partials     the FOUND distinct partials of F, and RFP's M^{νν'} = ∂F_ν/∂c^ν' + Σ_k ∂F_ν/∂p^into[k] w^k over the
+//     update       the new states now[ν] = F_ν(c, p, x), and the numbers that are kept
+//     partials     from the kept numbers in place of p: the FOUND distinct partials of F, the first NEW of which aren't
+//                  among the kept numbers, and RFP's M^{νν'} = ∂F_ν/∂c^ν' + Σ_k ∂F_ν/∂p^into[k] w^k over the
 //                  matrices that read ν', at m[ν · S + ν']; w^k is the unit's entry on the diagonal of W^k
-//     dual         from λ: the ENTERING distinct numbers Σ_ν λ^ν ∂F_ν/∂p^g and Σ_ν λ^ν ∂F_ν/∂x^j, and what goes back
+//     dual         from these and λ: the ENTERING distinct numbers Σ_ν λ^ν ∂F_ν/∂p^g and Σ_ν λ^ν ∂F_ν/∂x^j, and what goes back
 //                  to each state, Σ_ν M^{νν'} λ^ν
 //
 // Each function takes a table of arrays and a table of numbers, in the order in which they are listed. An array (T, B,
@@ -61,8 +63,8 @@ template <class real> struct Weight {
 template <class real> struct Prepared {
     typedef Cell<real> C;
     typedef typename Lanes<real>::wide wide;
-    static constexpr long W = Lanes<real>::width, KEPT = at_least_one(C::FIXED);
-    std::vector<real> kept;
+    static constexpr long W = Lanes<real>::width, HELD = at_least_one(C::FIXED);
+    std::vector<real> held;
     long blocks = 0;
 
     Prepared(const Arrays<real> &x, long steps, long batch, long units) {
@@ -71,19 +73,19 @@ template <class real> struct Prepared {
             for (long row = 1; row < steps * batch; row++) // a comparison takes a hundredth of what it may save
                 if (memcmp(x.at(j, row / batch, row % batch), x.at(j, 0, 0), units * sizeof(real))) return;
         blocks = (units + W - 1) / W;
-        kept.resize(KEPT * blocks * W);
+        held.resize(HELD * blocks * W);
         for (long i = 0; i < units; i += W) {
-            wide given[at_least_one(C::J)] = {}, h[KEPT];
+            wide given[at_least_one(C::J)] = {}, h[HELD];
             for (long j = C::INPUTS; j < C::J; j++) given[j] = load(x.at(j, 0, 0) + i, units - i);
             C::prepare(given, h);
-            for (long k = 0; k < C::FIXED; k++) memcpy(&kept[k * blocks * W + i], &h[k], sizeof(wide));
+            for (long k = 0; k < C::FIXED; k++) memcpy(&held[k * blocks * W + i], &h[k], sizeof(wide));
         }
     }
 
     // h of the units from i on, whose inputs are given.
     inline void at(long i, const wide *given, wide *h) const {
         if (C::FIXED && blocks)
-            for (long k = 0; k < C::FIXED; k++) h[k] = *(const wide *)&kept[k * blocks * W + i];
+            for (long k = 0; k < C::FIXED; k++) h[k] = *(const wide *)&held[k * blocks * W + i];
         else if (C::FIXED)
             C::prepare(given, h);
     }
@@ -100,16 +102,16 @@ void multiply_heads(const Weight<real> &weight, const real *c, real *out, long n
 
 // T steps c(t) = F(c(t-1), p(t), x(t)), p^g(t) = Σ_{k into g} W^k c^{reads k}(t-1).
 //
-// arrays   J inputs x, G pre-activations (each written, or null), K weights, S initial states (B, N), S states
+// arrays   J inputs x, KEPT arrays that are kept (each written, or null), K weights, S initial states (B, N), S states
 //          (T + 1, B, N) that are written: the initial one, then the one after each step; resets (T, B) bytes or null;
 //          scratch memory: S · B · N numbers if there are resets; K · B · N numbers; and for packed weights
 //          `packed_numbers(K, N)` and PANEL · N more for each state, or null: weights are read as they are
-// numbers  2 (J + G) distances; of each weight the number of its dimensions, and b; T, B, N, threads
+// numbers  2 (J + KEPT) distances; of each weight the number of its dimensions, and b; T, B, N, threads
 template <class real> void scan(Table table) {
     typedef Cell<real> C;
     typedef typename Lanes<real>::wide wide;
-    constexpr long S = C::S, G = C::G, J = C::J, K = C::K, W = Lanes<real>::width;
-    const auto x = some<real>(table, J), saved = some<real>(table, G);
+    constexpr long S = C::S, J = C::J, K = C::K, KEPT = C::KEPT, W = Lanes<real>::width;
+    const auto x = some<real>(table, J), saved = some<real>(table, KEPT);
     Weight<real> weights[at_least_one(K)];
     for (long k = 0; k < K; k++) {
         weights[k].numbers = table.next<const real>();
@@ -166,12 +168,12 @@ template <class real> void scan(Table table) {
         const auto multiply = [&](long each) {
             long nu = 0;
             while (each >= first_panel[nu + 1]) nu++;
-            multiply_panel<false>(readers[nu], each - first_panel[nu], before[nu],
-                                  sums + (readers[nu].matrices - dense) * numbers, batch);
+            multiply_panel(readers[nu], each - first_panel[nu], before[nu],
+                           sums + (readers[nu].matrices - dense) * numbers, batch);
         };
         const auto move = [&](long each) {
             const long b = each / blocks, i = each % blocks * W, here = units - i < W ? units - i : W;
-            wide c[S], p[at_least_one(G)] = {}, given[at_least_one(J)], now[S];
+            wide c[S], p[at_least_one(C::G)] = {}, given[at_least_one(J)], now[S], saving[at_least_one(C::KEPT)];
             for (long nu = 0; nu < S; nu++) c[nu] = load(before[nu] + b * units + i, here);
             for (long k = 0; k < K; k++)
                 p[C::into[k]] += weights[k].dims == 1 ? load(weights[k].numbers + i, here) * c[C::reads[k]]
@@ -179,9 +181,9 @@ template <class real> void scan(Table table) {
             for (long j = 0; j < J; j++) given[j] = load(x.at(j, t, b) + i, here);
             wide h[at_least_one(C::FIXED)];
             prepared.at(i, given, h);
-            C::update(c, p, given, h, now);
-            for (long g = 0; g < G; g++)
-                if (real *to = saved.at(g, t, b)) store(to + i, p[g], here);
+            C::update(c, p, given, h, now, saving);
+            for (long k = 0; k < KEPT; k++)
+                if (real *to = saved.at(k, t, b)) store(to + i, saving[k], here);
             for (long nu = 0; nu < S; nu++) store(states[nu] + (t + 1) * numbers + b * units + i, now[nu], here);
         };
         if (!shared) {
@@ -201,15 +203,15 @@ template <class real> void scan(Table table) {
 
 // The partials and RFP's M of T steps.
 //
-// arrays   J inputs x; G pre-activations; S states before each step; K diagonals of N numbers; resets (T, B) bytes or
-//          null; out (FOUND + S · S, T, B, N), written: what `partials` finds, then M^{νν'}, which is zero at reset
+// arrays   J inputs x; KEPT arrays that were kept; S states before each step; K diagonals of N numbers; resets (T, B) bytes or
+//          null; out (NEW + S · S, T, B, N), written: what `partials` finds anew, then M^{νν'}, which is zero at reset
 //          steps
-// numbers  2 (J + G + S) distances; the distance of each diagonal's numbers; T, B, N, threads
+// numbers  2 (J + KEPT + S) distances; the distance of each diagonal's numbers; T, B, N, threads
 template <class real> void linearize(Table table) {
     typedef Cell<real> C;
     typedef typename Lanes<real>::wide wide;
-    constexpr long S = C::S, G = C::G, J = C::J, K = C::K, FOUND = C::FOUND, W = Lanes<real>::width;
-    const auto x = some<real>(table, J), gates = some<real>(table, G), states = some<real>(table, S);
+    constexpr long S = C::S, J = C::J, K = C::K, KEPT = C::KEPT, NEW = C::NEW, W = Lanes<real>::width;
+    const auto x = some<real>(table, J), saved = some<real>(table, KEPT), states = some<real>(table, S);
     const real *diagonals[at_least_one(K)];
     long strides[at_least_one(K)];
     for (long k = 0; k < K; k++) diagonals[k] = table.next<const real>(), strides[k] = table.next();
@@ -223,18 +225,18 @@ template <class real> void linearize(Table table) {
         const long t = row / batch, b = row % batch;
         for (long i = 0; i < units; i += W) {
             const long here = units - i < W ? units - i : W;
-            wide c[S], p[at_least_one(G)], given[at_least_one(J)], w[at_least_one(K)] = {};
-            wide found[at_least_one(FOUND)], m[S * S];
+            wide c[S], kept[at_least_one(KEPT)], given[at_least_one(J)], w[at_least_one(K)] = {};
+            wide found[at_least_one(C::FOUND)], m[S * S];
             for (long nu = 0; nu < S; nu++) c[nu] = load(states.at(nu, t, b) + i, here);
-            for (long g = 0; g < G; g++) p[g] = load(gates.at(g, t, b) + i, here);
+            for (long k = 0; k < KEPT; k++) kept[k] = load(saved.at(k, t, b) + i, here);
             for (long j = 0; j < J; j++) given[j] = load(x.at(j, t, b) + i, here);
             for (long k = 0; k < K; k++)
                 for (long lane = 0; lane < here; lane++) w[k][lane] = diagonals[k][(i + lane) * strides[k]];
             wide h[at_least_one(C::FIXED)];
             prepared.at(i, given, h);
-            C::partials(c, p, given, h, w, found, m);
+            C::partials(c, kept, given, h, w, found, m);
             real *to = out + row * units + i;
-            for (long k = 0; k < FOUND; k++, to += plane) store(to, found[k], here);
+            for (long k = 0; k < NEW; k++, to += plane) store(to, found[k], here);
             for (long k = 0; k < S * S; k++, to += plane) store(to, resets && resets[row] ? wide{} : m[k], here);
         }
     }
@@ -250,16 +252,16 @@ constexpr long TASK = 256; // a thread takes at most this many vectors of units 
 // independent here, because M couples only the states of one unit: the B · ⌈N / width⌉ vectors of units are split into
 // tasks, which threads share, and each task runs over all steps.
 //
-// arrays   J inputs x; G pre-activations; S states before each step; δ of each state, null for zeros; the ENTERING
+// arrays   J inputs x; KEPT arrays that were kept; S states before each step; δ of each state, null for zeros; the ENTERING
 //          arrays that are written, null for one that isn't wanted; K diagonals; carry (S, B, N), the credit that later
 //          steps pass to the last one, or null for zeros; resets (T, B) bytes or null: a reset step reads zeros as its
 //          state and passes nothing back; passed (S, B, N), written: M(1)ᵀ λ(1)
-// numbers  2 (J + G + 2S + ENTERING) distances; the distance of each diagonal's numbers; T, B, N, threads
+// numbers  2 (J + KEPT + 2S + ENTERING) distances; the distance of each diagonal's numbers; T, B, N, threads
 template <class real> void dual(Table table) {
     typedef Cell<real> C;
     typedef typename Lanes<real>::wide wide;
-    constexpr long S = C::S, G = C::G, J = C::J, K = C::K, ENTERING = C::ENTERING, W = Lanes<real>::width;
-    const auto x = some<real>(table, J), gates = some<real>(table, G), states = some<real>(table, S);
+    constexpr long S = C::S, J = C::J, K = C::K, KEPT = C::KEPT, ENTERING = C::ENTERING, W = Lanes<real>::width;
+    const auto x = some<real>(table, J), saved = some<real>(table, KEPT), states = some<real>(table, S);
     const auto delta = some<real>(table, S), out = some<real>(table, ENTERING);
     const real *diagonals[at_least_one(K)];
     long strides[at_least_one(K)];
@@ -288,10 +290,10 @@ template <class real> void dual(Table table) {
             for (long at = first, b = first / of_row; at < last; b++) {
                 const long begin = b * of_row, end = begin + of_row < last ? begin + of_row : last;
                 const bool reset = resets && resets[t * batch + b];
-                const real *x_at[at_least_one(J)], *p_at[at_least_one(G)], *c_at[S], *given_at[S];
+                const real *x_at[at_least_one(J)], *kept_at[at_least_one(KEPT)], *c_at[S], *given_at[S];
                 real *e_at[at_least_one(ENTERING)], *passed_at[S];
                 for (long j = 0; j < J; j++) x_at[j] = x.at(j, t, b);
-                for (long g = 0; g < G; g++) p_at[g] = gates.at(g, t, b);
+                for (long k = 0; k < KEPT; k++) kept_at[k] = saved.at(k, t, b);
                 for (long k = 0; k < ENTERING; k++) e_at[k] = out.at(k, t, b);
                 for (long nu = 0; nu < S; nu++) {
                     c_at[nu] = states.at(nu, t, b);
@@ -300,10 +302,10 @@ template <class real> void dual(Table table) {
                 }
                 for (; at < end; at++) {
                     const long i = (at - begin) * W, here = units - i < W ? units - i : W;
-                    wide given[at_least_one(J)], p[at_least_one(G)], c[S], w[at_least_one(K)], credit[S];
+                    wide given[at_least_one(J)], kept[at_least_one(KEPT)], c[S], w[at_least_one(K)], credit[S];
                     wide e[at_least_one(ENTERING)], back[S];
                     for (long j = 0; j < J; j++) given[j] = load(x_at[j] + i, here);
-                    for (long g = 0; g < G; g++) p[g] = load(p_at[g] + i, here);
+                    for (long k = 0; k < KEPT; k++) kept[k] = load(kept_at[k] + i, here);
                     for (long k = 0; k < K; k++) w[k] = *(const wide *)(w_at + k * of_row * W + i);
                     for (long nu = 0; nu < S; nu++) {
                         c[nu] = reset ? wide{} : load(c_at[nu] + i, here);
@@ -312,7 +314,7 @@ template <class real> void dual(Table table) {
                     }
                     wide h[at_least_one(C::FIXED)];
                     prepared.at(i, given, h);
-                    C::dual(c, p, given, h, w, credit, e, back);
+                    C::dual(c, kept, given, h, w, credit, e, back);
                     for (long k = 0; k < ENTERING; k++)
                         if (e_at[k]) store(e_at[k] + i, e[k], here);
                     for (long nu = 0; nu < S; nu++) store(passed_at[nu] + i, reset ? wide{} : back[nu], here);
@@ -323,15 +325,10 @@ template <class real> void dual(Table table) {
 
 } // namespace
 
-#ifndef LOOP
-#define LOOP(name) name
-#endif
 #define EXPORTED(name, real)                                                                                           \
-    extern "C" void LOOP(name##_##real)(void *const *arrays, const long *numbers) { name<real>({arrays, numbers}); }
-#ifndef NO_SCAN
+    extern "C" void name##_##real(void *const *arrays, const long *numbers) { name<real>({arrays, numbers}); }
 EXPORTED(scan, float)
 EXPORTED(scan, double)
-#endif
 EXPORTED(linearize, float)
 EXPORTED(linearize, double)
 EXPORTED(dual, float)

@@ -103,7 +103,7 @@ inline void plain_row(const real *__restrict weight, const real *__restrict c, r
 }
 
 // `multiply_panel` for R batch rows, by the packed weights where there are any.
-template <int R, bool with_tanh, class real>
+template <int R, class real>
 inline void panel_rows(const Readers<real> &readers, long panel, const real *c, real *out) {
     typedef typename Lanes<real>::wide wide;
     constexpr long WIDTH = Lanes<real>::width, PANEL = 2 * WIDTH;
@@ -112,30 +112,24 @@ inline void panel_rows(const Readers<real> &readers, long panel, const real *c, 
     if (!readers.packed) {
         for (long row = first; row < first + count; row++)
             plain_row<R>(readers.matrices[row / units] + row % units * units, c, out + row, all, units);
-        for (int r = 0; with_tanh && r < R; r++)
-            for (long i = first; i < first + count; i += WIDTH) {
-                real *at = out + r * all + i;
-                store(at, tanh_of(load(at, first + count - i)), first + count - i);
-            }
         return;
     }
     wide sums[R][2];
     packed_rows<R>(readers.packed + first * units, c, sums, units);
     for (int r = 0; r < R; r++)
         for (long half = 0; half < 2 && half * WIDTH < count; half++)
-            store(out + r * all + first + half * WIDTH, with_tanh ? tanh_of(sums[r][half]) : sums[r][half],
-                  count - half * WIDTH);
+            store(out + r * all + first + half * WIDTH, sums[r][half], count - half * WIDTH);
 }
 
-// out[b] = W c[b], or its tanh if `with_tanh`, for the PANEL rows of W that belong to this panel and all batch rows b.
+// out[b] = W c[b] for the PANEL rows of W that belong to this panel and all batch rows b.
 // W is the matrices of `readers` stacked, c is (B, N), and out (B, count, N).
-template <bool with_tanh, class real>
+template <class real>
 void multiply_panel(const Readers<real> &readers, long panel, const real *c, real *out, long batch) {
     long b = 0;
     for (; b + 4 <= batch; b += 4)
-        panel_rows<4, with_tanh>(readers, panel, c + b * readers.units, out + b * readers.rows());
+        panel_rows<4>(readers, panel, c + b * readers.units, out + b * readers.rows());
     for (; b < batch; b++)
-        panel_rows<1, with_tanh>(readers, panel, c + b * readers.units, out + b * readers.rows());
+        panel_rows<1>(readers, panel, c + b * readers.units, out + b * readers.rows());
 }
 
 // The sizes from which a second thread saves time: SHARED_FROM multiplications in a step's matrix products, and

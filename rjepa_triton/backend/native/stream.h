@@ -307,7 +307,7 @@ template <class real> struct Network {
     // The new states, M and the partials of the units from i on in batch row b.
     void move(long t, long b, long i) {
         const long here = units - i < W ? units - i : W, plane = batch * units, at = b * units + i;
-        wide c[S], p[at_least_one(G)], input[at_least_one(J)], w[at_least_one(K)] = {}, now[S];
+        wide c[S], p[at_least_one(G)], input[at_least_one(J)], w[at_least_one(K)] = {}, now[S], kept[at_least_one(C::KEPT)];
         wide partial[at_least_one(FOUND)], whole[S * S];
         for (long nu = 0; nu < S; nu++) c[nu] = load(before + nu * plane + at, here);
         for (long g = 0; g < G; g++) p[g] = load(sums + g * plane + at, here);
@@ -326,8 +326,8 @@ template <class real> struct Network {
         }
         wide h[at_least_one(C::FIXED)];
         C::prepare(input, h);
-        C::update(c, p, input, h, now);
-        C::partials(c, p, input, h, w, partial, whole);
+        C::update(c, p, input, h, now, kept);
+        C::partials(c, kept, input, h, w, partial, whole);
         for (long nu = 0; nu < S; nu++) store(state + nu * plane + at, now[nu], here);
         for (long k = 0; k < FOUND; k++) store(found + k * plane + at, partial[k], here);
         const bool forgets = resets && resets[t * batch + b];

@@ -50,6 +50,14 @@ CELL = RGCCell()
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 
 
+def compiled(cell: Cell) -> generated.Loops:
+    """The cell's compiled loops, which must be there."""
+    found = generated.loops(cell)
+    assert found is not None
+    assert found.code is not None
+    return found
+
+
 def sizes() -> list[tuple[int, int, int]]:
     """T, B, N."""
     return [(1, 1, 1), (1, 3, 65), (5, 1, 1), (6, 3, 63), (6, 1, 64), (7, 4, 65), (3, 9, 16), (4, 2, 200)]
@@ -101,10 +109,8 @@ def test_tanh_and_sigmoid_of_what_is_no_ordinary_number() -> None:
 def test_the_forward_loop_is_torchs(steps: int, batch: int, units: int, reset: bool) -> None:
     x, weights, state = given(steps, batch, units)
     resets = torch.rand(steps, batch) < 0.4 if reset else None
-    found = calls.rgc_scan(x[0], weights, state, resets)
-    assert found is not None
     exact = CELL.scan(x.double(), [w.double() for w in weights], [s.double() for s in state], resets)
-    ours, theirs = found, CELL.scan(x, weights, state, resets)
+    ours, theirs = compiled(CELL).scan(x, weights, state, resets), CELL.scan(x, weights, state, resets)
     for got, one, want in zip(ours, (theirs.states, theirs.saved), (exact.states, exact.saved), strict=True):
         assert got.shape == one.shape
         assert got.stride() == one.stride()
@@ -442,8 +448,7 @@ def test_the_forward_loop_by_weights_packed_or_not_and_by_threads(
     monkeypatch.setattr(calls, "PACKED_FROM", packed_from)
     x, weights, state = given(3, 6, 210)  # so much that threads share a step
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    found = calls.rgc_scan(x[0], weights, state, None)
-    assert found is not None
+    found = compiled(CELL).scan(x, weights, state, None)
     want = CELL.scan(x.double(), [w.double() for w in weights], [s.double() for s in state])
     torch.testing.assert_close(found[0].double(), want.states, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1].double(), want.saved, rtol=1e-5, atol=1e-5)

@@ -28,7 +28,7 @@ pytestmark = [
 FUNCTIONS = (
     *(
         f"{name}_{real}"
-        for name in ("rgc_scan", "reverse_scan", "exact_credits", "activate")
+        for name in ("reverse_scan", "exact_credits", "activate")
         for real in ("float", "double")
     ),
     *("gamma_arriving", "gamma_pass", "not_finite"),
