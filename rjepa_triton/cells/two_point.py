@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import weights as weight_ops
+from .keys import key_of
 from .trace import traced, why_not
 
 __all__ = [
@@ -173,7 +174,8 @@ class Cell(ABC):
     affine: bool = False
 
     def __setattr__(self, name: str, value: object) -> None:
-        self.__dict__.pop("_traced", None)  # what `update` computes may depend on the attribute
+        for name_of_made in ("_traced", "_key"):  # what `update` computes may depend on the attribute
+            self.__dict__.pop(name_of_made, None)
         super().__setattr__(name, value)
 
     @property
@@ -370,6 +372,7 @@ def verify(cell: Cell) -> None:
     with torch.device("cpu"), _disable_current_modes():
         _verify(cell)
     traced(cell)
+    key_of(cell)
 
 
 def _verify(cell: Cell) -> None:

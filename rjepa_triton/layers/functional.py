@@ -14,6 +14,7 @@ from .._autograd import once_differentiable
 from ..backend import native_backend, operations
 from ..cells import weights as weight_ops
 from ..cells.builtin import RGCCell
+from ..cells.keys import key_of
 from ..cells.two_point import Cell, Trajectory
 from ..rules import refine as refinement
 from ..rules import rfp, rtrl
@@ -271,11 +272,12 @@ def two_point(
     compiling = torch.compiler.is_compiling()
     if not compiling:
         operations.choose_scan(backend, x.device, x.dtype)  # raises here rather than in backward()
-    if compiling and isinstance(cell, RGCCell):
-        states, _ = torch.ops.rjepa_triton.rgc(
-            x, state[0], state[1], list(weights), resets, learning, rounds, backend, recompute
+    key = cell.__dict__.get("_key") if compiling else None  # made with the layer
+    if key is not None:
+        states, _ = torch.ops.rjepa_triton.two_point(
+            x, list(state), list(weights), resets, key, learning, rounds, backend, recompute
         )
-        return states[0, 1:], states[1, 1:]
+        return states[:, 1:].unbind(0)
     # how many rounds there are depends on values, which a compiled or captured graph and a fake tensor don't know
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     known = check.values_known(x) and not capturing
@@ -283,6 +285,10 @@ def two_point(
     if not compiling and not check.values_known(x):
         backend = "torch"  # there is no memory to give to other code
     return _TwoPoint.apply(cell, learning, rounds, backend, mode, recompute, resets, x, *state, *weights)
+
+
+_RGC = RGCCell()
+key_of(_RGC)
 
 
 def rgc(
@@ -325,7 +331,7 @@ def rgc(
         zero = x.new_zeros(x.shape[1:])
         state = (zero, zero)
     s, m = two_point(
-        RGCCell(),
+        _RGC,
         x[None],
         (weight_ss, weight_ms, weight_mm, weight_sm),
         state,

@@ -1,7 +1,7 @@
 """torch.library operators, which torch.compile calls without looking into the loops over time or a learner's state.
 
-rjepa_triton::rgc                runs an RGC over a sequence and returns (states, saved), as `RGCCell.scan` does
-rjepa_triton::rgc_gradients      the backward pass of `rgc` by a learning rule
+rjepa_triton::two_point          runs a cell over a sequence and returns (states, saved), as `Cell.scan` does
+rjepa_triton::two_point_gradients   the backward pass of `two_point` by a learning rule
 rjepa_triton::gamma_step_        advances Γ by a step, in place, and returns the gradient (`operations.gamma_step_`)
 rjepa_triton::gamma_chunk_       advances Γ by a chunk, in place, and returns the gradient that a credit at the chunk's
                                  beginning gives (`operations.gamma_chunk_`)
@@ -22,77 +22,75 @@ import torch
 from torch import Tensor
 
 from ..backend import operations
-from ..cells.builtin import RGCCell
+from ..cells.keys import cell_of
 from ..cells.two_point import Trajectory
 from ..layers import functional
 from .compiled import learner_of
 
 
-@torch.library.custom_op("rjepa_triton::rgc", mutates_args=())
-def rgc(
+@torch.library.custom_op("rjepa_triton::two_point", mutates_args=())
+def two_point(
     x: Tensor,
-    s0: Tensor,
-    m0: Tensor,
+    state: Sequence[Tensor],
     weights: Sequence[Tensor],
     resets: Optional[Tensor],  # noqa: UP045
+    cell: str,
     learning: str,
     rounds: Optional[int],  # noqa: UP045
     backend: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """An RGC over a sequence: its states (2, T + 1, B, N), and the gates (2, T, B, 2, N), empty with `recompute`.
+    """A cell over a sequence: its states (S, T + 1, B, N), and what it saves (·, T, B, N), empty with `recompute`.
 
-    x (1, T, B, N); s0, m0 (B, N); weights: ss, ms, mm, sm; resets (T, B) bool or None.
+    x (J, T, B, N); state: S of (B, N); weights: the K recurrent ones; resets (T, B) bool or None; cell: its key.
     """
     runs = operations.choose_scan(backend, x.device, x.dtype)
-    trajectory = operations.scan(RGCCell(), x, weights, (s0, m0), resets, backend=runs, keep=not recompute)
-    return trajectory.states, trajectory.saved
+    found = operations.scan(cell_of(cell), x, weights, state, resets, backend=runs, keep=not recompute)
+    return found.states, found.saved
 
 
-@rgc.register_fake
+@two_point.register_fake
 def _(
     x: Tensor,
-    s0: Tensor,
-    m0: Tensor,
+    state: Sequence[Tensor],
     weights: Sequence[Tensor],
     resets: Tensor | None,
+    cell: str,
     learning: str,
     rounds: int | None,
     backend: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     _, steps, batch, units = x.shape
-    saved = (0,) if recompute else (2, steps, batch, 2, units)
-    return x.new_empty(2, steps + 1, batch, units), x.new_empty(saved)
+    states = x.new_empty(len(state), steps + 1, batch, units)
+    if recompute:
+        return states, x.new_empty(0)
+    return states, x.new_empty(steps, batch, cell_of(cell).saves, units).movedim(2, 0)
 
 
-@torch.library.custom_op("rjepa_triton::rgc_gradients", mutates_args=())
-def rgc_gradients(
+@torch.library.custom_op("rjepa_triton::two_point_gradients", mutates_args=())
+def two_point_gradients(
     x: Tensor,
     states: Tensor,
     saved: Tensor,
     weights: Sequence[Tensor],
     resets: Optional[Tensor],  # noqa: UP045
     grad_states: Tensor,
+    cell: str,
     learning: str,
     rounds: Optional[int],  # noqa: UP045
     backend: str,
 ) -> list[Tensor]:
-    """Gradients of x, s0, m0 and the weights. grad_states (2, T + 1, B, N): of all states that `rgc` returned."""
+    """Gradients of x, the S initial states and the weights. grad_states (S, T + 1, B, N): of what `two_point` gave."""
     trajectory = Trajectory(x, states, saved, resets)
     for_x, first, by_weight = functional.gradients(
-        RGCCell(), trajectory, weights, grad_states[:, 1:].contiguous(), learning, rounds, backend
+        cell_of(cell), trajectory, weights, grad_states[:, 1:].contiguous(), learning, rounds, backend
     )
-    first = first + grad_states[:, 0]
-    return [
-        for_x,
-        first[0].clone(),
-        first[1].clone(),
-        *(g.clone(memory_format=torch.contiguous_format) for g in by_weight),
-    ]
+    found = [for_x, *(first + grad_states[:, 0]).unbind(0), *by_weight]
+    return [gradient.clone(memory_format=torch.contiguous_format) for gradient in found]
 
 
-@rgc_gradients.register_fake
+@two_point_gradients.register_fake
 def _(
     x: Tensor,
     states: Tensor,
@@ -100,16 +98,17 @@ def _(
     weights: Sequence[Tensor],
     resets: Tensor | None,
     grad_states: Tensor,
+    cell: str,
     learning: str,
     rounds: int | None,
     backend: str,
 ) -> list[Tensor]:
-    return [torch.empty_like(x), *(torch.empty_like(states[0, 0]) for _ in range(2)),
-            *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights)]  # fmt: skip
+    like = [x, *states[:, 0].unbind(0), *weights]
+    return [torch.empty_like(a, memory_format=torch.contiguous_format) for a in like]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, _, weights, resets, ctx.learning, ctx.rounds, ctx.backend, _ = inputs
+    x, _, weights, resets, ctx.cell, ctx.learning, ctx.rounds, ctx.backend, _ = inputs
     states, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.save_for_backward(x, states, saved, resets, *weights)
@@ -117,13 +116,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_states: Tensor, _: Any) -> tuple[Any, ...]:
     x, states, saved, resets, *weights = ctx.saved_tensors
-    for_x, for_s0, for_m0, *by_weight = rgc_gradients(
-        x, states, saved, weights, resets, grad_states, ctx.learning, ctx.rounds, ctx.backend
+    for_x, *found = two_point_gradients(
+        x, states, saved, weights, resets, grad_states, ctx.cell, ctx.learning, ctx.rounds, ctx.backend
     )
-    return for_x, for_s0, for_m0, by_weight, None, None, None, None, None
+    count = states.shape[0]
+    return for_x, found[:count], found[count:], None, None, None, None, None, None
 
 
-rgc.register_autograd(_backward, setup_context=_save)
+two_point.register_autograd(_backward, setup_context=_save)
 
 
 @torch.library.custom_op("rjepa_triton::gamma_step_", mutates_args=("gammas",))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import oracle
@@ -9,7 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rjepa_triton import LRU, RGC, OnlineLearner
+from rjepa_triton import GRU, LIF, LRU, LSTM, RGC, RNN, OnlineLearner, TwoPointRNN
+from rjepa_triton.cells import keys
+from rjepa_triton.cells.builtin import RGCCell
+from rjepa_triton.cells.keys import cell_of, key_of
+from rjepa_triton.cells.two_point import Cell, Matrix
 from rjepa_triton.rules import rfp
 
 F64 = torch.float64
@@ -25,13 +32,14 @@ def test_the_operators_keep_their_contract(
     x, weights, (s0, m0), _, _ = oracle.problem(steps, 2, 3, diagonal=diagonal)
     x = x.detach()[None].requires_grad_()
     resets = torch.rand(steps, 2) < 0.3
-    arguments = (x, s0, m0, weights, resets, learning, 0, "torch", recompute)
-    torch.library.opcheck(torch.ops.rjepa_triton.rgc.default, arguments)
-    states, saved = torch.ops.rjepa_triton.rgc(*arguments)
+    cell = key_of(RGCCell())
+    arguments = (x, [s0, m0], weights, resets, cell, learning, 0, "torch", recompute)
+    torch.library.opcheck(torch.ops.rjepa_triton.two_point.default, arguments)
+    states, saved = torch.ops.rjepa_triton.two_point(*arguments)
     assert (saved.numel() == 0) == recompute
     plain = [w.detach() for w in weights]
     torch.library.opcheck(
-        torch.ops.rjepa_triton.rgc_gradients.default,
+        torch.ops.rjepa_triton.two_point_gradients.default,
         (
             x.detach(),
             states.detach(),
@@ -39,6 +47,7 @@ def test_the_operators_keep_their_contract(
             plain,
             resets,
             torch.randn_like(states),
+            cell,
             learning,
             0,
             "torch",
@@ -79,6 +88,85 @@ def test_a_compiled_model_is_one_graph_for_every_length(options: dict[str, Any],
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first length, then any
+
+
+class Leaky(Cell):
+    """A cell of a user's, with an attribute."""
+
+    states, gates, affine = ("h",), ("h",), False
+    matrices = (Matrix("hh", ("gate", 0), 0),)
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (self.alpha * c[0] + (1 - self.alpha) * torch.tanh(p[0] + x[0]),)
+
+
+LAYERS: dict[str, Callable[[], TwoPointRNN]] = {
+    "lstm": lambda: LSTM(3, 5, dtype=F64),
+    "gru": lambda: GRU(3, 5, dtype=F64, learning="bptt"),
+    "elman": lambda: RNN(3, 5, dtype=F64),
+    "lru": lambda: LRU(3, 5, dtype=F64),
+    "lif": lambda: LIF(3, 5, dtype=F64),
+    "of one's own": lambda: TwoPointRNN(Leaky(0.7), 5, input_size=3, dtype=F64),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_is_one_graph_for_every_length(name: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layer = LAYERS[name]()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for steps, batch in ((4, 2), (7, 3), (9, 4), (2, 5), (30, 7)):
+        x = torch.randn(steps, batch, 3, dtype=F64, requires_grad=True)
+        results = []
+        for run in (layer, compiled):
+            output, state = run(x)
+            last = state if isinstance(state, Tensor) else torch.stack(state)
+            loss = output.square().sum() + last.sum()
+            results.append([output, *torch.autograd.grad(loss, [x, *layer.parameters()])])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("name", ["lstm", "lru", "of one's own"])
+def test_a_layer_is_exported_for_every_length_and_batch(name: str) -> None:
+    layer = LAYERS[name]()
+    sizes = {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}
+    x = torch.randn(6, 3, 3, dtype=F64)
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": sizes})
+    for steps, batch in ((6, 3), (11, 2), (2, 7)):
+        given = torch.randn(steps, batch, 3, dtype=F64)
+        torch.testing.assert_close(program.module()(given), layer(given), rtol=1e-12, atol=1e-12)
+
+
+def test_a_cell_is_made_again_from_its_key() -> None:
+    first, other = Leaky(0.7), Leaky(0.2)
+    key = key_of(first)
+    assert key_of(Leaky(0.7)) == key != key_of(other)
+    first.alpha = 0.1  # the key is that of the cell as it is
+    assert key_of(first) != key
+    assert vars(cell_of(key))["alpha"] == 0.7
+    keys._MADE.clear()
+    made = cell_of(key)
+    assert isinstance(made, Leaky)
+    assert made.alpha == 0.7
+    for unknown in ("rjepa_triton.cells.builtin:NoCell?{}", "nowhere:Cell?{}", "nowhere:Cell#7"):
+        with pytest.raises(ValueError, match=r"cell .* (can.t be made|doesn.t live)"):
+            cell_of(unknown)
+
+
+def test_a_cell_whose_attributes_are_no_plain_values_has_a_key_while_it_lives() -> None:
+    cell = Leaky(torch.tensor(0.5))  # type: ignore[arg-type]
+    key = key_of(cell)
+    assert cell_of(key) is cell
+    assert key_of(copy.copy(cell)) != key
+    del cell
+    gc.collect()
+    with pytest.raises(ValueError, match="doesn't live in this process"):
+        cell_of(key)
 
 
 def test_a_compiled_model_by_inductor() -> None:
