@@ -470,3 +470,115 @@ def heads_build(
             **({} if target.startswith("gfx") else {"maxnreg": config.registers}),
         },
     )
+
+
+def cell_builds(
+    target: str,
+    cell: str,
+    vector: int,
+    *,
+    steps: int = 64,
+    units: int = 1024,
+    multiprocessors: int = 132,
+    resets: bool = True,
+    divisible: Sequence[str] = (),
+) -> dict[str, Build]:
+    """The kernels for any cell, with the functions of one: the name of a class of `cells.builtin`.
+
+    The dual form is that of `steps` steps of `units` = B·N units; where blocks of time are scanned in parallel, it
+    comes with the summary of each block.
+    """
+    from ...backend import triton_cells
+    from ...cells import builtin
+    from ...kernels import cell_partials, rgc_forward, rgc_partials
+
+    made = triton_cells.kernels_of(getattr(builtin, cell)())
+    assert made is not None
+    sizes, warp = made.functions, WARP[target]
+
+    def function(name: str) -> dict[str, str]:
+        return {"cell": cell, "function": name}
+
+    letters = {"S": sizes.states, "J": sizes.inputs, "F": sizes.saves}
+    absent = dict.fromkeys([] if resets else ["resets_ptr"])
+    own = {"own_ptrs": ["*fp32"] * sizes.matrices, "own_strides": ["i32"] * sizes.matrices}
+    trajectory = {
+        **{f"{name}_ptr": "*fp32" for name in ("x", "saved", "before")},
+        **own,
+        **dict.fromkeys(["T", "BN", "N", "stride_before"], "i32"),
+    }
+    module, options = "rjepa_triton.kernels.cell_partials", {"num_warps": 1}
+    found = {
+        "pointwise": Build(
+            target,
+            "rjepa_triton.kernels.cell_forward:_pointwise_kernel",
+            types={
+                **{f"{name}_ptr": "*fp32" for name in ("products", "x", "before", "after", "saved", "next")},
+                "resets_ptr": "*u8",
+                **dict.fromkeys(
+                    ["N", *(f"stride_{name}" for name in ("x", "before", "after", "next"))], "i32"
+                ),
+            },
+            constants={
+                **dict.fromkeys([] if resets else ["resets_ptr", "next_ptr"]),
+                **letters,
+                "K": sizes.matrices,
+                "UPDATE": function("update"),
+                "ENTERING": sizes.entering,
+                "BLOCK": rgc_forward.pick_pointwise_config(512, warp).block,
+                "VECTOR": vector,
+            },
+            divisible=divisible,
+            options=options,
+        ),
+        "linearize": Build(
+            target,
+            f"{module}:_linearize_kernel",
+            types={**trajectory, "out_ptr": "*fp32", "resets_ptr": "*u8", "steps": "i32"},
+            constants={
+                **absent,
+                **letters,
+                "PARTIALS": function("partials"),
+                "FOUND": sizes.partials_found,
+                "BLOCK": rgc_partials.pick_config(1, 1, warp, 1).block,
+                "VECTOR": vector,
+            },
+            divisible=divisible,
+            options=options,
+        ),
+    }
+    read = 2 * sizes.states + sizes.inputs + sizes.saves
+    config = cell_partials.pick_dual_config(steps, units, read, sizes.credits, warp, multiprocessors)
+    shared = {**absent, **letters, "BLOCK": config.block, "STAGES": config.stages, "VECTOR": vector}
+    types = {
+        **trajectory,
+        **{f"{name}_ptr": "*fp32" for name in ("product", "local", "carry", "passed")},
+        "delta_ptrs": ["*fp32"] * sizes.states,
+        "written_ptrs": ["*fp32"] * sizes.credits,
+        "resets_ptr": "*i32",
+        "block_steps": "i32",
+    }
+    one_block = config.steps == steps
+    found["dual"] = Build(
+        target,
+        f"{module}:_dual_kernel",
+        types,
+        {
+            **dict.fromkeys(["product_ptr", "local_ptr"] if one_block else []),
+            **shared,
+            "DUAL": function("dual"),
+            "ROWS": [1] * sizes.credits,
+        },
+        divisible,
+        options,
+    )
+    if not one_block:
+        found["dual-summary"] = Build(
+            target,
+            f"{module}:_dual_summary_kernel",
+            types,
+            {**shared, "TRANSITION": function("transition")},
+            divisible,
+            options,
+        )
+    return found

@@ -46,7 +46,8 @@ class Build:
     kernel     "module:name"
     types      argument → Triton type ("*fp32", "i32", …) for every argument that isn't a constant; for a tuple the
                types of its items, None for a pointer that isn't given
-    constants  argument → compile-time value, None for a pointer that isn't given
+    constants  argument → compile-time value, None for a pointer that isn't given; for a function of a cell the names
+               of the cell's class and of the function
     divisible  names of the integer arguments that a launch would find to be multiples of 16; pointers always are
     options    options of the compiler, such as num_warps
     """
@@ -107,6 +108,18 @@ def compile_all(builds: Sequence[Build]) -> list[Facts | str]:
     return [result if isinstance(result, str) else Facts(**result) for result in results]
 
 
+def _value(value: Any) -> Any:
+    """A constant as a kernel takes it: JSON knows no tuple and no function."""
+    if isinstance(value, dict):
+        from ...backend import triton_cells
+        from ...cells import builtin
+
+        made = triton_cells.kernels_of(getattr(builtin, value["cell"])())
+        assert made is not None
+        return getattr(made.functions, value["function"])
+    return tuple(map(_value, value)) if isinstance(value, list | tuple) else value
+
+
 def _compile(build: Build) -> Facts | _Code | str:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -115,7 +128,7 @@ def _compile(build: Build) -> Facts | _Code | str:
     module, name = build.kernel.split(":")
     kernel = getattr(importlib.import_module(module), name)
     signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = dict(build.constants)
+    constants: dict[Any, Any] = {name: _value(value) for name, value in build.constants.items()}
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, a in enumerate(kernel.arg_names):
         kind = "constexpr" if a in build.constants else build.types[a]

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ..cells import weights as weight_ops
 from ..cells.builtin import RGCCell
-from ..cells.two_point import ByState, Cell, Linearization, Matrix, Partials, Trajectory
+from ..cells.trace import by_kind
+from ..cells.two_point import ByState, Cell, Linearization, Matrix, Partials, Products, Trajectory
 from ..rules import rfp
 from ..rules.rtrl import ExactSensitivity
+from . import triton_cells
 from .buffers import ReusedMemory
 from .descent import Descent
 from .table import Backend, Reason, Refusal, not_in_memory
@@ -39,6 +41,8 @@ STEP_ROWS = 8  # batch rows up to which a step of an RGC and its linearization a
 RGC_PLACES = ((0, 0), (1, 1), (1, 0), (0, 1))
 
 NOT_RGC = Refusal("kernels run an RGC, with dense weights")
+UNTRACED = Refusal("the cell can't be traced")
+NOT_RFP = Refusal("kernels linearize by RFP's rule")
 MANY_STATES = Refusal(f"kernels take up to {SCAN_STATES} states a unit")
 
 
@@ -113,10 +117,10 @@ def scan(
     *,
     keep: bool = True,
 ) -> Trajectory | Refusal:
-    if not is_dense_rgc(cell, weights):
-        return NOT_RGC
     if refusal := _unusable(x, resets, *weights, *state):
         return refusal
+    if not is_dense_rgc(cell, weights):
+        return _scan_by_step(cell, x, weights, state, resets, keep)
     from ..kernels import rgc_forward as kernels
 
     given, initial = ([a.contiguous() for a in group] for group in (weights, state))
@@ -127,17 +131,93 @@ def scan(
     return Trajectory(x, states, saved, resets)
 
 
+def _scan_by_step(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    resets: Tensor | None,
+    keep: bool,
+) -> Trajectory | Refusal:
+    """Each step is a product for each state that matrices read, by torch, and one launch."""
+    made = triton_cells.kernels_of(cell)
+    if made is None:
+        return UNTRACED
+    from ..kernels import cell_forward as kernels
+
+    _, steps, batch, units = x.shape
+    x = x.contiguous()
+    states = x.new_empty(len(state), steps + 1, batch, units)
+    for nu, initial in enumerate(state):
+        states[nu, 0] = initial
+    saved = x.new_empty(steps, batch, made.functions.saves, units) if keep else x.new_empty(0)
+    products = Products(cell, weights, states[0, 0])
+    x_at, states_at = x.unbind(1), states.unbind(1)
+    saved_at = saved.unbind(0) if keep and made.functions.saves else [None] * steps
+    before = states_at[0] if resets is None else states_at[0].masked_fill(resets[0, :, None], 0)
+    for t in range(steps):
+        products.multiply(before)
+        marks = None if resets is None or t == steps - 1 else resets[t + 1].contiguous()
+        kernels.cell_pointwise_(
+            made.functions,
+            products.products,
+            x_at[t],
+            before,
+            states_at[t + 1],
+            saved_at[t],
+            marks,
+            None if marks is None else before,
+        )
+        if resets is None:
+            before = states_at[t + 1]
+    return Trajectory(x, states, saved.movedim(2, 0) if keep else saved, resets)
+
+
 @TRITON.implements("linearize")
 def linearize(
     cell: Cell, trajectory: Trajectory, weights: Sequence[Tensor], rule: str = "rfp"
 ) -> tuple[Linearization, Tensor] | Refusal:
-    if rule != "rfp" or not isinstance(cell, RGCCell):
-        return NOT_RGC
+    if rule != "rfp":
+        return NOT_RFP
+    if refusal := _unusable(trajectory.x, *weights):
+        return refusal
+    if not isinstance(cell, RGCCell):
+        return _linearize(cell, trajectory, weights)
     from ..kernels import rgc_partials as kernels
 
     gates, before, u, own, resets = _of_rgc(trajectory, weights)
     partials, m = partials_in(kernels.rgc_linearize(gates, before, u, own, resets), gates)
     return Linearization(partials, trajectory.before, trajectory.resets), m
+
+
+def _linearize(
+    cell: Cell, trajectory: Trajectory, weights: Sequence[Tensor]
+) -> tuple[Linearization, Tensor] | Refusal:
+    made = triton_cells.kernels_of(cell)
+    if made is None:
+        return UNTRACED
+    from ..kernels import cell_partials as kernels
+
+    given = _of_trajectory(trajectory, weights)
+    out = kernels.cell_linearize(made.functions, *given)
+    new, states = made.functions.partials_found, made.functions.states
+    found = [*out[:new].unbind(0), *[trajectory.saved[k] for k in made.known]]
+    lin = Linearization(Partials(*by_kind(made.entries, found)), trajectory.before, trajectory.resets)
+    return lin, out[new:].unflatten(0, (states, states))
+
+
+def _of_trajectory(
+    trajectory: Trajectory, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor | None]:
+    """What `kernels.cell_partials` takes: x, saved, states before, own weights and resets."""
+    before = trajectory.states[:, :-1]
+    return (
+        trajectory.x.contiguous(),
+        trajectory.saved.movedim(0, 2).contiguous(),
+        before if before[0].is_contiguous() else before.contiguous(),
+        [weight_ops.own(weight) for weight in weights],
+        _contiguous(trajectory.resets),
+    )
 
 
 def partials_in(planes: Tensor, gates: Tensor | None = None) -> tuple[Partials, Tensor]:
@@ -246,11 +326,13 @@ def dual_of(
     inputs: int,
     learning: str,
     carry: Tensor | None = None,
-) -> tuple[rfp.Joined, Tensor, Tensor] | Refusal:
-    if learning != "rfp" or not isinstance(cell, RGCCell):
-        return NOT_RGC
-    if refusal := _unusable(*delta, carry):
+) -> tuple[Iterable[Tensor], Tensor, Tensor] | Refusal:
+    if learning != "rfp":
+        return NOT_RFP
+    if refusal := _unusable(*delta, carry, trajectory.x, *weights):
         return refusal
+    if not isinstance(cell, RGCCell):
+        return _dual_of(cell, trajectory, weights, delta, inputs, carry)
     from ..kernels import rgc_partials as kernels
     from .operations import joined_states
 
@@ -260,6 +342,28 @@ def dual_of(
     by_source = entering.flatten(-2).movedim(2, 0)
     joined = rfp.Joined(by_source, RGC_PLACES, for_input.shape[-1])
     return joined, for_input[None][:inputs], first
+
+
+def _dual_of(
+    cell: Cell,
+    trajectory: Trajectory,
+    weights: Sequence[Tensor],
+    delta: StateArrays,
+    inputs: int,
+    carry: Tensor | None,
+) -> tuple[Iterable[Tensor], Tensor, Tensor] | Refusal:
+    made = triton_cells.kernels_of(cell)
+    if made is None:
+        return UNTRACED
+    from ..kernels import cell_partials as kernels
+
+    x, saved, before, own, resets = _of_trajectory(trajectory, weights)
+    by_matrix, by_input, written = made.planes.make(x)
+    source = [_contiguous(one) for one in delta]
+    first = kernels.cell_dual(
+        made.functions, x, saved, before, own, source, written, resets, _contiguous(carry)
+    )
+    return by_matrix, by_input[:inputs], first
 
 
 @TRITON.implements("dual")

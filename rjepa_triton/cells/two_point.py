@@ -42,6 +42,7 @@ __all__ = [
     "Linearization",
     "Matrix",
     "Partials",
+    "Products",
     "Reads",
     "Trajectory",
     "reset_steps_of",
@@ -272,13 +273,14 @@ class Cell(ABC):
         for nu, initial in enumerate(state):
             states[nu, 0] = initial
         saved = x.new_empty(steps, batch, self.saves, units)
-        pre_activations = _PreActivations(self, weights, states[0, 0])
+        products = Products(self, weights, states[0, 0])
         states_at, saved_at, x_at = states.unbind(1), saved.unbind(0), x.unbind(1)
         for t in range(steps):
             before = states_at[t]
             if resets is not None:  # at which steps isn't asked: reading that would wait for the device
                 before = before.masked_fill(resets[t, :, None], 0)
-            after, kept = self.advance(before.unbind(), pre_activations(before), x_at[t].unbind())
+            products.multiply(before)
+            after, kept = self.advance(before.unbind(), products.pre_activations(), x_at[t].unbind())
             for target, value in zip(states_at[t + 1].unbind(), after, strict=True):
                 target.copy_(value)
             if kept:
@@ -325,41 +327,45 @@ def reset_steps_of(resets: Tensor | None) -> frozenset[int]:
     return frozenset(resets.any(1).nonzero()[:, 0].tolist())
 
 
-class _PreActivations:
-    """The pre-activations of one step, p^g = Σ_{k into g} W^k y^k.
+class Products:
+    """The matrix products of one step, W^k y^k, by the state that they read; each state's dense ones are one product.
 
-    All dense matrices that read one state take one product.
-    like: (B, N), which the states are.
+    products  (B, K, N): those of matrices that read state 0 first, and so on
     """
 
     def __init__(self, cell: Cell, weights: Sequence[Tensor], like: Tensor) -> None:
-        batch, units = like.shape
+        """like: (B, N), which the states are."""
         sources = [state_read(matrix) for matrix in cell.matrices]
-        order = sorted(range(len(weights)), key=lambda k: (sources[k], weights[k].dim() != 2))
-        products = like.new_empty(batch, len(weights), units)
-        at = dict(zip(order, products.unbind(1), strict=True))
+        order = sorted(range(len(weights)), key=sources.__getitem__)
+        self.products = like.new_empty(like.shape[0], len(weights), like.shape[1])
+        at = dict(zip(order, self.products.unbind(1), strict=True))
         self.joined: list[tuple[int, Tensor, Tensor]] = []  # state read, weights, where the product goes
         self.single: list[tuple[int, Tensor, Tensor]] = []
-        for source in dict.fromkeys(sources):
-            dense = [k for k in order if sources[k] == source and weights[k].dim() == 2]
-            if dense:
-                first = order.index(dense[0])
-                to = products[:, first : first + len(dense)].flatten(1)
-                self.joined.append((source, torch.cat([weights[k] for k in dense]).t(), to))
-        self.single = [(sources[k], weights[k], at[k]) for k in order if weights[k].dim() != 2]
-        zero = like.new_zeros(batch, units)
+        first = 0
+        for source in sorted(set(sources)):
+            readers = [weights[k] for k in order if sources[k] == source]
+            if all(weight.dim() == 2 for weight in readers):
+                to = self.products[:, first : first + len(readers)].flatten(1)
+                self.joined.append((source, torch.cat(readers).t(), to))
+            else:
+                self.single += [(source, weights[k], at[k]) for k in order if sources[k] == source]
+            first += len(readers)
+        zero = torch.zeros_like(like)
         entering: list[list[Tensor]] = [[] for _ in cell.gates]
         for k, matrix in enumerate(cell.matrices):
             entering[matrix.into[1]].append(at[k])
-        self.parts = [parts or [zero] for parts in entering]
+        self.entering = [parts or [zero] for parts in entering]
 
-    def __call__(self, before: Tensor) -> list[Tensor]:
-        """The pre-activations of the states before (S, B, N), (B, N) each, which the next call writes over."""
+    def multiply(self, before: Tensor) -> None:
+        """Write the products of the states before (S, B, N)."""
         for source, weight, to in self.joined:
             torch.mm(before[source], weight, out=to)
         for source, weight, to in self.single:
             to.copy_(weight_ops.multiply(weight, before[source]))
-        return [functools.reduce(torch.add, parts) for parts in self.parts]
+
+    def pre_activations(self) -> list[Tensor]:
+        """p^g = Σ_{k into g} W^k y^k, (B, N) each; a view of the products where one matrix enters the gate."""
+        return [functools.reduce(torch.add, parts) for parts in self.entering]
 
 
 def verify(cell: Cell) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from ...cells import weights as weight_ops
 from ...cells.code import Functions, printed
 from ...cells.trace import by_kind, traced
 from ...cells.two_point import Cell, Partials, Trajectory, state_read
-from ...rules.rfp import Joined
+from ..planes import Planes
 from . import calls, library
 
 WIDTH = {torch.float32: 16, torch.float64: 8}  # numbers in a `wide` of vectors.h
@@ -217,7 +216,7 @@ class Loops:
         marks = None if trajectory.resets is None else trajectory.resets.contiguous()
         carry = None if carry is None else carry.contiguous()
         _, steps, batch, units = x.shape
-        made = self.planes.make(x)
+        by_matrix, by_input, written = self.planes.make(x)
         passed = x.new_empty(len(source), batch, units)
         diagonals, strides = own(weights)
         apart = [
@@ -227,6 +226,8 @@ class Loops:
         ]
         for one in source:
             apart += (0, 0) if one is None else one.stride()[:2]
+        for one in written:
+            apart += one.stride()[:2]
         self._run(
             "dual",
             x,
@@ -235,92 +236,12 @@ class Loops:
                 *planes_of(saved),
                 *planes_of(states),
                 *addresses(source),
-                *made.addresses,
+                *addresses(written),
                 *addresses([*diagonals, carry, marks, passed]),
             ],
-            [*apart, *made.apart, *strides, *(steps, batch, units, torch.get_num_threads())],
+            [*apart, *strides, *(steps, batch, units, torch.get_num_threads())],
         )
-        return made.by_matrix, made.by_input, passed
-
-
-@dataclass(frozen=True)
-class Made:
-    """The arrays that a dual form writes: the credit of each matrix, and that of the inputs (J, T, B, N)."""
-
-    by_matrix: Iterable[Tensor]
-    by_input: Tensor
-    addresses: Sequence[int]
-    apart: Sequence[int]
-
-
-class Planes:
-    """How the credit that a dual form writes is laid out: E^k of matrices that read one state side by side, for one
-    product a state (`rfp.Joined`), where a cell's matrices allow it.
-
-    nodes  what is written, one node of the cell's graph for each array
-    """
-
-    def __init__(self, cell: Cell, functions: Functions) -> None:
-        self.reads = [state_read(matrix) for matrix in cell.matrices]
-        self.into = [matrix.into[1] for matrix in cell.matrices]
-        gates, inputs = functions.gates, functions.inputs
-        readers = max(self.reads, default=-1) + 1
-        by_state = [[k for k, read in enumerate(self.reads) if read == nu] for nu in range(readers)]
-        own_gate = len(set(self.into)) == len(self.into)
-        self.joined = own_gate and bool(by_state) and len({len(group) for group in by_state}) == 1
-        self.inputs, self.shared = len(inputs), 0
-        if self.joined and readers == 1:
-            # an input that is added to a gate has the gate's credit, and then shares its plane, if the first inputs do
-            gate_of = {gates[g]: g for g in reversed(self.into)}
-            while self.shared < len(inputs) and inputs[self.shared] in gate_of:
-                if inputs[self.shared] in inputs[: self.shared]:
-                    break
-                self.shared += 1
-            first = [gate_of[node] for node in inputs[: self.shared]]
-            order = [*(g for g in self.into if g not in first), *first]
-            self.places = [(0, order.index(g)) for g in self.into]
-            self.nodes = [gates[g] for g in order] + inputs[self.shared :]
-        elif self.joined:
-            self.places = [(nu, by_state[nu].index(k)) for k, nu in enumerate(self.reads)]
-            self.nodes = [gates[self.into[k]] for group in by_state for k in group] + inputs
-        else:
-            self.places = []
-            self.nodes = [*gates, *inputs]
-        self.readers = readers
-
-    def make(self, x: Tensor) -> Made:
-        """Memory for the arrays of T steps. x: (J, T, B, N)."""
-        _, steps, batch, units = x.shape
-        item, count = x.element_size(), len(self.nodes)
-        if self.joined and self.readers == 1:
-            made = x.new_empty(steps, batch, count, units)
-            matrices = len(self.into)
-            joined = Joined(made.flatten(2)[None, :, :, : matrices * units], self.places, units)
-            by_input = made[:, :, count - self.inputs :].movedim(2, 0)
-            first, row = made.data_ptr(), count * units
-            return Made(
-                joined, by_input, [first + item * units * k for k in range(count)], [batch * row, row] * count
-            )
-        by_input = x.new_empty(self.inputs, steps, batch, units)
-        apart = [batch * units, units] * self.inputs
-        if self.joined:
-            columns = len(self.into) // self.readers
-            made = x.new_empty(self.readers, steps, batch, columns, units)
-            each = [a for state in made for a in state.movedim(2, 0)]
-            joined = Joined(made.flatten(3), self.places, units)
-            row = columns * units
-            places = [a.data_ptr() for a in each]
-            return Made(
-                joined, by_input, [*places, *planes_of(by_input)], [batch * row, row] * len(each) + apart
-            )
-        made = x.new_empty(count - self.inputs, steps, batch, units)
-        by_matrix = [made[g] for g in self.into]
-        return Made(
-            by_matrix,
-            by_input,
-            [*planes_of(made), *planes_of(by_input)],
-            [batch * units, units] * len(made) + apart,
-        )
+        return by_matrix, by_input, passed
 
 
 def _whole_lines(numbers: int) -> int:

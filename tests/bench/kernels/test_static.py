@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 import triton
 
 from rjepa_triton.bench.kernels.builds import (
+    cell_builds,
     chunk_build,
     heads_build,
     read_build,
@@ -124,6 +125,9 @@ RGC_STEP_CONFIGS = {
     warp: sorted({rgc_step.pick_config(n, b, warp) for n in (1, 512, 1024, 4096) for b in (1, 2, 3, 8)})
     for warp in (32, 64)
 }
+
+# Of one to three states, with and without matrices and parameters, spikes among them.
+CELL_CASES = [("LSTMCell", 4), ("LSTMCell", 1), ("GRUCell", 4), ("ALIFCell", 4), ("LRUCell", 4)]
 
 RTRL_CONFIGS = sorted({rtrl_step.pick_config(n) for n in range(1, 257)})
 
@@ -280,6 +284,16 @@ def _cases() -> Iterator[tuple[str, Case]]:
                 for build in summary:
                     case = Case(build, of_summary, 9 * stages if vector == 4 else 0)
                     yield f"rgc-dual-summary-{target}-{vector}", case
+        for cell, vector in CELL_CASES:
+            made = cell_builds(target, cell, vector, units=1 << 20)
+            made |= {
+                f"{k}-blocks": b
+                for k, b in cell_builds(target, cell, vector, steps=1024).items()
+                if "dual" in k
+            }
+            for kernel, build in made.items():
+                # Four numbers of a thread's four units are one access. How many loads there are depends on the cell.
+                yield f"cell-{kernel}-{target}-{cell}-{vector}", Case(build, 255, 1 if vector == 4 else 0)
         for kernel, config in itertools.product(("jacobian", "immediate"), RTRL_CONFIGS):
             # It reads tiles of four matrices.
             per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)

@@ -1,0 +1,141 @@
+"""What kernels take of a cell: its functions of one unit, and how the kernels read a unit's numbers.
+
+A kernel for any cell is a template. It reads the numbers of a tile of units, calls the cell's functions, which are
+generated from the cell's `update` (`rjepa_triton.backend.triton_cells`), and writes what they return. The functions
+take and return tuples of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import check_dims, check_tensor
+
+
+class CellFunctions(NamedTuple):
+    """A cell's sizes and its functions of one unit.
+
+    Letters: c the S states before the step, p the G pre-activations, v the F numbers that a forward pass saves of them,
+    x the J per-unit inputs, w the unit's entries on the diagonals of the K recurrent matrices, λ the credit of its S
+    states. Partials as in the paper's eq. 14.
+
+    states, inputs, matrices, saves   S, J, K and F
+    entering                          for each gate, which of the K products enter it
+    partials_found, credits           how many partials and credits the functions below find
+    update      (c, p, x) → the S new states, then v
+    partials    (c, v, x, w) → the partials that aren't among v, then M row by row
+    transition  (c, v, x, w) → M row by row
+    dual        (c, v, x, w, λ) → the credits that enter gates and inputs, then Mᵀ λ
+    """
+
+    states: int
+    inputs: int
+    matrices: int
+    saves: int
+    entering: tuple[tuple[int, ...], ...]
+    partials_found: int
+    credits: int
+    update: Any
+    partials: Any
+    transition: Any
+    dual: Any
+
+
+@triton.jit
+def load_planes(ptr, at, plane, mask, COUNT: tl.constexpr):
+    """COUNT blocks, each `plane` numbers behind the one before."""
+    blocks = ()
+    for k in tl.static_range(COUNT):
+        blocks = blocks + (tl.load(ptr + k * plane + at, mask=mask, other=0.0),)
+    return blocks
+
+
+@triton.jit
+def load_at(ptrs, at, mask):
+    """A block from each of some pointers; zeros where there is none."""
+    blocks = ()
+    for k in tl.static_range(len(ptrs)):
+        if ptrs[k] is None:
+            blocks = blocks + (tl.zeros(at.shape, tl.float32),)
+        else:
+            blocks = blocks + (tl.load(ptrs[k] + at, mask=mask, other=0.0),)
+    return blocks
+
+
+@triton.jit
+def kept(keep, blocks):
+    """The blocks, zero where `keep` isn't."""
+    found = ()
+    for k in tl.static_range(len(blocks)):
+        found = found + (tl.where(keep, blocks[k], 0.0),)
+    return found
+
+
+@triton.jit
+def load_step(
+    x_ptr,  # [J, T, B, N]
+    saved_ptr,  # [T, B, F, N]
+    before_ptr,  # [S, T, B, N]
+    resets_ptr,  # [T, B], or None
+    t,  # int64
+    unit,  # flat index into (B, N)
+    row,  # its batch row, int64
+    N,
+    BN,
+    plane,  # numbers of one (T, B, N)
+    stride_before,
+    mask,
+    S: tl.constexpr,
+    J: tl.constexpr,
+    F: tl.constexpr,
+):
+    """c, v and x of step t, and a mask of the units that weren't reset. c is zero where reset."""
+    at = t * BN + unit
+    v = load_planes(saved_ptr, F * (t * BN + row * N) + unit % N, N, mask, F)
+    x = load_planes(x_ptr, at, plane, mask, J)
+    c = load_planes(before_ptr, at, stride_before, mask, S)
+    keep = mask
+    if resets_ptr is not None:
+        keep = tl.load(resets_ptr + t * (BN // N) + row, mask=mask, other=0) == 0
+        c = kept(keep, c)
+    return c, v, x, keep
+
+
+@triton.jit
+def load_diagonals(ptrs, strides, n, mask):
+    """The matrices' diagonal entries of units n (int64)."""
+    blocks = ()
+    for k in tl.static_range(len(ptrs)):
+        blocks = blocks + (tl.load(ptrs[k] + n * strides[k], mask=mask, other=0.0),)
+    return blocks
+
+
+def check_trajectory(
+    cell: CellFunctions,
+    x: Tensor,
+    saved: Tensor,
+    before: Tensor,
+    own: Sequence[Tensor],
+    resets: Tensor | None,
+) -> tuple[int, int, int]:
+    """(T, B, N) of what a forward pass left: x (J, T, B, N) and saved (T, B, F, N) contiguous, before (S, T, B, N) with
+    any first stride, own: K of (N,) with any stride, resets (T, B) or None. Raises TypeError or ValueError.
+    """
+    _, steps, batch, units = check_dims("x", x, "JTBN")
+    check_tensor("x", x, (cell.inputs, steps, batch, units), x)
+    if cell.saves:
+        check_tensor("saved", saved, (steps, batch, cell.saves, units), x)
+    check_tensor("before", before, (cell.states, steps, batch, units), x, any_stride=1)
+    if len(own) != cell.matrices:
+        raise ValueError(f"own must hold {cell.matrices} tensors, got {len(own)}")
+    for index, weight in enumerate(own):
+        check_tensor(f"own[{index}]", weight, (units,), x, any_stride=1)
+    if resets is not None:
+        check_tensor("resets", resets, (steps, batch), x, (torch.bool, torch.uint8))
+    return steps, batch, units
