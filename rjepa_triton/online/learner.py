@@ -5,7 +5,8 @@ It is one long file because it is one class: the contract of its constructor, it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from .autograd import Input, PendingBackward, Steps
 from .compiled import CompiledCalls, refuse_while_compiling
 from .cuda_graph import Capture, Graphed, GraphedStep
 from .cuda_graph import cuda_graph as capture_cuda_graph
+from .module import LearnerModule
 from .nonfinite import Watch, in_steps, watched
 from .options import (
     ONLY_FORM,
@@ -41,7 +43,7 @@ from .sensitivity import Exact, NoSensitivity, PerUnit, RankOne, Sensitivity
 from .tape import Block, recorded
 
 
-class OnlineLearner:
+class OnlineLearner(LearnerModule):
     """Runs a recurrent layer on a stream; a loss's own backward() then finds the gradients of the layer's weights.
 
         learner = OnlineLearner(layer, batch_size)
@@ -135,6 +137,9 @@ class OnlineLearner:
 
     step(), chunk(), reset() and backward() mutate the learner's state and Γ; with lr, backward() mutates the weights.
 
+    A learner is a torch.nn.Module whose `forward` is `step`. The layer is its submodule, so that a module that holds
+    the learner has the layer's parameters; the state and the sensitivities are its buffers, which `.to()` moves.
+
     Raises:
         TypeError, ValueError: for an argument out of its range, naming it; for a combination that can't run, naming
             the nearest that can; for sensitivities that don't fit in memory.
@@ -181,7 +186,11 @@ class OnlineLearner:
             nonfinite=nonfinite,
             lr=lr,
         )
-        self.layer, self.batch_size = layer, options.batch_size
+        super().__init__()
+        self.training = layer.training
+        self._options = options
+        self._modules["layer"] = layer
+        self.batch_size = options.batch_size
         self.learning, self.credit, self._refine = options.learning, options.credit, options.refine
         self.update_every, self.horizon = options.update_every, options.horizon
         self.gamma_rounding = options.gamma_rounding
@@ -194,6 +203,7 @@ class OnlineLearner:
         self._past = self._new_past(options)
         self._start_at_zero()
         self._watch = Watch(options.nonfinite, self._state, self._past.scan_backend, one_flag=cuda_graph)
+        self._register(self._state, self._sensitivities())
         self._compiled = CompiledCalls(self)
         self._lr: Tensor | None = None
         if lr is not None:
@@ -235,6 +245,11 @@ class OnlineLearner:
             return RankOne(*sizes, options.seed)
         seed = options.seed if options.gamma_rounding == "stochastic" else None
         return PerUnit(*sizes, options.gamma_dtype, options.backend, seed)
+
+    def _sensitivities(self) -> list[Tensor]:
+        """The tensors of numbers that are carried."""
+        carried = self._past.sensitivity
+        return [] if carried is None else carried.numbers()
 
     def _start_at_zero(self) -> None:
         layer = self.layer
@@ -289,7 +304,7 @@ class OnlineLearner:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._compiled = CompiledCalls(self)
 
     def __copy__(self) -> OnlineLearner:
@@ -631,11 +646,7 @@ class OnlineLearner:
         if self._watch.next <= self._past.now:
             self._look(self._past.now, self._past.now)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed learner needs, as tensors, numbers, strings and lists; tensors are shared, not copied.
-
-        Autograd's graphs are not kept: the resumed learner can't serve the backward() of a step that ran before.
-        """
+    def _checkpoint(self) -> dict[str, Any]:
         refuse_while_compiling("state_dict()", "call it outside of the compiled function")
         past = self._past.state_dict()
         if self._graph is not None:
@@ -656,13 +667,7 @@ class OnlineLearner:
             **past,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the learner that made `state` was.
-
-        The whole state is checked first (`checkpoint`). Raises TypeError or ValueError, with nothing changed, if it is
-        damaged, or of another form, rule, rounding, batch size or layer, or of another `update_every` in the middle of
-        these steps. States of version 0.1 load.
-        """
+    def _restore(self, state: dict[str, Any]) -> None:
         refuse_while_compiling("load_state_dict()", "call it outside of the compiled function")
         self.refuse_foreign(state)
         self._past.load_state_dict(state)
@@ -677,9 +682,67 @@ class OnlineLearner:
         self._forget = None if state["forget"] is None else checkpoint.owned(state["forget"])
         self._forget_all = state["forget_all"]
 
+    def _refuse_move(self, probe: Tensor) -> None:
+        refuse_while_compiling("to()", "move the learner outside of the compiled function")
+        if self._graph is not None:
+            raise ValueError(
+                "an OnlineLearner with cuda_graph=True can't be moved, since its graphs read fixed memory: make a new "
+                "one on the other device, and pass it the state_dict() of this one"
+            )
+        if probe.dtype not in (torch.float64, torch.float32):
+            raise TypeError(
+                f"an OnlineLearner runs in float64 or float32, got {probe.dtype}; gamma_dtype=torch.bfloat16 halves Γ"
+            )
+        backend = self._options.backend
+        operations.choose_scan("auto" if backend == "compile" else backend, probe.device, probe.dtype)
+        operations.choose_gamma(
+            backend, probe.device, probe.dtype, self._gamma_dtype(probe.dtype), len(self.layer.cell.states)
+        )
+
+    def _gamma_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of Γ with weights of this dtype."""
+        asked = self._options.gamma_dtype
+        return asked if asked == torch.bfloat16 else dtype
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        past = self._past.state_dict()
+
+        def finish() -> None:
+            dtype = self._state.dtype
+            self._options = replace(self._options, gamma_dtype=self._gamma_dtype(dtype))
+            self._past = self._new_past(self._options)
+            past["window"] = [
+                {
+                    **block,
+                    "tensors": [move(tensor) for tensor in block["tensors"]],
+                    "weights": None if block["weights"] is None else [move(w) for w in block["weights"]],
+                }
+                for block in past["window"]
+            ]
+            self._past.load_state_dict(past)
+            self._register(self._state, self._sensitivities())
+            self._port = self._chunk_weights = self._versions = None
+            self._forget = None if self._forget is None else move(self._forget)
+            self._lr = None if self._lr is None else move(self._lr)
+            self._watch = Watch(self._options.nonfinite, self._state, self._past.scan_backend)
+            self._watch.begin(self._past.now)
+
+        return finish
+
+    def extra_repr(self) -> str:
+        carried = self._past.sensitivity
+        backends = (
+            sorted({group.serving()[0] for group in carried.groups}) if isinstance(carried, PerUnit) else []
+        )
+        backend = ", ".join(backends) or self._past.scan_backend
+        return (
+            f"batch_size={self.batch_size}, learning={self.learning!r}, form={self.form!r}, backend={backend!r}, "
+            f"{self.nbytes:,} bytes"
+        )
+
     def refuse_foreign(self, state: dict[str, Any]) -> None:
         """Raise TypeError or ValueError if `load_state_dict` could not load `state`."""
-        wanted = checkpoint.Wanted(self.state_dict(), self._one_step, self._past.sensitivity is not None)
+        wanted = checkpoint.Wanted(self._checkpoint(), self._one_step, self._past.sensitivity is not None)
         checkpoint.refuse_damaged(state, wanted)
 
     @torch.no_grad()
