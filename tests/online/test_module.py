@@ -10,23 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from every_learner import LEARNERS
 from torch import Tensor, nn
 
 from rjepa_triton import LSTM, RGC, OnlineLearner
 
 F64 = torch.float64
-# Of every rule and form: what is carried, and what the window holds.
-LEARNERS: dict[str, dict[str, Any]] = {
-    "step": {"form": "step"},
-    "lazy": {"form": "lazy", "rewrite_every": 3},
-    "chunk": {"form": "chunk", "update_every": 3},
-    "history": {"form": "history"},
-    "lag": {"form": "step", "lag": 1},
-    "carry": {"credit": "carry", "update_every": 3},
-    "rtrl": {"learning": "rtrl"},
-    "uoro": {"learning": "uoro"},
-    "tbptt": {"learning": "tbptt", "update_every": 3},
-}
 
 
 class Model(nn.Module):
