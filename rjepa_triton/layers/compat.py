@@ -19,7 +19,7 @@ from .. import _checks as check
 from .._device import autocast_is_on, without_autocast
 from ..cells import builtin as cells
 from ..cells.two_point import Cell
-from . import functional
+from . import functional, transforms
 from .layer import project
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -90,7 +90,9 @@ class _LearningRule(nn.RNNBase):
 
         With another rule everything runs in the parameters' own dtype under autocast.
         """
-        if self.learning == "bptt":
+        if (
+            self.learning == "bptt" and not transforms.active()
+        ):  # torch.nn's code can't go under vmap over weights
             return super().forward(input, hx)  # type: ignore[misc]
         data = input.data if isinstance(input, PackedSequence) else check.tensor("input", input)
         if (

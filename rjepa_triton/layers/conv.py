@@ -17,6 +17,7 @@ from ..backend import operations
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Trajectory, state_read
 from ..rules import rfp
+from . import transforms
 
 Learning = Literal["rfp", "bptt"]
 LEARNING = ("rfp", "bptt")
@@ -88,7 +89,9 @@ class ConvRGC(nn.Module):
         s, m = self._state(state, x[0])
         if resets is not None:
             resets = check.mask("resets", resets, x.shape[:2], x.device)
-        if self.learning == "rfp":
+        if (
+            self.learning == "rfp" and not transforms.active()
+        ):  # these differentiate the loop below, which is RFP too
             s_all, m_all = _Dual.apply(resets, x, s, m, *self.weights())
             return s_all, (s_all[-1].clone(), m_all[-1].clone())  # states with memory of their own
         outputs = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._device import autocast_is_on, without_autocast
 from ..backend import operations
-from ..layers import functional
+from ..layers import functional, transforms
 from ..layers.layer import State, TwoPointRNN
 from ..rules import rfp
 from ..rules.exactness import Exactness, exactness
@@ -587,6 +587,11 @@ class OnlineLearner(LearnerModule):
 
     def _check_input(self, x: Tensor, leading: tuple[int | str, ...]) -> None:
         refuse_hooks(self.layer)
+        if transforms.active():
+            raise RuntimeError(
+                "an OnlineLearner can't go under torch.func, whose transforms know of no state that moves on: use the "
+                "layer on a sequence there; row_gradients() has the gradients of single batch rows"
+            )
         if self._fixed and "parametrizations" in self.layer._modules:
             self._refuse_parametrized()
         check.shape("x", check.tensor("x", x), (*leading, self.layer.fan_in), "to match the learner")
