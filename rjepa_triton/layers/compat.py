@@ -90,15 +90,13 @@ class _LearningRule(nn.RNNBase):
 
         With another rule everything runs in the parameters' own dtype under autocast.
         """
-        if (
-            self.learning == "bptt" and not transforms.active()
-        ):  # torch.nn's code can't go under vmap over weights
-            return super().forward(input, hx)  # type: ignore[misc]
+        # torch.nn's code can't go under vmap over weights
+        if self.learning == "bptt" and not transforms.active():
+            return super().forward(input, hx)
         data = input.data if isinstance(input, PackedSequence) else check.tensor("input", input)
-        if (
-            0 in data.shape[:-1]
-        ):  # torch.nn says what is wrong without a step; without a row there is no gradient
-            return super().forward(input, hx)  # type: ignore[misc]
+        # torch.nn says what is wrong without a step; without a row there is no gradient
+        if 0 in data.shape[:-1]:
+            return super().forward(input, hx)
         if autocast_is_on(data.device):
             dtype = self._parameter("weight_hh_l0").dtype
             with without_autocast(data.device):
