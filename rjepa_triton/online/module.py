@@ -32,7 +32,7 @@ class LearnerModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_state":
-            self._buffers[name] = value
+            self._buffers[name] = value  # as the property's setter, which it spares a call
         elif name in _WRITTEN:
             self.__dict__[name] = value
         else:
@@ -47,6 +47,10 @@ class LearnerModule(nn.Module):
     def _state(self) -> Tensor:
         """The layer's states now, (S, B, N)."""
         return self._buffers["_state"]  # type: ignore[return-value]
+
+    @_state.setter
+    def _state(self, state: Tensor) -> None:
+        self._buffers["_state"] = state
 
     def _register(self, state: Tensor, sensitivities: list[Tensor]) -> None:
         """Make the states and what is carried the module's buffers. The latter change in place, so they stay these."""
@@ -89,7 +93,9 @@ class LearnerModule(nn.Module):
         """
         return super().state_dict(*args, **kwargs) if args or kwargs else self._checkpoint()
 
-    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(  # type: ignore[override]
+        self, state: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Continue where the learner that made `state` was.
 
         The whole state is checked first (`checkpoint`). Raises TypeError or ValueError, with nothing changed, if it is
