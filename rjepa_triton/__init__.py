@@ -10,7 +10,7 @@ if not (_HERE / "kernels").is_dir():
     # In a checkout, kernels/ and bench/ lie beside this package, not in it as they do once installed.
     __path__.append(str(_HERE.parent))
 
-from . import _moved, cells  # noqa: E402
+from . import _moved, cells, compat  # noqa: E402
 from .cells.two_point import Cell, Matrix, Partials  # noqa: E402
 from .layers import functional  # noqa: E402
 from .layers import named as nn  # noqa: E402
@@ -74,6 +74,7 @@ __all__ = [
     "TimeDecay",
     "TwoPointRNN",
     "cells",
+    "compat",
     "fidelity",
     "functional",
     "nn",

@@ -16,7 +16,7 @@ WINGS = (
     ("rules.",),
     ("backend.",),
     ("planning.",),
-    ("layers.",),
+    ("layers.", "compat"),
     ("online.",),
     ("bench.harness.",),
     ("bench.scaling.",),

@@ -17,6 +17,7 @@ from ..backend import operations
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Trajectory, state_read
 from ..rules import rfp
+from . import transforms
 
 Learning = Literal["rfp", "bptt"]
 LEARNING = ("rfp", "bptt")
@@ -88,7 +89,8 @@ class ConvRGC(nn.Module):
         s, m = self._state(state, x[0])
         if resets is not None:
             resets = check.mask("resets", resets, x.shape[:2], x.device)
-        if self.learning == "rfp":
+        # the transforms of torch.func differentiate the loop below, which is RFP too
+        if self.learning == "rfp" and not transforms.active():
             s_all, m_all = _Dual.apply(resets, x, s, m, *self.weights())
             return s_all, (s_all[-1].clone(), m_all[-1].clone())  # states with memory of their own
         outputs = []
@@ -131,7 +133,7 @@ class ConvRGC(nn.Module):
             else:
                 gates.append(_convolve(weight, signal))
         ss, ms, mm, sm = gates
-        return _CELL.update((s, m), (ss, ms, mm, sm), (x,))  # type: ignore[return-value]
+        return _CELL.update((s, m), (ss, sm, mm, ms), (x,))  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         depthwise = ", depthwise=True" if self.depthwise else ""
@@ -164,12 +166,15 @@ class _Dual(torch.autograd.Function):
         states = x.new_empty(2, steps + 1, batch, units)
         states[0, 0], states[1, 0] = s.reshape(batch, units), m.reshape(batch, units)
         saved = x.new_empty(steps, batch, _CELL.saves, units)
+        by_gate = sorted(zip(_CELL.matrices, weights, strict=True), key=lambda pair: pair[0].into[1])
         for t in range(steps):
             before = states[:, t]
             if resets is not None:
                 before = before.masked_fill(resets[t, :, None], 0)
-            signals = [before[state_read(matrix)].view(batch, *maps) for matrix in _CELL.matrices]
-            p = [_convolve(w, signal).view(batch, units) for w, signal in zip(weights, signals, strict=True)]
+            p = [
+                _convolve(weight, before[state_read(matrix)].view(batch, *maps)).view(batch, units)
+                for matrix, weight in by_gate
+            ]
             after, kept = _CELL.advance(before.unbind(), p, (flat[t],))
             torch.stack(tuple(after), out=states[:, t + 1])
             torch.stack(tuple(kept), 1, out=saved[t])

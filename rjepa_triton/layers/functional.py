@@ -18,7 +18,7 @@ from ..cells.keys import key_of
 from ..cells.two_point import Cell, Trajectory
 from ..rules import refine as refinement
 from ..rules import rfp, rtrl
-from . import parallel
+from . import parallel, transforms
 
 Learning = Literal["rfp", "bptt", "rtrl", "eprop", "rflo", "snap0"]
 LEARNING = ("rfp", "bptt", "rtrl", "eprop", "rflo", "snap0")
@@ -244,7 +244,8 @@ def two_point(
             forward pass: "torch", "compile" (CPU), "triton" (GPU), or "auto", which chooses among them for float32
             tensors (`operations.choose_scan`).
 
-    Nothing is mutated.
+    Nothing is mutated. Under the transforms of torch.func a plain loop runs in place of all this, which has the
+    derivative of "bptt", "rtrl", "rfp" and refine="exact" (`layers.transforms`); other rules raise ValueError there.
 
     Raises:
         TypeError: for a value that isn't a tensor, and a dtype that isn't floating or differs from x's.
@@ -270,6 +271,8 @@ def two_point(
     if resets is not None:
         resets = check.mask("resets", resets, (steps, batch), x.device)
     compiling = torch.compiler.is_compiling()
+    if not compiling and transforms.active():
+        return transforms.states(cell, x, weights, state, resets, learning, rounds)
     if not compiling:
         operations.choose_scan(backend, x.device, x.dtype)  # raises here rather than in backward()
     key = cell.__dict__.get("_key") if compiling else None  # made with the layer

@@ -14,7 +14,7 @@ from .._autograd import once_differentiable
 from .._device import autocast_is_on, without_autocast
 from ..cells.two_point import Cell, Matrix, verify
 from ..rules.exactness import Exactness, exactness
-from . import functional, parallel
+from . import functional, parallel, transforms
 
 Recurrence = Literal["dense", "diagonal"]
 Init = Literal["zeros", "uniform"]
@@ -331,7 +331,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, *, selects: bool = F
 
     selects: a step of x without gradient has no part in W's gradient, even if it is NaN, since a reset forgets.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transforms.active():
         return _Projection.apply(x, weight, bias, selects)
     return nn.functional.linear(x, weight, bias)
 

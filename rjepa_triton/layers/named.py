@@ -60,6 +60,45 @@ class RGC(TwoPointRNN):
 class _TorchWeights(TwoPointRNN):
     """A layer that also loads the state_dict of the torch.nn layer of its kind, of one layer and one direction."""
 
+    def to_torch(self) -> nn.RNNBase:
+        """The torch.nn layer of this kind, with copies of the weights: it computes the same outputs.
+
+        torch.nn has two biases a gate; the second is zero where one of them is enough. Raises ValueError for a layer
+        with heads or a diagonal recurrence, which torch.nn has not.
+        """
+        name, first = type(self).__name__, self.weights()[0]
+        if first.dim() != 2:
+            wanted = "recurrence='dense' and no heads"
+            got = "recurrence='diagonal'" if self.heads is None else f"heads={self.heads}"
+            raise ValueError(f"to_torch() needs {wanted}, as torch.nn's layers have, got {got} in {name}")
+        made = self._torch_layer(
+            self.fan_in,
+            self.hidden_size,
+            bias=any(own.startswith("bias") for own in self._names),
+            batch_first=self.batch_first,
+            device=first.device,
+            dtype=first.dtype,
+        )
+        made.load_state_dict(self._to_torch())
+        return made.train(self.training)
+
+    def _torch_layer(self, *args: Any, **options: Any) -> nn.RNNBase:
+        """torch.nn's layer of this kind."""
+        raise NotImplementedError
+
+    def _to_torch(self) -> dict[str, Tensor]:
+        """torch.nn's parameters from ours."""
+        suffixes = [f"_{name}" for name in self.cell.inputs] if len(self.cell.inputs) > 1 else [""]
+        ours = dict(zip(self._names, [weight.detach() for weight in self.weights()], strict=True))
+        theirs = {
+            "weight_ih_l0": torch.cat([ours[f"weight_in{suffix}"] for suffix in suffixes]),
+            "weight_hh_l0": torch.cat([ours[f"weight_{matrix.name}"] for matrix in self.cell.matrices]),
+        }
+        if f"bias{suffixes[0]}" in ours:
+            theirs["bias_ih_l0"] = torch.cat([ours[f"bias{suffix}"] for suffix in suffixes])
+            theirs["bias_hh_l0"] = torch.zeros_like(theirs["bias_ih_l0"])
+        return theirs
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -119,6 +158,10 @@ class RNN(_TorchWeights):
             dtype=dtype,
             **options,
         )
+
+    def _torch_layer(self, *args: Any, **options: Any) -> nn.RNNBase:
+        assert isinstance(self.cell, cells.ElmanCell)
+        return nn.RNN(*args, nonlinearity=self.cell.nonlinearity, **options)
 
 
 class IndRNN(TwoPointRNN):
@@ -195,6 +238,9 @@ class LSTM(_TorchWeights):
             cells.LSTMCell(), hidden_size, input_size=input_size, device=device, dtype=dtype, **options
         )
 
+    def _torch_layer(self, *args: Any, **options: Any) -> nn.RNNBase:
+        return nn.LSTM(*args, **options)
+
 
 class GRU(_TorchWeights):
     """Gated recurrent unit, as torch.nn.GRU: output and state are h.
@@ -223,6 +269,15 @@ class GRU(_TorchWeights):
             dtype=dtype,
             **options,
         )
+
+    def _torch_layer(self, *args: Any, **options: Any) -> nn.RNNBase:
+        return nn.GRU(*args, **options)
+
+    def _to_torch(self) -> dict[str, Tensor]:
+        theirs = super()._to_torch()
+        if "bias_hh_l0" in theirs:
+            theirs["bias_hh_l0"][2 * self.hidden_size :] = self.get_parameter("bias_hn").detach()
+        return theirs
 
     def _from_torch(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours = super()._from_torch(theirs)

@@ -5,7 +5,8 @@ It is one long file because it is one class: the contract of its constructor, it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from .. import _checks as check
 from .._device import autocast_is_on, without_autocast
 from ..backend import operations
-from ..layers.layer import TwoPointRNN
+from ..layers import functional, transforms
+from ..layers.layer import State, TwoPointRNN
 from ..rules import rfp
 from ..rules.exactness import Exactness, exactness
 from . import checkpoint
@@ -22,6 +24,7 @@ from .autograd import Input, PendingBackward, Steps
 from .compiled import CompiledCalls, refuse_while_compiling
 from .cuda_graph import Capture, Graphed, GraphedStep
 from .cuda_graph import cuda_graph as capture_cuda_graph
+from .module import LearnerModule
 from .nonfinite import Watch, in_steps, watched
 from .options import (
     ONLY_FORM,
@@ -39,9 +42,10 @@ from .past import Past, full_credit
 from .readout import has_readout, readout
 from .sensitivity import Exact, NoSensitivity, PerUnit, RankOne, Sensitivity
 from .tape import Block, recorded
+from .traces import advanced, row_gradients
 
 
-class OnlineLearner:
+class OnlineLearner(LearnerModule):
     """Runs a recurrent layer on a stream; a loss's own backward() then finds the gradients of the layer's weights.
 
         learner = OnlineLearner(layer, batch_size)
@@ -135,6 +139,14 @@ class OnlineLearner:
 
     step(), chunk(), reset() and backward() mutate the learner's state and Γ; with lr, backward() mutates the weights.
 
+    A learner is a torch.nn.Module whose `forward` is `step`. The layer is its submodule, so that a module that holds
+    the learner has the layer's parameters; the state and the sensitivities are its buffers, which `.to()` moves.
+
+    In eval mode (`learner.eval()`) step() and chunk() run the layer alone: the state moves on, outputs have no graph,
+    nothing is learned or looked at (`nonfinite`), and a step costs what the layer's costs. The sensitivities would no
+    longer be those of the state, so the first step back in training mode begins without them, as after `state` was set.
+    To act in between without this, use `peek`, or a copy.deepcopy of the learner.
+
     Raises:
         TypeError, ValueError: for an argument out of its range, naming it; for a combination that can't run, naming
             the nearest that can; for sensitivities that don't fit in memory.
@@ -181,7 +193,11 @@ class OnlineLearner:
             nonfinite=nonfinite,
             lr=lr,
         )
-        self.layer, self.batch_size = layer, options.batch_size
+        super().__init__()
+        self.training = layer.training
+        self._options = options
+        self._modules["layer"] = layer
+        self.batch_size = options.batch_size
         self.learning, self.credit, self._refine = options.learning, options.credit, options.refine
         self.update_every, self.horizon = options.update_every, options.horizon
         self.gamma_rounding = options.gamma_rounding
@@ -194,6 +210,7 @@ class OnlineLearner:
         self._past = self._new_past(options)
         self._start_at_zero()
         self._watch = Watch(options.nonfinite, self._state, self._past.scan_backend, one_flag=cuda_graph)
+        self._register(self._state, self._sensitivities())
         self._compiled = CompiledCalls(self)
         self._lr: Tensor | None = None
         if lr is not None:
@@ -236,6 +253,11 @@ class OnlineLearner:
         seed = options.seed if options.gamma_rounding == "stochastic" else None
         return PerUnit(*sizes, options.gamma_dtype, options.backend, seed)
 
+    def _sensitivities(self) -> list[Tensor]:
+        """The tensors of numbers that are carried."""
+        carried = self._past.sensitivity
+        return [] if carried is None else carried.numbers()
+
     def _start_at_zero(self) -> None:
         layer = self.layer
         states, units = len(layer.cell.states), layer.hidden_size
@@ -244,6 +266,7 @@ class OnlineLearner:
         self._chunk_weights: tuple[Tensor, ...] | None = None
         self._forget: Tensor | None = None  # batch rows to forget when the next step begins, (B,) bool
         self._forget_all = False
+        self._cut = False  # whether the state was given, so that the next step begins without a past
         self._position = 0  # how many of the update_every steps between two updates step() has run
         # Of the weights when these steps began; None where a copy or a checkpoint goes on: those of the next step.
         self._versions: tuple[int, ...] | None = None
@@ -289,7 +312,7 @@ class OnlineLearner:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._compiled = CompiledCalls(self)
 
     def __copy__(self) -> OnlineLearner:
@@ -331,10 +354,49 @@ class OnlineLearner:
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        """Copies of the layer's S states now, (B, N) each, detached."""
+        """The layer's S states now, (B, N) each: copies, detached.
+
+        They can be set, to a tuple of S tensors, or to one tensor for a cell with one state. The past of all batch rows
+        is then forgotten when the next step begins, since sensitivities are those of the state that was; the steps
+        between two updates begin anew. Setting raises TypeError or ValueError, with nothing changed, for a state of
+        another shape, dtype or device.
+        """
         if torch.compiler.is_compiling():
             return self._compiled.state(self._state[0], len(self.layer.cell.states))
         return tuple(state.clone() for state in self._state)
+
+    @state.setter
+    def state(self, state: State) -> None:
+        refuse_while_compiling("setting the state", "set it outside of the compiled function")
+        names = self.layer.cell.states
+        given = (state,) if isinstance(state, Tensor) and len(names) == 1 else state
+        functional.initial_state(given, names, self.batch_size, self.layer.hidden_size, self._state)
+        self._go_on_from(torch.stack([value.detach() for value in given]))
+
+    def _go_on_from(self, state: Tensor) -> None:
+        """Continue from a state (S, B, N) that no step of the past has led to."""
+        if self._graph is None:
+            self._state = state
+        else:
+            self._state.copy_(state)  # in place for a CUDA graph, which reads it at a fixed address
+        self._cut, self._forget, self._forget_all = True, None, False
+        self.end_chunk()
+
+    def _begin_anew(self) -> None:
+        """Forget the past that has not led to the state."""
+        self._cut = False
+        self._past.cut()
+        if self._graph is not None:
+            self._graph.load(self._state)
+
+    def end_chunk(self) -> None:
+        """End the update_every steps that run before their time, at the end of an episode for instance.
+
+        Then call backward() of their losses, before the next step(), which is the first of update_every steps again.
+        Weights may change after that backward(). It does nothing between two chunks, and where update_every is 1.
+        """
+        refuse_while_compiling("end_chunk()", "call it outside of the compiled function")
+        self._position, self._port, self._past.mid_chunk = 0, None, False
 
     @property
     def nbytes(self) -> int:
@@ -358,6 +420,8 @@ class OnlineLearner:
     def _step(self, x: Tensor, one_node: bool) -> Tensor:
         """As `step`, without autocast. one_node: whether the layer's readout is a node of its own (`readout`)."""
         self._check_input(x, (self.batch_size,))
+        if not self.training:
+            return self._act(x[None], None)[0]
         if torch.compiler.is_compiling():
             if self.form == "chunk":
                 raise ValueError("form='chunk' runs by chunk() under torch.compile, got step()")
@@ -365,6 +429,8 @@ class OnlineLearner:
         if self._graph is not None:
             self._past.enter()
             try:
+                if self._cut:
+                    self._begin_anew()
                 if self._watch.next <= self._graph.now:
                     self._look(self._graph.now, self._graph.now)
                 outputs = Graphed.apply(self._graph, self._forget, x, *self.layer.weights())
@@ -385,6 +451,7 @@ class OnlineLearner:
     def chunk(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
         """Advance C steps with the weights as they are. x (C, B, F), for any C ≥ 1 → outputs (C, B, N).
 
+        With a layer of batch_first these are (B, C, ·), and so are resets.
         resets (C, B) bool or None: rows in which a new episode starts at that step. Call backward() once, on the sum of
         all losses of these outputs, before the next call. Mutates the learner's state. Raises TypeError or ValueError
         for x and resets, and FloatingPointError as `nonfinite` says.
@@ -398,16 +465,133 @@ class OnlineLearner:
         """As `chunk`, without autocast. one_node: as in `_step`."""
         if self._graph is not None:
             raise ValueError("chunk() can't go with cuda_graph=True, which captures one step: call step()")
-        self._check_input(x, ("C", self.batch_size))
+        first = self.layer.batch_first
+        self._check_input(x, (self.batch_size, "C") if first else ("C", self.batch_size))
         if resets is not None:
             resets = check.mask("resets", resets, tuple(x.shape[:2]), x.device)
+        if first:
+            x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
+        output = self._chunk_of(x, resets, one_node)
+        return output.transpose(0, 1) if first else output
+
+    def _chunk_of(self, x: Tensor, resets: Tensor | None, one_node: bool) -> Tensor:
+        """As `chunk`, of x (C, B, F) that has been checked."""
+        if not self.training:
+            return self._act(x, resets)
         if torch.compiler.is_compiling():
             return self._run_compiled(x, resets)
         self._position, self._port, self._past.mid_chunk = 0, None, False
         return self._run(x, resets, None, one_node)[0]
 
+    def peek(self, x: Tensor) -> Tensor:
+        """The output (B, N) that step(x) would give, without moving on, and without a graph: x (B, F).
+
+        This is the value of the next state that a target of temporal differences takes. Nothing is mutated. Raises
+        TypeError or ValueError for x.
+        """
+        if isinstance(x, Tensor) and autocast_is_on(x.device):
+            with without_autocast(x.device):
+                return self.peek(x.to(self._state.dtype))
+        self._check_input(x, (self.batch_size,))
+        refuse_while_compiling("peek()", "call it outside of the compiled function")
+        return self._ahead(x[None], None)[0][0]
+
+    def _act(self, x: Tensor, resets: Tensor | None) -> Tensor:
+        """Outputs (C, B, N) of x (C, B, F), in eval mode: the state moves on, and nothing else."""
+        refuse_while_compiling(
+            "a step in eval mode", "call it outside of the compiled function, or layer() in it"
+        )
+        self._past.enter()
+        try:
+            output, state = self._ahead(x, resets)
+            self._go_on_from(state)
+        finally:
+            self._past.leave()
+        return output
+
+    @torch.no_grad()
+    def _ahead(self, x: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs (C, B, N) of x (C, B, F), and the state (S, B, N) after it, of the layer alone."""
+        layer = self.layer
+        weights = layer.weights()
+        after = operations.scan(
+            layer.cell,
+            layer.drive(x, weights),
+            weights[: len(layer.cell.matrices)],
+            self._state.unbind(0),
+            resets,
+            keep=False,
+            backend=self._past.scan_backend,
+        ).after
+        # copies, which share no memory with the state
+        return layer.readout([after[nu].clone() for nu in layer.cell.outputs], x), after[:, -1].clone()
+
+    def traces(self) -> dict[str, Tensor]:
+        """The sensitivity of the states now to each parameter of layer.weights(), by its name: copies.
+
+        With Γ ("rfp", "eprop", "rflo", "snap0"): (S, B, *W), W the parameter's shape; Γ^ν is ∂c^ν/∂W of the unit that
+        the weight enters, its row's, as the rule has it. With "rtrl": (S, B, H, b, b, M), H heads of b units: entry
+        [ν, b, h, j, p, m] is ∂c^ν_j/∂W_pm with units j and p of head h. They are the eligibility traces of the batch
+        rows: ∂L_b/∂W = Σ_ν δ^ν_b ⊙_rows Γ^ν_b. Nothing is mutated; it takes the memory of a second Γ, and a pass over
+        it.
+
+        Raises ValueError for "uoro" and "tbptt", which have no such numbers.
+        """
+        names = self.layer._names
+        return dict(zip(names, self._traces(), strict=True))
+
+    @torch.no_grad()
+    def _traces(self) -> list[Tensor]:
+        refuse_while_compiling("traces()", "call it outside of the compiled function")
+        if self.learning in ("uoro", "tbptt"):
+            raise ValueError(
+                f"traces() needs a rule that carries a sensitivity for each weight, got learning={self.learning!r}; "
+                "the nearest are 'rtrl', which is exact, and 'rfp'"
+            )
+        scan = self._past.scan_backend
+        carried = self._new_sensitivity(self._options, scan)
+        if self._cut:
+            return advanced(carried, [])
+        if self._past.sensitivity is not None:
+            carried.load_(self._past.sensitivity.tensors())
+        window = self._past.window()
+        if self._graph is not None:
+            window = [Block.from_dict(saved) for saved in self._graph.unfolded().get("window", [])]
+        made = advanced(carried, window)
+        if self._forget is None:
+            return made
+        return [trace.masked_fill(self._forget.view(-1, *(1,) * (trace.dim() - 2)), 0) for trace in made]
+
+    @torch.no_grad()
+    def row_gradients(self, credit: Tensor) -> dict[str, Tensor]:
+        """The gradients of B scalars at once: for each parameter of layer.weights(), by its name, (B, *W).
+
+        credit (B, N): the gradient of the sum of the scalars with respect to the last step's output, of which row b's
+        scalar depends on row b alone, as `torch.autograd.grad(values.sum(), output)` gives it. Row b of the result is
+        the gradient of scalar b by the learner's rule; summed over rows it is what backward() adds to `.grad` where the
+        step is an update of its own. Nothing is mutated; it takes what `traces` takes.
+
+        Raises TypeError or ValueError for credit, for a layer with a readout of its own, and as `traces` does.
+        """
+        layer = self.layer
+        if self._has_readout:
+            raise ValueError(
+                f"row_gradients() needs an output that is a state of the cell, and {type(layer).__name__} has a "
+                "readout of its own; traces() has the sensitivities of its states"
+            )
+        check.shape("credit", check.tensor("credit", credit), (self.batch_size, layer.hidden_size))
+        check.like("credit", credit, "the learner", self._state)
+        of_states = torch.zeros_like(self._state)
+        of_states[layer.cell.outputs[0]] = credit
+        return dict(zip(layer._names, row_gradients(layer, self._traces(), of_states), strict=True))
+
     def _check_input(self, x: Tensor, leading: tuple[int | str, ...]) -> None:
         refuse_hooks(self.layer)
+        if transforms.active():
+            raise RuntimeError(
+                "an OnlineLearner can't go under torch.func, whose transforms know of no state that moves on: use the "
+                "layer on a sequence there; row_gradients() has the gradients of single batch rows"
+            )
         if self._fixed and "parametrizations" in self.layer._modules:
             self._refuse_parametrized()
         check.shape("x", check.tensor("x", x), (*leading, self.layer.fan_in), "to match the learner")
@@ -473,6 +657,8 @@ class OnlineLearner:
 
         Returns `resets` with the rows that reset() has marked.
         """
+        if self._cut:
+            self._begin_anew()
         if self._watch.next <= self._past.now:
             self._look(self._past.now, self._past.base)
         self._past.before_steps(self._forget, self._forget_all)
@@ -582,8 +768,11 @@ class OnlineLearner:
         """What the operator `learner_gradients` runs: gradients of x (C, B, F) and of the weights."""
         return self._compiled.gradients(call, grads)
 
-    def reset(self, mask: Tensor | None = None) -> None:
+    def reset(self, mask: Any = None) -> None:
         """Start a new episode at the next step in the batch rows where mask (B,) is True, or in all.
+
+        mask: a bool tensor; or the flags as an environment gives them, numbers that are 0 where the episode goes on, as
+        a tensor, or a numpy array of bools or numbers.
 
         The state of those rows is zero at once. Their sensitivities are forgotten when the next step begins, so a
         backward() of the step before still works. Raises TypeError or ValueError for mask.
@@ -591,7 +780,7 @@ class OnlineLearner:
         if mask is None:
             rows = torch.ones(self.batch_size, dtype=torch.bool, device=self._state.device)
         else:
-            rows = check.mask("mask", mask, (self.batch_size,), self._state.device)
+            rows = self._flags(mask)
         if torch.compiler.is_compiling():
             self._compiled.reset(None if mask is None else rows)
             return
@@ -604,6 +793,18 @@ class OnlineLearner:
         self._forget = rows.clone() if self._forget is None else self._forget | rows
         self._forget_all |= mask is None
 
+    def _flags(self, mask: Any) -> Tensor:
+        """A mask of `reset` as a bool tensor. Raises TypeError or ValueError for another."""
+        if not isinstance(mask, Tensor) and hasattr(mask, "__array_interface__"):
+            if mask.dtype.kind not in "biuf":
+                raise TypeError(f"mask must hold bools or numbers, got a numpy array of {mask.dtype}")
+            mask = torch.as_tensor(mask, device=self._state.device)
+        if check.tensor("mask", mask).is_complex():
+            raise TypeError(f"mask must hold bools or real numbers, got {mask.dtype}")
+        return check.mask(
+            "mask", mask if mask.dtype == torch.bool else mask != 0, (self.batch_size,), self._state.device
+        )
+
     def lend(self) -> tuple[Tensor, PerUnit]:
         """The state (S, B, N) and Γ as they are now, for a `Stream`, which advances them in place; then `returned`.
 
@@ -613,6 +814,8 @@ class OnlineLearner:
         assert isinstance(sensitivity, PerUnit)
         self._past.enter()
         try:
+            if self._cut:
+                self._begin_anew()
             if self._past.now > self._past.base:
                 self._past.fold()
             if self._forget is not None:
@@ -631,15 +834,15 @@ class OnlineLearner:
         if self._watch.next <= self._past.now:
             self._look(self._past.now, self._past.now)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed learner needs, as tensors, numbers, strings and lists; tensors are shared, not copied.
-
-        Autograd's graphs are not kept: the resumed learner can't serve the backward() of a step that ran before.
-        """
+    def _checkpoint(self) -> dict[str, Any]:
         refuse_while_compiling("state_dict()", "call it outside of the compiled function")
         past = self._past.state_dict()
         if self._graph is not None:
             past.update(self._graph.unfolded())
+        if self._cut:  # as it will be when the next step begins
+            now, numbers = past["now"], {id(tensor) for tensor in self._sensitivities()}
+            past.update(base=now, episode=now, ends=[], filling=False, window=[])
+            past["gamma"] = [torch.zeros_like(t) if id(t) in numbers else t for t in past["gamma"]]
         return {
             "version": checkpoint.VERSION,
             "layer": checkpoint.kind(self.layer),
@@ -656,13 +859,7 @@ class OnlineLearner:
             **past,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the learner that made `state` was.
-
-        The whole state is checked first (`checkpoint`). Raises TypeError or ValueError, with nothing changed, if it is
-        damaged, or of another form, rule, rounding, batch size or layer, or of another `update_every` in the middle of
-        these steps. States of version 0.1 load.
-        """
+    def _restore(self, state: dict[str, Any]) -> None:
         refuse_while_compiling("load_state_dict()", "call it outside of the compiled function")
         self.refuse_foreign(state)
         self._past.load_state_dict(state)
@@ -672,14 +869,73 @@ class OnlineLearner:
             self._past.fold()
             self._graph.load(state["state"])
         self._position, self._port, self._chunk_weights = state["position"], None, None
+        self._cut = False
         self._versions = None
         self._watch.begin(self._past.now if self._graph is None else self._graph.now)
         self._forget = None if state["forget"] is None else checkpoint.owned(state["forget"])
         self._forget_all = state["forget_all"]
 
+    def _refuse_move(self, probe: Tensor) -> None:
+        refuse_while_compiling("to()", "move the learner outside of the compiled function")
+        if self._graph is not None:
+            raise ValueError(
+                "an OnlineLearner with cuda_graph=True can't be moved, since its graphs read fixed memory: make a new "
+                "one on the other device, and pass it the state_dict() of this one"
+            )
+        if probe.dtype not in (torch.float64, torch.float32):
+            raise TypeError(
+                f"an OnlineLearner runs in float64 or float32, got {probe.dtype}; gamma_dtype=torch.bfloat16 halves Γ"
+            )
+        backend = self._options.backend
+        operations.choose_scan("auto" if backend == "compile" else backend, probe.device, probe.dtype)
+        operations.choose_gamma(
+            backend, probe.device, probe.dtype, self._gamma_dtype(probe.dtype), len(self.layer.cell.states)
+        )
+
+    def _gamma_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of Γ with weights of this dtype."""
+        asked = self._options.gamma_dtype
+        return asked if asked == torch.bfloat16 else dtype
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        past = self._past.state_dict()
+
+        def finish() -> None:
+            dtype = self._state.dtype
+            self._options = replace(self._options, gamma_dtype=self._gamma_dtype(dtype))
+            self._past = self._new_past(self._options)
+            past["window"] = [
+                {
+                    **block,
+                    "tensors": [move(tensor) for tensor in block["tensors"]],
+                    "weights": None if block["weights"] is None else [move(w) for w in block["weights"]],
+                }
+                for block in past["window"]
+            ]
+            self._past.load_state_dict(past)
+            self._register(self._state, self._sensitivities())
+            self._port = self._chunk_weights = self._versions = None
+            self._forget = None if self._forget is None else move(self._forget)
+            self._lr = None if self._lr is None else move(self._lr)
+            self._watch = Watch(self._options.nonfinite, self._state, self._past.scan_backend)
+            self._watch.begin(self._past.now)
+
+        return finish
+
+    def extra_repr(self) -> str:
+        carried = self._past.sensitivity
+        backends = (
+            sorted({group.serving()[0] for group in carried.groups}) if isinstance(carried, PerUnit) else []
+        )
+        backend = ", ".join(backends) or self._past.scan_backend
+        return (
+            f"batch_size={self.batch_size}, learning={self.learning!r}, form={self.form!r}, backend={backend!r}, "
+            f"{self.nbytes:,} bytes"
+        )
+
     def refuse_foreign(self, state: dict[str, Any]) -> None:
         """Raise TypeError or ValueError if `load_state_dict` could not load `state`."""
-        wanted = checkpoint.Wanted(self.state_dict(), self._one_step, self._past.sensitivity is not None)
+        wanted = checkpoint.Wanted(self._checkpoint(), self._one_step, self._past.sensitivity is not None)
         checkpoint.refuse_damaged(state, wanted)
 
     @torch.no_grad()

@@ -360,6 +360,17 @@ class Past:
             self.sensitivity.step_(block)
         self.begin(self.now)
 
+    def window(self) -> list[Block]:
+        """The steps since the base."""
+        return self._tape.blocks()
+
+    def cut(self) -> None:
+        """Forget all steps so far, of every batch row: what comes next begins with a state that is given."""
+        if self.sensitivity is not None:
+            self.sensitivity.forget_(None)
+        self.mid_chunk = False
+        self.begin(self.now)
+
     def state_dict(self) -> dict[str, Any]:
         """Sensitivities and window as tensors, numbers and lists; the tensors are shared, not copied."""
         return {

@@ -310,6 +310,13 @@ class Exact(_StepByStep):
                 of_units = gamma[:, :, :, :, k].transpose(2, 3)
                 yield f"γ of {self._gamma.matrices[index].name}", of_units.flatten(3).flatten(1, 2)
 
+    def by_index(self) -> list[tuple[Tensor, list[int]]]:
+        """γ (B, H, S, b, K, b, M) of each group of matrices, and their places among the layer's."""
+        return [
+            (gamma, indices)
+            for gamma, (_, indices) in zip(self._gamma.gammas, self._gamma.groups, strict=True)
+        ]
+
     def _advance(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
         assert block.weights is not None
         gamma, lin = self._gamma, block.lin

@@ -413,6 +413,8 @@ class Case:
             calls = (lambda: learner.chunk(x), "x")
         elif kind == 2:
             mask = wrong_mask[self.number(len(wrong_mask))]
+            if isinstance(mask, Tensor) and mask.dtype == torch.float32:  # numbers are flags to reset()
+                mask = mask.to(torch.complex64)
             calls = (lambda: learner.reset(mask), "mask")
         elif kind == 3:
             mask = wrong_mask[self.number(len(wrong_mask))]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from rjepa_triton import RGC
+import rjepa_triton
+from rjepa_triton import LSTM, RGC
 from rjepa_triton.layers.functional import rgc
 
 F64 = torch.float64
@@ -100,3 +101,31 @@ def test_bad_options_are_named(options: dict[str, Any], error: type[Exception], 
 def test_bad_input_is_named(x: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         made()(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"batch_first": True}])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "relu"])
+def test_to_torch_is_torch_s_layer_with_the_same_outputs(kind: str, options: dict[str, Any]) -> None:
+    more = {"nonlinearity": "relu"} if kind == "relu" else {}
+    kind = "RNN" if kind == "relu" else kind
+    layer = getattr(rjepa_triton, kind)(3, 4, dtype=F64, **options, **more)
+    made = layer.to_torch()
+    assert type(made) is getattr(torch.nn, kind)
+    x = torch.randn(2, 5, 3, dtype=F64)
+    torch.testing.assert_close(made(x)[0], layer(x)[0])
+    back = getattr(rjepa_triton, kind)(3, 4, dtype=F64, **options, **more)
+    back.load_state_dict(made.state_dict())
+    torch.testing.assert_close(dict(back.state_dict()), dict(layer.state_dict()))
+    before = layer(x)[0]
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(layer(x)[0], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"heads": 2}, {"recurrence": "diagonal"}])
+def test_to_torch_needs_what_torch_has(options: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"to_torch\(\) needs recurrence='dense' and no heads.*got (heads=2|rec)"
+    ):
+        LSTM(3, 4, **options).to_torch()
