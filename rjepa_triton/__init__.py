@@ -36,6 +36,7 @@ from .online import OnlineLearner  # noqa: E402
 from .online import operators as _operators  # noqa: E402, F401  registers them with torch
 from .online.fidelity import fidelity  # noqa: E402
 from .online.stack import Stack, StackLearner  # noqa: E402
+from .online.stream_readout import Residual  # noqa: E402
 from .online.streams import Stream  # noqa: E402
 
 _moved.install()
@@ -68,6 +69,7 @@ __all__ = [
     "MinLSTM",
     "OnlineLearner",
     "Partials",
+    "Residual",
     "Stack",
     "StackLearner",
     "Stream",

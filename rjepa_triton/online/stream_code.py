@@ -16,6 +16,7 @@ from ..cells.trace import traced
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp
 from .options import refuse_hooks
+from .stream_readout import LINEAR, Parts, has_hooks
 
 if TYPE_CHECKING:
     from .streams import Stream
@@ -33,7 +34,6 @@ LOSSES_AT = {
 }  # in the order of stream.h, as are these and OPTIMIZERS
 INPUT, ONE = -1, -2
 FORWARD, LEARN = 1, 2
-OPTIONS = 6  # numbers of `Network::options`
 Tables = tuple[list[int], list[int], list[float]]
 FIRST = (
     "x",
@@ -64,18 +64,21 @@ class Result:
 class Compiled:
     """Calls of `stream.h` for one stream, by the addresses of what the stream owns."""
 
-    def __init__(self, stream: Stream, code: ctypes.CDLL) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream, parts: Parts, code: ctypes.CDLL) -> None:
+        self.stream, self.parts = stream, parts
         layer, weight = stream.layer, stream.layer.weights()[0]
         self.function = code.stream_float if weight.dtype == torch.float32 else code.stream_double
         self.function.argtypes, self.function.restype = [ctypes.c_void_p] * 3, None
         cell, found = layer.cell, traced(layer.cell)
         assert found is not None
         self.entries = {"gate": found.entries[1], "input": found.entries[2]}
-        self.outputs = int(stream.readout.out_features)  # type: ignore[arg-type]
+        sizes = parts.sizes(layer.hidden_size)
+        self.outputs = sizes[-1]
         counts = len(cell.states), len(cell.gates), len(cell.per_unit)
         planes = sum(counts) + counts[0] ** 2 + len(set(found.partials.values())) + 1
-        self.scratch = weight.new_empty(stream.batch_size * (layer.hidden_size * planes + self.outputs) + 128)
+        self.scratch = weight.new_empty(
+            stream.batch_size * (layer.hidden_size * planes + self.outputs + 2 * sum(sizes)) + 128
+        )
         self.totals: list[Tensor | None] = [None] * len(self.learned())
         # Moments of weights that no step has changed yet.
         self.new: dict[nn.Parameter, dict[str, Tensor]] = {}
@@ -91,8 +94,9 @@ class Compiled:
             return (
                 f"compiled code serves float32 and float64 on the CPU, got {weight.dtype} on {weight.device}"
             )
-        if type(readout) is not nn.Linear:
-            return f"compiled code takes a readout that is one nn.Linear, got {type(readout).__name__}"
+        parts = Parts.of(readout, layer.hidden_size)
+        if isinstance(parts, str):
+            return parts
         if learner.learning not in rfp.RULES:
             return f"compiled code takes the rules {', '.join(rfp.RULES)}, got {learner.learning!r}"
         if type(layer).readout is not TwoPointRNN.readout:
@@ -102,9 +106,11 @@ class Compiled:
                 return f"compiled code has no {name} of torch.optim"
         if stream.kind == 3 and options["momentum"]:
             return "compiled code has no momentum of RMSprop"
-        if any("parametrizations" in module._modules for module in (layer, readout)):
+        if "parametrizations" in layer._modules:
             return "a weight is computed from others"
-        if len(stream.parameters) != len(layer.weights()) + (1 if readout.bias is None else 2):
+        if any(one.dtype != weight.dtype or one.device != weight.device for one in stream.parameters):
+            return f"compiled code takes weights that are all {weight.dtype} on {weight.device}"
+        if len(stream.parameters) != len(layer.weights()) + len(parts.parameters()):
             return "the layer or the readout has parameters that no step uses, or shares them"
         if any(not parameter.is_contiguous() for parameter in stream.parameters):
             return "a weight isn't contiguous"
@@ -113,12 +119,21 @@ class Compiled:
             return "no C++ compiler was found"
         code = generated.stream_code(layer.cell)
         return (
-            "the cell can't be traced, or its code could not be built" if code is None else cls(stream, code)
+            "the cell can't be traced, or its code could not be built"
+            if code is None
+            else cls(stream, parts, code)
         )
 
     def obstacle(self) -> str | None:
         """Why this call must be the loop's, or None. Raises ValueError if the stream's weights are others by now."""
         stream = self.stream
+        if not self.parts.are_still():
+            parts = Parts.of(stream.readout, stream.layer.hidden_size)
+            if isinstance(parts, str):
+                return parts
+            self.parts = parts
+            if not parts.are_still():
+                return "the readout has hooks"
         learned = self.learned()
         mine = set(map(id, stream.parameters))
         if any(id(parameter) not in mine for parameter in learned):
@@ -130,8 +145,6 @@ class Compiled:
                     f"{parameter.dtype} on {parameter.device}: make a new Stream"
                 )
         refuse_hooks(stream.layer)
-        if _has_hooks(stream.readout):
-            return "the readout has hooks"
         if not all(parameter.is_contiguous() for parameter in learned):
             return "a weight isn't contiguous"
         if not any(parameter.requires_grad for parameter in learned):
@@ -157,14 +170,13 @@ class Compiled:
         ]
 
     def learned(self) -> list[nn.Parameter]:
-        """The readout's weight and bias, then the layer's weights."""
-        readout, layer = self.stream.readout, self.stream.layer
-        return [p for p in (readout.weight, readout.bias, *layer.weights()) if p is not None]  # type: ignore[misc]
+        """The readout's weights and biases, then the layer's weights."""
+        return [*self.parts.parameters(), *self.stream.layer.weights()]  # type: ignore[list-item]
 
     def tables(self, given: Mapping[str, Tensor | None], steps: int, phase: int) -> Tables:
         """Addresses, numbers and options of one network, as stream.h reads them. given: tensors named in `FIRST`."""
         stream = self.stream
-        learner, layer, readout = stream.learner, stream.layer, stream.readout
+        learner, layer = stream.learner, stream.layer
         state, sensitivity = learner.lend()
         options = stream.optimizer.param_groups[0]
         moments, done = self.moments(options)
@@ -181,16 +193,21 @@ class Compiled:
         def add(parameter: Any) -> None:
             if parameter is None:
                 arrays.extend((0, 0, 0, 0))
-                numbers.append(0)
+                numbers.extend((0, 0))
                 return
             k = next(place)
             if sums_up and self.totals[k] is None:
                 self.totals[k] = torch.zeros_like(parameter)
             arrays.extend(_address(one) for one in (parameter, *moments[k], self.totals[k]))
-            numbers.append(parameter.requires_grad)
+            numbers.extend((parameter.requires_grad, 0))
 
-        add(readout.weight)
-        add(readout.bias)
+        numbers += [self.parts.residual, len(self.parts.parts)]
+        sizes = self.parts.sizes(layer.hidden_size)
+        for part, (kind, _), size in zip(self.parts.parts, self.parts.kinds(), sizes, strict=True):
+            numbers += [kind, size]
+            if kind == LINEAR:
+                add(part.weight)
+                add(part.bias)
         weights = layer.weights()
         numbers.append(len(weights))
         places = {index: (group, k) for group in sensitivity.groups for k, index in enumerate(group.indices)}
@@ -217,6 +234,7 @@ class Compiled:
             *(float(first), float(options.get("dampening", second))),
             *(float(options.get("eps", options.get("nesterov", False))), float(options["weight_decay"])),
             *(stream.huber_delta, stream.clip_norm or 0.0),
+            *(setting for _, setting in self.parts.kinds()),
         ]
 
     def moments(
@@ -364,7 +382,7 @@ class _OneStep:
     def is_still(self) -> bool:
         """Whether the tables name what the stream has now."""
         stream, now = self.stream, self.compiled.learned()
-        if _has_hooks(stream.readout) or _has_hooks(stream.layer):
+        if has_hooks(stream.layer) or not self.compiled.parts.are_still():
             return False
         same = len(now) == len(self.learned) and all(map(operator.is_, now, self.learned))
         return same and self.of == self._of()
@@ -402,7 +420,7 @@ def _packed(networks: Sequence[Tables]) -> tuple[Any, Any, Any]:
     numbers = [
         len(networks),
         torch.get_num_threads(),
-        OPTIONS,
+        len(networks[0][2]),
         *(n for network in networks for n in network[1]),
     ]
     options = [value for network in networks for value in network[2]]
@@ -410,15 +428,6 @@ def _packed(networks: Sequence[Tables]) -> tuple[Any, Any, Any]:
         (ctypes.c_void_p * len(arrays))(*arrays),
         (ctypes.c_long * len(numbers))(*numbers),
         (ctypes.c_double * len(options))(*options),
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
     )
 
 

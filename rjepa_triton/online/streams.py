@@ -21,6 +21,7 @@ from ..layers.layer import TwoPointRNN
 from .learner import OnlineLearner
 from .options import Learning
 from .stream_code import LOSSES, OPTIMIZERS, Compiled, Result
+from .stream_readout import Parts
 
 __all__ = ["Result", "Stream"]
 
@@ -47,7 +48,8 @@ class Stream:
 
     Args:
         layer: the recurrent layer.
-        readout: nn.Linear; or nn.Sequential or any module from (B, N) to (B, O), which runs by the loop over steps.
+        readout: nn.Linear; nn.Sequential of linear parts and activations; `Residual` of these, h + inner(h); or any
+            module from (B, N) to (B, O), which runs by the loop over steps.
         batch_size: B, the number of batch rows that run side by side.
         loss: the mean over batch rows (and over outputs, but for "cross_entropy" and "cosine") of
             "mse"            (output - target)²
@@ -330,12 +332,8 @@ class Stream:
 
     def _outputs(self) -> int | None:
         """O, where the readout says it."""
-        last = (
-            self.readout[-1]
-            if isinstance(self.readout, nn.Sequential) and len(self.readout)
-            else self.readout
-        )
-        return last.out_features if isinstance(last, nn.Linear) else None
+        parts = Parts.of(self.readout, self.layer.hidden_size)
+        return None if isinstance(parts, str) else parts.sizes(self.layer.hidden_size)[-1]
 
     def _rates(self, lr: Tensor | None, steps: int) -> list[float]:
         if lr is None:
