@@ -101,6 +101,9 @@ class Compiled:
             return f"compiled code takes the rules {', '.join(rfp.RULES)}, got {learner.learning!r}"
         if type(layer).readout is not TwoPointRNN.readout:
             return f"{type(layer).__name__} computes its output outside of the recurrence"
+        if stream.kind is None:
+            known = ", ".join(kind.__name__ for kind in OPTIMIZERS.values())
+            return f"compiled code takes the optimizers {known}, got {type(stream.optimizer).__name__}"
         for name in ("amsgrad", "maximize", "centered", "differentiable", "decoupled_weight_decay"):
             if options.get(name) and not (name == "decoupled_weight_decay" and stream.kind == 2):
                 return f"compiled code has no {name} of torch.optim"
@@ -147,6 +150,9 @@ class Compiled:
         refuse_hooks(stream.layer)
         if not all(parameter.is_contiguous() for parameter in learned):
             return "a weight isn't contiguous"
+        groups = stream.optimizer.param_groups
+        if any(_options(group) != _options(groups[0]) for group in groups[1:]):
+            return "the optimizer's groups of weights differ in more than lr"
         if not any(parameter.requires_grad for parameter in learned):
             return "no weight requires a gradient"
         if self.moments(stream.optimizer.param_groups[0])[1] is None:
@@ -185,10 +191,11 @@ class Compiled:
         numbers: list[int] = [
             *(phase, steps, stream.batch_size, layer.hidden_size, layer.fan_in, self.outputs),
             *(LOSSES_AT[stream.loss], stream.kind, stream.update_every, stream.position),
-            *(RULES[learner.learning], layer.cell.outputs[0], done),
+            *(RULES[learner.learning], layer.cell.outputs[0], done, stream.self_prediction),
         ]
         sums_up = stream.update_every > 1 or stream.clip_norm is not None
         place = iter(range(len(self.totals)))
+        group_of = stream.groups()
 
         def add(parameter: Any) -> None:
             if parameter is None:
@@ -199,7 +206,7 @@ class Compiled:
             if sums_up and self.totals[k] is None:
                 self.totals[k] = torch.zeros_like(parameter)
             arrays.extend(_address(one) for one in (parameter, *moments[k], self.totals[k]))
-            numbers.extend((parameter.requires_grad, 0))
+            numbers.extend((parameter.requires_grad, group_of[parameter]))
 
         numbers += [self.parts.residual, len(self.parts.parts)]
         sizes = self.parts.sizes(layer.hidden_size)
@@ -273,11 +280,11 @@ class Compiled:
             )
         return found, max(steps, default=0) if len(steps) < 2 else None
 
-    def advanced(self, steps: int, learned: Sequence[nn.Parameter]) -> None:
-        """So many steps have run whole: the optimizer, the position and the learner know of it."""
+    def advanced(self, steps: int, counted: int, learned: Sequence[nn.Parameter]) -> None:
+        """So many steps have run whole, and so many counted: the optimizer, the position and the learner know of it."""
         stream = self.stream
         torch.autograd.graph.increment_version(learned)
-        updates, stream.position = divmod(stream.position + steps, stream.update_every)
+        updates, stream.position = divmod(stream.position + counted, stream.update_every)
         if updates and self.new:
             for parameter, made in self.new.items():
                 stream.optimizer.state[parameter].update(made)
@@ -301,15 +308,21 @@ class Compiled:
         results = []
         for one, each in zip(networks, given, strict=True):
             one._one = None
-            one.advanced(steps, one.learned())
-            losses, outputs = each["losses"], each["outputs"]
+            losses, outputs, mask = each["losses"], each["outputs"], each["mask"]
+            lagged = one.stream.self_prediction and mask is not None
+            one.advanced(steps, int(mask.any(1).sum()) if lagged else steps, one.learned())  # type: ignore[union-attr]
             assert losses is not None
             assert outputs is not None
             results.append(Result(losses.to(outputs.dtype), outputs, one.stream.learner.state))
         return results
 
     def given(
-        self, x: Tensor, target: Tensor, resets: Tensor | None, mask: Tensor | None, rates: Sequence[float]
+        self,
+        x: Tensor,
+        target: Tensor | None,
+        resets: Tensor | None,
+        mask: Tensor | None,
+        rates: Sequence[Sequence[float]],
     ) -> dict[str, Tensor | None]:
         """The tensors of a call, by their names in `FIRST`, with those that it writes."""
         given: dict[str, Tensor | None] = {"x": x, "target": target, "resets": resets, "mask": mask}
@@ -335,10 +348,10 @@ class Compiled:
         """Others than these calls have run steps: make the tables anew."""
         self._one = None
 
-    def learn(self, target: Tensor, mask: Tensor | None, rate: float) -> float:
+    def learn(self, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]) -> float:
         """The loss of the step that ran; it is learned from."""
         assert self._one is not None
-        return self._one.learn(target, mask, rate)
+        return self._one.learn(target, mask, rates)
 
 
 class _OneStep:
@@ -354,11 +367,11 @@ class _OneStep:
         self.target = torch.zeros(aims, dtype=torch.int64 if classes else weight.dtype)
         self.outputs = weight.new_zeros(batch, compiled.outputs)
         self.mask = torch.ones(batch, dtype=torch.bool)
-        self.loss, self.rate = ctypes.c_double(), ctypes.c_double()
+        self.loss, self.rates = ctypes.c_double(), (ctypes.c_double * len(stream.optimizer.param_groups))()
         given = {"x": self.x, "target": self.target, "outputs": self.outputs, "mask": self.mask}
         arrays, numbers, options = compiled.tables(given, 1, FORWARD)
         arrays[FIRST.index("losses")] = ctypes.addressof(self.loss)
-        arrays[FIRST.index("rates")] = ctypes.addressof(self.rate)
+        arrays[FIRST.index("rates")] = ctypes.addressof(self.rates)
         self.arrays, self.numbers, self.options = _packed([(arrays, numbers, options)])
         self.learned, self.masked = compiled.learned(), False
         self.of = self._of()
@@ -394,19 +407,21 @@ class _OneStep:
         self.function(self.arrays, self.numbers, self.options)
         return self.outputs.clone()
 
-    def learn(self, target: Tensor, mask: Tensor | None, rate: float) -> float:
+    def learn(self, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]) -> float:
         """The loss of the step that `forward` ran; it is learned from."""
-        self.target.copy_(target.detach() if target.requires_grad else target)
+        if target is not None:
+            self.target.copy_(target.detach() if target.requires_grad else target)
         if mask is not None or self.masked:
             self.masked = mask is not None
             self.mask.fill_(True) if mask is None else self.mask.copy_(mask)
-        self.rate.value = rate
+        self.rates[:] = rates
         numbers, stream = self.numbers, self.stream
         numbers[PHASE], numbers[POSITION] = LEARN, stream.position
         numbers[DONE] = self.done
         self.function(self.arrays, self.numbers, self.options)
-        self.compiled.advanced(1, self.learned)
-        self.done += stream.position == 0
+        counted = 0 if stream.self_prediction and self.masked and not bool(self.mask.any()) else 1
+        self.compiled.advanced(1, counted, self.learned)
+        self.done += counted and stream.position == 0
         return self.loss.value
 
 
@@ -429,6 +444,10 @@ def _packed(networks: Sequence[Tables]) -> tuple[Any, Any, Any]:
         (ctypes.c_long * len(numbers))(*numbers),
         (ctypes.c_double * len(options))(*options),
     )
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def _address(tensor: Tensor | None) -> int:

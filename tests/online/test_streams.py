@@ -901,7 +901,7 @@ def test_a_state_that_does_not_fit_changes_nothing(backend: str) -> None:
     "how", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["copy", "pickle"]
 )
 def test_a_copy_is_a_stream_of_its_own(how: Callable[[Stream], Stream], backend: str) -> None:
-    stream = stream_of(backend=backend)
+    stream = stream_of(backend=backend, update_every=2)  # which is copied between two updates
     stream.run(X[:3], AIM[:3])
     twin = how(stream)
     losses = stream.run(X[3:], AIM[3:]).losses

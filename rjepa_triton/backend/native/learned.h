@@ -10,20 +10,97 @@ enum { SGD, ADAM, ADAMW, RMSPROP }; // optimizers
 constexpr long SHARED_STREAM = 1 << 17; // numbers of Γ, or products of a readout, from which a second thread saves time
 
 // Weights that learn: (rows, fan_in), the optimizer's two moments or null, the gradient's sum where it is kept, and
-// whether they learn at all. rates: the learning rate of each step.
+// whether they learn at all; `rests` while they don't. rates: the learning rate of each step.
 template <class real> struct Learned {
     real *weight, *first, *second, *total;
-    long learns;
+    long learns, rests;
     const double *rates;
+
+    bool now() const { return learns && !rests; }
 
     // Reads the table. rates: those of all groups of weights, `steps` each.
     static Learned next(Table &table, long steps, const double *rates) {
         Learned one;
         one.weight = table.next<real>(), one.first = table.next<real>(), one.second = table.next<real>();
-        one.total = table.next<real>(), one.learns = table.next(), one.rates = rates + table.next() * steps;
+        one.total = table.next<real>(), one.learns = table.next(), one.rests = 0, one.rates = rates + table.next() * steps;
         return one;
     }
 };
+
+// The sum of a vector's numbers, by halves.
+template <class wide, class real> inline real sum_of(wide v, real) {
+    typedef real half __attribute__((vector_size(32)));
+    typedef real quarter __attribute__((vector_size(16)));
+    half h[2];
+    memcpy(h, &v, sizeof(v));
+    const half both = h[0] + h[1];
+    quarter q[2];
+    memcpy(q, &both, sizeof(both));
+    const quarter last = q[0] + q[1];
+    real sum = last[0];
+    for (unsigned i = 1; i < sizeof(last) / sizeof(real); i++) sum += last[i];
+    return sum;
+}
+
+// Σ_j w[j] c[j].
+template <class real> inline real dot(const real *__restrict w, const real *__restrict c, long count) {
+    typedef typename Lanes<real>::wide wide;
+    constexpr long W = Lanes<real>::width;
+    wide sum{}, more{};
+    long j = 0;
+    for (; j + 2 * W <= count; j += 2 * W) {
+        sum += *(const wide *)(w + j) * *(const wide *)(c + j);
+        more += *(const wide *)(w + j + W) * *(const wide *)(c + j + W);
+    }
+    for (; j < count; j += W) sum += load(w + j, count - j) * load(c + j, count - j);
+    return sum_of(sum + more, real(0));
+}
+
+// out[r] += Σ_j w[r][j] c[j] for four rows w, `count` numbers each, that follow one another.
+template <class real> inline void add_four_dots(const real *w, const real *c, real *out, long count) {
+    typedef typename Lanes<real>::wide wide;
+    constexpr long W = Lanes<real>::width;
+    wide sums[4] = {};
+    long j = 0;
+    for (; j + W <= count; j += W) {
+        const wide at = *(const wide *)(c + j);
+        for (long r = 0; r < 4; r++) sums[r] += *(const wide *)(w + r * count + j) * at;
+    }
+    if (const long here = count - j) {
+        const wide at = load(c + j, here);
+        for (long r = 0; r < 4; r++) sums[r] += load(w + r * count + j, here) * at;
+    }
+    for (long r = 0; r < 4; r++) out[r] += sum_of(sums[r], real(0));
+}
+
+// As add_four_dots, for two vectors c and their outs.
+template <class real>
+inline void add_four_dots_of_two(const real *w, const real *const (&c)[2], real *const (&out)[2], long count) {
+    typedef typename Lanes<real>::wide wide;
+    constexpr long W = Lanes<real>::width;
+    wide sums[4][2] = {};
+    for (long j = 0; j < count; j += W) {
+        const long here = count - j;
+        const wide first = load(c[0] + j, here), second = load(c[1] + j, here);
+        for (long r = 0; r < 4; r++) {
+            const wide at = load(w + r * count + j, here);
+            sums[r][0] += at * first, sums[r][1] += at * second;
+        }
+    }
+    for (long r = 0; r < 4; r++) out[0][r] += sum_of(sums[r][0], real(0)), out[1][r] += sum_of(sums[r][1], real(0));
+}
+
+// out(b)[r] += Σ_j w[r][j] c(b)[j] for `rows` ≤ 4 rows w that follow one another, and all batch rows b.
+template <class real, class Read, class Write>
+inline void add_rows(const real *w, long rows, long count, long batch, const Read &c, const Write &out) {
+    long b = 0;
+    for (; rows == 4 && b + 2 <= batch; b += 2) add_four_dots_of_two(w, {c(b), c(b + 1)}, {out(b), out(b + 1)}, count);
+    for (; b < batch; b++)
+        if (rows == 4)
+            add_four_dots(w, c(b), out(b), count);
+        else
+            for (long r = 0; r < rows; r++) out(b)[r] += dot(w + r * count, c(b), count);
+}
 
 // The step of one optimizer, as torch.optim has it, for weights that lie side by side.
 template <class real, int kind> struct Optimizer {
@@ -76,57 +153,11 @@ template <class real, int kind> struct Optimizer {
     }
 };
 
-// The sum of a vector's numbers, by halves.
-template <class wide, class real> inline real sum_of(wide v, real) {
-    typedef real half __attribute__((vector_size(32)));
-    typedef real quarter __attribute__((vector_size(16)));
-    half h[2];
-    memcpy(h, &v, sizeof(v));
-    const half both = h[0] + h[1];
-    quarter q[2];
-    memcpy(q, &both, sizeof(both));
-    const quarter last = q[0] + q[1];
-    real sum = last[0];
-    for (unsigned i = 1; i < sizeof(last) / sizeof(real); i++) sum += last[i];
-    return sum;
-}
-
-// Σ_j w[j] c[j].
-template <class real> inline real dot(const real *__restrict w, const real *__restrict c, long count) {
-    typedef typename Lanes<real>::wide wide;
-    constexpr long W = Lanes<real>::width;
-    wide sum{}, more{};
-    long j = 0;
-    for (; j + 2 * W <= count; j += 2 * W) {
-        sum += *(const wide *)(w + j) * *(const wide *)(c + j);
-        more += *(const wide *)(w + j + W) * *(const wide *)(c + j + W);
-    }
-    for (; j < count; j += W) sum += load(w + j, count - j) * load(c + j, count - j);
-    return sum_of(sum + more, real(0));
-}
-
-// out[r] += Σ_j w[r][j] c[j] for four rows w, `count` numbers each, that follow one another.
-template <class real> inline void add_four_dots(const real *w, const real *c, real *out, long count) {
-    typedef typename Lanes<real>::wide wide;
-    constexpr long W = Lanes<real>::width;
-    wide sums[4] = {};
-    long j = 0;
-    for (; j + W <= count; j += W) {
-        const wide at = *(const wide *)(c + j);
-        for (long r = 0; r < 4; r++) sums[r] += *(const wide *)(w + r * count + j) * at;
-    }
-    if (const long here = count - j) {
-        const wide at = load(c + j, here);
-        for (long r = 0; r < 4; r++) sums[r] += load(w + r * count + j, here) * at;
-    }
-    for (long r = 0; r < 4; r++) out[r] += sum_of(sums[r], real(0));
-}
-
 // Takes the gradient of `here` weights from `at` on: into the optimizer's step, or into the sum.
 template <class real, int kind>
 inline void take(const Optimizer<real, kind> &optimizer, const Learned<real> &one, long at,
                  typename Lanes<real>::wide gradient, long here, bool sums_up, bool first) {
-    if (!one.learns) return;
+    if (!one.now()) return;
     if (sums_up)
         store(one.total + at, first ? gradient : load(one.total + at, here) + gradient, here);
     else

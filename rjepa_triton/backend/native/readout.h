@@ -118,14 +118,11 @@ template <class real> struct Readout {
                 share(team, (part.out + 3) / 4, [&](long four) {
                     const long first = 4 * four, count = std::min(4L, part.out - first);
                     const real *w = part.weight.weight + first * part.in;
-                    for (long b = 0; b < batch; b++) {
-                        real *into = to + b * part.out + first;
-                        for (long r = 0; r < count; r++) into[r] = part.bias.weight ? part.bias.weight[first + r] : real(0);
-                        if (count == 4)
-                            add_four_dots(w, from + b * part.in, into, part.in);
-                        else
-                            for (long r = 0; r < count; r++) into[r] += dot(w + r * part.in, from + b * part.in, part.in);
-                    }
+                    for (long b = 0; b < batch; b++)
+                        for (long r = 0; r < count; r++)
+                            to[b * part.out + first + r] = part.bias.weight ? part.bias.weight[first + r] : real(0);
+                    add_rows(w, count, part.in, batch, [&](long b) { return from + b * part.in; },
+                             [&](long b) { return to + b * part.out + first; });
                 });
             else
                 share(team, (batch * part.out + TOGETHER - 1) / TOGETHER, [&](long block) {
@@ -161,19 +158,18 @@ template <class real> struct Readout {
             const auto own = optimizer.at(part.weight, t);
             share(team, (part.in + TOGETHER - 1) / TOGETHER, [&](long block) {
                 const long begin = block * TOGETHER, end = std::min(part.in, begin + TOGETHER);
-                for (long b = 0; b < batch; b++) std::fill(to + b * part.in + begin, to + b * part.in + end, real(0));
+                if (batch > 1) {
+                    for (long i = begin; i < end; i += 2 * W) pass_back(part, credit, to, i);
+                    for (long i = begin; i < end; i += 2 * W) learn_columns(part, from, credit, i, own, sums_up, first);
+                    return;
+                }
+                std::fill(to + begin, to + end, real(0));
                 for (long o = 0; o < part.out; o++)
                     for (long i = begin; i < end; i += W) {
                         const long here = part.in - i < W ? part.in - i : W;
                         const wide w = load(part.weight.weight + o * part.in + i, here);
-                        wide gradient{};
-                        for (long b = 0; b < batch; b++) {
-                            const real by = credit[b * part.out + o];
-                            real *back = to + b * part.in + i;
-                            store(back, load(back, here) + by * w, here);
-                            gradient += by * load(from + b * part.in + i, here);
-                        }
-                        take(own, part.weight, o * part.in + i, gradient, here, sums_up, first);
+                        store(to + i, load(to + i, here) + credit[o] * w, here);
+                        take(own, part.weight, o * part.in + i, credit[o] * load(from + i, here), here, sums_up, first);
                     }
             });
             if (part.bias.weight)
@@ -191,6 +187,60 @@ template <class real> struct Readout {
             once(team, [&] {
                 for (long i = 0; i < batch * units; i++) delta[i] += given[i];
             });
+    }
+
+  private:
+    // to[b][i…] = Σ_o credit[b][o] w[o][i…] for 2 W columns from i on and all batch rows, four together.
+    void pass_back(const Part<real> &part, const real *credit, real *to, long i) const {
+        const long here = part.in - i;
+        for (long b = 0; b < batch; b += 4) {
+            const long rows = std::min(4L, batch - b);
+            wide sums[4][2] = {};
+            const auto add = [&](long o, long r, wide left, wide right) {
+                const real by = credit[(b + r) * part.out + o];
+                sums[r][0] += by * left, sums[r][1] += by * right;
+            };
+            for (long o = 0; o < part.out; o++) {
+                const real *w = part.weight.weight + o * part.in + i;
+                const wide left = load(w, here), right = here > W ? load(w + W, here - W) : wide{};
+                if (rows == 4)
+                    for (long r = 0; r < 4; r++) add(o, r, left, right);
+                else
+                    for (long r = 0; r < rows; r++) add(o, r, left, right);
+            }
+            for (long r = 0; r < rows; r++) {
+                real *back = to + (b + r) * part.in + i;
+                store(back, sums[r][0], here);
+                if (here > W) store(back + W, sums[r][1], here - W);
+            }
+        }
+    }
+
+    // The gradient Σ_b credit[b][o] from[b][i…] of 2 W columns from i on, four rows o together.
+    template <int kind>
+    void learn_columns(const Part<real> &part, const real *from, const real *credit, long i,
+                       const Optimizer<real, kind> &own, bool sums_up, bool first) const {
+        const long here = part.in - i;
+        for (long o = 0; o < part.out; o += 4) {
+            const long rows = std::min(4L, part.out - o);
+            wide sums[4][2] = {};
+            const auto add = [&](long b, long r, wide left, wide right) {
+                const real by = credit[b * part.out + o + r];
+                sums[r][0] += by * left, sums[r][1] += by * right;
+            };
+            for (long b = 0; b < batch; b++) {
+                const real *y = from + b * part.in + i;
+                const wide left = load(y, here), right = here > W ? load(y + W, here - W) : wide{};
+                if (rows == 4)
+                    for (long r = 0; r < 4; r++) add(b, r, left, right);
+                else
+                    for (long r = 0; r < rows; r++) add(b, r, left, right);
+            }
+            for (long r = 0; r < rows; r++) {
+                take(own, part.weight, (o + r) * part.in + i, sums[r][0], here, sums_up, first);
+                if (here > W) take(own, part.weight, (o + r) * part.in + i + W, sums[r][1], here - W, sums_up, first);
+            }
+        }
     }
 };
 

@@ -6,7 +6,8 @@
 //     p = Σ_k W^k c(t-1), x = W_in u(t) + b, c(t) = F(c(t-1), p, x), o = readout(c^out(t)), L = loss(o, target)
 //     Γ^{ν,k} ← Σ_ν' M^{νν'} Γ^{ν',k} + φ^{ν,k} y^kᵀ,    ∂L/∂W^k = Σ_b δ_b Γ^{out,k}_b,  δ = ∂L/∂c^out
 //
-// and then the optimizer's step of all weights, or at every C-th step, with the gradients' sum. A pass over the rows of
+// or, where the layer predicts itself, o = readout(c^out(t-1)), L = loss(o, c^out(t)), with Γ(t-1) in place of Γ(t), and
+// then the optimizer's step of all weights, or at every C-th step, with the gradients' sum. A pass over the rows of
 // Γ and W does the last line and the optimizer's step at once.
 
 #pragma once
@@ -91,6 +92,7 @@ template <class real> struct Network {
     std::vector<Matrix<real, S>> matrices;
     std::vector<Panels<real, S>> panels; // of the matrices that have `panel` ≥ 0
     long phase, steps, batch, units, features, classes_or_outputs, loss, optimizer, every, position, rule, out, done;
+    long lagged; // whether the layer predicts itself; a step at which no batch row counts is then not learned from
     const double *options; // beta1, beta2, eps, weight decay, Huber's δ, largest norm of the gradient or 0, parts' settings
 
     real *before, *sums, *drives, *m, *found, *delta, *given; // in `scratch`
@@ -107,6 +109,7 @@ template <class real> struct Network {
         phase = table.next(), steps = table.next(), batch = table.next(), units = table.next();
         features = table.next(), classes_or_outputs = table.next(), loss = table.next(), optimizer = table.next();
         every = table.next(), position = table.next(), rule = table.next(), out = table.next(), done = table.next();
+        lagged = table.next();
         readout = Readout<real>(table, batch, units, steps, rates, options + 6);
         matrices.resize(table.next());
         for (auto &k : matrices) {
@@ -163,7 +166,8 @@ template <class real> struct Network {
         const Learned<real> &one = p.learned;
         for (long j = 0; j < k.fan_in; j++) {
             const long at = begin + j * W;
-            wide was[S], now[S];
+            wide was[S], now[S], earlier{};
+            if (lagged) earlier = *(const wide *)(p.gamma[out] + at);
             for (long nu = 0; nu < S; nu++) was[nu] = forgets ? wide{} : *(const wide *)(p.gamma[nu] + at);
             for (long nu = 0; nu < S; nu++) {
                 now[nu] = phi[nu] * y[j];
@@ -172,15 +176,15 @@ template <class real> struct Network {
             }
             wide of_out = now[0];
             for (long nu = 1; nu < S; nu++) of_out = out == nu ? now[nu] : of_out;
-            const wide gradient = d * of_out;
+            const wide gradient = d * (lagged ? earlier : of_out);
             if (sums_up) {
-                if (one.learns) {
+                if (one.now()) {
                     wide *total = (wide *)(one.total + at);
                     *total = first ? gradient : *total + gradient;
                 }
                 continue;
             }
-            const wide w = one.learns ? optimizer.step(one.weight + at, one.first ? one.first + at : nullptr,
+            const wide w = one.now() ? optimizer.step(one.weight + at, one.first ? one.first + at : nullptr,
                                                        one.second ? one.second + at : nullptr, gradient, W)
                                       : *(const wide *)(one.weight + at);
             product += w * next[j];
@@ -241,7 +245,9 @@ template <class real> struct Network {
         for (long b = 0; b < batch; b++) rows += !counts || counts[b];
         double sum = 0;
         for (long b = 0; b < batch; b++) {
-            const real *out = o + b * O, *aim = loss == CROSS_ENTROPY ? nullptr : target + (t * batch + b) * O;
+            const real *out = o + b * O, *aim = loss == CROSS_ENTROPY ? nullptr
+                                                : lagged ? state + (this->out * batch + b) * units
+                                                         : target + (t * batch + b) * O;
             real *to = given + b * O;
             if (counts && !counts[b]) {
                 for (long i = 0; i < O; i++) to[i] = 0;
@@ -282,11 +288,11 @@ template <class real> struct Network {
     // reset: Γ^ν' then counts as zero, even where it isn't finite.
     struct Coefficients {
         real m[S][S], phi[S], delta;
-        bool kept[S], all;
+        bool kept[S], all, lagged;
 
         Coefficients(const Network &n, const Matrix<real, S> &k, long at) {
             const long plane = n.batch * n.units;
-            all = true, delta = n.delta[at];
+            all = true, lagged = n.lagged, delta = n.delta[at];
             for (long nu = 0; nu < S; nu++) phi[nu] = k.phi[nu] < 0 ? real(0) : n.found[k.phi[nu] * plane + at];
             for (long source = 0; source < S; source++) {
                 kept[source] = false;
@@ -298,10 +304,11 @@ template <class real> struct Network {
             }
         }
 
-        // Advances `here` numbers of Γ^ν at gamma[ν] + at, which read y, and returns δ Γ^out.
+        // Advances `here` numbers of Γ^ν at gamma[ν] + at, which read y, and returns δ Γ^out, of before if `lagged`.
         template <bool some_forgotten>
         inline wide advance(real *const *gamma, long at, wide y, long out, long here) const {
-            wide was[S], now[S];
+            wide was[S], now[S], earlier{};
+            if (lagged && delta != 0) earlier = load(gamma[out] + at, here); // δ is 0 in a row that was reset
             for (long nu = 0; nu < S; nu++)
                 was[nu] = some_forgotten && !kept[nu] ? wide{} : load(gamma[nu] + at, here);
             for (long nu = 0; nu < S; nu++) {
@@ -311,49 +318,65 @@ template <class real> struct Network {
             }
             wide found = now[0]; // a constant index keeps `now` in registers
             for (long nu = 1; nu < S; nu++) found = out == nu ? now[nu] : found;
-            return delta * found;
+            return delta * (lagged ? earlier : found);
         }
     };
 
-    // Advances row i of matrix k's Γ, and takes its gradient.
+    // Advances row i of matrix k's Γ, and takes its gradient; of the only batch row.
     template <int kind>
     void learn_row(const Matrix<real, S> &k, long t, long i, const Optimizer<real, kind> &optimizer, bool sums_up,
                    bool first) {
         const long skip = k.dims == 3 ? i / k.fan_in * k.fan_in : 0, begin = i * k.fan_in;
-        if (batch == 1) {
-            const Coefficients c(*this, k, i);
-            const real *y = signal(k, t, 0) + skip;
-            const auto all = [&](auto some_forgotten) {
-                constexpr bool some = decltype(some_forgotten)::value;
-                long j = 0;
-                for (; j + W <= k.fan_in; j += W)
-                    take(optimizer, k.learned, begin + j,
-                         c.template advance<some>(k.gamma, begin + j, *(const wide *)(y + j), out, W), W, sums_up, first);
-                if (const long here = k.fan_in - j)
-                    take(optimizer, k.learned, begin + j,
-                         c.template advance<some>(k.gamma, begin + j, load(y + j, here), out, here), here, sums_up,
-                         first);
-            };
-            c.all ? all(std::false_type()) : all(std::true_type());
-            return;
-        }
-        constexpr long TOGETHER = 4 * W; // numbers of a row whose gradient is summed over batch rows in registers
-        for (long j = 0; j < k.fan_in; j += TOGETHER) {
-            wide gradient[4] = {};
-            for (long b = 0; b < batch; b++) {
-                const Coefficients c(*this, k, b * units + i);
-                const real *y = signal(k, t, b) + skip;
-                real *gamma[S];
-                for (long nu = 0; nu < S; nu++) gamma[nu] = k.gamma[nu] + b * k.next;
-                for (long part = 0; part < 4 && j + part * W < k.fan_in; part++) {
-                    const long at = j + part * W, here = k.fan_in - at;
-                    gradient[part] += c.template advance<true>(gamma, begin + at, load(y + at, here), out, here);
+        const Coefficients c(*this, k, i);
+        const real *y = signal(k, t, 0) + skip;
+        const auto all = [&](auto some_forgotten) {
+            constexpr bool some = decltype(some_forgotten)::value;
+            long j = 0;
+            for (; j + W <= k.fan_in; j += W)
+                take(optimizer, k.learned, begin + j,
+                     c.template advance<some>(k.gamma, begin + j, *(const wide *)(y + j), out, W), W, sums_up, first);
+            if (const long here = k.fan_in - j)
+                take(optimizer, k.learned, begin + j,
+                     c.template advance<some>(k.gamma, begin + j, load(y + j, here), out, here), here, sums_up,
+                     first);
+        };
+        c.all ? all(std::false_type()) : all(std::true_type());
+    }
+
+    // How many rows of a matrix `learn_rows` takes at once: their gradient fits in TOGETHER numbers.
+    static constexpr long TOGETHER = 1024;
+    static long rows_together(long fan_in) { return std::max(1L, std::min(8L, TOGETHER / fan_in)); }
+
+    // `learn_row` of a few rows of several batch rows: one batch row after the other, since their Γ lies far apart.
+    template <int kind>
+    __attribute__((noinline)) void learn_rows(const Matrix<real, S> &k, long t, long i, long rows,
+                                              const Optimizer<real, kind> &optimizer, bool sums_up, bool first) {
+        for (long from = 0; from < k.fan_in; from += TOGETHER) {
+            const long count = std::min(TOGETHER, k.fan_in - from);
+            real gradient[TOGETHER];
+            std::fill(gradient, gradient + rows * count, real(0));
+            for (long b = 0; b < batch; b++)
+                for (long row = 0; row < rows; row++) {
+                    const Coefficients c(*this, k, b * units + i + row);
+                    const real *y = signal(k, t, b) + (k.dims == 3 ? (i + row) / k.fan_in * k.fan_in : 0) + from;
+                    real *gamma[S], *sum = gradient + row * count;
+                    for (long nu = 0; nu < S; nu++) gamma[nu] = k.gamma[nu] + b * k.next + (i + row) * k.fan_in + from;
+                    const auto all = [&](auto some_forgotten) {
+                        constexpr bool some = decltype(some_forgotten)::value;
+                        long j = 0;
+                        for (; j + W <= count; j += W)
+                            *(wide *)(sum + j) += c.template advance<some>(gamma, j, *(const wide *)(y + j), out, W);
+                        if (const long here = count - j) {
+                            const wide more = c.template advance<some>(gamma, j, load(y + j, here), out, here);
+                            store(sum + j, load(sum + j, here) + more, here);
+                        }
+                    };
+                    c.all ? all(std::false_type()) : all(std::true_type());
                 }
-            }
-            for (long part = 0; part < 4 && j + part * W < k.fan_in; part++) {
-                const long at = j + part * W;
-                take(optimizer, k.learned, begin + at, gradient[part], k.fan_in - at, sums_up, first);
-            }
+            for (long row = 0; row < rows; row++)
+                for (long j = 0; j < count; j += W)
+                    take(optimizer, k.learned, (i + row) * k.fan_in + from + j, load(gradient + row * count + j, count - j),
+                         count - j, sums_up, first);
         }
     }
 
@@ -377,7 +400,8 @@ template <class real> struct Network {
                 }
                 store(k.gamma[nu] + b * k.next + i, now[nu], here);
             }
-            gradient += load(delta + at, here) * now[out];
+            const wide d = load(delta + at, here);
+            gradient += lagged ? chosen(d == 0, wide{}, d * was[out]) : d * now[out];
         }
         take(optimizer, k.learned, i, gradient, here, sums_up, first);
     }
@@ -400,6 +424,20 @@ template <class real> struct Network {
         for (auto &k : matrices)
             if (k.reads == INPUT) return false;
         return features == units;
+    }
+
+    // What the readout reads (B, N).
+    const real *shown() const { return (lagged ? before : state) + out * batch * units; }
+
+    // Whether a batch row counts for the loss of step t.
+    bool counts(long t) const {
+        return !mask || std::any_of(mask + t * batch, mask + (t + 1) * batch, [](unsigned char one) { return one; });
+    }
+
+    // Whether weights learn at the steps to come, if they learn at all.
+    void let_learn(bool learn) {
+        for (auto &k : matrices) k.learned.rests = !learn;
+        for (auto &p : panels) p.learned.rests = !learn;
     }
 
     // Calls work(team) with the team if the readout is large, else work(false) by one of its threads.
@@ -465,16 +503,14 @@ template <class real> struct Network {
         const auto forward = [&](long t) {
             once(team, [&] { begin_step(t); });
             for (auto &k : matrices)
-                if (k.panel < 0 && (k.dims != 2 || batch > 1))
+                if (k.panel < 0 && k.dims != 2)
                     spread(team, units, [&](long i) { multiply_row(k, t, i); });
                 else if (k.panel < 0)
                     spread(team, (units + 3) / 4, [&](long four) {
-                        const long i = 4 * four;
-                        real *to = (k.of_gate ? sums : drives) + k.into * units + i;
-                        if (i + 4 <= units)
-                            add_four_dots(k.learned.weight + i * k.fan_in, signal(k, t, 0), to, k.fan_in);
-                        else
-                            for (long rest = i; rest < units; rest++) multiply_row(k, t, rest);
+                        const long i = 4 * four, plane = batch * units;
+                        real *to = (k.of_gate ? sums : drives) + k.into * plane + i;
+                        add_rows(k.learned.weight + i * k.fan_in, std::min(4L, units - i), k.fan_in, batch,
+                                 [&](long b) { return signal(k, t, b); }, [&](long b) { return to + b * units; });
                     });
                 else {
                     const real *y = read_at(k, t, false);
@@ -489,20 +525,30 @@ template <class real> struct Network {
                 }
             spread(team, batch * blocks, [&](long each) { move(t, each / blocks, each % blocks * W); });
             on_readout(team, [&](bool many) {
-                readout.forward(state + out * batch * units, outputs + t * batch * classes_or_outputs, many);
+                readout.forward(shown(), outputs + t * batch * classes_or_outputs, many);
             });
         };
-        const auto learn = [&](long t) {
-            const long at = (position + t) % every;
+        // at: how many of the steps between two updates have run
+        const auto learn = [&](long t, long &at) {
+            const bool idle = lagged && !counts(t);
             const auto optimizer = optimizer_after<kind>(updates);
-            on_readout(team, [&](bool many) {
-                once(many, [&] { losses[t] = judge(t); });
-                readout.learn(state + out * batch * units, given, delta, optimizer, t, sums_up, at == 0, many);
-            });
+            if (idle)
+                once(team, [&] {
+                    losses[t] = 0;
+                    std::fill(delta, delta + batch * units, real(0));
+                    let_learn(false);
+                });
+            else
+                on_readout(team, [&](bool many) {
+                    once(many, [&] { losses[t] = judge(t); });
+                    readout.learn(shown(), given, delta, optimizer, t, sums_up, at == 0, many);
+                });
             for (auto &k : matrices) {
                 const auto own = optimizer.at(k.learned, t);
+                const long together = batch == 1 ? 1 : rows_together(k.fan_in);
+                const bool by_row = k.panel < 0 && k.fan_in > 1;
                 spread(
-                    team, k.fan_in == 1 || k.panel >= 0 ? blocks : units,
+                    team, by_row ? (units + together - 1) / together : blocks,
                     [&](long task) {
                         if (k.panel >= 0 && sums_up)
                             learn_panel<kind, true>(k, t, task, own, at == 0);
@@ -510,29 +556,40 @@ template <class real> struct Network {
                             learn_panel<kind, false>(k, t, task, own, at == 0);
                         else if (k.fan_in == 1)
                             learn_units(k, t, task * W, own, sums_up, at == 0);
-                        else
+                        else if (batch == 1)
                             learn_row(k, t, task, own, sums_up, at == 0);
+                        else
+                            learn_rows(k, t, task * together, std::min(together, units - task * together), own, sums_up,
+                                       at == 0);
                     },
                     false);
             }
             if (team) {
 #pragma omp barrier
             }
+            if (idle) {
+                once(team, [&] { let_learn(true); });
+                return;
+            }
             if (at == every - 1)
                 once(team, [&] {
                     if (sums_up) update(optimizer, t);
                     updates++;
                 });
+            at = (at + 1) % every;
         };
-        const auto step = [&](long t) {
-            if (phase & FORWARD) forward(t);
-            if (phase & LEARN) learn(t);
+        const auto all_steps = [&] {
+            long at = position;
+            for (long t = 0; t < steps; t++) {
+                if (phase & FORWARD) forward(t);
+                if (phase & LEARN) learn(t, at);
+            }
         };
         if (team) {
 #pragma omp parallel num_threads(threads)
-            for (long t = 0; t < steps; t++) step(t);
+            all_steps();
         } else
-            for (long t = 0; t < steps; t++) step(t);
+            all_steps();
         for (auto &p : panels) p.turn_all(true);
         panels.clear();
     }
