@@ -34,6 +34,7 @@ from .layers.named import (  # noqa: E402
 )
 from .online import OnlineLearner  # noqa: E402
 from .online import operators as _operators  # noqa: E402, F401  registers them with torch
+from .online.actor_critic import StreamActorCritic  # noqa: E402
 from .online.fidelity import fidelity  # noqa: E402
 from .online.stack import Stack, StackLearner  # noqa: E402
 from .online.stream_readout import Residual  # noqa: E402
@@ -73,6 +74,7 @@ __all__ = [
     "Stack",
     "StackLearner",
     "Stream",
+    "StreamActorCritic",
     "TimeDecay",
     "TwoPointRNN",
     "cells",
