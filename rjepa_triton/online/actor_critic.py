@@ -171,16 +171,16 @@ class StreamActorCritic:
             value = value.masked_fill(done, 0)
         self.error = reward + self.discount * value - self.value
         weights, batch = self.layer.weights(), self.batch_size
-        found: dict[nn.Parameter, Tensor] = {}
+        found: dict[Tensor, Tensor] = {}
         for group, trace in zip(self._carried().groups, self._layer_traces, strict=True):
             totals = torch.einsum("b,bknm->knm", self.error, trace)
             for k, index in enumerate(group.indices):
-                found[weights[index]] = totals[k].view(group.shape)  # type: ignore[index]
+                found[weights[index]] = totals[k].view(group.shape)
         for weight, trace in zip(self._heads, self._head_traces, strict=True):
             found[weight] = torch.einsum("b,b...->...", self.error, trace)
         if self._bonus is not None:
             for weight, more in zip((*weights, *self._heads), self._bonus, strict=True):
-                found[weight] += self.entropy * more  # type: ignore[index]
+                found[weight] += self.entropy * more
         self.optimizer.zero_grad()
         for weight, total in found.items():
             if weight.requires_grad:

@@ -28,6 +28,13 @@ OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "rmsprop": torch.optim.RMSprop,
 }
+# What torch.optim calls their moments.
+MOMENTS: tuple[tuple[str, ...], ...] = (
+    ("momentum_buffer",),
+    ("exp_avg", "exp_avg_sq"),
+    ("exp_avg", "exp_avg_sq"),
+    ("square_avg",),
+)
 RULES = {"rfp": 0, "eprop": 1, "rflo": 2, "snap0": 3}
 LOSSES_AT = {
     name: k for k, name in enumerate(LOSSES)
@@ -101,7 +108,7 @@ class Compiled:
             return f"compiled code takes the rules {', '.join(rfp.RULES)}, got {learner.learning!r}"
         if type(layer).readout is not TwoPointRNN.readout:
             return f"{type(layer).__name__} computes its output outside of the recurrence"
-        if stream.kind is None:
+        if stream.kind < 0:
             known = ", ".join(kind.__name__ for kind in OPTIMIZERS.values())
             return f"compiled code takes the optimizers {known}, got {type(stream.optimizer).__name__}"
         for name in ("amsgrad", "maximize", "centered", "differentiable", "decoupled_weight_decay"):
@@ -177,7 +184,7 @@ class Compiled:
 
     def learned(self) -> list[nn.Parameter]:
         """The readout's weights and biases, then the layer's weights."""
-        return [*self.parts.parameters(), *self.stream.layer.weights()]  # type: ignore[list-item]
+        return [*self.parts.parameters(), *self.stream.layer.weights()]
 
     def tables(self, given: Mapping[str, Tensor | None], steps: int, phase: int) -> Tables:
         """Addresses, numbers and options of one network, as stream.h reads them. given: tensors named in `FIRST`."""
@@ -255,9 +262,7 @@ class Compiled:
         found: list[tuple[Tensor | None, Tensor | None]] = []
         steps: set[int] = set()
         kind = self.stream.kind
-        names = (("momentum_buffer",), ("exp_avg", "exp_avg_sq"), ("exp_avg", "exp_avg_sq"), ("square_avg",))[
-            kind
-        ]
+        names = MOMENTS[kind]
         for parameter in self.learned():
             if not parameter.requires_grad or (kind == 0 and not options["momentum"]):
                 found.append((None, None))
@@ -414,7 +419,7 @@ class _OneStep:
         if mask is not None or self.masked:
             self.masked = mask is not None
             self.mask.fill_(True) if mask is None else self.mask.copy_(mask)
-        self.rates[:] = rates
+        self.rates[:] = list(rates)
         numbers, stream = self.numbers, self.stream
         numbers[PHASE], numbers[POSITION] = LEARN, stream.position
         numbers[DONE] = self.done

@@ -180,8 +180,9 @@ class Stream:
                 )
         else:
             self.optimizer = OPTIMIZERS[optimizer](self.parameters, lr=lr, **dict(optimizer_options or {}))
-        kinds = list(OPTIMIZERS.values())
-        self.kind = kinds.index(type(self.optimizer)) if type(self.optimizer) in kinds else None  # type: ignore[arg-type]
+        kinds: list[type[torch.optim.Optimizer]] = list(OPTIMIZERS.values())
+        # Its place in `OPTIMIZERS`; -1 for another, which the loop runs.
+        self.kind = kinds.index(type(self.optimizer)) if type(self.optimizer) in kinds else -1
         self.position = 0  # how many of the C steps between two updates have run
         self._pending: Tensor | None = None  # the output of step(), until learn()
         # Of self-prediction: rows whose episode has had a step; what step() of the loop has left for learn().
@@ -515,7 +516,7 @@ class Stream:
         before = copy.deepcopy(
             [self.layer.state_dict(), self.readout.state_dict(), self.optimizer.state_dict()]
         )
-        owners = (self.layer, self.readout, self.optimizer)
+        owners: tuple[Any, ...] = (self.layer, self.readout, self.optimizer)
         try:
             for owner, name in zip(owners, ("layer", "readout", "optimizer"), strict=True):
                 owner.load_state_dict(state[name])
