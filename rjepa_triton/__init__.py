@@ -34,8 +34,10 @@ from .layers.named import (  # noqa: E402
 )
 from .online import OnlineLearner  # noqa: E402
 from .online import operators as _operators  # noqa: E402, F401  registers them with torch
+from .online.actor_critic import StreamActorCritic  # noqa: E402
 from .online.fidelity import fidelity  # noqa: E402
 from .online.stack import Stack, StackLearner  # noqa: E402
+from .online.stream_readout import Residual  # noqa: E402
 from .online.streams import Stream  # noqa: E402
 
 _moved.install()
@@ -68,9 +70,11 @@ __all__ = [
     "MinLSTM",
     "OnlineLearner",
     "Partials",
+    "Residual",
     "Stack",
     "StackLearner",
     "Stream",
+    "StreamActorCritic",
     "TimeDecay",
     "TwoPointRNN",
     "cells",

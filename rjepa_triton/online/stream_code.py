@@ -16,6 +16,7 @@ from ..cells.trace import traced
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp
 from .options import refuse_hooks
+from .stream_readout import LINEAR, Parts, has_hooks
 
 if TYPE_CHECKING:
     from .streams import Stream
@@ -27,13 +28,19 @@ OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "rmsprop": torch.optim.RMSprop,
 }
+# What torch.optim calls their moments.
+MOMENTS: tuple[tuple[str, ...], ...] = (
+    ("momentum_buffer",),
+    ("exp_avg", "exp_avg_sq"),
+    ("exp_avg", "exp_avg_sq"),
+    ("square_avg",),
+)
 RULES = {"rfp": 0, "eprop": 1, "rflo": 2, "snap0": 3}
 LOSSES_AT = {
     name: k for k, name in enumerate(LOSSES)
 }  # in the order of stream.h, as are these and OPTIMIZERS
 INPUT, ONE = -1, -2
 FORWARD, LEARN = 1, 2
-OPTIONS = 6  # numbers of `Network::options`
 Tables = tuple[list[int], list[int], list[float]]
 FIRST = (
     "x",
@@ -64,18 +71,21 @@ class Result:
 class Compiled:
     """Calls of `stream.h` for one stream, by the addresses of what the stream owns."""
 
-    def __init__(self, stream: Stream, code: ctypes.CDLL) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream, parts: Parts, code: ctypes.CDLL) -> None:
+        self.stream, self.parts = stream, parts
         layer, weight = stream.layer, stream.layer.weights()[0]
         self.function = code.stream_float if weight.dtype == torch.float32 else code.stream_double
         self.function.argtypes, self.function.restype = [ctypes.c_void_p] * 3, None
         cell, found = layer.cell, traced(layer.cell)
         assert found is not None
         self.entries = {"gate": found.entries[1], "input": found.entries[2]}
-        self.outputs = int(stream.readout.out_features)  # type: ignore[arg-type]
+        sizes = parts.sizes(layer.hidden_size)
+        self.outputs = sizes[-1]
         counts = len(cell.states), len(cell.gates), len(cell.per_unit)
         planes = sum(counts) + counts[0] ** 2 + len(set(found.partials.values())) + 1
-        self.scratch = weight.new_empty(stream.batch_size * (layer.hidden_size * planes + self.outputs) + 128)
+        self.scratch = weight.new_empty(
+            stream.batch_size * (layer.hidden_size * planes + self.outputs + 2 * sum(sizes)) + 128
+        )
         self.totals: list[Tensor | None] = [None] * len(self.learned())
         # Moments of weights that no step has changed yet.
         self.new: dict[nn.Parameter, dict[str, Tensor]] = {}
@@ -91,20 +101,26 @@ class Compiled:
             return (
                 f"compiled code serves float32 and float64 on the CPU, got {weight.dtype} on {weight.device}"
             )
-        if type(readout) is not nn.Linear:
-            return f"compiled code takes a readout that is one nn.Linear, got {type(readout).__name__}"
+        parts = Parts.of(readout, layer.hidden_size)
+        if isinstance(parts, str):
+            return parts
         if learner.learning not in rfp.RULES:
             return f"compiled code takes the rules {', '.join(rfp.RULES)}, got {learner.learning!r}"
         if type(layer).readout is not TwoPointRNN.readout:
             return f"{type(layer).__name__} computes its output outside of the recurrence"
+        if stream.kind < 0:
+            known = ", ".join(kind.__name__ for kind in OPTIMIZERS.values())
+            return f"compiled code takes the optimizers {known}, got {type(stream.optimizer).__name__}"
         for name in ("amsgrad", "maximize", "centered", "differentiable", "decoupled_weight_decay"):
             if options.get(name) and not (name == "decoupled_weight_decay" and stream.kind == 2):
                 return f"compiled code has no {name} of torch.optim"
         if stream.kind == 3 and options["momentum"]:
             return "compiled code has no momentum of RMSprop"
-        if any("parametrizations" in module._modules for module in (layer, readout)):
+        if "parametrizations" in layer._modules:
             return "a weight is computed from others"
-        if len(stream.parameters) != len(layer.weights()) + (1 if readout.bias is None else 2):
+        if any(one.dtype != weight.dtype or one.device != weight.device for one in stream.parameters):
+            return f"compiled code takes weights that are all {weight.dtype} on {weight.device}"
+        if len(stream.parameters) != len(layer.weights()) + len(parts.parameters()):
             return "the layer or the readout has parameters that no step uses, or shares them"
         if any(not parameter.is_contiguous() for parameter in stream.parameters):
             return "a weight isn't contiguous"
@@ -113,12 +129,21 @@ class Compiled:
             return "no C++ compiler was found"
         code = generated.stream_code(layer.cell)
         return (
-            "the cell can't be traced, or its code could not be built" if code is None else cls(stream, code)
+            "the cell can't be traced, or its code could not be built"
+            if code is None
+            else cls(stream, parts, code)
         )
 
     def obstacle(self) -> str | None:
         """Why this call must be the loop's, or None. Raises ValueError if the stream's weights are others by now."""
         stream = self.stream
+        if not self.parts.are_still():
+            parts = Parts.of(stream.readout, stream.layer.hidden_size)
+            if isinstance(parts, str):
+                return parts
+            self.parts = parts
+            if not parts.are_still():
+                return "the readout has hooks"
         learned = self.learned()
         mine = set(map(id, stream.parameters))
         if any(id(parameter) not in mine for parameter in learned):
@@ -130,10 +155,11 @@ class Compiled:
                     f"{parameter.dtype} on {parameter.device}: make a new Stream"
                 )
         refuse_hooks(stream.layer)
-        if _has_hooks(stream.readout):
-            return "the readout has hooks"
         if not all(parameter.is_contiguous() for parameter in learned):
             return "a weight isn't contiguous"
+        groups = stream.optimizer.param_groups
+        if any(_options(group) != _options(groups[0]) for group in groups[1:]):
+            return "the optimizer's groups of weights differ in more than lr"
         if not any(parameter.requires_grad for parameter in learned):
             return "no weight requires a gradient"
         if self.moments(stream.optimizer.param_groups[0])[1] is None:
@@ -157,14 +183,13 @@ class Compiled:
         ]
 
     def learned(self) -> list[nn.Parameter]:
-        """The readout's weight and bias, then the layer's weights."""
-        readout, layer = self.stream.readout, self.stream.layer
-        return [p for p in (readout.weight, readout.bias, *layer.weights()) if p is not None]  # type: ignore[misc]
+        """The readout's weights and biases, then the layer's weights."""
+        return [*self.parts.parameters(), *self.stream.layer.weights()]
 
     def tables(self, given: Mapping[str, Tensor | None], steps: int, phase: int) -> Tables:
         """Addresses, numbers and options of one network, as stream.h reads them. given: tensors named in `FIRST`."""
         stream = self.stream
-        learner, layer, readout = stream.learner, stream.layer, stream.readout
+        learner, layer = stream.learner, stream.layer
         state, sensitivity = learner.lend()
         options = stream.optimizer.param_groups[0]
         moments, done = self.moments(options)
@@ -173,24 +198,30 @@ class Compiled:
         numbers: list[int] = [
             *(phase, steps, stream.batch_size, layer.hidden_size, layer.fan_in, self.outputs),
             *(LOSSES_AT[stream.loss], stream.kind, stream.update_every, stream.position),
-            *(RULES[learner.learning], layer.cell.outputs[0], done),
+            *(RULES[learner.learning], layer.cell.outputs[0], done, stream.self_prediction),
         ]
         sums_up = stream.update_every > 1 or stream.clip_norm is not None
         place = iter(range(len(self.totals)))
+        group_of = stream.groups()
 
         def add(parameter: Any) -> None:
             if parameter is None:
                 arrays.extend((0, 0, 0, 0))
-                numbers.append(0)
+                numbers.extend((0, 0))
                 return
             k = next(place)
             if sums_up and self.totals[k] is None:
                 self.totals[k] = torch.zeros_like(parameter)
             arrays.extend(_address(one) for one in (parameter, *moments[k], self.totals[k]))
-            numbers.append(parameter.requires_grad)
+            numbers.extend((parameter.requires_grad, group_of[parameter]))
 
-        add(readout.weight)
-        add(readout.bias)
+        numbers += [self.parts.residual, len(self.parts.parts)]
+        sizes = self.parts.sizes(layer.hidden_size)
+        for part, (kind, _), size in zip(self.parts.parts, self.parts.kinds(), sizes, strict=True):
+            numbers += [kind, size]
+            if kind == LINEAR:
+                add(part.weight)
+                add(part.bias)
         weights = layer.weights()
         numbers.append(len(weights))
         places = {index: (group, k) for group in sensitivity.groups for k, index in enumerate(group.indices)}
@@ -217,6 +248,7 @@ class Compiled:
             *(float(first), float(options.get("dampening", second))),
             *(float(options.get("eps", options.get("nesterov", False))), float(options["weight_decay"])),
             *(stream.huber_delta, stream.clip_norm or 0.0),
+            *(setting for _, setting in self.parts.kinds()),
         ]
 
     def moments(
@@ -230,9 +262,7 @@ class Compiled:
         found: list[tuple[Tensor | None, Tensor | None]] = []
         steps: set[int] = set()
         kind = self.stream.kind
-        names = (("momentum_buffer",), ("exp_avg", "exp_avg_sq"), ("exp_avg", "exp_avg_sq"), ("square_avg",))[
-            kind
-        ]
+        names = MOMENTS[kind]
         for parameter in self.learned():
             if not parameter.requires_grad or (kind == 0 and not options["momentum"]):
                 found.append((None, None))
@@ -255,11 +285,11 @@ class Compiled:
             )
         return found, max(steps, default=0) if len(steps) < 2 else None
 
-    def advanced(self, steps: int, learned: Sequence[nn.Parameter]) -> None:
-        """So many steps have run whole: the optimizer, the position and the learner know of it."""
+    def advanced(self, steps: int, counted: int, learned: Sequence[nn.Parameter]) -> None:
+        """So many steps have run whole, and so many counted: the optimizer, the position and the learner know of it."""
         stream = self.stream
         torch.autograd.graph.increment_version(learned)
-        updates, stream.position = divmod(stream.position + steps, stream.update_every)
+        updates, stream.position = divmod(stream.position + counted, stream.update_every)
         if updates and self.new:
             for parameter, made in self.new.items():
                 stream.optimizer.state[parameter].update(made)
@@ -283,15 +313,21 @@ class Compiled:
         results = []
         for one, each in zip(networks, given, strict=True):
             one._one = None
-            one.advanced(steps, one.learned())
-            losses, outputs = each["losses"], each["outputs"]
+            losses, outputs, mask = each["losses"], each["outputs"], each["mask"]
+            lagged = one.stream.self_prediction and mask is not None
+            one.advanced(steps, int(mask.any(1).sum()) if lagged else steps, one.learned())  # type: ignore[union-attr]
             assert losses is not None
             assert outputs is not None
             results.append(Result(losses.to(outputs.dtype), outputs, one.stream.learner.state))
         return results
 
     def given(
-        self, x: Tensor, target: Tensor, resets: Tensor | None, mask: Tensor | None, rates: Sequence[float]
+        self,
+        x: Tensor,
+        target: Tensor | None,
+        resets: Tensor | None,
+        mask: Tensor | None,
+        rates: Sequence[Sequence[float]],
     ) -> dict[str, Tensor | None]:
         """The tensors of a call, by their names in `FIRST`, with those that it writes."""
         given: dict[str, Tensor | None] = {"x": x, "target": target, "resets": resets, "mask": mask}
@@ -317,10 +353,10 @@ class Compiled:
         """Others than these calls have run steps: make the tables anew."""
         self._one = None
 
-    def learn(self, target: Tensor, mask: Tensor | None, rate: float) -> float:
+    def learn(self, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]) -> float:
         """The loss of the step that ran; it is learned from."""
         assert self._one is not None
-        return self._one.learn(target, mask, rate)
+        return self._one.learn(target, mask, rates)
 
 
 class _OneStep:
@@ -336,11 +372,11 @@ class _OneStep:
         self.target = torch.zeros(aims, dtype=torch.int64 if classes else weight.dtype)
         self.outputs = weight.new_zeros(batch, compiled.outputs)
         self.mask = torch.ones(batch, dtype=torch.bool)
-        self.loss, self.rate = ctypes.c_double(), ctypes.c_double()
+        self.loss, self.rates = ctypes.c_double(), (ctypes.c_double * len(stream.optimizer.param_groups))()
         given = {"x": self.x, "target": self.target, "outputs": self.outputs, "mask": self.mask}
         arrays, numbers, options = compiled.tables(given, 1, FORWARD)
         arrays[FIRST.index("losses")] = ctypes.addressof(self.loss)
-        arrays[FIRST.index("rates")] = ctypes.addressof(self.rate)
+        arrays[FIRST.index("rates")] = ctypes.addressof(self.rates)
         self.arrays, self.numbers, self.options = _packed([(arrays, numbers, options)])
         self.learned, self.masked = compiled.learned(), False
         self.of = self._of()
@@ -364,7 +400,7 @@ class _OneStep:
     def is_still(self) -> bool:
         """Whether the tables name what the stream has now."""
         stream, now = self.stream, self.compiled.learned()
-        if _has_hooks(stream.readout) or _has_hooks(stream.layer):
+        if has_hooks(stream.layer) or not self.compiled.parts.are_still():
             return False
         same = len(now) == len(self.learned) and all(map(operator.is_, now, self.learned))
         return same and self.of == self._of()
@@ -376,19 +412,21 @@ class _OneStep:
         self.function(self.arrays, self.numbers, self.options)
         return self.outputs.clone()
 
-    def learn(self, target: Tensor, mask: Tensor | None, rate: float) -> float:
+    def learn(self, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]) -> float:
         """The loss of the step that `forward` ran; it is learned from."""
-        self.target.copy_(target.detach() if target.requires_grad else target)
+        if target is not None:
+            self.target.copy_(target.detach() if target.requires_grad else target)
         if mask is not None or self.masked:
             self.masked = mask is not None
             self.mask.fill_(True) if mask is None else self.mask.copy_(mask)
-        self.rate.value = rate
+        self.rates[:] = list(rates)
         numbers, stream = self.numbers, self.stream
         numbers[PHASE], numbers[POSITION] = LEARN, stream.position
         numbers[DONE] = self.done
         self.function(self.arrays, self.numbers, self.options)
-        self.compiled.advanced(1, self.learned)
-        self.done += stream.position == 0
+        counted = 0 if stream.self_prediction and self.masked and not bool(self.mask.any()) else 1
+        self.compiled.advanced(1, counted, self.learned)
+        self.done += counted and stream.position == 0
         return self.loss.value
 
 
@@ -402,7 +440,7 @@ def _packed(networks: Sequence[Tables]) -> tuple[Any, Any, Any]:
     numbers = [
         len(networks),
         torch.get_num_threads(),
-        OPTIONS,
+        len(networks[0][2]),
         *(n for network in networks for n in network[1]),
     ]
     options = [value for network in networks for value in network[2]]
@@ -413,13 +451,8 @@ def _packed(networks: Sequence[Tables]) -> tuple[Any, Any, Any]:
     )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def _address(tensor: Tensor | None) -> int:

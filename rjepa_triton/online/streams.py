@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from ..layers.layer import TwoPointRNN
+from . import stream_given
 from .learner import OnlineLearner
 from .options import Learning
+from .sensitivity import PerUnit
 from .stream_code import LOSSES, OPTIMIZERS, Compiled, Result
 
 __all__ = ["Result", "Stream"]
@@ -45,9 +47,18 @@ class Stream:
     and any partition of T into calls gives the same. The weights of `layer` and `readout` change in place. For an
     environment in the loop, `step(x) -> output` and `learn(target)` are the two halves of a step.
 
+    With `self_prediction`, the layer predicts itself, and there is no target:
+
+        h(t) = learner.step(x[t])
+        loss = torch.nn.functional.mse_loss(readout(h(t-1)), h(t).detach())
+
+    is learned from with the sensitivities of h(t-1), in rows whose step t isn't the first of an episode. A step in
+    which no row counts is not learned from: the optimizer takes no step, and `update_every` doesn't count it.
+
     Args:
         layer: the recurrent layer.
-        readout: nn.Linear; or nn.Sequential or any module from (B, N) to (B, O), which runs by the loop over steps.
+        readout: nn.Linear; nn.Sequential of linear parts and activations; `Residual` of these, h + inner(h); or any
+            module from (B, N) to (B, O), which runs by the loop over steps.
         batch_size: B, the number of batch rows that run side by side.
         loss: the mean over batch rows (and over outputs, but for "cross_entropy" and "cosine") of
             "mse"            (output - target)²
@@ -55,13 +66,16 @@ class Stream:
             "cross_entropy"  for target (T, B), the classes as int64
             "cosine"         1 - cosine similarity
             "delta"          target is ∂L/∂output (T, B, O) itself; the loss told is Σ target · output
-        optimizer: "sgd", "adam", "adamw" or "rmsprop".
-        lr: its learning rate; `run` may take one for each step.
+        optimizer: "sgd", "adam", "adamw" or "rmsprop"; or an optimizer of torch.optim that has just the weights of
+            `layer` and `readout`, in groups with learning rates of their own if need be.
+        lr: its learning rate, which an optimizer that is given has already; `run` may take one for each step.
         optimizer_options: further arguments of torch.optim's class, such as {"momentum": 0.9}.
         learning: the rule; None: the layer's own. As for `OnlineLearner`.
         update_every: C ≥ 1: the optimizer steps after every C-th step, by the sum of C gradients.
         clip_norm: the largest norm of all weights' gradient (torch.nn.utils.clip_grad_norm_); None: no limit.
         huber_delta: δ > 0 of the loss "huber".
+        self_prediction: learn to predict the layer's next output. Goes with the losses "mse", "huber" and "cosine", and
+            a readout that gives as many numbers as the layer has units.
         population: P: learn P independent networks, each a copy of `layer` and `readout` whose parameters are drawn
             anew with a seed of its own; `members` lists their streams. `run` takes one stream for all, or P of them, x
             (P, T, B, F), and gives losses (P, T) and outputs (P, T, B, O); lr may be P numbers. On a CPU threads
@@ -91,22 +105,27 @@ class Stream:
         batch_size: int = 1,
         *,
         loss: Loss = "mse",
-        optimizer: OptimizerName = "sgd",
+        optimizer: OptimizerName | torch.optim.Optimizer = "sgd",
         lr: float | Sequence[float] = 1e-3,
         optimizer_options: Mapping[str, Any] | None = None,
         learning: Learning | None = None,
         update_every: int = 1,
         clip_norm: float | None = None,
         huber_delta: float = 1.0,
+        self_prediction: bool = False,
         population: int | None = None,
         seeds: Sequence[int] | None = None,
         nonfinite: Nonfinite = "raise",
         backend: str = "auto",
     ) -> None:
         check.one_of("nonfinite", nonfinite, NONFINITE)
-        self.nonfinite = nonfinite
+        self.nonfinite, self.self_prediction = nonfinite, self_prediction
         self.members: list[Stream] | None = None
         if population is not None:
+            if isinstance(optimizer, torch.optim.Optimizer):
+                raise ValueError(
+                    "optimizer must be a name with a population, whose networks have weights of their own"
+                )
             self.members = _members(
                 layer,
                 readout,
@@ -122,6 +141,7 @@ class Stream:
                     "update_every": update_every,
                     "clip_norm": clip_norm,
                     "huber_delta": huber_delta,
+                    "self_prediction": self_prediction,
                     "nonfinite": nonfinite,
                     "backend": backend,
                 },
@@ -137,20 +157,37 @@ class Stream:
             raise TypeError(f"readout must be a torch.nn.Module, got {type(readout).__name__}")
         check.one_of("loss", loss, LOSSES)
         self.loss = loss
-        check.one_of("optimizer", optimizer, tuple(OPTIMIZERS))
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            check.one_of("optimizer", optimizer, tuple(OPTIMIZERS))
+        elif optimizer_options is not None:
+            raise ValueError("optimizer_options go with the name of an optimizer, got an optimizer")
         check.one_of("backend", backend, ("auto", "compile", "torch"))
         self.update_every = check.integer("update_every", update_every, 1)
-        self.clip_norm = None if clip_norm is None else _positive("clip_norm", clip_norm)
-        self.huber_delta = _positive("huber_delta", huber_delta)
+        self.clip_norm = None if clip_norm is None else stream_given.positive("clip_norm", clip_norm)
+        self.huber_delta = stream_given.positive("huber_delta", huber_delta)
         watch: Literal["ignore", "warn"] = "ignore" if nonfinite == "continue" else "warn"
         self.learner = OnlineLearner(layer, batch_size, learning=learning, form="step", nonfinite=watch)
         self.layer, self.readout, self.batch_size = layer, readout, self.learner.batch_size
-        _refuse_foreign(layer, readout)
+        stream_given.refuse_foreign(layer, readout)
         self.parameters = list(dict.fromkeys([*layer.parameters(), *readout.parameters()]))
-        self.kind = list(OPTIMIZERS).index(optimizer)
-        self.optimizer = OPTIMIZERS[optimizer](self.parameters, lr=lr, **dict(optimizer_options or {}))
+        if self_prediction:
+            stream_given.refuse_for_self_prediction(self)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self.optimizer = optimizer
+            if set(self.groups()) != set(self.parameters):
+                raise ValueError(
+                    "optimizer must have the weights of the layer and the readout, and no others"
+                )
+        else:
+            self.optimizer = OPTIMIZERS[optimizer](self.parameters, lr=lr, **dict(optimizer_options or {}))
+        kinds: list[type[torch.optim.Optimizer]] = list(OPTIMIZERS.values())
+        # Its place in `OPTIMIZERS`; -1 for another, which the loop runs.
+        self.kind = kinds.index(type(self.optimizer)) if type(self.optimizer) in kinds else -1
         self.position = 0  # how many of the C steps between two updates have run
         self._pending: Tensor | None = None  # the output of step(), until learn()
+        # Of self-prediction: rows whose episode has had a step; what step() of the loop has left for learn().
+        self.begun = torch.zeros(self.batch_size, dtype=torch.bool, device=layer.weights()[0].device)
+        self._left: tuple[Tensor, Tensor, Tensor, PerUnit] | None = None
         self._step_shape = (self.batch_size, layer.fan_in)
         self._compiled: Compiled | None = None
         self._one_step: Compiled | None = None  # what runs the pending step; None: the loop
@@ -172,6 +209,11 @@ class Stream:
             return self.members[0].backend
         return "torch" if self._compiled is None else "compile"
 
+    def groups(self) -> dict[nn.Parameter, int]:
+        """Which of the optimizer's groups each weight is in."""
+        groups = self.optimizer.param_groups
+        return {parameter: at for at, group in enumerate(groups) for parameter in group["params"]}
+
     def explain(self) -> None:
         """Print what runs the stream, and why."""
         print(f"backend = {self.backend!r}: {self.why}")
@@ -179,7 +221,7 @@ class Stream:
     def run(
         self,
         x: Tensor,
-        target: Tensor,
+        target: Tensor | None = None,
         resets: Tensor | None = None,
         mask: Tensor | None = None,
         lr: Tensor | None = None,
@@ -188,59 +230,23 @@ class Stream:
 
         Args:
             x: (T, B, F), F the layer's fan_in.
-            target: (T, B, O); for "cross_entropy" (T, B), classes from 0 on.
+            target: (T, B, O); for "cross_entropy" (T, B), classes from 0 on; None with `self_prediction`.
             resets: (T, B) bool or None: rows in which a new episode starts at that step.
             mask: (T, B) bool or None: the rows that a step's loss is the mean over. A step without any has the loss 0
                 and a gradient of zero.
-            lr: (T,) learning rates, one for each step; None: the optimizer's.
+            lr: (T,) learning rates of all weights, one for each step; None: the optimizer's.
 
         Mutates the weights, the learner and the optimizer. Raises TypeError or ValueError, with nothing changed, for an
         argument that doesn't fit.
         """
         if self.members is not None:
             return self._run_members(self.members, x, target, resets, mask, lr)
-        given = self._checked(x, target, resets, mask, lr)
+        given = stream_given.checked(self, x, target, resets, mask, lr)
         compiled = self._serving()
         result = self._loop(*given) if compiled is None else compiled.run(*given)
+        self.begun.fill_(True)
         self._tell(result.losses)
         return result
-
-    def _checked(
-        self, x: Tensor, target: Tensor, resets: Tensor | None, mask: Tensor | None, lr: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[float]]:
-        """The arguments of `run`, checked, with what `nonfinite` makes of them; the learning rate of each step."""
-        if self._pending is not None:
-            raise RuntimeError("run() came after step() without its learn(target)")
-        x = check.tensor("x", x)
-        check.shape("x", x, ("T", *self._step_shape), "to match the stream")
-        check.like("x", x, "the layer", self.layer.weights()[0])
-        steps = x.shape[0]
-        target = self._checked_target(target, steps)
-        resets, mask = (
-            None if given is None else check.mask(name, given, (steps, self.batch_size), x.device)
-            for name, given in (("resets", resets), ("mask", mask))
-        )
-        rates = self._rates(lr, steps)
-        if self.nonfinite == "continue":
-            return x, target, resets, mask, rates
-        for name, value in (("x", x), ("target", target)):
-            if not value.is_floating_point() or bool(value.sum().isfinite()):
-                continue
-            bad = ~value.isfinite().all(-1)
-            if not bad.any():  # the sum alone has overflowed
-                continue
-            if self.nonfinite == "raise":
-                t, b = bad.nonzero()[0].tolist()
-                raise ValueError(
-                    f"{name} must hold finite numbers, got one that isn't at step {t}, batch row {b}"
-                )
-            mask = ~bad if mask is None else mask & ~bad
-            if name == "x":
-                x = x.masked_fill(bad[..., None], 0)
-                resets = bad if resets is None else resets | bad
-            else:
-                target = target.masked_fill(bad[..., None], 0)
-        return x, target, resets, mask, rates
 
     def _tell(self, losses: Tensor) -> None:
         """Warn of losses that aren't finite."""
@@ -259,7 +265,7 @@ class Stream:
         self,
         members: Sequence[Stream],
         x: Tensor,
-        target: Tensor,
+        target: Tensor | None,
         resets: Tensor | None,
         mask: Tensor | None,
         lr: Tensor | None,
@@ -281,7 +287,7 @@ class Stream:
             )
 
         given = [
-            member._checked(*each)
+            stream_given.checked(member, *each)
             for member, *each in zip(
                 members,
                 split("x", x, 3),
@@ -300,52 +306,13 @@ class Stream:
                 member._serving(never=True)
             results = [member._loop(*each) for member, each in zip(members, given, strict=True)]
         for member, result in zip(members, results, strict=True):
+            member.begun.fill_(True)
             member._tell(result.losses)
         return Result(
             torch.stack([result.losses for result in results]),
             torch.stack([result.outputs for result in results]),
             [result.state for result in results],
         )
-
-    def _checked_target(self, target: Tensor, steps: int) -> Tensor:
-        target = check.tensor("target", target)
-        outputs = self._outputs()
-        if self.loss == "cross_entropy":
-            check.shape(
-                "target", target, (steps, self.batch_size), "of classes, for the loss 'cross_entropy'"
-            )
-            if target.dtype != torch.int64:
-                raise TypeError(f"target must hold classes as int64, got {target.dtype}")
-            if target.numel() and outputs is not None:
-                low, high = int(target.min()), int(target.max())
-                if low < 0 or high >= outputs:
-                    raise ValueError(
-                        f"target must hold classes from 0 to {outputs - 1}, got one that is {low if low < 0 else high}"
-                    )
-            return target
-        wanted: tuple[int | str, ...] = (steps, self.batch_size, "O" if outputs is None else outputs)
-        check.shape("target", target, wanted, f"for the loss {self.loss!r}")
-        check.like("target", target, "the layer", self.layer.weights()[0])
-        return target.detach()
-
-    def _outputs(self) -> int | None:
-        """O, where the readout says it."""
-        last = (
-            self.readout[-1]
-            if isinstance(self.readout, nn.Sequential) and len(self.readout)
-            else self.readout
-        )
-        return last.out_features if isinstance(last, nn.Linear) else None
-
-    def _rates(self, lr: Tensor | None, steps: int) -> list[float]:
-        if lr is None:
-            return [float(self.optimizer.param_groups[0]["lr"])] * steps
-        if check.tensor("lr", lr).shape != (steps,):
-            raise ValueError(f"lr must have shape ({steps},), one rate for each step, got {tuple(lr.shape)}")
-        if steps and not bool((lr >= 0).all()):
-            raise ValueError("lr must hold numbers of at least 0, got one that isn't")
-        found: list[float] = lr.double().tolist()
-        return found
 
     def step(self, x: Tensor) -> Tensor:
         """The first half of a step: x (B, F) → the output (B, O), detached. `learn` is the other half.
@@ -360,7 +327,7 @@ class Stream:
         if compiled is None or not compiled.is_ready():
             self._one_step = compiled = self._serving()
         if compiled is None:
-            output = self.readout(self.learner.step(x))
+            output = self._predict(x) if self.self_prediction else self.readout(self.learner.step(x))
             self._pending = output
             return output.detach().clone()
         weight = self.parameters[0]
@@ -370,8 +337,9 @@ class Stream:
         self._pending = output = compiled.step(x)
         return output
 
-    def learn(self, target: Tensor, mask: Tensor | None = None) -> float:
-        """The other half of a step: learn from what `step` gave, and return the loss. target (B, O), or (B,) classes.
+    def learn(self, target: Tensor | None = None, mask: Tensor | None = None) -> float:
+        """The other half of a step: learn from what `step` gave, and return the loss. target (B, O), or (B,) classes;
+        None with `self_prediction`.
 
         Raises RuntimeError if no step is pending; TypeError or ValueError for target and mask.
         """
@@ -379,15 +347,23 @@ class Stream:
         output = self._pending
         if output is None:
             raise RuntimeError("learn(target) came without a step(x) before it")
-        if target.dtype is not output.dtype or target.shape != output.shape:
-            target = self._checked_target(check.tensor("target", target)[None], 1)[0]
+        if self.self_prediction:
+            stream_given.checked_target(self, target, 1)
+        elif (
+            not isinstance(target, Tensor) or target.dtype is not output.dtype or target.shape != output.shape
+        ):
+            checked = stream_given.checked_target(self, check.tensor("target", target)[None], 1)
+            target = None if checked is None else checked[0]
         if mask is not None:
-            mask = check.mask("mask", mask, (self.batch_size,), target.device)
-        rate = float(self.optimizer.param_groups[0]["lr"])
+            mask = check.mask("mask", mask, (self.batch_size,), output.device)
+        if self.self_prediction:
+            mask = self.begun.clone() if mask is None else self.begun & mask
+            self.begun.fill_(True)
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._pending = None
         if self._one_step is not None:
-            return self._one_step.learn(target, mask, rate)
-        return float(self._learn_from(output, target, mask, rate))
+            return self._one_step.learn(target, mask, rates)
+        return float(self._learn_from(output, target, mask, rates))
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Start a new episode at the next step in the batch rows where mask (B,) is True, or in all."""
@@ -396,6 +372,8 @@ class Stream:
                 member.reset(mask)
             return
         self.learner.reset(mask)
+        if self.self_prediction:
+            self.begun = torch.zeros_like(self.begun) if mask is None else self.begun & ~mask
 
     def _serving(self, never: bool = False) -> Compiled | None:
         """The compiled calls if they serve now, else None: the loop does. It gets the gradients' sum so far."""
@@ -415,7 +393,12 @@ class Stream:
             raise ValueError(f"{name}() is of one network: call it of one of `members`")
 
     def _loop(
-        self, x: Tensor, target: Tensor, resets: Tensor | None, mask: Tensor | None, rates: Sequence[float]
+        self,
+        x: Tensor,
+        target: Tensor | None,
+        resets: Tensor | None,
+        mask: Tensor | None,
+        rates: Sequence[Sequence[float]],
     ) -> Result:
         """The steps one by one."""
         losses, outputs, groups = [], [], self.optimizer.param_groups
@@ -423,26 +406,59 @@ class Stream:
         for t in range(len(x)):
             if resets is not None and bool(resets[t].any()):
                 self.learner.reset(resets[t])
-            output = self.readout(self.learner.step(x[t]))
+            output = self._predict(x[t]) if self.self_prediction else self.readout(self.learner.step(x[t]))
             outputs.append(output.detach().clone())
-            losses.append(self._learn_from(output, target[t], None if mask is None else mask[t], rates[t]))
+            aim, counts = (None if each is None else each[t] for each in (target, mask))
+            losses.append(self._learn_from(output, aim, counts, [rate[t] for rate in rates]))
         for group, rate in zip(groups, kept, strict=True):
             group["lr"] = rate
         return Result(torch.stack(losses), torch.stack(outputs), self.learner.state)
 
-    def _learn_from(self, output: Tensor, target: Tensor, mask: Tensor | None, rate: float) -> Tensor:
+    def _predict(self, x: Tensor) -> Tensor:
+        """readout(h(t-1)); h(t) and what the gradient of h(t-1) needs are left for `_learn_from`."""
+        states, sensitivity = self.learner.lend()
+        before = states[self.layer.cell.outputs[0]].clone().requires_grad_()
+        with torch.no_grad():
+            now = self.learner.step(x)
+        self._left = before, now, torch.zeros_like(states), sensitivity
+        output: Tensor = self.readout(before)
+        return output
+
+    def _learn_from(
+        self, output: Tensor, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]
+    ) -> Tensor:
+        if self._left is not None:
+            target = self._left[1]
+            if mask is not None and not bool(mask.any()):
+                self._left = None
+                return output.new_zeros(())
+        assert target is not None
         loss = self.loss_of(output, target, mask)
         if self.position == 0:
             self.optimizer.zero_grad()
         loss.backward()
+        if self._left is not None:
+            self._credit_before()
         self.position = (self.position + 1) % self.update_every
         if self.position == 0:
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-            for group in self.optimizer.param_groups:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             self.optimizer.step()
         return loss.detach()
+
+    def _credit_before(self) -> None:
+        """Add the layer's gradient through h(t-1) to the weights' `.grad`: Γ is still that of step t-1."""
+        assert self._left is not None
+        before, _, credit, sensitivity = self._left
+        self._left = None
+        if before.grad is None:
+            return
+        credit[self.layer.cell.outputs[0]] = before.grad
+        for weight, gradient in zip(self.layer.weights(), sensitivity.read(credit), strict=True):
+            if weight.requires_grad:
+                weight.grad = gradient.clone() if weight.grad is None else weight.grad.add_(gradient)
 
     def loss_of(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of one step: output (B, O), target (B, O) or (B,), mask (B,) or None."""
@@ -474,6 +490,7 @@ class Stream:
             "optimizer": self.optimizer.state_dict(),
             "position": self.position,
             "gradients": self._gradients() if self.position else None,
+            **({"begun": self.begun} if self.self_prediction else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -489,9 +506,8 @@ class Stream:
             for member, one in zip(self.members, states, strict=True):
                 member.load_state_dict(one)
             return
-        missing = [
-            k for k in ("layer", "readout", "learner", "optimizer", "position", "gradients") if k not in state
-        ]
+        wanted = ["layer", "readout", "learner", "optimizer", "position", "gradients"]
+        missing = [name for name in wanted + ["begun"] * self.self_prediction if name not in state]
         if missing:
             raise ValueError(f"state must be what state_dict() gave, and lacks {', '.join(missing)}")
         self.learner.refuse_foreign(state["learner"])
@@ -500,7 +516,7 @@ class Stream:
         before = copy.deepcopy(
             [self.layer.state_dict(), self.readout.state_dict(), self.optimizer.state_dict()]
         )
-        owners = (self.layer, self.readout, self.optimizer)
+        owners: tuple[Any, ...] = (self.layer, self.readout, self.optimizer)
         try:
             for owner, name in zip(owners, ("layer", "readout", "optimizer"), strict=True):
                 owner.load_state_dict(state[name])
@@ -510,6 +526,8 @@ class Stream:
             raise
         self.learner.load_state_dict(state["learner"])
         self.position, self._pending, self._served = state["position"], None, True
+        if self.self_prediction:
+            self.begun = state["begun"].clone()
         if self._compiled is not None:
             self._compiled.forget()
         if self.position:
@@ -526,15 +544,18 @@ class Stream:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: without what is of this process. A copy can't learn from a step of this one."""
-        if self.members is None and self.position:
-            self._gradients()
+        # Copies of a parameter come without its gradient.
+        gradients = self._gradients() if self.members is None and self.position else None
         serves = self.backend == "compile"
-        gone = {"_compiled": None, "_one_step": None, "_pending": None, "_served": True}
-        return {**self.__dict__, **gone, "_serves": serves}
+        gone = {"_compiled": None, "_one_step": None, "_pending": None, "_left": None, "_served": True}
+        return {**self.__dict__, **gone, "_serves": serves, "_kept": gradients}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        serves = state.pop("_serves")
+        serves, gradients = state.pop("_serves"), state.pop("_kept")
         self.__dict__.update(state)
+        if gradients is not None:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
         if serves and self.members is None:
             made = Compiled.of(self)
             if isinstance(made, Compiled):
@@ -570,26 +591,3 @@ def _members(
                     draw()
         found.append(Stream(*copies, batch_size, lr=rate, **options))
     return found
-
-
-def _positive(name: str, value: float) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not value > 0
-        or value == float("inf")
-    ):
-        raise ValueError(f"{name} must be a number above 0, got {value!r}")
-    return float(value)
-
-
-def _refuse_foreign(layer: TwoPointRNN, readout: nn.Module) -> None:
-    """Raise ValueError unless a linear readout fits the layer."""
-    weight = layer.weights()[0]
-    first = readout[0] if isinstance(readout, nn.Sequential) and len(readout) else readout
-    if isinstance(first, nn.Linear):
-        if first.in_features != layer.hidden_size:
-            raise ValueError(
-                f"readout must take the layer's {layer.hidden_size} units, got in_features={first.in_features}"
-            )
-        check.like("readout", first.weight, "the layer", weight)

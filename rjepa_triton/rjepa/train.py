@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _files
 from ..online.learner import OnlineLearner
+from ..online.stream_readout import Residual
+from ..online.streams import Stream
 from . import backbone, config, storage
 from .config import Config
 from .encoder import Encoder
@@ -42,6 +44,9 @@ CHECKPOINT, METRICS, WEIGHTS, EVALUATION, CONFIG = (
     "evaluation.json",
     "config.yaml",
 )
+
+
+ROWS_IN_ONE_CALL = 16  # most sequences of a batch for which one call for all steps is faster than the loop
 
 
 def build(settings: Config) -> RJEPA:
@@ -247,6 +252,9 @@ class Trainer:
         predictor alone.
         """
         every, steps = self.settings.train.updates, len(x)
+        if every == 1 and (stream := self._stream(x.shape[1])) is not None:
+            stream.run(x)
+            return
         circuit, predictor = self.model.encoder.circuit, self.model.predictor
         kind = self.settings.model.distance
         learner = OnlineLearner(circuit, x.shape[1], update_every=every, lag=int(every == 1))
@@ -260,6 +268,21 @@ class Trainer:
             if len(joined) > 1:
                 self._update(distance(kind, predictor(joined[:-1]), joined[1:]).mean())  # type: ignore[arg-type]
             before = h[-1] if every == 1 else h[-1].detach()
+
+    def _stream(self, rows: int) -> Stream | None:
+        """The top circuit and its predictor as one that learns by itself, or None where no compiled call serves it."""
+        if self.settings.train.learning != "rfp" or rows > ROWS_IN_ONE_CALL:
+            return None
+        predictor = self.model.predictor
+        stream = Stream(
+            self.model.encoder.circuit,
+            Residual(nn.Sequential(predictor.first, nn.ReLU(), predictor.second)),
+            rows,
+            loss="mse" if self.settings.model.distance == "square" else "cosine",
+            optimizer=self.optimizer.optimizer,
+            self_prediction=True,
+        )
+        return stream if stream.backend == "compile" else None
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.fabric.device)

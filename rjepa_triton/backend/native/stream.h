@@ -1,12 +1,13 @@
-// Online learning of one layer with a linear readout, T steps in one call, on the CPU: forward pass, Γ, readout, loss,
+// Online learning of one layer with a readout, T steps in one call, on the CPU: forward pass, Γ, readout, loss,
 // gradient and optimizer. Include it after a `template <class real> struct Cell` (loops.h says what Cell has).
 //
 // For each step t, with W as the step before left it:
 //
-//     p = Σ_k W^k c(t-1), x = W_in u(t) + b, c(t) = F(c(t-1), p, x), o = W_o c^out(t) + b_o, L = loss(o, target)
-//     Γ^{ν,k} ← Σ_ν' M^{νν'} Γ^{ν',k} + φ^{ν,k} y^kᵀ,    ∂L/∂W^k = Σ_b δ_b Γ^{out,k}_b,  δ = W_oᵀ ∂L/∂o
+//     p = Σ_k W^k c(t-1), x = W_in u(t) + b, c(t) = F(c(t-1), p, x), o = readout(c^out(t)), L = loss(o, target)
+//     Γ^{ν,k} ← Σ_ν' M^{νν'} Γ^{ν',k} + φ^{ν,k} y^kᵀ,    ∂L/∂W^k = Σ_b δ_b Γ^{out,k}_b,  δ = ∂L/∂c^out
 //
-// and then the optimizer's step of all weights, or at every C-th step, with the gradients' sum. A pass over the rows of
+// or, where the layer predicts itself, o = readout(c^out(t-1)), L = loss(o, c^out(t)), with Γ(t-1) in place of Γ(t), and
+// then the optimizer's step of all weights, or at every C-th step, with the gradients' sum. A pass over the rows of
 // Γ and W does the last line and the optimizer's step at once.
 
 #pragma once
@@ -15,25 +16,16 @@
 #include <type_traits>
 #include <vector>
 
-#include "loops.h"
+#include "readout.h"
 
 namespace {
 
 enum { MSE, CROSS_ENTROPY, HUBER, COSINE, GIVEN };   // losses
-enum { SGD, ADAM, ADAMW, RMSPROP };                  // optimizers
 enum { RFP, EPROP, RFLO, SNAP0 };                    // rules
 enum { FORWARD = 1, LEARN = 2 };                     // phases of a step
 constexpr long INPUT = -1, ONE = -2;                 // what a matrix may read other than a state
-constexpr long SHARED_STREAM = 1 << 17;              // numbers of Γ from which a second thread saves time
 constexpr long APART = 9 * 64;                        // between arrays of panels, which else share a cache's sets
 constexpr long PANELS_FROM = 8;                      // steps from which panels pay for being copied
-
-// Weights that learn: (rows, fan_in), the optimizer's two moments or null, the gradient's sum where it is kept, and
-// whether they learn at all.
-template <class real> struct Learned {
-    real *weight, *first, *second, *total;
-    long learns;
-};
 
 // One of the layer's matrices. reads: a state, INPUT or ONE; of_gate: whether it enters gate `into` or input `into`;
 // dims, fan_in: (N,) with fan-in 1, (N, M), or heads of fan_in units; gamma[ν]: Γ^ν, whose batch rows are `next` apart.
@@ -83,96 +75,6 @@ template <class real, long S> struct Panels {
     }
 };
 
-// The step of one optimizer, as torch.optim has it, for weights that lie side by side.
-template <class real, int kind> struct Optimizer {
-    typedef typename Lanes<real>::wide wide;
-    real lr, beta1, beta2, rest1, rest2, eps, decay, scale1, scale2; // rest: 1 - beta, rounded once
-    bool begins; // no momentum was kept before
-
-    // Returns the weights that it has written.
-    inline wide step(real *weight, real *first, real *second, wide gradient, long here) const {
-        wide w = load(weight, here);
-        if (kind == ADAMW)
-            w = w * (real(1) - lr * decay);
-        else if (decay != 0)
-            gradient = gradient + decay * w;
-        if (kind == SGD) {
-            if (first) { // beta1: momentum, beta2: dampening, eps: Nesterov's
-                const wide kept = begins ? gradient : beta1 * load(first, here) + rest2 * gradient;
-                store(first, kept, here);
-                gradient = eps != 0 ? gradient + beta1 * kept : kept;
-            }
-            w = w - lr * gradient;
-        } else if (kind == RMSPROP) {
-            const wide v = beta1 * load(second, here) + rest1 * gradient * gradient;
-            store(second, v, here);
-            w = w - lr * gradient / (root(v) + eps);
-        } else {
-            wide m = load(first, here);
-            m = m + rest1 * (gradient - m);
-            const wide v = beta2 * load(second, here) + rest2 * gradient * gradient;
-            store(first, m, here);
-            store(second, v, here);
-            w = w - (lr / scale1) * m / (root(v) / scale2 + eps);
-        }
-        store(weight, w, here);
-        return w;
-    }
-
-  private:
-    static wide root(wide v) {
-        wide r;
-        for (unsigned i = 0; i < sizeof(v) / sizeof(real); i++) r[i] = std::sqrt(v[i]);
-        return r;
-    }
-};
-
-// The sum of a vector's numbers, by halves.
-template <class wide, class real> inline real sum_of(wide v, real) {
-    typedef real half __attribute__((vector_size(32)));
-    typedef real quarter __attribute__((vector_size(16)));
-    half h[2];
-    memcpy(h, &v, sizeof(v));
-    const half both = h[0] + h[1];
-    quarter q[2];
-    memcpy(q, &both, sizeof(both));
-    const quarter last = q[0] + q[1];
-    real sum = last[0];
-    for (unsigned i = 1; i < sizeof(last) / sizeof(real); i++) sum += last[i];
-    return sum;
-}
-
-// Σ_j w[j] c[j].
-template <class real> inline real dot(const real *__restrict w, const real *__restrict c, long count) {
-    typedef typename Lanes<real>::wide wide;
-    constexpr long W = Lanes<real>::width;
-    wide sum{}, more{};
-    long j = 0;
-    for (; j + 2 * W <= count; j += 2 * W) {
-        sum += *(const wide *)(w + j) * *(const wide *)(c + j);
-        more += *(const wide *)(w + j + W) * *(const wide *)(c + j + W);
-    }
-    for (; j < count; j += W) sum += load(w + j, count - j) * load(c + j, count - j);
-    return sum_of(sum + more, real(0));
-}
-
-// out[r] += Σ_j w[r][j] c[j] for four rows w, `count` numbers each, that follow one another.
-template <class real> inline void add_four_dots(const real *w, const real *c, real *out, long count) {
-    typedef typename Lanes<real>::wide wide;
-    constexpr long W = Lanes<real>::width;
-    wide sums[4] = {};
-    long j = 0;
-    for (; j + W <= count; j += W) {
-        const wide at = *(const wide *)(c + j);
-        for (long r = 0; r < 4; r++) sums[r] += *(const wide *)(w + r * count + j) * at;
-    }
-    if (const long here = count - j) {
-        const wide at = load(c + j, here);
-        for (long r = 0; r < 4; r++) sums[r] += load(w + r * count + j, here) * at;
-    }
-    for (long r = 0; r < 4; r++) out[r] += sum_of(sums[r], real(0));
-}
-
 // One network, and what a call gives it.
 template <class real> struct Network {
     typedef Cell<real> C;
@@ -186,11 +88,12 @@ template <class real> struct Network {
     const unsigned char *resets, *mask;
     const double *rates;
     real *state, *scratch;
-    Learned<real> out_weight, out_bias;
+    Readout<real> readout;
     std::vector<Matrix<real, S>> matrices;
     std::vector<Panels<real, S>> panels; // of the matrices that have `panel` ≥ 0
     long phase, steps, batch, units, features, classes_or_outputs, loss, optimizer, every, position, rule, out, done;
-    const double *options; // beta1, beta2, eps, weight decay, Huber's δ, largest norm of the gradient or 0
+    long lagged; // whether the layer predicts itself; a step at which no batch row counts is then not learned from
+    const double *options; // beta1, beta2, eps, weight decay, Huber's δ, largest norm of the gradient or 0, parts' settings
 
     real *before, *sums, *drives, *m, *found, *delta, *given; // in `scratch`
 
@@ -206,10 +109,11 @@ template <class real> struct Network {
         phase = table.next(), steps = table.next(), batch = table.next(), units = table.next();
         features = table.next(), classes_or_outputs = table.next(), loss = table.next(), optimizer = table.next();
         every = table.next(), position = table.next(), rule = table.next(), out = table.next(), done = table.next();
-        out_weight = learned(table), out_bias = learned(table);
+        lagged = table.next();
+        readout = Readout<real>(table, batch, units, steps, rates, options + 6);
         matrices.resize(table.next());
         for (auto &k : matrices) {
-            k.learned = learned(table);
+            k.learned = Learned<real>::next(table, steps, rates);
             for (long nu = 0; nu < S; nu++) k.gamma[nu] = table.next<real>();
             k.reads = table.next(), k.of_gate = table.next(), k.into = table.next(), k.dims = table.next();
             k.fan_in = table.next(), k.next = table.next();
@@ -219,13 +123,7 @@ template <class real> struct Network {
         const long plane = batch * units;
         before = scratch, sums = before + S * plane, drives = sums + G * plane, m = drives + J * plane;
         found = m + S * S * plane, delta = found + FOUND * plane, given = delta + plane;
-    }
-
-    static Learned<real> learned(Table &table) {
-        Learned<real> one;
-        one.weight = table.next<real>(), one.first = table.next<real>(), one.second = table.next<real>();
-        one.total = table.next<real>(), one.learns = table.next();
-        return one;
+        readout.settle(given + batch * classes_or_outputs);
     }
 
     const real *signal(const Matrix<real, S> &k, long t, long b) const {
@@ -268,7 +166,8 @@ template <class real> struct Network {
         const Learned<real> &one = p.learned;
         for (long j = 0; j < k.fan_in; j++) {
             const long at = begin + j * W;
-            wide was[S], now[S];
+            wide was[S], now[S], earlier{};
+            if (lagged) earlier = *(const wide *)(p.gamma[out] + at);
             for (long nu = 0; nu < S; nu++) was[nu] = forgets ? wide{} : *(const wide *)(p.gamma[nu] + at);
             for (long nu = 0; nu < S; nu++) {
                 now[nu] = phi[nu] * y[j];
@@ -277,15 +176,15 @@ template <class real> struct Network {
             }
             wide of_out = now[0];
             for (long nu = 1; nu < S; nu++) of_out = out == nu ? now[nu] : of_out;
-            const wide gradient = d * of_out;
+            const wide gradient = d * (lagged ? earlier : of_out);
             if (sums_up) {
-                if (one.learns) {
+                if (one.now()) {
                     wide *total = (wide *)(one.total + at);
                     *total = first ? gradient : *total + gradient;
                 }
                 continue;
             }
-            const wide w = one.learns ? optimizer.step(one.weight + at, one.first ? one.first + at : nullptr,
+            const wide w = one.now() ? optimizer.step(one.weight + at, one.first ? one.first + at : nullptr,
                                                        one.second ? one.second + at : nullptr, gradient, W)
                                       : *(const wide *)(one.weight + at);
             product += w * next[j];
@@ -346,7 +245,9 @@ template <class real> struct Network {
         for (long b = 0; b < batch; b++) rows += !counts || counts[b];
         double sum = 0;
         for (long b = 0; b < batch; b++) {
-            const real *out = o + b * O, *aim = loss == CROSS_ENTROPY ? nullptr : target + (t * batch + b) * O;
+            const real *out = o + b * O, *aim = loss == CROSS_ENTROPY ? nullptr
+                                                : lagged ? state + (this->out * batch + b) * units
+                                                         : target + (t * batch + b) * O;
             real *to = given + b * O;
             if (counts && !counts[b]) {
                 for (long i = 0; i < O; i++) to[i] = 0;
@@ -383,27 +284,15 @@ template <class real> struct Network {
         return rows ? sum / (rows * (loss == MSE || loss == HUBER ? O : 1)) : 0;
     }
 
-    // Takes the gradient of `here` weights from `at` on: into the optimizer's step, or into the sum.
-    template <int kind>
-    void take(const Optimizer<real, kind> &optimizer, const Learned<real> &one, long at, wide gradient, long here,
-              bool sums_up, bool first) const {
-        if (!one.learns) return;
-        if (sums_up)
-            store(one.total + at, first ? gradient : load(one.total + at, here) + gradient, here);
-        else
-            optimizer.step(one.weight + at, one.first ? one.first + at : nullptr,
-                           one.second ? one.second + at : nullptr, gradient, here);
-    }
-
     // The coefficients of unit i's rows of Γ in batch row b. kept[ν'] is false where all M^{νν'} are zero, as after a
     // reset: Γ^ν' then counts as zero, even where it isn't finite.
     struct Coefficients {
         real m[S][S], phi[S], delta;
-        bool kept[S], all;
+        bool kept[S], all, lagged;
 
         Coefficients(const Network &n, const Matrix<real, S> &k, long at) {
             const long plane = n.batch * n.units;
-            all = true, delta = n.delta[at];
+            all = true, lagged = n.lagged, delta = n.delta[at];
             for (long nu = 0; nu < S; nu++) phi[nu] = k.phi[nu] < 0 ? real(0) : n.found[k.phi[nu] * plane + at];
             for (long source = 0; source < S; source++) {
                 kept[source] = false;
@@ -415,10 +304,11 @@ template <class real> struct Network {
             }
         }
 
-        // Advances `here` numbers of Γ^ν at gamma[ν] + at, which read y, and returns δ Γ^out.
+        // Advances `here` numbers of Γ^ν at gamma[ν] + at, which read y, and returns δ Γ^out, of before if `lagged`.
         template <bool some_forgotten>
         inline wide advance(real *const *gamma, long at, wide y, long out, long here) const {
-            wide was[S], now[S];
+            wide was[S], now[S], earlier{};
+            if (lagged && delta != 0) earlier = load(gamma[out] + at, here); // δ is 0 in a row that was reset
             for (long nu = 0; nu < S; nu++)
                 was[nu] = some_forgotten && !kept[nu] ? wide{} : load(gamma[nu] + at, here);
             for (long nu = 0; nu < S; nu++) {
@@ -428,49 +318,65 @@ template <class real> struct Network {
             }
             wide found = now[0]; // a constant index keeps `now` in registers
             for (long nu = 1; nu < S; nu++) found = out == nu ? now[nu] : found;
-            return delta * found;
+            return delta * (lagged ? earlier : found);
         }
     };
 
-    // Advances row i of matrix k's Γ, and takes its gradient.
+    // Advances row i of matrix k's Γ, and takes its gradient; of the only batch row.
     template <int kind>
     void learn_row(const Matrix<real, S> &k, long t, long i, const Optimizer<real, kind> &optimizer, bool sums_up,
                    bool first) {
         const long skip = k.dims == 3 ? i / k.fan_in * k.fan_in : 0, begin = i * k.fan_in;
-        if (batch == 1) {
-            const Coefficients c(*this, k, i);
-            const real *y = signal(k, t, 0) + skip;
-            const auto all = [&](auto some_forgotten) {
-                constexpr bool some = decltype(some_forgotten)::value;
-                long j = 0;
-                for (; j + W <= k.fan_in; j += W)
-                    take(optimizer, k.learned, begin + j,
-                         c.template advance<some>(k.gamma, begin + j, *(const wide *)(y + j), out, W), W, sums_up, first);
-                if (const long here = k.fan_in - j)
-                    take(optimizer, k.learned, begin + j,
-                         c.template advance<some>(k.gamma, begin + j, load(y + j, here), out, here), here, sums_up,
-                         first);
-            };
-            c.all ? all(std::false_type()) : all(std::true_type());
-            return;
-        }
-        constexpr long TOGETHER = 4 * W; // numbers of a row whose gradient is summed over batch rows in registers
-        for (long j = 0; j < k.fan_in; j += TOGETHER) {
-            wide gradient[4] = {};
-            for (long b = 0; b < batch; b++) {
-                const Coefficients c(*this, k, b * units + i);
-                const real *y = signal(k, t, b) + skip;
-                real *gamma[S];
-                for (long nu = 0; nu < S; nu++) gamma[nu] = k.gamma[nu] + b * k.next;
-                for (long part = 0; part < 4 && j + part * W < k.fan_in; part++) {
-                    const long at = j + part * W, here = k.fan_in - at;
-                    gradient[part] += c.template advance<true>(gamma, begin + at, load(y + at, here), out, here);
+        const Coefficients c(*this, k, i);
+        const real *y = signal(k, t, 0) + skip;
+        const auto all = [&](auto some_forgotten) {
+            constexpr bool some = decltype(some_forgotten)::value;
+            long j = 0;
+            for (; j + W <= k.fan_in; j += W)
+                take(optimizer, k.learned, begin + j,
+                     c.template advance<some>(k.gamma, begin + j, *(const wide *)(y + j), out, W), W, sums_up, first);
+            if (const long here = k.fan_in - j)
+                take(optimizer, k.learned, begin + j,
+                     c.template advance<some>(k.gamma, begin + j, load(y + j, here), out, here), here, sums_up,
+                     first);
+        };
+        c.all ? all(std::false_type()) : all(std::true_type());
+    }
+
+    // How many rows of a matrix `learn_rows` takes at once: their gradient fits in TOGETHER numbers.
+    static constexpr long TOGETHER = 1024;
+    static long rows_together(long fan_in) { return std::max(1L, std::min(8L, TOGETHER / fan_in)); }
+
+    // `learn_row` of a few rows of several batch rows: one batch row after the other, since their Γ lies far apart.
+    template <int kind>
+    __attribute__((noinline)) void learn_rows(const Matrix<real, S> &k, long t, long i, long rows,
+                                              const Optimizer<real, kind> &optimizer, bool sums_up, bool first) {
+        for (long from = 0; from < k.fan_in; from += TOGETHER) {
+            const long count = std::min(TOGETHER, k.fan_in - from);
+            real gradient[TOGETHER];
+            std::fill(gradient, gradient + rows * count, real(0));
+            for (long b = 0; b < batch; b++)
+                for (long row = 0; row < rows; row++) {
+                    const Coefficients c(*this, k, b * units + i + row);
+                    const real *y = signal(k, t, b) + (k.dims == 3 ? (i + row) / k.fan_in * k.fan_in : 0) + from;
+                    real *gamma[S], *sum = gradient + row * count;
+                    for (long nu = 0; nu < S; nu++) gamma[nu] = k.gamma[nu] + b * k.next + (i + row) * k.fan_in + from;
+                    const auto all = [&](auto some_forgotten) {
+                        constexpr bool some = decltype(some_forgotten)::value;
+                        long j = 0;
+                        for (; j + W <= count; j += W)
+                            *(wide *)(sum + j) += c.template advance<some>(gamma, j, *(const wide *)(y + j), out, W);
+                        if (const long here = count - j) {
+                            const wide more = c.template advance<some>(gamma, j, load(y + j, here), out, here);
+                            store(sum + j, load(sum + j, here) + more, here);
+                        }
+                    };
+                    c.all ? all(std::false_type()) : all(std::true_type());
                 }
-            }
-            for (long part = 0; part < 4 && j + part * W < k.fan_in; part++) {
-                const long at = j + part * W;
-                take(optimizer, k.learned, begin + at, gradient[part], k.fan_in - at, sums_up, first);
-            }
+            for (long row = 0; row < rows; row++)
+                for (long j = 0; j < count; j += W)
+                    take(optimizer, k.learned, (i + row) * k.fan_in + from + j, load(gradient + row * count + j, count - j),
+                         count - j, sums_up, first);
         }
     }
 
@@ -494,7 +400,8 @@ template <class real> struct Network {
                 }
                 store(k.gamma[nu] + b * k.next + i, now[nu], here);
             }
-            gradient += load(delta + at, here) * now[out];
+            const wide d = load(delta + at, here);
+            gradient += lagged ? chosen(d == 0, wide{}, d * was[out]) : d * now[out];
         }
         take(optimizer, k.learned, i, gradient, here, sums_up, first);
     }
@@ -519,42 +426,31 @@ template <class real> struct Network {
         return features == units;
     }
 
-    void answer(long t) {
-        const long O = classes_or_outputs;
-        for (long b = 0; b < batch; b++)
-            for (long o = 0; o < O; o++)
-                outputs[(t * batch + b) * O + o] =
-                    dot(out_weight.weight + o * units, state + (out * batch + b) * units, units) +
-                    (out_bias.weight ? out_bias.weight[o] : real(0));
+    // What the readout reads (B, N).
+    const real *shown() const { return (lagged ? before : state) + out * batch * units; }
+
+    // Whether a batch row counts for the loss of step t.
+    bool counts(long t) const {
+        return !mask || std::any_of(mask + t * batch, mask + (t + 1) * batch, [](unsigned char one) { return one; });
     }
 
-    template <int kind> void learn_readout(const Optimizer<real, kind> &optimizer, bool sums_up, bool first) {
-        const long O = classes_or_outputs;
-        std::fill(delta, delta + batch * units, real(0));
-        for (long o = 0; o < O; o++)
-            for (long i = 0; i < units; i += W) {
-                const long here = units - i < W ? units - i : W;
-                const wide w = load(out_weight.weight + o * units + i, here);
-                wide gradient{};
-                for (long b = 0; b < batch; b++) {
-                    const real by = given[b * O + o];
-                    real *to = delta + b * units + i;
-                    store(to, load(to, here) + by * w, here);
-                    gradient += by * load(state + (out * batch + b) * units + i, here);
-                }
-                take(optimizer, out_weight, o * units + i, gradient, here, sums_up, first);
-            }
-        for (long o = 0; o < O && out_bias.weight; o += W) {
-            const long here = O - o < W ? O - o : W;
-            wide gradient{};
-            for (long b = 0; b < batch; b++) gradient += load(given + b * O + o, here);
-            take(optimizer, out_bias, o, gradient, here, sums_up, first);
-        }
+    // Whether weights learn at the steps to come, if they learn at all.
+    void let_learn(bool learn) {
+        for (auto &k : matrices) k.learned.rests = !learn;
+        for (auto &p : panels) p.learned.rests = !learn;
     }
 
-    template <int kind> Optimizer<real, kind> optimizer_at(long t, long updates) const {
+    // Calls work(team) with the team if the readout is large, else work(false) by one of its threads.
+    template <class Work> void on_readout(bool team, const Work &work) {
+        if (team && readout.products < SHARED_STREAM)
+            once(team, [&] { work(false); });
+        else
+            work(team);
+    }
+
+    template <int kind> Optimizer<real, kind> optimizer_after(long updates) const {
         Optimizer<real, kind> o{};
-        o.lr = rates[t], o.beta1 = options[0], o.beta2 = options[1], o.eps = options[2], o.decay = options[3];
+        o.beta1 = options[0], o.beta2 = options[1], o.eps = options[2], o.decay = options[3];
         o.rest1 = 1 - options[0], o.rest2 = 1 - options[1];
         if (kind == ADAM || kind == ADAMW) {
             o.scale1 = 1 - std::pow(options[0], double(updates + 1));
@@ -565,9 +461,13 @@ template <class real> struct Network {
     }
 
     // The step of all weights by the gradients that were summed, which are scaled if their norm is too large.
-    template <int kind> void update(const Optimizer<real, kind> &optimizer) {
-        std::vector<std::pair<Learned<real> *, long>> all{{&out_weight, classes_or_outputs * units}};
-        if (out_bias.weight) all.push_back({&out_bias, classes_or_outputs});
+    template <int kind> void update(const Optimizer<real, kind> &optimizer, long t) {
+        std::vector<std::pair<Learned<real> *, long>> all;
+        for (auto &part : readout.parts)
+            if (part.kind == LINEAR) {
+                all.push_back({&part.weight, part.out * part.in});
+                if (part.bias.weight) all.push_back({&part.bias, part.out});
+            }
         for (auto &k : matrices)
             if (k.panel < 0)
                 all.push_back({&k.learned, units * k.fan_in});
@@ -577,34 +477,12 @@ template <class real> struct Network {
         for (auto &[one, count] : all)
             for (long i = 0; one->learns && i < count; i++) square += double(one->total[i]) * one->total[i];
         const double most = options[5], by = most > 0 ? std::min(1.0, most / (std::sqrt(square) + 1e-6)) : 1;
-        for (auto &[one, count] : all)
+        for (auto &[one, count] : all) {
+            const auto own = optimizer.at(*one, t);
             for (long i = 0; one->learns && i < count; i += W) {
                 const long here = count - i < W ? count - i : W;
-                take(optimizer, *one, i, load(one->total + i, here) * real(by), here, false, true);
+                take(own, *one, i, load(one->total + i, here) * real(by), here, false, true);
             }
-    }
-
-    // body(i) for all i < count, by the threads of the team if there is one. Without a team OpenMP's own constructs cost
-    // a call of the kernel each.
-    template <class Body> static void spread(bool team, long count, const Body &body, bool waits = true) {
-        if (!team)
-            for (long i = 0; i < count; i++) body(i);
-        else if (waits) {
-#pragma omp for schedule(static)
-            for (long i = 0; i < count; i++) body(i);
-        } else {
-#pragma omp for schedule(static) nowait
-            for (long i = 0; i < count; i++) body(i);
-        }
-    }
-
-    // body() by one thread, for which the others wait.
-    template <class Body> static void once(bool team, const Body &body) {
-        if (!team)
-            body();
-        else {
-#pragma omp single
-            body();
         }
     }
 
@@ -625,16 +503,14 @@ template <class real> struct Network {
         const auto forward = [&](long t) {
             once(team, [&] { begin_step(t); });
             for (auto &k : matrices)
-                if (k.panel < 0 && (k.dims != 2 || batch > 1))
+                if (k.panel < 0 && k.dims != 2)
                     spread(team, units, [&](long i) { multiply_row(k, t, i); });
                 else if (k.panel < 0)
                     spread(team, (units + 3) / 4, [&](long four) {
-                        const long i = 4 * four;
-                        real *to = (k.of_gate ? sums : drives) + k.into * units + i;
-                        if (i + 4 <= units)
-                            add_four_dots(k.learned.weight + i * k.fan_in, signal(k, t, 0), to, k.fan_in);
-                        else
-                            for (long rest = i; rest < units; rest++) multiply_row(k, t, rest);
+                        const long i = 4 * four, plane = batch * units;
+                        real *to = (k.of_gate ? sums : drives) + k.into * plane + i;
+                        add_rows(k.learned.weight + i * k.fan_in, std::min(4L, units - i), k.fan_in, batch,
+                                 [&](long b) { return signal(k, t, b); }, [&](long b) { return to + b * units; });
                     });
                 else {
                     const real *y = read_at(k, t, false);
@@ -648,47 +524,72 @@ template <class real> struct Network {
                     });
                 }
             spread(team, batch * blocks, [&](long each) { move(t, each / blocks, each % blocks * W); });
-            once(team, [&] { answer(t); });
-        };
-        const auto learn = [&](long t) {
-            const long at = (position + t) % every;
-            const auto optimizer = optimizer_at<kind>(t, updates);
-            once(team, [&] {
-                losses[t] = judge(t);
-                learn_readout(optimizer, sums_up, at == 0);
+            on_readout(team, [&](bool many) {
+                readout.forward(shown(), outputs + t * batch * classes_or_outputs, many);
             });
-            for (auto &k : matrices)
+        };
+        // at: how many of the steps between two updates have run
+        const auto learn = [&](long t, long &at) {
+            const bool idle = lagged && !counts(t);
+            const auto optimizer = optimizer_after<kind>(updates);
+            if (idle)
+                once(team, [&] {
+                    losses[t] = 0;
+                    std::fill(delta, delta + batch * units, real(0));
+                    let_learn(false);
+                });
+            else
+                on_readout(team, [&](bool many) {
+                    once(many, [&] { losses[t] = judge(t); });
+                    readout.learn(shown(), given, delta, optimizer, t, sums_up, at == 0, many);
+                });
+            for (auto &k : matrices) {
+                const auto own = optimizer.at(k.learned, t);
+                const long together = batch == 1 ? 1 : rows_together(k.fan_in);
+                const bool by_row = k.panel < 0 && k.fan_in > 1;
                 spread(
-                    team, k.fan_in == 1 || k.panel >= 0 ? blocks : units,
+                    team, by_row ? (units + together - 1) / together : blocks,
                     [&](long task) {
                         if (k.panel >= 0 && sums_up)
-                            learn_panel<kind, true>(k, t, task, optimizer, at == 0);
+                            learn_panel<kind, true>(k, t, task, own, at == 0);
                         else if (k.panel >= 0)
-                            learn_panel<kind, false>(k, t, task, optimizer, at == 0);
+                            learn_panel<kind, false>(k, t, task, own, at == 0);
                         else if (k.fan_in == 1)
-                            learn_units(k, t, task * W, optimizer, sums_up, at == 0);
+                            learn_units(k, t, task * W, own, sums_up, at == 0);
+                        else if (batch == 1)
+                            learn_row(k, t, task, own, sums_up, at == 0);
                         else
-                            learn_row(k, t, task, optimizer, sums_up, at == 0);
+                            learn_rows(k, t, task * together, std::min(together, units - task * together), own, sums_up,
+                                       at == 0);
                     },
                     false);
+            }
             if (team) {
 #pragma omp barrier
             }
+            if (idle) {
+                once(team, [&] { let_learn(true); });
+                return;
+            }
             if (at == every - 1)
                 once(team, [&] {
-                    if (sums_up) update(optimizer);
+                    if (sums_up) update(optimizer, t);
                     updates++;
                 });
+            at = (at + 1) % every;
         };
-        const auto step = [&](long t) {
-            if (phase & FORWARD) forward(t);
-            if (phase & LEARN) learn(t);
+        const auto all_steps = [&] {
+            long at = position;
+            for (long t = 0; t < steps; t++) {
+                if (phase & FORWARD) forward(t);
+                if (phase & LEARN) learn(t, at);
+            }
         };
         if (team) {
 #pragma omp parallel num_threads(threads)
-            for (long t = 0; t < steps; t++) step(t);
+            all_steps();
         } else
-            for (long t = 0; t < steps; t++) step(t);
+            all_steps();
         for (auto &p : panels) p.turn_all(true);
         panels.clear();
     }

@@ -1,0 +1,160 @@
+"""What a `Stream` is given: arguments that are checked before anything changes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..layers.layer import TwoPointRNN
+from ..rules import rfp
+from .stream_readout import Parts
+
+if TYPE_CHECKING:
+    from .streams import Stream
+
+
+def checked(
+    stream: Stream,
+    x: Tensor,
+    target: Tensor | None,
+    resets: Tensor | None,
+    mask: Tensor | None,
+    lr: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[list[float]]]:
+    """The arguments of `run`, checked, with what `nonfinite` makes of them; the rates of each group and step."""
+    if stream._pending is not None:
+        raise RuntimeError("run() came after step() without its learn(target)")
+    x = check.tensor("x", x)
+    check.shape("x", x, ("T", *stream._step_shape), "to match the stream")
+    check.like("x", x, "the layer", stream.layer.weights()[0])
+    steps = x.shape[0]
+    target = checked_target(stream, target, steps)
+    resets, mask = (
+        None if given is None else check.mask(name, given, (steps, stream.batch_size), x.device)
+        for name, given in (("resets", resets), ("mask", mask))
+    )
+    rates = rates_of(stream, lr, steps)
+    if stream.nonfinite == "continue":
+        return x, target, resets, counting(stream, mask, resets, steps), rates
+    for name, value in (("x", x), ("target", target)):
+        if value is None or not value.is_floating_point() or bool(value.sum().isfinite()):
+            continue
+        bad = ~value.isfinite().all(-1)
+        if not bad.any():  # the sum alone has overflowed
+            continue
+        if stream.nonfinite == "raise":
+            t, b = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name} must hold finite numbers, got one that isn't at step {t}, batch row {b}"
+            )
+        mask = ~bad if mask is None else mask & ~bad
+        if name == "x":
+            x = x.masked_fill(bad[..., None], 0)
+            resets = bad if resets is None else resets | bad
+        else:
+            target = value.masked_fill(bad[..., None], 0)
+    return x, target, resets, counting(stream, mask, resets, steps), rates
+
+
+def counting(stream: Stream, mask: Tensor | None, resets: Tensor | None, steps: int) -> Tensor | None:
+    """The mask of a call; with `self_prediction`, of rows whose step isn't the first of an episode."""
+    if not stream.self_prediction:
+        return mask
+    counts = stream.begun.expand(steps, -1).clone()
+    counts[1:] = True
+    for given in (None if resets is None else ~resets, mask):
+        counts = counts if given is None else counts & given
+    return counts
+
+
+def refuse_for_self_prediction(stream: Stream) -> None:
+    """Raise ValueError unless the layer can predict itself with this loss, readout and rule."""
+    units, outputs = stream.layer.hidden_size, outputs_of(stream)
+    if stream.loss in ("cross_entropy", "delta"):
+        raise ValueError(
+            f"self_prediction goes with loss='mse', 'huber' or 'cosine', got {stream.loss!r}, whose target isn't a "
+            "state"
+        )
+    if outputs is not None and outputs != units:
+        raise ValueError(
+            f"readout must give the layer's {units} units with self_prediction, got {outputs} outputs"
+        )
+    if stream.learner.learning not in rfp.RULES:
+        raise ValueError(
+            f"self_prediction goes with the rules {', '.join(rfp.RULES)}, got {stream.learner.learning!r}; the "
+            "nearest is an OnlineLearner with lag=1"
+        )
+    if type(stream.layer).readout is not TwoPointRNN.readout:
+        raise ValueError(
+            f"self_prediction goes with a layer whose output is a state, got {type(stream.layer).__name__}"
+        )
+
+
+def checked_target(stream: Stream, target: Tensor | None, steps: int) -> Tensor | None:
+    if stream.self_prediction:
+        if target is not None:
+            raise ValueError(
+                "target must be None with self_prediction, whose target is the layer's next output"
+            )
+        return None
+    target = check.tensor("target", target)
+    outputs = outputs_of(stream)
+    if stream.loss == "cross_entropy":
+        check.shape("target", target, (steps, stream.batch_size), "of classes, for the loss 'cross_entropy'")
+        if target.dtype != torch.int64:
+            raise TypeError(f"target must hold classes as int64, got {target.dtype}")
+        if target.numel() and outputs is not None:
+            low, high = int(target.min()), int(target.max())
+            if low < 0 or high >= outputs:
+                raise ValueError(
+                    f"target must hold classes from 0 to {outputs - 1}, got one that is {low if low < 0 else high}"
+                )
+        return target
+    wanted: tuple[int | str, ...] = (steps, stream.batch_size, "O" if outputs is None else outputs)
+    check.shape("target", target, wanted, f"for the loss {stream.loss!r}")
+    check.like("target", target, "the layer", stream.layer.weights()[0])
+    return target.detach()
+
+
+def outputs_of(stream: Stream) -> int | None:
+    """O, where the readout says it."""
+    parts = Parts.of(stream.readout, stream.layer.hidden_size)
+    return None if isinstance(parts, str) else parts.sizes(stream.layer.hidden_size)[-1]
+
+
+def rates_of(stream: Stream, lr: Tensor | None, steps: int) -> list[list[float]]:
+    """The learning rate of each of the optimizer's groups at each step."""
+    groups = stream.optimizer.param_groups
+    if lr is None:
+        return [[float(group["lr"])] * steps for group in groups]
+    if check.tensor("lr", lr).shape != (steps,):
+        raise ValueError(f"lr must have shape ({steps},), one rate for each step, got {tuple(lr.shape)}")
+    if steps and not bool((lr >= 0).all()):
+        raise ValueError("lr must hold numbers of at least 0, got one that isn't")
+    return [lr.double().tolist()] * len(groups)
+
+
+def positive(name: str, value: float) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not value > 0
+        or value == float("inf")
+    ):
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+    return float(value)
+
+
+def refuse_foreign(layer: TwoPointRNN, readout: nn.Module) -> None:
+    """Raise ValueError unless a linear readout fits the layer."""
+    weight = layer.weights()[0]
+    first = readout[0] if isinstance(readout, nn.Sequential) and len(readout) else readout
+    if isinstance(first, nn.Linear):
+        if first.in_features != layer.hidden_size:
+            raise ValueError(
+                f"readout must take the layer's {layer.hidden_size} units, got in_features={first.in_features}"
+            )
+        check.like("readout", first.weight, "the layer", weight)
