@@ -92,10 +92,11 @@ def test_a_run_writes_what_it_says(settings: Any, tmp_path: Path) -> None:
         "current_from_h",
         "current_from_x",
     }
+    named |= {"yardstick", "yardstick_control", "rankme"}
     assert named | {"epoch"} == set(rows[0])
     assert list((folder / "tensorboard").glob("events*"))
     found = json.loads((folder / "evaluation.json").read_text())
-    assert set(found) == {"before", "after", "config", "held_out"}
+    assert set(found) == {"before", "after", "config", "held_out", "epoch"}
     assert found["held_out"] == ["picture2"]
     assert len(found["after"]["loss"]) == 7
     assert found["before"]["loss"] == pytest.approx(found["before"]["control"])  # nothing recurs yet
