@@ -126,6 +126,7 @@ class TrainConfig:
     lr_bias        learning rate of the biases of a circuit's gates
     lr_predictor   learning rate of the predictors G and A
     weight_decay   by Adam's gradient; with `decoupled`, by AdamW
+    evaluate_every   epochs from one row of metrics.csv to the next
     patience       epochs without a better R² on data.validate after which training ends, with the best epoch's weights;
                    0: all epochs, and the last one's weights
     seed           of the first weights and of the order of sequences
@@ -143,6 +144,7 @@ class TrainConfig:
     lr_predictor: float = 3e-3
     weight_decay: float = 0.0
     decoupled: bool = False
+    evaluate_every: int = 1
     patience: int = 0
     seed: int = 0
     accelerator: str = "cpu"
@@ -301,6 +303,7 @@ def _check(config: Config) -> None:
         ("model.embedding", model.embedding, 0),
         ("model.predictor_hidden", model.predictor_hidden, 1),
         ("train.refine", train.refine, 0),
+        ("train.evaluate_every", train.evaluate_every, 1),
         ("train.patience", train.patience, 0),
         ("train.updates", train.updates, 0),
         ("train.epochs", train.epochs, 0),

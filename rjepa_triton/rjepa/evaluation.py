@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from . import diagnostics, evidence
-from .sequences import Data, Sequences, losses, taken
+from .sequences import Data, Sequences, encoding, losses, taken
 
 EPOCH_RIDGE = 100.0  # of the probes of each epoch; those of a whole evaluation choose theirs
 BINS = 40  # of the density of h on its first two principal components, each way
@@ -42,20 +42,16 @@ class Evaluator:
         whole: else without R² by step and the ceiling's, and with a ridge that isn't chosen.
         """
         data, kind = self.data, self.kind
-        train, test = (_encoded(model, side, self.device) for side in (data.train, data.test))
-        plain = {
-            name: _encoded(control, side, self.device)
-            for name, side in (("train", data.train), ("test", data.test))
-        }
-        h, target, own = test["h"], test["target"], plain["test"]
+        test, own = (_encoded(one, data.test, self.device) for one in (model, control))
+        h, target = test["h"], test["target"]
         before = torch.cat([torch.zeros_like(test["m"][:1]), test["m"][:-1]])
         gain = 1 - model.encoder.input_gate(before.to(self.device)).cpu()
         loss, control_loss = test["loss"].mean(1), own["loss"].mean(1)
         constant, constant_control, constant_yardstick = (
             diagnostics.constant_loss(kind, one)[1:] for one in (target, own["target"], data.test.yardstick)
         )
-        of_x = self._of_x("test", data.test, plain["train"]["x"], own["x"], whole)
-        of_h = self._explained(train["h"], h, data.test, whole)
+        of_x = self._of_x("test", data.test, control, whole)
+        of_h = self._explained(_embedded(model, data.train, self.device, "h"), h, data.test, whole)
         centred = h - h.mean((0, 1))
         flat = rearrange(centred, "t n d -> (t n) d")
         axes = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :2]
@@ -85,17 +81,15 @@ class Evaluator:
         """R² of the next patch from h less that from x, late, on the sequences that are held out to choose by."""
         chosen_by = self.data.validation
         assert chosen_by is not None
-        h = [_encoded(model, side, self.device)["h"] for side in (self.data.train, chosen_by)]
-        x = [_encoded(control, side, self.device)["x"] for side in (self.data.train, chosen_by)]
+        h = [_embedded(model, side, self.device, "h") for side in (self.data.train, chosen_by)]
         of_h = self._explained(h[0], h[1], chosen_by, False)
-        return of_h.late_next - self._of_x("validation", chosen_by, x[0], x[1], False)["x"].late_next
+        return of_h.late_next - self._of_x("validation", chosen_by, control, False)["x"].late_next
 
-    def _of_x(
-        self, name: str, side: Sequences, train: Tensor, test: Tensor, whole: bool
-    ) -> dict[str, evidence.Explained]:
-        """The evidence from x, and if `whole` that of the ceiling."""
+    def _of_x(self, name: str, side: Sequences, control: Any, whole: bool) -> dict[str, evidence.Explained]:
+        """The evidence from the control's x^High, and if `whole` that of the ceiling."""
         found = self._kept.get((name, whole))
         if found is None:
+            train, test = (_embedded(control, one, self.device, "x") for one in (self.data.train, side))
             found = {"x": self._explained(train, test, side, whole)}
             if whole:
                 seen = (evidence.with_averages(train), evidence.with_averages(test))
@@ -111,6 +105,17 @@ class Evaluator:
             late_only=not whole,
             ridge=None if whole else EPOCH_RIDGE,
         )
+
+
+def _embedded(model: Any, data: Sequences, device: torch.device, name: str, size: int = 64) -> Tensor:
+    """x^High or h, as `name` says, of all sequences (T, n, ·), without what losses need."""
+    if name == "x" and data.x is not None:
+        return data.x
+    parts = []
+    for which in torch.arange(len(data)).split(size):
+        made = encoding(model, taken(data, which, device))
+        parts.append(made.x if name == "x" else made.h)
+    return torch.cat(parts, dim=1).cpu()
 
 
 def _encoded(model: Any, data: Sequences, device: torch.device, size: int = 64) -> dict[str, Tensor]:

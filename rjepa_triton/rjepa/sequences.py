@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import heads
 from .config import Config
 from .data import Sides, datasets
+from .encoder import Encoding
 from .model import RJEPA, Losses
 from .patches import FixationSequences
 
@@ -199,6 +200,13 @@ def taken(data: Sequences, which: Tensor, device: torch.device) -> Batch:
     return Batch(
         of(data.x), of(data.features), patches, of(data.actions), data.yardstick[:, which].to(device)
     )
+
+
+def encoding(model: Any, batch: Batch) -> Encoding:
+    """What the encoder makes of a batch. It isn't called through Lightning Fabric: this is for evaluations."""
+    if batch.patches is not None:
+        return model.encoder(batch.patches)
+    return model.encoder.encode(model.encoder.head(batch.features) if batch.x is None else batch.x)
 
 
 def losses(model: Any, batch: Batch) -> Losses:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from .config import Config
 # The circuit's learning rate for each rule (docs/rjepa.md says how they were chosen).
 RATES = {"rfp": 3e-5, "bptt": 1e-5}
 # Smaller batches and fewer sequences than the defaults: each seed has data of its own, and all of it takes ten minutes.
-OWN = ("data.train=60", "data.test=100", "train.batch=25", "train.epochs=10")
+OWN = ("data.train=60", "data.test=100", "train.batch=25", "train.epochs=8", "train.evaluate_every=4")
 ORDERS = ("shuffled", "other")  # of the first rule's further controls
 EVALUATIONS, FEATURES = "evaluations.jsonl", "features-{}.pt"
 
@@ -102,7 +103,7 @@ def run(
 def _source(settings: Config) -> str:
     """What features depend on, as text: the data, but not their order, and the backbone."""
     recorded = dataclasses.replace(settings.data, order="recorded")
-    return config.text(Config(data=recorded, model=config.ModelConfig(backbone=settings.model.backbone)))
+    return json.dumps([dataclasses.asdict(recorded), settings.model.backbone])
 
 
 def _features(out: Path, settings: Config) -> dict[str, Any] | None:

@@ -85,7 +85,7 @@ def optimizer_of(model: RJEPA, settings: TrainConfig) -> torch.optim.Optimizer:
     predictors = [
         model.predictor,
         *([model.action_predictor] if model.action_predictor else []),
-        model.yardstick,
+        *([model.yardstick] if model.yardstick is not model.predictor else []),
     ]
     groups = [
         {
@@ -230,15 +230,10 @@ class Trainer:
                 for batch in self._order(epoch):
                     self._learn(batch)
                     advance()
-                row = {"epoch": float(epoch + 1), **scalars(self.evaluate(whole=False))}
                 self.done = epoch + 1
-                if self.settings.train.patience:
-                    row["validation_gain"] = self._choose()
-                self.history.append(row)
-                for told in warnings(row, self.before):
-                    self.say(f"epoch {epoch + 1}: {told}")
-                for name, value in row.items():
-                    logs.add_scalar(name, value, epoch + 1)
+                if self.done % self.settings.train.evaluate_every == 0 or self.settings.train.patience:
+                    for name, value in self._measure().items():
+                        logs.add_scalar(name, value, self.done)
                 self._save()
         finally:
             logs.close()
@@ -253,6 +248,16 @@ class Trainer:
             storage.save_tensors(self.folder / WEIGHTS, self.model.state_dict())
             _files.write_text(self.folder / EVALUATION, json.dumps(both))
         return both
+
+    def _measure(self) -> dict[str, float]:
+        """Evaluate the epoch that is done, for `history`; say what is wrong with the representation."""
+        row = {"epoch": float(self.done), **scalars(self.evaluate(whole=False))}
+        if self.settings.train.patience:
+            row["validation_gain"] = self._choose()
+        self.history.append(row)
+        for told in warnings(row, self.before):
+            self.say(f"epoch {self.done}: {told}")
+        return row
 
     def _choose(self) -> float:
         """R² gained on validation data in the epoch that is done; its weights are kept if it is the best so far."""

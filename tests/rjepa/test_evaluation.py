@@ -100,3 +100,11 @@ def test_evidence_is_in_the_record(settings: Any, tmp_path: Path) -> None:
     assert before["next_from_h_by_step"] == pytest.approx(before["next_from_x_by_step"], abs=1e-6)
     assert before["yardstick"] == pytest.approx(before["yardstick_control"])
     assert np.array(before["density"]).sum() == 6 * 3
+
+
+def test_not_every_epoch_need_be_evaluated(settings: Any, tmp_path: Path) -> None:
+    given = settings("train.epochs=3", "train.patience=0", "train.evaluate_every=2")
+    trainer = Trainer(given, tmp_path / "run", lambda _: None)
+    found = trainer.run()
+    assert [row["epoch"] for row in trainer.history] == [0, 2]
+    assert found["epoch"] == 3
