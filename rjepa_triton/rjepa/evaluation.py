@@ -104,6 +104,7 @@ class Evaluator:
             (test, side.targets),
             late_only=not whole,
             ridge=None if whole else EPOCH_RIDGE,
+            sources=self.data.train.sources,
         )
 
 

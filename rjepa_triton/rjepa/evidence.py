@@ -5,8 +5,9 @@ next patch beyond what x(t) tells is memory. It is 0 in the first step, where h 
 for a linear map to find: it sees x(t) and running averages of x up to t.
 
 Probes are ridge regressions (scikit-learn), fitted on the training sequences and tested on sources that are held out
-from training. The ridge is chosen on the training sequences alone, by cross-validation in which whole sequences are
-left out. A probe is fitted for each window of steps, since h changes its statistics while memory fills.
+from training. The ridge is chosen on the training sequences alone, by cross-validation in which whole sources are left
+out, as they are from the test: left out by sequence, it would be too small for other sources. A probe is fitted for
+each window of steps, since h changes its statistics while memory fills.
 """
 
 from __future__ import annotations
@@ -71,18 +72,24 @@ def explained(
     *,
     late_only: bool = False,
     ridge: float | None = None,
+    sources: np.ndarray | None = None,
 ) -> Explained:
     """R² on test sequences of maps from inputs (T, n, P) to targets (T, n, Q), fitted on the training sequences.
 
     R² is 1 - residual/total, over all targets of a step, with the total about the mean of the test side's targets.
     late_only: the two numbers alone, and no curves. ridge: the penalty; None: chosen on the training sequences.
+    sources: (n,) the source of each training sequence; None: each sequence is one.
     """
     from sklearn.linear_model import Ridge
 
     (a, y), (b, z) = ((_numbers(inputs), _numbers(targets)) for inputs, targets in (train, test))
     steps = len(a) - 1
     late = min(LATE, steps - 1)
-    ridge = _chosen(a[late:], y, late) if ridge is None else ridge
+    ridge = (
+        _chosen(a[late:], y, late, np.arange(a.shape[1]) if sources is None else sources)
+        if ridge is None
+        else ridge
+    )
     centre = z.reshape(-1, z.shape[-1]).mean(0)
     residual, total = np.zeros((2, steps)), np.zeros((2, steps))
     bounds = [late, steps] if late_only else [*(w for w in WINDOWS if w < steps), steps]
@@ -105,28 +112,33 @@ def explained(
     return Explained(curves[0], curves[1], float(ends[0]), float(ends[1]))
 
 
-def _chosen(late: np.ndarray, y: np.ndarray, start: int) -> float:
-    """The ridge that does best in five-fold cross-validation over sequences, on late steps."""
+def _chosen(late: np.ndarray, y: np.ndarray, start: int, sources: np.ndarray) -> float:
+    """The ridge that does best in cross-validation of up to five folds over sources, on late steps.
+
+    Of fewer than two sources, sequences are left out; of fewer than five of these, the ridge is 100.
+    """
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import GridSearchCV, GroupKFold
 
     steps, count = len(late) - 1, late.shape[1]
-    if count < 5:
-        return 100.0
+    if len(np.unique(sources)) < 2:
+        sources = np.arange(count)
+        if count < 5:
+            return 100.0
     some = np.linspace(0, count - 1, min(count, max(5, CHOOSING // max(steps, 1)))).astype(int)
     rows = _rows(late[:-1, some])
     std = np.maximum(rows.std(0), 1e-8)
     search = GridSearchCV(
         Ridge(solver="cholesky"),
         {"alpha": list(RIDGES)},
-        cv=GroupKFold(5),
+        cv=GroupKFold(min(5, len(np.unique(sources[some])))),
         scoring="neg_mean_squared_error",
         refit=False,
     )
     search.fit(
         _standard(rows, rows.mean(0), std),
         _pairs(y[:, some], start, start + steps),
-        groups=np.tile(np.arange(len(some)), steps),
+        groups=np.tile(sources[some], steps),
     )
     return float(search.best_params_["alpha"])
 

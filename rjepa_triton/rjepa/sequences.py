@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class Sequences:
     targets     (T, n, Q): principal components of the features, which the probes predict
     actions     (T, n, 2), or None if the model uses none
     yardstick   (T, n, E): context-free embeddings by the encoder's first weights (`model.RJEPA`)
+    sources     (n,): the name of each sequence's movie or picture
     """
 
     x: Tensor | None
@@ -41,6 +43,7 @@ class Sequences:
     targets: Tensor
     actions: Tensor | None
     yardstick: Tensor
+    sources: np.ndarray
 
     def __len__(self) -> int:
         return self.targets.shape[1]
@@ -135,6 +138,7 @@ def prepare(settings: Config, model: RJEPA, known: Features | None = None, *, ca
             targets=components(values),
             actions=None if settings.model.actions == "none" else actions,
             yardstick=encoder.context_free(encoder.head(values)),
+            sources=patches.movie,
         )
         for values, actions, patches in found
     ]

@@ -81,12 +81,21 @@ def test_late_numbers_are_a_ridge_regressions_own() -> None:
     assert told.next == []
 
 
-def test_the_ridge_is_chosen_by_sequences_that_are_left_out() -> None:
-    """Many inputs, few sequences: within a sequence all steps are alike, so that only whole ones tell overfitting."""
+def test_the_ridge_is_chosen_by_whole_sources_that_are_left_out() -> None:
+    """Many inputs, few sources, all of whose steps are alike: only whole ones, left out, tell overfitting."""
     torch.manual_seed(0)
     a = torch.randn(1, 30, 40).expand(STEPS, 30, 40) + 0.01 * torch.randn(STEPS, 30, 40)
     y = torch.randn(1, 30, 2).expand(STEPS, 30, 2)
-    assert evidence._chosen(a[20:].numpy().astype(float), y.numpy().astype(float), 20) >= 1000
+    inputs, targets = (values.numpy().astype(float) for values in (a, y))
+    assert evidence._chosen(inputs[20:], targets, 20, np.arange(30)) >= 1000
+    sources = np.repeat(np.arange(6), 5)
+    inputs, targets = (
+        inputs[:, sources * 5],
+        targets[:, sources * 5],
+    )  # the sequences of a source are alike too
+    assert evidence._chosen(inputs[20:], targets, 20, np.arange(30)) < 1000
+    assert evidence._chosen(inputs[20:], targets, 20, sources) >= 1000
+    assert evidence._chosen(inputs[20:, :4], targets[:, :4], 20, np.zeros(4)) == 100
 
 
 def test_short_sequences() -> None:
