@@ -51,7 +51,9 @@ class Evaluator:
             diagnostics.constant_loss(kind, one)[1:] for one in (target, own["target"], data.test.yardstick)
         )
         of_x = self._of_x("test", data.test, control, whole)
-        of_h = self._explained(_embedded(model, data.train, self.device, "h"), h, data.test, whole)
+        of_h = self._explained(
+            _embedded(model, data.train, self.device, "h"), h, data.test, whole, of_x["x"].ridge
+        )
         centred = h - h.mean((0, 1))
         flat = rearrange(centred, "t n d -> (t n) d")
         axes = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :2]
@@ -98,12 +100,14 @@ class Evaluator:
                 self._kept[name, whole] = found
         return found
 
-    def _explained(self, train: Tensor, test: Tensor, side: Sequences, whole: bool) -> evidence.Explained:
+    def _explained(
+        self, train: Tensor, test: Tensor, side: Sequences, whole: bool, ridge: float | None = None
+    ) -> evidence.Explained:
         return evidence.explained(
             (train, self.data.train.targets),
             (test, side.targets),
             late_only=not whole,
-            ridge=None if whole else EPOCH_RIDGE,
+            ridge=ridge if whole else EPOCH_RIDGE,
             sources=self.data.train.sources,
         )
 

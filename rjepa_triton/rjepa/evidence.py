@@ -7,7 +7,8 @@ for a linear map to find: it sees x(t) and running averages of x up to t.
 Probes are ridge regressions (scikit-learn), fitted on the training sequences and tested on sources that are held out
 from training. The ridge is chosen on the training sequences alone, by cross-validation in which whole sources are left
 out, as they are from the test: left out by sequence, it would be too small for other sources. A probe is fitted for
-each window of steps, since h changes its statistics while memory fills.
+each window of steps, since h changes its statistics while memory fills. h's probe has the ridge that is chosen for x's:
+where h is x, in the first step, there is no gap.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ class Explained:
     next     (T - 1,) of the next patch, from step t = 1 … T - 1
     present  (T - 1,) of the present patch, from the same steps
     late_next, late_present   of all steps from `LATE` on together
+    ridge    the penalty
     """
 
     next: list[float]
     present: list[float]
     late_next: float
     late_present: float
+    ridge: float
 
 
 def with_averages(x: Tensor) -> Tensor:
@@ -108,8 +111,8 @@ def explained(
     curves = [] if late_only else (1 - residual / np.maximum(total, floor)).tolist()
     ends = 1 - residual[:, late:].sum(1) / np.maximum(total[:, late:].sum(1), floor)
     if late_only:
-        return Explained([], [], float(ends[0]), float(ends[1]))
-    return Explained(curves[0], curves[1], float(ends[0]), float(ends[1]))
+        return Explained([], [], float(ends[0]), float(ends[1]), ridge)
+    return Explained(curves[0], curves[1], float(ends[0]), float(ends[1]), ridge)
 
 
 def _chosen(late: np.ndarray, y: np.ndarray, start: int, sources: np.ndarray) -> float:

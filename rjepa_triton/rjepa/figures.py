@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from .. import _files
 from ..bench.harness.statistics import interval
 from ..bench.harness.style import STYLE, save
 from . import config
+from .evidence import WINDOWS
 from .evidence import late as _late
 from .train import EVALUATION
 
@@ -189,18 +191,18 @@ def _over_time(runs: Runs, path: Path) -> list[Path]:
             len(recorded),
             figsize=(1.5 + 6 * len(recorded), 3.6 * count),
             squeeze=False,
-            sharex=True,
             sharey="row",
         )
         figure.subplots_adjust(
-            left=0.1, right=0.98, top=1 - 0.8 / (3.6 * count), bottom=0.05, hspace=0.14, wspace=0.06
+            left=0.1, right=0.98, top=1 - 0.8 / (3.6 * count), bottom=0.05, hspace=0.24, wspace=0.06
         )
         places = [0, 2, 3] if whole else [0, 1]
         for column, (rule, found) in zip(panels.T, recorded.items(), strict=True):
             colour = COLOURS.get(rule, CONTROL)
             for place, (own, control, label) in zip(places, rows, strict=True):
                 axes = column[place]
-                _curve(axes, [one["before"][own] for one in found], "#BBBBBB", "before training")
+                if own == "loss":
+                    _curve(axes, [one["before"][own] for one in found], "#BBBBBB", "before training")
                 _curve(
                     axes, [one["after"][control] for one in found], CONTROL, "control: no recurrence", "--"
                 )
@@ -222,22 +224,40 @@ def _over_time(runs: Runs, path: Path) -> list[Path]:
             column[-1].set_xlabel("time step")
             for axes in column:
                 axes.legend(frameon=False, fontsize=9)
-        figure.suptitle(f"{_told(runs)}\nmean and 95 % interval over seeds", fontsize=11)
+        figure.suptitle(
+            f"{_told(runs)}\nmean and 95 % interval over runs", fontsize=11
+        )
         return save(figure, path)
 
 
 def _gains(axes: Axes, rule: str, runs: Runs) -> None:
-    """What h tells of the next patch beyond x, by step; what there is for a linear map; and with other orders."""
+    """What h tells of the next patch beyond x, by windows of steps; what a linear map finds; and with other orders."""
 
-    def beyond(found: Sequence[Mapping[str, Any]], name: str) -> list[np.ndarray]:
+    def beyond(
+        found: Sequence[Mapping[str, Any]], name: str, colour: str, label: str, line: str = "-"
+    ) -> None:
         own, of_x = f"next_from_{name}_by_step", "next_from_x_by_step"
-        return [np.array(one["after"][own]) - np.array(one["after"][of_x]) for one in found]
+        gaps = np.array([np.subtract(one["after"][own], one["after"][of_x]) for one in found])
+        bounds = [*(w for w in WINDOWS if w < gaps.shape[1]), gaps.shape[1]]
+        windows = list(itertools.pairwise(bounds))
+        places = [(i + 1 + j) / 2 for i, j in windows]
+        means = np.stack([gaps[:, i:j].mean(1) for i, j in windows], axis=1)
+        middle = means.mean(0)
+        axes.plot(
+            places, middle, color=colour, linestyle=line, marker="o", markersize=4, linewidth=1.4, label=label
+        )
+        if len(means) > 1:
+            half = np.array([interval(list(column))[1] for column in means.T])
+            axes.fill_between(places, middle - half, middle + half, color=colour, alpha=0.18, linewidth=0)
 
-    _curve(axes, beyond(runs[rule], "ceiling"), CEILING, "linear ceiling: x and its running averages", "--")
-    _curve(axes, beyond(runs[rule], "h"), COLOURS.get(rule, CONTROL), f"h, {rule.upper()}")
+    beyond(runs[rule], "ceiling", CEILING, "x and its running averages", "--")
+    beyond(runs[rule], "h", COLOURS.get(rule, CONTROL), f"h, {rule.upper()}")
     for order, colour in ORDERS.items():
         if f"{rule}, {order}" in runs:
-            _curve(axes, beyond(runs[f"{rule}, {order}"], "h"), colour, f"h, {TOLD[order]}")
+            beyond(runs[f"{rule}, {order}"], "h", colour, f"h, {TOLD[order]}")
+    axes.set_xscale("log")
+    axes.set_ylim(-0.04, 0.08)
+    axes.set_xlabel("time step, mean of windows")
 
 
 def _curve(axes: Axes, curves: Sequence[Sequence[float]], colour: str, label: str, line: str = "-") -> None:
