@@ -224,9 +224,7 @@ def _over_time(runs: Runs, path: Path) -> list[Path]:
             column[-1].set_xlabel("time step")
             for axes in column:
                 axes.legend(frameon=False, fontsize=9)
-        figure.suptitle(
-            f"{_told(runs)}\nmean and 95 % interval over runs", fontsize=11
-        )
+        figure.suptitle(f"{_told(runs)}\nmean and 95 % interval over runs", fontsize=11)
         return save(figure, path)
 
 
@@ -234,11 +232,16 @@ def _gains(axes: Axes, rule: str, runs: Runs) -> None:
     """What h tells of the next patch beyond x, by windows of steps; what a linear map finds; and with other orders."""
 
     def beyond(
-        found: Sequence[Mapping[str, Any]], name: str, colour: str, label: str, line: str = "-"
+        found: Sequence[Mapping[str, Any]],
+        name: str,
+        colour: str,
+        label: str,
+        line: str = "-",
+        start: int = 0,
     ) -> None:
         own, of_x = f"next_from_{name}_by_step", "next_from_x_by_step"
         gaps = np.array([np.subtract(one["after"][own], one["after"][of_x]) for one in found])
-        bounds = [*(w for w in WINDOWS if w < gaps.shape[1]), gaps.shape[1]]
+        bounds = [*(w for w in WINDOWS if start <= w < gaps.shape[1]), gaps.shape[1]]
         windows = list(itertools.pairwise(bounds))
         places = [(i + 1 + j) / 2 for i, j in windows]
         means = np.stack([gaps[:, i:j].mean(1) for i, j in windows], axis=1)
@@ -250,7 +253,8 @@ def _gains(axes: Axes, rule: str, runs: Runs) -> None:
             half = np.array([interval(list(column))[1] for column in means.T])
             axes.fill_between(places, middle - half, middle + half, color=colour, alpha=0.18, linewidth=0)
 
-    beyond(runs[rule], "ceiling", CEILING, "x and its running averages", "--")
+    # in earlier windows, of few rows, its own ridge tells more than its inputs
+    beyond(runs[rule], "ceiling", CEILING, "x and its running averages", "--", start=4)
     beyond(runs[rule], "h", COLOURS.get(rule, CONTROL), f"h, {rule.upper()}")
     for order, colour in ORDERS.items():
         if f"{rule}, {order}" in runs:
@@ -308,14 +312,16 @@ def compared(named: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
 def _results(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns RESULTS of runs; a dash for what version 0.1 didn't record."""
     after, before = [one["after"] for one in found], [one["before"] for one in found]
-    told = ["–"] * 4
+    told = ["–"] * 5
     if all("yardstick" in a for a in after):
         own = [a["yardstick"] for a in after]
+        below = [np.subtract(a["yardstick"], a["yardstick_control"]) for a in after]
         told = [
             _mean([curve[0] for curve in own]),
             _mean([_late(curve) for curve in own]),
             _mean([_late(curve) - curve[0] for curve in own]),
-            _mean([_late(a["yardstick"]) - _late(a["yardstick_control"]) for a in after]),
+            _mean([_late(curve) for curve in below]),
+            _mean([_late(curve) - float(curve[0]) for curve in below]),
         ]
     room = [a["next_from_ceiling"] - a["next_from_x"] for a in after if "next_from_ceiling" in a]
     present = [a["current_from_h"] for a in after if "current_from_h" in a]
@@ -340,7 +346,8 @@ RESULTS = (
     "yardstick, first",
     "late",
     "late less first",
-    "late, less control's",
+    "less control's, late",
+    "less control's, late less first",
     "own loss, normalised: first",
     "own loss, late",
     "control's, late",
