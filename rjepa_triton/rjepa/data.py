@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import demo, fixations
@@ -16,19 +16,35 @@ class Sides:
     """Training and test sequences, and the names of what is held out for the test.
 
     The two share no source; of recorded fixations they share no movie, no participant or neither, as `split` says.
+    validation: sequences of sources that were taken from the training side, to choose by; None if none were named.
     """
 
     train: FixationSequences
     test: FixationSequences
     held_out: tuple[str, ...]
+    validation: FixationSequences | None = None
 
 
 def datasets(settings: DataConfig) -> Sides:
     """Read or simulate the fixations, and split them.
 
+    `settings.validate` names movies of the training side, of a table split by participant participants.
+
     Raises ValueError, naming the key of the configuration, if something is missing or contradictory; and what
     `fixations.read`, `FixationSequences` and `split` raise.
     """
+    sides = _both(settings)
+    if not settings.validate:
+        return sides
+    by = "participant" if settings.source == "table" and settings.split == "participant" else "movie"
+    try:
+        again = split(sides.train, by, test=settings.validate)
+    except ValueError as error:
+        raise ValueError(f"data.validate, of the training side: {error}") from None
+    return replace(sides, train=again.train, validation=again.test)
+
+
+def _both(settings: DataConfig) -> Sides:
     if settings.source == "demo":
         return _demo(settings)
     if settings.source == "pictures":

@@ -29,27 +29,31 @@ OTHERS = {
 }
 
 
-def read(table: Path, wanted: Sequence[str]) -> tuple[pa.Table, np.ndarray, list[Problem]]:
+def read(
+    table: Path, wanted: Sequence[str], *, header_row: int = 1, encoding: str | None = None
+) -> tuple[pa.Table, np.ndarray, list[Problem]]:
     """A text table, all of whose cells are text; the number of each of its rows; and the rows that it doesn't have.
 
     Fields are separated by comma, semicolon or tab: by the one that gives the header the most of the columns `wanted`.
-    The text is UTF-8, or UTF-16 with a byte order mark; it may be compressed by gzip. The header is row 1.
+    The text is UTF-8, or UTF-16 with a byte order mark, unless `encoding` is given; it may be compressed by gzip. The
+    header is row `header_row`, and rows above it aren't read.
 
     A quoted field has to be closed before its line ends. In a table with tabs a quote that isn't is a character like
     others; in one with commas or semicolons its row is a `Problem`, as is a row with too few or too many fields.
 
     Raises FixationError if the file isn't such a table; OSError.
     """
-    lines = _lines(table)
-    if not lines or not lines[0].strip():
-        raise FixationError(f"{table}: its first row, which names the columns, is empty")
-    delimiter, header = _header(lines[0], wanted)
+    lines = _lines(table, encoding)
+    if len(lines) < header_row or not lines[header_row - 1].strip():
+        which = "its first row" if header_row == 1 else f"row {header_row}"
+        raise FixationError(f"{table}: {which}, which names the columns, is empty")
+    delimiter, header = _header(lines[header_row - 1], wanted)
     if not set(wanted) & set(header):
         _check_preamble(table, lines, wanted)
     rows: list[int] = []
     cells: list[list[str]] = []
     problems: list[Problem] = []
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in enumerate(lines[header_row:], header_row + 1):
         fields = _fields(line, delimiter, len(header))
         if isinstance(fields, list) and len(fields) == len(header):
             rows.append(number)
@@ -66,7 +70,7 @@ def read(table: Path, wanted: Sequence[str]) -> tuple[pa.Table, np.ndarray, list
     return arrow, np.array(rows, dtype=np.int64), problems
 
 
-def _lines(table: Path) -> list[str]:
+def _lines(table: Path, encoding: str | None = None) -> list[str]:
     """The lines of a text file, without what ends them."""
     body = table.read_bytes()
     if body.startswith(b"\x1f\x8b"):
@@ -79,11 +83,16 @@ def _lines(table: Path) -> list[str]:
             raise FixationError(f"{table}: not a table: {what}")
     utf16 = body.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
-        text = body.decode("utf-16" if utf16 else "utf-8-sig")
+        text = body.decode(encoding or ("utf-16" if utf16 else "utf-8-sig"))
     except UnicodeDecodeError as error:
+        if encoding is not None:
+            raise FixationError(f"{table}: not text in {encoding}: {error}") from None
         row = len(re.findall(rb"\r\n|\r|\n", body[: error.start])) + 1
         where = f"row {row} has the byte 0x{body[error.start]:02x}" if not utf16 else str(error)
-        raise FixationError(f"{table}: not text in UTF-8 or UTF-16: {where}; save it as UTF-8") from None
+        raise FixationError(
+            f"{table}: not text in UTF-8 or UTF-16: {where}; save it as UTF-8, or name "
+            "its encoding in the sidecar, as encoding: latin-1"
+        ) from None
     if "\0" in text:
         row = len(re.findall(r"\r\n|\r|\n", text[: text.index("\0")])) + 1
         raise FixationError(f"{table}: not text in UTF-8 or UTF-16: row {row} has a character 0")
@@ -109,7 +118,8 @@ def _check_preamble(table: Path, lines: Sequence[str], wanted: Sequence[str]) ->
     for number, line in enumerate(lines[:LOOKED_AT], 1):
         if len(set(wanted) & set(_header(line, wanted)[1])) >= 2:
             raise FixationError(
-                f"{table}: row {number} names the columns, and the first row must; remove the rows before it"
+                f"{table}: row {number} names the columns, and the first row must; remove the rows before it, or say "
+                f"header: {number} in the sidecar"
             )
 
 

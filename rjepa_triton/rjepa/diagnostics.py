@@ -1,13 +1,11 @@
 """Diagnostics of what a falling loss doesn't show: whether the representation still holds anything to predict.
 
 A raw loss also falls when h shrinks or stops depending on the input. So runs also report the loss of the best constant
-prediction, the variance and rank of h, how much of the input passes the gate, and how well h predicts the current patch
-and the next one.
+prediction, the variance and rank of h, how much of the input passes the gate, and the `evidence`: how well h predicts
+the present patch and the next one.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -46,41 +44,12 @@ def spectrum(h: Tensor, *, correlation: bool = False) -> Tensor:
     return torch.linalg.eigvalsh(rows.T @ rows / len(rows)).clamp_min(0).flip(0)
 
 
-def explained(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], ridge: float = 30.0) -> float:
-    """R² on test rows of a linear map from inputs to outputs that is fitted on the train rows.
+def rankme(h: Tensor) -> float:
+    """The effective rank exp(-Σ p log p) of h (…, E), with p = σ/Σσ of its singular values, without centring.
 
-    train, test: inputs (rows, P) and outputs (rows, Q). The fit is a ridge regression on standardised inputs. R² is
-    1 - residual/total over all outputs, with the total about the test rows' own mean. Inputs are clipped at 4 standard
-    deviations, so that one row unlike all of training doesn't decide the result.
+    RankMe of Garrido et al. (2023).
     """
-    (a, y), (a_test, y_test) = ((one.double() for one in pair) for pair in (train, test))
-    mean, std = a.mean(0), a.std(0).clamp_min(1e-8)
-    a, a_test = (_with_one(((rows - mean) / std).clamp(-4, 4)) for rows in (a, a_test))
-    solved = torch.linalg.solve(a.T @ a + ridge * torch.eye(a.shape[1], dtype=a.dtype), a.T @ y)
-    residual = (y_test - a_test @ solved).square().sum()
-    return float(1 - residual / (y_test - y_test.mean(0)).square().sum())
-
-
-def _with_one(rows: Tensor) -> Tensor:
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-
-
-@dataclass(frozen=True)
-class Components:
-    """The first Q principal components of features, which the probes predict: mean (D,), axes (D, Q)."""
-
-    mean: Tensor
-    axes: Tensor
-
-    @classmethod
-    def of(cls, features: Tensor, count: int = 50) -> Components:
-        """The first `count` components of features (…, D), without whitening."""
-        rows = rearrange(features, "... d -> (...) d").double()
-        mean = rows.mean(0)
-        centred = rows - mean
-        _, axes = torch.linalg.eigh(centred.T @ centred / len(rows))
-        return cls(mean, axes.flip(1)[:, :count])
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """The components (…, Q) of features (…, D)."""
-        return (features.double() - self.mean) @ self.axes
+    rows = rearrange(h, "... e -> (...) e").double()
+    values = torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0).sqrt()
+    p = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    return float(torch.special.entr(p).sum().exp())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, reduce
@@ -21,61 +21,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _checks as check
+from ..layers import functional
 from ..layers.conv import ConvRGC
-from ..layers.functional import rgc
+from ..layers.layer import TwoPointRNN
 from ..layers.named import RGC
+from . import gates
 from .backbone import Backbone, GaborBank
+from .heads import Head, Kind
+from .heads import make as make_head
+
+__all__ = ["LEARNING", "PRESETS", "Encoder", "Encoding", "Head", "Learning", "Preset", "State"]
 
 Preset = Literal["initial", "full"]
 PRESETS = ("initial", "full")
-Learning = Literal["rfp", "bptt", "rtrl"]
-LEARNING = ("rfp", "bptt", "rtrl")
+Learning = Literal["rfp", "bptt", "rtrl", "eprop", "snap0"]
+LEARNING = ("rfp", "bptt", "rtrl", "eprop", "snap0")
 Pair = tuple[Tensor, Tensor]
-
-
-class Head(nn.Module):
-    """The MLP of eq. 2: x^High = norm(V₂ relu(V₁ (f - μ)/σ + b₁) + b₂), (…, N), of features f (…, D).
-
-    μ and σ are mean and standard deviation of each feature; they are 0 and 1 until `calibrate_` sets them. norm is a
-    BatchNorm without gain and offset. If `trainable` is False (the default), the weights are frozen and norm keeps the
-    statistics that `calibrate_` set; if True, norm takes them from each batch while training.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, features: int, units: int, hidden: int = 512, trainable: bool = False) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(features, hidden), nn.Linear(hidden, units)
-        self.norm = nn.BatchNorm1d(units, affine=False)
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("std", torch.ones(features))
-        self.trainable = trainable
-        self.requires_grad_(trainable)
-        self.train(trainable)
-
-    def train(self, mode: bool = True) -> Head:
-        """As `nn.Module.train`, except that a frozen head stays in evaluation mode, which norm depends on."""
-        return super().train(mode and self.trainable)
-
-    def forward(self, features: Tensor) -> Tensor:
-        x = self._mixed(features)
-        return self.norm(x.flatten(0, -2)).view(x.shape)
-
-    def _mixed(self, features: Tensor) -> Tensor:
-        return self.second(F.relu(self.first((features - self.mean) / self.std)))
-
-    @torch.no_grad()
-    def calibrate_(self, features: Tensor) -> None:
-        """Set μ, σ and the norm's statistics, in place, to those of features (…, D)."""
-        rows = rearrange(features, "... d -> (...) d")
-        self.mean.copy_(rows.mean(0))
-        self.std.copy_(rows.std(0) + 1e-3 * rows.std())
-        x = self._mixed(rows)
-        assert self.norm.running_mean is not None
-        assert self.norm.running_var is not None
-        self.norm.running_mean.copy_(x.mean(0))
-        self.norm.running_var.copy_(x.var(0))
 
 
 @dataclass
@@ -117,7 +78,12 @@ class Encoder(nn.Module):
         backbone: gives the stages F_l and standardises patches. "full" needs stages, which a GaborBank doesn't have.
         preset: "initial" or "full".
         units: N of the top circuit. hidden: hidden units of the MLP before it.
-        learning: how the circuits learn, "rfp" | "bptt" | "rtrl"; the low areas of "full" can't take "rtrl".
+        learning: how the circuits learn: "rfp", "bptt", "rtrl", or, for comparison, "eprop" or "snap0"; the low areas
+            of "full" take "rfp" and "bptt" alone.
+        refine: rounds that refine RFP's credits in the top circuit (`layers.functional.two_point`).
+        head: what makes x^High of the features, "onoff", "components" or "mlp" (`heads`).
+        gate: of the top circuit, "tanh", "affine" or "sigmoid" (`gates`).
+        heads: H of the top circuit, whose recurrent weights are then block-diagonal; None: dense.
         embedding: E of a linear F; None: F is the identity, so that h = s and E = N.
         kernel_size, depthwise: of the convolutions in the low circuits' gates.
         feedback: whether later areas feed back. Without it, each area of "full" processes the whole sequence before
@@ -148,6 +114,10 @@ class Encoder(nn.Module):
         feedback: bool = True,
         delay: bool = False,
         train_head: bool = False,
+        refine: int = 0,
+        head: Kind = "mlp",
+        gate: gates.Gate = "tanh",
+        heads: int | None = None,
     ) -> None:
         super().__init__()
         check.one_of("preset", preset, PRESETS)
@@ -160,6 +130,10 @@ class Encoder(nn.Module):
             raise ValueError(
                 "preset='full' takes learning='rfp' or 'bptt', got 'rtrl', whose sensitivities of whole maps would not "
                 "fit in memory; preset='initial' takes it for small N"
+            )
+        if preset == "full" and learning not in ("rfp", "bptt"):
+            raise ValueError(
+                f"preset='full' takes learning='rfp' or 'bptt', got {learning!r}; preset='initial' takes it"
             )
         if delay and preset != "full":
             raise ValueError("delay is for preset='full', whose low areas recur, got preset='initial'")
@@ -175,9 +149,12 @@ class Encoder(nn.Module):
                     joined = nn.Conv2d(above, below, 1, bias=False)
                     nn.init.zeros_(joined.weight)
                     self.feedback.append(joined)
-        self.head = Head(backbone.features, units, hidden, train_head)
-        self.circuit = RGC(units, learning=learning, init="zeros")
-        self.learning = learning
+        self.head = make_head(head, backbone.features, units, hidden, train_head)
+        given: dict[str, Any] = {"learning": learning, "init": "zeros", "refine": refine, "heads": heads}
+        self.circuit: TwoPointRNN = (
+            RGC(units, **given) if gate == "tanh" else TwoPointRNN(gates.cell(gate), units, **given)
+        )
+        self.learning, self.gate = learning, gate
         self.embedding: nn.Module = nn.Identity() if embedding is None else nn.Linear(units, embedding)
         self.embedding_size = units if embedding is None else embedding
 
@@ -211,10 +188,33 @@ class Encoder(nn.Module):
 
     def encode(self, x: Tensor, state: State | None = None) -> Encoding:
         """Run the top area alone, given x^High (T, B, N)."""
+        circuit = self.circuit
         given = (x.new_zeros(x.shape[1:]),) * 2 if state is None else state.top
-        ss, ms, mm, sm = self.circuit.weights()
-        s, m = rgc(x, ss, ms, mm, sm, given, learning=self.learning)
+        s, m = functional.two_point(
+            circuit.cell,
+            circuit.drive(x),
+            circuit.recurrent_weights(),
+            given,
+            learning=circuit.learning,
+            refine=circuit.refine,
+        )
         return Encoding(self.embedding(s), x, s, m, State((), (s[-1], m[-1])))
+
+    def context_free(self, x: Tensor) -> Tensor:
+        """The embeddings (T, B, E) of x^High (T, B, N), each from a zero state: what the encoder says of a patch alone.
+
+        With the paper's gates that is F(x^High), by the direct passthrough.
+        """
+        alone = self.encode(rearrange(x, "t b n -> 1 (t b) n")).h
+        return rearrange(alone, "1 (t b) e -> t b e", t=len(x))
+
+    def input_gate(self, m: Tensor) -> Tensor:
+        """a = g(W_ms m(t-1)) (…, N) of the states m(t-1) (…, N): the part of x^High that doesn't enter s."""
+        return gates.input_gate(self.gate, self.circuit.weights(), m)
+
+    def recurrent_parameters(self) -> list[nn.Parameter]:
+        """The parameters without which there is no memory: of all circuits, and of the feedback."""
+        return [p for part in (self.areas, self.feedback, self.circuit) for p in part.parameters()]
 
     def _low(self, patches: Tensor, states: Sequence[Pair]) -> tuple[Tensor, tuple[Pair, ...]]:
         """Run the low areas step by step; returns AvgPool(c_5(t)) (T, B, D) and their last states."""

@@ -62,7 +62,8 @@ def read(
     The columns participant, movie, x, y, onset, and offset or duration (or both) are needed; others may be there. If
     there is a column eye, `eye` ("left", "right", …) picks the rows of one eye; if there is a column name, `event`
     picks the rows of that name. `delimited.read` says which text files are read. sidecar: the file that gives units and
-    the like (docs/data.md), by default TABLE.yaml beside the table.
+    the like (docs/data.md), by default TABLE.yaml beside the table; it may also say what columns are called, in which
+    units they are, in which row their names stand and how the text is encoded.
 
     policy: what becomes of bad rows, which are counted and named in any case. "refuse" refuses the whole table; "skip"
     leaves them out, and the result's `report` names them. A row is bad if
@@ -82,11 +83,18 @@ def read(
     table = _existing(table)
     if sidecar is None:
         sidecar = _beside(table)
-    arrow, rows, malformed = _read_table(table, Names())
+    said = _sidecar(sidecar)
+    names = replace(Names(), **{key: one.name or key for key, one in said.columns.items()})
+    arrow, rows, malformed = _read_table(table, names, said)
+    for key, one in said.columns.items():
+        if one.value is not None:
+            if getattr(names, key) in arrow.column_names:
+                raise FixationError(f"{table}: has a column {key!r}, for which {said.source} has a value")
+            arrow = arrow.append_column(getattr(names, key), pa.array([one.value] * len(rows), pa.string()))
     return checked(
         arrow,
-        Names(),
-        _sidecar(sidecar),
+        names,
+        said,
         source=str(table),
         rows=rows,
         problems=malformed,
@@ -126,14 +134,15 @@ def from_eyelink(
         eye="EYE_USED",
         name=None,
     )
-    arrow, rows, malformed = _read_table(path, names)
+    said = _sidecar(sidecar)
+    arrow, rows, malformed = _read_table(path, names, said)
     if names.duration in arrow.column_names:
         # The end of a fixation is the time of its last sample, so the two differ by a sample: the duration is right.
         names = replace(names, offset=None)
     return checked(
         arrow,
         names,
-        _sidecar(sidecar),
+        said,
         source=str(path),
         rows=rows,
         problems=malformed,
@@ -230,7 +239,9 @@ def _sidecar(sidecar: Sidecar | str | Path) -> Sidecar:
     return sidecar if isinstance(sidecar, Sidecar) else Sidecar.read(sidecar)
 
 
-def _read_table(table: Path, names: Names) -> tuple[pa.Table, np.ndarray, list[Problem]]:
+def _read_table(
+    table: Path, names: Names, said: Sidecar | None = None
+) -> tuple[pa.Table, np.ndarray, list[Problem]]:
     """The table, the number of each of its rows in the file, and problems of rows that aren't in it.
 
     Those are rows that couldn't be split into fields. Whether it is a parquet file or text, its content says.
@@ -238,7 +249,8 @@ def _read_table(table: Path, names: Names) -> tuple[pa.Table, np.ndarray, list[P
     with table.open("rb") as body:
         parquet = body.read(4) == b"PAR1"
         if not parquet and table.suffix.lower() not in (".parquet", ".pq"):
-            return delimited.read(table, names.all())
+            header, encoding = (1, None) if said is None else (said.header, said.encoding)
+            return delimited.read(table, names.all(), header_row=header, encoding=encoding)
         body.seek(0)
         try:
             arrow = pyarrow.parquet.read_table(body)

@@ -5,11 +5,15 @@ h(t) = F(C(x(t), c(t-1)))            the encoder
 ĥ(t+1) = G(h(t), a(t))               the representation predictor
 L_R(t) = d_R(stop[h(t)], ĥ(t))       for t ≥ 2, since nothing predicts the first embedding
 L_A(t) = d_A(a(t), â(t))
-E = Σ_t ψ(t, L(t))                   Appendix E
+E = Σ_t ψ(t, λ₁ L_R(t) + λ₂ L_A(t))  Appendices A and E
+
+The target of L_R is h(t) in the paper. It may also be the context-free embedding, what the encoder says of the patch
+alone, from a zero state; or that of a teacher, whose weights are a running average of the encoder's.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +29,9 @@ Distance = Literal["square", "cosine"]
 DISTANCES = ("square", "cosine")
 Actions = Literal["none", "given", "predicted"]
 ACTIONS = ("none", "given", "predicted")
+Target = Literal["h", "context_free", "ema"]
+TARGETS = ("h", "context_free", "ema")
+PREDICTORS = ("mlp", "linear")
 ACTION_SIZE = 2  # a saccade: degrees to the right and down
 
 
@@ -46,6 +53,26 @@ class Predictor(nn.Module):
     def forward(self, h: Tensor, a: Tensor | None = None) -> Tensor:
         joined = h if a is None else torch.cat([h, a], dim=-1)
         return h + self.second(F.relu(self.first(joined)))
+
+
+class LinearPredictor(nn.Module):
+    """G(h, a) = W_Gh h + W_Ga a (paper, Appendix A), as Theorem 1 has it. W_Gh = I and W_Ga = 0 before training.
+
+    Args:
+        size: E, of h (…, E). actions: A, of a (…, A); 0 if the prediction depends on h alone.
+    """
+
+    def __init__(self, size: int, actions: int = 0) -> None:
+        super().__init__()
+        self.of_h = nn.Linear(size, size, bias=False)
+        self.of_a = nn.Linear(actions, size, bias=False) if actions else None
+        nn.init.eye_(self.of_h.weight)
+        if self.of_a is not None:
+            nn.init.zeros_(self.of_a.weight)
+
+    def forward(self, h: Tensor, a: Tensor | None = None) -> Tensor:
+        predicted = self.of_h(h)
+        return predicted if a is None or self.of_a is None else predicted + self.of_a(a)
 
 
 def distance(kind: Distance, prediction: Tensor, target: Tensor) -> Tensor:
@@ -85,20 +112,32 @@ class Losses:
     representation  (T - 1, B) L_R(t) for t = 2 … T
     action          (T - 1, B) L_A(t) for t = 1 … T - 1, or None if actions aren't predicted
     encoding        what the encoder returned
+    target          (T, B, E) what is to be predicted, without gradient
+    yardstick       (T - 1, B) the error of the yardstick's predictor for t = 2 … T, or None if no yardstick was given
+    weights         λ₁ and λ₂
     """
 
     representation: Tensor
     action: Tensor | None
     encoding: Encoding
+    target: Tensor
+    yardstick: Tensor | None = None
+    weights: tuple[float, float] = (1.0, 1.0)
 
     def total(self, psi: Psi) -> Tensor:
-        """E, a scalar."""
-        total = psi(self.representation)
-        return total if self.action is None else total + psi(self.action)
+        """E, a scalar. The yardstick's error adds to it, which trains the yardstick's predictor and nothing else."""
+        total = self.weights[0] * psi(self.representation)
+        if self.action is not None:
+            total = total + self.weights[1] * psi(self.action)
+        return total if self.yardstick is None else total + psi(self.yardstick)
 
 
 class RJEPA(nn.Module):
     """The whole model: encoder, representation predictor and, if asked for, action predictor.
+
+    Beside the predictor G a second one like it, with G's first weights, learns to predict the yardstick from stop[h]:
+    the next patch's context-free embedding by the encoder's first weights. That target is the same for a model, for its
+    control, and throughout training; no gradient reaches the encoder from it.
 
     Args:
         encoder: the recurrent encoder.
@@ -106,8 +145,15 @@ class RJEPA(nn.Module):
         hidden: hidden units of the representation predictor; None: 2·E.
         actions: "none"; "given": G sees a(t), the saccade from fixation t to t+1; "predicted": A predicts a(t) from the
             top area's c(t), with loss L_A, and G sees the prediction.
+        target: what G predicts. "h": h(t+1), as in the paper; "context_free": the encoder's embedding of the next patch
+            alone, from a zero state; "ema": h(t+1) of a teacher.
+        momentum: μ of the teacher, in [0, 1): after each update its weights are μ times their own and 1 - μ times the
+            encoder's (`follow_`).
+        predictor: of G, "mlp" or "linear".
+        weights: λ₁ of L_R and λ₂ of L_A.
 
-    Raises ValueError for an unknown `kind` or `actions`.
+    Raises ValueError for an argument out of its range, and for target="ema" with an encoder of which more learns than
+    the top circuit and F.
     """
 
     def __init__(
@@ -117,29 +163,68 @@ class RJEPA(nn.Module):
         kind: Distance = "cosine",
         hidden: int | None = None,
         actions: Actions = "none",
+        target: Target = "h",
+        momentum: float = 0.99,
+        predictor: str = "mlp",
+        weights: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         super().__init__()
         check.one_of("kind", kind, DISTANCES)
         check.one_of("actions", actions, ACTIONS)
-        self.encoder, self.kind, self.actions = encoder, kind, actions
-        self.predictor = Predictor(encoder.embedding_size, hidden, 0 if actions == "none" else ACTION_SIZE)
+        check.one_of("target", target, TARGETS)
+        check.one_of("predictor", predictor, PREDICTORS)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
+        self.encoder, self.kind, self.actions, self.target = encoder, kind, actions, target
+        self.momentum, self.loss_weights = momentum, weights
+        seen = 0 if actions == "none" else ACTION_SIZE
+        size = encoder.embedding_size
+        self.predictor: nn.Module = (
+            Predictor(size, hidden, seen) if predictor == "mlp" else LinearPredictor(size, seen)
+        )
         self.action_predictor: nn.Linear | None = None
         if actions == "predicted":
             self.action_predictor = nn.Linear(2 * encoder.circuit.hidden_size, ACTION_SIZE)
+        self.yardstick = copy.deepcopy(self.predictor)
+        self.teacher: nn.ModuleDict | None = None
+        if target == "ema":
+            parts = {"circuit": encoder.circuit, "embedding": encoder.embedding}
+            own = {id(p) for part in parts.values() for p in part.parameters()}
+            if any(id(p) not in own for p in encoder.trained_parameters()):
+                raise ValueError(
+                    "target='ema' goes with an encoder of which the top circuit and F alone learn (preset='initial', a "
+                    "frozen head and backbone); the nearest is target='context_free'"
+                )
+            self.teacher = nn.ModuleDict(copy.deepcopy(parts)).requires_grad_(False)
 
-    def forward(self, patches: Tensor, actions: Tensor | None = None, state: State | None = None) -> Losses:
+    def forward(
+        self,
+        patches: Tensor,
+        actions: Tensor | None = None,
+        state: State | None = None,
+        yardstick: Tensor | None = None,
+    ) -> Losses:
         """The losses of patches (T, B, 3, P, P).
 
         actions: (T, B, 2), the saccade after each fixation, unless the model has actions="none". The last saccade isn't
-        used: the fixation that it leads to isn't in the sequence. state: to start from; None: zero.
+        used: the fixation that it leads to isn't in the sequence. state: to start from; None: zero. yardstick: (T, B,
+        E), the context-free embeddings of the same patches by the encoder's first weights.
         """
-        return self.losses(self.encoder(patches, state), actions)
+        return self.losses(self.encoder(patches, state), actions, yardstick)
 
-    def from_inputs(self, x: Tensor, actions: Tensor | None = None, state: State | None = None) -> Losses:
+    def from_inputs(
+        self,
+        x: Tensor,
+        actions: Tensor | None = None,
+        state: State | None = None,
+        yardstick: Tensor | None = None,
+    ) -> Losses:
         """The losses of x^High (T, B, N), computed beforehand; other arguments as for `forward`."""
-        return self.losses(self.encoder.encode(x, state), actions)
+        return self.losses(self.encoder.encode(x, state), actions, yardstick)
 
-    def losses(self, encoding: Encoding, actions: Tensor | None = None) -> Losses:
+    def losses(
+        self, encoding: Encoding, actions: Tensor | None = None, yardstick: Tensor | None = None
+    ) -> Losses:
         """The losses of an encoding. Raises ValueError if actions are missing, of a wrong shape, or not asked for."""
         h = encoding.h
         if (actions is None) != (self.actions == "none"):
@@ -153,5 +238,67 @@ class RJEPA(nn.Module):
             assert actions is not None
             seen = self.action_predictor(torch.cat([encoding.s, encoding.m], dim=-1))
             action_loss = (seen - actions)[:-1].square().mean(-1)
-        predicted = self.predictor(h[:-1], None if seen is None else seen[:-1])
-        return Losses(distance(self.kind, predicted, h[1:]), action_loss, encoding)
+        target, _ = self.targets(encoding)
+        own, error = self.errors(
+            h[:-1],
+            target[1:],
+            None if seen is None else seen[:-1],
+            None if yardstick is None else yardstick[1:],
+        )
+        return Losses(own, action_loss, encoding, target, error, self.loss_weights)
+
+    def errors(
+        self, h: Tensor, target: Tensor, actions: Tensor | None = None, yardstick: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(…,) L_R of predictions from h (…, E) of `target`, and the yardstick's error, or None without a yardstick."""
+        own = distance(self.kind, self.predictor(h, actions), target)
+        if yardstick is None:
+            return own, None
+        if self.yardstick is self.predictor:  # and the target is the yardstick
+            return own, own.detach()
+        seen = None if actions is None else actions.detach()
+        return own, distance(self.kind, self.yardstick(h.detach(), seen), yardstick)
+
+    @torch.no_grad()
+    def targets(self, encoding: Encoding, state: State | None = None) -> tuple[Tensor, State | None]:
+        """What is to be predicted at each step of an encoding, (T, B, E), and the teacher's state after it.
+
+        state: the teacher's before it; None: zero.
+        """
+        if self.teacher is not None:
+            circuit = self.teacher["circuit"]
+            top = None if state is None else state.top
+            s, last = circuit(encoding.x, top)
+            return self.teacher["embedding"](s), State((), last)
+        if self.target == "context_free":
+            return self.encoder.context_free(encoding.x), None
+        return encoding.h.detach(), None
+
+    @torch.no_grad()
+    def follow_(self) -> None:
+        """Move the teacher, if there is one, towards the encoder, in place. Call it after each update."""
+        if self.teacher is None:
+            return
+        now = {"circuit": self.encoder.circuit, "embedding": self.encoder.embedding}
+        for name, part in now.items():
+            for its, own in zip(self.teacher[name].parameters(), part.parameters(), strict=True):
+                its.lerp_(own, 1 - self.momentum)
+
+
+def control_of(model: RJEPA) -> RJEPA:
+    """A model like this one whose recurrence can't learn: what recurrence must beat.
+
+    It has the same first weights, predictors, F, actions and target, and learns as the model does, but for its
+    circuits and feedback, which keep the weights that they have now. A frozen backbone is shared.
+    """
+    shared = model.encoder.backbone
+    frozen = not any(p.requires_grad for p in shared.parameters())
+    made = copy.deepcopy(model, {id(shared): shared} if frozen else {})
+    for parameter in made.encoder.recurrent_parameters():
+        parameter.requires_grad_(False)
+    encoder = made.encoder
+    zero = not any(p.any() for p in encoder.circuit.parameters())
+    if zero and not encoder.delay and not encoder.trained_parameters():
+        # h(t) = x^High(t) for good: every target is the yardstick, and one predictor of it is enough
+        made.yardstick = made.predictor
+    return made

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from .. import _checks as check
 from .report import SHOWN, FixationError, Problem, Report
-from .sidecar import UNITS, Movie, Shown, Sidecar
+from .sidecar import TIMES, UNITS, Movie, Shown, Sidecar
 from .video import VideoError
 
 POLICIES = ("refuse", "skip")
@@ -141,11 +141,12 @@ def checked(
     numbers: dict[str, _Numbers] = {
         key: _numbers(columns[key]) for key in ("onset", "offset", "duration", "x", "y") if key in columns
     }
+    units = {key: sidecar.unit(unit, key) for key in TIMES if key in numbers}
     _leave_out(state, columns, names, participant, movie, numbers, eye, event)
     # each check may count on a row being good: none has to do with a table that has no such row
     _check_missing(state, columns, participant, movie, numbers)
     state.check_any_good()
-    onset, duration = _times(state, {key: values for key, (values, _) in numbers.items()}, seconds, sidecar)
+    onset, duration = _times(state, {key: values for key, (values, _) in numbers.items()}, units, sidecar)
     state.check_any_good()
     known = _movies(state, sidecar, movie, policy)
     state.check_any_good()
@@ -375,16 +376,16 @@ def _check_missing(
 
 
 def _times(
-    state: _State, values: Mapping[str, np.ndarray], seconds: float, sidecar: Sidecar
+    state: _State, values: Mapping[str, np.ndarray], units: Mapping[str, float], sidecar: Sidecar
 ) -> tuple[np.ndarray, np.ndarray]:
     """Onset, as the table counts it, and duration, in seconds. Marks durations that can't be right.
 
-    seconds: in one unit of the table's time.
+    units: seconds in one unit of each column's time.
     """
-    time = {key: values[key] * seconds for key in ("onset", "offset", "duration") if key in values}
+    time = {key: values[key] * units[key] for key in TIMES if key in values}
     onset = time["onset"]
     duration = time["duration"] if "duration" in time else time["offset"] - onset
-    _check_unit(state, duration[state.good], seconds, sidecar)
+    _check_unit(state, duration[state.good], units["duration" if "duration" in time else "offset"], sidecar)
     state.mark(~(duration > 0), "duration not positive", lambda i: f"lasts {duration[i]:g} s")
     if "duration" in time and "offset" in time:
         gap = time["offset"] - onset - duration

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from . import diagnostics
+from . import heads
 from .config import Config
 from .data import Sides, datasets
+from .encoder import Encoding
 from .model import RJEPA, Losses
 from .patches import FixationSequences
 
@@ -31,6 +33,8 @@ class Sequences:
     patches     the sequences themselves
     targets     (T, n, Q): principal components of the features, which the probes predict
     actions     (T, n, 2), or None if the model uses none
+    yardstick   (T, n, E): context-free embeddings by the encoder's first weights (`model.RJEPA`)
+    sources     (n,): the name of each sequence's movie or picture
     """
 
     x: Tensor | None
@@ -38,6 +42,8 @@ class Sequences:
     patches: Dataset[Any]
     targets: Tensor
     actions: Tensor | None
+    yardstick: Tensor
+    sources: np.ndarray
 
     def __len__(self) -> int:
         return self.targets.shape[1]
@@ -45,11 +51,12 @@ class Sequences:
 
 @dataclass
 class Data:
-    """Both sides of a split, and the names of the sources that are held out."""
+    """Both sides of a split, what is held out to choose by, if anything, and the names of the test's sources."""
 
     train: Sequences
     test: Sequences
     held_out: Sequence[str]
+    validation: Sequences | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,13 @@ class Features:
 
     sides          the data sets
     train, test    of each side: features (T, n, D) and actions (T, n, 2)
+    validation     likewise, or None
     """
 
     sides: Sides
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor] | None = None
 
 
 def _batches(patches: Dataset[Any], size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
@@ -94,53 +103,120 @@ def features(
         values, actions = (torch.cat(group, dim=1) for group in zip(*parts, strict=True))
         return values, actions
 
-    return Features(sides, of(sides.train), of(sides.test))
+    chosen_by = None if sides.validation is None else of(sides.validation)
+    return Features(sides, of(sides.train), of(sides.test), chosen_by)
 
 
 @torch.no_grad()
 def prepare(settings: Config, model: RJEPA, known: Features | None = None, *, calibrate: bool = True) -> Data:
     """The data as the model takes it.
 
-    calibrate: whether to set the statistics of the model's head, in place, from features of training sequences.
-    known: `features` of the same data and backbone, if they were computed before.
+    The model must have its first weights, which make the yardstick. calibrate: whether to set the statistics of its
+    head, in place, from features of training sequences. known: `features` of the same data and backbone, if they were
+    computed before.
     """
     encoder = model.encoder
     known = features(settings, encoder.backbone) if known is None else known
-    sides, found = known.sides, (known.train, known.test)
-    sample = known.train[0][:, :SAMPLE]
+    sides = known.sides
+    given = [(known.train, sides.train), (known.test, sides.test)]
+    if known.validation is not None and sides.validation is not None:
+        given.append((known.validation, sides.validation))
+    order, seed = settings.data.order, settings.data.seed
+    found = [(reordered(values, order, seed), actions, patches) for (values, actions), patches in given]
+    sample = found[0][0][:, :SAMPLE]
     if calibrate:
         encoder.head.calibrate_(sample)
-    components = diagnostics.Components.of((sample - encoder.head.mean) / encoder.head.std)
-    made = []
-    for (values, actions), patches in zip(found, (sides.train, sides.test), strict=True):
-        targets = components((values - encoder.head.mean) / encoder.head.std)
-        frozen = encoder.preset == "initial" and not settings.model.train_backbone
-        made.append(
-            Sequences(
-                x=encoder.head(values) if frozen and not settings.model.train_head else None,
-                features=values if frozen and settings.model.train_head else None,
-                patches=patches,
-                targets=targets,
-                actions=None if settings.model.actions == "none" else actions,
-            )
+    components = _components(sample)
+    frozen = encoder.preset == "initial" and not settings.model.train_backbone
+    learning = encoder.head.training
+    encoder.head.eval()
+    made = [
+        Sequences(
+            x=encoder.head(values) if frozen and not settings.model.train_head else None,
+            features=values if frozen and settings.model.train_head else None,
+            patches=patches,
+            targets=components(values),
+            actions=None if settings.model.actions == "none" else actions,
+            yardstick=encoder.context_free(encoder.head(values)),
+            sources=patches.movie,
         )
-    return Data(made[0], made[1], sides.held_out)
+        for values, actions, patches in found
+    ]
+    encoder.head.train(learning)
+    return Data(made[0], made[1], sides.held_out, made[2] if len(made) > 2 else None)
 
 
-def losses(model: Any, data: Sequences, batch: Tensor, device: torch.device) -> tuple[Losses, Tensor]:
-    """The losses of the sequences with the indices `batch`, and the x^High that the control is trained on.
+def reordered(values: Tensor, order: str, seed: int) -> Tensor:
+    """Features (T, n, D) in another order of patches (`config.DataConfig`); the same for the same seed."""
+    steps, count = values.shape[:2]
+    drawn = torch.Generator().manual_seed(seed)
+    if order == "shuffled":
+        places = torch.stack([torch.randperm(steps, generator=drawn) for _ in range(count)], dim=1)
+        return values[places, torch.arange(count)]
+    if order == "other":
+        return values.flatten(0, 1)[torch.randperm(steps * count, generator=drawn)].unflatten(
+            0, (steps, count)
+        )
+    return values
 
-    That x^High is the feedforward network's, without recurrence and without gradient.
+
+def _components(sample: Tensor, count: int = 50) -> Callable[[Tensor], Tensor]:
+    """A function of features (…, D): their first principal components (…, Q), Q ≤ `count`, by those of the sample.
+
+    They are standardised and clipped first, and not whitened.
     """
-    encoder = model.encoder
-    actions = None if data.actions is None else data.actions[:, batch].to(device)
-    if data.x is not None:
-        x = data.x[:, batch].to(device)
-        return model.from_inputs(x, actions), x
-    if data.features is not None:
-        x = encoder.head(data.features[:, batch].to(device))
-        return model.from_inputs(x, actions), x.detach()
-    patches = torch.stack([data.patches[int(i)]["patches"] for i in batch], dim=1).to(device)
-    with torch.no_grad():
-        x = encoder.without_recurrence(patches)
-    return model(patches, actions), x
+    from sklearn.decomposition import PCA
+
+    rows = rearrange(sample, "... d -> (...) d")
+    mean, std = heads.statistics(rows)
+    z = heads.standardised(rows, mean, std).double().cpu().numpy()
+    found = PCA(
+        min(count, *z.shape), svd_solver="covariance_eigh" if z.shape[0] > z.shape[1] else "full"
+    ).fit(z)
+    axes, centre = (torch.from_numpy(made).float() for made in (found.components_.T.copy(), found.mean_))
+
+    def of(values: Tensor) -> Tensor:
+        return (heads.standardised(values, mean, std) - centre) @ axes
+
+    return of
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences, as a model takes them: x^High, features or patches, which it has, and what else losses need."""
+
+    x: Tensor | None
+    features: Tensor | None
+    patches: Tensor | None
+    actions: Tensor | None
+    yardstick: Tensor
+
+
+def taken(data: Sequences, which: Tensor, device: torch.device) -> Batch:
+    """The sequences with the indices `which`."""
+
+    def of(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[:, which].to(device)
+
+    patches = None
+    if data.x is None and data.features is None:
+        patches = torch.stack([data.patches[int(i)]["patches"] for i in which], dim=1).to(device)
+    return Batch(
+        of(data.x), of(data.features), patches, of(data.actions), data.yardstick[:, which].to(device)
+    )
+
+
+def encoding(model: Any, batch: Batch) -> Encoding:
+    """What the encoder makes of a batch. It isn't called through Lightning Fabric: this is for evaluations."""
+    if batch.patches is not None:
+        return model.encoder(batch.patches)
+    return model.encoder.encode(model.encoder.head(batch.features) if batch.x is None else batch.x)
+
+
+def losses(model: Any, batch: Batch) -> Losses:
+    """The losses of a batch."""
+    given = {"actions": batch.actions, "yardstick": batch.yardstick}
+    if batch.patches is not None:
+        return model(batch.patches, **given)
+    x = model.encoder.head(batch.features) if batch.x is None else batch.x
+    return model.from_inputs(x, **given)

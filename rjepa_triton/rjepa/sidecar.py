@@ -5,6 +5,7 @@ That is the table's units, where on the screen each movie was shown, and when it
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ from . import plain_yaml
 from .video import probe
 
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}  # in seconds
+COLUMNS = ("participant", "movie", "onset", "offset", "duration", "x", "y", "eye", "name")
+TIMES, PLACES = ("onset", "offset", "duration"), ("x", "y")
+# Units of positions. The last two are of the screen; of the frame, where the sidecar has no screen.
+PARTS = ("px", "fraction", "percent")
 PER_MOVIE = ("px_per_degree", "screen", "frame_size", "movie_start", "fps")
 STRETCH = (
     0.02  # up to this, one px_per_degree is taken for both directions of a frame stretched on the screen
@@ -55,6 +60,21 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Column:
+    """What a table calls one of COLUMNS, or the value that it has in all rows.
+
+    name, value   one of the two; the other is None
+    unit          of a time, a key of UNITS, or of a position, one of PARTS; None: the sidecar's time_unit, or pixels
+    up            of y: whether it grows upwards, from the lower edge
+    """
+
+    name: str | None
+    value: str | None = None
+    unit: str | None = None
+    up: bool = False
+
+
+@dataclass(frozen=True)
 class Sidecar:
     """The checked content of a sidecar.
 
@@ -63,6 +83,9 @@ class Sidecar:
     time_unit  the table's unit of time, a key of UNITS; None if not given
     common     what it says about all movies
     movies     what it says about each movie, by name; None if it lists none
+    columns    what the table calls its columns, where it doesn't call them as COLUMNS does
+    header     the number of the row that names the columns; rows above it aren't read
+    encoding   of the text; None: UTF-8, or UTF-16 with a byte order mark
     """
 
     source: str
@@ -70,6 +93,9 @@ class Sidecar:
     time_unit: str | None
     common: Mapping[str, Any] = field(repr=False)
     movies: Mapping[str, Mapping[str, Any]] | None = field(repr=False)
+    columns: Mapping[str, Column] = field(default_factory=dict, repr=False)
+    header: int = 1
+    encoding: str | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> Sidecar:
@@ -81,7 +107,7 @@ class Sidecar:
     def from_dict(cls, content: object, source: str = "sidecar", folder: str | Path = ".") -> Sidecar:
         """Check the content of a sidecar; docs/data.md lists its keys. Raises ValueError naming a wrong key."""
         content = _mapping(content, source)
-        _known(content, ("time_unit", "movies", *PER_MOVIE), source)
+        _known(content, ("time_unit", "movies", "columns", "header", "encoding", *PER_MOVIE), source)
         unit = content.get("time_unit")
         if unit is not None and unit not in UNITS:
             raise ValueError(f"{source}: time_unit must be one of {', '.join(UNITS)}, got {unit!r}")
@@ -94,14 +120,25 @@ class Sidecar:
                 _known(entry, ("file", *PER_MOVIE), where)
                 movies[name] = entry
         common = {key: value for key, value in content.items() if key in PER_MOVIE}
-        return cls(source, Path(folder), unit, common, movies)
+        header = content.get("header", 1)
+        if not (isinstance(header, int) and not isinstance(header, bool) and header >= 1):
+            raise ValueError(f"{source}: header must be the number of a row, 1 or more, got {header!r}")
+        columns = {
+            key: _column(key, entry, f"{source}: columns.{key}")
+            for key, entry in _mapping(content.get("columns", {}), f"{source}: columns").items()
+        }
+        encoding = _encoding(content.get("encoding"), f"{source}: encoding")
+        return cls(source, Path(folder), unit, common, movies, columns, header, encoding)
 
-    def unit(self, given: str | None = None) -> float:
-        """The table's unit of time, in seconds.
+    def unit(self, given: str | None = None, column: str = "onset") -> float:
+        """The unit of time of a column, in seconds.
 
         given: the unit that this kind of table always has. Raises ValueError if there is no unit, or another than
         `given`.
         """
+        own = self.columns.get(column)
+        if given is None and own is not None and own.unit is not None:
+            return UNITS[own.unit]
         if given is not None and self.time_unit not in (None, given):
             raise ValueError(
                 f"{self.source}: time_unit must be {given} for such a table, got {self.time_unit}"
@@ -161,7 +198,77 @@ class Sidecar:
             )
         start = _start(said.get("movie_start", 0), where("movie_start"), name)
         degree = per_degree * (scale[0] * scale[1]) ** 0.5
+        offset, scale = self._as_in_the_table(offset, scale, said.get("screen"), size, where("screen"))
         return Shown(Movie(name, size, degree, file, fps, end), offset, scale, start)
+
+    def _as_in_the_table(
+        self,
+        offset: tuple[float, float],
+        scale: tuple[float, float],
+        screen: object,
+        size: tuple[int, int],
+        where: str,
+    ) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(offset, scale) for positions as the table has them, from those for pixels that grow downwards.
+
+        With y' = L - u·y for a y that grows upwards, (y' - o)·s is (y - (L - o)/u)·(-u·s).
+        """
+        columns = [self.columns.get(key) for key in PLACES]
+        if not any(one is not None and (one.up or one.unit not in (None, "px")) for one in columns):
+            return offset, scale
+        whole: tuple[float, float] = (float(size[0]), float(size[1]))
+        if isinstance(screen, Mapping):
+            if "size" not in screen:
+                raise ValueError(
+                    f"{where}.size must be given with columns that are parts of the screen or grow upwards"
+                )
+            whole = _pair(screen["size"], f"{where}.size")
+        new = []
+        for one, o, s, length in zip(columns, offset, scale, whole, strict=True):
+            unit = "px" if one is None or one.unit is None else one.unit
+            factor = {"px": 1.0, "fraction": length, "percent": length / 100}[unit]
+            new.append(
+                ((length - o) / factor, -factor * s)
+                if one is not None and one.up
+                else (o / factor, factor * s)
+            )
+        return (new[0][0], new[1][0]), (new[0][1], new[1][1])
+
+
+def _column(key: str, entry: object, where: str) -> Column:
+    """An entry of `columns`: a name, or a mapping with name, or value, and unit and up."""
+    if key not in COLUMNS:
+        raise ValueError(f"{where}: unknown column; known are {', '.join(COLUMNS)}")
+    if isinstance(entry, str):
+        return Column(entry)
+    entry = _mapping(entry, where)
+    _known(entry, ("name", "value", "unit", "up"), where)
+    if ("name" in entry) == ("value" in entry):
+        raise ValueError(f"{where} must have either name or value")
+    text = entry.get("name", entry.get("value"))
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{where} must have a text as name or value, got {text!r}")
+    if "value" in entry and key not in ("participant", "movie"):
+        raise ValueError(f"{where}.value goes with participant and movie alone")
+    unit, units = entry.get("unit"), tuple(UNITS) if key in TIMES else PARTS if key in PLACES else ()
+    if unit is not None and unit not in units:
+        told = f"one of {', '.join(units)}" if units else "left out"
+        raise ValueError(f"{where}.unit must be {told}, got {unit!r}")
+    up = entry.get("up", False)
+    if not isinstance(up, bool) or (up and key != "y"):
+        raise ValueError(f"{where}.up must be true or false, and goes with y alone, got {up!r}")
+    return Column(entry.get("name"), entry.get("value"), unit, up)
+
+
+def _encoding(name: object, where: str) -> str | None:
+    if name is None:
+        return None
+    try:
+        return codecs.lookup(str(name)).name
+    except LookupError:
+        raise ValueError(
+            f"{where} must be an encoding that Python knows, such as latin-1, got {name!r}"
+        ) from None
 
 
 def _transform(

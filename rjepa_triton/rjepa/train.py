@@ -9,8 +9,8 @@ A run's folder holds these files, each of which is written whole or not at all:
     weights.safetensors        the trained model
     evaluation.json            every diagnostic before and after training
 
-Beside the model's predictor, a second one learns to predict x^High, the top circuit's input, from x^High. It is the
-control that shows what recurrence adds.
+Beside the model a control learns, the same in everything but that its recurrence can't learn (`model.control_of`): it
+shows what recurrence adds.
 """
 
 from __future__ import annotations
@@ -19,23 +19,21 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _files
 from ..online.learner import OnlineLearner
-from ..online.stream_readout import Residual
-from ..online.streams import Stream
 from . import backbone, config, storage
-from .config import Config
-from .encoder import Encoder
-from .evaluation import evaluate, scalars
-from .model import PSI, RJEPA, Predictor, distance
-from .sequences import Features, features, losses, prepare
+from .config import Config, TrainConfig
+from .encoder import Encoder, Encoding, State
+from .evaluation import Evaluator, scalars, warnings
+from .model import PSI, RJEPA, control_of
+from .sequences import Features, features, losses, prepare, taken
 
 CHECKPOINT, METRICS, WEIGHTS, EVALUATION, CONFIG = (
     "checkpoint.pt",
@@ -44,9 +42,6 @@ CHECKPOINT, METRICS, WEIGHTS, EVALUATION, CONFIG = (
     "evaluation.json",
     "config.yaml",
 )
-
-
-ROWS_IN_ONE_CALL = 16  # most sequences of a batch for which one call for all steps is faster than the loop
 
 
 def build(settings: Config) -> RJEPA:
@@ -65,8 +60,43 @@ def build(settings: Config) -> RJEPA:
         feedback=m.feedback,
         delay=m.delay,
         train_head=m.train_head,
+        refine=t.refine,
+        head=m.head,  # type: ignore[arg-type]
+        gate=m.gate,  # type: ignore[arg-type]
+        heads=m.heads or None,
     )
-    return RJEPA(encoder, kind=m.distance, hidden=m.predictor_hidden, actions=m.actions)  # type: ignore[arg-type]
+    return RJEPA(
+        encoder,
+        kind=m.distance,  # type: ignore[arg-type]
+        hidden=m.predictor_hidden,
+        actions=m.actions,  # type: ignore[arg-type]
+        target=m.target,  # type: ignore[arg-type]
+        momentum=m.momentum,
+        predictor=m.predictor,
+        weights=(m.lambda_r, m.lambda_a),
+    )
+
+
+def optimizer_of(model: RJEPA, settings: TrainConfig) -> torch.optim.Optimizer:
+    """Adam for what of the model learns, at the rates of the encoder, of its gates' biases, and of the predictors."""
+    encoder = model.encoder
+    biases = list(encoder.circuit.weights()[len(encoder.circuit.recurrent_weights()) :])
+    own = {id(p) for p in biases}
+    predictors = [
+        model.predictor,
+        *([model.action_predictor] if model.action_predictor else []),
+        *([model.yardstick] if model.yardstick is not model.predictor else []),
+    ]
+    groups = [
+        {
+            "params": [p for p in encoder.trained_parameters() if id(p) not in own],
+            "lr": settings.lr_recurrent,
+        },
+        {"params": [p for p in biases if p.requires_grad], "lr": settings.lr_bias},
+        {"params": [p for one in predictors for p in one.parameters()], "lr": settings.lr_predictor},
+    ]
+    kind = torch.optim.AdamW if settings.decoupled else torch.optim.Adam
+    return kind([group for group in groups if group["params"]], weight_decay=settings.weight_decay)
 
 
 class Trainer:
@@ -102,20 +132,22 @@ class Trainer:
         self.fabric.launch()
         model = build(settings)
         self.data = prepare(settings, model, known)
-        control = Predictor(model.encoder.circuit.hidden_size, settings.model.predictor_hidden)
-        predictors = [model.predictor, *([model.action_predictor] if model.action_predictor else [])]
-        groups = [
-            {"params": model.encoder.trained_parameters(), "lr": t.lr_recurrent},
-            {"params": [p for one in predictors for p in one.parameters()], "lr": t.lr_predictor},
-        ]
-        self.model, self.optimizer = self.fabric.setup(
-            model, torch.optim.Adam(groups, weight_decay=t.weight_decay)
-        )
-        self.control, self.control_optimizer = self.fabric.setup(
-            control, torch.optim.Adam(control.parameters(), lr=t.lr_predictor, weight_decay=t.weight_decay)
-        )
-        for method in ("from_inputs", "losses"):
-            self.model.mark_forward_method(method)
+        # the first weights of what makes x^High and the yardstick, which an evaluation needs later
+        self.first = {
+            name: value.detach().clone()
+            for name, value in model.encoder.state_dict().items()
+            if not name.startswith("backbone.")
+        }
+        control = control_of(model)
+        self.model, self.optimizer = self.fabric.setup(model, optimizer_of(model, t))
+        self.control, self.control_optimizer = self.fabric.setup(control, optimizer_of(control, t))
+        for one in (self.model, self.control):
+            for method in ("from_inputs", "losses"):
+                one.mark_forward_method(method)
+        self.evaluator = Evaluator(self.data, settings.model.distance, self.fabric.device)
+        self.best: dict[
+            str, Any
+        ] = {}  # of the epoch that does best on validation data: its weights, gain and number
         self.done = 0  # epochs
         self.history: list[dict[str, float]] = []
         self.before: dict[str, Any] = {}
@@ -129,7 +161,7 @@ class Trainer:
         file = self.folder / CONFIG
         if not file.exists():
             return
-        there, now = config.text(config.read(file)), config.text(self.settings)
+        there, now = config.text(config.read_run(file)), config.text(self.settings)
         other = [d for d in config.differences(there, now) if not d.startswith("train.epochs:")]
         if other:
             raise ValueError(f"{self.folder} holds a run of another configuration: {'; '.join(other)}")
@@ -152,7 +184,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.control_optimizer.load_state_dict(state["control_optimizer"])
             self.done, self.history = state["epochs"], state["history"]
-            self.before = json.loads(state["before"])
+            self.before, self.best = json.loads(state["before"]), state["best"]
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             told = _files.first_line(error)
             raise ValueError(f"{file} isn't a checkpoint of this run: {told}; {advice}") from None
@@ -169,10 +201,13 @@ class Trainer:
             "epochs": self.done,
             "history": self.history,
             "before": json.dumps(self.before),
+            "best": self.best,
+            "first": self.first,
         }
         storage.save(self.folder / CHECKPOINT, state)
         table = io.StringIO()
-        writer = csv.DictWriter(table, list(self.history[0]), restval="")
+        names = dict.fromkeys(name for row in self.history for name in row)
+        writer = csv.DictWriter(table, list(names), restval="")
         writer.writeheader()
         writer.writerows(self.history)
         _files.write_text(self.folder / METRICS, table.getvalue())
@@ -182,31 +217,64 @@ class Trainer:
     def run(self, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Train the missing epochs, write the folder's files, and return the evaluations before and after training.
 
-        advance: called after each batch.
+        With train.patience, "after" is after the epoch with the best R² on validation data. advance: called after each
+        batch.
         """
         from torch.utils.tensorboard import SummaryWriter
 
         logs = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.done + 1)
         try:
             for epoch in range(self.done, self.settings.train.epochs):
+                if self._waited_enough():
+                    break
                 for batch in self._order(epoch):
                     self._learn(batch)
                     advance()
-                found = self.evaluate()
-                row = {"epoch": float(epoch + 1), **scalars(found)}
                 self.done = epoch + 1
-                self.history.append(row)
-                for name, value in row.items():
-                    logs.add_scalar(name, value, epoch + 1)
+                if self.done % self.settings.train.evaluate_every == 0 or self.settings.train.patience:
+                    for name, value in self._measure().items():
+                        logs.add_scalar(name, value, self.done)
                 self._save()
         finally:
             logs.close()
-        both = {"before": self.before, "after": self.evaluate(), "config": config.text(self.settings)}
+        if self.best:
+            self.model.load_state_dict(self.best["model"])
+            self.control.load_state_dict(self.best["control"])
+        after = self.before if self.done == 0 else self.evaluate()
+        both = {"before": self.before, "after": after, "config": config.text(self.settings)}
         both["held_out"] = list(self.data.held_out)
+        both["epoch"] = int(self.best["epoch"]) if self.best else self.done
         if self.fabric.is_global_zero:
             storage.save_tensors(self.folder / WEIGHTS, self.model.state_dict())
             _files.write_text(self.folder / EVALUATION, json.dumps(both))
         return both
+
+    def _measure(self) -> dict[str, float]:
+        """Evaluate the epoch that is done, for `history`; say what is wrong with the representation."""
+        row = {"epoch": float(self.done), **scalars(self.evaluate(whole=False))}
+        if self.settings.train.patience:
+            row["validation_gain"] = self._choose()
+        self.history.append(row)
+        for told in warnings(row, self.before):
+            self.say(f"epoch {self.done}: {told}")
+        return row
+
+    def _choose(self) -> float:
+        """R² gained on validation data in the epoch that is done; its weights are kept if it is the best so far."""
+        for one in (self.model, self.control):
+            one.eval()
+        gain = self.evaluator.gain(self.model, self.control)
+        if not self.best or gain > self.best["gain"]:
+            kept = {
+                name: {key: value.detach().cpu().clone() for key, value in one.state_dict().items()}
+                for name, one in (("model", self.model), ("control", self.control))
+            }
+            self.best = {**kept, "gain": gain, "epoch": self.done}
+        return gain
+
+    def _waited_enough(self) -> bool:
+        patience = self.settings.train.patience
+        return bool(patience and self.best and self.done - self.best["epoch"] >= patience)
 
     @property
     def batches(self) -> int:
@@ -224,76 +292,64 @@ class Trainer:
         rank, world = self.fabric.global_rank, self.fabric.world_size
         return [batch[rank::world] for batch in drawn if len(batch) >= world]
 
-    def _learn(self, batch: Tensor) -> None:
-        data, train = self.data.train, self.settings.train
-        self.model.train()
-        if train.updates:
-            assert data.x is not None
-            x = self._here(data.x[:, batch])
-            self._learn_online(x)
-        else:
-            found, x = losses(self.model, data, batch, self.fabric.device)
-            self._update(found.total(PSI[train.psi]))
-        control = distance(self.settings.model.distance, self.control(x[:-1]), x[1:])  # type: ignore[arg-type]
-        self.control_optimizer.zero_grad()
-        self.fabric.backward(control.mean())
-        self.control_optimizer.step()
+    def _learn(self, which: Tensor) -> None:
+        """One batch of sequences, for the model and then for its control."""
+        batch, train = taken(self.data.train, which, self.fabric.device), self.settings.train
+        for model, optimizer in ((self.model, self.optimizer), (self.control, self.control_optimizer)):
+            model.train()
+            if train.updates:
+                assert batch.x is not None
+                self._learn_online(model, optimizer, batch.x, batch.yardstick)
+            else:
+                self._update(model, optimizer, losses(model, batch).total(PSI[train.psi]))
 
-    def _update(self, loss: Tensor) -> None:
+    def _update(self, model: Any, optimizer: Any, loss: Tensor) -> None:
         self.fabric.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.follow_()
 
-    def _learn_online(self, x: Tensor) -> None:
+    def _learn_online(self, model: Any, optimizer: Any, x: Tensor, yardstick: Tensor) -> None:
         """Learn from a batch of sequences as streams, with an update every `updates` steps; memory doesn't grow with T.
 
-        An `OnlineLearner` carries the sensitivities. A loss depends on h(t-1) and h(t), so with an update in every step
-        the learner keeps one step more. With longer chunks, a loss across the boundary of two chunks trains the
-        predictor alone.
+        An `OnlineLearner` carries the sensitivities, except of a control, which has none. A loss depends on h(t-1) and
+        h(t), so with an update in every step the learner keeps one step more. With longer chunks, a loss across the
+        boundary of two chunks trains the predictor alone.
         """
         every, steps = self.settings.train.updates, len(x)
-        if every == 1 and (stream := self._stream(x.shape[1])) is not None:
-            stream.run(x)
-            return
-        circuit, predictor = self.model.encoder.circuit, self.model.predictor
-        kind = self.settings.model.distance
-        learner = OnlineLearner(circuit, x.shape[1], update_every=every, lag=int(every == 1))
+        encoder, learner = model.encoder, None
+        if any(p.requires_grad for p in encoder.circuit.parameters()):
+            learner = OnlineLearner(encoder.circuit, x.shape[1], update_every=every, lag=int(every == 1))
         before: Tensor | None = None
+        state: State | None = None
+        teacher: State | None = None
         for start in range(0, steps, every):
-            if every == 1:
-                h = learner.step(x[start])[None]
+            part = x[start : start + every]
+            if learner is None:
+                made = encoder.encode(part, state)
+                state, h = made.state, made.h
             else:
-                h = learner.chunk(x[start : start + every])
+                h = learner.step(part[0])[None] if every == 1 else learner.chunk(part)
+            target, teacher = model.targets(Encoding(h, part, h, h, State((), (h[-1], h[-1]))), teacher)
             joined = h if before is None else torch.cat([before[None], h])
             if len(joined) > 1:
-                self._update(distance(kind, predictor(joined[:-1]), joined[1:]).mean())  # type: ignore[arg-type]
+                new = len(joined) - 1
+                own, error = model.errors(
+                    joined[:-1], target[-new:], None, yardstick[start : start + every][-new:]
+                )
+                self._update(model, optimizer, own.mean() + error.mean())
             before = h[-1] if every == 1 else h[-1].detach()
-
-    def _stream(self, rows: int) -> Stream | None:
-        """The top circuit and its predictor as one that learns by itself, or None where no compiled call serves it."""
-        if self.settings.train.learning != "rfp" or rows > ROWS_IN_ONE_CALL:
-            return None
-        predictor = self.model.predictor
-        stream = Stream(
-            self.model.encoder.circuit,
-            Residual(nn.Sequential(predictor.first, nn.ReLU(), predictor.second)),
-            rows,
-            loss="mse" if self.settings.model.distance == "square" else "cosine",
-            optimizer=self.optimizer.optimizer,
-            self_prediction=True,
-        )
-        return stream if stream.backend == "compile" else None
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.fabric.device)
 
     # --- diagnostics ---------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, Any]:
-        """Every diagnostic on the test sequences: lists by step, spectra, and single numbers (docs/rjepa.md)."""
-        self.model.eval()
-        return evaluate(self.model, self.control, self.data, self.settings.model.distance, self.fabric.device)
+    def evaluate(self, *, whole: bool = True) -> dict[str, Any]:
+        """Every diagnostic on the test sequences: lists by step, spectra, and single numbers (docs/rjepa.md).
+
+        whole: as for `evaluation.Evaluator`.
+        """
+        for one in (self.model, self.control):
+            one.eval()
+        return self.evaluator(self.model, self.control, whole=whole)
 
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -308,27 +364,70 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     other = [override for override in overrides if not override.startswith("data.")]
     if other:
         raise ValueError(f"overrides of an evaluation must begin with 'data.', got {', '.join(other)}")
-    settings = config.read(folder / CONFIG, overrides)
+    settings = config.read_run(folder / CONFIG, overrides)
     model = build(settings)
-    control = Predictor(model.encoder.circuit.hidden_size, settings.model.predictor_hidden)
+    control = control_of(model)
+    drawn = {name: value.clone() for name, value in model.state_dict().items()}
     weights = storage.read_tensors(folder / WEIGHTS)
-    known = features(settings, model.encoder.backbone)
+    trained = _of_this_version(weights, model)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(trained)
     except RuntimeError as error:
         raise ValueError(
             f"{folder / WEIGHTS} doesn't belong to {folder / CONFIG}: {_files.first_line(error)}"
         ) from None
+    model.load_state_dict(drawn)
     checkpoint = storage.unpickled(folder / CHECKPOINT)
+    known = features(settings, model.encoder.backbone)
+    head = "encoder.head."
     try:
-        control.load_state_dict(checkpoint["control"])
-    except (RuntimeError, KeyError, TypeError, IndexError, AttributeError) as error:
+        # version 0.1 kept no first weights, and its heads were frozen where their statistics matter here
+        first = checkpoint.get("first") or {
+            name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith(head)
+        }
+        model.encoder.load_state_dict(first, strict=False)
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder / CHECKPOINT} doesn't belong to {folder / CONFIG}: {_files.first_line(error)}"
         ) from None
     data = prepare(settings, model.eval(), known, calibrate=False)
-    with torch.no_grad():
-        return evaluate(model, control.eval(), data, settings.model.distance, torch.device("cpu"))
+    model.load_state_dict(trained)
+    try:
+        best = checkpoint.get("best") or checkpoint
+        control.load_state_dict(_of_this_version(best["control"], control, model.encoder.state_dict()))
+    except (RuntimeError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / CHECKPOINT} doesn't belong to {folder / CONFIG}: {_files.first_line(error)}"
+        ) from None
+    return Evaluator(data, settings.model.distance, torch.device("cpu"))(model.eval(), control.eval())
+
+
+def _of_this_version(
+    state: Mapping[str, Tensor], model: RJEPA, encoder: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """A state_dict of version 0.1 as one of this.
+
+    There was no predictor of the yardstick: the model's own stands for it. The control was a predictor alone: its
+    encoder gets what is not recurrent of `encoder`.
+    """
+    found = dict(state)
+    if "first.weight" in found:
+        assert encoder is not None
+        recurrent = ("circuit.", "areas.", "feedback.")
+        found = {f"predictor.{name}": value for name, value in found.items()}
+        found |= {f"encoder.{name}": v for name, v in encoder.items() if not name.startswith(recurrent)}
+        found |= {
+            f"encoder.{name}": v
+            for name, v in model.encoder.state_dict().items()
+            if name.startswith(recurrent)
+        }
+    if not any(name.startswith("yardstick.") for name in found):
+        found |= {
+            f"yardstick.{name.removeprefix('predictor.')}": value
+            for name, value in found.items()
+            if name.startswith("predictor.")
+        }
+    return found
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:

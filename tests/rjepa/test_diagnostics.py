@@ -35,30 +35,3 @@ def test_ranks_of_known_spectra() -> None:
     values = diagnostics.spectrum(rows)
     assert (values[:-1] >= values[1:]).all()
     assert values.sum() == pytest.approx(rows.var(0, correction=0).sum())
-
-
-def test_explained_variance() -> None:
-    torch.manual_seed(0)
-    a = torch.randn(4000, 5, dtype=torch.float64)
-    y = a @ torch.randn(5, 3, dtype=torch.float64) + 7
-    noise = y.std(0) * torch.randn_like(y)
-    halves = slice(0, 2000), slice(2000, 4000)
-
-    def told(inputs: torch.Tensor, outputs: torch.Tensor) -> float:
-        return diagnostics.explained(*((inputs[half], outputs[half]) for half in halves), ridge=1e-3)  # type: ignore[arg-type]
-
-    assert told(a.clamp(-3, 3), a.clamp(-3, 3) @ torch.ones(5, 3, dtype=torch.float64)) == pytest.approx(1)
-    assert told(a, y + noise) == pytest.approx(0.5, abs=0.03)
-    assert told(torch.randn_like(a), y) == pytest.approx(0, abs=0.01)
-
-
-def test_components_are_the_principal_ones() -> None:
-    torch.manual_seed(0)
-    rows = torch.randn(7, 300, 4) * torch.tensor([3.0, 0.1, 1.0, 0.5]) + 2
-    made = diagnostics.Components.of(rows, 2)
-    found = made(rows)
-    assert found.shape == (7, 300, 2)
-    variances = found.flatten(0, 1).var(0)
-    assert variances[0] == pytest.approx(9, rel=0.1)
-    assert variances[1] == pytest.approx(1, rel=0.1)
-    torch.testing.assert_close(found.mean((0, 1)), torch.zeros(2, dtype=torch.float64), atol=1e-10, rtol=0)
