@@ -57,7 +57,8 @@ class Evaluator:
         centred = h - h.mean((0, 1))
         flat = rearrange(centred, "t n d -> (t n) d")
         axes = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :2]
-        density, *edges = np.histogram2d(*(flat @ axes).T.numpy(), bins=BINS)
+        across, along = (flat @ axes).T.numpy()
+        density, *edges = np.histogram2d(across, along, bins=BINS)
         return {
             "loss": loss.tolist(),
             "normalised": (loss / constant).tolist(),
@@ -129,6 +130,7 @@ def _encoded(model: Any, data: Sequences, device: torch.device, size: int = 64) 
     for which in torch.arange(len(data)).split(size):
         found = losses(model, taken(data, which, device))
         made = found.encoding
+        assert found.yardstick is not None
         parts.append(
             {
                 "h": made.h,

@@ -17,7 +17,7 @@ halves) breaks the symmetry; so does a bias, since g(b)⊙x' is linear in x'.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -74,7 +74,12 @@ class SigmoidRGCCell(_Biased):
 def cell(gate: Gate) -> Cell:
     """The cell of a gate: "tanh", the paper's, without bias; "affine" or "sigmoid". Raises ValueError for another."""
     check.one_of("gate", gate, GATES)
-    return {"tanh": RGCCell, "affine": AffineRGCCell, "sigmoid": SigmoidRGCCell}[gate]()
+    kinds: dict[str, Callable[[], Cell]] = {
+        "tanh": RGCCell,
+        "affine": AffineRGCCell,
+        "sigmoid": SigmoidRGCCell,
+    }
+    return kinds[gate]()
 
 
 def input_gate(gate: Gate, weights: Sequence[Tensor], m: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class RJEPA(nn.Module):
         self.action_predictor: nn.Linear | None = None
         if actions == "predicted":
             self.action_predictor = nn.Linear(2 * encoder.circuit.hidden_size, ACTION_SIZE)
-        self.yardstick = copy.deepcopy(self.predictor)
+        self.yardstick: nn.Module = copy.deepcopy(self.predictor)
         self.teacher: nn.ModuleDict | None = None
         if target == "ema":
             parts = {"circuit": encoder.circuit, "embedding": encoder.embedding}

@@ -241,7 +241,7 @@ class Trainer:
             self.model.load_state_dict(self.best["model"])
             self.control.load_state_dict(self.best["control"])
         after = self.before if self.done == 0 else self.evaluate()
-        both = {"before": self.before, "after": after, "config": config.text(self.settings)}
+        both: dict[str, Any] = {"before": self.before, "after": after, "config": config.text(self.settings)}
         both["held_out"] = list(self.data.held_out)
         both["epoch"] = int(self.best["epoch"]) if self.best else self.done
         if self.fabric.is_global_zero:
