@@ -55,11 +55,11 @@ def _load_step(
     unit: flat index into (B, N); row: its batch row; gate_offset: its offset in (B, 2, 2, N) for the first of the four.
     """
     at = t * BN + unit
-    at_gates = 4 * t * BN + gate_offset
-    ss = tl.load(gates_ptr + at_gates, mask=mask, other=0.0)
-    sm = tl.load(gates_ptr + at_gates + N, mask=mask, other=0.0)
-    mm = tl.load(gates_ptr + at_gates + 2 * N, mask=mask, other=0.0)
-    ms = tl.load(gates_ptr + at_gates + 3 * N, mask=mask, other=0.0)
+    from_ptr = gates_ptr + 4 * t * BN + gate_offset
+    ss = tl.load(from_ptr, mask=mask, other=0.0)
+    sm = tl.load(from_ptr + N, mask=mask, other=0.0)
+    mm = tl.load(from_ptr + 2 * N, mask=mask, other=0.0)
+    ms = tl.load(from_ptr + 3 * N, mask=mask, other=0.0)
     s, m = load_states(before_ptr, at, stride_before, mask, 2)
     u = tl.load(u_ptr + at, mask=mask, other=0.0)
     keep = mask
@@ -344,9 +344,9 @@ def _dual_kernel(
         credit1 = delta1 + later1
         at_gates = 4 * t * BN + gate_offset
         tl.store(entering_ptr + at_gates, credit0 * phi_ss, mask=mask)
-        tl.store(entering_ptr + at_gates + N, credit1 * phi_sm, mask=mask)
-        tl.store(entering_ptr + at_gates + 2 * N, credit1 * phi_mm, mask=mask)
-        tl.store(entering_ptr + at_gates + 3 * N, credit0 * phi_ms, mask=mask)
+        tl.store(entering_ptr + (at_gates + N), credit1 * phi_sm, mask=mask)
+        tl.store(entering_ptr + (at_gates + 2 * N), credit1 * phi_mm, mask=mask)
+        tl.store(entering_ptr + (at_gates + 3 * N), credit0 * phi_ms, mask=mask)
         tl.store(for_input_ptr + at, credit0 * (1.0 - ms) + credit1 * (1.0 - sm), mask=mask)
         later0, later1 = pass_back(m00, m01, m10, m11, credit0, credit1, 2)
         if resets_ptr is not None:

@@ -48,6 +48,7 @@ class RfpDual(_Sequence):
     name, label = "rfp-dual", "RFP, whole sequence"
     learning: functional.Learning = "rfp"
     exact = False
+    MOST = 12  # where compiled code runs
     BY_WINDOWS = 9.4  # arrays of (T, B, N) alive at once where the backward pass goes by windows of time
 
     @classmethod

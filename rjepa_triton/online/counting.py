@@ -8,13 +8,14 @@ lengths.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..backend import native_backend, triton_backend
 from ..cells import weights as weight_ops
-from ..cells.builtin import RGCCell
+from ..cells.trace import traced
 from ..cells.two_point import Cell, Matrix, Trajectory, state_read
 from ..layers.layer import TwoPointRNN
 from ..planning.cost import Calls, Line, Problem, Work, counted, runs_gamma
@@ -51,7 +52,11 @@ def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bo
     item = weights[0].dtype.itemsize
     narrow = weights[0].dtype == torch.float32
     compiled = not gpu and narrow and native_backend.cpp_compiler() is not None
-    kernels = gpu and narrow and isinstance(layer.cell, RGCCell)
+    kernels = gpu and narrow and traced(layer.cell) is not None
+    found = calls(layer.cell, layer.matrices, weights)
+    if kernels:  # a product for each state that matrices read, and a launch
+        products = len({matrix.reads for matrix in layer.cell.matrices})
+        found = replace(found, loop=Line(Work(), Work(calls=products + 1)))
     return Problem(
         states=len(layer.cell.states),
         batch=batch,
@@ -59,7 +64,7 @@ def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bo
         fan_ins=fan_ins,
         item=item,
         gamma_item=gamma_dtype.itemsize,
-        calls=calls(layer.cell, layer.matrices, weights),
+        calls=found,
         features=layer.input_size or 0,
         runs=runs_gamma(gpu, item, gamma_dtype.itemsize, len(layer.cell.states)),
         loop=compiled and native_backend.compiled_loop(layer.cell, recurrent, LONG, batch),

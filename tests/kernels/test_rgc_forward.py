@@ -222,8 +222,8 @@ def test_quarters_hold_every_weight(units, lanes):
 
 
 def test_pointwise_needs_both_or_neither():
-    pre, before, u = random(2, 1, 2, 3), random(2, 1, 3), random(1, 3)
+    pre, before, u = random(1, 2, 2, 3), random(2, 1, 3), random(1, 3)
     with pytest.raises(ValueError, match="next_resets and next_before must be given together"):
         rgc_pointwise_(pre, before, u, torch.empty_like(before), next_before=before)
-    with pytest.raises(ValueError, match=r"pre must have shape \(2, 1, 2, 3\), got \(2, 1, 1, 3\)"):
+    with pytest.raises(ValueError, match=r"pre must have shape \(1, 2, 2, 3\), got \(1, 2, 1, 3\)"):
         rgc_pointwise_(pre[:, :, :1].contiguous(), before, u, before)

@@ -128,7 +128,7 @@ def _outputs(x: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor]:
     steps, batch, units = x.shape
     states = torch.full((2, steps + 1, batch, units), math.nan)
     states[:, 0] = torch.stack(state)
-    return states, torch.full((2, steps, batch, 2, units), math.nan)
+    return states, torch.full((steps, batch, 2, 2, units), math.nan)
 
 
 class _Alone:
@@ -162,7 +162,7 @@ def test_each_number_is_written_by_one_program(monkeypatch, units, batch, multip
     assert programs > 4
     arrived = torch.zeros(config.parts, COUNTER_STRIDE, dtype=torch.int64)
     given = (x, weights, _outputs(x, state)[0], resets.view(torch.uint8))
-    kernel, times = kernels._rgc_persistent_kernel, torch.zeros(2, 1, batch, 2, units)
+    kernel, times = kernels._rgc_persistent_kernel, torch.zeros(1, batch, 2, 2, units)
     for index in range(programs):
         monkeypatch.setattr(kernels, "_rgc_persistent_kernel", _Alone(kernel, index))
         states, gates = _outputs(x, state)

@@ -229,7 +229,7 @@ def test_what_a_graph_cannot_hold_is_refused(
         use(learner)
 
 
-def test_the_state_cannot_be_set() -> None:
+def test_a_state_of_another_number_of_tensors_cannot_be_set() -> None:
     learner = OnlineLearner(RGC(4), 2)
-    with pytest.raises(AttributeError):
-        learner.state = (torch.zeros(2, 4),)  # type: ignore[misc]
+    with pytest.raises(ValueError, match=r"state must be \(s, m\), got 1 entries"):
+        learner.state = (torch.zeros(2, 4),)
