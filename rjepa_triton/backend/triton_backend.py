@@ -98,6 +98,14 @@ def one_launch(cell: Cell, weights: Sequence[Tensor], batch: int) -> bool:
     return batch <= (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132)
 
 
+def step_calls(cell: Cell) -> int:
+    """Calls a step of a loop that isn't one launch: a product for each state that matrices read, and a launch.
+
+    An RGC's products for both of its states are one call.
+    """
+    return 2 if isinstance(cell, RGCCell) else len({matrix.reads for matrix in cell.matrices}) + 1
+
+
 def _unusable(*tensors: Tensor | None) -> Refusal | None:
     """Why kernels can't be given the addresses of tensors that may be as a user or autograd made them, or None."""
     return None if torch.compiler.is_compiling() else not_in_memory(*tensors)

@@ -229,8 +229,8 @@ def forward_problem(
     steps, batch, units = sizes
     step, round_ = _counts(cell, [weight.dim() for weight in weights])
     scale = dtype.itemsize / _COUNTED_AT.itemsize
-    if kernel and traced(cell) is not None:  # a product for each state that matrices read, and a launch
-        step = replace(step, calls=len({matrix.reads for matrix in cell.matrices}) + 1, views=0)
+    if kernel and traced(cell) is not None:
+        step = replace(step, calls=triton_backend.step_calls(cell), views=0)
     return cost.ForwardProblem(
         states=len(cell.states),
         batch=batch,

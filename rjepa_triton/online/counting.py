@@ -54,9 +54,8 @@ def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bo
     compiled = not gpu and narrow and native_backend.cpp_compiler() is not None
     kernels = gpu and narrow and traced(layer.cell) is not None
     found = calls(layer.cell, layer.matrices, weights)
-    if kernels:  # a product for each state that matrices read, and a launch
-        products = len({matrix.reads for matrix in layer.cell.matrices})
-        found = replace(found, loop=Line(Work(), Work(calls=products + 1)))
+    if kernels:
+        found = replace(found, loop=Line(Work(), Work(calls=triton_backend.step_calls(layer.cell))))
     return Problem(
         states=len(layer.cell.states),
         batch=batch,

@@ -77,7 +77,7 @@ def test_a_prediction_is_of_what_is_counted() -> None:
     ways, rounds = forward.predict(units, batch, steps, 0.1, 0)
     loop, dual, launch, eager = ways
     (forward_, _), (bptt, seconds) = loop.parts["forward"], loop.parts["backward"]
-    assert forward_.calls == 3 * steps  # a product for each state, and a launch
+    assert forward_.calls == 2 * steps  # the products, and a launch
     assert forward_.flop == steps * 8 * batch * units**2
     assert bptt.flop == 2 * forward_.flop
     assert bptt.calls > 6 * steps
