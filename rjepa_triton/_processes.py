@@ -3,16 +3,19 @@
 `start` starts a program, `Workers` is a pool of processes that call Python functions. On Linux the kernel kills such a
 child as soon as the thread that started it is gone, by SIGKILL too (PR_SET_PDEATHSIG); elsewhere the pool's workers
 notice it within a second. A child leads a process group of its own, so that it can be ended with whatever it started
-(`end`), and it inherits no pipe of its parent but stderr.
+(`end`), and it inherits no pipe of its parent but stderr. What a program itself starts (g++ starts cc1plus) ends with
+the process that called `run`, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import pickle
 import queue
+import shutil
 import signal
 import struct
 import subprocess
@@ -30,17 +33,25 @@ _PR_SET_PDEATHSIG = 1
 # Looked up once, here: a child that was just forked should do as little as it can.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _LENGTH = struct.Struct("!Q")
+# Runs a program, its arguments, and ends its whole process group when told to. An asynchronous command of a shell has
+# /dev/null as stdin unless it is given another.
+_GUARD = 'trap "kill -s KILL 0" TERM; exec 3<&0; "$@" <&3 3<&- & exec 3<&-; wait $!'
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start a program that ends with the thread that calls this. options: of subprocess.Popen. Raises OSError."""
+    return _start(command, getattr(signal, "SIGKILL", 0), options)
+
+
+def _start(command: Sequence[str], number: int, options: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """number: of the signal that the kernel sends the program at the end of the thread that calls this."""
     if os.name != "posix":
         return subprocess.Popen(list(command), **options)
     parent = os.getpid()
 
     def prepare() -> None:
         if _LIBC is not None:
-            die_with(parent)
+            die_with(parent, number)
         # a shell starts background jobs with interrupts ignored, and children inherit that
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -71,8 +82,13 @@ def run(
 
     Raises OSError, or subprocess.TimeoutExpired.
     """
-    pipe = subprocess.PIPE
-    process = start(command, stdin=pipe, stdout=pipe, stderr=pipe, **options)
+    options.update(dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE))
+    if _LIBC is None:
+        process = start(command, **options)
+    elif shutil.which(command[0]) is None:
+        raise FileNotFoundError(errno.ENOENT, "no program of this name can be run", command[0])
+    else:
+        process = _start(["/bin/sh", "-c", _GUARD, "sh", *command], signal.SIGTERM, options)
     try:
         out, told = process.communicate(input.encode(), timeout)
     except BaseException:
@@ -82,10 +98,13 @@ def run(
     return subprocess.CompletedProcess(list(command), process.returncode, *texts)
 
 
-def die_with(parent: int) -> None:
-    """Let this process end with its parent, of that number: what a pool of multiprocessing calls in each worker."""
+def die_with(parent: int, number: int = getattr(signal, "SIGKILL", 0)) -> None:
+    """Let this process end with its parent, a process's number: what a pool of multiprocessing calls in each worker.
+
+    number: of the signal that Linux sends it then.
+    """
     if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     elif os.name == "posix":
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     if os.name == "posix" and os.getppid() != parent:

@@ -42,9 +42,9 @@ def test_calls_and_what_they_raise() -> None:
 def test_an_initializer_runs_first_in_each_and_what_it_raises_every_call_does() -> None:
     with Workers(2, os.chdir, ["/"]) as pool:
         assert {pool.submit(os.getcwd).result() for _ in range(4)} == {"/"}
-    with Workers(1, os.chdir, ["/nowhere"]) as pool:
+    with Workers(1, os.chdir, ["/dev/null/nowhere"]) as pool:
         for _ in range(2):
-            with pytest.raises(FileNotFoundError):
+            with pytest.raises(NotADirectoryError):
                 pool.submit(os.getcwd).result()
 
 
@@ -90,6 +90,7 @@ def test_a_program_runs_to_its_end_or_its_limit() -> None:
     assert _processes.run(["sh", "-c", "echo why >&2; exit 3"]).stderr == "why\n"
     with pytest.raises(subprocess.TimeoutExpired):
         _processes.run(["sh", "-c", "sleep 60 & sleep 60"], timeout=0.2)
+    assert _processes.run(["sh", "-c", "kill -s KILL $$"]).returncode != 0
     with pytest.raises(OSError, match="nowhere"):
         _processes.run(["/nowhere/program"])
 
@@ -105,6 +106,11 @@ spec.loader.exec_module(processes)
 PARENTS = {
     "a program": 'processes.start(["sleep", "60"]); time.sleep(60)',
     "a program with a limit": 'processes.run(["sleep", "60"], timeout=50)',
+    "a program's own program": 'processes.run(["sh", "-c", "sleep 60; true"])',
+    "a worker's compiler": (
+        "with processes.Workers(2) as pool:\n"
+        "    pool.submit(processes.run, ['sh', '-c', 'sleep 60; true']).result()"
+    ),
     "busy and idle workers": "with processes.Workers(3) as pool:\n    pool.submit(time.sleep, 60).result()",
     "a busy parent": "pool = processes.Workers(2)\nwhile True: pass",
     "a worker's program": (

@@ -63,7 +63,7 @@ HOMES: dict[str, str | None] = {
     "none": None,
     "a file": "/dev/null",
     "read-only": "/proc/self",
-    "gone": "/nowhere",
+    "gone": "/proc/nowhere",
 }
 UMASKS = (0o000, 0o022, 0o077)
 COMPILERS = (True, False)
