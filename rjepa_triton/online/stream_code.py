@@ -46,6 +46,7 @@ FIRST = (
     "x",
     "target",
     "outputs",
+    "hidden",
     "losses",
     "resets",
     "mask",
@@ -58,11 +59,12 @@ class Result:
 
     losses   (T,), or (P, T) of a population
     outputs  (T, B, O), or (P, T, B, O)
+    hidden   (T, B, N), or (P, T, B, N): the layer's output at each step, which is not among what iteration gives
     state    the layer's S states after the last step, (B, N) each; a list of these of a population
     """
 
-    def __init__(self, losses: Tensor, outputs: Tensor, state: Any) -> None:
-        self.losses, self.outputs, self.state = losses, outputs, state
+    def __init__(self, losses: Tensor, outputs: Tensor, hidden: Tensor, state: Any) -> None:
+        self.losses, self.outputs, self.hidden, self.state = losses, outputs, hidden, state
 
     def __iter__(self) -> Any:
         return iter((self.losses, self.outputs, self.state))
@@ -313,12 +315,13 @@ class Compiled:
         results = []
         for one, each in zip(networks, given, strict=True):
             one._one = None
-            losses, outputs, mask = each["losses"], each["outputs"], each["mask"]
+            losses, outputs, hidden, mask = (each[name] for name in ("losses", "outputs", "hidden", "mask"))
             lagged = one.stream.self_prediction and mask is not None
             one.advanced(steps, int(mask.any(1).sum()) if lagged else steps, one.learned())  # type: ignore[union-attr]
             assert losses is not None
             assert outputs is not None
-            results.append(Result(losses.to(outputs.dtype), outputs, one.stream.learner.state))
+            assert hidden is not None
+            results.append(Result(losses.to(outputs.dtype), outputs, hidden, one.stream.learner.state))
         return results
 
     def given(
@@ -333,6 +336,7 @@ class Compiled:
         given: dict[str, Tensor | None] = {"x": x, "target": target, "resets": resets, "mask": mask}
         given = {name: None if a is None else a.detach().contiguous() for name, a in given.items()}
         given["outputs"] = x.new_empty(len(x), self.stream.batch_size, self.outputs)
+        given["hidden"] = x.new_empty(len(x), self.stream.batch_size, self.stream.layer.hidden_size)
         given["losses"] = torch.empty(len(x), dtype=torch.float64)
         given["rates"] = torch.tensor(rates, dtype=torch.float64)
         return given

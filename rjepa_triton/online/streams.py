@@ -311,6 +311,7 @@ class Stream:
         return Result(
             torch.stack([result.losses for result in results]),
             torch.stack([result.outputs for result in results]),
+            torch.stack([result.hidden for result in results]),
             [result.state for result in results],
         )
 
@@ -401,18 +402,25 @@ class Stream:
         rates: Sequence[Sequence[float]],
     ) -> Result:
         """The steps one by one."""
-        losses, outputs, groups = [], [], self.optimizer.param_groups
+        losses, outputs, hidden, groups = [], [], [], self.optimizer.param_groups
         kept = [group["lr"] for group in groups]
         for t in range(len(x)):
             if resets is not None and bool(resets[t].any()):
                 self.learner.reset(resets[t])
-            output = self._predict(x[t]) if self.self_prediction else self.readout(self.learner.step(x[t]))
+            if self.self_prediction:
+                output = self._predict(x[t])
+                assert self._left is not None
+                now = self._left[1]
+            else:
+                now = self.learner.step(x[t])
+                output = self.readout(now)
             outputs.append(output.detach().clone())
+            hidden.append(now.detach().clone())
             aim, counts = (None if each is None else each[t] for each in (target, mask))
             losses.append(self._learn_from(output, aim, counts, [rate[t] for rate in rates]))
         for group, rate in zip(groups, kept, strict=True):
             group["lr"] = rate
-        return Result(torch.stack(losses), torch.stack(outputs), self.learner.state)
+        return Result(torch.stack(losses), torch.stack(outputs), torch.stack(hidden), self.learner.state)
 
     def _predict(self, x: Tensor) -> Tensor:
         """readout(h(t-1)); h(t) and what the gradient of h(t-1) needs are left for `_learn_from`."""

@@ -33,6 +33,7 @@ from .config import Config, TrainConfig
 from .encoder import Encoder, Encoding, State
 from .evaluation import Evaluator, scalars, warnings
 from .model import PSI, RJEPA, control_of
+from .online import Streams, optimizer_in
 from .sequences import Features, features, losses, prepare, taken
 
 CHECKPOINT, METRICS, WEIGHTS, EVALUATION, CONFIG = (
@@ -42,6 +43,7 @@ CHECKPOINT, METRICS, WEIGHTS, EVALUATION, CONFIG = (
     "evaluation.json",
     "config.yaml",
 )
+PLAIN = ("32-true", "64-true")  # precisions without autocast
 
 
 def build(settings: Config) -> RJEPA:
@@ -148,6 +150,8 @@ class Trainer:
         self.best: dict[
             str, Any
         ] = {}  # of the epoch that does best on validation data: its weights, gain and number
+        # what runs online updates, of the model or its control and a number of sequences
+        self._made: dict[tuple[bool, int], Streams | str] = {}
         self.done = 0  # epochs
         self.history: list[dict[str, float]] = []
         self.before: dict[str, Any] = {}
@@ -299,7 +303,11 @@ class Trainer:
             model.train()
             if train.updates:
                 assert batch.x is not None
-                self._learn_online(model, optimizer, batch.x, batch.yardstick)
+                streams = self._streams(model, optimizer, batch.x.shape[1])
+                if isinstance(streams, Streams):
+                    streams.learn(batch.x, batch.yardstick)
+                else:
+                    self._learn_online(model, optimizer, batch.x, batch.yardstick)
             else:
                 self._update(model, optimizer, losses(model, batch).total(PSI[train.psi]))
 
@@ -308,6 +316,17 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad()
         model.follow_()
+
+    def _streams(self, model: Any, optimizer: Any, batch: int) -> Streams | str:
+        """One call for all steps of a batch of so many sequences, or why a loop over them must do it."""
+        if self.settings.train.updates > 1:
+            return "an update comes after several steps"
+        if self.settings.train.precision not in PLAIN:
+            return f"the precision is {self.settings.train.precision!r}"
+        key = model is self.model, batch
+        if key not in self._made:
+            self._made[key] = Streams.of(model.module, optimizer_in(optimizer), batch)
+        return self._made[key]
 
     def _learn_online(self, model: Any, optimizer: Any, x: Tensor, yardstick: Tensor) -> None:
         """Learn from a batch of sequences as streams, with an update every `updates` steps; memory doesn't grow with T.

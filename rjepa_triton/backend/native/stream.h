@@ -83,7 +83,7 @@ template <class real> struct Network {
 
     const real *x, *target;
     const long *classes;
-    real *outputs;
+    real *outputs, *hidden; // hidden (T, B, N), the layer's outputs, or null
     double *losses;
     const unsigned char *resets, *mask;
     const double *rates;
@@ -101,7 +101,7 @@ template <class real> struct Network {
         x = table.next<const real>();
         const void *aims = table.next<const void>();
         target = (const real *)aims, classes = (const long *)aims;
-        outputs = table.next<real>();
+        outputs = table.next<real>(), hidden = table.next<real>();
         losses = table.next<double>();
         resets = table.next<const unsigned char>(), mask = table.next<const unsigned char>();
         rates = table.next<const double>();
@@ -227,7 +227,10 @@ template <class real> struct Network {
         C::prepare(input, h);
         C::update(c, p, input, h, now, kept);
         C::partials(c, kept, input, h, w, partial, whole);
-        for (long nu = 0; nu < S; nu++) store(state + nu * plane + at, now[nu], here);
+        for (long nu = 0; nu < S; nu++) {
+            store(state + nu * plane + at, now[nu], here);
+            if (hidden && nu == out) store(hidden + t * plane + at, now[nu], here);
+        }
         for (long k = 0; k < FOUND; k++) store(found + k * plane + at, partial[k], here);
         const bool forgets = resets && resets[t * batch + b];
         for (long k = 0; k < S * S; k++) {
