@@ -13,7 +13,7 @@ from ..harness import options
 from ..harness.terminal import plain_console
 from ..harness.view import show_records
 from . import run as peers
-from .registry import PEERS
+from .registry import DEFAULT, PEERS
 from .tasks import TASKS
 from .views import VIEWS
 
@@ -24,7 +24,7 @@ def peers_command(
     batch: options.BatchList = "1",
     steps: options.Steps = 50,
     which: Annotated[str, typer.Option("--tasks", help=", ".join(TASKS))] = ",".join(TASKS),
-    chosen: Annotated[str, typer.Option("--peers", help=", ".join(PEERS))] = ",".join(PEERS),
+    chosen: Annotated[str, typer.Option("--peers", help=", ".join(PEERS))] = ",".join(DEFAULT),
     threads: Annotated[int, typer.Option(help="CPU threads of each peer; torch's own choice if 0.")] = 0,
     device: options.Device = "auto",
     input: options.Input = "photo",

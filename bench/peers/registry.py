@@ -16,10 +16,11 @@ class Peer:
 
     module, runner  the module and the name of its `Runner`
     tasks           for each task that it serves, the gradient that it gives: "bptt", "rfp" or "eprop"
-                    (`tasks.GRADIENTS`)
+                    (`tasks.GRADIENTS`); of a stream that is learned from, a name of `tasks.OPTIMIZERS`
     packages        import names of the packages that it needs; their versions are recorded
     compiles        whether its first call compiles something
     cuda            whether it runs only on a CUDA device
+    asked           whether it runs only if it is named
     """
 
     module: str
@@ -28,6 +29,7 @@ class Peer:
     packages: tuple[str, ...] = ("torch",)
     compiles: bool = False
     cuda: bool = False
+    asked: bool = False
 
     def missing(self, device: str) -> str | None:
         """Why it can't run here (no CUDA device, or a package that isn't installed); None if it can."""
@@ -60,12 +62,27 @@ def _sequences(gradient: str, *networks: str) -> dict[str, str]:
 _JAX = ("jax", "jaxlib")
 _BRAINTRACE = ("braintrace", "brainstate", *_JAX)
 _ALL = ("rgc", "lstm", "gru")
+_STREAM = {"rgc-stream": "rfp"}
+
+
+def _stream(runner: str, gradient: str = "rfp", asked: bool = False) -> Peer:
+    return Peer(_here("streams"), runner, {"rgc-stream": gradient}, asked=asked)
+
 
 PEERS: dict[str, Peer] = {
     "rfp-dual": Peer(_here("ours"), "Dual", _sequences("rfp", *_ALL)),
     "bptt": Peer(_here("ours"), "Bptt", _sequences("bptt", *_ALL)),
     "rfp-step": Peer(_here("ours"), "Step", {"rgc-online": "rfp"}),
     "rfp-learner": Peer(_here("ours"), "Learner", {"rgc-online": "rfp"}),
+    "stream": _stream("OneCall"),
+    "stream-adam": _stream("Adam", "rfp-adam"),
+    "stream-step": _stream("StepByStep"),
+    "stream-learner": _stream("Loop"),
+    "stream-one-thread": _stream("OneThread", asked=True),
+    "stream-2": _stream("Two", asked=True),
+    "stream-2-one-thread": _stream("TwoByOneThread", asked=True),
+    "stream-8": _stream("Eight", asked=True),
+    "stream-8-one-thread": _stream("EightByOneThread", asked=True),
     "torch-autograd": Peer(_here("by_torch"), "Eager", _sequences("bptt", "rgc")),
     "torch-compile": Peer(_here("by_torch"), "Compiled", _sequences("bptt", "rgc"), compiles=True),
     "torch-compile-step": Peer(
@@ -73,6 +90,7 @@ PEERS: dict[str, Peer] = {
     ),
     "torch-nn": Peer(_here("by_torch"), "Builtin", _sequences("bptt", "lstm", "gru")),
     "jax-scan": Peer(_here("by_jax"), "Scan", _sequences("bptt", *_ALL), _JAX, compiles=True),
+    "jax-stream": Peer(_here("by_jax"), "Stream", _STREAM, _JAX, compiles=True),
     "braintrace-snap1": Peer(
         _here("by_braintrace"), "SnAp1", {"rgc-online": "rfp", **_sequences("rfp", *_ALL)}, _BRAINTRACE, True
     ),
@@ -86,3 +104,4 @@ PEERS: dict[str, Peer] = {
         _here("by_torchrl"), "TorchRL", _sequences("bptt", "lstm", "gru"), ("torchrl", "tensordict"), True, cuda=True
     ),
 }  # fmt: skip
+DEFAULT = tuple(name for name, peer in PEERS.items() if not peer.asked)

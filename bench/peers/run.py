@@ -34,7 +34,7 @@ from ..harness.record import Record
 from ..harness.tables import place, seconds_text
 from ..scaling import cases
 from . import tasks
-from .registry import PEERS, Peer
+from .registry import DEFAULT, PEERS, Peer
 from .tasks import TASKS
 
 FILE = "peers.jsonl"
@@ -53,7 +53,7 @@ class Settings:
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
-    peers: tuple[str, ...] = tuple(PEERS)
+    peers: tuple[str, ...] = DEFAULT
     hidden: tuple[int, ...] = (64, 256)
     batches: tuple[int, ...] = (1,)
     steps: int = 50

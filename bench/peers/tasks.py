@@ -1,6 +1,7 @@
 """The tasks of the peers: a problem, the float64 reference of its gradients, and how a peer's gradients are compared.
 
-Arrays are numpy's, so that no peer needs another one's library. Each network is written once, as a step from
+For a stream that is learned from, the answer is what the weights have changed by. Arrays are numpy's, so that no peer
+needs another one's library. Each network is written once, as a step from
 pre-activations to the next state, for any library with tanh and sigmoid: peers differ in how they run and learn it.
 """
 
@@ -87,20 +88,31 @@ NETWORKS = {
 class Task:
     """The gradients of a network over a sequence, or if `online` after every step of it.
 
-    ours: this package's own peers, by whose times those of the others are divided.
+    ours    this package's own peers, by whose times those of the others are divided
+    learns  the weights change after every step: by `RATE`, to lessen the squared error of a linear readout of `OUTPUTS`
+            numbers. In place of gradients the answer is the change of every weight, and the loss of every step
     """
 
     network: str
     online: bool
     ours: tuple[str, ...]
     title: str
+    learns: bool = False
 
+
+OUTPUTS, RATE = 4, 3e-4
+READOUT = ("readout_weight", "readout_bias")
+# What a stream's answers are named after: the optimizer is SGD unless the name says another.
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"rfp": torch.optim.SGD, "rfp-adam": torch.optim.Adam}
 
 TASKS = {
     "rgc-sequence": Task("rgc", False, ("rfp-dual", "bptt"), "RGC, a training step over T steps"),
     "rgc-online": Task("rgc", True, ("rfp-step", "rfp-learner"), "RGC, one step online and its gradient"),
     "lstm-sequence": Task("lstm", False, ("rfp-dual", "bptt"), "LSTM, a training step over T steps"),
     "gru-sequence": Task("gru", False, ("rfp-dual", "bptt"), "GRU, a training step over T steps"),
+    "rgc-stream": Task(
+        "rgc", False, ("stream",), "RGC and a linear readout, T steps, learning after every step", learns=True
+    ),
 }
 
 
@@ -113,13 +125,23 @@ def problem(
     state_0, state_1    initial states (B, N); zero for a stream and, as is torch.nn's default, for LSTM and GRU
     parameters          by name: an RGC's weights are scale·N(0, 1)/√N; an LSTM's or GRU's, with N inputs, are
                         U(-1/√N, 1/√N), as torch.nn draws them
+    of a stream that is learned from, in place of delta: target (T, B, O), readout_weight (O, N), N(0, 1)/√N, and
+    readout_bias (O,), zero
     """
     asked = TASKS[task]
     network = NETWORKS[asked.network]
     size = Size(units, batch, steps, chunk=1)
     drawn = cases.problem(size, kind=kind, scale=scale, seed=seed, backend="auto", like=torch.empty(0))
     arrays = {"x": drawn.x.numpy(), "delta": drawn.delta.numpy()}
-    zero = asked.online or network.has_input_weights
+    if asked.learns:
+        rng = np.random.default_rng([seed, 7])
+        arrays = {
+            "x": drawn.x.numpy(),
+            "target": rng.standard_normal((steps, batch, OUTPUTS)).astype(np.float32),
+        }
+        arrays["readout_weight"] = (rng.standard_normal((OUTPUTS, units)) / units**0.5).astype(np.float32)
+        arrays["readout_bias"] = np.zeros(OUTPUTS, np.float32)
+    zero = asked.online or asked.learns or network.has_input_weights
     for name, state in zip(STATE[: network.states], drawn.state, strict=False):
         arrays[name] = np.zeros((batch, units), np.float32) if zero else state.numpy()
     if not network.has_input_weights:
@@ -156,8 +178,10 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def oracle(task: str, arrays: Mapping[str, np.ndarray], gradient: str) -> dict[str, np.ndarray]:
     """The gradients of all parameters by float64 autograd of a plain loop. gradient: a rule of `GRADIENTS`.
 
-    For a stream they are the sums over its steps.
+    For a stream they are the sums over its steps. For one that is learned from, see `learned`.
     """
+    if TASKS[task].learns:
+        return learned(task, arrays, gradient)
     network, product = NETWORKS[TASKS[task].network], GRADIENTS[gradient]
     given = {name: torch.from_numpy(array).double() for name, array in arrays.items()}
     parameters = {name: given[name].requires_grad_() for name in network.parameters}
@@ -177,6 +201,55 @@ def oracle(task: str, arrays: Mapping[str, np.ndarray], gradient: str) -> dict[s
         torch.stack(outputs), list(parameters.values()), given["delta"], materialize_grads=True
     )
     return {name: g.numpy() for name, g in zip(parameters, found, strict=True)}
+
+
+def learned(task: str, arrays: Mapping[str, np.ndarray], gradient: str) -> dict[str, np.ndarray]:
+    """What a stream's weights have changed by after T steps, and the losses (T,), in float64; by RFP's recursion.
+
+        Γ^{ν,k} ← Σ_ν' M^{νν'} Γ^{ν',k} + φ^{ν,k} y^kᵀ,  M^{νν'} = ∂c^ν_i/∂c^ν'_i,  φ^{ν,k} = ∂c^ν_i/∂(W^k y^k)_i
+
+    with M and φ by autograd of one step, and torch.optim's step after each. gradient: a name of `OPTIMIZERS`. Raises
+    KeyError for another.
+    """
+    network = NETWORKS[TASKS[task].network]
+    given = {name: torch.from_numpy(array).double() for name, array in arrays.items()}
+    names = (*network.parameters, *READOUT)
+    weights = {name: given[name].clone().requires_grad_() for name in names}
+    optimizer = OPTIMIZERS[gradient](list(weights.values()), lr=RATE)
+    state: Sequence[Tensor] = states(network, given)
+    gamma: list[list[Tensor | float]] = [[0.0] * len(network.reads) for _ in state]
+    losses = []
+    for x, target in zip(given["x"], given["target"], strict=True):
+        before = [c.detach().requires_grad_() for c in state]
+        matrices = [w.detach() for w in network.matrices(weights)]
+        entering = [
+            cases.own_path_only(w, before[read]) for w, read in zip(matrices, network.reads, strict=True)
+        ]
+        state = network.step(torch, entering, [x], before)
+        sources = [*before, *entering]
+        rows = [
+            torch.autograd.grad(c.sum(), sources, retain_graph=True, materialize_grads=True) for c in state
+        ]
+        gamma = [
+            [
+                sum(m[..., None] * past[k] for m, past in zip(row, gamma, strict=False))
+                + row[len(before) + k][..., None] * before[read].detach()[:, None]
+                for k, read in enumerate(network.reads)
+            ]
+            for row in rows
+        ]
+        shown = state[0].detach().requires_grad_()
+        output = shown @ weights["readout_weight"].t() + weights["readout_bias"]
+        loss = torch.nn.functional.mse_loss(output, target)
+        optimizer.zero_grad()
+        loss.backward()
+        assert shown.grad is not None
+        for k, name in enumerate(network.parameters):
+            weights[name].grad = (shown.grad[..., None] * gamma[0][k]).sum(0)
+        optimizer.step()
+        losses.append(loss.item())
+    found = {name: weights[name].detach().numpy() - arrays[name] for name in names}
+    return {**found, "losses": np.array(losses)}
 
 
 def difference(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> tuple[float, str]:

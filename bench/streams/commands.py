@@ -26,6 +26,7 @@ def online_command(
     ] = "",
     steps: Annotated[int, typer.Option(help="Steps for which each form is timed.")] = online.LEAST_STEPS,
     chunk: Annotated[int, typer.Option(help="C, steps between updates of the forms that take chunks.")] = 16,
+    population: Annotated[int, typer.Option(help="P, networks of the form stream-P.")] = 8,
     device: options.Device = "auto",
     threads: options.Threads = 0,
     seed: options.Seed = 0,
@@ -47,6 +48,7 @@ def online_command(
         device=where,
         seed=check.integer("--seed", seed, 0),
         budget=budget,
+        population=population,
     )
     file = options.file_in(out, online.FILE, fresh)
     show_records(VIEWS["online"], online.run(settings, file, plain_console(stderr=True)), file, markdown)

@@ -25,6 +25,7 @@ LOOKS = {
     "tbptt": Look("#E69F00", "^", DASHED),
     "stream": Look("#000000", "*"),
     "stream-adam": Look("#999933", "h"),
+    "stream-P": Look("#661100", "8"),
 }
 MARKED = (0.5, 0.9, 0.99)
 

@@ -50,9 +50,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "step-graph-lr": {"form": "step", "cuda_graph": True, "lr": LEARNING_RATE},
     "stream": {"optimizer": "sgd"},
     "stream-adam": {"optimizer": "adam"},
+    "stream-P": {"optimizer": "sgd"},
 }
 CHUNKED = ("chunk", "carry", "tbptt")
-STREAMS = ("stream", "stream-adam")
+STREAMS = ("stream", "stream-adam", "stream-P")
 EXACT_AT_FIRST = ("carry", "tbptt")  # forms whose gradient of the first chunk is BPTT's
 POINTS = {"cpu": ((64, 1), (256, 1), (1024, 1)), "cuda": ((64, 1), (256, 1), (1024, 1), (2048, 1), (256, 32))}
 DEFAULT_FORMS = {
@@ -81,6 +82,7 @@ class Settings:
     """Points (N, B), forms, and the number of steps for which each is timed; chunk: C of the forms that take chunks.
 
     budget: the most seconds that a form may take at a point, as predicted from its first steps.
+    population: P, the number of networks of the form "stream-P".
     """
 
     points: tuple[tuple[int, int], ...]
@@ -91,12 +93,14 @@ class Settings:
     scale: float = 0.1
     seed: int = 0
     budget: float = 120.0
+    population: int = 8
 
     def __post_init__(self) -> None:
         check_chosen("forms", self.forms, FORMS)
         check_points(self.points)
         check.integer("steps", self.steps, 100)
         check.integer("chunk", self.chunk, 2)
+        check.integer("population", self.population, 1)
         check_above_zero(self, "scale", "budget")
         check_device(self.device)
 
@@ -114,6 +118,7 @@ class Settings:
             "scale": self.scale,
             "seed": self.seed,
             "threads": torch.get_num_threads(),
+            **({"P": self.population} if form == "stream-P" else {}),
         }
 
 
@@ -168,6 +173,7 @@ class Calls:
     """An RGC that learns online by `Stream.run`, many steps in one call: `call()` takes `steps` of them.
 
     The loss is Σ δ(t) o(t) with a given δ, of a readout of one output, o(t) = w·s(t), which learns as the layer does.
+    Of "stream-P" there are P networks, with the same weights at first, and all take a step of the same stream.
     """
 
     def __init__(
@@ -181,15 +187,20 @@ class Calls:
         update_every: int = 1,
     ) -> None:
         self.form, self.steps = form, steps
-        self.layer = Stream("step", units, batch, settings).layer
-        like = self.layer.recurrent_weights()[0].detach()
-        self.readout = torch.nn.Linear(units, 1, bias=False, device=like.device)
-        with torch.no_grad():
-            self.readout.weight.copy_(inputs.normal((1, units), settings.seed, 4, like))
+        layer = Stream("step", units, batch, settings).layer
+        like = layer.recurrent_weights()[0].detach()
+        readout = torch.nn.Linear(units, 1, bias=False, device=like.device)
         self.stream = OneCall(
-            self.layer, self.readout, batch, loss="delta", lr=rate, update_every=update_every, **FORMS[form]
-        )
-        self.learner = self.stream.learner
+            layer, readout, batch, loss="delta", lr=rate, update_every=update_every,
+            population=settings.population if form == "stream-P" else None, **FORMS[form],
+        )  # fmt: skip
+        self.networks = self.stream.members or [self.stream]
+        self.kept = [weight.detach().clone() for weight in layer.recurrent_weights()]
+        self.of_output = inputs.normal((1, units), settings.seed, 4, like)
+        with torch.no_grad():
+            for one in self.networks:
+                torch._foreach_copy_(one.parameters, [*self.kept, self.of_output])
+        self.state_bytes = sum(one.learner.nbytes for one in self.networks)
         self.x = inputs.inputs("noise", steps, batch, units, settings.seed, like)
         self.delta = inputs.normal((steps, batch, 1), settings.seed, 3, like)
 
@@ -197,15 +208,22 @@ class Calls:
         """Take `steps` steps."""
         self.stream.run(self.x, self.delta)
 
-    def gradient(self) -> list[Tensor]:
-        """The sum of the gradients of all steps of one call, with the weights held still. The optimizer must be new."""
-        weights = self.layer.recurrent_weights()
-        before = [weight.detach().clone() for weight in weights]
+    def gradients(self) -> list[list[Tensor]]:
+        """For each network the sum of the gradients of all steps of one call, with the weights held still until its
+        end. They and the optimizers must be new.
+        """
         self.call()
-        if FORMS[self.form]["optimizer"] == "sgd":  # of a learning rate of 1
-            return [kept - weight.detach() for kept, weight in zip(before, weights, strict=True)]
-        (first_beta, _) = self.stream.optimizer.param_groups[0]["betas"]
-        return [self.stream.optimizer.state[weight]["exp_avg"] / (1 - first_beta) for weight in weights]
+        found = []
+        for one in self.networks:
+            weights = one.layer.recurrent_weights()
+            if FORMS[self.form]["optimizer"] == "sgd":  # of a learning rate of 1
+                changed = zip(self.kept, weights, strict=True)
+                found.append([kept - weight.detach() for kept, weight in changed])
+            else:
+                (first_beta, _) = one.optimizer.param_groups[0]["betas"]
+                moments = [one.optimizer.state[weight]["exp_avg"] for weight in weights]
+                found.append([moment / (1 - first_beta) for moment in moments])
+        return found
 
 
 def verify(form: str, units: int, batch: int, settings: Settings) -> None:
@@ -216,24 +234,24 @@ def verify(form: str, units: int, batch: int, settings: Settings) -> None:
     steps = min(settings.chunk, cases.CHECK_STEPS) if form not in CHUNKED else settings.chunk
     if form in STREAMS:
         calls = Calls(form, units, batch, settings, 1.0, steps, update_every=steps)
-        layer, x = calls.layer, calls.x
-        delta = calls.delta * calls.readout.weight.detach()  # of the states
-        kept = [weight.detach().clone() for weight in layer.recurrent_weights()]
-        gradients = calls.gradient()
+        x, kept = calls.x, calls.kept
+        delta = calls.delta * calls.of_output  # of the states
+        found = calls.gradients()
     else:
         stream = Stream(form, units, batch, settings, rate=1.0)
         layer, x, delta = stream.layer, stream.x, stream.delta
         kept = [weight.detach().clone() for weight in layer.recurrent_weights()]
-        gradients = _summed(stream, steps, kept)
+        found = [_summed(stream, steps, kept)]
     zero = x.new_zeros(batch, units)
     short = cases.Problem(x[:steps], delta[:steps], (zero, zero), kept, settings.chunk, "auto")
     wanted = cases.oracle(short, form in EXACT_AT_FIRST)
-    for name, got, want in zip(("ss", "ms", "mm", "sm"), gradients, wanted, strict=True):
-        error = float((got.double() - want).norm() / want.norm())
-        if not error <= cases.TOLERANCE[torch.float32]:
-            raise ArithmeticError(
-                f"{form}'s gradient of W_{name} differs from float64 by {error:.1e} relative"
-            )
+    for gradients in found:
+        for name, got, want in zip(("ss", "ms", "mm", "sm"), gradients, wanted, strict=True):
+            error = float((got.double() - want).norm() / want.norm())
+            if not error <= cases.TOLERANCE[torch.float32]:
+                raise ArithmeticError(
+                    f"{form}'s gradient of W_{name} differs from float64 by {error:.1e} relative"
+                )
 
 
 def _summed(stream: Stream, steps: int, kept: Sequence[Tensor]) -> list[Tensor]:
@@ -265,13 +283,13 @@ def latencies(step: Callable[[], object], steps: int, device: torch.device) -> n
 
 def _timed(
     form: str, units: int, batch: int, settings: Settings
-) -> tuple[Callable[[], object], int, OnlineLearner]:
-    """What is timed, how many steps that takes, and the learner whose state it keeps."""
+) -> tuple[Callable[[], object], int, int, str]:
+    """What is timed, how many steps that takes, the bytes of learning state, and the learner's form."""
     if form in STREAMS:
         calls = Calls(form, units, batch, settings, steps=min(STREAM_STEPS, settings.steps))
-        return calls.call, calls.steps, calls.learner
+        return calls.call, calls.steps, calls.state_bytes, calls.networks[0].learner.form
     stream = Stream(form, units, batch, settings)
-    return stream.step, 1, stream.learner
+    return stream.step, 1, stream.learner.nbytes, stream.learner.form
 
 
 def measure_form(form: str, units: int, batch: int, settings: Settings) -> dict[str, Any]:
@@ -282,7 +300,7 @@ def measure_form(form: str, units: int, batch: int, settings: Settings) -> dict[
         _timed(form, units, batch, settings)[0]()
         first = time.perf_counter() - begin
         verify(form, units, batch, settings)
-        step, steps, learner = _timed(form, units, batch, settings)
+        step, steps, state_bytes, how = _timed(form, units, batch, settings)
         warm = latencies(step, max(1, WARM_STEPS // steps), device) / steps
         predicted = float(warm.mean()) * settings.steps
         if predicted > settings.budget:
@@ -303,15 +321,15 @@ def measure_form(form: str, units: int, batch: int, settings: Settings) -> dict[
     return {
         "status": "ok",
         "timing": measure.timing(taken),
-        "state_bytes": learner.nbytes,
+        "state_bytes": state_bytes,
         "compile_seconds": first,
         "payload": {
             "quantiles": [[q, value] for q, value in zip(QUANTILES, points, strict=True)],
             "mean": float(taken.mean()),
-            "steps_per_second": batch / flowing,
+            "steps_per_second": batch * (settings.population if form == "stream-P" else 1) / flowing,
             "joules_per_step": None if joules is None else joules / (len(taken) * steps),
             "energy": meter.source,
-            "form": learner.form,
+            "form": how,
         },
     }
 
@@ -356,14 +374,15 @@ def table(records: Sequence[Record]) -> Table:
     steps = sorted({r.params["steps"] for r in timed})
     out = Table(
         title=f"latency of one whole online step, over {', '.join(f'{n:,}' for n in steps)} steps",
-        caption="steps/s: rows times steps, without waiting for each; stream: a call's time over its steps; energy: "
-        + "; ".join(meters),
+        caption="steps/s: rows (of all networks) times steps, without waiting for each; "
+        "stream: a call's time over its steps; energy: " + "; ".join(meters),
     )
     for heading in ("N", "B", "form", "C", "p50", "p90", "p99", "max", "steps/s", "state", "energy a step"):
         out.add_column(heading, justify="left" if heading == "form" else "right", no_wrap=True)
     order = list(FORMS)
     for r in sorted(timed, key=lambda r: (r.params["B"], r.params["N"], order.index(r.algorithm))):
-        at = [str(r.params["N"]), str(r.params["B"]), r.algorithm, str(r.params["C"])]
+        form = r.algorithm + (f", P = {r.params['P']}" if "P" in r.params else "")
+        at = [str(r.params["N"]), str(r.params["B"]), form, str(r.params["C"])]
         if r.timing is None:
             out.add_row(*at, r.status)
             continue

@@ -28,19 +28,20 @@ template <class real> struct Learned {
 };
 
 // The sum of a vector's numbers, by halves.
-template <class wide, class real> inline real sum_of(wide v, real) {
-    typedef real half __attribute__((vector_size(32)));
-    typedef real quarter __attribute__((vector_size(16)));
-    half h[2];
-    memcpy(h, &v, sizeof(v));
-    const half both = h[0] + h[1];
-    quarter q[2];
-    memcpy(q, &both, sizeof(both));
-    const quarter last = q[0] + q[1];
-    real sum = last[0];
-    for (unsigned i = 1; i < sizeof(last) / sizeof(real); i++) sum += last[i];
-    return sum;
+template <long bytes, class real> inline real sum_of_halves(const real *v) {
+    if constexpr (bytes > 16) {
+        typedef real half __attribute__((vector_size(bytes / 2)));
+        half h[2];
+        memcpy(h, v, bytes);
+        const half both = h[0] + h[1];
+        return sum_of_halves<bytes / 2>((const real *)&both);
+    } else {
+        real sum = v[0];
+        for (unsigned i = 1; i < bytes / sizeof(real); i++) sum += v[i];
+        return sum;
+    }
 }
+template <class wide, class real> inline real sum_of(wide v, real) { return sum_of_halves<sizeof(v)>((const real *)&v); }
 
 // Σ_j w[j] c[j].
 template <class real> inline real dot(const real *__restrict w, const real *__restrict c, long count) {
@@ -115,15 +116,19 @@ template <class real, int kind> struct Optimizer {
         return own;
     }
 
-    // Returns the weights that it has written.
+    // Whether it has no weight decay, and SGD no momentum.
+    bool plain(const Learned<real> &one) const { return decay == 0 && (kind != SGD || !one.first); }
+
+    // Returns the weights that it has written. is_plain: known to be `plain`.
+    template <bool is_plain = false>
     inline wide step(real *weight, real *first, real *second, wide gradient, long here) const {
         wide w = load(weight, here);
         if (kind == ADAMW)
             w = w * (real(1) - lr * decay);
-        else if (decay != 0)
+        else if (!is_plain && decay != 0)
             gradient = gradient + decay * w;
         if (kind == SGD) {
-            if (first) { // beta1: momentum, beta2: dampening, eps: Nesterov's
+            if (!is_plain && first) { // beta1: momentum, beta2: dampening, eps: Nesterov's
                 const wide kept = begins ? gradient : beta1 * load(first, here) + rest2 * gradient;
                 store(first, kept, here);
                 gradient = eps != 0 ? gradient + beta1 * kept : kept;
@@ -147,6 +152,12 @@ template <class real, int kind> struct Optimizer {
 
   private:
     static wide root(wide v) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+        if constexpr (sizeof(real) == 4)
+            return (wide)_mm256_sqrt_ps((__m256)v);
+        else
+            return (wide)_mm256_sqrt_pd((__m256d)v);
+#endif
         wide r;
         for (unsigned i = 0; i < sizeof(v) / sizeof(real); i++) r[i] = std::sqrt(v[i]);
         return r;

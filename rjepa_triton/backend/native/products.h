@@ -7,7 +7,7 @@
 namespace {
 
 template <class real> constexpr long PANEL = 2 * Lanes<real>::width; // output units of one packed panel
-constexpr long FEW = 8;                                              // rows that `pack` copies together
+template <class real> constexpr long FEW = PANEL<real> < 8 ? PANEL<real> : 8; // rows that `pack` copies together
 
 // The `count` matrices (N, N) that read one state, N = units, regarded as one matrix of count · N rows. `packed` holds
 // the same weights as `pack` lays them out; where it is null, products read `matrices`.
@@ -28,15 +28,15 @@ template <class real> inline long packed_numbers(long count, long units) {
 
 // Writes the packed form of readers.matrices to `out`.
 template <class real> void pack(const Readers<real> &readers, real *__restrict out) {
-    constexpr long WIDTH = Lanes<real>::width, PANEL = 2 * WIDTH;
-    static const real zeros[WIDTH] = {};
+    constexpr long LINE = 64 / sizeof(real), PANEL = 2 * Lanes<real>::width, FEW = ::FEW<real>;
+    static const real zeros[LINE] = {};
     const long units = readers.units;
     for (long first = 0; first < readers.rows(); first += PANEL, out += units * PANEL)
-        // WIDTH columns of FEW rows at a time: each cache line is then used whole before another row evicts it. Rows
+        // LINE columns of FEW rows at a time: each cache line is then used whole before another row evicts it. Rows
         // that lie a power of two apart map to the same cache sets, and reading PANEL of them at a time would evict
         // lines early.
-        for (long k = 0; k < units; k += WIDTH) {
-            const long columns = units - k < WIDTH ? units - k : WIDTH;
+        for (long k = 0; k < units; k += LINE) {
+            const long columns = units - k < LINE ? units - k : LINE;
             for (long some = 0; some < PANEL; some += FEW) {
                 const real *from[FEW];
                 for (long i = 0; i < FEW; i++) {

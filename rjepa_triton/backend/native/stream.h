@@ -64,7 +64,7 @@ template <class real, long S> struct Panels {
     Panels(const Learned<real> &rows, real *const *gammas, long units, long fan_in)
         : rows(rows), learned(rows), units(units), fan_in(fan_in) {
         const long blocks = (units + W - 1) / W, apart = blocks * W * fan_in + APART;
-        room.assign((4 + S) * apart + (blocks + 1) * W, real(0));
+        room.assign((4 + S) * apart + blocks * W + 64 / sizeof(real), real(0));
         real *at = (real *)(((uintptr_t)room.data() + 63) / 64 * 64);
         const auto take = [&](real *given) { return given ? (at += apart, at - apart) : nullptr; };
         learned.weight = take(rows.weight), learned.first = take(rows.first);
@@ -154,42 +154,62 @@ template <class real> struct Network {
     // weights have taken their step.
     template <int kind, bool sums_up>
     void learn_panel(const Matrix<real, S> &k, long t, long block, const Optimizer<real, kind> &optimizer, bool first) {
+        const auto &one = panels[k.panel].learned;
+        if (one.now() && !lagged && optimizer.plain(one))
+            learn_panel_of<kind, sums_up, true>(k, t, block, optimizer, first);
+        else
+            learn_panel_of<kind, sums_up, false>(k, t, block, optimizer, first);
+    }
+
+    // usual: the weights learn, by an optimizer that is `plain`, and the layer doesn't predict itself.
+    template <int kind, bool sums_up, bool usual>
+    void learn_panel_of(const Matrix<real, S> &k, long t, long block, const Optimizer<real, kind> optimizer, bool first) {
         auto &p = panels[k.panel];
-        const long i = block * W, here = units - i, begin = block * k.fan_in * W;
-        wide by[S * S], phi[S], product{};
+        // What the loop reads is copied here: a store may alias what lies in memory, which would be loaded again.
+        const long i = block * W, here = units - i, begin = block * k.fan_in * W, fan_in = k.fan_in, shown = out;
+        wide by[S * S], phi[S];
         for (long nu = 0; nu < S; nu++) phi[nu] = k.phi[nu] < 0 ? wide{} : load(found + k.phi[nu] * units + i, here);
         for (long each = 0; each < S * S; each++) by[each] = load(m + each * units + i, here);
         const bool forgets = rule == SNAP0 || (resets && resets[t]); // then Γ counts as zero even where it isn't finite
         const wide d = load(delta + i, here);
-        const bool last = sums_up || t + 1 == steps;
-        const real *y = read_at(k, t, false), *next = last ? y : read_at(k, t, true);
-        const Learned<real> &one = p.learned;
-        for (long j = 0; j < k.fan_in; j++) {
-            const long at = begin + j * W;
+        const bool last = sums_up || t + 1 == steps, lags = !usual && lagged, learns = usual || p.learned.now();
+        const real *const y = read_at(k, t, false), *const next = last ? y : read_at(k, t, true);
+        const auto from = [&](real *all) { return all ? all + begin : nullptr; };
+        real *const weight = from(p.learned.weight), *const total = from(p.learned.total);
+        real *const moment = from(p.learned.first), *const square = from(p.learned.second);
+        real *gamma[S];
+        for (long nu = 0; nu < S; nu++) gamma[nu] = from(p.gamma[nu]);
+        // Column j of the panel; returns its part of the product.
+        const auto column = [=](long j) {
+            const long at = j * W;
             wide was[S], now[S], earlier{};
-            if (lagged) earlier = *(const wide *)(p.gamma[out] + at);
-            for (long nu = 0; nu < S; nu++) was[nu] = forgets ? wide{} : *(const wide *)(p.gamma[nu] + at);
+            if (lags) earlier = *(const wide *)(gamma[shown] + at);
+            for (long nu = 0; nu < S; nu++) was[nu] = forgets ? wide{} : *(const wide *)(gamma[nu] + at);
             for (long nu = 0; nu < S; nu++) {
                 now[nu] = phi[nu] * y[j];
                 for (long source = 0; source < S; source++) now[nu] += by[nu * S + source] * was[source];
-                *(wide *)(p.gamma[nu] + at) = now[nu];
+                *(wide *)(gamma[nu] + at) = now[nu];
             }
             wide of_out = now[0];
-            for (long nu = 1; nu < S; nu++) of_out = out == nu ? now[nu] : of_out;
-            const wide gradient = d * (lagged ? earlier : of_out);
+            for (long nu = 1; nu < S; nu++) of_out = shown == nu ? now[nu] : of_out;
+            const wide gradient = d * (lags ? earlier : of_out);
             if (sums_up) {
-                if (one.now()) {
-                    wide *total = (wide *)(one.total + at);
-                    *total = first ? gradient : *total + gradient;
+                if (learns) {
+                    wide *sum = (wide *)(total + at);
+                    *sum = first ? gradient : *sum + gradient;
                 }
-                continue;
+                return wide{};
             }
-            const wide w = one.now() ? optimizer.step(one.weight + at, one.first ? one.first + at : nullptr,
-                                                       one.second ? one.second + at : nullptr, gradient, W)
-                                      : *(const wide *)(one.weight + at);
-            product += w * next[j];
-        }
-        if (!sums_up) *(wide *)(p.product + i) = product;
+            if (!learns) return *(const wide *)(weight + at) * next[j];
+            return optimizer.template step<usual>(weight + at, moment ? moment + at : nullptr,
+                                                  square ? square + at : nullptr, gradient, W) *
+                   next[j];
+        };
+        wide product{}, more{}; // of even and of odd columns: each addition waits for the one before
+        long j = 0;
+        for (; j + 2 <= fan_in; j += 2) product += column(j), more += column(j + 1);
+        if (j < fan_in) product += column(j);
+        if (!sums_up) *(wide *)(p.product + i) = product + more;
     }
 
     // Adds the product of row i of matrix k to the pre-activation or input that it enters, for all batch rows.

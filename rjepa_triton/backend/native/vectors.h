@@ -11,25 +11,33 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__ // masked loads and stores replace memcpy, since a call of memcpy saves and restores all registers
+#ifdef __AVX__ // for AVX-512's masked loads and stores: a call of memcpy saves and restores all registers
 #include <immintrin.h>
 #endif
 
 namespace {
 
-// A `wide` is 64 bytes: one register of AVX-512; the compiler makes it two of AVX and four of SSE and NEON.
+// A `wide` is one register: a compiler keeps a longer vector in memory, and moves it there and back at every operation.
+#if defined(__AVX512F__)
+constexpr long BYTES = 64;
+#elif defined(__AVX__)
+constexpr long BYTES = 32;
+#else
+constexpr long BYTES = 16; // SSE and NEON
+#endif
+
 template <class real> struct Lanes;
 
 template <> struct Lanes<float> {
-    static constexpr long width = 16;
-    typedef float wide __attribute__((vector_size(64), aligned(sizeof(float)), may_alias));
-    typedef int32_t bits __attribute__((vector_size(64), aligned(sizeof(int32_t)), may_alias));
+    static constexpr long width = BYTES / sizeof(float);
+    typedef float wide __attribute__((vector_size(BYTES), aligned(sizeof(float)), may_alias));
+    typedef int32_t bits __attribute__((vector_size(BYTES), aligned(sizeof(int32_t)), may_alias));
 };
 
 template <> struct Lanes<double> {
-    static constexpr long width = 8;
-    typedef double wide __attribute__((vector_size(64), aligned(sizeof(double)), may_alias));
-    typedef int64_t bits __attribute__((vector_size(64), aligned(sizeof(int64_t)), may_alias));
+    static constexpr long width = BYTES / sizeof(double);
+    typedef double wide __attribute__((vector_size(BYTES), aligned(sizeof(double)), may_alias));
+    typedef int64_t bits __attribute__((vector_size(BYTES), aligned(sizeof(int64_t)), may_alias));
 };
 
 typedef Lanes<float>::wide wide_f;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -21,7 +22,7 @@ from rjepa_triton import nn
 from rjepa_triton.bench.cli import bench
 from rjepa_triton.bench.harness import record
 from rjepa_triton.bench.harness.tables import markdown, place
-from rjepa_triton.bench.peers import plot, registry, run, tasks
+from rjepa_triton.bench.peers import plot, registry, run, streams, tasks
 from rjepa_triton.bench.peers.registry import PEERS, Peer
 from rjepa_triton.bench.peers.run import Point, Settings, Worker
 from rjepa_triton.bench.peers.tasks import TASKS
@@ -84,7 +85,7 @@ def test_an_rgc_s_inexact_references_are_the_layer_s_rules(rule: str) -> None:
 
 
 def test_the_rules_differ_where_they_are_told_apart() -> None:
-    for task in TASKS:
+    for task in (name for name, task in TASKS.items() if not task.learns):
         exact, rfp, eprop = (tasks.oracle(task, arrays(task), rule) for rule in ("bptt", "rfp", "eprop"))
         for a, b in ((exact, rfp), (rfp, eprop), (exact, eprop)):
             assert tasks.difference(a, b)[0] > 0.01, task
@@ -377,7 +378,8 @@ def test_the_command_says_what_peers_there_are() -> None:
 def test_every_peer_is_of_known_tasks_and_gradients_and_its_runner_is_there() -> None:
     for name, peer in PEERS.items():
         assert set(peer.tasks) <= set(TASKS), name
-        assert set(peer.tasks.values()) <= set(tasks.GRADIENTS), name
+        known = tasks.OPTIMIZERS if "rgc-stream" in peer.tasks else tasks.GRADIENTS
+        assert set(peer.tasks.values()) <= set(known), name
         source = Path(registry.__file__).with_name(peer.module.rpartition(".")[2] + ".py").read_text()
         assert f"\nclass {peer.runner}(" in source, name
     for task in TASKS.values():
@@ -388,7 +390,7 @@ def test_every_peer_is_of_known_tasks_and_gradients_and_its_runner_is_there() ->
 
 HERE = [
     (name, task) for name, peer in PEERS.items() for task in peer.tasks
-    if not peer.cuda and not peer.compiles
+    if not peer.cuda and not peer.compiles and not TASKS[task].learns
 ]  # fmt: skip
 # one of each kind, since each takes a compilation
 COMPILING = [
@@ -418,6 +420,78 @@ def test_a_peer_gives_the_gradient_that_it_is_said_to(
             tasks.difference(runner.named(runner.run()), tasks.oracle(task, given, peer.tasks[task]))[0]
             < 1e-5
         )
+
+
+# --- streams that are learned from -------------------------------------------------------------------------
+
+LEARNING = [name for name, peer in PEERS.items() if "rgc-stream" in peer.tasks]
+
+
+def stream(steps: int = 12) -> dict[str, np.ndarray]:
+    """The task's arrays in float64."""
+    given = arrays("rgc-stream", steps=steps)
+    return {name: array.astype(np.float64) for name, array in given.items()}
+
+
+@pytest.mark.parametrize("gradient", tasks.OPTIMIZERS)
+def test_a_stream_s_reference_is_autograd_of_all_steps_so_far(gradient: str) -> None:
+    given = {name: torch.from_numpy(array) for name, array in stream().items()}
+    names = [*tasks.NETWORKS["rgc"].parameters, *tasks.READOUT]
+    weights = {name: given[name].clone().requires_grad_() for name in names}
+    optimizer = tasks.OPTIMIZERS[gradient](list(weights.values()), lr=tasks.RATE)
+    s, m, product = given["state_0"], given["state_1"], cases.own_path_only
+    losses = []
+    for x, target in zip(given["x"], given["target"], strict=True):
+        # copies, which stay what this step has read; all steps' gradients add up in the weights
+        ss, ms, mm, sm, *readout = (weight.clone() for weight in weights.values())
+        s, m = (
+            (1 - product(ms, m).tanh()) * x + product(ss, s).tanh() * s,
+            (1 - product(sm, s).tanh()) * x + product(mm, m).tanh() * m,
+        )
+        loss = torch.nn.functional.mse_loss(torch.nn.functional.linear(s, *readout), target)
+        found = torch.autograd.grad(loss, list(weights.values()), retain_graph=True, materialize_grads=True)
+        for weight, part in zip(weights.values(), found, strict=True):
+            weight.grad = part
+        with torch.no_grad():
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    want = {name: weights[name].detach().numpy() - given[name].numpy() for name in names}
+    want["losses"] = np.array(losses)
+    assert tasks.difference(tasks.oracle("rgc-stream", stream(), gradient), want)[0] < 1e-10
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_stream_changes_the_weights_as_the_reference_does(name: str) -> None:
+    """In float64, and again from the start."""
+    peer, double = PEERS[name], contextlib.nullcontext()
+    for package in peer.packages:
+        pytest.importorskip(package)
+    if "jax" in peer.packages:
+        double = importlib.import_module("jax").enable_x64(True)
+    threads, given = torch.get_num_threads(), stream()
+    want = tasks.oracle("rgc-stream", given, peer.tasks["rgc-stream"])
+    try:
+        with double:
+            runner = getattr(importlib.import_module(peer.module), peer.runner)("rgc-stream", given, "cpu")
+            for found in (runner.gradients(), runner.named(runner.run())):
+                error, where = tasks.difference(found, want)
+                assert error < 1e-9, where
+        assert runner.covers == 12 * getattr(runner, "count", 1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_networks_of_a_population_that_differ_are_told() -> None:
+    runner = streams.Two("rgc-stream", stream(), "cpu")
+    assert runner.stream.members is not None
+    runner.stream.members[1].optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ArithmeticError, match="networks of a population differ"):
+        runner.gradients()
+
+
+def test_peers_that_must_be_asked_for_are_no_default() -> None:
+    assert {"stream", "jax-stream"} <= set(Settings().peers)
+    assert not {"stream-8", "stream-one-thread"} & set(Settings().peers)
 
 
 def test_by_the_command(tmp_path: Path) -> None:

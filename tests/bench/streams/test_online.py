@@ -56,6 +56,27 @@ def test_a_streams_time_is_a_calls_over_its_steps(form: str, monkeypatch: pytest
     assert found["payload"]["mean"] == pytest.approx(0.5 / online.STREAM_STEPS)
 
 
+def test_a_population_s_networks_are_all_checked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    three = settings(population=3)
+    calls = online.Calls("stream-P", 8, 2, three)
+    assert len(calls.networks) == 3
+    one = online.Calls("stream", 8, 2, three)
+    assert calls.state_bytes == 3 * one.state_bytes
+    assert three.params("stream-P", 8, 2)["P"] == 3
+    assert "P" not in three.params("stream", 8, 2)
+    monkeypatch.setattr(online.measure, "seconds", lambda step, count, device: 1.0)
+    found = online.measure_form("stream-P", 8, 2, three)
+    assert found["payload"]["steps_per_second"] == pytest.approx(3 * 2 * 200)
+    gradients = online.Calls.gradients
+
+    def with_a_wrong_one(calls: online.Calls) -> list[list[torch.Tensor]]:
+        *rest, last = gradients(calls)
+        return [*rest, [2 * part for part in last]]
+
+    monkeypatch.setattr(online.Calls, "gradients", with_a_wrong_one)
+    assert "stream-P's gradient of W_ss differs" in online.measure_form("stream-P", 8, 2, three)["message"]
+
+
 def test_each_step_is_timed_by_itself() -> None:
     lengths = iter([1e-3, 1e-3, 8e-3, 1e-3])
     taken = online.latencies(lambda: time.sleep(next(lengths)), 4, torch.device("cpu"))
