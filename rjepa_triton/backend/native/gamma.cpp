@@ -13,16 +13,14 @@
 #include <cstddef>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
 
 constexpr long SHARED_FROM = 1 << 16; // with fewer numbers in Γ, a second thread costs more than it saves
 constexpr long TILE = 256;            // Σ_t U(t) y(t)ᵀ is formed for this many numbers of a row at a time
 constexpr long BLOCK = 64;            // Σ_t adds this many steps at a time
-#ifdef __AVX512F__
-constexpr int SUMS = 8; // this many running sums of 64 bytes fit in the registers
-#else
-constexpr int SUMS = 4;
-#endif
+constexpr int SUMS = 8; // this many running sums fit in the registers
 
 // The operands of one pass over C ≥ 1 steps. Each `const *` is a table of arrays.
 template <typename real> struct Arrays {
@@ -86,8 +84,8 @@ inline __attribute__((always_inline)) void pass(real *const *gammas, const Coeff
 template <typename real, int COUNT>
 void add_products(const real *__restrict u, const real *__restrict y, size_t stride, real *__restrict sums, long steps,
                   long count) {
-    typedef real wide __attribute__((vector_size(64), aligned(sizeof(real)), may_alias));
-    constexpr long width = 64 / sizeof(real);
+    typedef typename Lanes<real>::wide wide;
+    constexpr long width = Lanes<real>::width;
     long i = 0;
     for (; i + width <= count; i += width) {
         wide sum[COUNT];

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX__ // for AVX-512's masked loads and stores: a call of memcpy saves and restores all registers
+#ifdef __AVX__ // for masked loads and stores: a call of memcpy saves and restores all registers
 #include <immintrin.h>
 #endif
 
@@ -172,36 +172,50 @@ template <class wide> inline wide sign_of(wide x) {
 template <class wide> inline wide larger(wide a, wide b) { return chosen(a != a, a, chosen(a < b, b, chosen(b != b, b, a))); }
 template <class wide> inline wide smaller(wide a, wide b) { return chosen(a != a, a, chosen(a > b, b, chosen(b != b, b, a))); }
 
-// `load` reads min(count, width) numbers into the first lanes and sets the other lanes to zero; `store` writes the
-// first min(count, width) lanes.
-template <class real> inline typename Lanes<real>::wide load(const real *from, long count) {
-    typedef typename Lanes<real>::wide wide;
-    if (count >= Lanes<real>::width) return *(const wide *)from;
 #ifdef __AVX512F__
-    if constexpr (sizeof(real) == 4)
-        return (wide)_mm512_maskz_loadu_ps((1u << count) - 1, from);
-    else
-        return (wide)_mm512_maskz_loadu_pd((1u << count) - 1, from);
+inline wide_f load_first(const float *from, long count) { return (wide_f)_mm512_maskz_loadu_ps((1u << count) - 1, from); }
+inline wide_d load_first(const double *from, long count) { return (wide_d)_mm512_maskz_loadu_pd((1u << count) - 1, from); }
+inline void store_first(float *to, wide_f values, long count) { _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)values); }
+inline void store_first(double *to, wide_d values, long count) { _mm512_mask_storeu_pd(to, (1u << count) - 1, (__m512d)values); }
+#elif defined(__AVX2__)
+// All bits of the first `bytes` of a register.
+inline __m256i bits_before(long bytes) {
+    static const int32_t bits[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    return _mm256_loadu_si256((const __m256i *)(bits + 8 - bytes / 4));
+}
+inline wide_f load_first(const float *from, long count) {
+    return (wide_f)_mm256_maskload_ps(from, bits_before(4 * count));
+}
+inline wide_d load_first(const double *from, long count) {
+    return (wide_d)_mm256_maskload_pd(from, bits_before(8 * count));
+}
+inline void store_first(float *to, wide_f values, long count) {
+    _mm256_maskstore_ps(to, bits_before(4 * count), (__m256)values);
+}
+inline void store_first(double *to, wide_d values, long count) {
+    _mm256_maskstore_pd(to, bits_before(8 * count), (__m256d)values);
+}
 #else
-    wide found{};
+template <class real> inline typename Lanes<real>::wide load_first(const real *from, long count) {
+    typename Lanes<real>::wide found{};
     memcpy(&found, from, count * sizeof(real));
     return found;
-#endif
 }
-
-template <class real> inline void store(real *to, typename Lanes<real>::wide values, long count) {
-    typedef typename Lanes<real>::wide wide;
-    if (count >= Lanes<real>::width)
-        *(wide *)to = values;
-    else
-#ifdef __AVX512F__
-        if constexpr (sizeof(real) == 4)
-            _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)values);
-        else
-            _mm512_mask_storeu_pd(to, (1u << count) - 1, (__m512d)values);
-#else
-        memcpy(to, &values, count * sizeof(real));
+template <class real> inline void store_first(real *to, typename Lanes<real>::wide values, long count) {
+    memcpy(to, &values, count * sizeof(real));
+}
 #endif
+
+// `load` reads min(count, width) ≥ 1 numbers into the first lanes and sets the other lanes to zero; `store` writes the
+// first min(count, width) lanes.
+template <class real> inline typename Lanes<real>::wide load(const real *from, long count) {
+    return count >= Lanes<real>::width ? *(const typename Lanes<real>::wide *)from : load_first(from, count);
+}
+template <class real> inline void store(real *to, typename Lanes<real>::wide values, long count) {
+    if (count >= Lanes<real>::width)
+        *(typename Lanes<real>::wide *)to = values;
+    else
+        store_first(to, values, count);
 }
 
 } // namespace
