@@ -17,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from rjepa_triton.online import streams
 from rjepa_triton.rjepa import backbone, cli, config, data, figures, train
+from rjepa_triton.rjepa.online import Streams
 from rjepa_triton.rjepa.train import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
@@ -168,8 +170,11 @@ def test_every_way_trains(settings: Any, tmp_path: Path, overrides: list[str]) -
     assert any(".head." in name for name in moved) == ("model.train_head=true" in overrides)
 
 
-def test_one_step_at_a_time_is_the_sum_of_a_sequences_gradient(settings: Any, tmp_path: Path) -> None:
+def test_one_step_at_a_time_is_the_sum_of_a_sequences_gradient(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With weights that hardly move, online updates add up to the one of the whole sequence."""
+    monkeypatch.setattr(Streams, "of", lambda *_: "the loop, whose gradients are seen at each step")
     small = ["train.lr_recurrent=1e-9", "train.lr_predictor=1e-9", "train.learning=rfp"]
     found = []
     for updates in (0, 1):
@@ -211,7 +216,8 @@ def test_online_updates_keep_no_more_of_longer_sequences(
                 super().__init__(*args, **options)
                 made.append(self)
 
-        monkeypatch.setattr(train, "OnlineLearner", Watched)
+        for module in (train, streams):
+            monkeypatch.setattr(module, "OnlineLearner", Watched)
         trainer._learn(torch.arange(3))
         monkeypatch.undo()
         monkeypatch.setenv("RJEPA_CACHE", str(tmp_path / "cache"))
