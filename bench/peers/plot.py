@@ -20,9 +20,9 @@ OURS, THEIRS, EXACT = "#0072B2", "#D55E00", "#009E73"
 def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
     """Write the ratios as PNG (150 dpi) and SVG; `path` with any ending or none. Returns the two paths.
 
-    Raises ValueError if no record has a time, or if devices, T or numbers of threads differ.
+    Raises ValueError if no record has a time, or if devices or numbers of threads differ, or T within a panel.
     """
-    records = unmixed(records, "peers", {"lengths T": "T", "numbers of threads": "threads"})
+    records = unmixed(records, "peers", {"numbers of threads": "threads"})
     timed = [r for r in records if r.timing]
     if not timed:
         raise ValueError("no record of the benchmark 'peers' has a time to draw")
@@ -44,9 +44,10 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
                 if not here:
                     axes.set_axis_off()
                     continue
+                (length,) = {r.params["T"] for r in unmixed(here, "peers", {"lengths T": "T"})}
                 _panel(axes, here, TASKS[task].ours[0])
-                axes.set_title(f"{task}, N = {units}, B = {batch}", fontsize=10)
-        figure.suptitle(f"Peers, T = {timed[0].params['T']}  ·  {where(timed)}", fontsize=12)
+                axes.set_title(f"{task}, N = {units}, B = {batch}, T = {length}", fontsize=10)
+        figure.suptitle(f"Peers  ·  {where(timed)}", fontsize=12)
         figure.supxlabel(
             "time / ours, right of 1: ours is faster     blue: ours, green: exact gradient, orange: another one",
             fontsize=9,

@@ -455,7 +455,9 @@ def table(records: Sequence[Record]) -> Table:
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """A table for each task."""
-    mine = [r for r in records if r.benchmark == "peers"]
-    found = dict.fromkeys(r.params["task"] for r in mine)
-    return [table([r for r in mine if r.params["task"] == task]) for task in found]
+    """A table for each task, T and number of threads."""
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for r in records:
+        if r.benchmark == "peers":
+            found.setdefault(tuple(r.params[name] for name in ("task", "T", "threads")), []).append(r)
+    return [table(mine) for mine in found.values()]

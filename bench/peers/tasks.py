@@ -103,7 +103,10 @@ class Task:
 OUTPUTS, RATE = 4, 3e-4
 READOUT = ("readout_weight", "readout_bias")
 # What a stream's answers are named after: the optimizer is SGD unless the name says another.
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"rfp": torch.optim.SGD, "rfp-adam": torch.optim.Adam}
+OPTIMIZERS: dict[str, type[torch.optim.SGD] | type[torch.optim.Adam]] = {
+    "rfp": torch.optim.SGD,
+    "rfp-adam": torch.optim.Adam,
+}
 
 TASKS = {
     "rgc-sequence": Task("rgc", False, ("rfp-dual", "bptt"), "RGC, a training step over T steps"),

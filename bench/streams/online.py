@@ -199,7 +199,7 @@ class Calls:
         self.of_output = inputs.normal((1, units), settings.seed, 4, like)
         with torch.no_grad():
             for one in self.networks:
-                torch._foreach_copy_(one.parameters, [*self.kept, self.of_output])
+                torch._foreach_copy_(list[Tensor](one.parameters), [*self.kept, self.of_output])
         self.state_bytes = sum(one.learner.nbytes for one in self.networks)
         self.x = inputs.inputs("noise", steps, batch, units, settings.seed, like)
         self.delta = inputs.normal((steps, batch, 1), settings.seed, 3, like)

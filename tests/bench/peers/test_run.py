@@ -386,6 +386,26 @@ def test_every_peer_is_of_known_tasks_and_gradients_and_its_runner_is_there() ->
         assert set(task.ours) <= set(PEERS)
 
 
+def test_records_of_other_lengths_or_threads_have_tables_of_their_own() -> None:
+    def made(steps: int, threads: int) -> record.Record:
+        params = {
+            "task": "rgc-stream",
+            "N": 8,
+            "B": 1,
+            "T": steps,
+            "threads": threads,
+            "device": "cpu",
+            "scale": 0.1,
+        }
+        return record.Record("peers", "stream", params, "missing", "a machine", {}, None, "", "")
+
+    tables = run.tables([made(5, 1), made(9, 1), made(5, 2), made(5, 1)])
+    found = [
+        (str(table.title).partition("; T = ")[2].partition(", W")[0], table.row_count) for table in tables
+    ]
+    assert found == [("5, cpu, threads: 1", 2), ("9, cpu, threads: 1", 1), ("5, cpu, threads: 2", 1)]
+
+
 # --- real peers --------------------------------------------------------------------------------------------
 
 HERE = [
