@@ -61,12 +61,12 @@ class LearnerModule(nn.Module):
             self._non_persistent_buffers_set.add(name)  # checkpoints have them by get_extra_state
 
     @abstractmethod
-    def step(self, x: Tensor) -> Tensor:
+    def step(self, x: Tensor, active: Any = None) -> Tensor:
         """Advance one step."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, active: Any = None) -> Tensor:
         """As `step`."""
-        return self.step(x)
+        return self.step(x, active)
 
     @abstractmethod
     def _checkpoint(self) -> dict[str, Any]:
