@@ -369,13 +369,17 @@ class OnlineLearner(LearnerRows):
 
     @state.setter
     def state(self, state: State) -> None:
+        self.go_on_from(self.joined_state(state))
+
+    def joined_state(self, state: State) -> Tensor:
+        """What `state` is set to, as a copy (S, B, N). Raises as that does."""
         refuse_while_compiling("setting the state", "set it outside of the compiled function")
         names = self.layer.cell.states
         given = (state,) if isinstance(state, Tensor) and len(names) == 1 else state
         functional.initial_state(given, names, self.batch_size, self.layer.hidden_size, self._state)
-        self._go_on_from(torch.stack([value.detach() for value in given]))
+        return torch.stack([value.detach() for value in given])
 
-    def _go_on_from(self, state: Tensor) -> None:
+    def go_on_from(self, state: Tensor) -> None:
         """Continue from a state (S, B, N) that no step of the past has led to."""
         if self._graph is None:
             self._state = state
@@ -521,7 +525,7 @@ class OnlineLearner(LearnerRows):
         self._past.enter()
         try:
             output, state = self._ahead(x, resets, active)
-            self._go_on_from(state)
+            self.go_on_from(state)
         finally:
             self._past.leave()
         return output
