@@ -9,7 +9,7 @@ So every form and rule goes on by its own formula, and what they carry of such a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -65,7 +65,7 @@ def with_own(block: Block) -> Block:
     if all(source in by_state for source, by_state in enumerate(partials.own)):
         return block
     zero = torch.zeros_like(block.lin.before[0])
-    own: list[Mapping[int, Tensor]] = [
+    own = [
         by_state if source in by_state else {**by_state, source: zero}
         for source, by_state in enumerate(partials.own)
     ]
