@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..layers.layer import TwoPointRNN
+from .holding import with_own
 from .tape import TIME, Block
 
 VERSION = 2
@@ -149,16 +150,17 @@ def _check_window(window: object, wanted: Wanted) -> int:
     if not blocks:
         return 0
     like = wanted.block()
-    structure = like.to_dict()
+    structure, with_held = like.to_dict(), with_own(like)  # of steps in which batch rows were held
+    keys_held = with_held.to_dict()["keys"]
     resets = torch.zeros_like(like.lin.before[0, ..., :1], dtype=torch.bool)
     inputs = [] if like.inputs is None else [like.inputs]
-    arrays = [like.m, like.lin.before, *_partials(like)]
     steps = 0
     for i, block in enumerate(blocks):
         name = f"window[{i}]"
         if not isinstance(block, dict) or set(block) != set(structure):
             raise ValueError(f"state's {name} must be a dict of {sorted(structure)}, got {_shown(block)}")
-        if not _same(block["keys"], structure["keys"]):
+        own = with_held if like.weights is not None and _same(block["keys"], keys_held) else like
+        if own is like and not _same(block["keys"], structure["keys"]):
             raise ValueError(
                 f"state's {name} must have the partials of the learner's layer, {structure['keys']}, got "
                 f"{_shown(block['keys'])}"
@@ -169,7 +171,7 @@ def _check_window(window: object, wanted: Wanted) -> int:
                 f"state's {name}['has'] must be [True or False, {bool(inputs)}], got {_shown(has)}"
             )
         given = _list(f"{name}['tensors']", block["tensors"])
-        want = [*arrays, *([resets] if has[0] else []), *inputs]
+        want = [like.m, like.lin.before, *_partials(own), *([resets] if has[0] else []), *inputs]
         if len(given) != len(want):
             raise ValueError(f"state's {name}['tensors'] must be {len(want)} tensors, got {len(given)}")
         first = given[0]

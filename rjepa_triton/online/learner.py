@@ -5,6 +5,7 @@ It is one long file because it is one class: the contract of its constructor, it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from .autograd import Input, PendingBackward, Steps
 from .compiled import CompiledCalls, refuse_while_compiling
 from .cuda_graph import Capture, Graphed, GraphedStep
 from .cuda_graph import cuda_graph as capture_cuda_graph
-from .module import LearnerModule
+from .holding import held
 from .nonfinite import Watch, in_steps, watched
 from .options import (
     ONLY_FORM,
@@ -40,12 +41,13 @@ from .options import (
 )
 from .past import Past, full_credit
 from .readout import has_readout, readout
+from .rows import LearnerRows
 from .sensitivity import Exact, NoSensitivity, PerUnit, RankOne, Sensitivity
 from .tape import Block, recorded
 from .traces import advanced, row_gradients
 
 
-class OnlineLearner(LearnerModule):
+class OnlineLearner(LearnerRows):
     """Runs a recurrent layer on a stream; a loss's own backward() then finds the gradients of the layer's weights.
 
         learner = OnlineLearner(layer, batch_size)
@@ -367,13 +369,17 @@ class OnlineLearner(LearnerModule):
 
     @state.setter
     def state(self, state: State) -> None:
+        self.go_on_from(self.joined_state(state))
+
+    def joined_state(self, state: State) -> Tensor:
+        """What `state` is set to, as a copy (S, B, N). Raises as that does."""
         refuse_while_compiling("setting the state", "set it outside of the compiled function")
         names = self.layer.cell.states
         given = (state,) if isinstance(state, Tensor) and len(names) == 1 else state
         functional.initial_state(given, names, self.batch_size, self.layer.hidden_size, self._state)
-        self._go_on_from(torch.stack([value.detach() for value in given]))
+        return torch.stack([value.detach() for value in given])
 
-    def _go_on_from(self, state: Tensor) -> None:
+    def go_on_from(self, state: Tensor) -> None:
         """Continue from a state (S, B, N) that no step of the past has led to."""
         if self._graph is None:
             self._state = state
@@ -404,24 +410,39 @@ class OnlineLearner(LearnerModule):
         refuse_while_compiling("nbytes", "read it outside of the compiled function")
         return self._past.nbytes + self._state.numel() * self._state.element_size()
 
-    def step(self, x: Tensor) -> Tensor:
+    def step(self, x: Tensor, active: Any = None) -> Tensor:
         """Advance one step. x (B, F), with F input features → the layer's output (B, N).
+
+        active: None, or a mask (B,) as of `reset`: rows where it is False take no step, as in environments that step
+        apart. Their state and sensitivities stay as they are, bit for bit, and their x counts as zero, whatever it is.
+        Their output is that of the state which stays, and a loss of it finds the gradient of that state, as torch.where
+        of old and new states would; the update_every steps and `horizon` count calls.
 
         The class says when backward() may be called. Mutates the learner's state.
 
-        Raises TypeError or ValueError for x; ValueError, with nothing changed, if the weights changed inside a chunk;
-        FloatingPointError as `nonfinite` says.
+        Raises TypeError or ValueError for x and active; ValueError, with nothing changed, if the weights changed inside
+        a chunk, and for active with cuda_graph=True; RuntimeError for active under torch.compile; FloatingPointError as
+        `nonfinite` says.
         """
         if isinstance(x, Tensor) and autocast_is_on(x.device):
             with without_autocast(x.device):
-                return self._step(x.to(self._state.dtype), self._has_readout)
-        return self._step(x, self._has_readout and self.lag > 0)
+                return self._step(x.to(self._state.dtype), self._has_readout, active)
+        return self._step(x, self._has_readout and self.lag > 0, active)
 
-    def _step(self, x: Tensor, one_node: bool) -> Tensor:
+    def _step(self, x: Tensor, one_node: bool, active: Any) -> Tensor:
         """As `step`, without autocast. one_node: whether the layer's readout is a node of its own (`readout`)."""
         self._check_input(x, (self.batch_size,))
+        if active is not None:
+            refuse_while_compiling("step(x, active)", "call it outside of the compiled function")
+            if self._graph is not None:
+                raise ValueError(
+                    "active can't go with cuda_graph=True, whose captured step advances all batch rows: make the "
+                    "learner without it"
+                )
+            active = self._flags("active", active)
+            x = x.masked_fill(~active[:, None], 0)
         if not self.training:
-            return self._act(x[None], None)[0]
+            return self._act(x[None], None, active)[0]
         if torch.compiler.is_compiling():
             if self.form == "chunk":
                 raise ValueError("form='chunk' runs by chunk() under torch.compile, got step()")
@@ -439,10 +460,10 @@ class OnlineLearner(LearnerModule):
                 self._past.leave()
             return self._readout(outputs, x, one_node)
         if self.form == "step":
-            return self._run(x[None], None, None, one_node)[0][0]
+            return self._run(x[None], None, None, one_node, active=active)[0][0]
         if self.form == "chunk":
             self._check_chunk_weights()
-        output, port = self._run(x[None], None, self._port, one_node, joins=True)
+        output, port = self._run(x[None], None, self._port, one_node, joins=True, active=active)
         self._position = (self._position + 1) % self.update_every
         self._past.mid_chunk = self._position > 0
         self._port = port if self._position and self.form == "chunk" else None
@@ -496,22 +517,25 @@ class OnlineLearner(LearnerModule):
         refuse_while_compiling("peek()", "call it outside of the compiled function")
         return self._ahead(x[None], None)[0][0]
 
-    def _act(self, x: Tensor, resets: Tensor | None) -> Tensor:
+    def _act(self, x: Tensor, resets: Tensor | None, active: Tensor | None = None) -> Tensor:
         """Outputs (C, B, N) of x (C, B, F), in eval mode: the state moves on, and nothing else."""
         refuse_while_compiling(
             "a step in eval mode", "call it outside of the compiled function, or layer() in it"
         )
         self._past.enter()
         try:
-            output, state = self._ahead(x, resets)
-            self._go_on_from(state)
+            output, state = self._ahead(x, resets, active)
+            self.go_on_from(state)
         finally:
             self._past.leave()
         return output
 
     @torch.no_grad()
-    def _ahead(self, x: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Outputs (C, B, N) of x (C, B, F), and the state (S, B, N) after it, of the layer alone."""
+    def _ahead(self, x: Tensor, resets: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs (C, B, N) of x (C, B, F), and the state (S, B, N) after it, of the layer alone.
+
+        active: of one step, as `step` has it.
+        """
         layer = self.layer
         weights = layer.weights()
         after = operations.scan(
@@ -523,6 +547,8 @@ class OnlineLearner(LearnerModule):
             keep=False,
             backend=self._past.scan_backend,
         ).after
+        if active is not None:
+            after = torch.where(active[:, None], after, self._state[:, None])
         # copies, which share no memory with the state
         return layer.readout([after[nu].clone() for nu in layer.cell.outputs], x), after[:, -1].clone()
 
@@ -618,12 +644,19 @@ class OnlineLearner(LearnerModule):
         self._versions = versions
 
     def _run(
-        self, x: Tensor, resets: Tensor | None, port: Tensor | None, one_node: bool, joins: bool = False
+        self,
+        x: Tensor,
+        resets: Tensor | None,
+        port: Tensor | None,
+        one_node: bool,
+        joins: bool = False,
+        active: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs (C, B, N) of x (C, B, F), and the credit port for the chunk's next call, if any.
 
-        joins: whether this is one step of a chunk that several calls make up.
+        joins: whether this is one step of a chunk that several calls make up. active: of one step, as `step` has it.
         """
+        run = self.advance if active is None else functools.partial(self.advance, active=active)
         self._past.enter()
         try:
             if self._fresh:
@@ -637,14 +670,14 @@ class OnlineLearner(LearnerModule):
                 def advance(
                     x: Tensor, resets: Tensor | None, continues: bool, weights: Sequence[Tensor]
                 ) -> tuple[PendingBackward, list[Tensor], Sequence[Tensor]]:
-                    made.append(self.advance(x, resets, continues, weights))
+                    made.append(run(x, resets, continues, weights))
                     return made[0]
 
                 port, *outputs = Steps.apply(advance, resets, x.detach(), port, *weights)
                 ((pending, _, input_weights),) = made
                 outputs = Input.apply(pending, input_weights, x, *outputs)
             else:
-                port, *outputs = Steps.apply(self.advance, resets, x, port, *weights)
+                port, *outputs = Steps.apply(run, resets, x, port, *weights)
         finally:
             self._past.leave()
         return self._readout(outputs, x, one_node), port
@@ -675,9 +708,14 @@ class OnlineLearner(LearnerModule):
         watched(self._watch, self.layer, now, base, self._state, self._past.sensitivity, self.reset)
 
     def advance(
-        self, x: Tensor, resets: Tensor | None, continues_chunk: bool, weights: Sequence[Tensor]
+        self,
+        x: Tensor,
+        resets: Tensor | None,
+        continues_chunk: bool,
+        weights: Sequence[Tensor],
+        active: Tensor | None = None,
     ) -> tuple[PendingBackward, list[Tensor], Sequence[Tensor]]:
-        """Run steps from the current state and record them. x (C, B, F).
+        """Run steps from the current state and record them. x (C, B, F). active: of one step, as `step` has it.
 
         Returns what the backward pass needs, the cell's outputs (C, B, N) each, and those of the weights that read the
         layer's input.
@@ -685,11 +723,11 @@ class OnlineLearner(LearnerModule):
         layer, past, cell = self.layer, self._past, self.layer.cell
         x = x.clone()  # callers may write the next input into the same memory
         input_weights = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
-        after, block = self._record(x, resets, self._state, weights, self._chunk_weights)
+        after, block = self._record(x, resets, self._state, weights, self._chunk_weights, active)
         state = after[:, -1].clone()
         seen = state if len(x) == 1 else after  # the former is in one piece
         if self._watch.on and self._watch.found(past.now, x, seen):
-            x, after, block = self._act_on(x, resets, weights, after, block)
+            x, after, block = self._act_on(x, resets, weights, after, block, active)
             state = after[:, -1].clone()
         self._forget, self._forget_all = None, False  # only now: a step that raises can be run again
         record = past.add(block, len(cell.inputs), continues_chunk)
@@ -699,7 +737,13 @@ class OnlineLearner(LearnerModule):
         return PendingBackward(layer, past, record, self._lr), outputs, input_weights
 
     def _act_on(
-        self, x: Tensor, resets: Tensor | None, weights: Sequence[Tensor], after: Tensor, block: Block
+        self,
+        x: Tensor,
+        resets: Tensor | None,
+        weights: Sequence[Tensor],
+        after: Tensor,
+        block: Block,
+        active: Tensor | None,
     ) -> tuple[Tensor, Tensor, Block]:
         """x, states and block of steps that aren't finite, as the policy has them. The learner stays as it is."""
         layer, now, watch = self.layer, self._past.now, self._watch
@@ -710,7 +754,7 @@ class OnlineLearner(LearnerModule):
         if watch.policy != "clip":
             return x, after, block
         x, resets = place.mended(x, resets)
-        after, block = self._record(x, resets, self._state, weights, self._chunk_weights)
+        after, block = self._record(x, resets, self._state, weights, self._chunk_weights, active)
         place = in_steps(layer, now, x, after)
         if place is not None:
             raise FloatingPointError(
@@ -726,10 +770,14 @@ class OnlineLearner(LearnerModule):
         state: Tensor,
         weights: Sequence[Tensor],
         kept: Sequence[Tensor] | None,
+        active: Tensor | None = None,
     ) -> tuple[Tensor, Block]:
-        """The states after steps from `state` (S, B, N), and their block. kept: the weights that the block carries."""
+        """The states after steps from `state` (S, B, N), and their block.
+
+        kept: the weights that the block carries. active: of one step, as `step` has it.
+        """
         layer = self.layer
-        return recorded(
+        after, block = recorded(
             layer.cell,
             layer.drive(x, weights),
             weights[: len(layer.cell.matrices)],
@@ -740,6 +788,7 @@ class OnlineLearner(LearnerModule):
             None if kept is None else tuple(kept),
             self._past.scan_backend,
         )
+        return (after, block) if active is None else held(after, block, state, active, resets)
 
     def _run_compiled(self, x: Tensor, resets: Tensor | None) -> Tensor:
         """Outputs (C, B, N) of x (C, B, F) by an operator, while torch.compile traces."""
@@ -780,7 +829,7 @@ class OnlineLearner(LearnerModule):
         if mask is None:
             rows = torch.ones(self.batch_size, dtype=torch.bool, device=self._state.device)
         else:
-            rows = self._flags(mask)
+            rows = self._flags("mask", mask)
         if torch.compiler.is_compiling():
             self._compiled.reset(None if mask is None else rows)
             return
@@ -792,18 +841,6 @@ class OnlineLearner(LearnerModule):
         )
         self._forget = rows.clone() if self._forget is None else self._forget | rows
         self._forget_all |= mask is None
-
-    def _flags(self, mask: Any) -> Tensor:
-        """A mask of `reset` as a bool tensor. Raises TypeError or ValueError for another."""
-        if not isinstance(mask, Tensor) and hasattr(mask, "__array_interface__"):
-            if mask.dtype.kind not in "biuf":
-                raise TypeError(f"mask must hold bools or numbers, got a numpy array of {mask.dtype}")
-            mask = torch.as_tensor(mask, device=self._state.device)
-        if check.tensor("mask", mask).is_complex():
-            raise TypeError(f"mask must hold bools or real numbers, got {mask.dtype}")
-        return check.mask(
-            "mask", mask if mask.dtype == torch.bool else mask != 0, (self.batch_size,), self._state.device
-        )
 
     def lend(self) -> tuple[Tensor, PerUnit]:
         """The state (S, B, N) and Γ as they are now, for a `Stream`, which advances them in place; then `returned`.
@@ -903,7 +940,6 @@ class OnlineLearner(LearnerModule):
         def finish() -> None:
             dtype = self._state.dtype
             self._options = replace(self._options, gamma_dtype=self._gamma_dtype(dtype))
-            self._past = self._new_past(self._options)
             past["window"] = [
                 {
                     **block,
@@ -912,8 +948,7 @@ class OnlineLearner(LearnerModule):
                 }
                 for block in past["window"]
             ]
-            self._past.load_state_dict(past)
-            self._register(self._state, self._sensitivities())
+            self._renew_past(past)
             self._port = self._chunk_weights = self._versions = None
             self._forget = None if self._forget is None else move(self._forget)
             self._lr = None if self._lr is None else move(self._lr)
@@ -921,6 +956,12 @@ class OnlineLearner(LearnerModule):
             self._watch.begin(self._past.now)
 
         return finish
+
+    def _renew_past(self, past: dict[str, Any]) -> None:
+        """Go on with another past, of the sizes that the options have now, and what `Past.state_dict` gave."""
+        self._past = self._new_past(self._options)
+        self._past.load_state_dict(past)
+        self._register(self._state, self._sensitivities())
 
     def extra_repr(self) -> str:
         carried = self._past.sensitivity

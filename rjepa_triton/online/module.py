@@ -61,12 +61,12 @@ class LearnerModule(nn.Module):
             self._non_persistent_buffers_set.add(name)  # checkpoints have them by get_extra_state
 
     @abstractmethod
-    def step(self, x: Tensor) -> Tensor:
+    def step(self, x: Tensor, active: Any = None) -> Tensor:
         """Advance one step."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, active: Any = None) -> Tensor:
         """As `step`."""
-        return self.step(x)
+        return self.step(x, active)
 
     @abstractmethod
     def _checkpoint(self) -> dict[str, Any]:
@@ -116,17 +116,21 @@ class LearnerModule(nn.Module):
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         """What remakes the learner once its layer has moved."""
 
+    def refuse_move(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Whether `fn`, as `_apply` takes it, moves the learner. Raises as that does."""
+        probe = fn(self._state.new_zeros(1))
+        if probe.dtype == self._state.dtype and probe.device == self._state.device:
+            return False
+        self._refuse_move(probe)
+        return True
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnerModule:
         """As torch.nn.Module's `to`, `float`, `double`, `cuda` and the like ask for.
 
         Raises TypeError or ValueError, with nothing changed, for a dtype or device on which the learner can't run. The
         backward() of a step that ran before comes too late.
         """
-        probe = fn(self._state.new_zeros(1))
-        finish: Callable[[], None] | None = None
-        if probe.dtype != self._state.dtype or probe.device != self._state.device:
-            self._refuse_move(probe)
-            finish = self._moved(fn)
+        finish = self._moved(fn) if self.refuse_move(fn) else None
         with torch.no_grad():
             super()._apply(fn, recurse)
             if finish is not None:

@@ -284,6 +284,7 @@ class FormChoice:
     problem        what the cost model was told of the layer
     available      bytes that were free on the device, None if unknown
     carried_bytes  of the sensitivities that the rule carries
+    made_for       B of the learner when it was made, where batch rows have come or gone since
     """
 
     form: str
@@ -293,6 +294,14 @@ class FormChoice:
     problem: cost.Problem
     available: int | None
     carried_bytes: int
+    made_for: int | None = None
+
+    def of_rows(self, layer: TwoPointRNN, options: Options) -> FormChoice:
+        """The same form for another batch size. Raises ValueError for sensitivities that don't fit in memory."""
+        every = self.rewrite_every if self.form == "lazy" else options.rewrite_every
+        found = choose_form(layer, replace(options, form=self.form, rewrite_every=every))  # type: ignore[arg-type]
+        made_for = self.problem.batch if self.made_for is None else self.made_for
+        return replace(found, requested=self.requested, made_for=made_for)
 
     def reason(self) -> str:
         """Why this form runs, in words."""
@@ -300,6 +309,8 @@ class FormChoice:
 
         if self.requested != "auto":
             return "asked for"
+        if self.made_for is not None:
+            return f"chosen for batch_size={self.made_for}, and kept"
         chosen = next(each for each in self.costs if each.form == self.form)
         if self.available is not None and chosen.state_bytes > self.available:
             return "no form fits in memory; this one takes the least"

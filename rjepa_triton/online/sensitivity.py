@@ -11,7 +11,7 @@ All are advanced in place over the steps of a `Block`, and give Σ credit · sen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +50,10 @@ class Sensitivity(ABC):
         """Restore what `tensors` gave."""
         for target, source in zip(self.tensors(), tensors, strict=True):
             target.copy_(source)
+
+    def with_rows(self, change: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+        """`tensors` for other batch rows, as `load_` takes them; change: of a tensor's rows, in this dimension."""
+        return [change(tensor, 0) if tensor.is_floating_point() else tensor for tensor in self.tensors()]
 
     def forget_(self, rows: Tensor | None) -> None:
         """Set the sensitivities of the batch rows where `rows` (B,) is True to zero, or of all rows if None."""
@@ -340,6 +344,8 @@ class RankOne(_StepByStep):
         c̃ ← ρ₀ J c̃ + ρ₁ σ        θ̃ ← θ̃ / ρ₀ + Rᵀσ / ρ₁        σ random signs, (S, B, N)
         ρ₀² = ‖θ̃‖ / ‖J c̃‖         ρ₁² = ‖Rᵀσ‖ / ‖σ‖
 
+    Where nothing enters, R = 0, ρ₀ is 1 and ρ₁ 0: c̃ ← J c̃, without noise.
+
     J is the layer's Jacobian, R its immediate sensitivity. While the weights stay as they are, E[c̃ θ̃ᵀ] = γ, so the
     gradient is unbiased; it is noisy. Numbers: B·(S·N + Σ_k N·M_k). seed: of the signs, which are drawn on the CPU.
     """
@@ -360,6 +366,9 @@ class RankOne(_StepByStep):
 
     def numbers(self) -> list[Tensor]:
         return [self._c, *self._theta]
+
+    def with_rows(self, change: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+        return [change(self._c, 1), *(change(theta, 0) for theta in self._theta), self._generator.get_state()]
 
     def by_unit(self) -> Iterator[tuple[str, Tensor]]:
         yield "c̃", self._c.permute(1, 2, 0)
@@ -392,8 +401,12 @@ class RankOne(_StepByStep):
             y = rfp.signal(matrix, lin.before, block.inputs)[t]
             read = rfp.rows_read(y[:, None], theta.shape[-1])[:, 0]
             entering.append(rows[:, :, None] * read)
+        size = _norm(entering)
         rho_0, inverse_0 = _balance(_norm(self._theta), _norm([moved.transpose(0, 1)]))
-        rho_1, inverse_1 = _balance(_norm(entering), _norm([signs.transpose(0, 1)]))
+        rho_1, inverse_1 = _balance(size, _norm([signs.transpose(0, 1)]))
+        nothing = size == 0
+        rho_0, inverse_0 = rho_0.masked_fill_(nothing, 1), inverse_0.masked_fill_(nothing, 1)
+        rho_1 = rho_1.masked_fill_(nothing, 0)
         # in place: a tensor that is made in inference mode could not be changed outside of it
         torch.addcmul(moved * rho_0[:, None], signs, rho_1[:, None], out=self._c)
         for theta, new in zip(self._theta, entering, strict=True):

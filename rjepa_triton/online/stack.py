@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from .. import _checks as check
 from ..layers.layer import State, TwoPointRNN
 from ..rules.exactness import Exactness
 from .learner import OnlineLearner
+from .rows import ChangeRows, adding, keeping
 
 
 class Stack(nn.Module):
@@ -70,13 +72,17 @@ class Stack(nn.Module):
         return x, tuple(last)
 
 
-class StackLearner:
+class StackLearner(nn.Module):
     """Runs a stack on a stream. Each layer has an `OnlineLearner` of its own, and so sensitivities of its own.
 
     The gradient of a loss at step t passes down through the layers within that step (paper, Section 4.1), and meets in
     each layer the sensitivities that the layer carries of its own past. A lower layer's effect at an earlier step on
     the state of a layer above, and through it on this loss, is left out. So a stack is not exact even where every layer
     alone is. Within one chunk() call, the credit that a layer passes down to a step includes its later steps there.
+
+    Like an `OnlineLearner` it is a torch.nn.Module whose `forward` is `step`: the layers are submodules, below
+    `learners`, and their states and sensitivities buffers; `.to()`, copy.deepcopy, pickle and `eval()` do what they do
+    there, for all layers or none.
 
     Args:
         stack: the layers.
@@ -95,15 +101,69 @@ class StackLearner:
         own = [{} for _ in range(len(stack))] if each is None else list(each)
         if len(own) != len(stack):
             raise ValueError(f"each must have one dict a layer, {len(stack)}, got {len(own)}")
-        self.learners = [
-            OnlineLearner(stack[i], batch_size, **{**options, **mine}) for i, mine in enumerate(own)
-        ]
+        made = [OnlineLearner(stack[i], batch_size, **{**options, **mine}) for i, mine in enumerate(own)]
+        super().__init__()
+        self.training = stack.training
+        self._modules["learners"] = nn.ModuleList(made)
 
-    def step(self, x: Tensor) -> Tensor:
-        """Advance all layers one step, as `OnlineLearner.step` does. x (B, F) → the top layer's output (B, N)."""
+    @property
+    def learners(self) -> list[OnlineLearner]:
+        """Each layer's learner, the bottom one first."""
+        return list(self._modules["learners"])  # type: ignore[call-overload]
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of streams that run side by side."""
+        return self.learners[0].batch_size
+
+    def __copy__(self) -> StackLearner:
+        """Raises TypeError: two learners can't share what they carry."""
+        raise TypeError("copy.copy of a StackLearner would share what it has learned: use copy.deepcopy")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackLearner:
+        """As in `OnlineLearner`. Raises TypeError or ValueError, with nothing changed, where a layer can't go."""
         for learner in self.learners:
-            x = learner.step(x)
+            learner.refuse_move(fn)
+        super()._apply(fn, recurse)
+        return self
+
+    def step(self, x: Tensor, active: Any = None) -> Tensor:
+        """Advance all layers one step, as `OnlineLearner.step` does. x (B, F) → the top layer's output (B, N).
+
+        active: as there; in the rows that take no step, no layer does.
+        """
+        for learner in self.learners:
+            x = learner.step(x) if active is None else learner.step(x, active)
         return x
+
+    def forward(self, x: Tensor, active: Any = None) -> Tensor:
+        """As `step`."""
+        return self.step(x, active)
+
+    def peek(self, x: Tensor) -> Tensor:
+        """The output (B, N) that step(x) would give, as `OnlineLearner.peek`: nothing is mutated."""
+        for learner in self.learners:
+            x = learner.peek(x)
+        return x
+
+    def end_chunk(self) -> None:
+        """End the steps between two updates before their time, as `OnlineLearner.end_chunk` does."""
+        for learner in self.learners:
+            learner.end_chunk()
+
+    def add_rows(self, count: int = 1) -> None:
+        """Append `count` batch rows in all layers, as `OnlineLearner.add_rows` does in one; raises as it does."""
+        check.integer("count", count, 1)
+        self._change_rows(self.batch_size + count, adding(count))
+
+    def remove_rows(self, mask: Any) -> None:
+        """Take batch rows away in all layers, as `OnlineLearner.remove_rows` does in one; raises as it does."""
+        rows = self.learners[0].kept_rows(mask)
+        self._change_rows(len(rows), keeping(rows))
+
+    def _change_rows(self, batch_size: int, change: ChangeRows) -> None:
+        for finish in [learner.prepare_rows(batch_size, change) for learner in self.learners]:
+            finish()
 
     def chunk(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
         """Advance all layers C steps, as `OnlineLearner.chunk` does. x (C, B, F) → the top layer's output (C, B, N)."""
@@ -111,15 +171,29 @@ class StackLearner:
             x = learner.chunk(x, resets)
         return x
 
-    def reset(self, mask: Tensor | None = None) -> None:
+    def reset(self, mask: Any = None) -> None:
         """Start a new episode in all layers, as `OnlineLearner.reset` does in one."""
         for learner in self.learners:
             learner.reset(mask)
 
     @property
     def state(self) -> tuple[tuple[Tensor, ...], ...]:
-        """Each layer's states now, detached."""
+        """Each layer's states now, detached.
+
+        They can be set, to one entry a layer, each as `OnlineLearner.state` takes it and with its effect. Raises
+        TypeError or ValueError, with nothing changed, for a state that doesn't fit.
+        """
         return tuple(learner.state for learner in self.learners)
+
+    @state.setter
+    def state(self, state: Sequence[State]) -> None:
+        if not isinstance(state, (tuple, list)):
+            raise TypeError(f"state must be a tuple with one entry a layer, got {type(state).__name__}")
+        if len(state) != len(self.learners):
+            raise ValueError(f"state must have one entry a layer, {len(self.learners)}, got {len(state)}")
+        joined = [learner.joined_state(of) for learner, of in zip(self.learners, state, strict=True)]
+        for learner, of in zip(self.learners, joined, strict=True):
+            learner.go_on_from(of)
 
     @property
     def nbytes(self) -> int:
@@ -140,15 +214,26 @@ class StackLearner:
         for learner in self.learners:
             learner.explain()
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed learner needs: `OnlineLearner.state_dict` of each layer."""
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """All that a resumed learner needs: `OnlineLearner.state_dict` of each layer.
+
+        The arguments are for a module that holds the learner, whose state_dict() has the layers' parameters too.
+        """
+        if args or kwargs:
+            return super().state_dict(*args, **kwargs)
         return {f"layer {i}": learner.state_dict() for i, learner in enumerate(self.learners)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(  # type: ignore[override]
+        self, state: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Continue where the learner that made `state` was.
 
-        Raises TypeError or ValueError, with nothing changed, if `state` is of another stack or of other options.
+        Raises TypeError or ValueError, with nothing changed, if `state` is of another stack or of other options. A
+        state with the layers' parameters, as a module that holds the learner has it, is loaded as torch.nn.Module loads
+        it; the arguments are torch's.
         """
+        if isinstance(state, Mapping) and "learners.0._extra_state" in state:
+            return super().load_state_dict(state, *args, **kwargs)
         if not isinstance(state, dict):
             raise TypeError(f"state must be a dict from state_dict(), got {type(state).__name__}")
         wanted = [f"layer {i}" for i in range(len(self.learners))]
@@ -158,3 +243,4 @@ class StackLearner:
             learner.refuse_foreign(state[name])
         for name, learner in zip(wanted, self.learners, strict=True):
             learner.load_state_dict(state[name])
+        return None

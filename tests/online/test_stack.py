@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rjepa_triton import GRU, LSTM, RGC, IndRNN, OnlineLearner, Stack, StackLearner, TimeDecay
 
@@ -147,6 +149,131 @@ def test_reset_and_resume() -> None:
     resumed.load_state_dict(torch.load(saved, weights_only=True))
     assert oracle.relative(run(resumed, range(4, 8)), want) < 1e-12
     assert [len(states) for states in resumed.state] == [2, 1, 2]
+
+
+class Model(nn.Module):
+    """A module that holds a stack's learner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.learner, self.readout = StackLearner(make(), 2), nn.Linear(4, 1, dtype=F64)
+
+    def learned(self, steps: int) -> list[Tensor]:
+        made = torch.Generator().manual_seed(steps)
+        dtype = self.readout.weight.dtype
+        self.zero_grad()
+        for _ in range(steps):
+            x = torch.randn(2, 3, generator=made, dtype=F64).to(dtype)
+            self.readout(self.learner(x)).square().sum().backward()
+        return [p.grad.clone() for p in self.parameters() if p.grad is not None]
+
+
+def test_it_is_a_module_of_its_layers() -> None:
+    learner = StackLearner(make(), 2)
+    names = [name for name, _ in learner.named_parameters()]
+    assert names[0] == "learners.0.layer.weight_hi"
+    assert len(names) == len(list(make().parameters()))
+    assert [each.layer for each in learner.learners] == [m for m in learner.modules() if hasattr(m, "cell")]
+    assert sum(buffer.nbytes for buffer in learner.buffers()) <= learner.nbytes
+    assert repr(learner).count("OnlineLearner(") == 3
+    with pytest.raises(TypeError, match=r"use copy\.deepcopy"):
+        copy.copy(learner)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict", "whole", "own"])
+def test_copies_and_checkpoints_go_on(how: str) -> None:
+    model = Model()
+    model.learned(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    twin = Model()
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    elif how == "state_dict":
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        file.seek(0)
+        twin.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        twin.load_state_dict(model.state_dict())
+        twin.learner.reset()
+        whole = {
+            k.removeprefix("learner."): v for k, v in model.state_dict().items() if k.startswith("learner.")
+        }
+        twin.learner.load_state_dict(copy.deepcopy(whole if how == "whole" else model.learner.state_dict()))
+    for a, b in zip(model.learned(3), twin.learned(3), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_move_takes_all_layers_or_none() -> None:
+    model = Model()
+    model.learned(3)
+    model.float()
+    assert all(t.dtype == torch.float32 for t in [*model.learner.buffers(), *model.parameters()])
+    assert model.learned(2)[0].dtype == torch.float32
+    with pytest.raises(TypeError, match="an OnlineLearner runs in float64 or float32"):
+        model.learner.half()
+    assert all(t.dtype == torch.float32 for t in [*model.learner.buffers(), *model.parameters()])
+    model.learned(2)
+
+
+def test_eval_peek_and_a_state_that_is_set() -> None:
+    learner, x = StackLearner(make(), 2), torch.randn(4, 2, 3, dtype=F64)
+    learner(x[0]).sum().backward()
+    seen = learner.peek(x[1])
+    torch.testing.assert_close(learner(x[1]), seen)
+    learner.eval()
+    assert not any(each.training or each.layer.training for each in learner.learners)
+    stack = Stack(*(each.layer for each in learner.learners))
+    want, _ = stack(x[2:], [of if len(of) > 1 else of[0] for of in learner.state])
+    acted = torch.stack([learner(x[2]), learner(x[3])])
+    torch.testing.assert_close(acted, want.detach())
+    twin = StackLearner(stack, 2)
+    twin.state = learner.train().state
+    torch.testing.assert_close(twin(x[0]), learner(x[0]))
+    before = twin.state
+    bad = [tuple(2 * v for v in before[0]), before[1], before[0]]
+    for state, words in ((bad, "state's"), (before[:2], "state must have one entry a layer, 3, got 2")):
+        with pytest.raises((TypeError, ValueError), match=words):
+            twin.state = state
+    torch.testing.assert_close(twin.state, before, rtol=0, atol=0)
+
+
+def test_rows_come_and_go_and_are_held_in_all_layers() -> None:
+    stack = make()
+    learner, x = StackLearner(stack, 2), torch.randn(6, 3, 3, dtype=F64)
+    own = [StackLearner(copy.deepcopy(stack), 1) for _ in range(3)]
+
+    def step(t: int, rows: list[int], active: list[bool]) -> None:
+        mask = torch.tensor(active)
+        (learner(x[t, rows], mask).square() * mask[:, None]).sum().backward()
+        for row, moves in zip(rows, active, strict=True):
+            if moves:
+                own[row](x[t, row : row + 1]).square().sum().backward()
+
+    step(0, [0, 1], [True, True])
+    step(1, [0, 1], [False, True])
+    learner.add_rows()
+    step(2, [0, 1, 2], [True, True, True])
+    learner.remove_rows(torch.tensor([False, True, False]))
+    step(3, [0, 2], [True, True])
+    step(4, [0, 2], [True, False])
+    assert learner.batch_size == 2
+    want = [sum(each) for each in zip(*(grads_of(one) for one in own), strict=True)]
+    assert oracle.relative(grads_of(learner), want) < 1e-12
+    uneven = StackLearner(make(), 2, each=[{}, {}, {"update_every": 2}])
+    uneven(x[0, :2])
+    with pytest.raises(ValueError, match="after step 1 of update_every=2"):
+        uneven.add_rows()
+    assert [each.batch_size for each in uneven.learners] == [2, 2, 2]
+
+
+def grads_of(learner: StackLearner) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in learner.parameters()]
 
 
 def test_a_foreign_state_changes_nothing() -> None:
