@@ -49,7 +49,9 @@ class Streams:
     Mutates the model's weights and the optimizer's state. `of` makes it where compiled code serves.
     """
 
-    def __init__(self, model: RJEPA, optimizer: torch.optim.Optimizer, batch: int, backend: str = "compile") -> None:
+    def __init__(
+        self, model: RJEPA, optimizer: torch.optim.Optimizer, batch: int, backend: str = "compile"
+    ) -> None:
         self.model, self.optimizer, self.batch, self.backend = model, optimizer, batch, backend
         circuit, predictor = model.encoder.circuit, readout_of(model.predictor)
         self.learns = any(p.requires_grad for p in circuit.parameters())
@@ -84,7 +86,8 @@ class Streams:
         assert not any(p.requires_grad for p in frozen)
         if frozen:
             groups.append({**self.optimizer.param_groups[0], "params": frozen})
-        optimizer = type(self.optimizer)(groups)
+        kind: Any = type(self.optimizer)
+        optimizer: torch.optim.Optimizer = kind(groups)
         optimizer.state = self.optimizer.state
         learning: Learning = layer.learning  # type: ignore[assignment]
         return Stream(

@@ -117,7 +117,8 @@ def test_a_frozen_passing_layer_leaves_its_input_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "why"), [({"target": "context_free"}, "target is 'context_free'"), ({"target": "ema"}, "'ema'")]
+    ("options", "why"),
+    [({"target": "context_free"}, "target is 'context_free'"), ({"target": "ema"}, "'ema'")],
 )
 def test_what_needs_the_loop_says_why(options: dict[str, Any], why: str) -> None:
     model = model_of(**options)
