@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -19,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from rjepa_triton._processes import Workers
 from rjepa_triton.rjepa import demo, video
 from rjepa_triton.rjepa.video import VideoError, decode, there_and_back
 
@@ -162,8 +162,8 @@ def _count(file: Path, cache: Path) -> int:
 
 def test_processes_share_one_decoding(tmp_path: Path) -> None:
     file, cache = films.write(tmp_path / "a.mp4", 30), tmp_path / "cache"
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        counts = pool.starmap(_count, [(file, cache)] * 6)
+    with Workers(3) as pool:  # not by fork, which may deadlock in a process with threads
+        counts = list(pool.map(_count, [file] * 6, [cache] * 6))
     assert counts == [30] * 6
     assert len(entries(cache)) == 1
 
