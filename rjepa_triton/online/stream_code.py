@@ -59,11 +59,12 @@ class Result:
 
     losses   (T,), or (P, T) of a population
     outputs  (T, B, O), or (P, T, B, O)
-    hidden   (T, B, N), or (P, T, B, N): the layer's output at each step, which is not among what iteration gives
+    hidden   (T, B, N), or (P, T, B, N): the layer's output at each step; None unless it was asked for. Iteration leaves
+             it out
     state    the layer's S states after the last step, (B, N) each; a list of these of a population
     """
 
-    def __init__(self, losses: Tensor, outputs: Tensor, hidden: Tensor, state: Any) -> None:
+    def __init__(self, losses: Tensor, outputs: Tensor, hidden: Tensor | None, state: Any) -> None:
         self.losses, self.outputs, self.hidden, self.state = losses, outputs, hidden, state
 
     def __iter__(self) -> Any:
@@ -302,30 +303,34 @@ class Compiled:
         stream.learner.returned(steps)
 
     def run(self, *given: Any) -> Result:
-        """`Stream.run` of checked arguments (`Stream._checked`)."""
-        return self.run_all([self], [given])[0]
+        """`Stream.run` of checked arguments (`stream_given.checked`), and whether the layer's outputs are wanted."""
+        return self.run_all([self], [given[:-1]], given[-1])[0]
 
     @staticmethod
-    def run_all(networks: Sequence[Compiled], arguments: Sequence[tuple[Any, ...]]) -> list[Result]:
+    def run_all(
+        networks: Sequence[Compiled], arguments: Sequence[tuple[Any, ...]], hidden: bool
+    ) -> list[Result]:
         """`run` of some networks in one call."""
-        given = [one.given(*each) for one, each in zip(networks, arguments, strict=True)]
+        given = [one.given(hidden, *each) for one, each in zip(networks, arguments, strict=True)]
         steps = len(arguments[0][0])
         tables = [one.tables(each, steps, FORWARD | LEARN) for one, each in zip(networks, given, strict=True)]
         networks[0].function(*_packed(tables))
         results = []
         for one, each in zip(networks, given, strict=True):
             one._one = None
-            losses, outputs, hidden, mask = (each[name] for name in ("losses", "outputs", "hidden", "mask"))
+            losses, outputs, mask = each["losses"], each["outputs"], each["mask"]
             lagged = one.stream.self_prediction and mask is not None
             one.advanced(steps, int(mask.any(1).sum()) if lagged else steps, one.learned())  # type: ignore[union-attr]
             assert losses is not None
             assert outputs is not None
-            assert hidden is not None
-            results.append(Result(losses.to(outputs.dtype), outputs, hidden, one.stream.learner.state))
+            results.append(
+                Result(losses.to(outputs.dtype), outputs, each["hidden"], one.stream.learner.state)
+            )
         return results
 
     def given(
         self,
+        hidden: bool,
         x: Tensor,
         target: Tensor | None,
         resets: Tensor | None,
@@ -336,7 +341,8 @@ class Compiled:
         given: dict[str, Tensor | None] = {"x": x, "target": target, "resets": resets, "mask": mask}
         given = {name: None if a is None else a.detach().contiguous() for name, a in given.items()}
         given["outputs"] = x.new_empty(len(x), self.stream.batch_size, self.outputs)
-        given["hidden"] = x.new_empty(len(x), self.stream.batch_size, self.stream.layer.hidden_size)
+        shape = len(x), self.stream.batch_size, self.stream.layer.hidden_size
+        given["hidden"] = x.new_empty(shape) if hidden else None
         given["losses"] = torch.empty(len(x), dtype=torch.float64)
         given["rates"] = torch.tensor(rates, dtype=torch.float64)
         return given

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -158,3 +160,29 @@ def refuse_foreign(layer: TwoPointRNN, readout: nn.Module) -> None:
                 f"readout must take the layer's {layer.hidden_size} units, got in_features={first.in_features}"
             )
         check.like("readout", first.weight, "the layer", weight)
+
+
+def networks(
+    layer: TwoPointRNN,
+    readout: nn.Module,
+    population: int,
+    seeds: Sequence[int] | None,
+    lr: float | Sequence[float],
+) -> Iterator[tuple[tuple[TwoPointRNN, nn.Module], float]]:
+    """For each network of a population copies of layer and readout, drawn anew with its seed, and its learning rate.
+
+    Raises TypeError or ValueError.
+    """
+    own = list(range(population)) if seeds is None else list(seeds)
+    rates = list(lr) if isinstance(lr, Sequence) else [lr] * population
+    for name, value in (("seeds", own), ("lr", rates)):
+        if len(value) != population:
+            raise ValueError(f"{name} must be {population} numbers, one for each network, got {len(value)}")
+    for seed, rate in zip(own, rates, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(check.integer("seeds", seed, 0))
+            copies = copy.deepcopy((layer, readout))
+            for module in (each for of in copies for each in of.modules()):
+                if callable(draw := getattr(module, "reset_parameters", None)):
+                    draw()
+        yield copies, rate

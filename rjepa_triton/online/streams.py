@@ -126,26 +126,23 @@ class Stream:
                 raise ValueError(
                     "optimizer must be a name with a population, whose networks have weights of their own"
                 )
-            self.members = _members(
-                layer,
-                readout,
-                batch_size,
-                check.integer("population", population, 1),
-                seeds,
-                lr,
-                {
-                    "loss": loss,
-                    "optimizer": optimizer,
-                    "optimizer_options": optimizer_options,
-                    "learning": learning,
-                    "update_every": update_every,
-                    "clip_norm": clip_norm,
-                    "huber_delta": huber_delta,
-                    "self_prediction": self_prediction,
-                    "nonfinite": nonfinite,
-                    "backend": backend,
-                },
-            )
+            options: dict[str, Any] = {
+                "loss": loss,
+                "optimizer": optimizer,
+                "optimizer_options": optimizer_options,
+                "learning": learning,
+                "update_every": update_every,
+                "clip_norm": clip_norm,
+                "huber_delta": huber_delta,
+                "self_prediction": self_prediction,
+                "nonfinite": nonfinite,
+                "backend": backend,
+            }
+            count = check.integer("population", population, 1)
+            self.members = [
+                Stream(*copies, batch_size, lr=rate, **options)
+                for copies, rate in stream_given.networks(layer, readout, count, seeds, lr)
+            ]
             self.batch_size, self.layer, self.loss = self.members[0].batch_size, layer, loss
             self.why = self.members[0].why
             return
@@ -225,6 +222,8 @@ class Stream:
         resets: Tensor | None = None,
         mask: Tensor | None = None,
         lr: Tensor | None = None,
+        *,
+        hidden: bool = False,
     ) -> Result:
         """Learn from T steps.
 
@@ -235,15 +234,16 @@ class Stream:
             mask: (T, B) bool or None: the rows that a step's loss is the mean over. A step without any has the loss 0
                 and a gradient of zero.
             lr: (T,) learning rates of all weights, one for each step; None: the optimizer's.
+            hidden: whether the result has the layer's output at each step, T·B·N numbers.
 
         Mutates the weights, the learner and the optimizer. Raises TypeError or ValueError, with nothing changed, for an
         argument that doesn't fit.
         """
         if self.members is not None:
-            return self._run_members(self.members, x, target, resets, mask, lr)
+            return self._run_members(self.members, x, target, resets, mask, lr, hidden)
         given = stream_given.checked(self, x, target, resets, mask, lr)
         compiled = self._serving()
-        result = self._loop(*given) if compiled is None else compiled.run(*given)
+        result = self._loop(*given, hidden) if compiled is None else compiled.run(*given, hidden)
         self.begun.fill_(True)
         self._tell(result.losses)
         return result
@@ -269,6 +269,7 @@ class Stream:
         resets: Tensor | None,
         mask: Tensor | None,
         lr: Tensor | None,
+        hidden: bool,
     ) -> Result:
         """`run` of a population."""
         count = len(members)
@@ -300,18 +301,20 @@ class Stream:
         ]
         compiled = [one for member in members if (one := member._serving()) is not None]
         if len(compiled) == count:
-            results = Compiled.run_all(compiled, given)
+            results = Compiled.run_all(compiled, given, hidden)
         else:
             for member in members:
                 member._serving(never=True)
-            results = [member._loop(*each) for member, each in zip(members, given, strict=True)]
+            results = [member._loop(*each, hidden) for member, each in zip(members, given, strict=True)]
         for member, result in zip(members, results, strict=True):
             member.begun.fill_(True)
             member._tell(result.losses)
         return Result(
             torch.stack([result.losses for result in results]),
             torch.stack([result.outputs for result in results]),
-            torch.stack([result.hidden for result in results]),
+            torch.stack([result.hidden for result in results if result.hidden is not None])
+            if hidden
+            else None,
             [result.state for result in results],
         )
 
@@ -328,9 +331,8 @@ class Stream:
         if compiled is None or not compiled.is_ready():
             self._one_step = compiled = self._serving()
         if compiled is None:
-            output = self._predict(x) if self.self_prediction else self.readout(self.learner.step(x))
-            self._pending = output
-            return output.detach().clone()
+            self._pending = self._forward(x)[0]
+            return self._pending.detach().clone()
         weight = self.parameters[0]
         if not isinstance(x, Tensor) or x.dtype is not weight.dtype or x.shape != self._step_shape:
             check.shape("x", check.tensor("x", x), self._step_shape, "to match the stream")
@@ -400,37 +402,39 @@ class Stream:
         resets: Tensor | None,
         mask: Tensor | None,
         rates: Sequence[Sequence[float]],
+        wanted: bool,
     ) -> Result:
-        """The steps one by one."""
+        """The steps one by one. wanted: whether the layer's outputs are."""
         losses, outputs, hidden, groups = [], [], [], self.optimizer.param_groups
         kept = [group["lr"] for group in groups]
         for t in range(len(x)):
             if resets is not None and bool(resets[t].any()):
                 self.learner.reset(resets[t])
-            if self.self_prediction:
-                output = self._predict(x[t])
-                assert self._left is not None
-                now = self._left[1]
-            else:
-                now = self.learner.step(x[t])
-                output = self.readout(now)
+            output, now = self._forward(x[t])
             outputs.append(output.detach().clone())
-            hidden.append(now.detach().clone())
+            if wanted:
+                hidden.append(now.detach().clone())
             aim, counts = (None if each is None else each[t] for each in (target, mask))
             losses.append(self._learn_from(output, aim, counts, [rate[t] for rate in rates]))
         for group, rate in zip(groups, kept, strict=True):
             group["lr"] = rate
-        return Result(torch.stack(losses), torch.stack(outputs), torch.stack(hidden), self.learner.state)
+        shown = torch.stack(hidden) if wanted else None
+        return Result(torch.stack(losses), torch.stack(outputs), shown, self.learner.state)
 
-    def _predict(self, x: Tensor) -> Tensor:
-        """readout(h(t-1)); h(t) and what the gradient of h(t-1) needs are left for `_learn_from`."""
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The readout's output at a step, and the layer's, h(t).
+
+        With `self_prediction` the former is readout(h(t-1)), and what its gradient needs is left for `_learn_from`.
+        """
+        if not self.self_prediction:
+            now = self.learner.step(x)
+            return self.readout(now), now
         states, sensitivity = self.learner.lend()
         before = states[self.layer.cell.outputs[0]].clone().requires_grad_()
         with torch.no_grad():
             now = self.learner.step(x)
         self._left = before, now, torch.zeros_like(states), sensitivity
-        output: Tensor = self.readout(before)
-        return output
+        return self.readout(before), now
 
     def _learn_from(
         self, output: Tensor, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]
@@ -572,30 +576,3 @@ class Stream:
                     made.take_gradients()
             else:
                 self.why = made
-
-
-def _members(
-    layer: TwoPointRNN,
-    readout: nn.Module,
-    batch_size: int,
-    population: int,
-    seeds: Sequence[int] | None,
-    lr: float | Sequence[float],
-    options: Mapping[str, Any],
-) -> list[Stream]:
-    """The streams of a population, on copies of the layer and the readout. Raises TypeError or ValueError."""
-    own = list(range(population)) if seeds is None else list(seeds)
-    rates = list(lr) if isinstance(lr, Sequence) else [lr] * population
-    for name, value in (("seeds", own), ("lr", rates)):
-        if len(value) != population:
-            raise ValueError(f"{name} must be {population} numbers, one for each network, got {len(value)}")
-    found = []
-    for seed, rate in zip(own, rates, strict=True):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(check.integer("seeds", seed, 0))
-            copies = copy.deepcopy((layer, readout))
-            for module in (each for of in copies for each in of.modules()):
-                if callable(draw := getattr(module, "reset_parameters", None)):
-                    draw()
-        found.append(Stream(*copies, batch_size, lr=rate, **options))
-    return found

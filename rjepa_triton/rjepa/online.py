@@ -112,7 +112,8 @@ class Streams:
         """Learn from x^High (T, B, N) and the yardstick (T, B, E) of the same patches, from a zero state."""
         if self.learns:
             self.own.reset()
-            h = self.own.run(x).hidden
+            h = self.own.run(x, hidden=True).hidden
+            assert h is not None
         else:
             with torch.no_grad():
                 h = self.model.encoder.encode(x, None).h

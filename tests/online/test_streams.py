@@ -1,4 +1,7 @@
-"""`Stream` is the loop of an `OnlineLearner`, a loss of torch.nn.functional and an optimizer of torch.optim."""
+"""`Stream` is the loop of an `OnlineLearner`, a loss of torch.nn.functional and an optimizer of torch.optim.
+
+This is one long file because every option of one class is held to one loop (`Loop`).
+"""
 
 from __future__ import annotations
 
@@ -763,6 +766,26 @@ def test_bad_input_is_named_and_changes_nothing(name: str, backend: str) -> None
         True,
         0.0,
     )
+
+
+@by_backend
+@pytest.mark.parametrize("options", [{}, {"self_prediction": True}, {"population": 2}], ids=str)
+def test_hidden_is_the_layers_output_at_each_step(options: dict[str, Any], backend: str) -> None:
+    alone = {name: value for name, value in options.items() if name != "population"}
+    one = stream_of(backend=backend, outputs=5 if alone else 3, **options)
+    members = one.members or [one]
+    aim = None if alone else AIM
+    learners = [OnlineLearner(copy.deepcopy(member.layer), 2) for member in members]
+    by_step = [copy.deepcopy(member) for member in members]
+    found = one.run(X, aim, hidden=True).hidden
+    assert found is not None
+    found = found if options.get("population") else found[None]
+    for member, learner, hidden in zip(by_step, learners, found, strict=True):
+        for t in range(len(X)):  # by the weights that each step of `by_step` leaves
+            near(hidden[t], learner.step(X[t]).detach(), 1e-12)
+            member.run(X[t : t + 1], None if aim is None else aim[t : t + 1])
+            learner.layer.load_state_dict(member.layer.state_dict())
+    assert one.run(X, aim).hidden is None
 
 
 @by_backend

@@ -106,7 +106,8 @@ def test_a_frozen_passing_layer_leaves_its_input_as_it_is() -> None:
     alone = copy.deepcopy(readout)
     optimizer = torch.optim.SGD(alone.parameters(), 0.1)
     x, target = torch.randn(20, 3, 4).double(), torch.randn(20, 3, 2).double()
-    result = Stream(layer, readout, 3, lr=0.1).run(x, target)
+    result = Stream(layer, readout, 3, lr=0.1).run(x, target, hidden=True)
+    assert result.hidden is not None
     assert torch.equal(result.hidden, x)
     for t in range(20):
         optimizer.zero_grad()
