@@ -30,6 +30,7 @@ from types import FrameType
 from typing import IO, Any
 
 _PR_SET_PDEATHSIG = 1
+_KILL = getattr(signal, "SIGKILL", 0)  # which Windows lacks
 # Looked up once, here: a child that was just forked should do as little as it can.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _LENGTH = struct.Struct("!Q")
@@ -40,7 +41,7 @@ _GUARD = 'trap "kill -s KILL 0" TERM; exec 3<&0; "$@" <&3 3<&- & exec 3<&-; wait
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start a program that ends with the thread that calls this. options: of subprocess.Popen. Raises OSError."""
-    return _start(command, getattr(signal, "SIGKILL", 0), options)
+    return _start(command, _KILL, options)
 
 
 def _start(command: Sequence[str], number: int, options: dict[str, Any]) -> subprocess.Popen[bytes]:
@@ -98,7 +99,7 @@ def run(
     return subprocess.CompletedProcess(list(command), process.returncode, *texts)
 
 
-def die_with(parent: int, number: int = getattr(signal, "SIGKILL", 0)) -> None:
+def die_with(parent: int, number: int = _KILL) -> None:
     """Let this process end with its parent, a process's number: what a pool of multiprocessing calls in each worker.
 
     number: of the signal that Linux sends it then.

@@ -37,9 +37,8 @@ def held(
     lin, weights = block.lin, block.weights
     if weights is not None:
         block = with_own(block)
-        if (
-            block.lin is not lin
-        ):  # an array more than other steps have: a tuple of its own is a run of its own (`Tape`)
+        if block.lin is not lin:
+            # an array more than other steps have: a tuple of its own is a run of its own (`Tape`)
             weights = (*weights,)
         lin = block.lin
     own = [
