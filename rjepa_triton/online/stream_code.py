@@ -41,6 +41,10 @@ LOSSES_AT = {
 }  # in the order of stream.h, as are these and OPTIMIZERS
 INPUT, ONE = -1, -2
 FORWARD, LEARN = 1, 2
+PANELS_FROM = 8  # steps of a call from which copying dense matrices to panels saves time
+APART = 9 * 64  # of stream.h
+# Numbers of Γ, times steps, of a call from which waking other threads saves time: of one network, and of several.
+SHARED_CALL, SHARED_NETWORKS = 1 << 26, 1 << 22
 Tables = tuple[list[int], list[int], list[float]]
 FIRST = (
     "x",
@@ -89,6 +93,8 @@ class Compiled:
         self.scratch = weight.new_empty(
             stream.batch_size * (layer.hidden_size * planes + self.outputs + 2 * sum(sizes)) + 128
         )
+        self.carried = stream.batch_size * counts[0] * sum(weight.numel() for weight in layer.weights())
+        self._room: Tensor | None = None
         self.totals: list[Tensor | None] = [None] * len(self.learned())
         # Moments of weights that no step has changed yet.
         self.new: dict[nn.Parameter, dict[str, Tensor]] = {}
@@ -198,6 +204,7 @@ class Compiled:
         moments, done = self.moments(options)
         assert done is not None
         arrays = [_address(given.get(name)) for name in FIRST] + [state.data_ptr(), self.scratch.data_ptr()]
+        arrays.append(self.room() if stream.batch_size == 1 and steps >= PANELS_FROM else 0)
         numbers: list[int] = [
             *(phase, steps, stream.batch_size, layer.hidden_size, layer.fan_in, self.outputs),
             *(LOSSES_AT[stream.loss], stream.kind, stream.update_every, stream.position),
@@ -241,6 +248,20 @@ class Compiled:
                 *(phi.get(nu, -1) for nu in range(len(layer.cell.states))),
             ]
         return arrays, list(map(int, numbers)), self.settings()
+
+    def room(self) -> int:
+        """The address of room for `Panels` of stream.h, kept because new memory costs more than a short call."""
+        if self._room is None:
+            layer, size = self.stream.layer, self.scratch.element_size()
+            units = -(-layer.hidden_size // 16) * 16  # a vector holds at most 16 numbers
+            arrays = 4 + len(layer.cell.states)
+            most = sum(
+                arrays * (units * weight.shape[1] + APART) + units + APART
+                for weight in layer.weights()
+                if weight.dim() == 2
+            )
+            self._room = self.scratch.new_empty(most + 64 // size)
+        return -(-self._room.data_ptr() // 64) * 64
 
     def settings(self) -> list[float]:
         """`Network::options` of stream.h."""
@@ -314,7 +335,9 @@ class Compiled:
         given = [one.given(hidden, *each) for one, each in zip(networks, arguments, strict=True)]
         steps = len(arguments[0][0])
         tables = [one.tables(each, steps, FORWARD | LEARN) for one, each in zip(networks, given, strict=True)]
-        networks[0].function(*_packed(tables))
+        numbers = len(networks) * steps * networks[0].carried
+        enough = numbers >= (SHARED_CALL if len(networks) == 1 else SHARED_NETWORKS)
+        networks[0].function(*_packed(tables, torch.get_num_threads() if enough else 1))
         results = []
         for one, each in zip(networks, given, strict=True):
             one._one = None
@@ -387,7 +410,7 @@ class _OneStep:
         arrays, numbers, options = compiled.tables(given, 1, FORWARD)
         arrays[FIRST.index("losses")] = ctypes.addressof(self.loss)
         arrays[FIRST.index("rates")] = ctypes.addressof(self.rates)
-        self.arrays, self.numbers, self.options = _packed([(arrays, numbers, options)])
+        self.arrays, self.numbers, self.options = _packed([(arrays, numbers, options)], 1)
         self.learned, self.masked = compiled.learned(), False
         self.of = self._of()
         self.done = numbers[DONE - 3]
@@ -444,12 +467,12 @@ class _OneStep:
 PHASE, POSITION, DONE = 3, 12, 15
 
 
-def _packed(networks: Sequence[Tables]) -> tuple[Any, Any, Any]:
+def _packed(networks: Sequence[Tables], threads: int) -> tuple[Any, Any, Any]:
     """The tables of some networks as C arrays."""
     arrays = [address for network in networks for address in network[0]]
     numbers = [
         len(networks),
-        torch.get_num_threads(),
+        threads,
         len(networks[0][2]),
         *(n for network in networks for n in network[1]),
     ]

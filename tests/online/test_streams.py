@@ -36,6 +36,7 @@ from rjepa_triton import (
     TwoPointRNN,
 )
 from rjepa_triton.backend import native_backend
+from rjepa_triton.online import stream_code
 
 F32, F64 = torch.float32, torch.float64
 STEPS = 23
@@ -514,13 +515,14 @@ def test_a_stream_resumes(backend: str, optimizer: str) -> None:
 def test_two_threads_give_the_same_bits(
     layer: str, batch: int, optimizer: str, clip: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """N = 136: more numbers of Γ than one thread keeps to itself."""
+    """N = 200: more numbers of Γ than one thread keeps to itself."""
+    monkeypatch.setattr(stream_code, "SHARED_CALL", 0)
     states = []
     name, options = OPTIMIZERS[optimizer]
     for threads in (1, 2):
         torch.manual_seed(1)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        network = LAYERS[layer](136, dtype=F32)
+        network = LAYERS[layer](200, dtype=F32)
         stream = stream_of(network, batch, optimizer=name, optimizer_options=options, clip_norm=clip)
         losses, outputs, _ = stream.run(*given(network, batch, 3, "mse", steps=10))
         states.append([losses, outputs, everything(stream)])
@@ -533,14 +535,15 @@ def test_two_threads_give_the_same_bits(
 def test_two_threads_give_the_same_bits_with_a_large_readout(
     batch: int, clip: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stream_code, "SHARED_CALL", 0)
     states = []
     for threads in (1, 2):
         torch.manual_seed(1)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        layer = RGC(136)
-        readout = Residual(nn.Sequential(nn.Linear(136, 1001), nn.GELU(), nn.Linear(1001, 136)))
+        layer = RGC(200)
+        readout = Residual(nn.Sequential(nn.Linear(200, 1801), nn.GELU(), nn.Linear(1801, 200)))
         stream = Stream(layer, readout, batch, optimizer="adam", clip_norm=clip, backend="compile")
-        losses, outputs, _ = stream.run(*given(layer, batch, 136, "cosine", steps=10))
+        losses, outputs, _ = stream.run(*given(layer, batch, 200, "cosine", steps=10))
         states.append([losses, outputs, everything(stream)])
     near(*states, 0.0)
 

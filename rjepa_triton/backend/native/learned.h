@@ -2,12 +2,15 @@
 
 #pragma once
 
+#include <atomic>
+#include <thread>
+
 #include "loops.h"
 
 namespace {
 
 enum { SGD, ADAM, ADAMW, RMSPROP }; // optimizers
-constexpr long SHARED_STREAM = 1 << 17; // numbers of Γ, or products of a readout, from which a second thread saves time
+constexpr long SHARED_STREAM = 1 << 18; // numbers of Γ, or products of a readout, from which a second thread saves time
 
 // Weights that learn: (rows, fan_in), the optimizer's two moments or null, the gradient's sum where it is kept, and
 // whether they learn at all; `rests` while they don't. rates: the learning rate of each step.
@@ -106,7 +109,8 @@ inline void add_rows(const real *w, long rows, long count, long batch, const Rea
 // The step of one optimizer, as torch.optim has it, for weights that lie side by side.
 template <class real, int kind> struct Optimizer {
     typedef typename Lanes<real>::wide wide;
-    real lr, beta1, beta2, rest1, rest2, eps, decay, scale1, scale2; // rest: 1 - beta, rounded once
+    real lr, beta1, beta2, rest1, rest2, eps, decay; // rest: 1 - beta, rounded once
+    real scale1, scale2; // Adam: w -= lr / scale1 m / (√v scale2 + eps)
     bool begins; // no momentum was kept before
 
     // As it steps these weights at step t.
@@ -144,7 +148,7 @@ template <class real, int kind> struct Optimizer {
             const wide v = beta2 * load(second, here) + rest2 * gradient * gradient;
             store(first, m, here);
             store(second, v, here);
-            w = w - (lr / scale1) * m / (root(v) / scale2 + eps);
+            w = w - (lr / scale1) * m / (root(v) * scale2 + eps);
         }
         store(weight, w, here);
         return w;
@@ -176,28 +180,48 @@ inline void take(const Optimizer<real, kind> &optimizer, const Learned<real> &on
                        one.second ? one.second + at : nullptr, gradient, here);
 }
 
-// body(i) for all i < count, by the threads of the team if there is one. Without a team OpenMP's own constructs cost
-// a call of the kernel each.
-template <class Body> inline void spread(bool team, long count, const Body &body, bool waits = true) {
-    if (!team)
-        for (long i = 0; i < count; i++) body(i);
-    else if (waits) {
-#pragma omp for schedule(static)
-        for (long i = 0; i < count; i++) body(i);
-    } else {
-#pragma omp for schedule(static) nowait
-        for (long i = 0; i < count; i++) body(i);
+// Threads that share each step's work. One that waits for the others spins, since a barrier of OpenMP may put it to
+// sleep, which takes longer than its part of a step; after a while it lets other threads have its core.
+struct Barrier {
+    std::atomic<long> arrived{0}, round{0};
+};
+
+// One thread of `count`, of which it is number `me`.
+struct Team {
+    static constexpr long SPINS = 1000;
+    long count = 1, me = 0;
+    Barrier *barrier = nullptr;
+
+    void wait() const {
+        if (count == 1) return;
+        const long round = barrier->round.load(std::memory_order_relaxed);
+        if (barrier->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+            barrier->arrived.store(0, std::memory_order_relaxed);
+            barrier->round.store(round + 1, std::memory_order_release);
+            return;
+        }
+        for (long spins = 0; barrier->round.load(std::memory_order_acquire) == round; spins++)
+            if (spins > SPINS)
+                std::this_thread::yield();
+            else {
+#if defined(__SSE2__)
+                _mm_pause();
+#endif
+            }
     }
+};
+
+// body(i) for all i < count. A thread takes the same i of equal counts.
+template <class Body> inline void spread(const Team &team, long count, const Body &body, bool waits = true) {
+    const long end = count * (team.me + 1) / team.count;
+    for (long i = count * team.me / team.count; i < end; i++) body(i);
+    if (waits) team.wait();
 }
 
 // body() by one thread, for which the others wait.
-template <class Body> inline void once(bool team, const Body &body) {
-    if (!team)
-        body();
-    else {
-#pragma omp single
-        body();
-    }
+template <class Body> inline void once(const Team &team, const Body &body) {
+    if (!team.me) body();
+    team.wait();
 }
 
 } // namespace

@@ -62,7 +62,7 @@ template <class real, class wide> inline wide slope_of(long kind, wide x, real s
 // body(i) for all i < count, as `spread`. Its code is there once: inlined twice, with and without a team, it might round
 // differently, since a compiler may make one operation of a product and a sum.
 template <class Body> __attribute__((noinline)) void call(const Body &body, long i) { body(i); }
-template <class Body> inline void share(bool team, long count, const Body &body) {
+template <class Body> inline void share(const Team &team, long count, const Body &body) {
     spread(team, count, [&](long i) { call(body, i); });
 }
 
@@ -108,8 +108,8 @@ template <class real> struct Readout {
         }
     }
 
-    // o (B, O) of h (B, N), by the threads of the team if there is one.
-    void forward(const real *h, real *o, bool team) const {
+    // o (B, O) of h (B, N), by the threads of the team.
+    void forward(const real *h, real *o, const Team &team) const {
         for (size_t l = 0; l < parts.size(); l++) {
             const auto &part = parts[l];
             const real *from = l ? parts[l - 1].value : h;
@@ -140,7 +140,7 @@ template <class real> struct Readout {
     // From the loss's gradient with respect to o in `given`: delta (B, N), that with respect to h, and the weights' own.
     template <int kind>
     void learn(const real *h, const real *given, real *delta, const Optimizer<real, kind> &optimizer, long t, bool sums_up,
-               bool first, bool team) {
+               bool first, const Team &team) {
         for (size_t l = parts.size(); l-- > 0;) {
             const auto &part = parts[l];
             const real *from = l ? parts[l - 1].value : h, *credit = l + 1 < parts.size() ? part.credit : given;

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <omp.h>
 #include <type_traits>
 #include <vector>
 
@@ -25,7 +26,6 @@ enum { RFP, EPROP, RFLO, SNAP0 };                    // rules
 enum { FORWARD = 1, LEARN = 2 };                     // phases of a step
 constexpr long INPUT = -1, ONE = -2;                 // what a matrix may read other than a state
 constexpr long APART = 9 * 64;                        // between arrays of panels, which else share a cache's sets
-constexpr long PANELS_FROM = 8;                      // steps from which panels pay for being copied
 
 // One of the layer's matrices. reads: a state, INPUT or ONE; of_gate: whether it enters gate `into` or input `into`;
 // dims, fan_in: (N,) with fan-in 1, (N, M), or heads of fan_in units; gamma[ν]: Γ^ν, whose batch rows are `next` apart.
@@ -40,7 +40,6 @@ template <class real, long S> struct Matrix {
 // one piece. Units that the last panel lacks are zeros.
 template <class real, long S> struct Panels {
     static constexpr long W = Lanes<real>::width;
-    std::vector<real> room;
     Learned<real> rows, learned; // as the caller has them, and as panels
     real *gamma_rows[S], *gamma[S], *product;
     long units, fan_in;
@@ -49,9 +48,13 @@ template <class real, long S> struct Panels {
     void turn(real *rows, real *panels, bool back) const {
         if (!rows) return;
         for (long first = 0; first < units; first += W, panels += fan_in * W)
-            for (long lane = 0; lane < W && first + lane < units; lane++) {
+            for (long lane = 0; lane < W; lane++) {
                 real *row = rows + (first + lane) * fan_in;
-                for (long j = 0; j < fan_in; j++) (back ? row[j] : panels[j * W + lane]) = back ? panels[j * W + lane] : row[j];
+                if (first + lane < units)
+                    for (long j = 0; j < fan_in; j++)
+                        (back ? row[j] : panels[j * W + lane]) = back ? panels[j * W + lane] : row[j];
+                else
+                    for (long j = 0; j < fan_in; j++) panels[j * W + lane] = 0;
             }
     }
 
@@ -61,16 +64,19 @@ template <class real, long S> struct Panels {
         for (long nu = 0; nu < S; nu++) turn(gamma_rows[nu], gamma[nu], back);
     }
 
-    Panels(const Learned<real> &rows, real *const *gammas, long units, long fan_in)
+    // Takes room for the panels from `room` on, which is aligned to a vector and moves behind it.
+    Panels(const Learned<real> &rows, real *const *gammas, long units, long fan_in, real *&room)
         : rows(rows), learned(rows), units(units), fan_in(fan_in) {
-        const long blocks = (units + W - 1) / W, apart = blocks * W * fan_in + APART;
-        room.assign((4 + S) * apart + blocks * W + 64 / sizeof(real), real(0));
-        real *at = (real *)(((uintptr_t)room.data() + 63) / 64 * 64);
-        const auto take = [&](real *given) { return given ? (at += apart, at - apart) : nullptr; };
+        const long whole = (units + W - 1) / W * W;
+        const auto take = [&](real *given) {
+            if (!given) return given;
+            room += whole * fan_in + APART;
+            return room - (whole * fan_in + APART);
+        };
         learned.weight = take(rows.weight), learned.first = take(rows.first);
         learned.second = take(rows.second), learned.total = take(rows.total);
         for (long nu = 0; nu < S; nu++) gamma_rows[nu] = gammas[nu], gamma[nu] = take(gammas[nu]);
-        product = at;
+        product = room, room += whole + APART;
         turn_all(false);
     }
 };
@@ -87,7 +93,7 @@ template <class real> struct Network {
     double *losses;
     const unsigned char *resets, *mask;
     const double *rates;
-    real *state, *scratch;
+    real *state, *scratch, *room; // room: for panels, or null
     Readout<real> readout;
     std::vector<Matrix<real, S>> matrices;
     std::vector<Panels<real, S>> panels; // of the matrices that have `panel` ≥ 0
@@ -105,7 +111,7 @@ template <class real> struct Network {
         losses = table.next<double>();
         resets = table.next<const unsigned char>(), mask = table.next<const unsigned char>();
         rates = table.next<const double>();
-        state = table.next<real>(), scratch = table.next<real>();
+        state = table.next<real>(), scratch = table.next<real>(), room = table.next<real>();
         phase = table.next(), steps = table.next(), batch = table.next(), units = table.next();
         features = table.next(), classes_or_outputs = table.next(), loss = table.next(), optimizer = table.next();
         every = table.next(), position = table.next(), rule = table.next(), out = table.next(), done = table.next();
@@ -163,7 +169,7 @@ template <class real> struct Network {
 
     // usual: the weights learn, by an optimizer that is `plain`, and the layer doesn't predict itself.
     template <int kind, bool sums_up, bool usual>
-    void learn_panel_of(const Matrix<real, S> &k, long t, long block, const Optimizer<real, kind> optimizer, bool first) {
+    __attribute__((noinline)) void learn_panel_of(const Matrix<real, S> &k, long t, long block, const Optimizer<real, kind> optimizer, bool first) {
         auto &p = panels[k.panel];
         // What the loop reads is copied here: a store may alias what lies in memory, which would be loaded again.
         const long i = block * W, here = units - i, begin = block * k.fan_in * W, fan_in = k.fan_in, shown = out;
@@ -429,17 +435,22 @@ template <class real> struct Network {
         take(optimizer, k.learned, i, gradient, here, sums_up, first);
     }
 
-    void begin_step(long t) {
-        const long plane = batch * units;
-        for (long nu = 0; nu < S; nu++)
-            for (long b = 0; b < batch; b++)
-                for (long i = 0; i < units; i++) {
-                    const long at = (nu * batch + b) * units + i;
-                    before[at] = resets && resets[t * batch + b] ? real(0) : state[at];
-                }
-        std::fill(sums, sums + G * plane, real(0));
-        std::fill(drives, drives + J * plane, real(0));
-        if (features_are_inputs()) memcpy(drives, x + t * plane, plane * sizeof(real));
+    // Of the units from `first` to `end`: the state before step t, and pre-activations and inputs without their products.
+    void begin_step(long t, long first, long end) {
+        const long count = end - first;
+        const bool passes = features_are_inputs();
+        for (long b = 0; b < batch; b++) {
+            const long at = b * units + first, plane = batch * units;
+            const bool forgets = resets && resets[t * batch + b];
+            for (long nu = 0; nu < S; nu++)
+                if (forgets)
+                    std::fill_n(before + nu * plane + at, count, real(0));
+                else
+                    std::copy_n(state + nu * plane + at, count, before + nu * plane + at);
+            for (long g = 0; g < G; g++) std::fill_n(sums + g * plane + at, count, real(0));
+            for (long j = 0; j < J; j++) std::fill_n(drives + j * plane + at, count, real(0));
+            if (passes) std::copy_n(x + t * plane + at, count, drives + at);
+        }
     }
 
     // Whether the layer's input is the cell's own: no matrix reads it.
@@ -452,6 +463,13 @@ template <class real> struct Network {
     // What the readout reads (B, N).
     const real *shown() const { return (lagged ? before : state) + out * batch * units; }
 
+    // Numbers of Γ.
+    long numbers() const {
+        long sum = 0;
+        for (auto &k : matrices) sum += S * batch * units * k.fan_in;
+        return sum;
+    }
+
     // Whether a batch row counts for the loss of step t.
     bool counts(long t) const {
         return !mask || std::any_of(mask + t * batch, mask + (t + 1) * batch, [](unsigned char one) { return one; });
@@ -463,10 +481,10 @@ template <class real> struct Network {
         for (auto &p : panels) p.learned.rests = !learn;
     }
 
-    // Calls work(team) with the team if the readout is large, else work(false) by one of its threads.
-    template <class Work> void on_readout(bool team, const Work &work) {
-        if (team && readout.products < SHARED_STREAM)
-            once(team, [&] { work(false); });
+    // Calls work(team) with the team if the readout is large, else by one of its threads alone.
+    template <class Work> void on_readout(const Team &team, const Work &work) {
+        if (readout.products < SHARED_STREAM)
+            once(team, [&] { work(Team()); });
         else
             work(team);
     }
@@ -477,7 +495,7 @@ template <class real> struct Network {
         o.rest1 = 1 - options[0], o.rest2 = 1 - options[1];
         if (kind == ADAM || kind == ADAMW) {
             o.scale1 = 1 - std::pow(options[0], double(updates + 1));
-            o.scale2 = std::sqrt(1 - std::pow(options[1], double(updates + 1)));
+            o.scale2 = 1 / std::sqrt(1 - std::pow(options[1], double(updates + 1)));
         }
         o.begins = updates == 0;
         return o;
@@ -511,61 +529,68 @@ template <class real> struct Network {
 
     template <int kind> void run(long threads) {
         const long blocks = (units + W - 1) / W;
-        long numbers = 0, updates = done;
-        for (auto &k : matrices) numbers += S * batch * units * k.fan_in;
-        const bool team = threads > 1 && numbers >= SHARED_STREAM;
+        const bool together = threads > 1 && numbers() >= SHARED_STREAM;
         const bool sums_up = every > 1 || options[5] > 0;
-        if (batch == 1 && steps >= PANELS_FROM) {
+        if (room) {
+            real *at = room;
             panels.reserve(matrices.size());
             for (auto &k : matrices)
                 if (k.dims == 2 && k.fan_in > 1) {
                     k.panel = panels.size();
-                    panels.emplace_back(k.learned, k.gamma, units, k.fan_in);
+                    panels.emplace_back(k.learned, k.gamma, units, k.fan_in, at);
                 }
         }
-        const auto forward = [&](long t) {
-            once(team, [&] { begin_step(t); });
-            for (auto &k : matrices)
-                if (k.panel < 0 && k.dims != 2)
-                    spread(team, units, [&](long i) { multiply_row(k, t, i); });
-                else if (k.panel < 0)
-                    spread(team, (units + 3) / 4, [&](long four) {
-                        const long i = 4 * four, plane = batch * units;
-                        real *to = (k.of_gate ? sums : drives) + k.into * plane + i;
-                        add_rows(k.learned.weight + i * k.fan_in, std::min(4L, units - i), k.fan_in, batch,
-                                 [&](long b) { return signal(k, t, b); }, [&](long b) { return to + b * units; });
-                    });
-                else {
-                    const real *y = read_at(k, t, false);
-                    const bool multiplies = sums_up || t == 0, adds = k.reads == INPUT || !(resets && resets[t]);
-                    real *to = (k.of_gate ? sums : drives) + k.into * units;
-                    spread(team, blocks, [&](long block) {
+        // Whether a thread needs, up to the new states, only what it wrote itself: then no thread waits for another.
+        bool alone = batch == 1 && !sums_up;
+        for (auto &k : matrices) alone &= k.panel >= 0 || k.dims == 1;
+        const auto multiply = [&](const Team &team, const auto &k, long t, bool waits) {
+            real *to = (k.of_gate ? sums : drives) + k.into * batch * units;
+            if (k.panel >= 0) {
+                const real *y = read_at(k, t, false);
+                const bool multiplies = sums_up || t == 0, adds = k.reads == INPUT || !(resets && resets[t]);
+                spread(
+                    team, blocks,
+                    [&](long block) {
                         if (multiplies) multiply_panel_of(k, y, block);
                         const long i = block * W;
                         const wide product = *(const wide *)(panels[k.panel].product + i);
                         if (adds) store(to + i, load(to + i, units - i) + product, units - i);
-                    });
-                }
+                    },
+                    waits);
+            } else if (k.dims != 2)
+                spread(
+                    team, blocks,
+                    [&](long block) {
+                        for (long i = block * W; i < std::min(units, (block + 1) * W); i++) multiply_row(k, t, i);
+                    },
+                    waits);
+            else
+                spread(team, (units + 3) / 4, [&](long four) {
+                    const long i = 4 * four;
+                    add_rows(k.learned.weight + i * k.fan_in, std::min(4L, units - i), k.fan_in, batch,
+                             [&](long b) { return signal(k, t, b); }, [&](long b) { return to + b * units + i; });
+                });
+        };
+        const auto advance = [&](const Team &team, long t) {
+            const bool waits = !alone || t == 0;
+            spread(team, blocks, [&](long block) { begin_step(t, block * W, std::min(units, (block + 1) * W)); }, waits);
+            for (auto &k : matrices) multiply(team, k, t, waits);
             spread(team, batch * blocks, [&](long each) { move(t, each / blocks, each % blocks * W); });
-            on_readout(team, [&](bool many) {
-                readout.forward(shown(), outputs + t * batch * classes_or_outputs, many);
+        };
+        // The readout's part of a step. at: how many of the steps between two updates have run.
+        const auto read_out = [&](const Team &team, long t, long at, bool idle, const Optimizer<real, kind> &optimizer) {
+            on_readout(team, [&](const Team &many) {
+                if (phase & FORWARD) readout.forward(shown(), outputs + t * batch * classes_or_outputs, many);
+                if (!(phase & LEARN)) return;
+                once(many, [&] {
+                    losses[t] = idle ? 0 : judge(t);
+                    if (idle) std::fill(delta, delta + batch * units, real(0));
+                    if (idle) let_learn(false);
+                });
+                if (!idle) readout.learn(shown(), given, delta, optimizer, t, sums_up, at == 0, many);
             });
         };
-        // at: how many of the steps between two updates have run
-        const auto learn = [&](long t, long &at) {
-            const bool idle = lagged && !counts(t);
-            const auto optimizer = optimizer_after<kind>(updates);
-            if (idle)
-                once(team, [&] {
-                    losses[t] = 0;
-                    std::fill(delta, delta + batch * units, real(0));
-                    let_learn(false);
-                });
-            else
-                on_readout(team, [&](bool many) {
-                    once(many, [&] { losses[t] = judge(t); });
-                    readout.learn(shown(), given, delta, optimizer, t, sums_up, at == 0, many);
-                });
+        const auto learn = [&](const Team &team, long t, long at, const Optimizer<real, kind> &optimizer) {
             for (auto &k : matrices) {
                 const auto own = optimizer.at(k.learned, t);
                 const long together = batch == 1 ? 1 : rows_together(k.fan_in);
@@ -587,32 +612,34 @@ template <class real> struct Network {
                     },
                     false);
             }
-            if (team) {
-#pragma omp barrier
-            }
-            if (idle) {
-                once(team, [&] { let_learn(true); });
-                return;
-            }
-            if (at == every - 1)
-                once(team, [&] {
-                    if (sums_up) update(optimizer, t);
-                    updates++;
-                });
-            at = (at + 1) % every;
+            team.wait();
         };
-        const auto all_steps = [&] {
-            long at = position;
+        const auto all_steps = [&](const Team &team) {
+            long at = position, updates = done; // each thread counts for itself
             for (long t = 0; t < steps; t++) {
-                if (phase & FORWARD) forward(t);
-                if (phase & LEARN) learn(t, at);
+                const bool idle = (phase & LEARN) && lagged && !counts(t);
+                const auto optimizer = optimizer_after<kind>(updates);
+                if (phase & FORWARD) advance(team, t);
+                read_out(team, t, at, idle, optimizer);
+                if (!(phase & LEARN)) continue;
+                learn(team, t, at, optimizer);
+                if (idle) {
+                    once(team, [&] { let_learn(true); });
+                    continue;
+                }
+                if (at == every - 1) {
+                    if (sums_up) once(team, [&] { update(optimizer, t); });
+                    updates++;
+                }
+                at = (at + 1) % every;
             }
         };
-        if (team) {
+        if (together) {
+            Barrier barrier;
 #pragma omp parallel num_threads(threads)
-            all_steps();
+            all_steps({omp_get_num_threads(), omp_get_thread_num(), &barrier});
         } else
-            all_steps();
+            all_steps({});
         for (auto &p : panels) p.turn_all(true);
         panels.clear();
     }
