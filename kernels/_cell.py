@@ -19,32 +19,44 @@ from ._launch import check_dims, check_tensor
 
 
 class CellFunctions(NamedTuple):
-    """A cell's sizes and its functions of one unit.
+    """A cell's sizes, how its matrices are wired, and its functions of one unit.
 
     Letters: c the S states before the step, p the G pre-activations, v the F numbers that a forward pass saves of them,
     x the J per-unit inputs, w the unit's entries on the diagonals of the K recurrent matrices, λ the credit of its S
     states. Partials as in the paper's eq. 14.
 
     states, inputs, matrices, saves   S, J, K and F
-    entering                          for each gate, which of the K products enter it
+    reads, into                       for each matrix, the state that it reads and the gate that it enters
+    order                             the matrices by the state that they read, as products lie side by side
+    entering                          for each gate, which of the K products, in that order, enter it
+    into_gates                        for each gate, which of the K matrices enter it
     partials_found, credits           how many partials and credits the functions below find
+    step_partials                     the partials of gates and inputs: the place of each among those that `partials`
+                                      finds, or, so many further on, among v
     update      (c, p, x) → the S new states, then v
     partials    (c, v, x, w) → the partials that aren't among v, then M row by row
     transition  (c, v, x, w) → M row by row
     dual        (c, v, x, w, λ) → the credits that enter gates and inputs, then Mᵀ λ
+    exact       (c, v, x, λ) → the credit that enters each gate and each input, then (∂F/∂c)ᵀ λ
     """
 
     states: int
     inputs: int
     matrices: int
     saves: int
+    reads: tuple[int, ...]
+    into: tuple[int, ...]
+    order: tuple[int, ...]
     entering: tuple[tuple[int, ...], ...]
+    into_gates: tuple[tuple[int, ...], ...]
     partials_found: int
     credits: int
+    step_partials: tuple[int, ...]
     update: Any
     partials: Any
     transition: Any
     dual: Any
+    exact: Any
 
 
 @triton.jit
@@ -75,6 +87,18 @@ def kept(keep, blocks):
     for k in tl.static_range(len(blocks)):
         found = found + (tl.where(keep, blocks[k], 0.0),)
     return found
+
+
+@triton.jit
+def pre_activations(products, ENTERING: tl.constexpr, like):
+    """For each gate, the sum of the products that enter it; zeros of the shape of `like` where none does."""
+    p = ()
+    for g in tl.static_range(len(ENTERING)):
+        total = tl.zeros(like.shape, tl.float32)
+        for k in tl.static_range(len(ENTERING[g])):
+            total += products[ENTERING[g][k]]
+        p = p + (total,)
+    return p
 
 
 @triton.jit
@@ -116,25 +140,33 @@ def load_diagonals(ptrs, strides, n, mask):
     return blocks
 
 
+def check_matrices(cell: CellFunctions, weights: Sequence[Tensor], units: int, like: Tensor) -> None:
+    """K dense matrices (N, N), contiguous. Raises TypeError or ValueError."""
+    if len(weights) != cell.matrices:
+        raise ValueError(f"weights must hold {cell.matrices} tensors, got {len(weights)}")
+    for index, weight in enumerate(weights):
+        check_tensor(f"weights[{index}]", weight, (units, units), like)
+
+
 def check_trajectory(
     cell: CellFunctions,
     x: Tensor,
     saved: Tensor,
     before: Tensor,
-    own: Sequence[Tensor],
+    own: Sequence[Tensor] | None,
     resets: Tensor | None,
 ) -> tuple[int, int, int]:
     """(T, B, N) of what a forward pass left: x (J, T, B, N) and saved (T, B, F, N) contiguous, before (S, T, B, N) with
-    any first stride, own: K of (N,) with any stride, resets (T, B) or None. Raises TypeError or ValueError.
+    any first stride, own: K of (N,) with any stride or None, resets (T, B) or None. Raises TypeError or ValueError.
     """
     _, steps, batch, units = check_dims("x", x, "JTBN")
     check_tensor("x", x, (cell.inputs, steps, batch, units), x)
     if cell.saves:
         check_tensor("saved", saved, (steps, batch, cell.saves, units), x)
     check_tensor("before", before, (cell.states, steps, batch, units), x, any_stride=1)
-    if len(own) != cell.matrices:
+    if own is not None and len(own) != cell.matrices:
         raise ValueError(f"own must hold {cell.matrices} tensors, got {len(own)}")
-    for index, weight in enumerate(own):
+    for index, weight in enumerate(own or ()):
         check_tensor(f"own[{index}]", weight, (units,), x, any_stride=1)
     if resets is not None:
         check_tensor("resets", resets, (steps, batch), x, (torch.bool, torch.uint8))

@@ -10,14 +10,15 @@ S states and J inputs; it writes S states and, if wanted, the F numbers that the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cell import CellFunctions, load_planes
+from ._cell import CellFunctions, load_planes, pre_activations
 from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vector_width
-from .rgc_forward import pick_pointwise_config
 
 
 @triton.jit(do_not_specialize=["stride_x", "stride_before", "stride_after", "stride_next"])
@@ -56,13 +57,7 @@ def _pointwise_kernel(
     c = load_planes(before_ptr, at, stride_before, mask, S)
     x = load_planes(x_ptr, at, stride_x, mask, J)
     products = load_planes(products_ptr, b * K * N + unit, N, mask, K)
-    p = ()
-    for g in tl.static_range(len(ENTERING)):
-        total = tl.zeros((BLOCK,), tl.float32)
-        for k in tl.static_range(len(ENTERING[g])):
-            total += products[ENTERING[g][k]]
-        p = p + (total,)
-    found = UPDATE(c, p, x)
+    found = UPDATE(c, pre_activations(products, ENTERING, unit), x)
     for nu in tl.static_range(S):
         tl.store(after_ptr + nu * stride_after + at, found[nu], mask=mask)
     if saved_ptr is not None:
@@ -73,6 +68,25 @@ def _pointwise_kernel(
         keep = tl.load(resets_ptr + b) == 0
         for nu in tl.static_range(S):
             tl.store(next_ptr + nu * stride_next + at, tl.where(keep, found[nu], 0.0), mask=mask)
+
+
+class PointwiseConfig(NamedTuple):
+    """How one program, of one warp, of a pointwise pass is laid out.
+
+    block   units that it owns
+    vector  numbers that one memory access moves
+    """
+
+    block: int
+    vector: int
+
+
+def pick_pointwise_config(N: int, warp_size: int) -> PointwiseConfig:
+    """The layout for a layer of N units. A pure function.
+
+    Four units per thread make 128-bit accesses, and one warp per program makes as many programs as possible.
+    """
+    return PointwiseConfig(4 * warp_size, vector_width(N, torch.float32))
 
 
 def cell_pointwise_(
@@ -124,7 +138,7 @@ def cell_pointwise_(
     check_runnable(_pointwise_kernel, "before", before)
     strides = [0 if a is None else a.stride(0) for a in (x, before, after, next_before)]
     config = pick_pointwise_config(units, device_sizes(before).warp)
-    width = vector_width(units, torch.float32)
+    width = config.vector
     with torch.cuda.device_of(before):
         _pointwise_kernel[(batch * triton.cdiv(units, config.block),)](
             products,

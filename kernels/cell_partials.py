@@ -19,6 +19,7 @@ how blocks of time are joined, for which `_dual_summary_kernel` makes the summar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,7 +37,6 @@ from ._cell import (
 )
 from ._launch import check_runnable, check_tensor, device_sizes, vector_width
 from .reverse_scan import ScanConfig, pick_steps
-from .rgc_partials import pick_config
 
 
 @triton.jit
@@ -281,6 +281,29 @@ def _dual_kernel(
         tl.store(passed_ptr + k * wide_bn + unit, later[k], mask=mask)
 
 
+class Config(NamedTuple):
+    """How one program of one warp is laid out.
+
+    block  units that it owns
+    steps  how many steps it takes
+    """
+
+    block: int
+    steps: int
+
+
+def pick_config(T: int, BN: int, warp_size: int, multiprocessors: int) -> Config:
+    """The layout for partials, over T steps of B·N units. A pure function.
+
+    Four units per thread make 128-bit accesses. A program reads the diagonals once; from a dense matrix each entry of
+    4 bytes costs a memory access of 32. That is little compared with what several steps move, so a program takes
+    several steps, up to eight, as long as there are still 32 programs per multiprocessor.
+    """
+    block = 4 * warp_size
+    tiles = -(-BN // block)
+    return Config(block, max(1, min(8, T * tiles // (32 * multiprocessors))))
+
+
 # The loads of four steps are under way at once where a step has at most so many numbers to load; else those of one.
 PIPELINED_NUMBERS = 16
 
@@ -290,7 +313,7 @@ def pick_dual_config(
 ) -> ScanConfig:
     """The layout for the dual form, over T steps of B·N units. A pure function.
 
-    read, written: numbers of a unit and step. Units are picked as in `rgc_partials.pick_config`, and blocks of time by
+    read, written: numbers of a unit and step. Units are picked as in `pick_config`, and blocks of time by
     `reverse_scan.pick_steps`; several blocks read twice. Where a warp has 64 threads (AMD), loads wait in registers, so
     only those of one step are under way.
     """

@@ -1,15 +1,16 @@
-"""What a step of exact RTRL of an RGC takes beside its matrix product: the Jacobian J, and γ's immediate term.
+"""What a step of exact RTRL takes beside its matrix product: the Jacobian J, and γ's immediate term.
 
-Recursion (paper, eq. 15; γ is the sensitivity of all 2N states to all 4N² weights):
+Recursion (paper, eq. 15; γ is the sensitivity of all S·N states to all K·N² weights of dense matrices):
 
-    γ ← J γ + R        R[(ν, i), (k, i, j)] = φ^k_i y^k_j,  ν the state that matrix k enters, y^k what it reads
+    γ ← J γ + R        J[(ν, i), (ν', j)] = δ_ij ∂F_ν/∂c^ν' + Σ_{k reads ν'} φ^{ν,k}_i W^k_ij
+                       R[(ν, i), (k, i, j)] = φ^{ν,k}_i y^k_j,  y^k what matrix k reads
 
 torch makes the product J γ. `_rtrl_jacobian_kernel` writes J; `_rtrl_immediate_kernel` adds R to γ in place.
 
 Grid of both: B · (tiles of BLOCK_N × BLOCK_M of an N × N matrix).
-A program owns one tile, of all four matrices or blocks of J, of one batch row. For J it reads four weights' tiles and
-φ and the own-state partials of its rows, and writes the tile of J's four blocks. For R it reads φ of its rows and
-the states of its columns, and reads and writes one number of γ per weight, the only one that R isn't zero for.
+A program owns one tile, of all matrices or blocks of J, of one batch row. For J it reads the matrices' tiles and
+φ and the own-state partials of its rows, and writes the tile of J's S² blocks. For R it reads φ of its rows and
+the states of its columns, and reads and writes the numbers of γ that R isn't zero for.
 """
 
 from __future__ import annotations
@@ -25,29 +26,24 @@ from torch import Tensor
 from ._launch import check_dims, check_runnable, check_tensor, vector_width
 
 
-@triton.jit(do_not_specialize=["stride_own_s", "stride_own_m"])
+@triton.jit
 def _rtrl_jacobian_kernel(
-    own_s_ptr,  # [B, N]: ∂s/∂s' through no matrix
-    own_m_ptr,  # [B, N]: ∂m/∂m' through no matrix
-    phi_ss_ptr,  # [B, N]
-    phi_ms_ptr,  # [B, N]
-    phi_mm_ptr,  # [B, N]
-    phi_sm_ptr,  # [B, N]
-    ss_ptr,  # [N, N]
-    ms_ptr,  # [N, N]
-    mm_ptr,  # [N, N]
-    sm_ptr,  # [N, N]
+    own_ptrs,  # S² of [B, N]: ∂F_ν/∂c^ν' through no matrix, row by row; None for zeros
+    phi_ptrs,  # S·K of [B, N]: φ^{ν,k}, state by state; None for zeros
+    weight_ptrs,  # K of [N, N]
     resets_ptr,  # [B], or None
-    jacobian_ptr,  # [B, 2N, 2N]: written
+    jacobian_ptr,  # [B, S·N, S·N]: written
     N,
-    stride_own_s,
-    stride_own_m,
+    own_strides,
+    READS: tl.constexpr,  # for each matrix, the state that it reads
+    S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     VECTOR: tl.constexpr,  # a divisor of N: numbers that one access moves
 ):
     # Every batch row reads the weights again, from cache; what is written is B times as large.
     N = N // VECTOR * VECTOR  # leaves N as it is, and shows the compiler what divides it
+    K: tl.constexpr = len(READS)
     tiles_m = tl.cdiv(N, BLOCK_M)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_m
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -58,48 +54,45 @@ def _rtrl_jacobian_kernel(
     diagonal = i[:, None] == j[None, :]
     wide_n = tl.cast(N, tl.int64)
     weight = i.to(tl.int64)[:, None] * N + j[None, :]
-    # J has 4·N² numbers per batch row and 2·N per row; `lower` leads from its upper half to its lower.
-    out = jacobian_ptr + 4 * b * wide_n * N + i.to(tl.int64)[:, None] * (2 * N) + j[None, :]
-    lower = 2 * wide_n * N
+    out = jacobian_ptr + S * S * b * wide_n * N + i.to(tl.int64)[:, None] * (S * N) + j[None, :]
     row = b * N + i
 
     # Where the batch row is reset, the partials aren't loaded and count as zero.
     live = in_n
     if resets_ptr is not None:
         live = in_n & (tl.load(resets_ptr + b) == 0)
-    own_s = tl.load(own_s_ptr + b * stride_own_s + i, mask=live, other=0.0)
-    own_m = tl.load(own_m_ptr + b * stride_own_m + i, mask=live, other=0.0)
-    phi_ss = tl.load(phi_ss_ptr + row, mask=live, other=0.0)
-    phi_ms = tl.load(phi_ms_ptr + row, mask=live, other=0.0)
-    phi_mm = tl.load(phi_mm_ptr + row, mask=live, other=0.0)
-    phi_sm = tl.load(phi_sm_ptr + row, mask=live, other=0.0)
+    w = ()
+    for k in tl.static_range(K):
+        w = w + (tl.load(weight_ptrs[k] + weight, mask=inside, other=0.0),)
+    for to in tl.static_range(S):
+        for source in tl.static_range(S):
+            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for k in tl.static_range(K):
+                if READS[k] == source and phi_ptrs[to * K + k] is not None:
+                    total += tl.load(phi_ptrs[to * K + k] + row, mask=live, other=0.0)[:, None] * w[k]
+            if own_ptrs[to * S + source] is not None:
+                at = b * own_strides[to * S + source] + i
+                own = tl.load(own_ptrs[to * S + source] + at, mask=live, other=0.0)
+                total += tl.where(diagonal, own[:, None], 0.0)
+            tl.store(out + to * S * wide_n * N + source * N, total, mask=inside)
 
-    ss = phi_ss[:, None] * tl.load(ss_ptr + weight, mask=inside, other=0.0)
-    ms = phi_ms[:, None] * tl.load(ms_ptr + weight, mask=inside, other=0.0)
-    mm = phi_mm[:, None] * tl.load(mm_ptr + weight, mask=inside, other=0.0)
-    sm = phi_sm[:, None] * tl.load(sm_ptr + weight, mask=inside, other=0.0)
-    tl.store(out, ss + tl.where(diagonal, own_s[:, None], 0.0), mask=inside)
-    tl.store(out + N, ms, mask=inside)
-    tl.store(out + lower, sm, mask=inside)
-    tl.store(out + lower + N, mm + tl.where(diagonal, own_m[:, None], 0.0), mask=inside)
 
-
-@triton.jit(do_not_specialize=["stride_before"])
+@triton.jit
 def _rtrl_immediate_kernel(
-    gamma_ptr,  # [B, 2, N, 4, N, N]: state, unit of the state, matrix, the matrix's row i, its column j; mutated
-    phi_ss_ptr,  # [B, N]
-    phi_ms_ptr,  # [B, N]
-    phi_mm_ptr,  # [B, N]
-    phi_sm_ptr,  # [B, N]
-    before_ptr,  # [2, B, N]
+    gamma_ptr,  # [B, S, N, K, N, N]: state, unit of the state, matrix, the matrix's row i, its column j; mutated
+    phi_ptrs,  # S·K of [B, N]: φ^{ν,k}, state by state; None for zeros
+    before_ptr,  # [S, B, N]
     N,
     stride_before,
+    READS: tl.constexpr,  # for each matrix, the state that it reads
+    S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     VECTOR: tl.constexpr,  # a divisor of N: numbers that one access moves
 ):
     # R is zero but where the unit of the state is i, the matrix's row: only those numbers of γ are touched.
     N = N // VECTOR * VECTOR  # leaves N as it is, and shows the compiler what divides it
+    K: tl.constexpr = len(READS)
     tiles_m = tl.cdiv(N, BLOCK_M)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_m
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -109,25 +102,21 @@ def _rtrl_immediate_kernel(
     in_m = j < N
     inside = in_n[:, None] & in_m[None, :]
     square = tl.cast(N, tl.int64) * N
-    state = 4 * square * N  # how many numbers of γ one state has
-    # In γ, unit i of state s, and of that row i of matrix ss.
-    at = gamma_ptr + 2 * b * state + i.to(tl.int64)[:, None] * (4 * square + N) + j[None, :]
+    state = K * square * N  # how many numbers of γ one state has
+    # In γ, unit i of the first state, and of that row i of the first matrix.
+    at = gamma_ptr + S * b * state + i.to(tl.int64)[:, None] * (K * square + N) + j[None, :]
     row = b * N + i
     column = b * N + j
 
-    s = tl.load(before_ptr + column, mask=in_m, other=0.0)[None, :]
-    m = tl.load(before_ptr + stride_before + column, mask=in_m, other=0.0)[None, :]
-    ss = tl.load(phi_ss_ptr + row, mask=in_n, other=0.0)[:, None] * s
-    ms = tl.load(phi_ms_ptr + row, mask=in_n, other=0.0)[:, None] * m
-    mm = tl.load(phi_mm_ptr + row, mask=in_n, other=0.0)[:, None] * m
-    sm = tl.load(phi_sm_ptr + row, mask=in_n, other=0.0)[:, None] * s
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + ss, mask=inside)
-    at += square
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + ms, mask=inside)
-    at += state + square
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + mm, mask=inside)
-    at += square
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + sm, mask=inside)
+    c = ()
+    for nu in tl.static_range(S):
+        c = c + (tl.load(before_ptr + nu * stride_before + column, mask=in_m, other=0.0)[None, :],)
+    for to in tl.static_range(S):
+        for k in tl.static_range(K):
+            if phi_ptrs[to * K + k] is not None:
+                phi = tl.load(phi_ptrs[to * K + k] + row, mask=in_n, other=0.0)[:, None]
+                entry = at + to * state + k * square
+                tl.store(entry, tl.load(entry, mask=inside, other=0.0) + phi * c[READS[k]], mask=inside)
 
 
 class Config(NamedTuple):
@@ -147,62 +136,69 @@ class Config(NamedTuple):
 def pick_config(N: int) -> Config:
     """The layout for a layer of N units. A pure function.
 
-    One of 32 threads holds 16 numbers of each of the four matrices. Where rows aren't a multiple of 16 bytes it holds
-    8, because each number then has an address and a mask of its own.
+    One of 32 threads holds 16 numbers of each matrix. Where rows aren't a multiple of 16 bytes it holds 8, because each
+    number then has an address and a mask of its own.
     """
     vector = vector_width(N, torch.float32)
     return Config(8 if vector > 1 else 4, 64, vector, num_warps=1)
 
 
 def rtrl_jacobian(
-    own: Sequence[Tensor],
-    phi: Sequence[Tensor],
+    own: Sequence[Tensor | None],
+    phi: Sequence[Tensor | None],
+    reads: Sequence[int],
     weights: Sequence[Tensor],
     resets: Tensor | None = None,
 ) -> Tensor:
-    """The full recurrent Jacobian of one step of an RGC (paper, eq. 15), zero in batch rows that the step resets.
+    """The full recurrent Jacobian of one step (paper, eq. 15), zero in batch rows that the step resets.
 
-        J = [ diag(A^s) + φ^ss ⊙_rows W_ss        φ^ms ⊙_rows W_ms             ]
-            [ φ^sm ⊙_rows W_sm                    diag(A^m) + φ^mm ⊙_rows W_mm ]
+        J[(ν, i), (ν', j)] = δ_ij ∂F_ν/∂c^ν' + Σ_{k reads ν'} φ^{ν,k}_i W^k_ij
 
     Args:
-        own: A^s = ∂s/∂s' and A^m = ∂m/∂m', the paths through no matrix, (B, N) float32 each; the first dimension may
-            have any stride.
-        phi: φ of ss, ms, mm, sm, each of the state that the matrix enters, (B, N) float32 each, contiguous.
-        weights: W_ss, W_ms, W_mm, W_sm, (N, N) float32 each, contiguous.
+        own: ∂F_ν/∂c^ν', the paths through no matrix: S² of (B, N) float32, row by row; the first dimension may have any
+            stride. None for zeros.
+        phi: φ^{ν,k}: S·K of (B, N) float32, contiguous, state by state. None for zeros; one must be there.
+        reads: for each of the K matrices, the state that it reads.
+        weights: the matrices, (N, N) float32 each, contiguous.
         resets: (B,) bool or uint8: batch rows whose state was zeroed before the step. Or None.
-
-    In a cell's `Partials`, own and phi at step t are own[ν][ν][t] and gate[k][k // 2][t].
 
     Nothing is mutated. Fast where four divides N.
 
     Returns:
-        J (B, 2N, 2N) float32.
+        J (B, S·N, S·N) float32.
 
     Raises:
         TypeError: an argument isn't a tensor, or has another dtype.
-        ValueError: a wrong shape (a dimension of size 0 among them), device or stride; or tensors that aren't on a
-            GPU while kernels aren't interpreted.
+        ValueError: a wrong number of tensors, shape (a dimension of size 0 among them), device or stride; or tensors
+            that aren't on a GPU while kernels aren't interpreted.
     """
-    batch, units = _check_phi(phi)
-    _check_all("own", own, 2, (batch, units), phi[0], any_stride=1)
-    _check_all("weights", weights, 4, (units, units), phi[0])
+    states, batch, units, like = _check_phi(phi, reads)
+    if len(own) != states**2:
+        raise ValueError(f"own must hold {states**2} tensors, got {len(own)}")
+    for index, value in enumerate(own):
+        if value is not None:
+            check_tensor(f"own[{index}]", value, (batch, units), like, any_stride=1)
+    if len(weights) != len(reads):
+        raise ValueError(f"weights must hold {len(reads)} tensors, got {len(weights)}")
+    for index, weight in enumerate(weights):
+        check_tensor(f"weights[{index}]", weight, (units, units), like)
     if resets is not None:
-        check_tensor("resets", resets, (batch,), phi[0], (torch.bool, torch.uint8))
+        check_tensor("resets", resets, (batch,), like, (torch.bool, torch.uint8))
         resets = resets.view(torch.uint8)
-    check_runnable(_rtrl_jacobian_kernel, "phi[0]", phi[0])
-    jacobian = torch.empty(batch, 2 * units, 2 * units, dtype=torch.float32, device=phi[0].device)
-    strides = [a.stride(0) for a in own]
+    check_runnable(_rtrl_jacobian_kernel, "phi", like)
+    jacobian = torch.empty(batch, states * units, states * units, dtype=torch.float32, device=like.device)
     config, grid = _config_and_grid(batch, units)
     with torch.cuda.device_of(jacobian):
         _rtrl_jacobian_kernel[grid](
-            *own,
-            *phi,
-            *weights,
+            tuple(own),
+            tuple(phi),
+            tuple(weights),
             resets,
             jacobian,
             units,
-            *strides,
+            tuple(0 if one is None else one.stride(0) for one in own),
+            READS=tuple(reads),
+            S=states,
             BLOCK_N=config.block_n,
             BLOCK_M=config.block_m,
             VECTOR=config.vector,
@@ -211,36 +207,41 @@ def rtrl_jacobian(
     return jacobian
 
 
-def rtrl_immediate_(gamma: Tensor, phi: Sequence[Tensor], before: Tensor) -> None:
-    """Add the immediate term of one step of an RGC to γ, in place (paper, eq. 15).
+def rtrl_immediate_(
+    gamma: Tensor, phi: Sequence[Tensor | None], reads: Sequence[int], before: Tensor
+) -> None:
+    """Add the immediate term of one step to γ, in place (paper, eq. 15).
 
-        γ[(ν, i), (k, i, j)] += φ^k_i y^k_j        ν the state that matrix k enters, y^k what it reads
+        γ[(ν, i), (k, i, j)] += φ^{ν,k}_i y^k_j        y^k what matrix k reads
 
-    It changes 4·N² of γ's 8·N³ numbers per batch row. For batch rows that the step resets, `before` must be zero.
+    It changes at most S·K·N² of γ's S·K·N³ numbers per batch row. For batch rows that the step resets, `before` must be
+    zero.
 
     Args:
-        gamma: γ (B, 2N, 4N²) float32, contiguous. Mutated. Its rows are the units of s, then of m; its columns the
-            entries of ss, ms, mm and sm, each matrix row by row.
-        phi: φ of ss, ms, mm, sm, each of the state that the matrix enters, (B, N) float32 each, contiguous.
-        before: the states that the step read, s and m, (2, B, N) float32; the first dimension may have any stride.
+        gamma: γ (B, S·N, K·N²) float32, contiguous. Mutated. Its rows are the units, state by state; its columns the
+            entries of the matrices, each row by row.
+        phi, reads: as for `rtrl_jacobian`.
+        before: the states that the step read, (S, B, N) float32; the first dimension may have any stride.
 
     Fast where four divides N.
 
     Raises:
         As `rtrl_jacobian`.
     """
-    batch, units = _check_phi(phi)
-    check_tensor("gamma", gamma, (batch, 2 * units, 4 * units**2), phi[0])
-    check_tensor("before", before, (2, batch, units), phi[0], any_stride=1)
+    states, batch, units, like = _check_phi(phi, reads)
+    check_tensor("gamma", gamma, (batch, states * units, len(reads) * units**2), like)
+    check_tensor("before", before, (states, batch, units), like, any_stride=1)
     check_runnable(_rtrl_immediate_kernel, "gamma", gamma)
     config, grid = _config_and_grid(batch, units)
     with torch.cuda.device_of(gamma):
         _rtrl_immediate_kernel[grid](
             gamma,
-            *phi,
+            tuple(phi),
             before,
             units,
             before.stride(0),
+            READS=tuple(reads),
+            S=states,
             BLOCK_N=config.block_n,
             BLOCK_M=config.block_m,
             VECTOR=config.vector,
@@ -248,23 +249,22 @@ def rtrl_immediate_(gamma: Tensor, phi: Sequence[Tensor], before: Tensor) -> Non
         )
 
 
-def _check_all(
-    name: str, values: Sequence[Tensor], count: int, shape: Sequence[int], like: Tensor, any_stride: int = 0
-) -> None:
-    """Raise ValueError unless there are `count` values, and check each with `check_tensor`."""
-    if len(values) != count:
-        raise ValueError(f"{name} must hold {count} tensors, got {len(values)}")
-    for index, value in enumerate(values):
-        check_tensor(f"{name}[{index}]", value, shape, like, any_stride=any_stride)
-
-
-def _check_phi(phi: Sequence[Tensor]) -> tuple[int, int]:
-    """(B, N) of phi. Raises TypeError or ValueError as `rtrl_jacobian` does."""
-    if len(phi) != 4:
-        raise ValueError(f"phi must hold 4 tensors, got {len(phi)}")
-    batch, units = check_dims("phi[0]", phi[0], "BN")
-    _check_all("phi", phi, 4, (batch, units), phi[0])
-    return batch, units
+def _check_phi(phi: Sequence[Tensor | None], reads: Sequence[int]) -> tuple[int, int, int, Tensor]:
+    """S, B, N, and one of phi. Raises TypeError or ValueError as `rtrl_jacobian` does."""
+    like = next((one for one in phi if one is not None), None)
+    if not reads or len(phi) % len(reads) or like is None:
+        raise ValueError(
+            f"phi must hold as many tensors a state as there are matrices, {len(reads)}, one of them not None, got "
+            f"{len(phi)}"
+        )
+    states = len(phi) // len(reads)
+    if not all(0 <= source < states for source in reads):
+        raise ValueError(f"reads must name {states} states, got {tuple(reads)}")
+    batch, units = check_dims("phi", like, "BN")
+    for index, one in enumerate(phi):
+        if one is not None:
+            check_tensor(f"phi[{index}]", one, (batch, units), like)
+    return states, batch, units, like
 
 
 def _config_and_grid(batch: int, units: int) -> tuple[Config, tuple[int]]:

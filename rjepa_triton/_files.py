@@ -64,7 +64,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(mode)  # some libraries put a file of their own there, with mode 0600
         sync(temporary)
-        temporary.replace(path)
+        os.replace(temporary, path)
         with suppress(OSError):  # some file systems can't sync a folder
             sync(path.parent)
     except OSError as error:

@@ -188,32 +188,34 @@ def test_a_cuda_graph_of_the_step(with_delta: bool) -> None:
             assert torch.equal(gradient, want)
 
 
-@pytest.mark.parametrize("units", [256, 513, 1000, 1024])
-@pytest.mark.parametrize("batch", [1, 3, 40])
-def test_programs_that_wait_for_one_another(units: int, batch: int) -> None:
-    """Many steps, so that a state read too early shows; again and again, so that it shows if it is rare."""
-    from rjepa_triton.cells.builtin import RGCCell
-    from rjepa_triton.kernels.rgc_persistent import most_units, rgc_forward_persistent
+@pytest.mark.parametrize("units", [17, 64, 128, 200])
+@pytest.mark.parametrize("name", ["RGCCell", "LSTMCell", "GRUCell", "MGUCell"])
+def test_every_kernel_of_a_cell(name: str, units: int) -> None:
+    """Loop on chip or by steps, a step with its linearization, dual form and exact pass, against torch in float64."""
+    from rjepa_triton.backend import operations
+    from rjepa_triton.cells import builtin
 
-    held = most_units(torch.cuda.get_device_properties(DEVICE).multi_processor_count)
-    if units > held:
-        pytest.skip(f"this GPU can hold the weights of {held} units")
-    steps = 200
-    x = torch.randn(steps, batch, units, device=DEVICE)
-    weights = [torch.randn(units, units, device=DEVICE) * (0.3 / units**0.5) for _ in range(4)]
-    state = [torch.randn(batch, units, device=DEVICE) for _ in range(2)]
-    resets = torch.rand(steps, batch, device=DEVICE) < 0.02
-    want = RGCCell().scan(
-        x.double()[None], [w.double() for w in weights], [s.double() for s in state], resets
-    )
-    first = rgc_forward_persistent(x, weights, state, resets)
-    assert first[1] is not None
-    assert oracle.relative(list(first), [want.states, want.saved]) < TOLERANCE
-    for _ in range(20):
-        states, gates = rgc_forward_persistent(x, weights, state, resets)
-        assert gates is not None
-        assert torch.equal(states, first[0])
-        assert torch.equal(gates, first[1])
+    cell, steps, batch = getattr(builtin, name)(), 30, 3
+    x = torch.randn(len(cell.per_unit), steps, batch, units, device=DEVICE)
+    weights = [torch.randn(units, units, device=DEVICE) * (0.3 / units**0.5) for _ in cell.matrices]
+    state = [torch.randn(batch, units, device=DEVICE) for _ in cell.states]
+    resets = torch.rand(steps, batch, device=DEVICE) < 0.05
+    delta = torch.randn(len(cell.states), steps, batch, units, device=DEVICE)
+    found = []
+    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "triton"), (torch.float32, "triton")):
+        ws, c = [w.to(dtype) for w in weights], [s.to(dtype) for s in state]
+        made = operations.scan(cell, x.to(dtype), ws, c, resets, backend=backend)
+        lin, m = operations.linearize(cell, made, ws, backend=backend)
+        first, _, of_step = operations.step(
+            cell, x[:, :1].to(dtype), ws, torch.stack(c), resets[:1], backend=backend
+        )
+        dual = operations.dual_of(
+            cell, made, ws, delta.to(dtype), cell.matrices, x.shape[0], "rfp", backend=backend
+        )
+        exact = operations.exact(cell, made, lin, ws, delta.to(dtype), backend=backend)
+        found.append([made.states, m, first, of_step, *dual[0], *dual[1:], *exact[0], *exact[1:]])
+    assert oracle.relative(found[1], found[0]) < TOLERANCE
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[2], strict=True))
 
 
 @pytest.mark.parametrize("family", ["step", "chunk", "scan"])

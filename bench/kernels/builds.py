@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .static import WARP, Build
 
 if TYPE_CHECKING:  # triton need not be there to import this
     from ...kernels import (
         gamma_chunk,
         gamma_step,
-        rgc_forward,
-        rgc_persistent,
-        rgc_step,
         rtrl_heads,
         rtrl_step,
     )
@@ -211,227 +210,44 @@ def suffix_build(
     )
 
 
-def rgc_small_build(
-    target: str, config: rgc_forward.SmallConfig, *, resets: bool = True, gates: bool = True
-) -> Build:
-    """The forward pass of an RGC over all steps, with the weights in one multiprocessor."""
-    absent = [name for name, given in (("resets_ptr", resets), ("gates_ptr", gates)) if not given]
-    return Build(
-        target,
-        "rjepa_triton.kernels.rgc_forward:_rgc_small_kernel",
-        types={
-            **{f"{name}_ptr": "*fp32" for name in ("x", "weight", "states", "gates")},
-            "resets_ptr": "*u8",
-            **dict.fromkeys("TBN", "i32"),
-        },
-        constants={
-            **dict.fromkeys(absent),
-            "BLOCK": config.block,
-            "LANES": WARP[target],
-            "ALL_KEPT": config.all_kept,
-        },
-        options={"num_warps": config.num_warps},
-    )
-
-
-def rgc_persistent_build(
-    target: str,
-    config: rgc_persistent.Config,
-    vector: int,
-    *,
-    resets: bool = True,
-    divisible: Sequence[str] = (),
-) -> Build:
-    """The forward pass of an RGC over all steps, with the weights spread over many multiprocessors."""
-    from ...kernels import rgc_persistent
-
-    return Build(
-        target,
-        "rjepa_triton.kernels.rgc_persistent:_rgc_persistent_kernel",
-        types={
-            **{f"{name}_ptr": "*fp32" for name in ("x", "ss", "ms", "mm", "sm", "states", "gates")},
-            "resets_ptr": "*u8",
-            "arrived_ptr": "*i64",
-            **dict.fromkeys(("T", "B", "N", "rows"), "i32"),
-        },
-        constants={
-            **dict.fromkeys([] if resets else ["resets_ptr"]),
-            "UNITS": config.units,
-            "CHUNKS": config.chunks,
-            "LANES": config.lanes,
-            "ROWS": config.tile_rows,
-            "ARRIVALS": rgc_persistent.arrivals(config.num_warps, amd=target.startswith("gfx")),
-            "COUNTER_STRIDE": rgc_persistent.COUNTER_STRIDE,
-            "VECTOR": vector,
-        },
-        divisible=divisible,
-        options={"num_warps": config.num_warps, "launch_cooperative_grid": True},
-    )
-
-
-def rgc_step_build(
-    target: str, config: rgc_step.Config, vector: int, *, resets: bool = True, divisible: Sequence[str] = ()
-) -> Build:
-    """One step of an RGC and its linearization."""
-    absent = [] if resets else ["resets_ptr", "before_ptr"]
-    arrays = ("u", "ss", "ms", "mm", "sm", "state", "before", "after", "partials")
-    return Build(
-        target,
-        "rjepa_triton.kernels.rgc_step:_rgc_step_kernel",
-        types={**{f"{name}_ptr": "*fp32" for name in arrays}, "resets_ptr": "*u8", "B": "i32", "N": "i32"},
-        constants={
-            **dict.fromkeys(absent),
-            "UNITS": config.units,
-            "COLUMNS": config.columns,
-            "ROWS": config.rows,
-            "VECTOR": vector,
-        },
-        divisible=divisible,
-        options={"num_warps": config.num_warps},
-    )
-
-
-def rgc_pointwise_build(
-    target: str, vector: int, *, resets: bool = True, divisible: Sequence[str] = ()
-) -> Build:
-    """The pointwise pass of an RGC's step, after its matrix products."""
-    from ...kernels import rgc_forward
-
-    config = rgc_forward.pick_pointwise_config(512, WARP[target])
-    strides = [f"stride_{name}" for name in ("before", "after", "next")]
-    absent = [] if resets else ["resets_ptr", "next_ptr"]
-    return Build(
-        target,
-        "rjepa_triton.kernels.rgc_forward:_rgc_pointwise_kernel",
-        types={
-            **{f"{name}_ptr": "*fp32" for name in ("gates", "before", "u", "after", "next")},
-            "resets_ptr": "*u8",
-            **dict.fromkeys(["N", *strides], "i32"),
-        },
-        constants={**dict.fromkeys(absent), "BLOCK": config.block, "VECTOR": vector},
-        divisible=divisible,
-        options={"num_warps": 1},
-    )
-
-
-def rgc_backward_build(
-    target: str, vector: int, last: bool = False, *, resets: bool = True, divisible: Sequence[str] = ()
-) -> Build:
-    """The pointwise pass of an RGC's step backward, beside its matrix product. last: the sequence's last step."""
-    from ...kernels import rgc_backward
-
-    config = rgc_backward.pick_config(512, WARP[target])
-    arrays = ("gates", "before", "delta", "credit", "entering", "passed")
-    absent = [] if resets else ["resets_ptr"]
-    return Build(
-        target,
-        "rjepa_triton.kernels.rgc_backward:_rgc_backward_kernel",
-        types={
-            **{f"{name}_ptr": "*fp32" for name in (*arrays, "u")},
-            "resets_ptr": "*u8",
-            **dict.fromkeys(["N", *(f"stride_{name}" for name in arrays[1:])], "i32"),
-        },
-        constants={**dict.fromkeys(absent), "LAST": last, "BLOCK": config.block, "VECTOR": vector},
-        divisible=divisible,
-        options={"num_warps": 1},
-    )
-
-
-_OWN = ("ss", "ms", "mm", "sm")
-_PARTIALS_TYPES = {
-    **{f"{name}_ptr": "*fp32" for name in ("gates", "before", "u", *_OWN)},
-    **dict.fromkeys(["T", "BN", "N", *(f"stride_{name}" for name in ("before", *_OWN))], "i32"),
-}
-
-
-def rgc_linearize_build(
-    target: str, vector: int, *, resets: bool = True, divisible: Sequence[str] = ()
-) -> Build:
-    """The linearization of an RGC (partials and M) from its gates."""
-    from ...kernels import rgc_partials
-
-    return Build(
-        target,
-        "rjepa_triton.kernels.rgc_partials:_linearize_kernel",
-        types={**_PARTIALS_TYPES, "out_ptr": "*fp32", "resets_ptr": "*u8", "steps": "i32"},
-        constants={
-            **dict.fromkeys([] if resets else ["resets_ptr"]),
-            "BLOCK": rgc_partials.pick_config(1, 1, WARP[target], 1).block,
-            "VECTOR": vector,
-        },
-        divisible=divisible,
-        options={"num_warps": 1},
-    )
-
-
-def rgc_dual_build(
-    target: str,
-    vector: int,
-    *,
-    steps: int = 64,
-    units: int = 1024,
-    multiprocessors: int = 132,
-    resets: bool = True,
-    carry: bool = True,
-    divisible: Sequence[str] = (),
-) -> list[Build]:
-    """RFP's dual form of an RGC over `steps` steps of `units` = B·N units.
-
-    The result is one build; where blocks of time are scanned in parallel, two: the one that summarizes each block, and
-    the scan.
-    """
-    from ...kernels import rgc_partials
-
-    config = rgc_partials.pick_dual_config(steps, units, WARP[target], multiprocessors)
-    module, options = "rjepa_triton.kernels.rgc_partials", {"num_warps": 1}
-    pointers = ("delta", "product", "local", "carry", "entering", "for_input", "passed")
-    types = {
-        **_PARTIALS_TYPES,
-        **{f"{name}_ptr": "*fp32" for name in pointers},
-        "resets_ptr": "*i32",
-        "block_steps": "i32",
-    }
-    shared = {
-        **dict.fromkeys([] if resets else ["resets_ptr"]),
-        "BLOCK": config.block,
-        "STAGES": config.stages,
-        "VECTOR": vector,
-    }
-    absent = [] if carry else ["carry_ptr"]
-    if config.steps == steps:
-        absent += ["product_ptr", "local_ptr"]
-    scan = Build(
-        target, f"{module}:_dual_kernel", types, {**dict.fromkeys(absent), **shared}, divisible, options
-    )
-    if config.steps == steps:
-        return [scan]
-    return [Build(target, f"{module}:_dual_summary_kernel", types, shared, divisible, options), scan]
-
-
 def rtrl_build(
     target: str,
     kernel: str,
     config: rtrl_step.Config,
+    cell: str = "RGCCell",
     *,
     resets: bool = True,
     divisible: Sequence[str] = (),
 ) -> Build:
-    """A term of exact RTRL's step of a dense RGC. kernel: "jacobian" makes J, "immediate" adds φ yᵀ to γ."""
-    phi = ("phi_ss", "phi_ms", "phi_mm", "phi_sm")
-    pointers, strides = {
-        "jacobian": (("own_s", "own_m", *phi, "ss", "ms", "mm", "sm", "jacobian"), ("own_s", "own_m")),
-        "immediate": (("gamma", *phi, "before"), ("before",)),
-    }[kernel]
+    """A term of exact RTRL's step of a cell with dense matrices. kernel: "jacobian" makes J, "immediate" adds φ yᵀ."""
+    from ...backend import triton_cells
+    from ...cells import builtin
+
+    made = triton_cells.kernels_of(getattr(builtin, cell)())
+    assert made is not None
+    states, own, gates = made.functions.states, *made.entries[:2]
+    phi = [
+        "*fp32" if nu in dict(gates[gate]) else None for nu in range(states) for gate in made.functions.into
+    ]
+    types: dict[str, str | Sequence[str | None]] = {"phi_ptrs": phi, "N": "i32"}
+    if kernel == "jacobian":
+        types |= {
+            "own_ptrs": ["*fp32" if nu in dict(of) else None for nu in range(states) for of in own],
+            "own_strides": ["i32"] * states**2,
+            "weight_ptrs": ["*fp32"] * made.functions.matrices,
+            "resets_ptr": "*u8",
+            "jacobian_ptr": "*fp32",
+        }
+    else:
+        types |= {"gamma_ptr": "*fp32", "before_ptr": "*fp32", "stride_before": "i32"}
     return Build(
         target,
         f"rjepa_triton.kernels.rtrl_step:_rtrl_{kernel}_kernel",
-        types={
-            **{f"{name}_ptr": "*fp32" for name in pointers},
-            **({"resets_ptr": "*u8"} if kernel == "jacobian" else {}),
-            **dict.fromkeys(["N", *(f"stride_{name}" for name in strides)], "i32"),
-        },
+        types=types,
         constants={
-            **dict.fromkeys([] if resets else ["resets_ptr"]),
+            **dict.fromkeys([] if resets or kernel == "immediate" else ["resets_ptr"]),
+            "READS": made.functions.reads,
+            "S": states,
             "BLOCK_N": config.block_n,
             "BLOCK_M": config.block_m,
             "VECTOR": config.vector,
@@ -477,108 +293,194 @@ def cell_builds(
     cell: str,
     vector: int,
     *,
+    hidden: int = 64,
+    batch: int = 16,
     steps: int = 64,
-    units: int = 1024,
     multiprocessors: int = 132,
     resets: bool = True,
+    save: bool = True,
+    last: bool = False,
     divisible: Sequence[str] = (),
 ) -> dict[str, Build]:
     """The kernels for any cell, with the functions of one: the name of a class of `cells.builtin`.
 
-    The dual form is that of `steps` steps of `units` = B·N units; where blocks of time are scanned in parallel, it
-    comes with the summary of each block.
+    They are those for `hidden` units, `batch` rows and `steps` steps. Where the dual form scans blocks of time in
+    parallel, it comes with the summary of each block. save: whether the loop in one launch saves what the backward pass
+    needs; last: whether the step backward is a sequence's last. A cell without matrices has no step and no such loops.
     """
     from ...backend import triton_cells
     from ...cells import builtin
-    from ...kernels import cell_partials, rgc_forward, rgc_partials
+    from ...kernels import cell_forward, cell_on_chip, cell_partials, cell_step
 
     made = triton_cells.kernels_of(getattr(builtin, cell)())
     assert made is not None
-    sizes, warp = made.functions, WARP[target]
+    sizes, warp, total = made.functions, WARP[target], batch * hidden
 
     def function(name: str) -> dict[str, str]:
         return {"cell": cell, "function": name}
 
+    def pointers(*names: str) -> dict[str, str]:
+        return {f"{name}_ptr": "*fp32" for name in names}
+
+    def integers(*names: str) -> dict[str, str]:
+        return dict.fromkeys(names, "i32")
+
     letters = {"S": sizes.states, "J": sizes.inputs, "F": sizes.saves}
     absent = dict.fromkeys([] if resets else ["resets_ptr"])
-    own = {"own_ptrs": ["*fp32"] * sizes.matrices, "own_strides": ["i32"] * sizes.matrices}
     trajectory = {
-        **{f"{name}_ptr": "*fp32" for name in ("x", "saved", "before")},
-        **own,
-        **dict.fromkeys(["T", "BN", "N", "stride_before"], "i32"),
+        **pointers("x", "saved", "before"),
+        "own_ptrs": ["*fp32"] * sizes.matrices,
+        "own_strides": ["i32"] * sizes.matrices,
+        **integers("T", "BN", "N", "stride_before"),
     }
-    module, options = "rjepa_triton.kernels.cell_partials", {"num_warps": 1}
-    found = {
-        "pointwise": Build(
-            target,
-            "rjepa_triton.kernels.cell_forward:_pointwise_kernel",
-            types={
-                **{f"{name}_ptr": "*fp32" for name in ("products", "x", "before", "after", "saved", "next")},
-                "resets_ptr": "*u8",
-                **dict.fromkeys(
-                    ["N", *(f"stride_{name}" for name in ("x", "before", "after", "next"))], "i32"
-                ),
-            },
-            constants={
-                **dict.fromkeys([] if resets else ["resets_ptr", "next_ptr"]),
-                **letters,
-                "K": sizes.matrices,
-                "UPDATE": function("update"),
-                "ENTERING": sizes.entering,
-                "BLOCK": rgc_forward.pick_pointwise_config(512, warp).block,
-                "VECTOR": vector,
-            },
-            divisible=divisible,
-            options=options,
-        ),
-        "linearize": Build(
-            target,
-            f"{module}:_linearize_kernel",
-            types={**trajectory, "out_ptr": "*fp32", "resets_ptr": "*u8", "steps": "i32"},
-            constants={
-                **absent,
-                **letters,
-                "PARTIALS": function("partials"),
-                "FOUND": sizes.partials_found,
-                "BLOCK": rgc_partials.pick_config(1, 1, warp, 1).block,
-                "VECTOR": vector,
-            },
-            divisible=divisible,
-            options=options,
-        ),
-    }
+    module, one_warp = "rjepa_triton.kernels", {"num_warps": 1}
+    found: dict[str, Build] = {}
+
+    def add(
+        name: str,
+        kernel: str,
+        types: dict[str, Any],
+        constants: dict[str, Any],
+        options: dict[str, Any] = one_warp,
+    ) -> None:
+        known = [each for each in divisible if each in types]
+        found[name] = Build(target, f"{module}.{kernel}_kernel", types, constants, known, options)
+
+    block = cell_forward.pick_pointwise_config(hidden, warp).block
+    strides = [f"stride_{name}" for name in ("x", "before", "after", "next")]
+    add(
+        "pointwise",
+        "cell_forward:_pointwise",
+        {
+            **pointers("products", "x", "before", "after", "saved", "next"),
+            "resets_ptr": "*u8",
+            **integers("N", *strides),
+        },
+        {
+            **dict.fromkeys([] if resets else ["resets_ptr", "next_ptr"]),
+            **letters,
+            "K": sizes.matrices,
+            "UPDATE": function("update"),
+            "ENTERING": sizes.entering,
+            "BLOCK": block,
+            "VECTOR": vector,
+        },
+    )
+    add(
+        "linearize",
+        "cell_partials:_linearize",
+        {**trajectory, "out_ptr": "*fp32", "resets_ptr": "*u8", "steps": "i32"},
+        {
+            **absent,
+            **letters,
+            "PARTIALS": function("partials"),
+            "FOUND": sizes.partials_found,
+            "BLOCK": cell_partials.pick_config(1, 1, warp, 1).block,
+            "VECTOR": vector,
+        },
+    )
     read = 2 * sizes.states + sizes.inputs + sizes.saves
-    config = cell_partials.pick_dual_config(steps, units, read, sizes.credits, warp, multiprocessors)
-    shared = {**absent, **letters, "BLOCK": config.block, "STAGES": config.stages, "VECTOR": vector}
+    scan = cell_partials.pick_dual_config(steps, total, read, sizes.credits, warp, multiprocessors)
+    shared = {**absent, **letters, "BLOCK": scan.block, "STAGES": scan.stages, "VECTOR": vector}
     types = {
         **trajectory,
-        **{f"{name}_ptr": "*fp32" for name in ("product", "local", "carry", "passed")},
+        **pointers("product", "local", "carry", "passed"),
         "delta_ptrs": ["*fp32"] * sizes.states,
         "written_ptrs": ["*fp32"] * sizes.credits,
         "resets_ptr": "*i32",
         "block_steps": "i32",
     }
-    one_block = config.steps == steps
-    found["dual"] = Build(
-        target,
-        f"{module}:_dual_kernel",
+    one_block = scan.steps == steps
+    sample = torch.empty(
+        sizes.inputs, 1, 2, 1, device="meta"
+    )  # the credits of matrices and inputs may lie side by side
+    rows = [each.stride(1) for each in made.planes.make(sample)[2]]
+    add(
+        "dual",
+        "cell_partials:_dual",
         types,
         {
             **dict.fromkeys(["product_ptr", "local_ptr"] if one_block else []),
             **shared,
             "DUAL": function("dual"),
-            "ROWS": [1] * sizes.credits,
+            "ROWS": rows,
         },
-        divisible,
-        options,
     )
     if not one_block:
-        found["dual-summary"] = Build(
-            target,
-            f"{module}:_dual_summary_kernel",
-            types,
-            {**shared, "TRANSITION": function("transition")},
-            divisible,
-            options,
+        summary = {**shared, "TRANSITION": function("transition")}
+        add("dual-summary", "cell_partials:_dual_summary", types, summary)
+    if not sizes.matrices:
+        return found
+
+    weights = {"weight_ptrs": ["*fp32"] * sizes.matrices}
+    step = cell_step.pick_config(hidden, batch, sizes.matrices, warp)
+    add(
+        "step",
+        "cell_step:_step",
+        {
+            **pointers("x", "state", "before", "after", "out"),
+            **weights,
+            "resets_ptr": "*u8",
+            **integers("B", "N"),
+        },
+        {
+            **dict.fromkeys([] if resets else ["resets_ptr", "before_ptr"]),
+            **letters,
+            "K": sizes.matrices,
+            "FOUND": sizes.partials_found,
+            "WRITTEN": sizes.step_partials,
+            "UPDATE": function("update"),
+            "PARTIALS": function("partials"),
+            "READS": sizes.reads,
+            "ENTERING": sizes.into_gates,
+            "UNITS": step.units,
+            "COLUMNS": step.columns,
+            "ROWS": step.rows,
+            "VECTOR": vector,
+        },
+        {"num_warps": step.num_warps},
+    )
+    strides = [f"stride_{name}" for name in ("x", "before", "delta", "for_input", "passed")]
+    add(
+        "backward",
+        "cell_backward:_backward",
+        {
+            **pointers("x", "saved", "before", "delta", "entering", "for_input", "passed"),
+            "resets_ptr": "*u8",
+            **integers("N", *strides),
+        },
+        {
+            **absent,
+            **letters,
+            "EXACT": function("exact"),
+            "INTO": [sizes.into[k] for k in sizes.order],
+            "GATES": len(sizes.entering),
+            "LAST": last,
+            "BLOCK": block,
+            "VECTOR": vector,
+        },
+    )
+    if cell_on_chip.on_chip(hidden, 1, sizes.matrices, sizes.inputs, 1, warp):
+        small = cell_on_chip.pick_config(hidden, sizes.matrices, warp)
+        add(
+            "on-chip",
+            "cell_on_chip:_on_chip",
+            {
+                **pointers("x", "weight", "states", "saved"),
+                "resets_ptr": "*u8",
+                **integers("T", "B", "N"),
+            },
+            {
+                **absent,
+                **dict.fromkeys([] if save and sizes.saves else ["saved_ptr"]),
+                **letters,
+                "UPDATE": function("update"),
+                "ENTERING": sizes.entering,
+                "SOURCES": [sizes.reads[k] for k in sizes.order],
+                "BLOCK": small.block,
+                "LANES": warp,
+                "HELD": small.held,
+            },
+            {"num_warps": small.num_warps},
         )
     return found

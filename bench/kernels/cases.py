@@ -27,7 +27,6 @@ from .rgc import (
     RGCBackward,
     RGCDual,
     RGCForward,
-    RGCForwardPersistent,
     RGCLinearize,
     RGCStep,
 )
@@ -51,7 +50,6 @@ __all__ = [
     "RGCBackward",
     "RGCDual",
     "RGCForward",
-    "RGCForwardPersistent",
     "RGCLinearize",
     "RGCStep",
     "RTRLHeads",

@@ -1,26 +1,27 @@
-"""An RGC's own kernels: the forward pass, a step, its linearization, RFP's dual form and BPTT's backward pass."""
+"""A cell's kernels, of an RGC: forward pass, a step, its linearization, RFP's dual form and BPTT's backward pass."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...backend import operations, triton_backend
+from ...backend import operations, triton_backend, triton_cells
+from ...backend.table import Refusal
 from ...cells.builtin import RGCCell
 from ...cells.two_point import Partials, Trajectory
 from ...rules import rfp
-from .kernel import MATRICES, STATES, Given, Kernel, Runner, WithoutGamma, entered
+from .kernel import MATRICES, STATES, Given, Kernel, WithoutGamma, entered
 from .scans import pure_scan
 
 
 @dataclass(frozen=True)
 class Circuit(Given):
-    """What an RGC's own kernels are given.
+    """What a cell's kernels are given, of an RGC.
 
     x, weights     inputs (T, B, N); W_ss, W_ms, W_mm, W_sm (4, N, N)
     diagonals      a view of the weights' diagonals (4, N)
@@ -76,8 +77,8 @@ class OfCircuit(WithoutGamma):
 class RGCForward(OfCircuit):
     """The forward pass of an RGC. A step is a matrix product and a pointwise pass; few units take one launch in all."""
 
-    def __init__(self, name: str, launch: Callable[..., Sequence[Tensor]]) -> None:
-        super().__init__(name, ("x", "weights", "state"), _forward, _pure_forward, launch)
+    def __init__(self) -> None:
+        super().__init__("rgc-forward", ("x", "weights", "state"), _forward, _pure_forward, _launch_forward)
         self.loop = _loop_forward
 
     def flop(self, units: int, batch: int, steps: int) -> float:
@@ -86,24 +87,6 @@ class RGCForward(OfCircuit):
 
     def written(self, units: int, batch: int, steps: int) -> int:
         return (STATES * (steps + 1) + MATRICES * steps) * batch * units
-
-
-class RGCForwardPersistent(RGCForward):
-    """The forward pass in one launch, with the weights spread over the multiprocessors.
-
-    It has no runner but Triton: `RGCForward` times the others.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("rgc-forward-persistent", _launch_persistent)
-
-    def fits(self, units: int, multiprocessors: int) -> bool:
-        from ...kernels import rgc_persistent
-
-        return units <= rgc_persistent.most_units(multiprocessors)
-
-    def runners(self, device: torch.device) -> dict[str, Runner]:
-        return {by: run for by, run in super().runners(device).items() if by == "triton"}
 
 
 class RGCStep(OfCircuit):
@@ -124,7 +107,7 @@ class RGCStep(OfCircuit):
 
 
 class RGCBackward(OfCircuit):
-    """BPTT's credits of an RGC, backward in time, and the credit that enters each matrix."""
+    """BPTT of an RGC: the credit that enters each matrix, and the gradients of the input and the first state."""
 
     def __init__(self) -> None:
         takes = ("gates", "before", "x", "weights", "delta")
@@ -132,11 +115,11 @@ class RGCBackward(OfCircuit):
         self.loop = functools.partial(_backward, backend="compile")
 
     def flop(self, units: int, batch: int, steps: int) -> float:
-        # for each unit: four products with N numbers; credits added, E of four matrices, two own paths
-        return batch * steps * units * (8 * units + 2 + 4 * MATRICES + 2)
+        # for each unit: four products with N numbers; credits added, E of four matrices and of the input, two own paths
+        return batch * steps * units * (8 * units + 2 + 4 * MATRICES + 2 * STATES - 1 + 2)
 
     def written(self, units: int, batch: int, steps: int) -> int:
-        return (STATES * (steps + 1) + MATRICES * steps) * batch * units
+        return ((MATRICES + 1) * steps + STATES) * batch * units
 
 
 class RGCLinearize(OfCircuit):
@@ -198,19 +181,15 @@ def _loop_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]
 
 
 def _launch_forward(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
-    from ...kernels import rgc_forward
-
-    states, gates = rgc_forward.rgc_forward(x, weights.unbind(0), state.unbind(0))
-    assert gates is not None
-    return states, gates
+    made = triton_backend.scan(RGCCell(), x[None], weights.unbind(0), state.unbind(0))
+    assert not isinstance(made, Refusal)
+    return made.states, _gates_of(made.saved)
 
 
-def _launch_persistent(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
-    from ...kernels import rgc_persistent
-
-    states, gates = rgc_persistent.rgc_forward_persistent(x, weights.unbind(0), state.unbind(0))
-    assert gates is not None
-    return states, gates
+def _kernels() -> triton_cells.Kernels:
+    made = triton_cells.kernels_of(RGCCell())
+    assert made is not None
+    return made
 
 
 def _step(x: Tensor, weights: Tensor, state: Tensor, backend: str = "torch") -> tuple[Tensor, ...]:
@@ -227,10 +206,11 @@ def _pure_step(x: Tensor, weights: Tensor, state: Tensor) -> tuple[Tensor, ...]:
 
 
 def _launch_step(x: Tensor, weights: Tensor, state: Tensor) -> Sequence[Tensor]:
-    from ...kernels import rgc_step
+    from ...kernels import cell_step
 
-    after, _, planes = rgc_step.rgc_step(x[0], weights.unbind(0), state)
-    return after, *_parts(*triton_backend.partials_in(planes[:, None]))
+    made = _kernels()
+    after, _, planes = cell_step.cell_step(made.functions, x[:1], weights.unbind(0), state)
+    return after, *_parts(*triton_backend.partials_of_step(made, planes[:, None]))
 
 
 def _trajectory(gates: Tensor, before: Tensor, x: Tensor) -> Trajectory:
@@ -240,20 +220,20 @@ def _trajectory(gates: Tensor, before: Tensor, x: Tensor) -> Trajectory:
 
 def _backward(
     gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor, backend: str = "torch"
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     cell, dense = RGCCell(), weights.unbind(0)
     lin = operations.linearize(cell, _trajectory(gates, before, x), dense, backend=backend)[0]
     credit, passed = operations.exact_credits(cell, lin, dense, delta, backend=backend)
-    ss, ms, mm, sm = (rfp.entering_credit(matrix, lin, credit) for matrix in cell.matrices)
-    return credit, passed, torch.stack([torch.stack([ss, sm], -2), torch.stack([mm, ms], -2)])
+    entering = (rfp.entering_credit(matrix, lin, credit) for matrix in cell.matrices)
+    return *entering, rfp.input_gradient(lin, credit, 1)[0], passed
 
 
 def _pure_backward(
     gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     w_ss, w_ms, w_mm, w_sm = weights
     passed = torch.zeros_like(delta[:, 0])
-    credits, entering = [], []
+    found: list[list[Tensor]] = []  # E of ss, ms, mm, sm and the input, of each step
     for t in range(x.shape[0] - 1, -1, -1):
         (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in gates[t].unbind(1))
         (s, m), credit = before[:, t], delta[:, t] + passed
@@ -262,19 +242,21 @@ def _pure_backward(
         to_s = ss * credit[0] + from_ss @ w_ss + from_sm @ w_sm
         to_m = mm * credit[1] + from_mm @ w_mm + from_ms @ w_ms
         passed = torch.stack([to_s, to_m])
-        credits.append(credit)
-        entering.append(
-            torch.stack([torch.stack([from_ss, from_sm], -2), torch.stack([from_mm, from_ms], -2)])
-        )
-    return torch.stack(credits[::-1], 1), passed, torch.stack(entering[::-1], 1)
+        found.append([from_ss, from_ms, from_mm, from_sm, credit[0] * (1 - ms) + credit[1] * (1 - sm)])
+    return *map(torch.stack, zip(*found[::-1], strict=True)), passed
 
 
 def _launch_backward(
     gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor
 ) -> Sequence[Tensor]:
-    from ...kernels import rgc_backward
+    from ...kernels import cell_backward
 
-    return rgc_backward.bptt_credits(gates, before, x, weights.unbind(0), delta)
+    functions = _kernels().functions
+    found = cell_backward.cell_credits(
+        functions, x[None], gates.flatten(2, 3), before, weights.unbind(0), delta
+    )
+    entering = (found.entering[:, :, functions.order.index(k)] for k in range(MATRICES))
+    return *entering, found.for_input[0], found.passed
 
 
 def _parts(partials: Partials, m: Tensor) -> tuple[Tensor, ...]:
@@ -302,10 +284,9 @@ def _pure_linearize(gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor)
 
 
 def _launch_linearize(gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor) -> Sequence[Tensor]:
-    from ...kernels import rgc_partials
-
-    planes = rgc_partials.rgc_linearize(gates, before, x, diagonals.unbind(0))
-    return _parts(*triton_backend.partials_in(planes))
+    made = triton_backend.linearize(RGCCell(), _trajectory(gates, before, x), diagonals.unbind(0))
+    assert not isinstance(made, Refusal)
+    return _parts(made[0].partials, made[1])
 
 
 def _dual(
@@ -330,16 +311,16 @@ def _pure_dual(
 def _launch_dual(
     gates: Tensor, before: Tensor, x: Tensor, diagonals: Tensor, delta: Tensor
 ) -> Sequence[Tensor]:
-    from ...kernels import rgc_partials
-
-    entering, for_input, passed = rgc_partials.rgc_dual(gates, before, x, diagonals.unbind(0), delta)
-    (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in entering.unbind(2))
-    return ss, ms, mm, sm, for_input, passed
+    cell, own = RGCCell(), diagonals.unbind(0)
+    made = triton_backend.dual_of(
+        cell, _trajectory(gates, before, x), own, list(delta), cell.matrices, 1, "rfp"
+    )
+    assert not isinstance(made, Refusal)
+    return *made[0], made[1][0], made[2]
 
 
 KERNELS: tuple[Kernel, ...] = (
-    RGCForward("rgc-forward", _launch_forward),
-    RGCForwardPersistent(),
+    RGCForward(),
     RGCStep(),
     RGCBackward(),
     RGCLinearize(),

@@ -229,18 +229,17 @@ def heads_launch(units: int, target: str) -> Launch:
 
 
 def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> Launch:
-    """As `launch`, for an RGC's own kernels; of one step, where each step is a launch.
+    """As `launch`, for the kernels of a cell, with an RGC's functions; of one step, where each step is a launch.
 
     Waits: a step that is a launch waits for its matrix product, which isn't compiled here, and then for its pointwise
     pass. A step on chip waits for its input. Partials wait at each step of a program, the dual form waits as scans do,
-    and a single step waits for each block of columns. In the persistent kernel, whose programs wait for one another, a
-    step waits for each tile of rows, and then until all states are stored and the last arrival is seen: two round trips
-    to the shared cache, each counted as half a load.
+    and a single step waits for each block of columns.
     """
-    from ...kernels import rgc_backward, rgc_forward, rgc_partials, rgc_persistent, rgc_step, rtrl_step
+    from ...kernels import cell_forward, cell_on_chip, cell_partials, cell_step, rtrl_step
     from ...kernels._launch import vector_width
 
-    target = gpu.target
+    target, warp, total = gpu.target, static.WARP[gpu.target], batch * units
+    width = vector_width(units, torch.float32)
     divisible = ("N",) if units % 16 == 0 else ()
     if name == "rtrl-jacobian":
         square = rtrl_step.pick_config(units)
@@ -249,57 +248,40 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
         words = f"{square.block_n}×{square.block_m} w{square.num_warps} v{square.vector}"
         numbers = MATRICES * square.block_n * square.block_m
         return Launch(build, words, batch * tiles, numbers, square.num_warps)
-    if name == "rgc-forward" and rgc_forward.on_chip(units, batch, gpu.multiprocessors):
-        small = rgc_forward.pick_small_config(units, static.WARP[target])
-        build = builds.rgc_small_build(target, small, resets=False)
-        return Launch(build, f"{small.block} w{small.num_warps}", batch, small.block, small.num_warps, steps)
-    if name == "rgc-forward-persistent":
-        dealt = rgc_persistent.pick_config(units, batch, gpu.multiprocessors, static.WARP[target])
-        width = vector_width(units, torch.float32)
-        build = builds.rgc_persistent_build(target, dealt, width, resets=False, divisible=divisible)
-        words = f"{dealt.units}×{dealt.tile_rows} w{dealt.num_warps} v{width}"
-        waits = steps * -(-dealt.rows // dealt.tile_rows) + steps - 1
-        return Launch(build, words, dealt.slices * dealt.parts, dealt.units, dealt.num_warps, waits)
+    made = builds.cell_builds(
+        target,
+        "RGCCell",
+        width,
+        hidden=units,
+        batch=batch,
+        steps=steps,
+        multiprocessors=gpu.multiprocessors,
+        resets=False,
+        last=steps == 1,
+        divisible=(*divisible, *(("BN",) if total % 16 == 0 else ())),
+    )
+    if name == "rgc-forward" and cell_on_chip.on_chip(units, batch, MATRICES, 1, gpu.multiprocessors, warp):
+        small = cell_on_chip.pick_config(units, MATRICES, warp)
+        words = f"{small.block} w{small.num_warps}"
+        return Launch(made["on-chip"], words, batch, small.block, small.num_warps, steps)
     if name == "rgc-step":
-        some_rows = rgc_step.pick_config(units, batch, static.WARP[target])
-        width = vector_width(units, torch.float32)
-        build = builds.rgc_step_build(target, some_rows, width, resets=False, divisible=divisible)
+        some_rows = cell_step.pick_config(units, batch, MATRICES, warp)
         words = f"{some_rows.units}×{some_rows.rows} w{some_rows.num_warps} v{width}"
         programs = -(-units // some_rows.units) * -(-batch // some_rows.rows)
         # the loads of blocks of columns come one after the other, then those of the unit's own numbers
         waits = -(-units // some_rows.columns) + 1
-        return Launch(build, words, programs, some_rows.units, some_rows.num_warps, waits)
-    if name in ("rgc-linearize", "rgc-dual"):
-        total, width = batch * units, vector_width(units, torch.float32)
-        divisible = (*divisible, *(("BN",) if total % 16 == 0 else ()))
-        at = (steps, total, static.WARP[target], gpu.multiprocessors)
-        if name == "rgc-dual":
-            build = builds.rgc_dual_build(
-                target,
-                width,
-                steps=steps,
-                units=total,
-                multiprocessors=gpu.multiprocessors,
-                resets=False,
-                carry=False,
-                divisible=divisible,
-            )[-1]
-            read = MATRICES + STATES + 1 + STATES
-            return by_blocks(build, rgc_partials.pick_dual_config(*at), total, steps, width, read)
-        build = builds.rgc_linearize_build(target, width, resets=False, divisible=divisible)
-        some = rgc_partials.pick_config(*at)
+        return Launch(made["step"], words, programs, some_rows.units, some_rows.num_warps, waits)
+    if name == "rgc-dual":
+        read, written = MATRICES + STATES + 1 + STATES, MATRICES + 1
+        picked = cell_partials.pick_dual_config(steps, total, read, written, warp, gpu.multiprocessors)
+        return by_blocks(made["dual"], picked, total, steps, width, read)
+    if name == "rgc-linearize":
+        some = cell_partials.pick_config(steps, total, warp, gpu.multiprocessors)
         programs = -(-total // some.block) * -(-steps // some.steps)
         words = f"{some.block} w1 v{width} t{some.steps}"
-        return Launch(build, words, programs, some.block, 1, some.steps)
-    config: rgc_forward.PointwiseConfig | rgc_backward.Config
-    if name == "rgc-forward":
-        config = rgc_forward.pick_pointwise_config(units, static.WARP[target])
-        build = builds.rgc_pointwise_build(target, config.vector, resets=False, divisible=divisible)
-    else:
-        config = rgc_backward.pick_config(units, static.WARP[target])
-        build = builds.rgc_backward_build(
-            target, config.vector, steps == 1, resets=False, divisible=divisible
-        )
+        return Launch(made["linearize"], words, programs, some.block, 1, some.steps)
+    config = cell_forward.pick_pointwise_config(units, warp)
+    build = made["pointwise" if name == "rgc-forward" else "backward"]
     programs = batch * -(-units // config.block)
     return Launch(build, f"{config.block} w1 v{config.vector}", programs, config.block, 1, 2 * steps)
 

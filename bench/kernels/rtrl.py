@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ...backend import triton_backend
+from ...cells.builtin import RGCCell
+from ...cells.two_point import state_read
 from .kernel import MATRICES, STATES, Given, Kernel, Runner, compiled
 from .rgc import OfCircuit
 
@@ -39,7 +41,10 @@ def _jacobian(own: Tensor, phi: Tensor, weights: Tensor) -> tuple[Tensor]:
 def _launch_jacobian(own: Tensor, phi: Tensor, weights: Tensor) -> Sequence[Tensor]:
     from ...kernels import rtrl_step
 
-    return (rtrl_step.rtrl_jacobian(own.unbind(0), phi.unbind(0), weights.unbind(0)),)
+    (of_s, of_m), (ss, ms, mm, sm) = own.unbind(0), phi.unbind(0)
+    entering = [ss, ms, None, None, None, None, mm, sm]  # state by state
+    reads = [state_read(matrix) for matrix in RGCCell.matrices]
+    return (rtrl_step.rtrl_jacobian([of_s, None, None, of_m], entering, reads, weights.unbind(0)),)
 
 
 @dataclass(frozen=True)

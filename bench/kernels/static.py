@@ -108,7 +108,7 @@ def compile_all(builds: Sequence[Build]) -> list[Facts | str]:
     return [result if isinstance(result, str) else Facts(**result) for result in results]
 
 
-def _value(value: Any) -> Any:
+def constant_of(value: Any) -> Any:
     """A constant as a kernel takes it: JSON knows no tuple and no function."""
     if isinstance(value, dict):
         from ...backend import triton_cells
@@ -117,7 +117,7 @@ def _value(value: Any) -> Any:
         made = triton_cells.kernels_of(getattr(builtin, value["cell"])())
         assert made is not None
         return getattr(made.functions, value["function"])
-    return tuple(map(_value, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(constant_of, value)) if isinstance(value, list | tuple) else value
 
 
 def _compile(build: Build) -> Facts | _Code | str:
@@ -128,7 +128,7 @@ def _compile(build: Build) -> Facts | _Code | str:
     module, name = build.kernel.split(":")
     kernel = getattr(importlib.import_module(module), name)
     signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {name: _value(value) for name, value in build.constants.items()}
+    constants: dict[Any, Any] = {name: constant_of(value) for name, value in build.constants.items()}
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, a in enumerate(kernel.arg_names):
         kind = "constexpr" if a in build.constants else build.types[a]

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from ... import _checks as check
 from ...backend import triton_backend
+from ...cells.builtin import RGCCell
 from ...planning import devices
 from ..harness.record import Record
 from ..harness.tables import seconds_text
@@ -29,7 +31,7 @@ STEP_NODES = 9
 # for all matrices that read it.
 DUAL_NODES = 3 + STATES
 # Seconds of a step of 128 units on chip with half of the weights read from the cache: the largest count from the
-# machine code, at 1.7 GHz (`kernels.rgc_forward.rgc_forward_small`), which is longer than the latency of a load.
+# machine code, at 1.7 GHz (`kernels.cell_on_chip.cell_forward`), which is longer than the latency of a load.
 CACHED_STEP = 1.1e-6
 # Launches of a step of the forward loop. In torch: two products, tanh, and three calls for the states
 # (`cells.builtin.RGCCell.scan`); with kernels: one product for both states that are read, and the pointwise pass.
@@ -163,17 +165,18 @@ def _online_against_floor(times: Times) -> float:
     return _online(2048)(times) / floor
 
 
-def _forward(units: int, by: str) -> Callable[[Times], float]:
+def _forward(units: int) -> Callable[[Times], float]:
     """The time of an eager loop divided by a kernel's, B = 32, T = 100, both as CUDA graphs, products in float32."""
 
     def ratio(times: Times) -> float:
         product = times.product(2.0 * MATRICES * 32 * units**2, "float32")
         eager = 100 * (product + times.launches(EAGER_NODES))
-        ours = times.of(by, units, 32, 100)
-        if triton_backend.SMALL_UNITS < units <= triton_backend.ON_CHIP_UNITS:
-            ours = max(ours, 100 * CACHED_STEP)
-        if by == "rgc-forward" and units > triton_backend.ON_CHIP_UNITS:  # a product and a pass a step
+        ours = times.of("rgc-forward", units, 32, 100)
+        weights = [torch.empty(units, units, device="meta")] * MATRICES
+        if not triton_backend.one_launch(RGCCell(), weights, 32):  # a product and a pass a step
             ours = 100 * (product + times.launches(KERNEL_NODES))
+        elif units > 64:
+            ours = max(ours, 100 * CACHED_STEP)
         return eager / ours
 
     return ratio
@@ -247,16 +250,13 @@ TARGETS = (
            f"bytes, {STEP_NODES} launches in graphs; not what the host takes",
            (("step-fp32-gradient", 256, 1, 1), ("rgc-step", 256, 1, 1)), _measured_online),
     Target("forward pass against an eager loop", "N = 128, B = 32, T = 100", True, 5, "×",
-           _forward(128, "rgc-forward"),
+           _forward(128),
            f"{EAGER_NODES} launches a step, float32; {seconds_text(CACHED_STEP)} a step on chip, by its instructions",
            (("rgc-forward", 128, 32, 100),)),
     Target("forward pass against an eager loop", "N = 1024, B = 32, T = 100", True, 2, "×",
-           _forward(1024, "rgc-forward"),
+           _forward(1024),
            f"{EAGER_NODES} launches a step against {KERNEL_NODES}, the same product in float32",
            (("rgc-forward", 1024, 32, 100),)),
-    Target("forward pass in one launch against an eager loop", "N = 1024, B = 32, T = 100", True, 2, "×",
-           _forward(1024, "rgc-forward-persistent"), "waits for tiles of rows, and at barriers",
-           (("rgc-forward-persistent", 1024, 32, 100),)),
     Target("exact RTRL's step: part of the GEMM rate, TF32", "N = 512, B = 1", True, 0.5, "%", _rtrl_fraction,
            "product at full rate; γ read once more for the gradient", (("rtrl-jacobian", 512, 1, 1),)),
 )  # fmt: skip

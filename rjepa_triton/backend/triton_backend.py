@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,9 +17,17 @@ import torch
 from torch import Tensor
 
 from ..cells import weights as weight_ops
-from ..cells.builtin import RGCCell
-from ..cells.trace import by_kind
-from ..cells.two_point import ByState, Cell, Linearization, Matrix, Partials, Products, Trajectory
+from ..cells.trace import by_kind, traced
+from ..cells.two_point import (
+    ByState,
+    Cell,
+    Linearization,
+    Matrix,
+    Partials,
+    Products,
+    Trajectory,
+    state_read,
+)
 from ..rules import rfp
 from ..rules.rtrl import ExactSensitivity
 from . import triton_cells
@@ -31,16 +40,13 @@ if TYPE_CHECKING:
 
 HEAD_UNITS = 64  # hidden units of a head that the kernel of exact RTRL takes
 SCAN_STATES = 2  # states a unit that kernels take
-# One launch runs the whole loop of an RGC up to SMALL_UNITS units, whatever the batch, and up to ON_CHIP_UNITS where
-# there are no more batch rows than the GPU has multiprocessors.
-SMALL_UNITS, ON_CHIP_UNITS = 64, 128
-STEP_ROWS = 8  # batch rows up to which a step of an RGC and its linearization are one launch
+# One launch runs the whole loop up to SMALL_UNITS units whatever the batch, up to ON_CHIP_UNITS where there are no more
+# batch rows than the GPU has multiprocessors; WEIGHT_REGISTERS: registers of a thread that all weights may take.
+SMALL_UNITS, ON_CHIP_UNITS, WEIGHT_REGISTERS = 64, 128, 128
+STEP_ROWS = 8  # batch rows up to which a step and its linearization are one launch
+MULTIPROCESSORS = 132  # of the GPU for which work is counted where there is none, an H100
 
-# The kernels write the credit of ss and sm, which read s, side by side, and that of mm and ms, which read m: (state,
-# column) of ss, ms, mm and sm in `rfp.Joined`.
-RGC_PLACES = ((0, 0), (1, 1), (1, 0), (0, 1))
-
-NOT_RGC = Refusal("kernels run an RGC, with dense weights")
+NOT_DENSE = Refusal("the kernel takes dense recurrent weights")
 UNTRACED = Refusal("the cell can't be traced")
 NOT_RFP = Refusal("kernels linearize by RFP's rule")
 MANY_STATES = Refusal(f"kernels take up to {SCAN_STATES} states a unit")
@@ -79,31 +85,39 @@ def _failures() -> tuple[type[BaseException], ...]:
 TRITON = Backend("triton", "cuda", "one pass over Γ a step", no_triton, _no_gamma, failures=_failures)
 
 
-def is_dense_rgc(cell: Cell, weights: Sequence[Tensor]) -> bool:
-    """Whether these are the dense recurrent weights of an RGC, which has kernels of its own."""
-    return isinstance(cell, RGCCell) and all(weight.dim() == 2 for weight in weights)
+def is_dense(cell: Cell, weights: Sequence[Tensor]) -> bool:
+    """Whether the cell has recurrent weights, and all of them are dense."""
+    return bool(cell.matrices) and all(weight.dim() == 2 for weight in weights)
 
 
 def one_launch(cell: Cell, weights: Sequence[Tensor], batch: int) -> bool:
     """Whether the loop over `batch` rows is one launch for all steps, with the weights on chip.
 
-    As `kernels.rgc_forward.on_chip` decides for the weights' GPU; for an H100 if the weights lie elsewhere.
+    As `kernels.cell_on_chip.on_chip` decides for the weights' GPU; for an H100 if the weights lie elsewhere.
     """
-    if not is_dense_rgc(cell, weights):
+    if not is_dense(cell, weights) or traced(cell) is None:
         return False
-    units, device = weights[0].shape[0], weights[0].device
-    if units <= SMALL_UNITS or units > ON_CHIP_UNITS:
-        return units <= SMALL_UNITS
-    on_gpu = device.type == "cuda"
-    return batch <= (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132)
+    units, device, count = weights[0].shape[0], weights[0].device, len(weights)
+    if not 0 < units <= ON_CHIP_UNITS or count * units**2 > 4 * ON_CHIP_UNITS**2:
+        return False
+    warp, multiprocessors = 32, MULTIPROCESSORS
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        warp, multiprocessors = about.warp_size, about.multi_processor_count
+    block = max(warp, 1 << (units - 1).bit_length())
+    all_held = 16 * block * count <= WEIGHT_REGISTERS * warp
+    return (all_held and units <= SMALL_UNITS) or (
+        (all_held or len(cell.per_unit) == 1) and batch <= multiprocessors
+    )
 
 
 def step_calls(cell: Cell) -> int:
-    """Calls a step of a loop that isn't one launch: a product for each state that matrices read, and a launch.
+    """Calls a step of a loop that isn't one launch: the matrix products, and a launch.
 
-    An RGC's products for both of its states are one call.
+    The products of all states are one call where each is read by as many matrices (`Products`).
     """
-    return 2 if isinstance(cell, RGCCell) else len({matrix.reads for matrix in cell.matrices}) + 1
+    readers = Counter(state_read(matrix) for matrix in cell.matrices)
+    return (1 if len(set(readers.values())) == 1 else len(readers)) + 1
 
 
 def _unusable(*tensors: Tensor | None) -> Refusal | None:
@@ -127,16 +141,16 @@ def scan(
 ) -> Trajectory | Refusal:
     if refusal := _unusable(x, resets, *weights, *state):
         return refusal
-    if not is_dense_rgc(cell, weights):
+    if not one_launch(cell, weights, x.shape[2]):
         return _scan_by_step(cell, x, weights, state, resets, keep)
-    from ..kernels import rgc_forward as kernels
+    made = triton_cells.kernels_of(cell)
+    assert made is not None
+    from ..kernels import cell_on_chip as kernels
 
     given, initial = ([a.contiguous() for a in group] for group in (weights, state))
-    states, gates = kernels.rgc_forward(
-        x[0].contiguous(), given, initial, _contiguous(resets), save_gates=keep
-    )
-    saved = x.new_empty(0) if gates is None else gates.flatten(2, 3).movedim(2, 0)
-    return Trajectory(x, states, saved, resets)
+    x = x.contiguous()
+    states, saved = kernels.cell_forward(made.functions, x, given, initial, _contiguous(resets), save=keep)
+    return Trajectory(x, states, x.new_empty(0) if saved is None else saved.movedim(2, 0), resets)
 
 
 def _scan_by_step(
@@ -189,13 +203,7 @@ def linearize(
         return NOT_RFP
     if refusal := _unusable(trajectory.x, *weights):
         return refusal
-    if not isinstance(cell, RGCCell):
-        return _linearize(cell, trajectory, weights)
-    from ..kernels import rgc_partials as kernels
-
-    gates, before, u, own, resets = _of_rgc(trajectory, weights)
-    partials, m = partials_in(kernels.rgc_linearize(gates, before, u, own, resets), gates)
-    return Linearization(partials, trajectory.before, trajectory.resets), m
+    return _linearize(cell, trajectory, weights)
 
 
 def _linearize(
@@ -228,73 +236,59 @@ def _of_trajectory(
     )
 
 
-def partials_in(planes: Tensor, gates: Tensor | None = None) -> tuple[Partials, Tensor]:
-    """Partials and M (2, 2, …, N) as views of the arrays that an RGC's kernels write.
-
-    planes (10, …, N): φ of ss, ms, mm and sm; ∂s/∂x and ∂m/∂x; the four entries of M row by row. gates (…, 2, 2, N), or
-    None to leave out the own-state partials.
-    """
-    ss, ms, mm, sm, of_s, of_m = planes[:6].unbind(0)
-    own = [] if gates is None else [{nu: gates[..., nu, 0, :]} for nu in range(2)]
-    partials = Partials(own=own, gate=[{0: ss}, {1: sm}, {1: mm}, {0: ms}], input=[{0: of_s, 1: of_m}])
-    return partials, planes[6:].unflatten(0, (2, 2))
-
-
-def _gates_of(trajectory: Trajectory) -> Tensor:
-    """An RGC's saved gates as its kernels have them, (T, B, 2, 2, N)."""
-    return trajectory.saved.movedim(0, 2).contiguous().unflatten(2, (2, 2))
-
-
-def _of_rgc(
-    trajectory: Trajectory, weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor | None]:
-    """What `kernels.rgc_partials` takes of an RGC's trajectory: gates, states, input, own weights and resets."""
-    before = trajectory.states[:, :-1]
-    return (
-        _gates_of(trajectory),
-        before if before[0].is_contiguous() else before.contiguous(),
-        trajectory.x[0].contiguous(),
-        [weight_ops.own(weight) for weight in weights],
-        _contiguous(trajectory.resets),
-    )
-
-
 @TRITON.implements("step")
 def step(
     cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None = None
 ) -> tuple[Tensor, Linearization, Tensor] | Refusal:
-    if x.shape[1] != 1 or x.shape[2] > STEP_ROWS or not is_dense_rgc(cell, weights):
-        return NOT_RGC
+    if x.shape[1] != 1 or x.shape[2] > STEP_ROWS:
+        return Refusal(f"the kernel takes one step of up to {STEP_ROWS} batch rows")
+    if not is_dense(cell, weights):
+        return NOT_DENSE
     if refusal := _unusable(x, state, resets, *weights):
         return refusal
-    from ..kernels import rgc_step as kernels
+    made = triton_cells.kernels_of(cell)
+    if made is None:
+        return UNTRACED
+    from ..kernels import cell_step as kernels
 
     dense, marks = [w.contiguous() for w in weights], None if resets is None else resets[0].contiguous()
-    after, before, arrays = kernels.rgc_step(x[0, 0].contiguous(), dense, state.contiguous(), marks)
-    partials, m = partials_in(arrays[:, None])
-    return after[:, None], Linearization(partials, before[:, None], resets), m
+    found = kernels.cell_step(made.functions, x[:, 0].contiguous(), dense, state.contiguous(), marks)
+    partials, m = partials_of_step(made, found.partials[:, None])
+    return found.after[:, None], Linearization(partials, found.before[:, None], resets), m
+
+
+def partials_of_step(made: triton_cells.Kernels, planes: Tensor) -> tuple[Partials, Tensor]:
+    """Partials and M (S, S, …, N) as views of the arrays (P + S², …, N) that `kernels.cell_step` writes.
+
+    Those of the states through no matrix are left out: RFP needs them in M alone.
+    """
+    values: dict[int, Tensor] = dict(zip(made.needed, planes, strict=False))
+    gate, by_input = by_kind(made.entries[1:], values)
+    states = made.functions.states
+    m = planes[len(made.needed) :].unflatten(0, (states, states))
+    return Partials(own=[], gate=gate, input=by_input), m
 
 
 @TRITON.implements("exact")
 def exact(
     cell: Cell, trajectory: Trajectory, lin: Linearization, weights: Sequence[Tensor], delta: Tensor
 ) -> tuple[Iterable[Tensor], Tensor, Tensor] | Refusal:
-    if not is_dense_rgc(cell, weights):
-        return NOT_RGC
-    if refusal := _unusable(delta):
+    if not is_dense(cell, weights):
+        return NOT_DENSE
+    if refusal := _unusable(delta, trajectory.x, *weights):
         return refusal
-    from ..kernels import rgc_backward as kernels
+    made = triton_cells.kernels_of(cell)
+    if made is None:
+        return UNTRACED
+    from ..kernels import cell_backward as kernels
 
-    credit, first, entering = kernels.bptt_credits(
-        _gates_of(trajectory),
-        lin.before,
-        trajectory.x[0].contiguous(),
-        [weight.contiguous() for weight in weights],
-        delta.contiguous(),
-        _contiguous(trajectory.resets),
-    )
-    (ss, sm), (mm, ms) = (by_source.unbind(-2) for by_source in entering.unbind(0))
-    return (ss, ms, mm, sm), rfp.input_gradient(lin, credit, len(cell.per_unit)), first
+    x, saved, _, _, resets = _of_trajectory(trajectory, weights)
+    before = lin.before if lin.before[0].is_contiguous() else lin.before.contiguous()
+    dense = [weight.contiguous() for weight in weights]
+    credits = kernels.cell_credits(made.functions, x, saved, before, dense, delta.contiguous(), resets)
+    place = {k: at for at, k in enumerate(made.functions.order)}
+    in_turn = (credits.entering[:, :, place[k]] for k in range(len(weights)))
+    return in_turn, credits.for_input, credits.passed
 
 
 @TRITON.implements("reverse_scan")
@@ -339,17 +333,7 @@ def dual_of(
         return NOT_RFP
     if refusal := _unusable(*delta, carry, trajectory.x, *weights):
         return refusal
-    if not isinstance(cell, RGCCell):
-        return _dual_of(cell, trajectory, weights, delta, inputs, carry)
-    from ..kernels import rgc_partials as kernels
-    from .operations import joined_states
-
-    gates, before, u, own, resets = _of_rgc(trajectory, weights)
-    source = joined_states(delta, trajectory).contiguous()
-    entering, for_input, first = kernels.rgc_dual(gates, before, u, own, source, resets, _contiguous(carry))
-    by_source = entering.flatten(-2).movedim(2, 0)
-    joined = rfp.Joined(by_source, RGC_PLACES, for_input.shape[-1])
-    return joined, for_input[None][:inputs], first
+    return _dual_of(cell, trajectory, weights, delta, inputs, carry)
 
 
 def _dual_of(
@@ -550,41 +534,47 @@ def rtrl_heads_(
     return kernels.rtrl_heads_(gamma, jacobian, phi, y, delta)
 
 
-def _is_dense(cell: Cell, gamma: ExactSensitivity) -> bool:
-    """Whether these are the sensitivities of a dense RGC, too large for the kernel by heads."""
+def _is_dense(gamma: ExactSensitivity) -> bool:
+    """Whether these are sensitivities to dense recurrent matrices, too large for the kernel by heads."""
     recurrent = [shape for shape, indices in gamma.groups if not set(indices).isdisjoint(gamma.recurrent)]
-    dense = isinstance(cell, RGCCell) and all(len(shape) == 2 for shape in recurrent)
-    return dense and not _fits_heads(gamma)
+    return bool(recurrent) and all(len(shape) == 2 for shape in recurrent) and not _fits_heads(gamma)
 
 
 @TRITON.implements("rtrl_jacobian")
 def rtrl_jacobian(
     cell: Cell, gamma: ExactSensitivity, lin: Linearization, t: int, weights: Sequence[Tensor]
 ) -> Tensor | Refusal:
-    if not _is_dense(cell, gamma):
-        return NOT_RGC
+    if not _is_dense(gamma):
+        return NOT_DENSE
     from ..kernels import rtrl_step as kernels
 
-    own = [lin.partials.own[nu][nu][t].contiguous() for nu in range(2)]
-    resets = None if lin.resets is None else lin.resets[t]
-    dense = [weight.contiguous() for weight in weights]
-    return kernels.rtrl_jacobian(own, _phi_of_gates(lin, t), dense, resets)[:, None]
+    states = range(gamma.states)
+    own = [lin.partials.own[source].get(nu) for nu in states for source in states]
+    return kernels.rtrl_jacobian(
+        [None if one is None else one[t].contiguous() for one in own],
+        _phi_of_gates(cell, lin, t),
+        [state_read(matrix) for matrix in cell.matrices],
+        [weight.contiguous() for weight in weights],
+        None if lin.resets is None else lin.resets[t].contiguous(),
+    )[:, None]
 
 
 @TRITON.implements("rtrl_immediate_")
 def rtrl_immediate_(
     cell: Cell, gamma: ExactSensitivity, group: int, lin: Linearization, t: int, inputs: Tensor | None
 ) -> Refusal | None:
-    if not _is_dense(cell, gamma) or gamma.groups[group][1] != gamma.recurrent:
-        return NOT_RGC
+    if not _is_dense(gamma) or gamma.groups[group][1] != gamma.recurrent:
+        return NOT_DENSE
     from ..kernels import rtrl_step as kernels
 
     rows = gamma.gammas[group].flatten(4).flatten(1, 3)
-    kernels.rtrl_immediate_(rows, _phi_of_gates(lin, t), lin.before[:, t].contiguous())
+    reads = [state_read(matrix) for matrix in cell.matrices]
+    kernels.rtrl_immediate_(rows, _phi_of_gates(cell, lin, t), reads, lin.before[:, t].contiguous())
     return None
 
 
-def _phi_of_gates(lin: Linearization, t: int) -> list[Tensor]:
-    """φ(t) of an RGC's ss, ms, mm and sm, each for the state that the gate enters."""
-    entering = [lin.immediate(matrix) for matrix in RGCCell.matrices]
-    return [next(iter(by_state.values()))[t].contiguous() for by_state in entering]
+def _phi_of_gates(cell: Cell, lin: Linearization, t: int) -> list[Tensor | None]:
+    """φ^{ν,k}(t) of the cell's matrices, state by state; None for zeros."""
+    entering = [lin.immediate(matrix) for matrix in cell.matrices]
+    found = [by_state.get(nu) for nu in range(len(cell.states)) for by_state in entering]
+    return [None if one is None else one[t].contiguous() for one in found]

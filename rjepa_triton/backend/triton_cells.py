@@ -31,12 +31,14 @@ class Kernels:
 
     functions  for the kernels
     known      which of the saved numbers the partials are that `partials` doesn't find, in their order
+    needed     which of the found and known ones are partials of gates and inputs
     entries    which of these and the found ones the cell's partials are (`Traced.entries`)
     planes     of the dual form
     """
 
     functions: CellFunctions
     known: list[int]
+    needed: list[int]
     entries: Sequence[Sequence[tuple[tuple[int, int], ...]]]
     planes: Planes
 
@@ -73,6 +75,7 @@ def _text(cell: Cell, functions: Functions, credits: Sequence[int]) -> str:
         + function("partials", "c, v, x, w", [*new, *functions.m], saved)
         + function("transition", "c, v, x, w", functions.m, saved)
         + function("dual", "c, v, x, w, l", [*credits, *functions.back], saved)
+        + function("exact", "c, v, x, l", [*functions.gates, *functions.inputs, *functions.own_back], saved)
     )
 
 
@@ -92,24 +95,34 @@ def kernels_of(cell: Cell) -> Kernels | None:
         # the products lie by the state that their matrices read (`Products`)
         reads = [state_read(matrix) for matrix in cell.matrices]
         order = sorted(range(len(reads)), key=reads.__getitem__)
-        entering = tuple(
-            tuple(place for place, k in enumerate(order) if cell.matrices[k].into[1] == g)
-            for g in range(len(cell.gates))
-        )
+        into = [matrix.into[1] for matrix in cell.matrices]
+        new = len(functions.found) - len(known)
+        # of each partial of a gate or an input, where the kernel has it
+        needed = sorted({k for kind in functions.entries[1:] for places in kind for _, k in places})
         of_kernels = CellFunctions(
             states=len(cell.states),
             inputs=len(cell.per_unit),
             matrices=len(cell.matrices),
             saves=len(functions.saved),
-            entering=entering,
-            partials_found=len(functions.found) - len(known),
+            reads=tuple(reads),
+            into=tuple(into),
+            order=tuple(order),
+            entering=tuple(
+                tuple(p for p, k in enumerate(order) if into[k] == g) for g in range(len(cell.gates))
+            ),
+            into_gates=tuple(
+                tuple(k for k, of in enumerate(into) if of == g) for g in range(len(cell.gates))
+            ),
+            partials_found=new,
             credits=len(planes.nodes),
+            step_partials=tuple(k if k < new else new + known[k - new] for k in needed),
             update=module.update,
             partials=module.partials,
             transition=module.transition,
             dual=module.dual,
+            exact=module.exact,
         )
-        made = found.made["triton"] = Kernels(of_kernels, known, functions.entries, planes)
+        made = found.made["triton"] = Kernels(of_kernels, known, needed, functions.entries, planes)
     return made
 
 

@@ -32,6 +32,7 @@ class Functions:
     gates     the credit E^g = Σ_ν λ^ν ∂F_ν/∂p^g that enters each pre-activation
     inputs    the credit E^j = Σ_ν λ^ν ∂F_ν/∂x^j that enters each per-unit input
     back      what goes back to each state, Σ_ν M^{νν'} λ^ν
+    own_back  the part of it that goes through no matrix, Σ_ν ∂F_ν/∂c^ν' λ^ν
     fixed     the nodes that depend on the cell's `parameters` alone, and that others need: the same at all steps
     """
 
@@ -66,6 +67,7 @@ class Functions:
 
         self.gates = [entering("gate", g) for g in range(len(cell.gates))]
         self.inputs = [entering("input", j) for j in range(len(cell.per_unit))]
+        self.own_back = [entering("own", source) for source in states]
         self.back = [
             graph.total(
                 [graph.mul(partial("own", source, nu), self.credit[nu]) for nu in states]
@@ -80,7 +82,7 @@ class Functions:
 
         self.fixed = self._fixed(
             {f"x{j}" for j in range(len(cell.inputs), len(cell.per_unit))},
-            [*self.states, *self.found, *self.m, *self.gates, *self.inputs, *self.back],
+            [*self.states, *self.found, *self.m, *self.gates, *self.inputs, *self.back, *self.own_back],
         )
 
     def _fixed(self, parameters: set[str], roots: Sequence[int]) -> list[int]:

@@ -125,10 +125,10 @@ def _whole(values: Sequence[Any], like: Tensor) -> list[Tensor]:
 
 
 def by_kind(
-    entries: Sequence[Sequence[tuple[tuple[int, int], ...]]], values: Sequence[Tensor]
+    entries: Sequence[Sequence[tuple[tuple[int, int], ...]]], values: Sequence[Tensor] | Mapping[int, Tensor]
 ) -> list[list[dict[int, Tensor]]]:
-    """The three groups of `Partials`, by the places of their values. What is equal is one dict, so that the credit that
-    enters it is found once.
+    """The groups of `Partials` that `entries` has, by the places of their values. What is equal is one dict, so that
+    the credit that enters it is found once.
     """
     made: dict[tuple[tuple[int, int], ...], dict[int, Tensor]] = {}
     for group in entries:

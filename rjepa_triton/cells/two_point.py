@@ -328,7 +328,8 @@ def reset_steps_of(resets: Tensor | None) -> frozenset[int]:
 
 
 class Products:
-    """The matrix products of one step, W^k y^k, by the state that they read; each state's dense ones are one product.
+    """The matrix products of one step, W^k y^k, by the state that they read. Each state's dense ones are one product,
+    and so are those of all states where as many matrices read each.
 
     products  (B, K, N): those of matrices that read state 0 first, and so on
     """
@@ -350,6 +351,12 @@ class Products:
             else:
                 self.single += [(source, weights[k], at[k]) for k in order if sources[k] == source]
             first += len(readers)
+        self.all: tuple[Tensor, Tensor] | None = None
+        count = len(self.joined)
+        even = len({weight.shape for _, weight, _ in self.joined}) == 1 and not self.single
+        if count > 1 and even and [source for source, _, _ in self.joined] == list(range(count)):
+            to = self.products.unflatten(1, (count, -1)).flatten(2).transpose(0, 1)
+            self.all = torch.stack([weight for _, weight, _ in self.joined]), to
         zero = torch.zeros_like(like)
         entering: list[list[Tensor]] = [[] for _ in cell.gates]
         for k, matrix in enumerate(cell.matrices):
@@ -358,6 +365,10 @@ class Products:
 
     def multiply(self, before: Tensor) -> None:
         """Write the products of the states before (S, B, N)."""
+        if self.all is not None:
+            weights, to = self.all
+            torch.bmm(before[: len(weights)], weights, out=to)
+            return
         for source, weight, to in self.joined:
             torch.mm(before[source], weight, out=to)
         for source, weight, to in self.single:

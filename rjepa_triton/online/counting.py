@@ -68,11 +68,7 @@ def problem(layer: TwoPointRNN, batch: int, gamma_dtype: torch.dtype, *, gpu: bo
         runs=runs_gamma(gpu, item, gamma_dtype.itemsize, len(layer.cell.states)),
         loop=compiled and native_backend.compiled_loop(layer.cell, recurrent, LONG, batch),
         one_step=(compiled and native_backend.compiled_loop(layer.cell, recurrent, 1, batch))
-        or (
-            kernels
-            and triton_backend.is_dense_rgc(layer.cell, recurrent)
-            and batch <= triton_backend.STEP_ROWS
-        ),
+        or (kernels and triton_backend.is_dense(layer.cell, recurrent) and batch <= triton_backend.STEP_ROWS),
         partials=kernels or (compiled and native_backend.compiled_partials(layer.cell)),
         reverse=compiled and native_backend.compiled_reverse(batch * layer.hidden_size),
     )

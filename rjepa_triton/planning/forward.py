@@ -20,7 +20,7 @@ from .work import COMPILED_LOOP, Rates, Work
 # How many steps of a scan kernel a step of a loop in one launch takes as long as; assumed. The loop sums its products
 # over the lanes of a warp and passes its states through shared memory, where a scan's step waits for one load. With up
 # to 64 units it has less to do; with 128, its instructions and the weights from the cache alone take 0.9 µs on an H100
-# (`rgc_forward_small`).
+# (`kernels.cell_on_chip.cell_forward`).
 ON_CHIP_STEP = 5
 
 
@@ -67,7 +67,7 @@ class ForwardProblem:
     step      one step of the loop: its calls, and the bytes of one unit and batch row, matrix products left out
     round     one round of the parallel pass, without its scan: its calls, and the bytes of one unit, batch row and step
     kernel    whether a Triton kernel runs the scan
-    launch    whether the loop is one launch that keeps the weights on chip (`kernels.rgc_forward`)
+    launch    whether the loop is one launch that keeps the weights on chip (`kernels.cell_on_chip`)
     compiled  whether the loop is one call of compiled code on the CPU (`native_backend.compiled_loop`)
     """
 

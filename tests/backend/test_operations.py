@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rjepa_triton import RGC, Cell, Matrix, OnlineLearner
 from rjepa_triton.backend import native_backend, operations, triton_backend
-from rjepa_triton.cells.builtin import GRUCell, LSTMCell, RGCCell
+from rjepa_triton.cells.builtin import ElmanCell, GRUCell, LRUCell, LSTMCell, MGUCell, RGCCell
 from rjepa_triton.cells.two_point import Trajectory
 from rjepa_triton.layers.functional import rgc
 from rjepa_triton.rules import rfp
@@ -235,9 +235,9 @@ def _weights(shaped: str) -> list[Tensor]:
 
 
 def _count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the launchers of `rgc_partials` as they are called."""
+    """Names of the launchers of `cell_partials` as they are called."""
     kernels_here.go()
-    from rjepa_triton.kernels import rgc_partials
+    from rjepa_triton.kernels import cell_partials
 
     called: list[str] = []
 
@@ -245,8 +245,10 @@ def _count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         called.append(name)
         return launch(*arguments)
 
-    for name in ("rgc_linearize", "rgc_dual"):
-        monkeypatch.setattr(rgc_partials, name, functools.partial(counted, name, getattr(rgc_partials, name)))
+    for name in ("cell_linearize", "cell_dual"):
+        monkeypatch.setattr(
+            cell_partials, name, functools.partial(counted, name, getattr(cell_partials, name))
+        )
     return called
 
 
@@ -273,7 +275,7 @@ def test_an_rgcs_linearisation_by_triton(
     exact, rounded, exact_weights = _trajectories(weights, steps, reset)
     want, want_m = operations.linearize(RGCCell(), exact, exact_weights)
     got, m = operations.linearize(RGCCell(), rounded, weights, backend="triton")
-    assert called == ["rgc_linearize"]
+    assert called == ["cell_linearize"]
     torch.testing.assert_close(m.double(), want_m, rtol=0, atol=1e-6)
     torch.testing.assert_close(got.before.double(), want.before, rtol=0, atol=1e-6)
     assert got.resets is exact.resets
@@ -283,7 +285,7 @@ def test_an_rgcs_linearisation_by_triton(
             for nu in a:
                 torch.testing.assert_close(a[nu].double(), b[nu], rtol=0, atol=1e-6)
     rule_m = operations.linearize(RGCCell(), rounded, weights, "eprop", backend="triton")[1]
-    assert called == ["rgc_linearize"]
+    assert called == ["cell_linearize"]
     torch.testing.assert_close(rule_m, operations.linearize(RGCCell(), rounded, weights, "eprop")[1])
 
 
@@ -308,7 +310,7 @@ def test_the_dual_form_of_an_rgc_by_triton(
             )
             for a, b in zip([*got[0], *got[1:]], [*want[0], *want[1:]], strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
-    assert called == ["rgc_dual"] * 2
+    assert called == ["cell_dual"] * 2
 
 
 @by_shape
@@ -332,7 +334,7 @@ def test_the_layers_gradient_by_triton_is_that_of_the_oracle(
         given[0], *given[3:], (given[1], given[2]), resets=resets, forward="sequential", backend="triton"
     )
     got = torch.autograd.grad((s * ds.float() + m * dm.float()).sum(), given)
-    assert called == ["rgc_dual"]
+    assert called == ["cell_dual"]
     assert oracle.relative(got, want) < 4e-6
 
 
@@ -340,13 +342,13 @@ def test_a_dual_form_that_can_not_launch_gives_way(monkeypatch: pytest.MonkeyPat
     kernels_here.go()
     from triton.runtime.errors import OutOfResources
 
-    from rjepa_triton.kernels import rgc_partials
+    from rjepa_triton.kernels import cell_partials
 
     def refuse(*_: object) -> None:
         raise OutOfResources(300_000, 232_448, "shared memory")
 
-    for name in ("rgc_dual", "rgc_linearize"):
-        monkeypatch.setattr(rgc_partials, name, refuse)
+    for name in ("cell_dual", "cell_linearize"):
+        monkeypatch.setattr(cell_partials, name, refuse)
     monkeypatch.setattr(triton_backend.TRITON, "failed", {})
     cell, weights = RGCCell(), _weights("dense")
     _, rounded, _ = _trajectories(weights, 6, True)
@@ -372,7 +374,7 @@ def test_no_triton_is_a_clear_refusal() -> None:
 @pytest.mark.parametrize("units", [5, 130])
 @pytest.mark.parametrize("learning", ["bptt", "rtrl", "rfp"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_rgc_by_its_own_kernels(units: int, reset: bool, learning: str, recompute: bool) -> None:
+def test_an_rgc_by_kernels(units: int, reset: bool, learning: str, recompute: bool) -> None:
     """Forward pass and exact backward pass, on chip and a step at a time, against float64."""
     kernels_here.go()
     if learning == "rtrl" and units > 5:
@@ -418,9 +420,9 @@ def test_a_step_of_rgc_and_its_linearisation_at_once(reset: bool) -> None:
 
 def test_a_step_that_the_kernel_is_not_for_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels_here.go()
-    from rjepa_triton.kernels import rgc_step as kernels
+    from rjepa_triton.kernels import cell_step as kernels
 
-    monkeypatch.setattr(kernels, "rgc_step", lambda *_: pytest.fail("the kernel was launched"))
+    monkeypatch.setattr(kernels, "cell_step", lambda *_: pytest.fail("the kernel was launched"))
     cell, units, many = RGCCell(), 5, triton_backend.STEP_ROWS + 1
     dense = [torch.randn(units, units) / 3 for _ in range(4)]
     for steps, batch, weights, backend in (
@@ -439,10 +441,12 @@ def test_a_step_that_the_kernel_is_not_for_is_torchs(monkeypatch: pytest.MonkeyP
 
 def test_limits_are_those_of_the_kernels() -> None:
     heads = pytest.importorskip("rjepa_triton.kernels.rtrl_heads")
-    forward = pytest.importorskip("rjepa_triton.kernels.rgc_forward")
+    forward = pytest.importorskip("rjepa_triton.kernels.cell_on_chip")
     assert (triton_backend.SCAN_STATES, triton_backend.HEAD_UNITS) == (heads.MAX_STATES, heads.MAX_UNITS)
-    cell = RGCCell()
-    for units, batch in itertools.product((1, 64, 65, 128, 129), (1, 132, 133)):
-        weights = [torch.empty(units, units)] * 4
-        assert triton_backend.one_launch(cell, weights, batch) == forward.on_chip(units, batch, 132)
-    assert not triton_backend.one_launch(cell, [torch.empty(2, 3, 3)] * 4, 1)
+    for cell in (RGCCell(), LSTMCell(), MGUCell(), ElmanCell()):
+        for units, batch in itertools.product((1, 64, 65, 128, 129), (1, 132, 133)):
+            weights = [torch.empty(units, units) for _ in cell.matrices]
+            want = forward.on_chip(units, batch, len(weights), len(cell.per_unit), 132)
+            assert triton_backend.one_launch(cell, weights, batch) == want
+    assert not triton_backend.one_launch(RGCCell(), [torch.empty(2, 3, 3)] * 4, 1)
+    assert not triton_backend.one_launch(LRUCell(), [], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +20,10 @@ from rjepa_triton.backend import operations, triton_backend, triton_cells
 from rjepa_triton.backend.table import Refusal
 from rjepa_triton.cells import weights as weight_ops
 from rjepa_triton.cells.two_point import Cell, Matrix, Trajectory
-from rjepa_triton.kernels import cell_forward, cell_partials
+from rjepa_triton.kernels import cell_backward, cell_forward, cell_on_chip, cell_partials, cell_step
+from rjepa_triton.kernels._launch import DeviceSizes
 from rjepa_triton.layers.functional import two_point
-from rjepa_triton.rules import rfp
+from rjepa_triton.rules import bptt, rfp
 
 F64 = torch.float64
 by_cell = pytest.mark.parametrize("name", every_cell.CELLS)
@@ -84,6 +86,185 @@ def test_the_forward_loop(monkeypatch, name: str, batch: int, units: int, reset:
     again = served(triton_backend._scan_by_step(cell, *given, resets, False))
     assert torch.equal(again.states, got.states)
     assert again.saved.shape == (0,)
+
+
+# Cells whose units affect one another: those with matrices.
+wired = pytest.mark.parametrize("name", [name for name, cell in every_cell.CELLS.items() if cell.matrices])
+
+
+def functions(cell: Cell) -> Any:
+    made = triton_cells.kernels_of(cell)
+    assert made is not None
+    return made.functions
+
+
+@wired
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (4, 3)])
+@pytest.mark.parametrize("units", [1, 17, 64, 100])
+def test_the_loop_in_one_launch(
+    monkeypatch, name: str, units: int, steps: int, batch: int, reset: bool
+) -> None:
+    cell = every_cell.CELLS[name]
+    x, weights, state, resets = problem(cell, steps, batch, units, reset)
+    want = cell.scan(x, weights, state, resets)
+    given = x.float(), [w.float() for w in weights], [s.float() for s in state]
+    kept = [a.clone() for a in (given[0], *given[1], *given[2])]
+    poison(monkeypatch)
+    states, saved = cell_on_chip.cell_forward(functions(cell), *given, resets)
+    near(states, want.states)
+    near(saved.movedim(2, 0), want.saved)
+    assert all(torch.equal(a, b) for a, b in zip((given[0], *given[1], *given[2]), kept, strict=True))
+    again, none = cell_on_chip.cell_forward(functions(cell), *given, resets, save=False)
+    assert none is None
+    assert torch.equal(again, states)
+
+
+@pytest.mark.parametrize("name", ["lstm", "rgc", "shared-gate"])
+def test_a_loop_in_two_parts_agrees_in_every_bit(name: str) -> None:
+    cell, units = every_cell.CELLS[name], 68
+    x, weights, state, resets = problem(cell, 5, 3, units, True)
+    x, weights, state = (
+        x.float(),
+        [torch.nn.Parameter(w.float()) for w in weights],
+        [s.float() for s in state],
+    )
+    forward = functools.partial(cell_on_chip.cell_forward, functions(cell))
+    states, _ = forward(x, weights, state, resets)
+    assert not states.requires_grad
+    first, _ = forward(x[:, :2].contiguous(), weights, state, resets[:2])
+    rest, _ = forward(x[:, 2:].contiguous(), weights, list(first[:, -1]), resets[2:].to(torch.uint8))
+    assert torch.equal(torch.cat([first, rest[:, 1:]], 1), states)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the lanes of a GPU are its own")
+@pytest.mark.parametrize("units", [17, 65, 128])
+def test_warps_of_64_lanes(monkeypatch, units: int) -> None:
+    monkeypatch.setattr(cell_on_chip, "device_sizes", lambda _: DeviceSizes(64, 304))
+    test_the_loop_in_one_launch(monkeypatch, "rgc", units, 2, 2, True)
+
+
+# NumPy warns of an overflow, which the test shows to be harmless.
+@pytest.mark.parametrize("name", ["lstm", "gru", "rgc"])
+def test_large_pre_activations_saturate(name: str) -> None:
+    cell = every_cell.CELLS[name]
+    x, weights, state, _ = problem(cell, 2, 1, 17, False)
+    given = x.float(), [1e3 * w.float() for w in weights], [s.float() for s in state]
+    states, saved = cell_on_chip.cell_forward(functions(cell), *given)
+    assert states.isfinite().all()
+    assert saved.isfinite().all()
+
+
+def test_what_goes_in_one_launch() -> None:
+    on_chip = cell_on_chip.on_chip
+    assert on_chip(64, 10_000, 4, 1, 132)
+    assert on_chip(64, 10_000, 4, 4, 132)
+    assert on_chip(128, 132, 4, 1, 132)
+    assert on_chip(128, 132, 2, 2, 132)
+    assert not on_chip(128, 1, 4, 4, 132)  # an LSTM
+    assert not on_chip(65, 133, 4, 1, 132)
+    assert not on_chip(129, 1, 4, 1, 132)
+    assert on_chip(64, 132, 8, 1, 132)  # some of them are loaded again
+    assert not on_chip(64, 133, 8, 1, 132)
+    assert not on_chip(128, 1, 6, 1, 132)
+    assert not on_chip(64, 1, 0, 1, 132)
+    pick = cell_on_chip.pick_config
+    assert pick(1, 4, 32) == pick(32, 4, 32) == (32, 4, 2)
+    assert pick(33, 4, 32) == pick(64, 4, 32) == (64, 4, 4)
+    assert pick(65, 4, 32) == pick(128, 4, 32) == (128, 2, 8)
+    assert pick(1, 4, 64) == (64, 4, 4)
+    assert pick(128, 4, 64) == (128, 4, 8)
+
+
+@pytest.mark.parametrize(("units", "lanes"), [(1, 32), (63, 32), (100, 32), (128, 64)])
+def test_quarters_hold_every_weight(units: int, lanes: int) -> None:
+    """Multiply in the order of the kernel's layout: quarter, group of columns, warp, threads, rows, columns."""
+    block = cell_on_chip.pick_config(units, 3, lanes).block
+    weights = [torch.randn(units, units) for _ in range(3)]
+    parts = cell_on_chip.in_quarters(weights, block, lanes)
+    tiles = parts.view(3, 4, block // lanes, block // 16, 8, lanes // 8, 2, 2)
+    state = torch.nn.functional.pad(torch.randn(units), (0, block - units))
+    by_column = state.view(4, block // lanes, lanes // 8, 2)
+    for matrix, weight in zip(tiles, weights, strict=True):
+        product = torch.einsum("qgwrlab,qglb->wra", matrix.double(), by_column.double()).flatten()
+        near(product[:units].float(), weight.double() @ state[:units].double())
+        assert product[units:].eq(0).all()
+
+
+@wired
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize(("batch", "units"), [(1, 1), (3, 17), (7, 132), (2, 260)])
+def test_a_step_and_its_linearization(monkeypatch, name: str, batch: int, units: int, reset: bool) -> None:
+    cell = every_cell.CELLS[name]
+    x, weights, state, resets = problem(cell, 1, batch, units, reset)
+    exact = cell.scan(x, weights, state, resets)
+    lin = cell.linearize(exact)
+    m = rfp.transition(lin, cell.matrices, weights)
+    states = torch.stack([s.float() for s in state])
+    if resets is not None:  # a state that a reset forgets isn't read
+        states.masked_fill_(resets[0, :, None], math.inf)
+    given = x.float(), [w.float() for w in weights], states
+    kept = [a.clone() for a in (given[0], *given[1], given[2])]
+    poison(monkeypatch)
+    after, got, got_m = served(triton_backend.step(cell, *given, resets))
+    near(after, exact.after)
+    near(got.before, lin.before)
+    near(got_m, m)
+    for kind in ("gate", "input"):
+        for ours, theirs in zip(getattr(got.partials, kind), getattr(lin.partials, kind), strict=True):
+            assert ours.keys() == theirs.keys()
+            for nu, value in ours.items():
+                near(value, theirs[nu])
+    assert all(torch.equal(a, b) for a, b in zip((given[0], *given[1], given[2]), kept, strict=True))
+    again = served(triton_backend.step(cell, *given, resets))
+    assert torch.equal(again[0], after)
+    assert torch.equal(again[2], got_m)
+
+
+def test_how_a_step_is_laid_out() -> None:
+    pick = cell_step.pick_config
+    assert pick(256, 1, 4, 32) == (2, 128, 1, 2)
+    assert pick(512, 3, 4, 32) == (4, 128, 4, 4)
+    assert pick(1024, 8, 4, 64) == (8, 256, 4, 8)
+    assert pick(1024, 8, 8, 32) == (8, 128, 2, 8)  # fewer rows, so that the sums of more matrices fit
+    assert pick(1024, 8, 100, 32) == (8, 128, 1, 8)
+
+
+@wired
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize(("steps", "batch", "units"), [(1, 1, 1), (5, 3, 17), (4, 2, 132)])
+def test_exact_credits(monkeypatch, name: str, steps: int, batch: int, units: int, reset: bool) -> None:
+    cell = every_cell.CELLS[name]
+    x, weights, state, resets = problem(cell, steps, batch, units, reset)
+    exact = cell.scan(x, weights, state, resets)
+    lin = cell.linearize(exact)
+    delta = torch.randn(len(cell.states), steps, batch, units).to(DEVICE)
+    credit, first = bptt.credits(lin, cell.matrices, weights, delta.double())
+    narrowed, rounded = [w.float() for w in weights], narrow(exact)
+    own = cell.linearize(rounded)
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
+    entering, by_input, passed = served(triton_backend.exact(cell, rounded, own, narrowed, delta))
+    for ours, matrix in zip(entering, cell.matrices, strict=True):
+        near(ours, rfp.entering_credit(matrix, lin, credit))
+    near(by_input, rfp.input_gradient(lin, credit, len(cell.per_unit)))
+    near(passed, first)
+
+
+def test_exact_credits_of_strided_states_agree_in_every_bit() -> None:
+    """The stride between two states is one number more than their size, so that four doesn't divide it."""
+    cell, units = every_cell.CELLS["lstm"], 64
+    x, weights, state, resets = problem(cell, 5, 3, units, True)
+    exact = narrow(cell.scan(x, weights, state, resets))
+    delta, numbers = torch.randn(2, 5, 3, units).to(DEVICE), 5 * 3 * units
+    before = cell.linearize(exact).before.contiguous()
+    wide = torch.full((2, numbers + 1), math.nan, device=DEVICE)
+    wide[:, :numbers] = before.flatten(1)
+    given = exact.x, exact.saved.movedim(0, 2).contiguous()
+    rest = [w.float() for w in weights], delta, exact.resets
+    first = cell_backward.cell_credits(functions(cell), *given, before, *rest)
+    again = cell_backward.cell_credits(functions(cell), *given, wide[:, :numbers].view(2, 5, 3, units), *rest)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @by_cell

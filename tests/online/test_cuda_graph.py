@@ -213,13 +213,13 @@ def test_what_a_graph_of_kernels_is_made_of(
     pytest.importorskip("triton")
     if triton_backend.no_triton(torch.device("cpu"), torch.float32) is not None:
         pytest.skip("the interpreter is off: a GPU is here")
-    from rjepa_triton.kernels import gamma_step, rgc_step
+    from rjepa_triton.kernels import cell_step, gamma_step
 
     learner = graphed(RGC(16, input_size=features), 1, backend="triton", lr=0.1)
     graph = learner._graph
     assert graph is not None
     launched: list[object] = []
-    for module, name in ((rgc_step, "_rgc_step_kernel"), (gamma_step, "_gamma_step_kernel")):
+    for module, name in ((cell_step, "_step_kernel"), (gamma_step, "_gamma_step_kernel")):
         monkeypatch.setattr(module, name, Unlaunched(launched))
     with torch.no_grad():
         made = [cost.counted(function).calls for function in (graph._run_forward, graph._run_backward)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import films
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, features
 
@@ -70,6 +71,8 @@ def test_modes_of_8_bits_look_alike(tmp_path: Path, mode: str) -> None:
     Image.fromarray(GREYS).convert("RGB").convert("L" if mode in ("LA", "1") else "RGB").convert(
         mode, palette=Image.Palette.ADAPTIVE
     ).save(tmp_path / name)
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 can't read the YCbCr that it writes as TIFF")
     if mode != "1":
         np.testing.assert_allclose(decoded(tmp_path / name), GREYS[0], atol=2)
     else:

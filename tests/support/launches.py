@@ -18,16 +18,19 @@ import triton
 from torch import zeros
 
 from rjepa_triton import kernels
+from rjepa_triton.backend import triton_cells
+from rjepa_triton.cells.builtin import GRUCell, LSTMCell, RGCCell
+from rjepa_triton.cells.two_point import Cell
 from rjepa_triton.kernels import (
+    cell_backward,
+    cell_forward,
+    cell_on_chip,
+    cell_partials,
+    cell_step,
     gamma_chunk,
     gamma_read,
     gamma_step,
     reverse_scan,
-    rgc_backward,
-    rgc_forward,
-    rgc_partials,
-    rgc_persistent,
-    rgc_step,
     rtrl_heads,
     rtrl_step,
 )
@@ -65,44 +68,59 @@ def calls(S: int, T: int, B: int, K: int, N: int, M: int) -> list[Callable[[], o
         ),
         lambda: reverse_scan.suffix_products(m),
         lambda: reverse_scan.arriving(m, phi),
-        *rgc_calls(B, N),
+        *rtrl_calls(B, N),
+        *(call for cell in (RGCCell(), LSTMCell(), GRUCell()) for call in cell_calls(cell, B, N)),
     ]
 
 
-def rgc_calls(B: int, N: int) -> list[Callable[[], object]]:
-    """The same for the RGC's launchers: S = 2 and K = 4. Exact sensitivities have at most 64 units, to fit in memory."""
-    x, resets, square, n = zeros(2, B, N), zeros(2, B).bool(), zeros(N, N), min(N, 64)
-    weights, gates, both = [square] * 4, zeros(2, B, 2, 2, N), zeros(2, 2, B, N)
-    small, most = (
-        (x[..., :width].contiguous(), [zeros(width, width)] * 4, [zeros(B, width)] * 2)
-        for width in (n, min(N, 128))
-    )
-    own, long = [square.diagonal(), zeros(N), *[square.diagonal()] * 2], 512
-    phi, head = [zeros(B, n)] * 4, (zeros(B, 1, 2, n, 4, n, n), zeros(B, 1, 2 * n, 2 * n), zeros(2, B, 4, n))
+def rtrl_calls(B: int, N: int) -> list[Callable[[], object]]:
+    """The same of exact RTRL, of an RGC: S = 2 and K = 4. Sensitivities have at most 64 units, to fit in memory."""
+    n, one, square = min(N, 64), zeros(B, N), zeros(N, N)
+    head = zeros(B, 1, 2, n, 4, n, n), zeros(B, 1, 2 * n, 2 * n), zeros(2, B, 4, n)
+    reads, phi = (0, 1, 1, 0), [one, one, None, None, None, None, one, one]
+    of_n = [None if each is None else each[:, :n].contiguous() for each in phi]
     return [
-        lambda: rgc_forward.rgc_forward_small(*small),
-        lambda: rgc_forward.rgc_forward_small(*small, resets, save_gates=False),
-        lambda: rgc_forward.rgc_forward_small(*most, resets),
-        lambda: rgc_persistent.rgc_forward_persistent(x, weights, [x[0]] * 2),
-        lambda: rgc_persistent.rgc_forward_persistent(x, weights, [x[0]] * 2, resets, save_gates=False),
-        lambda: rgc_step.rgc_step(x[0], weights, both[:, 0].contiguous()),
-        lambda: rgc_step.rgc_step(x[0], weights, both[:, 0].contiguous(), resets[0]),
-        # one step is enough, because every step is the same launch
-        lambda: rgc_forward.rgc_pointwise_(gates[0], both[:, 0], x[0], both[:, 1]),
-        lambda: rgc_forward.rgc_pointwise_(gates[0], both[:, 0], x[0], both[:, 1], resets[0], both[:, 0]),
-        # two steps: the last of a sequence, and one with a step after it
-        lambda: rgc_backward.bptt_credits(gates, both, x, weights, both, resets),
-        lambda: rgc_partials.rgc_linearize(gates, both, x, own, resets),
-        lambda: rgc_partials.rgc_linearize(gates, both, x, own),
-        lambda: rgc_partials.rgc_dual(gates, both, x, own, both, resets, both[:, 0].contiguous()),
-        # blocks of time, which take two kernels
-        lambda: rgc_partials.rgc_dual(
-            zeros(long, B, 2, 2, N), zeros(2, long, B, N), zeros(long, B, N), own, zeros(2, long, B, N)
-        ),
         lambda: rtrl_heads.rtrl_heads_(*head, zeros(B, 4, 1, n), zeros(2, B, n)),
         lambda: rtrl_heads.rtrl_heads_(*head, zeros(B, 4, n)),
-        lambda: rtrl_step.rtrl_jacobian([x[0]] * 2, [x[0]] * 4, weights, resets[0]),
-        lambda: rtrl_step.rtrl_immediate_(zeros(B, 2 * n, 4 * n * n), phi, zeros(2, B, n)),
+        lambda: rtrl_step.rtrl_jacobian([one, None, None, one], phi, reads, [square] * 4, zeros(B).bool()),
+        lambda: rtrl_step.rtrl_immediate_(zeros(B, 2 * n, 4 * n * n), of_n, reads, zeros(2, B, n)),
+    ]
+
+
+def cell_calls(cell: Cell, B: int, N: int) -> list[Callable[[], object]]:
+    """The same of a cell."""
+    made = triton_cells.kernels_of(cell)
+    assert made is not None
+    f = made.functions
+    resets, square, n, long = zeros(2, B).bool(), zeros(N, N), min(N, 64), 512
+    x, saved, both = zeros(f.inputs, 2, B, N), zeros(2, B, f.saves, N), zeros(f.states, 2, B, N)
+    weights, own, state = [square] * f.matrices, [square.diagonal()] * f.matrices, both[:, 0].contiguous()
+    small = zeros(f.inputs, 2, B, n), [zeros(n, n)] * f.matrices, [zeros(B, n)] * f.states
+    pointwise = zeros(B, f.matrices, N), x[:, 0], both[:, 0], both[:, 1], saved[0]
+    given, credits = (f, x, saved, both, own), list(zeros(f.credits, 2, B, N))
+    return [
+        lambda: cell_on_chip.cell_forward(f, *small),
+        lambda: cell_on_chip.cell_forward(f, *small, resets, save=False),
+        lambda: cell_step.cell_step(f, x[:, 0].contiguous(), weights, state),
+        lambda: cell_step.cell_step(f, x[:, 0].contiguous(), weights, state, resets[0]),
+        # one step is enough, because every step is the same launch
+        lambda: cell_forward.cell_pointwise_(f, *pointwise),
+        lambda: cell_forward.cell_pointwise_(f, *pointwise, resets[0], both[:, 0]),
+        # two steps: the last of a sequence, and one with a step after it
+        lambda: cell_backward.cell_credits(f, x, saved, both, weights, both, resets),
+        lambda: cell_partials.cell_linearize(*given, resets),
+        lambda: cell_partials.cell_linearize(*given),
+        lambda: cell_partials.cell_dual(*given, list(both), credits, resets, state),
+        # blocks of time, which take two kernels
+        lambda: cell_partials.cell_dual(
+            f,
+            zeros(f.inputs, long, B, N),
+            zeros(long, B, f.saves, N),
+            zeros(f.states, long, B, N),
+            own,
+            list(zeros(f.states, long, B, N)),
+            list(zeros(f.credits, long, B, N)),
+        ),
     ]
 
 
@@ -152,14 +170,7 @@ def compile_() -> None:
     for sizes in ((2, 64, 2, 4, 512, 512), (1, 1, 1, 1, 1, 1)):
         for call in calls(*sizes):
             call()
-    assert len(_CompileOnly.made) == 65, len(_CompileOnly.made)
-    # Programs that wait for one another must all run at once, and must not read what was in memory before.
-    waiting = [made for made in _CompileOnly.made if made.metadata.name == "_rgc_persistent_kernel"]
-    assert len(waiting) == 4
-    for made in waiting:
-        assert made.metadata.launch_cooperative_grid
-        for access in ("atom.global.gpu.release.add.u64", ".gpu.acquire.", "ld.global.cg."):
-            assert access in made.asm["ptx"], access
+    assert len(_CompileOnly.made) == 111, len(_CompileOnly.made)
 
 
 if __name__ == "__main__":

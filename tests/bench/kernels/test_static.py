@@ -25,13 +25,6 @@ from rjepa_triton.bench.kernels.builds import (
     chunk_build,
     heads_build,
     read_build,
-    rgc_backward_build,
-    rgc_dual_build,
-    rgc_linearize_build,
-    rgc_persistent_build,
-    rgc_pointwise_build,
-    rgc_small_build,
-    rgc_step_build,
     rtrl_build,
     scan_build,
     step_build,
@@ -47,11 +40,9 @@ from rjepa_triton.bench.kernels.static import (
     cuobjdump,
 )
 from rjepa_triton.kernels import (
+    cell_on_chip,
     gamma_chunk,
     gamma_step,
-    rgc_forward,
-    rgc_persistent,
-    rgc_step,
     rtrl_heads,
     rtrl_step,
 )
@@ -81,12 +72,10 @@ class Case:
 NARROW_STORES = {
     # A matrix product leaves four numbers in a row to a lane: 128 bits of float32, 64 of bfloat16.
     "chunk-gfx942-64x32x32-bf16": 8,
-    # A thread stores the four gates and two states of a unit, which lie joined, one number at a time.
-    "rgc-small": 3,
-    # Each thread stores one number of the eight units of a row; gates and states are as above.
-    "rgc-persistent": 6,
-    # Each unit and batch row stores two states as read, two states as computed, and ten partials, each once.
-    "rgc-step": 14,
+    # A thread stores the saved numbers and states of a unit, which lie joined, one number at a time.
+    "cell-on-chip": 8,
+    # Each unit and batch row stores the states as read, the states as computed, and the partials, each once.
+    "cell-step": 40,
     # φ y goes to one row per state in each column, and a column has one gradient, so numbers are stored singly.
     "rtrl-heads": 3,
 }
@@ -104,30 +93,23 @@ CHUNK_CONFIGS = {
     name: _configs(gamma_chunk.pick_config, (1, 31, 32, 100), [dtype], ("ieee", "tf32"))
     for name, dtype in DTYPES.items()
 }
-RGC_SMALL_CONFIGS = {
-    warp: sorted({rgc_forward.pick_small_config(n, warp) for n in range(1, rgc_forward.MOST + 1)})
-    for warp in (32, 64)
-}
-
-# Only fields that change the code are kept apart; how units are dealt out concerns the launch alone.
-RGC_PERSISTENT_CONFIGS = {
-    warp: sorted(
-        {
-            rgc_persistent.pick_config(n, b, 132, warp)._replace(slices=1, parts=1, rows=1)
-            for n in range(1, 1025)
-            for b in (1, 2, 4, 8, 16, 1000)
-        }
-    )
-    for warp in (32, 64)
-}
-
-RGC_STEP_CONFIGS = {
-    warp: sorted({rgc_step.pick_config(n, b, warp) for n in (1, 512, 1024, 4096) for b in (1, 2, 3, 8)})
-    for warp in (32, 64)
-}
-
 # Of one to three states, with and without matrices and parameters, spikes among them.
-CELL_CASES = [("LSTMCell", 4), ("LSTMCell", 1), ("GRUCell", 4), ("ALIFCell", 4), ("LRUCell", 4)]
+CELL_CASES = [
+    *itertools.product(("RGCCell", "LSTMCell"), (4, 1)),
+    *((cell, 4) for cell in ("GRUCell", "MGUCell", "ElmanCell", "ALIFCell", "LRUCell")),
+]
+# Most registers of an RGC's kernels, by their vectors: as its own kernels took before they were cases of a
+# template, but for scans by single numbers, which took 192 and 128.
+RGC_LIMITS = {
+    "pointwise": {4: 64, 1: 64},
+    "linearize": {4: 64, 1: 96},
+    "dual": {4: 96, 1: 208},
+    "dual-summary": {4: 96, 1: 144},
+    "step": {4: 128, 1: 128},
+    "backward": {4: 96, 1: 96},
+}
+# The least 128-bit loads of an RGC's kernels: gates, states and input, and credits, of each step under way.
+RGC_LOADS = {"pointwise": 7, "linearize": 7, "step": 4, "backward": 9}
 
 RTRL_CONFIGS = sorted({rtrl_step.pick_config(n) for n in range(1, 257)})
 
@@ -239,63 +221,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
         for states in (1, 2):
             build = scan_build(target, states, steps=4096, units=64)[0]
             yield f"block-summary-{target}-S{states}", Case(build, 96, states * states + states)
-        for config, resets, gates in itertools.product(
-            RGC_SMALL_CONFIGS[WARP[target]], (True, False), (True, False)
-        ):
-            if config.block < 128 and not (resets and gates):
-                continue  # it takes fewer registers, far from all that there are
-            # Weights are read 128 bits at a time, either once for all steps, or half before the loop and half in it.
-            loads = 4 * config.block**2 // (WARP[target] * config.num_warps) // 4
-            build = rgc_small_build(target, config, resets=resets, gates=gates)
-            name = f"rgc-small-{target}-{config.block}{'-resets' * resets}{'-gates' * gates}"
-            yield name, Case(build, {32: 128, 64: 208, 128: 255}[config.block], loads)
-        for config, vector in itertools.product(RGC_PERSISTENT_CONFIGS[WARP[target]], (4, 1)):
-            columns, threads = config.chunks * config.lanes, WARP[target] * config.num_warps
-            # The weights are read once for all steps; both states of the rows, if each thread has four numbers of them.
-            loads = 4 * config.units * columns // threads // 4
-            loads += 2 * (config.tile_rows * columns // threads // 4)
-            case = Case(rgc_persistent_build(target, config, vector), 255, loads if vector == 4 else 0)
-            yield f"rgc-persistent-{target}-{columns}x{config.tile_rows}-{vector}", case
-        for config, vector in itertools.product(RGC_STEP_CONFIGS[WARP[target]], (4, 1)):
-            # A thread reads four numbers of each matrix.
-            case = Case(rgc_step_build(target, config, vector), 128, 4 if vector == 4 else 0)
-            yield f"rgc-step-{target}-{config.units}x{config.rows}-{vector}", case
-        for vector, loads in ((4, 7), (1, 0)):
-            yield f"rgc-pointwise-{target}-{vector}", Case(rgc_pointwise_build(target, vector), 64, loads)
-        for vector, last in itertools.product((4, 1), (False, True)):
-            # It reads gates, states, input and credits, and, except at the last step, the next step's credit.
-            loads = 0 if vector == 1 else 9 if last else 11
-            build = rgc_backward_build(target, vector, last)
-            yield f"rgc-backward-{target}-{vector}{'-last' * last}", Case(build, 96, loads)
-        for vector in (4, 1):
-            # Each program reads gates, states and input once.
-            case = Case(rgc_linearize_build(target, vector), *((64, 7) if vector == 4 else (96, 0)))
-            yield f"rgc-linearize-{target}-{vector}", case
-            for steps in (64, 4096):
-                # It reads nine numbers for each step under way, the summaries of blocks of time likewise, and the
-                # credit of later steps. Where each number is an access, the many addresses take registers.
-                *summary, build = rgc_dual_build(target, vector, steps=steps, units=64)
-                assert len(summary) == (steps == 4096)
-                stages = build.constants["STAGES"]
-                loads = stages * (9 + 6 * len(summary)) + 2
-                by = "blocks" if summary else "one-pass"
-                limit, of_summary = (96, 96) if vector == 4 else (192, 128)
-                if summary and target == "sm_80" and vector == 4:
-                    limit = 128  # there the compiler keeps the addresses of the summaries; it took 96 before
-                yield f"rgc-dual-{target}-{by}-{vector}", Case(build, limit, loads if vector == 4 else 0)
-                for build in summary:
-                    case = Case(build, of_summary, 9 * stages if vector == 4 else 0)
-                    yield f"rgc-dual-summary-{target}-{vector}", case
         for cell, vector in CELL_CASES:
-            made = cell_builds(target, cell, vector, units=1 << 20)
-            made |= {
-                f"{k}-blocks": b
-                for k, b in cell_builds(target, cell, vector, steps=1024).items()
-                if "dual" in k
-            }
-            for kernel, build in made.items():
-                # Four numbers of a thread's four units are one access. How many loads there are depends on the cell.
-                yield f"cell-{kernel}-{target}-{cell}-{vector}", Case(build, 255, 1 if vector == 4 else 0)
+            yield from _cell_cases(target, cell, vector)
         for kernel, config in itertools.product(("jacobian", "immediate"), RTRL_CONFIGS):
             # It reads tiles of four matrices.
             per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)
@@ -304,6 +231,50 @@ def _cases() -> Iterator[tuple[str, Case]]:
                 f"rtrl-{kernel}-{target}-{config.vector}",
                 Case(rtrl_build(target, kernel, config), 168, loads),
             )
+            of_lstm = rtrl_build(target, kernel, config, "LSTMCell")
+            yield f"rtrl-{kernel}-{target}-{config.vector}-LSTMCell", Case(of_lstm, 168, loads)
+
+
+def _cell_cases(target: str, cell: str, vector: int) -> Iterator[tuple[str, Case]]:
+    """Every kernel of a cell, at every layout that its launcher can pick."""
+    # hidden, batch: of each layout of a step; a million units fill a GPU, so that a scan is one pass
+    made = {f"{k}-{n}x{b}": v for n, b in ((64, 1), (512, 2), (1024, 8)) for k, v in
+            cell_builds(target, cell, vector, hidden=n, batch=b).items() if k == "step"}  # fmt: skip
+    whole = cell_builds(target, cell, vector, hidden=1024, batch=1024)
+    made |= {k: v for k, v in whole.items() if k != "step"}
+    made |= {
+        f"{k}-blocks": v
+        for k, v in cell_builds(target, cell, vector, hidden=64, batch=1, steps=4096).items()
+        if "dual" in k
+    }
+    if "backward" in made:
+        made["backward-last"] = cell_builds(target, cell, vector, last=True)["backward"]
+    for units, resets, save in itertools.product((32, 64, 128), (True, False), (True, False)):
+        if vector == 4 and (units == 128 or (resets and save)):
+            found = cell_builds(target, cell, vector, hidden=units, resets=resets, save=save).get("on-chip")
+            if found is not None:
+                made[f"on-chip-{units}{'-resets' * resets}{'-saved' * save}"] = found
+    for kernel, build in made.items():
+        kind = "on-chip" if kernel.startswith("on-chip") else kernel
+        kind = next(
+            (each for each in ("dual-summary", "dual", "step", "backward") if kind.startswith(each)), kind
+        )
+        limit, loads = 255, 1 if vector == 4 else 0
+        if cell == "RGCCell" and kind == "on-chip":
+            # Weights are read 128 bits at a time, either once for all steps, or half before the loop and half in it.
+            block = build.constants["BLOCK"]
+            loads = block**2 // (WARP[target] * build.options["num_warps"])
+            limit = {32: 128, 64: 208, 128: 255}[block]
+        elif cell == "RGCCell":
+            limit = RGC_LIMITS[kind][vector]
+            if kernel == "dual-blocks" and target == "sm_80" and vector == 4:
+                limit = 128  # there the compiler keeps the addresses of the summaries
+            if vector == 4:
+                stages = build.constants.get("STAGES", 0)
+                summaries = 6 * (kernel == "dual-blocks")
+                by_kind = {"dual": stages * (9 + summaries) + 2, "dual-summary": stages * 9, **RGC_LOADS}
+                loads = by_kind[kind] + 2 * (kernel == "backward")
+        yield f"cell-{kernel}-{target}-{cell}-{vector}", Case(build, limit, loads)
 
 
 CASES = dict(_cases())
@@ -324,8 +295,6 @@ WORSE_BEFORE_3_7 = {
                 ("32x128-v11", "32x128-v41", "32x128-v44", "64x32-v11"), ("ieee", "tf32")
             )
         ),
-        "rgc-persistent-sm_90-1024x1-1",
-        "rgc-persistent-sm_100-1024x1-1",
         "step-sm_90-32x64-stochastic-S2",
         "chunk-sm_100-64x32x32-bf16-S2",
     ),
@@ -356,18 +325,17 @@ OF_ONE = {
         ("reverse_scan", scan_build("sm_90", 2, [[0], [0, 1], []])[0], ("BN",)),
         ("block_summary", scan_build("sm_90", 2, steps=4096, units=1)[0], ("BN",)),
         ("suffix", suffix_build("sm_90", 2, 2), ("BN", "N")),
-        (
-            "rgc-persistent",
-            rgc_persistent_build("sm_90", rgc_persistent.pick_config(1, 1, 132, 32), 1),
-            ("N",),
+        *(
+            (f"cell-{k} of {cell}", build, ("N",))
+            for cell in ("RGCCell", "LSTMCell")
+            for k, build in cell_builds("sm_90", cell, 1, hidden=1, batch=1).items()
+            if k != "on-chip"
         ),
-        ("rgc-step", rgc_step_build("sm_90", rgc_step.pick_config(1, 1, 32), 1), ("N",)),
-        ("rgc-pointwise", rgc_pointwise_build("sm_90", 1), ("N",)),
-        ("rgc-backward", rgc_backward_build("sm_90", 1), ("N",)),
-        ("rgc-linearize", rgc_linearize_build("sm_90", 1), ("N",)),
-        ("rgc-dual", rgc_dual_build("sm_90", 1)[0], ("N",)),
-        ("rgc-dual-summary", rgc_dual_build("sm_90", 1, steps=4096, units=1)[0], ("N", "BN")),
-        ("rgc-dual by blocks", rgc_dual_build("sm_90", 1, steps=4096, units=1)[1], ("N", "BN")),
+        *(
+            (f"cell-{k} by blocks", build, ("N", "BN"))
+            for k, build in cell_builds("sm_90", "RGCCell", 1, hidden=1, batch=1, steps=4096).items()
+            if "dual" in k
+        ),
         ("rtrl-jacobian", rtrl_build("sm_90", "jacobian", rtrl_step.pick_config(1)), ("N",)),
         ("rtrl-immediate", rtrl_build("sm_90", "immediate", rtrl_step.pick_config(1)), ("N",)),
     ]
@@ -470,10 +438,9 @@ def test_what_does_not_compile_says_why():
 def test_every_configuration_is_built():
     assert [len(configs) for configs in STEP_CONFIGS.values()] == [4, 4]
     assert [len(configs) for configs in CHUNK_CONFIGS.values()] == [4, 4]
-    assert [len(configs) for configs in RGC_SMALL_CONFIGS.values()] == [3, 2]
     assert len(RTRL_CONFIGS) == 2
-    assert [len(configs) for configs in RGC_PERSISTENT_CONFIGS.values()] == [9, 9]
-    assert [len(configs) for configs in RGC_STEP_CONFIGS.values()] == [9, 9]
+    for warp, blocks in ((32, {32, 64, 128}), (64, {64, 128})):
+        assert {cell_on_chip.pick_config(n, 4, warp).block for n in range(1, cell_on_chip.MOST + 1)} == blocks
     for target in TARGETS:
         assert sum(name.startswith(f"step-{target}") and "S2-gradient" in name for name in CASES) == 10
         assert sum(name.startswith(f"step-{target}") and "stochastic-S2" in name for name in CASES) == 4
