@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkout import DOCS
 from typer.testing import CliRunner
 
+from rjepa_triton.backend import triton_backend
 from rjepa_triton.bench.cli import bench
 from rjepa_triton.bench.harness import record
 from rjepa_triton.bench.harness.measure import timing
 from rjepa_triton.bench.harness.record import Record
 from rjepa_triton.bench.harness.tables import markdown
 from rjepa_triton.bench.kernels import roofline, targets
+from rjepa_triton.cells.builtin import RGCCell
+from rjepa_triton.layers.parallel import forward_problem
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,13 @@ def test_a_prediction_is_the_sum_that_it_says(times: targets.Times) -> None:
     target = next(t for t in targets.TARGETS if t.what == "online step with SGD against its floor")
     floor = (2 * gamma + 3 * weights) / 3e12
     assert target.predicted(times) == pytest.approx((floor + 9 * 1.5e-6) / floor, rel=0.01)
+
+
+def test_launches_of_a_step_are_those_that_are_counted() -> None:
+    cell, weights = RGCCell(), [torch.empty(256, 256, device="meta")] * 4
+    eager = forward_problem(cell, weights, (100, 32, 256), torch.float32, False)
+    assert eager.step.calls == targets.EAGER_NODES
+    assert triton_backend.step_calls(cell) == targets.KERNEL_NODES
 
 
 def test_the_documented_table_is_what_is_predicted(times: targets.Times) -> None:
