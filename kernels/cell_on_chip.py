@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cell import CellFunctions, check_matrices, kept, pre_activations
+from ._cell import CellFunctions, check_matrices, kept, load_planes, pre_activations
 from ._launch import check_dims, check_runnable, check_tensor, device_sizes
 
 # Largest layers that one program takes through all steps; up to SMALL units, two programs or more share a
@@ -116,14 +116,6 @@ def _store(ptr, unit, plane, blocks, FIRST: tl.constexpr, COUNT: tl.constexpr, m
 
 
 @triton.jit
-def _load(ptr, unit, plane, mask, COUNT: tl.constexpr):
-    blocks = ()
-    for k in tl.static_range(COUNT):
-        blocks = blocks + (tl.load(ptr + k * plane + unit, mask=mask, other=0.0),)
-    return blocks
-
-
-@triton.jit
 def _front(blocks, COUNT: tl.constexpr):
     """The first COUNT blocks."""
     out = ()
@@ -177,12 +169,12 @@ def _on_chip_kernel(
     if saved_ptr is not None:
         saved_ptr += b * F * N
 
-    c = _load(states_ptr, unit, plane, inside, S)
-    x = _load(x_ptr, unit, x_plane, inside, J)
+    c = load_planes(states_ptr, unit, plane, inside, S)
+    x = load_planes(x_ptr, unit, x_plane, inside, J)
     for t in range(T):
         # Load the next step's inputs and reset now, so that they have arrived when they are needed.
         x_ptr += step
-        next_x = _load(x_ptr, unit, x_plane, inside & (t + 1 < T), J)
+        next_x = load_planes(x_ptr, unit, x_plane, inside & (t + 1 < T), J)
         if resets_ptr is not None:
             c = kept(reset == 0, c)
             resets_ptr += B

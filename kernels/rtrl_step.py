@@ -27,6 +27,16 @@ from ._launch import check_dims, check_runnable, check_tensor, vector_width
 
 
 @triton.jit
+def _tile(N, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The program's batch row (int64), and the rows and columns of its tile of N × N."""
+    tiles_m = tl.cdiv(N, BLOCK_M)
+    tiles = tl.cdiv(N, BLOCK_N) * tiles_m
+    i = (tl.program_id(0) % tiles // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return (tl.program_id(0) // tiles).to(tl.int64), i, j
+
+
+@triton.jit
 def _rtrl_jacobian_kernel(
     own_ptrs,  # S² of [B, N]: ∂F_ν/∂c^ν' through no matrix, row by row; None for zeros
     phi_ptrs,  # S·K of [B, N]: φ^{ν,k}, state by state; None for zeros
@@ -44,11 +54,7 @@ def _rtrl_jacobian_kernel(
     # Every batch row reads the weights again, from cache; what is written is B times as large.
     N = N // VECTOR * VECTOR  # leaves N as it is, and shows the compiler what divides it
     K: tl.constexpr = len(READS)
-    tiles_m = tl.cdiv(N, BLOCK_M)
-    tiles = tl.cdiv(N, BLOCK_N) * tiles_m
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    i = (tl.program_id(0) % tiles // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, i, j = _tile(N, BLOCK_N, BLOCK_M)
     in_n = i < N
     inside = in_n[:, None] & (j < N)[None, :]
     diagonal = i[:, None] == j[None, :]
@@ -93,11 +99,7 @@ def _rtrl_immediate_kernel(
     # R is zero but where the unit of the state is i, the matrix's row: only those numbers of γ are touched.
     N = N // VECTOR * VECTOR  # leaves N as it is, and shows the compiler what divides it
     K: tl.constexpr = len(READS)
-    tiles_m = tl.cdiv(N, BLOCK_M)
-    tiles = tl.cdiv(N, BLOCK_N) * tiles_m
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    i = (tl.program_id(0) % tiles // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, i, j = _tile(N, BLOCK_N, BLOCK_M)
     in_n = i < N
     in_m = j < N
     inside = in_n[:, None] & in_m[None, :]

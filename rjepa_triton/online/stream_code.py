@@ -412,23 +412,33 @@ class _OneStep:
         arrays[FIRST.index("rates")] = ctypes.addressof(self.rates)
         self.arrays, self.numbers, self.options = _packed([(arrays, numbers, options)], 1)
         self.learned, self.masked = compiled.learned(), False
+        self.group, self.settings = dict(stream.optimizer.param_groups[0]), compiled.settings()
+        self.activated = any(kind != LINEAR for kind, _ in compiled.parts.kinds())
         self.of = self._of()
         self.done = numbers[DONE - 3]
 
     def _of(self) -> list[Any]:
-        """What the tables are made of: addresses, and what the optimizer is told."""
-        stream = self.stream
-        found: list[Any] = [stream.learner.lend()[0].data_ptr(), self.compiled.settings()]
-        states = stream.optimizer.state
-        for parameter in self.learned:
-            found += (parameter.data_ptr(), parameter.requires_grad)
-            if moments := states.get(parameter):
-                found += [
-                    value.data_ptr()
-                    for name, value in moments.items()
-                    if name != "step" and value is not None
-                ]
+        """What the tables are made of: addresses, and which weights learn."""
+        stream, learned = self.stream, self.learned
+        found: list[Any] = [stream.learner.lend()[0].data_ptr()]
+        found += [parameter.data_ptr() for parameter in learned]
+        found += [parameter.requires_grad for parameter in learned]
+        if states := stream.optimizer.state:
+            found += [
+                value.data_ptr()
+                for parameter in learned
+                for name, value in states.get(parameter, {}).items()
+                if name != "step" and value is not None
+            ]
         return found
+
+    def _told_the_same(self) -> bool:
+        """Whether the optimizer and the loss have the settings that are in the tables. Rates are given at each step."""
+        stream, group = self.stream, self.stream.optimizer.param_groups[0]
+        self.group["lr"] = group["lr"]
+        if group == self.group and not self.activated:
+            return self.settings[4:6] == [stream.huber_delta, stream.clip_norm or 0.0]
+        return self.settings == self.compiled.settings()
 
     def is_still(self) -> bool:
         """Whether the tables name what the stream has now."""
@@ -436,7 +446,7 @@ class _OneStep:
         if has_hooks(stream.layer) or not self.compiled.parts.are_still():
             return False
         same = len(now) == len(self.learned) and all(map(operator.is_, now, self.learned))
-        return same and self.of == self._of()
+        return same and self._told_the_same() and self.of == self._of()
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of a step, (B, O)."""

@@ -19,25 +19,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rjepa_triton import (
-    ALIF,
-    CTRNN,
-    ELSTM,
-    GRU,
-    LIF,
-    LRU,
-    LSTM,
-    MGU,
-    RGC,
-    RNN,
-    IndRNN,
-    MinGRU,
-    MinLSTM,
-    OnlineLearner,
-    Stack,
-    StackLearner,
-    TimeDecay,
-)
+from rjepa_triton import OnlineLearner, Stack, StackLearner
+from rjepa_triton.layers import named
 from rjepa_triton.layers.conv import ConvRGC
 
 # What `.item()`, `bool(tensor)`, `.tolist()`, `nonzero` and an index by a mask come to.
@@ -96,22 +79,22 @@ class Methods(TorchFunctionMode):
 
 
 LAYERS: dict[str, Any] = {
-    "rgc": lambda **o: RGC(4, init="uniform", **o),
-    "rgc-heads": lambda **o: RGC(4, input_size=3, heads=2, **o),
-    "rnn": lambda **o: RNN(3, 4, "relu", **o),
-    "indrnn": lambda **o: IndRNN(3, 4, **o),
-    "ctrnn": lambda **o: CTRNN(3, 4, **o),
-    "lstm": lambda **o: LSTM(3, 4, **o),
-    "lstm-diagonal": lambda **o: LSTM(3, 4, recurrence="diagonal", **o),
-    "gru": lambda **o: GRU(3, 4, **o),
-    "elstm": lambda **o: ELSTM(3, 4, **o),
-    "time-decay": lambda **o: TimeDecay(3, 4, **o),
-    "lru": lambda **o: LRU(3, 4, **o),
-    "lif": lambda **o: LIF(3, 4, **o),
-    "alif": lambda **o: ALIF(3, 4, **o),
-    "mgu": lambda **o: MGU(3, 4, **o),
-    "minlstm": lambda **o: MinLSTM(3, 4, **o),
-    "mingru": lambda **o: MinGRU(3, 4, **o),
+    "rgc": lambda **o: named.RGC(4, init="uniform", **o),
+    "rgc-heads": lambda **o: named.RGC(4, input_size=3, heads=2, **o),
+    "rnn": lambda **o: named.RNN(3, 4, "relu", **o),
+    "indrnn": lambda **o: named.IndRNN(3, 4, **o),
+    "ctrnn": lambda **o: named.CTRNN(3, 4, **o),
+    "lstm": lambda **o: named.LSTM(3, 4, **o),
+    "lstm-diagonal": lambda **o: named.LSTM(3, 4, recurrence="diagonal", **o),
+    "gru": lambda **o: named.GRU(3, 4, **o),
+    "elstm": lambda **o: named.ELSTM(3, 4, **o),
+    "time-decay": lambda **o: named.TimeDecay(3, 4, **o),
+    "lru": lambda **o: named.LRU(3, 4, **o),
+    "lif": lambda **o: named.LIF(3, 4, **o),
+    "alif": lambda **o: named.ALIF(3, 4, **o),
+    "mgu": lambda **o: named.MGU(3, 4, **o),
+    "minlstm": lambda **o: named.MinLSTM(3, 4, **o),
+    "mingru": lambda **o: named.MinGRU(3, 4, **o),
 }
 by_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -147,7 +130,7 @@ ONE = ["_local_scalar_dense"]
 
 @pytest.mark.parametrize("refine", [1, 3, "exact"])
 def test_refinement(refine: Any) -> None:
-    layer = LSTM(3, 4, refine=refine, forward="sequential")
+    layer = named.LSTM(3, 4, refine=refine, forward="sequential")
     with Reads() as reads:
         layer(torch.randn(5, 2, 3))[0].sum().backward()
     if refine == "exact":
@@ -165,7 +148,7 @@ def test_a_map() -> None:
 
 
 def test_the_forward_pass_parallel_in_time_reads_after_each_round() -> None:
-    layer = RGC(4, init="uniform", forward="parallel")
+    layer = named.RGC(4, init="uniform", forward="parallel")
     with Reads() as reads:
         layer(torch.randn(40, 2, 4) / 4)
     assert set(reads.found) == {"tolist"}  # of two numbers, the correction and what is left
@@ -219,7 +202,7 @@ def test_learners(name: str, options: dict[str, Any], backend: str) -> None:
 
 
 def test_a_stack() -> None:
-    learner = StackLearner(Stack(LSTM(3, 4), RGC(4)), 2, nonfinite="ignore")
+    learner = StackLearner(Stack(named.LSTM(3, 4), named.RGC(4)), 2, nonfinite="ignore")
     with Reads() as reads:
         for _ in range(3):
             learner.step(torch.randn(2, 3)).sum().backward()

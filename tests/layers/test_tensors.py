@@ -10,46 +10,28 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rjepa_triton import (
-    ALIF,
-    CTRNN,
-    ELSTM,
-    GRU,
-    LIF,
-    LRU,
-    LSTM,
-    MGU,
-    RGC,
-    RNN,
-    IndRNN,
-    MinGRU,
-    MinLSTM,
-    OnlineLearner,
-    Stack,
-    TimeDecay,
-    TwoPointRNN,
-)
+from rjepa_triton import OnlineLearner, Stack, TwoPointRNN
 from rjepa_triton.cells.builtin import RGCCell
-from rjepa_triton.layers import functional
+from rjepa_triton.layers import functional, named
 from rjepa_triton.layers.conv import ConvRGC
 
 LAYERS: dict[str, Callable[..., Any]] = {
-    "RGC": lambda **o: RGC(5, input_size=3, **o),
-    "RGC heads": lambda **o: RGC(6, input_size=3, heads=2, init="uniform", **o),
-    "LSTM": lambda **o: LSTM(3, 5, **o),
-    "LSTM diagonal": lambda **o: LSTM(3, 5, recurrence="diagonal", **o),
-    "GRU": lambda **o: GRU(3, 5, **o),
-    "RNN": lambda **o: RNN(3, 5, **o),
-    "IndRNN": lambda **o: IndRNN(3, 5, **o),
-    "CTRNN": lambda **o: CTRNN(3, 5, **o),
-    "ELSTM": lambda **o: ELSTM(3, 5, **o),
-    "TimeDecay": lambda **o: TimeDecay(3, 5, **o),
-    "LRU": lambda **o: LRU(3, 5, **o),
-    "LIF": lambda **o: LIF(3, 5, **o),
-    "ALIF": lambda **o: ALIF(3, 5, **o),
-    "MGU": lambda **o: MGU(3, 5, **o),
-    "MinLSTM": lambda **o: MinLSTM(3, 5, **o),
-    "MinGRU": lambda **o: MinGRU(3, 5, **o),
+    "RGC": lambda **o: named.RGC(5, input_size=3, **o),
+    "RGC heads": lambda **o: named.RGC(6, input_size=3, heads=2, init="uniform", **o),
+    "LSTM": lambda **o: named.LSTM(3, 5, **o),
+    "LSTM diagonal": lambda **o: named.LSTM(3, 5, recurrence="diagonal", **o),
+    "GRU": lambda **o: named.GRU(3, 5, **o),
+    "RNN": lambda **o: named.RNN(3, 5, **o),
+    "IndRNN": lambda **o: named.IndRNN(3, 5, **o),
+    "CTRNN": lambda **o: named.CTRNN(3, 5, **o),
+    "ELSTM": lambda **o: named.ELSTM(3, 5, **o),
+    "TimeDecay": lambda **o: named.TimeDecay(3, 5, **o),
+    "LRU": lambda **o: named.LRU(3, 5, **o),
+    "LIF": lambda **o: named.LIF(3, 5, **o),
+    "ALIF": lambda **o: named.ALIF(3, 5, **o),
+    "MGU": lambda **o: named.MGU(3, 5, **o),
+    "MinLSTM": lambda **o: named.MinLSTM(3, 5, **o),
+    "MinGRU": lambda **o: named.MinGRU(3, 5, **o),
     "two-point": lambda **o: TwoPointRNN(RGCCell(), 5, input_size=3, learning="bptt", **o),
 }
 
@@ -80,7 +62,7 @@ def test_states_have_memory_of_their_own(name: str, shape: tuple[int, ...], grad
 
 
 def test_changing_an_output_changes_no_state_and_the_other_way() -> None:
-    layer, x = LSTM(3, 5), torch.randn(6, 2, 3)
+    layer, x = named.LSTM(3, 5), torch.randn(6, 2, 3)
     with torch.no_grad():
         y, (h, c) = layer(x)
         before = [value.clone() for value in (y, h, c)]
@@ -101,14 +83,14 @@ def test_states_of_maps_and_stacks_have_memory_of_their_own() -> None:
             assert len({value.untyped_storage().data_ptr() for value in (output, s, m)}) == 3
             assert s.untyped_storage().nbytes() == s.nbytes
     with torch.no_grad():
-        output, states = Stack(LSTM(3, 5), GRU(5, 4))(torch.randn(9, 2, 3))
+        output, states = Stack(named.LSTM(3, 5), named.GRU(5, 4))(torch.randn(9, 2, 3))
     values = [value for state in states for value in as_tuple(state)]
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in values)
     assert len({value.untyped_storage().data_ptr() for value in (output, *values)}) == 4
 
 
 def test_gradients_pass_through_the_last_state() -> None:
-    layer, x = GRU(3, 5, learning="bptt"), torch.randn(6, 2, 3)
+    layer, x = named.GRU(3, 5, learning="bptt"), torch.randn(6, 2, 3)
     results = []
     for read in (lambda y, h: y[-1], lambda y, h: h):
         layer.zero_grad()
@@ -146,12 +128,18 @@ def test_layers_are_made_and_run_with_fake_tensors(name: str) -> None:
 
 
 def test_initialization_can_be_skipped_and_the_default_device_changed() -> None:
-    for make, sizes in ((LSTM, (3, 5)), (RGC, (5,)), (LRU, (3, 5)), (IndRNN, (3, 5)), (GRU, (3, 5))):
-        layer = torch.nn.utils.skip_init(make, *sizes)
+    for name, sizes in (
+        ("LSTM", (3, 5)),
+        ("RGC", (5,)),
+        ("LRU", (3, 5)),
+        ("IndRNN", (3, 5)),
+        ("GRU", (3, 5)),
+    ):
+        layer = torch.nn.utils.skip_init(getattr(named, name), *sizes)
         assert layer.weights()[0].device.type == "cpu"
     torch.set_default_device("meta")
     try:
-        layer = LSTM(3, 5)
+        layer = named.LSTM(3, 5)
     finally:
         torch.set_default_device(None)
     assert layer.weights()[0].is_meta
@@ -212,12 +200,12 @@ def test_no_forward_pass_of_a_function_or_a_map_reads_a_value() -> None:
             torch.randn(4, 2, 5, dtype=torch.float64), *(w.double() for w in weights), resets=resets
         )
         maps(torch.randn(4, 2, 2, 3, 3), resets=resets)
-        Stack(LSTM(3, 5), GRU(5, 4))(torch.randn(4, 2, 3), resets=resets)
+        Stack(named.LSTM(3, 5), named.GRU(5, 4))(torch.randn(4, 2, 3), resets=resets)
     assert reads.found == []
 
 
 def test_weights_that_are_not_finite_give_nan_and_no_learner() -> None:
-    layer = LSTM(3, 5)
+    layer = named.LSTM(3, 5)
     with torch.no_grad():
         layer.weights()[0][1, 2] = torch.nan
     assert layer(torch.randn(3, 1, 3))[0].isnan().any()

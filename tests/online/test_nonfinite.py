@@ -102,6 +102,15 @@ def step_alone(text: str) -> int:
 # What is told
 
 
+def told_once(learner: OnlineLearner, x: Tensor, steps: bool | int) -> str:
+    """The one warning of these steps, which must name this file."""
+    with pytest.warns(RuntimeWarning) as told:
+        run(learner, x, steps)
+    (only,) = told
+    assert only.filename == __file__
+    return str(only.message)
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @by_way
 def test_an_input_is_told_once_with_step_row_and_unit(way: str, value: float) -> None:
@@ -109,13 +118,9 @@ def test_an_input_is_told_once_with_step_row_and_unit(way: str, value: float) ->
     learner = OnlineLearner(rgc(), 3, **options)
     x = torch.randn(12, 3, 4)
     x[7, 2, 1] = value
-    with pytest.warns(RuntimeWarning) as told:
-        run(learner, torch.cat([x, x]), steps)
-    (only,) = told
-    text = str(only.message)
+    text = told_once(learner, torch.cat([x, x]), steps)
     assert f"at step 8 input x is {value} in batch row 2, feature 1; state s is " in text
     assert re.search(r"state s is -?(nan|inf) in batch row 2, unit \d", text)
-    assert only.filename == __file__
 
 
 @pytest.mark.parametrize(
@@ -418,10 +423,7 @@ def test_on_a_device_it_is_told_later_with_the_step(way: str, far_away: None) ->
     learner = OnlineLearner(rgc(), 3, **options)
     x = torch.randn(150, 3, 4)
     x[8, 2, 1] = NAN
-    with pytest.warns(RuntimeWarning) as told:
-        run(learner, x, steps)
-    (only,) = told
-    text = str(only.message)
+    text = told_once(learner, x, steps)
     assert ("in steps 7 to 9" if steps else "at step 9 ") in text
     assert re.search(r"state s is nan in batch row 2, unit \d", text)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import noise
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from rjepa_triton.rjepa import backbone, config, sequences
 from rjepa_triton.rjepa.encoder import Encoder
@@ -21,14 +21,7 @@ T, n, D = 7, 6, 405
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    files = []
-    for k in range(2):
-        small = Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8))
-        files.append(str(folder / f"picture{k}.png"))
-        small.resize((160, 120), Image.Resampling.BICUBIC).save(files[-1])
-    return files
+    return noise.pictures(tmp_path_factory.mktemp("pictures"), 2)
 
 
 MODES = [

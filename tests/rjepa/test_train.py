@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import films
+import noise
 import numpy as np
 import pytest
 import torch
 import typer
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -28,14 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Three pictures of smooth noise."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    files = []
-    for k in range(3):
-        small = Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8))
-        files.append(str(folder / f"picture{k}.png"))
-        small.resize((160, 120), Image.Resampling.BICUBIC).save(files[-1])
-    return files
+    return noise.pictures(tmp_path_factory.mktemp("pictures"), 3)
 
 
 @pytest.fixture
