@@ -409,7 +409,8 @@ def test_dense_rtrl_by_its_own_kernels(
     resets[-1] = torch.tensor([True, False])
     want = rtrl_by(wide, x, delta, resets, "torch")
     got = rtrl_by(narrow, x.float(), delta.float(), resets, "triton")
-    assert oracle.relative(got, want) < 1e-5
+    # of one unit, a gradient's terms may nearly cancel: torch in float32 was found to be 1.8e-5 off
+    assert oracle.relative(got, want) < 5e-5
     joint = options.get("input_size") == units
     assert (calls.count("rtrl_jacobian"), calls.count("rtrl_immediate_")) == (steps, 0 if joint else steps)
 
