@@ -89,7 +89,13 @@ def test_the_forward_loop(monkeypatch, name: str, batch: int, units: int, reset:
 
 
 # Cells whose units affect one another: those with matrices.
-wired = pytest.mark.parametrize("name", [name for name, cell in every_cell.CELLS.items() if cell.matrices])
+WIRED = [name for name, cell in every_cell.CELLS.items() if cell.matrices]
+
+
+def at_sizes(letters: str, small: list[Any], large: list[Any]) -> pytest.MarkDecorator:
+    """All cells at small sizes, and two of them, with one input and with four, at large ones too."""
+    cases = [(name, *size) for name in WIRED for size in small]
+    return pytest.mark.parametrize(letters, cases + [(n, *size) for n in ("rgc", "lstm") for size in large])
 
 
 def functions(cell: Cell) -> Any:
@@ -98,10 +104,9 @@ def functions(cell: Cell) -> Any:
     return made.functions
 
 
-@wired
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (4, 3)])
-@pytest.mark.parametrize("units", [1, 17, 64, 100])
+@at_sizes("name, units", [(1,), (17,)], [(64,), (100,)])
 def test_the_loop_in_one_launch(
     monkeypatch, name: str, units: int, steps: int, batch: int, reset: bool
 ) -> None:
@@ -191,9 +196,8 @@ def test_quarters_hold_every_weight(units: int, lanes: int) -> None:
         assert product[units:].eq(0).all()
 
 
-@wired
 @pytest.mark.parametrize("reset", [False, True])
-@pytest.mark.parametrize(("batch", "units"), [(1, 1), (3, 17), (7, 132), (2, 260)])
+@at_sizes("name, batch, units", [(1, 1), (3, 17)], [(7, 132), (2, 260)])
 def test_a_step_and_its_linearization(monkeypatch, name: str, batch: int, units: int, reset: bool) -> None:
     cell = every_cell.CELLS[name]
     x, weights, state, resets = problem(cell, 1, batch, units, reset)
@@ -230,9 +234,8 @@ def test_how_a_step_is_laid_out() -> None:
     assert pick(1024, 8, 100, 32) == (8, 128, 1, 8)
 
 
-@wired
 @pytest.mark.parametrize("reset", [False, True])
-@pytest.mark.parametrize(("steps", "batch", "units"), [(1, 1, 1), (5, 3, 17), (4, 2, 132)])
+@at_sizes("name, steps, batch, units", [(1, 1, 1), (5, 3, 17)], [(4, 2, 132)])
 def test_exact_credits(monkeypatch, name: str, steps: int, batch: int, units: int, reset: bool) -> None:
     cell = every_cell.CELLS[name]
     x, weights, state, resets = problem(cell, steps, batch, units, reset)
