@@ -300,13 +300,15 @@ def cell_builds(
     resets: bool = True,
     save: bool = True,
     last: bool = False,
+    carry: bool = True,
     divisible: Sequence[str] = (),
 ) -> dict[str, Build]:
     """The kernels for any cell, with the functions of one: the name of a class of `cells.builtin`.
 
     They are those for `hidden` units, `batch` rows and `steps` steps. Where the dual form scans blocks of time in
     parallel, it comes with the summary of each block. save: whether the loop in one launch saves what the backward pass
-    needs; last: whether the step backward is a sequence's last. A cell without matrices has no step and no such loops.
+    needs; last: whether the step backward is a sequence's last; carry: whether the dual form takes later steps' credit.
+    A cell without matrices has no step and no such loops.
     """
     from ...backend import triton_cells
     from ...cells import builtin
@@ -401,6 +403,7 @@ def cell_builds(
         types,
         {
             **dict.fromkeys(["product_ptr", "local_ptr"] if one_block else []),
+            **dict.fromkeys([] if carry else ["carry_ptr"]),
             **shared,
             "DUAL": function("dual"),
             "ROWS": rows,

@@ -258,6 +258,7 @@ def circuit_launch(name: str, units: int, batch: int, steps: int, gpu: Gpu) -> L
         multiprocessors=gpu.multiprocessors,
         resets=False,
         last=steps == 1,
+        carry=False,
         divisible=(*divisible, *(("BN",) if total % 16 == 0 else ())),
     )
     if name == "rgc-forward" and cell_on_chip.on_chip(units, batch, MATRICES, 1, gpu.multiprocessors, warp):

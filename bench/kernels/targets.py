@@ -33,7 +33,7 @@ DUAL_NODES = 3 + STATES
 # Seconds of a step of 128 units on chip with half of the weights read from the cache: the largest count from the
 # machine code, at 1.7 GHz (`kernels.cell_on_chip.cell_forward`), which is longer than the latency of a load.
 CACHED_STEP = 1.1e-6
-# Launches of a step of an RGC's forward loop: in torch (tests/bench/kernels/test_timing.py counts them), and with
+# Launches of a step of an RGC's forward loop: in torch (tests/bench/kernels/test_targets.py counts them), and with
 # kernels, one product for both states that are read and the pointwise pass.
 EAGER_NODES, KERNEL_NODES = 16, 2
 
@@ -175,7 +175,7 @@ def _forward(units: int) -> Callable[[Times], float]:
         weights = [torch.empty(units, units, device="meta")] * MATRICES
         if not triton_backend.one_launch(RGCCell(), weights, 32):  # a product and a pass a step
             ours = 100 * (product + times.launches(KERNEL_NODES))
-        elif units > 64:
+        elif units > triton_backend.SMALL_UNITS:
             ours = max(ours, 100 * CACHED_STEP)
         return eager / ours
 

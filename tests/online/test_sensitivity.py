@@ -410,7 +410,7 @@ def test_dense_rtrl_by_its_own_kernels(
     want = rtrl_by(wide, x, delta, resets, "torch")
     got = rtrl_by(narrow, x.float(), delta.float(), resets, "triton")
     # of one unit, a gradient's terms may nearly cancel: torch in float32 was found to be 1.8e-5 off
-    assert oracle.relative(got, want) < 5e-5
+    assert oracle.relative(got, want) < (5e-5 if units == 1 else 1e-5)
     joint = options.get("input_size") == units
     assert (calls.count("rtrl_jacobian"), calls.count("rtrl_immediate_")) == (steps, 0 if joint else steps)
 

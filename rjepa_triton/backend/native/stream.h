@@ -13,9 +13,12 @@
 #pragma once
 
 #include <algorithm>
-#include <omp.h>
 #include <type_traits>
 #include <vector>
+
+#ifdef _OPENMP // a compiler without it builds code for one thread
+#include <omp.h>
+#endif
 
 #include "readout.h"
 
@@ -169,7 +172,8 @@ template <class real> struct Network {
 
     // usual: the weights learn, by an optimizer that is `plain`, and the layer doesn't predict itself.
     template <int kind, bool sums_up, bool usual>
-    __attribute__((noinline)) void learn_panel_of(const Matrix<real, S> &k, long t, long block, const Optimizer<real, kind> optimizer, bool first) {
+    __attribute__((noinline)) void learn_panel_of(const Matrix<real, S> &k, long t, long block,
+                                                  const Optimizer<real, kind> optimizer, bool first) {
         auto &p = panels[k.panel];
         // What the loop reads is copied here: a store may alias what lies in memory, which would be loaded again.
         const long i = block * W, here = units - i, begin = block * k.fan_in * W, fan_in = k.fan_in, shown = out;
@@ -529,7 +533,6 @@ template <class real> struct Network {
 
     template <int kind> void run(long threads) {
         const long blocks = (units + W - 1) / W;
-        const bool together = threads > 1 && numbers() >= SHARED_STREAM;
         const bool sums_up = every > 1 || options[5] > 0;
         if (room) {
             real *at = room;
@@ -634,11 +637,13 @@ template <class real> struct Network {
                 at = (at + 1) % every;
             }
         };
-        if (together) {
+#ifdef _OPENMP
+        if (threads > 1 && numbers() >= SHARED_STREAM) {
             Barrier barrier;
 #pragma omp parallel num_threads(threads)
             all_steps({omp_get_num_threads(), omp_get_thread_num(), &barrier});
         } else
+#endif
             all_steps({});
         for (auto &p : panels) p.turn_all(true);
         panels.clear();

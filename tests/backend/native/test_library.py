@@ -17,7 +17,7 @@ import torch
 
 from rjepa_triton import RGC, _processes
 from rjepa_triton.backend import native_backend, operations
-from rjepa_triton.backend.native import library
+from rjepa_triton.backend.native import generated, library
 from rjepa_triton.cells.builtin import RGCCell
 
 pytestmark = [
@@ -353,3 +353,15 @@ def test_without_a_compiler_torch_runs_and_one_warning_says_so(
         RGC(5)(torch.randn(3, 1, 5))[0].sum().backward()
     assert library.library() is None
     assert native_backend.NATIVE.no_loops(torch.device("cpu"), torch.float32) == "no C++ compiler was found"
+
+
+def test_streams_need_openmp_s_header_only_with_openmp(tmp_path: Path) -> None:
+    """Else they could not be built by a compiler that doesn't have it, whose code runs on one thread."""
+    (tmp_path / "a.cpp").write_text(f'{generated.source(RGCCell())}\n#include "stream.h"\n')
+    found = []
+    for threads in library.THREADS:
+        command = [str(library.compiler()), "-std=c++17", threads, f"-I{library.SOURCES}", "-M", "a.cpp"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "stream.h" in done.stdout
+        found.append("omp.h" in done.stdout)
+    assert found == [True, False]

@@ -59,6 +59,7 @@ class Case:
     wide_loads   the least number of 128-bit loads; all stores must have 128 bits then. 0 where rows allow neither
     tensor_core  whether there must be matrix instructions
     rounded      whether there must be conversions to bfloat16 that round to nearest
+    narrow       how many stores of fewer than 128 bits there may be, beside those of `NARROW_STORES`
     """
 
     build: Build
@@ -66,16 +67,13 @@ class Case:
     wide_loads: int
     tensor_core: bool = False
     rounded: bool = False
+    narrow: int = 0
 
 
 # How many stores of fewer than 128 bits a case may have, by the start of its name, and why.
 NARROW_STORES = {
     # A matrix product leaves four numbers in a row to a lane: 128 bits of float32, 64 of bfloat16.
     "chunk-gfx942-64x32x32-bf16": 8,
-    # A thread stores the saved numbers and states of a unit, which lie joined, one number at a time.
-    "cell-on-chip": 8,
-    # Each unit and batch row stores the states as read, the states as computed, and the partials, each once.
-    "cell-step": 40,
     # φ y goes to one row per state in each column, and a column has one gradient, so numbers are stored singly.
     "rtrl-heads": 3,
 }
@@ -260,6 +258,14 @@ def _cell_cases(target: str, cell: str, vector: int) -> Iterator[tuple[str, Case
             (each for each in ("dual-summary", "dual", "step", "backward") if kind.startswith(each)), kind
         )
         limit, loads = 255, 1 if vector == 4 else 0
+        letters = build.constants
+        narrow = 0
+        if kind == "on-chip":
+            # A thread stores the saved numbers and states of a unit one at a time; an RGC's four and two lie joined.
+            narrow = 3 if cell == "RGCCell" else letters["S"] + letters["F"]
+        elif kind == "step":
+            # Each unit and row stores the states as read and as computed, partials, and M, each number once.
+            narrow = 2 * letters["S"] + len(letters["WRITTEN"]) + letters["S"] ** 2
         if cell == "RGCCell" and kind == "on-chip":
             # Weights are read 128 bits at a time, either once for all steps, or half before the loop and half in it.
             block = build.constants["BLOCK"]
@@ -274,7 +280,7 @@ def _cell_cases(target: str, cell: str, vector: int) -> Iterator[tuple[str, Case
                 summaries = 6 * (kernel == "dual-blocks")
                 by_kind = {"dual": stages * (9 + summaries) + 2, "dual-summary": stages * 9, **RGC_LOADS}
                 loads = by_kind[kind] + 2 * (kernel == "backward")
-        yield f"cell-{kernel}-{target}-{cell}-{vector}", Case(build, limit, loads)
+        yield f"cell-{kernel}-{target}-{cell}-{vector}", Case(build, limit, loads, narrow=narrow)
 
 
 CASES = dict(_cases())
@@ -362,7 +368,7 @@ CONTROLS = {
 def complaints(name: str, case: Case, facts: Facts) -> list[str]:
     """The requirements of `case` that `facts` doesn't meet; empty if it meets all."""
     target = case.build.target
-    narrow = next((n for start, n in NARROW_STORES.items() if name.startswith(start)), 0)
+    narrow = case.narrow + next((n for start, n in NARROW_STORES.items() if name.startswith(start)), 0)
     found = {
         "spills": facts.spills,
         f"shared {facts.shared} > {SHARED_LIMIT[target]}": facts.shared > SHARED_LIMIT[target],

@@ -367,6 +367,9 @@ def test_a_prediction_compiles_what_the_launcher_launches(
                 for item in arguments[argument]  # type: ignore[attr-defined]
             ]
             assert given_kinds == kinds, argument
+    for argument in made.build.types:
+        absent = made.build.constants.get(argument, 0) is None
+        assert absent == (arguments[argument] is None), argument
     for option, number in made.build.options.items():
         assert arguments[option] == number, option
     specialized = () if name == "rtrl-heads" or "on_chip" in made.build.kernel else ("N", "M", "BN")
