@@ -33,6 +33,7 @@ class CellFunctions(NamedTuple):
     partials_found, credits           how many partials and credits the functions below find
     step_partials                     the partials of gates and inputs: the place of each among those that `partials`
                                       finds, or, so many further on, among v
+    links                             for each ν and ν', whether M^{νν'} may be other than zero
     update      (c, p, x) → the S new states, then v
     partials    (c, v, x, w) → the partials that aren't among v, then M row by row
     transition  (c, v, x, w) → M row by row
@@ -52,6 +53,7 @@ class CellFunctions(NamedTuple):
     partials_found: int
     credits: int
     step_partials: tuple[int, ...]
+    links: tuple[bool, ...]
     update: Any
     partials: Any
     transition: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, OnlineLearner, TwoPointRNN
+from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, OnlineLearner, Stream, TwoPointRNN
 from rjepa_triton.layers.functional import rgc
 from rjepa_triton.rules import rfp
 
@@ -216,6 +217,27 @@ def test_every_kernel_of_a_cell(name: str, units: int) -> None:
         found.append([made.states, m, first, of_step, *dual[0], *dual[1:], *exact[0], *exact[1:]])
     assert oracle.relative(found[1], found[0]) < TOLERANCE
     assert all(torch.equal(a, b) for a, b in zip(found[1], found[2], strict=True))
+
+
+@pytest.mark.parametrize("units", [17, 32, 64, 100, 256, 512])
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adam", "clip_norm": 1.0, "update_every": 3}], ids=str)
+def test_a_stream_in_one_launch_is_the_loop(units: int, options: dict[str, Any]) -> None:
+    """Of one program and of teams that wait for one another, alone and as a population of more than run at once."""
+    layer = RGC(units, init="uniform").to(DEVICE)
+    readout = torch.nn.Linear(units, 3).to(DEVICE)
+    wide = copy.deepcopy((layer, readout))
+    loop = Stream(*(module.double() for module in wide), backend="torch", lr=1e-3, **options)
+    many = Stream(layer, readout, backend="triton", lr=1e-3, population=5, seeds=[0] * 5, **options)
+    stream = Stream(layer, readout, lr=1e-3, **options)
+    assert stream.backend == "triton"
+    x, target = torch.randn(40, 1, units, device=DEVICE), torch.randn(40, 1, 3, device=DEVICE)
+    resets = torch.rand(40, 1, device=DEVICE) < 0.1
+    want = loop.run(x.double(), target.double(), resets)
+    found = stream.run(x, target, resets)
+    assert oracle.relative([found.losses, found.outputs], [want.losses, want.outputs]) < TOLERANCE
+    assert oracle.relative(stream.parameters, loop.parameters) < TOLERANCE
+    every = many.run(x, target, resets).losses
+    assert all(torch.equal(every[0], each) for each in every)
 
 
 @pytest.mark.parametrize("family", ["step", "chunk", "scan"])

@@ -288,6 +288,57 @@ def heads_build(
     )
 
 
+def stream_build(
+    target: str,
+    cell: str,
+    units: int,
+    *,
+    features: int | None = None,
+    optimizer: str = "sgd",
+    loss: str = "mse",
+    resets: bool = False,
+    multiprocessors: int = 132,
+    **options: Any,
+) -> Build | None:
+    """A stream's kernel for a layer of a cell of `cells.builtin` with four outputs; None where no GPU holds it.
+
+    features: F; None: the layer's input is the cell's own. options: of `Stream`.
+    """
+    from ...cells import builtin
+    from ...kernels import cell_stream
+    from ...layers.layer import TwoPointRNN
+    from ...online import stream_code
+    from ...online.stream_kernel import InKernel
+    from ...online.streams import Stream
+
+    layer = TwoPointRNN(getattr(builtin, cell)(), units, input_size=features)
+    readout = torch.nn.Linear(units, 4)
+    stream = Stream(layer, readout, loss=loss, optimizer=optimizer, backend="torch", **options)  # type: ignore[arg-type]
+    parts = stream_code.served_parts(stream)
+    assert not isinstance(parts, str), parts
+    problem = InKernel(stream, parts).problem()
+    config = cell_stream.pick_config(problem, WARP[target], multiprocessors)
+    if config is None:
+        return None
+    fixed = cell_stream.constants(problem, config, resets=resets, mask=False, hidden=False)
+    functions = {name: {"cell": cell, "function": name.lower()} for name in ("UPDATE", "PARTIALS")}
+    absent = dict.fromkeys(["exchange_ptr", "counter_ptr"] if config.team == 1 else [])
+    return Build(
+        target,
+        "rjepa_triton.kernels.cell_stream:_stream_kernel",
+        types={
+            "table_ptr": "*i64",
+            "rates_ptr": "*fp32",
+            "exchange_ptr": "*fp32",
+            "counter_ptr": "*i32",
+            "settings": ["fp32"] * 8,
+            **dict.fromkeys(("T", "position", "begins"), "i32"),
+        },
+        constants={**fixed, **functions, **absent},
+        options={"num_warps": config.num_warps},
+    )
+
+
 def cell_builds(
     target: str,
     cell: str,

@@ -116,6 +116,7 @@ def kernels_of(cell: Cell) -> Kernels | None:
             partials_found=new,
             credits=len(planes.nodes),
             step_partials=tuple(k if k < new else new + known[k - new] for k in needed),
+            links=tuple(functions.graph.value(node) != 0 for node in functions.m),
             update=module.update,
             partials=module.partials,
             transition=module.transition,

@@ -78,8 +78,10 @@ class Result:
 class Compiled:
     """Calls of `stream.h` for one stream, by the addresses of what the stream owns."""
 
+    backend, serves_steps = "compile", True
+
     def __init__(self, stream: Stream, parts: Parts, code: ctypes.CDLL) -> None:
-        self.stream, self.parts = stream, parts
+        self._settle(stream, parts)
         layer, weight = stream.layer, stream.layer.weights()[0]
         self.function = code.stream_float if weight.dtype == torch.float32 else code.stream_double
         self.function.argtypes, self.function.restype = [ctypes.c_void_p] * 3, None
@@ -87,7 +89,6 @@ class Compiled:
         assert found is not None
         self.entries = {"gate": found.entries[1], "input": found.entries[2]}
         sizes = parts.sizes(layer.hidden_size)
-        self.outputs = sizes[-1]
         counts = len(cell.states), len(cell.gates), len(cell.per_unit)
         planes = sum(counts) + counts[0] ** 2 + len(set(found.partials.values())) + 1
         self.scratch = weight.new_empty(
@@ -95,6 +96,10 @@ class Compiled:
         )
         self.carried = stream.batch_size * counts[0] * sum(weight.numel() for weight in layer.weights())
         self._room: Tensor | None = None
+
+    def _settle(self, stream: Stream, parts: Parts) -> None:
+        self.stream, self.parts, self.outputs = stream, parts, parts.sizes(stream.layer.hidden_size)[-1]
+        self.readout = stream.readout
         self.totals: list[Tensor | None] = [None] * len(self.learned())
         # Moments of weights that no step has changed yet.
         self.new: dict[nn.Parameter, dict[str, Tensor]] = {}
@@ -103,36 +108,14 @@ class Compiled:
     @classmethod
     def of(cls, stream: Stream) -> Compiled | str:
         """The compiled calls, or why there are none."""
-        layer, readout, learner = stream.layer, stream.readout, stream.learner
-        weight = layer.weights()[0]
-        options = stream.optimizer.param_groups[0]
+        layer, weight = stream.layer, stream.layer.weights()[0]
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
             return (
                 f"compiled code serves float32 and float64 on the CPU, got {weight.dtype} on {weight.device}"
             )
-        parts = Parts.of(readout, layer.hidden_size)
+        parts = served_parts(stream)
         if isinstance(parts, str):
             return parts
-        if learner.learning not in rfp.RULES:
-            return f"compiled code takes the rules {', '.join(rfp.RULES)}, got {learner.learning!r}"
-        if type(layer).readout is not TwoPointRNN.readout:
-            return f"{type(layer).__name__} computes its output outside of the recurrence"
-        if stream.kind < 0:
-            known = ", ".join(kind.__name__ for kind in OPTIMIZERS.values())
-            return f"compiled code takes the optimizers {known}, got {type(stream.optimizer).__name__}"
-        for name in ("amsgrad", "maximize", "centered", "differentiable", "decoupled_weight_decay"):
-            if options.get(name) and not (name == "decoupled_weight_decay" and stream.kind == 2):
-                return f"compiled code has no {name} of torch.optim"
-        if stream.kind == 3 and options["momentum"]:
-            return "compiled code has no momentum of RMSprop"
-        if "parametrizations" in layer._modules:
-            return "a weight is computed from others"
-        if any(one.dtype != weight.dtype or one.device != weight.device for one in stream.parameters):
-            return f"compiled code takes weights that are all {weight.dtype} on {weight.device}"
-        if len(stream.parameters) != len(layer.weights()) + len(parts.parameters()):
-            return "the layer or the readout has parameters that no step uses, or shares them"
-        if any(not parameter.is_contiguous() for parameter in stream.parameters):
-            return "a weight isn't contiguous"
         if native_backend.cpp_compiler() is None:
             library.tell_of_no_compiler()
             return "no C++ compiler was found"
@@ -146,11 +129,11 @@ class Compiled:
     def obstacle(self) -> str | None:
         """Why this call must be the loop's, or None. Raises ValueError if the stream's weights are others by now."""
         stream = self.stream
-        if not self.parts.are_still():
+        if not self.is_still_readout():
             parts = Parts.of(stream.readout, stream.layer.hidden_size)
             if isinstance(parts, str):
                 return parts
-            self.parts = parts
+            self.parts, self.readout = parts, stream.readout
             if not parts.are_still():
                 return "the readout has hooks"
         learned = self.learned()
@@ -174,6 +157,10 @@ class Compiled:
         if self.moments(stream.optimizer.param_groups[0])[1] is None:
             return "the optimizer has taken a number of steps that differs from weight to weight"
         return None
+
+    def is_still_readout(self) -> bool:
+        """Whether the stream's readout is the one that `parts` are of."""
+        return self.stream.readout is self.readout and self.parts.are_still()
 
     def forget(self) -> None:
         """What was made of memory that the stream no longer has."""
@@ -392,6 +379,37 @@ class Compiled:
         return self._one.learn(target, mask, rates)
 
 
+def served_parts(stream: Stream) -> Parts | str:
+    """The readout's parts, or why neither compiled code nor the kernel takes the stream."""
+    layer, readout, learner = stream.layer, stream.readout, stream.learner
+    weight = layer.weights()[0]
+    options = stream.optimizer.param_groups[0]
+    parts = Parts.of(readout, layer.hidden_size)
+    if isinstance(parts, str):
+        return parts
+    if learner.learning not in rfp.RULES:
+        return f"compiled code takes the rules {', '.join(rfp.RULES)}, got {learner.learning!r}"
+    if type(layer).readout is not TwoPointRNN.readout:
+        return f"{type(layer).__name__} computes its output outside of the recurrence"
+    if stream.kind < 0:
+        known = ", ".join(kind.__name__ for kind in OPTIMIZERS.values())
+        return f"compiled code takes the optimizers {known}, got {type(stream.optimizer).__name__}"
+    for name in ("amsgrad", "maximize", "centered", "differentiable", "decoupled_weight_decay"):
+        if options.get(name) and not (name == "decoupled_weight_decay" and stream.kind == 2):
+            return f"compiled code has no {name} of torch.optim"
+    if stream.kind == 3 and options["momentum"]:
+        return "compiled code has no momentum of RMSprop"
+    if "parametrizations" in layer._modules:
+        return "a weight is computed from others"
+    if any(one.dtype != weight.dtype or one.device != weight.device for one in stream.parameters):
+        return f"compiled code takes weights that are all {weight.dtype} on {weight.device}"
+    if len(stream.parameters) != len(layer.weights()) + len(parts.parameters()):
+        return "the layer or the readout has parameters that no step uses, or shares them"
+    if any(not parameter.is_contiguous() for parameter in stream.parameters):
+        return "a weight isn't contiguous"
+    return parts
+
+
 class _OneStep:
     """The tables of one step, which a loop with an environment uses again and again."""
 
@@ -443,7 +461,7 @@ class _OneStep:
     def is_still(self) -> bool:
         """Whether the tables name what the stream has now."""
         stream, now = self.stream, self.compiled.learned()
-        if has_hooks(stream.layer) or not self.compiled.parts.are_still():
+        if has_hooks(stream.layer) or not self.compiled.is_still_readout():
             return False
         same = len(now) == len(self.learned) and all(map(operator.is_, now, self.learned))
         return same and self._told_the_same() and self.of == self._of()

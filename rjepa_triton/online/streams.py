@@ -23,6 +23,7 @@ from .learner import OnlineLearner
 from .options import Learning
 from .sensitivity import PerUnit
 from .stream_code import LOSSES, OPTIMIZERS, Compiled, Result
+from .stream_kernel import InKernel
 
 __all__ = ["Result", "Stream"]
 
@@ -84,7 +85,8 @@ class Stream:
         nonfinite: what `run` does about NaN and infinities in x or target: "raise" ValueError, with nothing changed;
             "skip" the batch row at that step: it has no part in the loss, and starts a new episode if x isn't finite;
             "continue". Exploding sensitivities and losses are told by a RuntimeWarning.
-        backend: "auto"; "compile": raise ValueError where compiled code doesn't serve; "torch": the loop over steps.
+        backend: "auto": compiled code on a CPU, a Triton kernel on a GPU, and the loop over steps where these don't
+            serve; "compile" or "triton": raise ValueError where it doesn't serve; "torch": the loop over steps.
 
     Raises TypeError or ValueError for an argument out of its range.
     """
@@ -158,7 +160,7 @@ class Stream:
             check.one_of("optimizer", optimizer, tuple(OPTIMIZERS))
         elif optimizer_options is not None:
             raise ValueError("optimizer_options go with the name of an optimizer, got an optimizer")
-        check.one_of("backend", backend, ("auto", "compile", "torch"))
+        check.one_of("backend", backend, ("auto", "compile", "triton", "torch"))
         self.update_every = check.integer("update_every", update_every, 1)
         self.clip_norm = None if clip_norm is None else stream_given.positive("clip_norm", clip_norm)
         self.huber_delta = stream_given.positive("huber_delta", huber_delta)
@@ -189,22 +191,27 @@ class Stream:
         self._compiled: Compiled | None = None
         self._one_step: Compiled | None = None  # what runs the pending step; None: the loop
         self._served = True  # whether the compiled calls ran last: they hold the gradients' sum
-        self.why = "asked for"
+        self.why, self._asked = "asked for", backend
         if backend != "torch":
-            made = Compiled.of(self)
+            made = self._calls()
             if isinstance(made, Compiled):
                 self._compiled, self.why = made, "one call for all steps"
             else:
                 self.why = made
-                if backend == "compile":
-                    raise ValueError(f"backend='compile' can't run: {made}")
+                if backend != "auto":
+                    raise ValueError(f"backend={backend!r} can't run: {made}")
 
     @property
     def backend(self) -> str:
-        """What runs the stream, "compile" or "torch"."""
+        """What runs the stream, "compile", "triton" or "torch"."""
         if self.members is not None:
             return self.members[0].backend
-        return "torch" if self._compiled is None else "compile"
+        return "torch" if self._compiled is None else self._compiled.backend
+
+    def _calls(self) -> Compiled | str:
+        """The calls that run all steps, or why there are none."""
+        on_gpu = self._asked == "auto" and self.parameters[0].is_cuda
+        return (InKernel if on_gpu or self._asked == "triton" else Compiled).of(self)
 
     def groups(self) -> dict[nn.Parameter, int]:
         """Which of the optimizer's groups each weight is in."""
@@ -301,7 +308,7 @@ class Stream:
         ]
         compiled = [one for member in members if (one := member._serving()) is not None]
         if len(compiled) == count:
-            results = Compiled.run_all(compiled, given, hidden)
+            results = type(compiled[0]).run_all(compiled, given, hidden)
         else:
             for member in members:
                 member._serving(never=True)
@@ -329,7 +336,8 @@ class Stream:
             raise RuntimeError("step() came twice without learn(target) in between")
         compiled = self._one_step
         if compiled is None or not compiled.is_ready():
-            self._one_step = compiled = self._serving()
+            by_step = self._compiled is not None and self._compiled.serves_steps
+            self._one_step = compiled = self._serving(never=not by_step)
         if compiled is None:
             self._pending = self._forward(x)[0]
             return self._pending.detach().clone()
@@ -558,7 +566,7 @@ class Stream:
         """For copy.deepcopy and pickle: without what is of this process. A copy can't learn from a step of this one."""
         # Copies of a parameter come without its gradient.
         gradients = self._gradients() if self.members is None and self.position else None
-        serves = self.backend == "compile"
+        serves = self.backend != "torch"
         gone = {"_compiled": None, "_one_step": None, "_pending": None, "_left": None, "_served": True}
         return {**self.__dict__, **gone, "_serves": serves, "_kept": gradients}
 
@@ -569,7 +577,7 @@ class Stream:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
         if serves and self.members is None:
-            made = Compiled.of(self)
+            made = self._calls()
             if isinstance(made, Compiled):
                 self._compiled = made
                 if self.position:

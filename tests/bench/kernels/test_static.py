@@ -28,6 +28,7 @@ from rjepa_triton.bench.kernels.builds import (
     rtrl_build,
     scan_build,
     step_build,
+    stream_build,
     suffix_build,
 )
 from rjepa_triton.bench.kernels.static import (
@@ -108,6 +109,21 @@ RGC_LIMITS = {
 }
 # The least 128-bit loads of an RGC's kernels: gates, states and input, and credits, of each step under way.
 RGC_LOADS = {"pointwise": 7, "linearize": 7, "step": 4, "backward": 9}
+
+# Whole streams, of networks that one program holds and of teams: cell, N, F, and options of `Stream`.
+STREAMS: dict[str, tuple[str, int, int | None, dict[str, Any]]] = {
+    **{f"RGC-{n}": ("RGCCell", n, None, {}) for n in (32, 63, 64, 128, 512)},
+    "RGC-64-resets": ("RGCCell", 64, None, {"resets": True}),
+    "RGC-64-adam-clipped": (
+        "RGCCell",
+        64,
+        None,
+        {"optimizer": "adam", "clip_norm": 1.0, "update_every": 4, "loss": "cross_entropy"},
+    ),
+    "LSTM-32": ("LSTMCell", 32, 8, {}),
+    "LSTM-64-adamw": ("LSTMCell", 64, 8, {"optimizer": "adamw", "resets": True}),
+    "GRU-64-rmsprop": ("GRUCell", 64, 3, {"optimizer": "rmsprop", "loss": "cosine"}),
+}
 
 RTRL_CONFIGS = sorted({rtrl_step.pick_config(n) for n in range(1, 257)})
 
@@ -221,6 +237,11 @@ def _cases() -> Iterator[tuple[str, Case]]:
             yield f"block-summary-{target}-S{states}", Case(build, 96, states * states + states)
         for cell, vector in CELL_CASES:
             yield from _cell_cases(target, cell, vector)
+        for name, (cell, units, features, options) in STREAMS.items():
+            # Rows are read once a call; the state and each step's loss and outputs are single numbers.
+            stream = stream_build(target, cell, units, features=features, **options)
+            assert stream is not None
+            yield f"stream-{target}-{name}", Case(stream, 255, 0)
         for kernel, config in itertools.product(("jacobian", "immediate"), RTRL_CONFIGS):
             # It reads tiles of four matrices.
             per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)
