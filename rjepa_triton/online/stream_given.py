@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp
+from .stream_optimizer import refuse_late
 from .stream_readout import Parts
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def checked(
     """The arguments of `run`, checked, with what `nonfinite` makes of them; the rates of each group and step."""
     if stream._pending is not None:
         raise RuntimeError("run() came after step() without its learn(target)")
+    refuse_changed(stream)
     x = check.tensor("x", x)
     check.shape("x", x, ("T", *stream._step_shape), "to match the stream")
     check.like("x", x, "the layer", stream.layer.weights()[0])
@@ -65,11 +67,34 @@ def counting(stream: Stream, mask: Tensor | None, resets: Tensor | None, steps: 
     """The mask of a call; with `self_prediction`, of rows whose step isn't the first of an episode."""
     if not stream.self_prediction:
         return mask
-    counts = stream.begun.expand(steps, -1).clone()
+    counts = begun(stream).expand(steps, -1).clone()
     counts[1:] = True
     for given in (None if resets is None else ~resets, mask):
         counts = counts if given is None else counts & given
     return counts
+
+
+def begun(stream: Stream) -> Tensor:
+    """The rows (B,) whose episode has had a step, but for those that a `reset` since then lets begin anew."""
+    forget = stream.learner._forget
+    return stream.begun if forget is None else stream.begun & ~forget
+
+
+def refuse_changed(stream: Stream) -> None:
+    """Raise ValueError unless layer, readout, optimizer and learner go with each other as when the stream was made."""
+    mine, optimizer = set(stream.parameters), stream.optimizer
+    if {*stream.layer.parameters(), *stream.readout.parameters()} != mine:
+        raise ValueError("a weight of the layer or the readout was replaced: make a new Stream")
+    if stream.groups().keys() != mine:
+        raise ValueError(
+            "optimizer must still have the weights of the layer and the readout, and no others, in its groups"
+        )
+    if stream.learner.batch_size != stream.batch_size:
+        raise ValueError(
+            f"the stream's learner must keep its {stream.batch_size} batch rows, got {stream.learner.batch_size}: make "
+            "a new Stream"
+        )
+    refuse_late(optimizer)
 
 
 def refuse_for_self_prediction(stream: Stream) -> None:

@@ -22,7 +22,8 @@ from . import stream_given
 from .learner import OnlineLearner
 from .options import Learning
 from .sensitivity import PerUnit
-from .stream_code import LOSSES, OPTIMIZERS, Compiled, Result
+from .stream_code import LOSSES, Compiled, Result
+from .stream_optimizer import OPTIMIZERS
 
 __all__ = ["Result", "Stream"]
 
@@ -327,10 +328,13 @@ class Stream:
         self._refuse_population("step")
         if self._pending is not None:
             raise RuntimeError("step() came twice without learn(target) in between")
+        if self.self_prediction:
+            self.begun = stream_given.begun(self)
         compiled = self._one_step
         if compiled is None or not compiled.is_ready():
             self._one_step = compiled = self._serving()
         if compiled is None:
+            stream_given.refuse_changed(self)
             self._pending = self._forward(x)[0]
             return self._pending.detach().clone()
         weight = self.parameters[0]
@@ -359,14 +363,25 @@ class Stream:
             target = None if checked is None else checked[0]
         if mask is not None:
             mask = check.mask("mask", mask, (self.batch_size,), output.device)
+        compiled = self._one_step
+        if compiled is None:
+            stream_given.refuse_changed(self)
         if self.self_prediction:
             mask = self.begun.clone() if mask is None else self.begun & mask
+        if compiled is not None and not compiled.is_told():
+            loss = compiled.summed(target, mask)
+            if mask is None or not self.self_prediction or bool(mask.any()):
+                self._update()
+        else:
+            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+            if compiled is None:
+                loss = float(self._learn_from(output, target, mask, rates))
+            else:
+                loss = compiled.learn(target, mask, rates)
+        if self.self_prediction:
             self.begun.fill_(True)
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._pending = None
-        if self._one_step is not None:
-            return self._one_step.learn(target, mask, rates)
-        return float(self._learn_from(output, target, mask, rates))
+        return loss
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Start a new episode at the next step in the batch rows where mask (B,) is True, or in all."""
@@ -375,8 +390,6 @@ class Stream:
                 member.reset(mask)
             return
         self.learner.reset(mask)
-        if self.self_prediction:
-            self.begun = torch.zeros_like(self.begun) if mask is None else self.begun & ~mask
 
     def _serving(self, never: bool = False) -> Compiled | None:
         """The compiled calls if they serve now, else None: the loop does. It gets the gradients' sum so far."""
@@ -451,14 +464,19 @@ class Stream:
         loss.backward()
         if self._left is not None:
             self._credit_before()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if float(group["lr"]) != rate:  # else the optimizer's own, which may be a tensor
+                group["lr"] = rate
+        self._update()
+        return loss.detach()
+
+    def _update(self) -> None:
+        """A step's gradients were summed: the optimizer takes its step if it is the last of `update_every`."""
         self.position = (self.position + 1) % self.update_every
         if self.position == 0:
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
             self.optimizer.step()
-        return loss.detach()
 
     def _credit_before(self) -> None:
         """Add the layer's gradient through h(t-1) to the weights' `.grad`: Γ is still that of step t-1."""
