@@ -14,9 +14,10 @@ from ..backend import native_backend
 from ..backend.native import generated, library
 from ..cells.trace import traced
 from ..layers.layer import TwoPointRNN
-from ..rules import rfp
+from ..rules.rtrl import joint_heads
 from . import stream_given
 from .options import refuse_hooks
+from .sensitivity import Exact, PerUnit, Sensitivity
 from .stream_optimizer import MOMENTS, OPTIMIZERS, alike, has_step_hooks, unserved
 from .stream_readout import LINEAR, Parts, has_hooks
 
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from .streams import Stream
 
 LOSSES = ("mse", "cross_entropy", "huber", "cosine", "delta")  # in the order of stream.h
-RULES = {"rfp": 0, "eprop": 1, "rflo": 2, "snap0": 3}
+RULES = {"rfp": 0, "eprop": 1, "rflo": 2, "snap0": 3, "rtrl": 4}
+EXACT_ROWS = (
+    256  # S times the units of a head, up to which RTRL is compiled; products of larger J are BLAS's work
+)
 LOSSES_AT = {
     name: k for k, name in enumerate(LOSSES)
 }  # in the order of stream.h, as are these and OPTIMIZERS
@@ -82,7 +86,9 @@ class Compiled:
         self.scratch = weight.new_empty(
             stream.batch_size * (layer.hidden_size * planes + self.outputs + 2 * sum(sizes)) + 128
         )
+        self.head = _head(layer) if stream.learner.learning == "rtrl" else 0  # units of a head of RTRL
         self.carried = stream.batch_size * counts[0] * sum(weight.numel() for weight in layer.weights())
+        self.carried *= self.head or 1
         self._room: Tensor | None = None
         self.totals: list[Tensor | None] = [None] * len(self.learned())
         # Moments of weights that no step has changed yet.
@@ -101,8 +107,11 @@ class Compiled:
         parts = Parts.of(readout, layer.hidden_size)
         if isinstance(parts, str):
             return parts
-        if learner.learning not in rfp.RULES:
-            return f"compiled code takes the rules {', '.join(rfp.RULES)}, got {learner.learning!r}"
+        if learner.learning not in RULES:
+            return f"compiled code takes the rules {', '.join(RULES)}, got {learner.learning!r}"
+        rows = len(layer.cell.states) * _head(layer)
+        if learner.learning == "rtrl" and rows > EXACT_ROWS:
+            return f"compiled code takes RTRL of heads of at most {EXACT_ROWS} states, got {rows}"
         if type(layer).readout is not TwoPointRNN.readout:
             return f"{type(layer).__name__} computes its output outside of the recurrence"
         if stream.kind < 0:
@@ -194,12 +203,13 @@ class Compiled:
         moments, done = self.moments(options) if updates else (none, 0)
         assert done is not None
         arrays = [_address(given.get(name)) for name in FIRST] + [state.data_ptr(), self.scratch.data_ptr()]
-        arrays.append(self.room() if stream.batch_size == 1 and steps >= PANELS_FROM else 0)
+        by_panels = stream.batch_size == 1 and steps >= PANELS_FROM and not self.head
+        arrays.append(self.room() if by_panels else 0)
         numbers: list[int] = [
             *(phase, steps, stream.batch_size, layer.hidden_size, layer.fan_in, self.outputs),
             *(LOSSES_AT[stream.loss], stream.kind),
             *(stream.update_every if updates else stream.position + 2, stream.position),
-            *(RULES[learner.learning], layer.cell.outputs[0], done, stream.self_prediction),
+            *(RULES[learner.learning], layer.cell.outputs[0], done, stream.self_prediction, self.head),
         ]
         sums_up = not updates or stream.update_every > 1 or stream.clip_norm is not None
         place = iter(range(len(self.totals)))
@@ -225,20 +235,38 @@ class Compiled:
                 add(part.bias)
         weights = layer.weights()
         numbers.append(len(weights))
-        places = {index: (group, k) for group in sensitivity.groups for k, index in enumerate(group.indices)}
+        places = self.gammas(sensitivity)
         for index, (matrix, weight) in enumerate(zip(layer.matrices, weights, strict=True)):
             add(weight)
-            group, k = places[index]
-            first = group.gammas[0]
-            arrays.extend(g.data_ptr() + g.element_size() * k * g.stride(1) for g in group.gammas)
+            gammas, fan_in, apart = places[index]
+            arrays.extend(gammas)
             reads = {"input": INPUT, "one": ONE}.get(str(matrix.reads), matrix.reads)
             phi = dict(self.entries[matrix.into[0]][matrix.into[1]])
             numbers += [
                 *(int(reads), matrix.into[0] == "gate", matrix.into[1]),
-                *(weight.dim(), first.shape[3], first.stride(0)),
+                *(weight.dim(), fan_in, apart),
                 *(phi.get(nu, -1) for nu in range(len(layer.cell.states))),
             ]
         return arrays, list(map(int, numbers)), self.settings()
+
+    def gammas(self, sensitivity: Sensitivity) -> dict[int, tuple[list[int], int, int]]:
+        """Of each of the layer's matrices the addresses of its Γ^ν, its fan-in, and how far rows of Γ lie apart."""
+        found = {}
+        states = len(self.stream.layer.cell.states)
+        if isinstance(sensitivity, Exact):  # γ (B, H, S, b, K, b, M)
+            for gamma, indices in sensitivity.by_index():
+                fan_in, size = gamma.shape[-1], gamma.element_size()
+                for k, index in enumerate(indices):
+                    first = gamma.data_ptr() + size * k * gamma.stride(4)
+                    found[index] = [first] + [0] * (states - 1), fan_in, gamma.stride(3)
+            return found
+        assert isinstance(sensitivity, PerUnit)
+        for group in sensitivity.groups:
+            first_of = group.gammas[0]
+            for k, index in enumerate(group.indices):
+                places = [g.data_ptr() + g.element_size() * k * g.stride(1) for g in group.gammas]
+                found[index] = places, first_of.shape[3], first_of.stride(0)
+        return found
 
     def room(self) -> int:
         """The address of room for `Panels` of stream.h, kept because new memory costs more than a short call."""
@@ -429,7 +457,10 @@ class _OneStep:
     def _of(self) -> list[Any]:
         """What the tables are made of: addresses, and which weights learn."""
         found: list[Any] = [(parameter.data_ptr(), parameter.requires_grad) for parameter in self.learned]
-        found.append(self.stream.learner.lend()[0].data_ptr())
+        state, sensitivity = self.stream.learner.lend()
+        found.append(state.data_ptr())
+        if self.compiled.head:  # a learner's own step exchanges γ and its spare room
+            found += [gamma.data_ptr() for gamma in sensitivity.tensors()]
         return found
 
     def _moments(self) -> list[int]:
@@ -548,6 +579,11 @@ def _packed(networks: Sequence[Tables], threads: int) -> tuple[Any, Any, Any]:
         (ctypes.c_long * len(numbers))(*numbers),
         (ctypes.c_double * len(options))(*options),
     )
+
+
+def _head(layer: TwoPointRNN) -> int:
+    """The units of a head of RTRL."""
+    return layer.hidden_size // joint_heads(list(layer.recurrent_weights()), layer.hidden_size)
 
 
 def _are(these: Any, those: Any) -> bool:

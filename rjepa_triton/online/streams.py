@@ -21,7 +21,7 @@ from ..layers.layer import TwoPointRNN
 from . import stream_given
 from .learner import OnlineLearner
 from .options import Learning
-from .sensitivity import PerUnit
+from .sensitivity import Sensitivity
 from .stream_code import LOSSES, Compiled, Result
 from .stream_optimizer import OPTIMIZERS
 
@@ -185,7 +185,7 @@ class Stream:
         self._pending: Tensor | None = None  # the output of step(), until learn()
         # Of self-prediction: rows whose episode has had a step; what step() of the loop has left for learn().
         self.begun = torch.zeros(self.batch_size, dtype=torch.bool, device=layer.weights()[0].device)
-        self._left: tuple[Tensor, Tensor, Tensor, PerUnit] | None = None
+        self._left: tuple[Tensor, Tensor, Tensor, Sensitivity] | None = None
         self._step_shape = (self.batch_size, layer.fan_in)
         self._compiled: Compiled | None = None
         self._one_step: Compiled | None = None  # what runs the pending step; None: the loop
