@@ -210,6 +210,7 @@ class Compiled:
             *(LOSSES_AT[stream.loss], stream.kind),
             *(stream.update_every if updates else stream.position + 2, stream.position),
             *(RULES[learner.learning], layer.cell.outputs[0], done, stream.self_prediction, self.head),
+            stream.mean == "all",
         ]
         sums_up = not updates or stream.update_every > 1 or stream.clip_norm is not None
         place = iter(range(len(self.totals)))

@@ -75,6 +75,7 @@ class Stream:
         update_every: C ≥ 1: the optimizer steps after every C-th step, by the sum of C gradients.
         clip_norm: the largest norm of all weights' gradient (torch.nn.utils.clip_grad_norm_); None: no limit.
         huber_delta: δ > 0 of the loss "huber".
+        mean: a step's loss is the mean over "counted" rows, those of `mask`; or over "all", where others' loss is 0.
         self_prediction: learn to predict the layer's next output. Goes with the losses "mse", "huber" and "cosine", and
             a readout that gives as many numbers as the layer has units.
         population: P: learn P independent networks, each a copy of `layer` and `readout` whose parameters are drawn
@@ -113,6 +114,7 @@ class Stream:
         update_every: int = 1,
         clip_norm: float | None = None,
         huber_delta: float = 1.0,
+        mean: Literal["counted", "all"] = "counted",
         self_prediction: bool = False,
         population: int | None = None,
         seeds: Sequence[int] | None = None,
@@ -120,7 +122,8 @@ class Stream:
         backend: str = "auto",
     ) -> None:
         check.one_of("nonfinite", nonfinite, NONFINITE)
-        self.nonfinite, self.self_prediction = nonfinite, self_prediction
+        check.one_of("mean", mean, ("counted", "all"))
+        self.nonfinite, self.mean, self.self_prediction = nonfinite, mean, self_prediction
         self.members: list[Stream] | None = None
         if population is not None:
             if isinstance(optimizer, torch.optim.Optimizer):
@@ -135,6 +138,7 @@ class Stream:
                 "update_every": update_every,
                 "clip_norm": clip_norm,
                 "huber_delta": huber_delta,
+                "mean": mean,
                 "self_prediction": self_prediction,
                 "nonfinite": nonfinite,
                 "backend": backend,
@@ -473,7 +477,7 @@ class Stream:
     def _update(self) -> None:
         """A step's gradients were summed: the optimizer takes its step if it is the last of `update_every`."""
         self.position = (self.position + 1) % self.update_every
-        if self.position == 0:
+        if not self.position:
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
             self.optimizer.step()
@@ -505,7 +509,9 @@ class Stream:
             rows = (output - target).square().mean(-1)
         if mask is None:
             return rows.mean()
-        return torch.where(mask, rows, 0).sum() / mask.sum().clamp(min=1)
+        return torch.where(mask, rows, 0).sum() / (
+            len(mask) if self.mean == "all" else mask.sum().clamp(min=1)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed stream needs: weights, the learner's state with Γ, the optimizer's, and the gradients'

@@ -823,6 +823,29 @@ def test_hidden_is_the_layers_output_at_each_step(options: dict[str, Any], backe
 
 
 @by_backend
+@pytest.mark.parametrize("by", ["run", "step"])
+def test_the_mean_over_all_rows(by: str, backend: str) -> None:
+    """It is the mean over those that count, times their part of the rows."""
+    layer, readout = RGC(5, input_size=3, init="uniform", dtype=F64), nn.Linear(5, 3, dtype=F64)
+    mask = torch.tensor([[True, False], [True, True], [False, False]] * 2)
+    found = []
+    for mean in ("all", "counted"):
+        mine = copy.deepcopy((layer, readout))
+        stream = Stream(*mine, 2, lr=0.1, mean=mean, backend=backend)  # type: ignore[arg-type]
+        part = mask.double().mean(1)
+        if mean == "all":
+            rates, scale = None, torch.ones(())
+        else:  # of SGD, whose step is its rate times the gradient
+            rates, scale = 0.1 * part, part
+        run = stream.run if by == "run" else functools.partial(by_step, stream)
+        losses, *_ = run(X, AIM, None, mask, rates)
+        found.append([losses * scale, *stream.parameters])
+    near(*found, 1e-12)
+    with pytest.raises(ValueError, match="mean must be one of 'counted', 'all', got 'none'"):
+        Stream(layer, readout, mean="none")  # type: ignore[arg-type]
+
+
+@by_backend
 def test_step_and_learn_take_turns(backend: str) -> None:
     stream = stream_of(backend=backend)
     stream.step(X[0])

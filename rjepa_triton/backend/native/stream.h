@@ -104,6 +104,7 @@ template <class real> struct Network {
     std::vector<real> jacobians, columns; // of RTRL: J of each batch row and head, and columns of γ of each thread
     long phase, steps, batch, units, features, classes_or_outputs, loss, optimizer, every, position, rule, out, done;
     long head; // with RTRL: the units of a head, within which all weights act on all states
+    long of_all; // whether a loss is the mean over all batch rows, not over those that count
     long lagged; // whether the layer predicts itself; a step at which no batch row counts is then not learned from
     const double *options; // beta1, beta2, eps, weight decay, Huber's δ, largest norm of the gradient or 0, parts' settings
 
@@ -121,7 +122,7 @@ template <class real> struct Network {
         phase = table.next(), steps = table.next(), batch = table.next(), units = table.next();
         features = table.next(), classes_or_outputs = table.next(), loss = table.next(), optimizer = table.next();
         every = table.next(), position = table.next(), rule = table.next(), out = table.next(), done = table.next();
-        lagged = table.next(), head = table.next();
+        lagged = table.next(), head = table.next(), of_all = table.next();
         readout = Readout<real>(table, batch, units, steps, rates, options + 6);
         matrices.resize(table.next());
         for (auto &k : matrices) {
@@ -278,7 +279,7 @@ template <class real> struct Network {
         const real *o = outputs + t * batch * O;
         const unsigned char *counts = mask ? mask + t * batch : nullptr;
         long rows = 0;
-        for (long b = 0; b < batch; b++) rows += !counts || counts[b];
+        for (long b = 0; b < batch; b++) rows += of_all || !counts || counts[b];
         double sum = 0;
         for (long b = 0; b < batch; b++) {
             const real *out = o + b * O, *aim = loss == CROSS_ENTROPY ? nullptr
