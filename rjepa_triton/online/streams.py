@@ -367,8 +367,7 @@ class Stream:
             target = None if checked is None else checked[0]
         if mask is not None:
             mask = check.mask("mask", mask, (self.batch_size,), output.device)
-        compiled = self._one_step
-        if compiled is None:
+        if (compiled := self._one_step) is None:
             stream_given.refuse_changed(self)
         if self.self_prediction:
             mask = self.begun.clone() if mask is None else self.begun & mask
@@ -477,7 +476,7 @@ class Stream:
     def _update(self) -> None:
         """A step's gradients were summed: the optimizer takes its step if it is the last of `update_every`."""
         self.position = (self.position + 1) % self.update_every
-        if not self.position:
+        if self.position == 0:
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
             self.optimizer.step()
@@ -509,9 +508,8 @@ class Stream:
             rows = (output - target).square().mean(-1)
         if mask is None:
             return rows.mean()
-        return torch.where(mask, rows, 0).sum() / (
-            len(mask) if self.mean == "all" else mask.sum().clamp(min=1)
-        )
+        count = mask.sum().clamp(min=1) if self.mean == "counted" else len(mask)
+        return torch.where(mask, rows, 0).sum() / count
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed stream needs: weights, the learner's state with Γ, the optimizer's, and the gradients'
