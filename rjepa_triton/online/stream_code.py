@@ -536,7 +536,7 @@ class _OneStep:
     def learn(self, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]) -> float:
         """The loss of the step that `forward` ran; it is learned from."""
         self._take(target, mask)
-        self.rates[:] = rates
+        self.rates[:] = list(rates)
         numbers, stream = self.numbers, self.stream
         numbers[PHASE], numbers[POSITION] = LEARN, stream.position
         numbers[DONE] = self.done
