@@ -38,9 +38,10 @@ ADDRESSES = (
     "mask",
     "state",
 )  # the first ones of a network
-# Numbers of weights, Γ and moments that a thread keeps in its 255 registers.
-NUMBERS_A_THREAD = 112
-MOST_WARPS, LEAST_ROWS = 8, 2
+# Most numbers of a thread, of 255 registers, by `registers`: of SGD, and of optimizers that have moments, whose roots
+# and divisions take registers of their own. Beyond, kernels were found to spill.
+PLAIN_NUMBERS, NUMBERS_WITH_MOMENTS = 200, 120
+WARPS, LEAST_ROWS = (1, 2, 4, 8), 2
 
 
 @triton.jit
@@ -645,33 +646,45 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def numbers(problem: Problem, rows: int) -> int:
-    """How many numbers a program of so many units keeps in registers."""
-    block = triton.next_power_of_2(problem.units)
-    each = 1 + problem.moments + (problem.every > 1 or problem.clips)
-    columns = sum(triton.next_power_of_2(fan_in) for fan_in in problem.fan_in)
-    team = rows < block
-    readout = triton.next_power_of_2(problem.outputs) * (block + rows * team)
-    return rows * columns * (each + problem.cell.states) + readout * each
+def registers(problem: Problem, rows: int, warps: int, warp_size: int) -> int:
+    """About how many numbers a thread has of a program of so many units: weights, moments, sums and Γ, and of each of
+    its units partials and M. The compiler adds what it needs in between.
+    """
+    cell, block = problem.cell, triton.next_power_of_2(problem.units)
+    of_weight = 1 + problem.moments + (problem.every > 1 or problem.clips)
+    threads, columns = warps * warp_size, [triton.next_power_of_2(fan_in) for fan_in in problem.fan_in]
+    # A warp reads rows of four numbers a thread where these lie at multiples of 16 bytes, else of single numbers.
+    lanes = min(warp_size, block // 4 if problem.units % 4 == 0 and block >= 4 else block)
+    across = 1 if problem.units % 4 == 0 else min(warps, max(1, block // lanes))
+    units = max(1, rows // (warp_size // lanes * (warps // across)))  # of a thread
+    found = 0
+    for fan_in in columns:
+        each = units if fan_in == 1 else max(1, rows * fan_in // threads)
+        found += each * (of_weight + cell.states)
+    readout = triton.next_power_of_2(problem.outputs)
+    for width in (block, *[rows] * (rows < block), *[1] * problem.bias):
+        found += max(1, readout * width // threads) * of_weight
+    vectors = cell.states**2 + cell.states + len({k for phi in problem.phi for k in phi}) + cell.inputs + 4
+    return found + units * (vectors + 2 * len(cell.entering))
 
 
 def whole(problem: Problem) -> Config:
     """One program for all units."""
-    return Config(1, triton.next_power_of_2(problem.units), MOST_WARPS)
+    return Config(1, triton.next_power_of_2(problem.units), WARPS[-1])
 
 
 def pick_config(problem: Problem, warp_size: int, multiprocessors: int) -> Config | None:
     """The largest programs whose numbers fit in registers; None where no team fits on the GPU. A pure function."""
+    most = NUMBERS_WITH_MOMENTS if problem.moments else PLAIN_NUMBERS
     rows = whole(problem).rows
     least = min(rows, LEAST_ROWS)
     while rows >= least:
         team = -(-problem.units // rows)
-        a_warp = NUMBERS_A_THREAD * warp_size
-        warps = max(triton.next_power_of_2(-(-numbers(problem, rows) // a_warp)), 1)
         if team > multiprocessors:
             return None
-        if warps <= MOST_WARPS:
-            return Config(team, rows, warps)
+        for warps in WARPS:
+            if registers(problem, rows, warps, warp_size) <= most:
+                return Config(team, rows, warps)
         rows //= 2
     return None
 

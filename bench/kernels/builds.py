@@ -307,14 +307,15 @@ def stream_build(
     from ...cells import builtin
     from ...kernels import cell_stream
     from ...layers.layer import TwoPointRNN
-    from ...online import stream_code
+    from ...online import stream_given
     from ...online.stream_kernel import InKernel
     from ...online.streams import Stream
+    from ...rules import rfp
 
     layer = TwoPointRNN(getattr(builtin, cell)(), units, input_size=features)
     readout = torch.nn.Linear(units, 4)
     stream = Stream(layer, readout, loss=loss, optimizer=optimizer, backend="torch", **options)  # type: ignore[arg-type]
-    parts = stream_code.served_parts(stream)
+    parts = stream_given.served_parts(stream, rfp.RULES)
     assert not isinstance(parts, str), parts
     problem = InKernel(stream, parts).problem()
     config = cell_stream.pick_config(problem, WARP[target], multiprocessors)

@@ -21,7 +21,7 @@ from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from ..._processes import Workers
 from ...layers.layer import TwoPointRNN
 from ...layers.named import GRU, LSTM, RGC
 from ...online.learner import OnlineLearner
+from ...online.streams import Stream
 from ...rules.refine import Divergence
 from ..harness import record
 from ..harness.measure import timing
@@ -42,6 +43,7 @@ from ..harness.record import Record
 from ..harness.statistics import interval
 from ..harness.tables import place
 from .tasks import TASKS
+from .tasks import Stream as Data
 
 FILE = "learn.jsonl"
 CELLS: dict[str, Callable[..., TwoPointRNN]] = {"LSTM": LSTM, "GRU": GRU, "RGC": RGC}
@@ -66,6 +68,11 @@ class Rule:
     options: dict[str, Any]
     chunked: bool = False
     heads: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether a `Stream` runs it as compiled code, where there is a compiler."""
+        return not self.chunked and self.options.get("learning") != "uoro"
 
 
 RULES = {
@@ -224,36 +231,91 @@ def train(run: Run) -> dict[str, Any]:
     }
 
 
-def _curve(run: Run) -> tuple[list[float], list[float], int]:
-    """The mean loss and the seconds of each window, up to the first that is not finite; and bytes of learning state."""
+def _curve(
+    run: Run, *, by_stream: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[list[float], list[float], int]:
+    """The mean loss and the seconds of each window, up to the first that is not finite; and bytes of learning state.
+
+    by_stream: whether a `Stream` runs the rules that it can.
+    """
     task, rule = TASKS[run.task], RULES[run.rule]
-    stream = task.make(run.window * run.windows, run.batch, run.seed)
-    scored = stream.scored.float()
-    model = layer(CELL_OF[run.task], task.features, run.hidden, HEADS if rule.heads else 1, run.seed)
+    data = task.make(run.window * run.windows, run.batch, run.seed)
+    target = data.target.to(dtype) if data.target.is_floating_point() else data.target
+    data = Data(data.x.to(dtype), target, data.scored)
+    model = layer(CELL_OF[run.task], task.features, run.hidden, HEADS if rule.heads else 1, run.seed).to(
+        dtype
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed + 1)
-        readout = nn.Linear(run.hidden, task.outputs)
-    learner = OnlineLearner(model, run.batch, update_every=run.chunk, seed=run.seed, **rule.options)
+        readout = nn.Linear(run.hidden, task.outputs).to(dtype)
     parameters = [*model.parameters(), *readout.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=run.rate, fused=True)
+    way = _by_stream if by_stream and rule.streams else _by_learner
+    learn_window, learner = way(run, model, readout, optimizer)
     curve: list[float] = []
     seconds: list[float] = []
-    for first in range(0, len(scored), run.window):
-        begin, total = time.perf_counter(), torch.zeros(())
-        for t in range(first, first + run.window, run.chunk):
+    for first in range(0, len(data.x), run.window):
+        begin, now = time.perf_counter(), slice(first, first + run.window)
+        total = learn_window(data, now)
+        seconds.append(time.perf_counter() - begin)
+        curve.append(total / int(data.scored[now].sum()))
+        if not math.isfinite(curve[-1]):
+            break
+    return curve, seconds, learner.nbytes
+
+
+# Learns from the steps of a window, and returns the sum of their losses over scored steps and rows.
+Window: TypeAlias = Callable[[Data, slice], float]
+
+
+def _by_learner(
+    run: Run, model: TwoPointRNN, readout: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Window, OnlineLearner]:
+    """An `OnlineLearner`, step by step or chunk by chunk."""
+    task, rule = TASKS[run.task], RULES[run.rule]
+    learner = OnlineLearner(model, run.batch, update_every=run.chunk, seed=run.seed, **rule.options)
+    parameters = [*model.parameters(), *readout.parameters()]
+
+    def window(data: Data, steps: slice) -> float:
+        total = torch.zeros((), dtype=data.x.dtype)
+        for t in range(steps.start, steps.stop, run.chunk):
             now = slice(t, t + run.chunk)
-            shown = learner.chunk(stream.x[now]) if rule.chunked else learner.step(stream.x[t])[None]
-            loss = (task.losses(readout(shown), stream.target[now]) * scored[now]).sum()
+            shown = learner.chunk(data.x[now]) if rule.chunked else learner.step(data.x[t])[None]
+            loss = (task.losses(readout(shown), data.target[now]) * data.scored[now]).sum()
             (loss / (run.batch * run.chunk)).backward()
             nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             optimizer.zero_grad()
             total += loss.detach()
-        seconds.append(time.perf_counter() - begin)
-        curve.append(float(total / scored[first : first + run.window].sum()))
-        if not math.isfinite(curve[-1]):
-            break
-    return curve, seconds, learner.nbytes
+        return float(total)
+
+    return window, learner
+
+
+def _by_stream(
+    run: Run, model: TwoPointRNN, readout: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Window, OnlineLearner]:
+    """A `Stream`, a window in one call."""
+    task, rule = TASKS[run.task], RULES[run.rule]
+    symbols = task.loss == "cross-entropy"
+    made = Stream(
+        model,
+        readout,
+        run.batch,
+        loss="cross_entropy" if symbols else "mse",
+        optimizer=optimizer,
+        learning=rule.options.get("learning"),
+        clip_norm=CLIP,
+        mean="all",
+        nonfinite="continue",
+    )
+
+    def window(data: Data, steps: slice) -> float:
+        target = data.target[steps]
+        result = made.run(data.x[steps], target if symbols else target[..., None], mask=data.scored[steps])
+        return float(result.losses.double().sum()) * run.batch
+
+    return window, made.learner
 
 
 def measure(

@@ -118,7 +118,9 @@ class StreamActorCritic:
         self.policy = weight.new_zeros(self.batch_size, actor.out_features)
 
     def _carried(self) -> PerUnit:
-        return self.learner.lend()[1]
+        sensitivity = self.learner.lend()[1]
+        assert isinstance(sensitivity, PerUnit)
+        return sensitivity
 
     def _rows(self, name: str, value: float | Tensor) -> Tensor:
         weight = self.layer.weights()[0]

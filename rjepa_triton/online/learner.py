@@ -842,13 +842,13 @@ class OnlineLearner(LearnerRows):
         self._forget = rows.clone() if self._forget is None else self._forget | rows
         self._forget_all |= mask is None
 
-    def lend(self) -> tuple[Tensor, PerUnit]:
+    def lend(self) -> tuple[Tensor, PerUnit | Exact]:
         """The state (S, B, N) and Γ as they are now, for a `Stream`, which advances them in place; then `returned`.
 
         A backward() of an earlier step comes too late from here on.
         """
         sensitivity = self._past.sensitivity
-        assert isinstance(sensitivity, PerUnit)
+        assert isinstance(sensitivity, PerUnit | Exact)
         self._past.enter()
         try:
             if self._cut:

@@ -14,28 +14,21 @@ from ..backend import native_backend
 from ..backend.native import generated, library
 from ..cells.trace import traced
 from ..layers.layer import TwoPointRNN
-from ..rules import rfp
+from ..rules.rtrl import joint_heads
+from . import stream_given
 from .options import refuse_hooks
+from .sensitivity import Exact, PerUnit, Sensitivity
+from .stream_optimizer import MOMENTS, alike, has_step_hooks, unserved
 from .stream_readout import LINEAR, Parts, has_hooks
 
 if TYPE_CHECKING:
     from .streams import Stream
 
-LOSSES = ("mse", "cross_entropy", "huber", "cosine", "delta")  # in the order of stream.h, as are these:
-OPTIMIZERS = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-}
-# What torch.optim calls their moments.
-MOMENTS: tuple[tuple[str, ...], ...] = (
-    ("momentum_buffer",),
-    ("exp_avg", "exp_avg_sq"),
-    ("exp_avg", "exp_avg_sq"),
-    ("square_avg",),
+LOSSES = ("mse", "cross_entropy", "huber", "cosine", "delta")  # in the order of stream.h
+RULES = {"rfp": 0, "eprop": 1, "rflo": 2, "snap0": 3, "rtrl": 4}
+EXACT_ROWS = (
+    256  # S times the units of a head, up to which RTRL is compiled; products of larger J are BLAS's work
 )
-RULES = {"rfp": 0, "eprop": 1, "rflo": 2, "snap0": 3}
 LOSSES_AT = {
     name: k for k, name in enumerate(LOSSES)
 }  # in the order of stream.h, as are these and OPTIMIZERS
@@ -94,7 +87,9 @@ class Compiled:
         self.scratch = weight.new_empty(
             stream.batch_size * (layer.hidden_size * planes + self.outputs + 2 * sum(sizes)) + 128
         )
+        self.head = _head(layer) if stream.learner.learning == "rtrl" else 0  # units of a head of RTRL
         self.carried = stream.batch_size * counts[0] * sum(weight.numel() for weight in layer.weights())
+        self.carried *= self.head or 1
         self._room: Tensor | None = None
 
     def _settle(self, stream: Stream, parts: Parts) -> None:
@@ -113,9 +108,12 @@ class Compiled:
             return (
                 f"compiled code serves float32 and float64 on the CPU, got {weight.dtype} on {weight.device}"
             )
-        parts = served_parts(stream)
+        parts = stream_given.served_parts(stream, RULES)
         if isinstance(parts, str):
             return parts
+        rows = len(layer.cell.states) * _head(layer)
+        if stream.learner.learning == "rtrl" and rows > EXACT_ROWS:
+            return f"compiled code takes RTRL of heads of at most {EXACT_ROWS} states, got {rows}"
         if native_backend.cpp_compiler() is None:
             library.tell_of_no_compiler()
             return "no C++ compiler was found"
@@ -136,10 +134,8 @@ class Compiled:
             self.parts, self.readout = parts, stream.readout
             if not parts.are_still():
                 return "the readout has hooks"
+        stream_given.refuse_changed(stream)
         learned = self.learned()
-        mine = set(map(id, stream.parameters))
-        if any(id(parameter) not in mine for parameter in learned):
-            raise ValueError("a weight of the layer or the readout was replaced: make a new Stream")
         for parameter in learned:
             if parameter.dtype != self.scratch.dtype or parameter.device != self.scratch.device:
                 raise ValueError(
@@ -149,8 +145,9 @@ class Compiled:
         refuse_hooks(stream.layer)
         if not all(parameter.is_contiguous() for parameter in learned):
             return "a weight isn't contiguous"
-        groups = stream.optimizer.param_groups
-        if any(_options(group) != _options(groups[0]) for group in groups[1:]):
+        if why := unserved(stream.optimizer, stream.kind):
+            return why
+        if not alike(stream.optimizer):
             return "the optimizer's groups of weights differ in more than lr"
         if not any(parameter.requires_grad for parameter in learned):
             return "no weight requires a gradient"
@@ -182,22 +179,31 @@ class Compiled:
         """The readout's weights and biases, then the layer's weights."""
         return [*self.parts.parameters(), *self.stream.layer.weights()]
 
-    def tables(self, given: Mapping[str, Tensor | None], steps: int, phase: int) -> Tables:
-        """Addresses, numbers and options of one network, as stream.h reads them. given: tensors named in `FIRST`."""
+    def tables(
+        self, given: Mapping[str, Tensor | None], steps: int, phase: int, *, updates: bool = True
+    ) -> Tables:
+        """Addresses, numbers and options of one network, as stream.h reads them. given: tensors named in `FIRST`.
+
+        updates: whether the weights take the optimizer's steps; else gradients are summed alone.
+        """
         stream = self.stream
         learner, layer = stream.learner, stream.layer
         state, sensitivity = learner.lend()
         options = stream.optimizer.param_groups[0]
-        moments, done = self.moments(options)
+        none: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(self.totals)
+        moments, done = self.moments(options) if updates else (none, 0)
         assert done is not None
         arrays = [_address(given.get(name)) for name in FIRST] + [state.data_ptr(), self.scratch.data_ptr()]
-        arrays.append(self.room() if stream.batch_size == 1 and steps >= PANELS_FROM else 0)
+        by_panels = stream.batch_size == 1 and steps >= PANELS_FROM and not self.head
+        arrays.append(self.room() if by_panels else 0)
         numbers: list[int] = [
             *(phase, steps, stream.batch_size, layer.hidden_size, layer.fan_in, self.outputs),
-            *(LOSSES_AT[stream.loss], stream.kind, stream.update_every, stream.position),
-            *(RULES[learner.learning], layer.cell.outputs[0], done, stream.self_prediction),
+            *(LOSSES_AT[stream.loss], stream.kind),
+            *(stream.update_every if updates else stream.position + 2, stream.position),
+            *(RULES[learner.learning], layer.cell.outputs[0], done, stream.self_prediction, self.head),
+            stream.mean == "all",
         ]
-        sums_up = stream.update_every > 1 or stream.clip_norm is not None
+        sums_up = not updates or stream.update_every > 1 or stream.clip_norm is not None
         place = iter(range(len(self.totals)))
         group_of = stream.groups()
 
@@ -221,20 +227,38 @@ class Compiled:
                 add(part.bias)
         weights = layer.weights()
         numbers.append(len(weights))
-        places = {index: (group, k) for group in sensitivity.groups for k, index in enumerate(group.indices)}
+        places = self.gammas(sensitivity)
         for index, (matrix, weight) in enumerate(zip(layer.matrices, weights, strict=True)):
             add(weight)
-            group, k = places[index]
-            first = group.gammas[0]
-            arrays.extend(g.data_ptr() + g.element_size() * k * g.stride(1) for g in group.gammas)
+            gammas, fan_in, apart = places[index]
+            arrays.extend(gammas)
             reads = {"input": INPUT, "one": ONE}.get(str(matrix.reads), matrix.reads)
             phi = dict(self.entries[matrix.into[0]][matrix.into[1]])
             numbers += [
                 *(int(reads), matrix.into[0] == "gate", matrix.into[1]),
-                *(weight.dim(), first.shape[3], first.stride(0)),
+                *(weight.dim(), fan_in, apart),
                 *(phi.get(nu, -1) for nu in range(len(layer.cell.states))),
             ]
         return arrays, list(map(int, numbers)), self.settings()
+
+    def gammas(self, sensitivity: Sensitivity) -> dict[int, tuple[list[int], int, int]]:
+        """Of each of the layer's matrices the addresses of its Γ^ν, its fan-in, and how far rows of Γ lie apart."""
+        found = {}
+        states = len(self.stream.layer.cell.states)
+        if isinstance(sensitivity, Exact):  # γ (B, H, S, b, K, b, M)
+            for gamma, indices in sensitivity.by_index():
+                fan_in, size = gamma.shape[-1], gamma.element_size()
+                for k, index in enumerate(indices):
+                    first = gamma.data_ptr() + size * k * gamma.stride(4)
+                    found[index] = [first] + [0] * (states - 1), fan_in, gamma.stride(3)
+            return found
+        assert isinstance(sensitivity, PerUnit)
+        for group in sensitivity.groups:
+            first_of = group.gammas[0]
+            for k, index in enumerate(group.indices):
+                places = [g.data_ptr() + g.element_size() * k * g.stride(1) for g in group.gammas]
+                found[index] = places, first_of.shape[3], first_of.stride(0)
+        return found
 
     def room(self) -> int:
         """The address of room for `Panels` of stream.h, kept because new memory costs more than a short call."""
@@ -276,6 +300,7 @@ class Compiled:
         names = MOMENTS[kind]
         for parameter in self.learned():
             if not parameter.requires_grad or (kind == 0 and not options["momentum"]):
+                self.new.pop(parameter, None)
                 found.append((None, None))
                 continue
             state = self.stream.optimizer.state.get(parameter) or {}
@@ -378,36 +403,19 @@ class Compiled:
         assert self._one is not None
         return self._one.learn(target, mask, rates)
 
+    def is_told(self) -> bool:
+        """Whether the tables of the step that ran still have the optimizer's and the loss's settings."""
+        assert self._one is not None
+        return self._one.is_told()
 
-def served_parts(stream: Stream) -> Parts | str:
-    """The readout's parts, or why neither compiled code nor the kernel takes the stream."""
-    layer, readout, learner = stream.layer, stream.readout, stream.learner
-    weight = layer.weights()[0]
-    options = stream.optimizer.param_groups[0]
-    parts = Parts.of(readout, layer.hidden_size)
-    if isinstance(parts, str):
-        return parts
-    if learner.learning not in rfp.RULES:
-        return f"compiled code takes the rules {', '.join(rfp.RULES)}, got {learner.learning!r}"
-    if type(layer).readout is not TwoPointRNN.readout:
-        return f"{type(layer).__name__} computes its output outside of the recurrence"
-    if stream.kind < 0:
-        known = ", ".join(kind.__name__ for kind in OPTIMIZERS.values())
-        return f"compiled code takes the optimizers {known}, got {type(stream.optimizer).__name__}"
-    for name in ("amsgrad", "maximize", "centered", "differentiable", "decoupled_weight_decay"):
-        if options.get(name) and not (name == "decoupled_weight_decay" and stream.kind == 2):
-            return f"compiled code has no {name} of torch.optim"
-    if stream.kind == 3 and options["momentum"]:
-        return "compiled code has no momentum of RMSprop"
-    if "parametrizations" in layer._modules:
-        return "a weight is computed from others"
-    if any(one.dtype != weight.dtype or one.device != weight.device for one in stream.parameters):
-        return f"compiled code takes weights that are all {weight.dtype} on {weight.device}"
-    if len(stream.parameters) != len(layer.weights()) + len(parts.parameters()):
-        return "the layer or the readout has parameters that no step uses, or shares them"
-    if any(not parameter.is_contiguous() for parameter in stream.parameters):
-        return "a weight isn't contiguous"
-    return parts
+    def summed(self, target: Tensor | None, mask: Tensor | None) -> float:
+        """As `learn`, but the gradients' sum goes to the weights' `.grad`; the optimizer's step is the caller's."""
+        assert self._one is not None
+        stream_given.refuse_changed(self.stream)
+        loss = self._one.summed(target, mask)
+        self.give_gradients()
+        self._one = None
+        return loss
 
 
 class _OneStep:
@@ -429,42 +437,78 @@ class _OneStep:
         arrays[FIRST.index("losses")] = ctypes.addressof(self.loss)
         arrays[FIRST.index("rates")] = ctypes.addressof(self.rates)
         self.arrays, self.numbers, self.options = _packed([(arrays, numbers, options)], 1)
-        self.learned, self.masked = compiled.learned(), False
-        self.group, self.settings = dict(stream.optimizer.param_groups[0]), compiled.settings()
+        self.given, self.learned, self.masked = given, compiled.learned(), False
+        self.told = [_objects(group) for group in stream.optimizer.param_groups]
+        self.settings = compiled.settings()
         self.activated = any(kind != LINEAR for kind, _ in compiled.parts.kinds())
-        self.of = self._of()
+        # The state that the step reads: `reset` between step() and learn() gives the learner another.
+        self.state = stream.learner.lend()[0]
+        self.of, self.moments = self._of(), self._moments()
         self.done = numbers[DONE - 3]
 
     def _of(self) -> list[Any]:
         """What the tables are made of: addresses, and which weights learn."""
-        stream, learned = self.stream, self.learned
-        found: list[Any] = [stream.learner.lend()[0].data_ptr()]
-        found += [parameter.data_ptr() for parameter in learned]
-        found += [parameter.requires_grad for parameter in learned]
-        if states := stream.optimizer.state:
-            found += [
-                value.data_ptr()
-                for parameter in learned
-                for name, value in states.get(parameter, {}).items()
-                if name != "step" and value is not None
-            ]
+        found: list[Any] = [(parameter.data_ptr(), parameter.requires_grad) for parameter in self.learned]
+        state, sensitivity = self.stream.learner.lend()
+        found.append(state.data_ptr())
+        if self.compiled.head:  # a learner's own step exchanges γ and its spare room
+            found += [gamma.data_ptr() for gamma in sensitivity.tensors()]
         return found
 
-    def _told_the_same(self) -> bool:
-        """Whether the optimizer and the loss have the settings that are in the tables. Rates are given at each step."""
-        stream, group = self.stream, self.stream.optimizer.param_groups[0]
-        self.group["lr"] = group["lr"]
-        if group == self.group and not self.activated:
-            return self.settings[4:6] == [stream.huber_delta, stream.clip_norm or 0.0]
-        return self.settings == self.compiled.settings()
+    def _moments(self) -> list[int]:
+        """The addresses of the optimizer's moments."""
+        states = self.stream.optimizer.state
+        return [
+            value.data_ptr()
+            for parameter in (self.learned if states else ())
+            for name, value in states.get(parameter, {}).items()
+            if name != "step" and value is not None
+        ]
+
+    def is_told(self) -> bool:
+        """Whether the optimizer and the loss have what is in the tables. Rates are given at each step."""
+        stream = self.stream
+        groups = stream.optimizer.param_groups
+        if (
+            len(groups) != len(self.told)
+            or self.moments != self._moments()
+            or has_step_hooks(stream.optimizer)
+        ):
+            return False
+        for group, told in zip(groups, self.told):  # noqa: B905 - they are as many
+            # Objects, not values: a tensor may equal a number, and a list may hold other weights by now.
+            if not _are((*group.values(), *group["params"]), told) and not self._rate_alone(group, told):
+                return self._all_told()
+        loss = self.settings
+        return loss[4] == stream.huber_delta and loss[5] == (stream.clip_norm or 0.0)
+
+    @staticmethod
+    def _rate_alone(group: Mapping[str, Any], told: list[Any]) -> bool:
+        """Whether the group has another lr, which is a number, and all else is the same. Then it counts as told."""
+        at, now = list(group).index("lr"), _objects(group)
+        if isinstance(group["lr"], Tensor) or not _are(now[:at] + now[at + 1 :], told[:at] + told[at + 1 :]):
+            return False
+        told[:] = now
+        return True
+
+    def _all_told(self) -> bool:
+        """As `is_told`, by the values of settings."""
+        stream = self.stream
+        for group, told in zip(stream.optimizer.param_groups, self.told, strict=True):
+            if not _are(group["params"], told[len(told) - len(group["params"]) :]):
+                return False
+        if unserved(stream.optimizer, stream.kind) or self.settings[:6] != self.compiled.settings()[:6]:
+            return False
+        return alike(stream.optimizer)
 
     def is_still(self) -> bool:
         """Whether the tables name what the stream has now."""
         stream, now = self.stream, self.compiled.learned()
         if has_hooks(stream.layer) or not self.compiled.is_still_readout():
             return False
-        same = len(now) == len(self.learned) and all(map(operator.is_, now, self.learned))
-        return same and self._told_the_same() and self.of == self._of()
+        if self.activated and self.settings[6:] != [setting for _, setting in self.compiled.parts.kinds()]:
+            return False
+        return _are(now, self.learned) and self.of == self._of()
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of a step, (B, O)."""
@@ -473,21 +517,38 @@ class _OneStep:
         self.function(self.arrays, self.numbers, self.options)
         return self.outputs.clone()
 
-    def learn(self, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]) -> float:
-        """The loss of the step that `forward` ran; it is learned from."""
+    def _take(self, target: Tensor | None, mask: Tensor | None) -> None:
         if target is not None:
             self.target.copy_(target.detach() if target.requires_grad else target)
         if mask is not None or self.masked:
             self.masked = mask is not None
             self.mask.fill_(True) if mask is None else self.mask.copy_(mask)
+
+    def learn(self, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]) -> float:
+        """The loss of the step that `forward` ran; it is learned from."""
+        self._take(target, mask)
         self.rates[:] = list(rates)
         numbers, stream = self.numbers, self.stream
         numbers[PHASE], numbers[POSITION] = LEARN, stream.position
         numbers[DONE] = self.done
         self.function(self.arrays, self.numbers, self.options)
         counted = 0 if stream.self_prediction and self.masked and not bool(self.mask.any()) else 1
+        new = self.compiled.new
         self.compiled.advanced(1, counted, self.learned)
+        if new is not self.compiled.new:  # the optimizer has them now
+            self.moments = self._moments()
         self.done += counted and stream.position == 0
+        return self.loss.value
+
+    def summed(self, target: Tensor | None, mask: Tensor | None) -> float:
+        """As `learn`, with the gradients' sum alone."""
+        self._take(target, mask)
+        arrays, numbers, options = self.compiled.tables(self.given, 1, LEARN, updates=False)
+        for name, value in (("losses", self.loss), ("rates", self.rates)):
+            arrays[FIRST.index(name)] = ctypes.addressof(value)
+        arrays[len(FIRST)], options[6:] = self.state.data_ptr(), self.settings[6:]
+        self.function(*_packed([(arrays, numbers, options)], 1))
+        self.compiled.stream.learner.returned(1)
         return self.loss.value
 
 
@@ -512,8 +573,19 @@ def _packed(networks: Sequence[Tables], threads: int) -> tuple[Any, Any, Any]:
     )
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("params", "lr")}
+def _head(layer: TwoPointRNN) -> int:
+    """The units of a head of RTRL."""
+    return layer.hidden_size // joint_heads(list(layer.recurrent_weights()), layer.hidden_size)
+
+
+def _are(these: Any, those: Any) -> bool:
+    """Whether two collections hold the same objects."""
+    return len(these) == len(those) and all(map(operator.is_, these, those))
+
+
+def _objects(group: Mapping[str, Any]) -> list[Any]:
+    """What a group holds: its settings, then its weights."""
+    return [*group.values(), *group["params"]]
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp
+from .stream_optimizer import OPTIMIZERS, refuse_late, unserved
 from .stream_readout import Parts
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def checked(
     """The arguments of `run`, checked, with what `nonfinite` makes of them; the rates of each group and step."""
     if stream._pending is not None:
         raise RuntimeError("run() came after step() without its learn(target)")
+    refuse_changed(stream)
     x = check.tensor("x", x)
     check.shape("x", x, ("T", *stream._step_shape), "to match the stream")
     check.like("x", x, "the layer", stream.layer.weights()[0])
@@ -65,11 +67,34 @@ def counting(stream: Stream, mask: Tensor | None, resets: Tensor | None, steps: 
     """The mask of a call; with `self_prediction`, of rows whose step isn't the first of an episode."""
     if not stream.self_prediction:
         return mask
-    counts = stream.begun.expand(steps, -1).clone()
+    counts = begun(stream).expand(steps, -1).clone()
     counts[1:] = True
     for given in (None if resets is None else ~resets, mask):
         counts = counts if given is None else counts & given
     return counts
+
+
+def begun(stream: Stream) -> Tensor:
+    """The rows (B,) whose episode has had a step, but for those that a `reset` since then lets begin anew."""
+    forget = stream.learner._forget
+    return stream.begun if forget is None else stream.begun & ~forget
+
+
+def refuse_changed(stream: Stream) -> None:
+    """Raise ValueError unless layer, readout, optimizer and learner go with each other as when the stream was made."""
+    mine, optimizer = set(stream.parameters), stream.optimizer
+    if {*stream.layer.parameters(), *stream.readout.parameters()} != mine:
+        raise ValueError("a weight of the layer or the readout was replaced: make a new Stream")
+    if stream.groups().keys() != mine:
+        raise ValueError(
+            "optimizer must still have the weights of the layer and the readout, and no others, in its groups"
+        )
+    if stream.learner.batch_size != stream.batch_size:
+        raise ValueError(
+            f"the stream's learner must keep its {stream.batch_size} batch rows, got {stream.learner.batch_size}: make "
+            "a new Stream"
+        )
+    refuse_late(optimizer)
 
 
 def refuse_for_self_prediction(stream: Stream) -> None:
@@ -186,3 +211,44 @@ def networks(
                 if callable(draw := getattr(module, "reset_parameters", None)):
                     draw()
         yield copies, rate
+
+
+def served_parts(stream: Stream, rules: Collection[str]) -> Parts | str:
+    """The readout's parts, or why neither compiled code nor the kernel, which have these rules, takes the stream."""
+    layer, readout, learner = stream.layer, stream.readout, stream.learner
+    weight = layer.weights()[0]
+    parts = Parts.of(readout, layer.hidden_size)
+    if isinstance(parts, str):
+        return parts
+    if learner.learning not in rules:
+        return f"compiled code takes the rules {', '.join(rules)}, got {learner.learning!r}"
+    if type(layer).readout is not TwoPointRNN.readout:
+        return f"{type(layer).__name__} computes its output outside of the recurrence"
+    if stream.kind < 0:
+        known = ", ".join(kind.__name__ for kind in OPTIMIZERS.values())
+        return f"compiled code takes the optimizers {known}, got {type(stream.optimizer).__name__}"
+    if why := unserved(stream.optimizer, stream.kind):
+        return why
+    if "parametrizations" in layer._modules:
+        return "a weight is computed from others"
+    if any(one.dtype != weight.dtype or one.device != weight.device for one in stream.parameters):
+        return f"compiled code takes weights that are all {weight.dtype} on {weight.device}"
+    if len(stream.parameters) != len(layer.weights()) + len(parts.parameters()):
+        return "the layer or the readout has parameters that no step uses, or shares them"
+    if any(not parameter.is_contiguous() for parameter in stream.parameters):
+        return "a weight isn't contiguous"
+    return parts
+
+
+def split(name: str, value: Tensor | None, dims: int, count: int) -> list[Any]:
+    """An argument of each of so many networks: of one for all, of `dims` dimensions, or of as many. Or ValueError."""
+    if value is None:
+        return [None] * count
+    if check.tensor(name, value).dim() == dims:
+        return [value] * count
+    if value.dim() == dims + 1 and len(value) == count:
+        return list(value)
+    raise ValueError(
+        f"{name} must have {dims} dimensions, one for all networks, or {dims + 1} with population={count} first, got "
+        f"shape {tuple(value.shape)}"
+    )

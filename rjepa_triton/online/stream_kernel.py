@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import triton_backend, triton_cells
-from . import stream_code
+from ..rules import rfp
+from . import stream_given
+from .sensitivity import PerUnit
 from .stream_code import FIRST, INPUT, LOSSES_AT, ONE, Compiled, Result
 from .stream_readout import LINEAR, Parts
 
@@ -32,7 +34,7 @@ class InKernel(Compiled):
         weight = layer.weights()[0]
         if why := triton_backend.no_triton(weight.device, weight.dtype):
             return str(why)
-        parts = stream_code.served_parts(stream)
+        parts = stream_given.served_parts(stream, rfp.RULES)
         if isinstance(parts, str):
             return parts
         if stream.batch_size > 1:
@@ -134,6 +136,7 @@ class InKernel(Compiled):
         """The table's row of this network, and how many steps its optimizer has taken."""
         stream = self.stream
         state, sensitivity = stream.learner.lend()
+        assert isinstance(sensitivity, PerUnit)
         moments, done = self.moments(stream.optimizer.param_groups[0])
         assert done is not None
         row = [_address(given.get(name)) for name in FIRST if name != "rates"] + [state.data_ptr()]

@@ -8,6 +8,7 @@ parameters, the learner's state and Γ, and the optimizer's moments. Elsewhere `
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -21,9 +22,10 @@ from ..layers.layer import TwoPointRNN
 from . import stream_given
 from .learner import OnlineLearner
 from .options import Learning
-from .sensitivity import PerUnit
-from .stream_code import LOSSES, OPTIMIZERS, Compiled, Result
+from .sensitivity import Sensitivity
+from .stream_code import LOSSES, Compiled, Result
 from .stream_kernel import InKernel
+from .stream_optimizer import OPTIMIZERS
 
 __all__ = ["Result", "Stream"]
 
@@ -75,6 +77,7 @@ class Stream:
         update_every: C ≥ 1: the optimizer steps after every C-th step, by the sum of C gradients.
         clip_norm: the largest norm of all weights' gradient (torch.nn.utils.clip_grad_norm_); None: no limit.
         huber_delta: δ > 0 of the loss "huber".
+        mean: a step's loss is the mean over "counted" rows, those of `mask`; or over "all", where others' loss is 0.
         self_prediction: learn to predict the layer's next output. Goes with the losses "mse", "huber" and "cosine", and
             a readout that gives as many numbers as the layer has units.
         population: P: learn P independent networks, each a copy of `layer` and `readout` whose parameters are drawn
@@ -114,6 +117,7 @@ class Stream:
         update_every: int = 1,
         clip_norm: float | None = None,
         huber_delta: float = 1.0,
+        mean: Literal["counted", "all"] = "counted",
         self_prediction: bool = False,
         population: int | None = None,
         seeds: Sequence[int] | None = None,
@@ -121,7 +125,8 @@ class Stream:
         backend: str = "auto",
     ) -> None:
         check.one_of("nonfinite", nonfinite, NONFINITE)
-        self.nonfinite, self.self_prediction = nonfinite, self_prediction
+        check.one_of("mean", mean, ("counted", "all"))
+        self.nonfinite, self.mean, self.self_prediction = nonfinite, mean, self_prediction
         self.members: list[Stream] | None = None
         if population is not None:
             if isinstance(optimizer, torch.optim.Optimizer):
@@ -136,6 +141,7 @@ class Stream:
                 "update_every": update_every,
                 "clip_norm": clip_norm,
                 "huber_delta": huber_delta,
+                "mean": mean,
                 "self_prediction": self_prediction,
                 "nonfinite": nonfinite,
                 "backend": backend,
@@ -186,7 +192,7 @@ class Stream:
         self._pending: Tensor | None = None  # the output of step(), until learn()
         # Of self-prediction: rows whose episode has had a step; what step() of the loop has left for learn().
         self.begun = torch.zeros(self.batch_size, dtype=torch.bool, device=layer.weights()[0].device)
-        self._left: tuple[Tensor, Tensor, Tensor, PerUnit] | None = None
+        self._left: tuple[Tensor, Tensor, Tensor, Sensitivity] | None = None
         self._step_shape = (self.batch_size, layer.fan_in)
         self._compiled: Compiled | None = None
         self._one_step: Compiled | None = None  # what runs the pending step; None: the loop
@@ -281,19 +287,7 @@ class Stream:
         """`run` of a population."""
         count = len(members)
 
-        def split(name: str, value: Tensor | None, dims: int) -> list[Any]:
-            """The P networks' own, of one for all or of P."""
-            if value is None:
-                return [None] * count
-            if check.tensor(name, value).dim() == dims:
-                return [value] * count
-            if value.dim() == dims + 1 and len(value) == count:
-                return list(value)
-            raise ValueError(
-                f"{name} must have {dims} dimensions, one for all networks, or {dims + 1} with population={count} "
-                f"first, got shape {tuple(value.shape)}"
-            )
-
+        split = functools.partial(stream_given.split, count=count)
         given = [
             stream_given.checked(member, *each)
             for member, *each in zip(
@@ -334,11 +328,14 @@ class Stream:
         self._refuse_population("step")
         if self._pending is not None:
             raise RuntimeError("step() came twice without learn(target) in between")
+        if self.self_prediction:
+            self.begun = stream_given.begun(self)
         compiled = self._one_step
         if compiled is None or not compiled.is_ready():
             by_step = self._compiled is not None and self._compiled.serves_steps
             self._one_step = compiled = self._serving(never=not by_step)
         if compiled is None:
+            stream_given.refuse_changed(self)
             self._pending = self._forward(x)[0]
             return self._pending.detach().clone()
         weight = self.parameters[0]
@@ -367,14 +364,24 @@ class Stream:
             target = None if checked is None else checked[0]
         if mask is not None:
             mask = check.mask("mask", mask, (self.batch_size,), output.device)
+        if (compiled := self._one_step) is None:
+            stream_given.refuse_changed(self)
         if self.self_prediction:
             mask = self.begun.clone() if mask is None else self.begun & mask
+        if compiled is not None and not compiled.is_told():
+            loss = compiled.summed(target, mask)
+            if mask is None or not self.self_prediction or bool(mask.any()):
+                self._update()
+        else:
+            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+            if compiled is None:
+                loss = float(self._learn_from(output, target, mask, rates))
+            else:
+                loss = compiled.learn(target, mask, rates)
+        if self.self_prediction:
             self.begun.fill_(True)
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._pending = None
-        if self._one_step is not None:
-            return self._one_step.learn(target, mask, rates)
-        return float(self._learn_from(output, target, mask, rates))
+        return loss
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Start a new episode at the next step in the batch rows where mask (B,) is True, or in all."""
@@ -383,8 +390,6 @@ class Stream:
                 member.reset(mask)
             return
         self.learner.reset(mask)
-        if self.self_prediction:
-            self.begun = torch.zeros_like(self.begun) if mask is None else self.begun & ~mask
 
     def _serving(self, never: bool = False) -> Compiled | None:
         """The compiled calls if they serve now, else None: the loop does. It gets the gradients' sum so far."""
@@ -459,14 +464,19 @@ class Stream:
         loss.backward()
         if self._left is not None:
             self._credit_before()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if float(group["lr"]) != rate:  # else the optimizer's own, which may be a tensor
+                group["lr"] = rate
+        self._update()
+        return loss.detach()
+
+    def _update(self) -> None:
+        """A step's gradients were summed: the optimizer takes its step if it is the last of `update_every`."""
         self.position = (self.position + 1) % self.update_every
         if self.position == 0:
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
             self.optimizer.step()
-        return loss.detach()
 
     def _credit_before(self) -> None:
         """Add the layer's gradient through h(t-1) to the weights' `.grad`: Γ is still that of step t-1."""
@@ -495,7 +505,8 @@ class Stream:
             rows = (output - target).square().mean(-1)
         if mask is None:
             return rows.mean()
-        return torch.where(mask, rows, 0).sum() / mask.sum().clamp(min=1)
+        count = mask.sum().clamp(min=1) if self.mean == "counted" else len(mask)
+        return torch.where(mask, rows, 0).sum() / count
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed stream needs: weights, the learner's state with Γ, the optimizer's, and the gradients'

@@ -174,6 +174,35 @@ def test_it_resumes_and_is_copied(backend: str) -> None:
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False])])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_reset_of_the_learner_begins_an_episode_as_the_streams_own(
+    saved: bool, mask: Tensor | None, backend: str
+) -> None:
+    x, found = torch.randn(12, 2, 5, dtype=F64), []
+    layer, readout = RGC(5, init="uniform", dtype=F64), mlp(5)
+    for own in (True, False):
+        mine, predictor = copy.deepcopy((layer, readout))
+        stream = Stream(mine, predictor, 2, lr=0.1, self_prediction=True, backend=backend)  # type: ignore[arg-type]
+        reset = stream.reset if own else stream.learner.reset
+        losses = [stream.run(x[:4]).losses]
+        reset(mask)
+        if saved:
+            stream.load_state_dict(copy.deepcopy(stream.state_dict()))
+        losses.append(stream.run(x[4:8]).losses)
+        reset(mask)
+        losses.append(by_step(stream, x[8:], None, None))
+        found.append([torch.cat(losses), *stream.parameters])
+        resets = torch.zeros(12, 2, dtype=torch.bool)
+        resets[4] = resets[8] = True if mask is None else mask
+    other = Stream(layer, readout, 2, lr=0.1, self_prediction=True, backend=backend)  # type: ignore[arg-type]
+    found.append([other.run(x, None, resets).losses, *other.parameters])
+    for own, of_the_learner, in_one_call in zip(*found, strict=True):
+        assert torch.equal(own, of_the_learner)
+        torch.testing.assert_close(own, in_one_call, rtol=0, atol=1e-12)
+
+
 @needs_a_compiler
 def test_the_loop_takes_over_and_gives_back() -> None:
     x, found = torch.randn(12, 2, 5, dtype=F64), []

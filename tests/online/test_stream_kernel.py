@@ -36,7 +36,8 @@ pytest.importorskip("triton")
 
 from rjepa_triton import LSTM, RGC, Residual, Stream
 from rjepa_triton.kernels import cell_stream
-from rjepa_triton.online import stream_code, stream_kernel
+from rjepa_triton.online import stream_given, stream_kernel
+from rjepa_triton.rules import rfp
 
 F32, F64 = torch.float32, torch.float64
 # NumPy, which the interpreter computes with, warns where the other branch of a choice leaves its domain.
@@ -255,7 +256,7 @@ def test_layouts() -> None:
     found = {}
     for units in (32, 64, 256, 512, 1024):
         stream = Stream(RGC(units), nn.Linear(units, 4), backend="torch")
-        parts = stream_code.served_parts(stream)
+        parts = stream_given.served_parts(stream, rfp.RULES)
         assert not isinstance(parts, str)
         problem = stream_kernel.InKernel(stream, parts).problem()
         found[units] = cell_stream.pick_config(problem, 32, 132)

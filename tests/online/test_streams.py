@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from stream_loops import (
+    CALLS,
     FACTORS,
     LAYERS,
     OPTIMIZERS,
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 
 from rjepa_triton import (
     ELSTM,
+    LSTM,
     RGC,
     OnlineLearner,
     Residual,
@@ -59,9 +61,10 @@ def test_one_call_is_the_loop(case: dict[str, Any]) -> None:
 @needs_a_compiler
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw", "rmsprop"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_one_call_is_the_loop_in_float32(layer: str, optimizer: str) -> None:
+@pytest.mark.parametrize("rule", ["rfp", "rtrl"])
+def test_one_call_is_the_loop_in_float32(rule: str, layer: str, optimizer: str) -> None:
     case = {
-        "layer": layer, "optimizer": optimizer, "loss": "mse", "rule": "rfp", "calls": "both", "units": 17, "batch": 2,
+        "layer": layer, "optimizer": optimizer, "loss": "mse", "rule": rule, "calls": "both", "units": 17, "batch": 2,
         "outputs": 3, "every": 1, "clip": None, "rates": False, "resets": True, "mask": True, "bias": True,
     }  # fmt: skip
     stream, loop = made(case, F32, lr=0.001)
@@ -198,6 +201,20 @@ def test_a_readout_whose_modules_change(by: str) -> None:
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("calls", CALLS)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_exact_rtrl_is_the_loops(layer: str, batch: int, calls: str) -> None:
+    case = {
+        "layer": layer, "optimizer": "adam", "loss": "mse", "rule": "rtrl", "calls": calls, "units": 17 if batch == 1 else 40,
+        "batch": batch, "outputs": 3, "every": 1, "clip": None, "rates": False, "resets": True, "mask": True, "bias": True,
+    }  # fmt: skip
+    stream, loop = made(case, F64)
+    assert stream.backend == "compile"
+    compare(stream, loop, case, 1e-12)
+
+
+@needs_a_compiler
 @pytest.mark.parametrize("units", [1, 40])
 def test_one_output(units: int) -> None:
     case = {
@@ -241,20 +258,24 @@ def test_a_stream_resumes(backend: str, optimizer: str) -> None:
 
 @needs_a_compiler
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("layer", ["rgc", "lstm"])
+@pytest.mark.parametrize("layer", ["rgc", "lstm", "rtrl"])
 @pytest.mark.parametrize(("optimizer", "clip"), [("momentum", None), ("adam", 0.1)])
 def test_two_threads_give_the_same_bits(
     layer: str, batch: int, optimizer: str, clip: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """N = 200: more numbers of Γ than one thread keeps to itself."""
+    """N = 200, and N = 60 of RTRL: more numbers of Γ than one thread keeps to itself."""
     monkeypatch.setattr(stream_code, "SHARED_CALL", 0)
     states = []
     name, options = OPTIMIZERS[optimizer]
     for threads in (1, 2):
         torch.manual_seed(1)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        network = LAYERS[layer](200, dtype=F32)
-        stream = stream_of(network, batch, optimizer=name, optimizer_options=options, clip_norm=clip)
+        exact = layer == "rtrl"
+        network = LAYERS["rgc" if exact else layer](60 if exact else 200, dtype=F32)
+        stream = stream_of(
+            network, batch, optimizer=name, optimizer_options=options, clip_norm=clip,
+            learning="rtrl" if exact else "rfp",
+        )  # fmt: skip
         losses, outputs, _ = stream.run(*given(network, batch, 3, "mse", steps=10))
         states.append([losses, outputs, everything(stream)])
     near(*states, 0.0)
@@ -310,11 +331,12 @@ def test_frozen_weights_stay(optimizer: str, clip: float | None, frozen: str) ->
 @by_backend
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("layer", ["rgc of features", "lstm", "gru of one feature"])
-def test_a_reset_forgets_even_nan(layer: str, batch: int, backend: str) -> None:
+@pytest.mark.parametrize("rule", ["rfp", "rtrl"])
+def test_a_reset_forgets_even_nan(rule: str, layer: str, batch: int, backend: str) -> None:
     """A stream whose row was poisoned and then reset gives what one that was never poisoned does."""
     losses = []
     network = LAYERS[layer](17, dtype=F64)
-    stream = stream_of(network, batch, backend=backend, lr=0.01)
+    stream = stream_of(network, batch, backend=backend, lr=0.01, learning=rule)
     x, target = given(network, batch, 3, "mse", steps=12)
     resets = torch.zeros(12, batch, dtype=torch.bool)
     resets[0] = True
@@ -330,12 +352,19 @@ def test_a_reset_forgets_even_nan(layer: str, batch: int, backend: str) -> None:
 
 
 @by_backend
-def test_a_learner_and_its_stream_go_on_from_each_other(backend: str) -> None:
-    stream, other = stream_of(backend=backend, lr=0.01), stream_of(backend="torch", lr=0.01)
+@pytest.mark.parametrize(("rule", "batch"), [("rfp", 2), ("rtrl", 2), ("rtrl", 1)])
+@pytest.mark.parametrize("by", ["run", "step"])
+def test_a_learner_and_its_stream_go_on_from_each_other(by: str, rule: str, batch: int, backend: str) -> None:
+    """With one batch row, RTRL's own step exchanges γ and another memory."""
+    layer = RGC(5, input_size=3, init="uniform", dtype=F64)
+    stream, other = (
+        stream_of(copy.deepcopy(layer), batch, backend=each, lr=0.01, learning=rule)
+        for each in (backend, "torch")
+    )
     other.load_state_dict(copy.deepcopy(stream.state_dict()))
-    x, target = given(stream.layer, 2, 3, "mse")
-    stream.run(x[:10], target[:10])
-    other.run(x[:10], target[:10])
+    x, target = given(stream.layer, batch, 3, "mse")
+    for each in (stream, other):
+        (functools.partial(by_step, each) if by == "step" else each.run)(x[:10], target[:10])
     for each in (stream, other):
         for t in (10, 11):
             each.optimizer.zero_grad()
@@ -354,7 +383,11 @@ def _parametrized() -> TwoPointRNN:
     ("layer", "readout", "options", "why"),
     [
         (lambda: RGC(4), nn.Sequential(nn.Linear(4, 6), nn.Softplus(), nn.Linear(6, 2)), {}, "ELU, .* got Softplus"),
-        (lambda: RGC(4), nn.Linear(4, 2), {"learning": "rtrl"}, "the rules rfp, eprop, rflo, snap0, got 'rtrl'"),
+        (lambda: RGC(4), nn.Linear(4, 2), {"learning": "uoro"}, "the rules rfp, eprop, rflo, snap0, rtrl, got 'uoro'"),
+        (
+            lambda: LSTM(4, 130), nn.Linear(130, 2), {"learning": "rtrl"},
+            "takes RTRL of heads of at most 256 states, got 260",
+        ),
         (lambda: ELSTM(4, 4), nn.Linear(4, 2), {}, "ELSTM computes its output outside of the recurrence"),
         (_parametrized, nn.Linear(4, 2), {}, "a weight is computed from others"),
         (lambda: RGC(4), nn.Linear(4, 2), {"optimizer": "adam", "optimizer_options": {"amsgrad": True}}, "amsgrad"),
@@ -363,7 +396,7 @@ def _parametrized() -> TwoPointRNN:
             "no momentum of RMSprop",
         ),
     ],
-    ids=["softplus", "rtrl", "elstm", "parametrized", "amsgrad", "rmsprop with momentum"],
+    ids=["softplus", "uoro", "large rtrl", "elstm", "parametrized", "amsgrad", "rmsprop with momentum"],
 )  # fmt: skip
 def test_what_compiled_code_does_not_serve_runs_by_the_loop(
     layer: Callable[[], TwoPointRNN], readout: nn.Module, options: dict[str, Any], why: str,
@@ -524,6 +557,29 @@ def test_hidden_is_the_layers_output_at_each_step(options: dict[str, Any], backe
             member.run(X[t : t + 1], None if aim is None else aim[t : t + 1])
             learner.layer.load_state_dict(member.layer.state_dict())
     assert one.run(X, aim).hidden is None
+
+
+@by_backend
+@pytest.mark.parametrize("by", ["run", "step"])
+def test_the_mean_over_all_rows(by: str, backend: str) -> None:
+    """It is the mean over those that count, times their part of the rows."""
+    layer, readout = RGC(5, input_size=3, init="uniform", dtype=F64), nn.Linear(5, 3, dtype=F64)
+    mask = torch.tensor([[True, False], [True, True], [False, False]] * 2)
+    found = []
+    for mean in ("all", "counted"):
+        mine = copy.deepcopy((layer, readout))
+        stream = Stream(*mine, 2, lr=0.1, mean=mean, backend=backend)  # type: ignore[arg-type]
+        part = mask.double().mean(1)
+        if mean == "all":
+            rates, scale = None, torch.ones(())
+        else:  # of SGD, whose step is its rate times the gradient
+            rates, scale = 0.1 * part, part
+        run = stream.run if by == "run" else functools.partial(by_step, stream)
+        losses, *_ = run(X, AIM, None, mask, rates)
+        found.append([losses * scale, *stream.parameters])
+    near(*found, 1e-12)
+    with pytest.raises(ValueError, match="mean must be one of 'counted', 'all', got 'none'"):
+        Stream(layer, readout, mean="none")  # type: ignore[arg-type]
 
 
 @by_backend

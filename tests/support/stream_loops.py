@@ -98,7 +98,7 @@ FACTORS: dict[str, Sequence[Any]] = {
     "layer": list(LAYERS),
     "optimizer": list(OPTIMIZERS),
     "loss": ["mse", "cross_entropy", "huber", "cosine", "delta"],
-    "rule": ["rfp", "eprop", "rflo", "snap0"],
+    "rule": ["rfp", "eprop", "rflo", "snap0", "rtrl"],
     "calls": list(CALLS),
     "readout": list(READOUTS),
     "units": [1, 2, 17, 40],

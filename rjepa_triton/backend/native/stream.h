@@ -25,13 +25,14 @@
 namespace {
 
 enum { MSE, CROSS_ENTROPY, HUBER, COSINE, GIVEN };   // losses
-enum { RFP, EPROP, RFLO, SNAP0 };                    // rules
+enum { RFP, EPROP, RFLO, SNAP0, RTRL };              // rules
 enum { FORWARD = 1, LEARN = 2 };                     // phases of a step
 constexpr long INPUT = -1, ONE = -2;                 // what a matrix may read other than a state
 constexpr long APART = 9 * 64;                        // between arrays of panels, which else share a cache's sets
 
 // One of the layer's matrices. reads: a state, INPUT or ONE; of_gate: whether it enters gate `into` or input `into`;
-// dims, fan_in: (N,) with fan-in 1, (N, M), or heads of fan_in units; gamma[ν]: Γ^ν, whose batch rows are `next` apart.
+// dims, fan_in: (N,) with fan-in 1, (N, M), or heads of fan_in units; gamma[ν]: Γ^ν, whose batch rows are `next` apart;
+// with RTRL gamma[0]: γ (B, H, S·head, …) of these weights, whose rows are `next` apart.
 template <class real, long S> struct Matrix {
     Learned<real> learned;
     real *gamma[S];
@@ -100,7 +101,10 @@ template <class real> struct Network {
     Readout<real> readout;
     std::vector<Matrix<real, S>> matrices;
     std::vector<Panels<real, S>> panels; // of the matrices that have `panel` ≥ 0
+    std::vector<real> jacobians, columns; // of RTRL: J of each batch row and head, and columns of γ of each thread
     long phase, steps, batch, units, features, classes_or_outputs, loss, optimizer, every, position, rule, out, done;
+    long head; // with RTRL: the units of a head, within which all weights act on all states
+    long of_all; // whether a loss is the mean over all batch rows, not over those that count
     long lagged; // whether the layer predicts itself; a step at which no batch row counts is then not learned from
     const double *options; // beta1, beta2, eps, weight decay, Huber's δ, largest norm of the gradient or 0, parts' settings
 
@@ -118,7 +122,7 @@ template <class real> struct Network {
         phase = table.next(), steps = table.next(), batch = table.next(), units = table.next();
         features = table.next(), classes_or_outputs = table.next(), loss = table.next(), optimizer = table.next();
         every = table.next(), position = table.next(), rule = table.next(), out = table.next(), done = table.next();
-        lagged = table.next();
+        lagged = table.next(), head = table.next(), of_all = table.next();
         readout = Readout<real>(table, batch, units, steps, rates, options + 6);
         matrices.resize(table.next());
         for (auto &k : matrices) {
@@ -275,7 +279,7 @@ template <class real> struct Network {
         const real *o = outputs + t * batch * O;
         const unsigned char *counts = mask ? mask + t * batch : nullptr;
         long rows = 0;
-        for (long b = 0; b < batch; b++) rows += !counts || counts[b];
+        for (long b = 0; b < batch; b++) rows += of_all || !counts || counts[b];
         double sum = 0;
         for (long b = 0; b < batch; b++) {
             const real *out = o + b * O, *aim = loss == CROSS_ENTROPY ? nullptr
@@ -439,6 +443,90 @@ template <class real> struct Network {
         take(optimizer, k.learned, i, gradient, here, sums_up, first);
     }
 
+    // J of exact RTRL for each batch row and head, (S·head, S·head), by the weights that the step ran with.
+    void find_jacobians(const Team &team) {
+        const long rows = S * head, heads = units / head, plane = batch * units;
+        spread(team, batch * heads, [&](long each) {
+            const long b = each / heads, begin = each % heads * head;
+            real *const J = jacobians.data() + each * rows * rows;
+            std::fill_n(J, rows * rows, real(0));
+            for (long nu = 0; nu < S; nu++)
+                for (long l = 0; l < head; l++) {
+                    const long unit = begin + l, at = b * units + unit;
+                    real *const row = J + (nu * head + l) * rows;
+                    for (long source = 0; source < S; source++)
+                        row[source * head + l] = m[(nu * S + source) * plane + at];
+                    for (auto &k : matrices) {
+                        if (k.reads < 0 || k.phi[nu] < 0) continue;
+                        const long from = k.dims == 1 ? unit : k.dims == 3 ? unit / k.fan_in * k.fan_in : 0;
+                        const real phi = found[k.phi[nu] * plane + at], *const w = k.learned.weight + unit * k.fan_in;
+                        for (long j = 0; j < k.fan_in; j++) row[k.reads * head + from - begin + j] += phi * w[j];
+                    }
+                }
+        });
+    }
+
+    // Of exact RTRL: two vectors of weights of matrix k in one head, from `task` on: γ ← J γ + R in all batch rows, and
+    // their gradient Σ_b δ γ. kept: room for 2 W · S · head numbers.
+    template <int kind>
+    __attribute__((noinline)) void learn_exact(const Matrix<real, S> &k, long t, long task, real *const kept,
+                                               const Optimizer<real, kind> &optimizer, bool sums_up, bool first) {
+        const long columns = head * k.fan_in, tasks = (columns + 2 * W - 1) / (2 * W), heads = units / head;
+        const long which = task / tasks, start = task % tasks * 2 * W, here = std::min(2 * W, columns - start);
+        const long rows = S * head, begin = which * head, plane = batch * units;
+        const auto get = [&](const real *from, long half) {
+            return here > half * W ? load(from + half * W, here - half * W) : wide{};
+        };
+        const auto put = [&](real *to, long half, wide value) {
+            if (here > half * W) store(to + half * W, value, here - half * W);
+        };
+        wide gradient[2] = {};
+        for (long b = 0; b < batch; b++) {
+            real *const gamma = k.gamma[0] + (b * heads + which) * rows * k.next + start;
+            const real *const J = jacobians.data() + (b * heads + which) * rows * rows;
+            const bool forgets = resets && resets[t * batch + b]; // then γ counts as zero even where it isn't finite
+            for (long r = 0; r < rows; r++)
+                for (long half = 0; half < 2; half++)
+                    *(wide *)(kept + (2 * r + half) * W) = forgets ? wide{} : get(gamma + r * k.next, half);
+            long r = 0;
+            for (; r + 4 <= rows; r += 4) {
+                wide sums[4][2] = {};
+                for (long from = 0; from < rows; from++) {
+                    const wide low = *(const wide *)(kept + 2 * from * W), high = *(const wide *)(kept + (2 * from + 1) * W);
+                    for (long each = 0; each < 4; each++) {
+                        const real by = J[(r + each) * rows + from];
+                        sums[each][0] += by * low, sums[each][1] += by * high;
+                    }
+                }
+                for (long each = 0; each < 4; each++)
+                    for (long half = 0; half < 2; half++) put(gamma + (r + each) * k.next, half, sums[each][half]);
+            }
+            for (; r < rows; r++)
+                for (long half = 0; half < 2; half++) {
+                    wide sum{};
+                    for (long from = 0; from < rows; from++)
+                        sum += J[r * rows + from] * *(const wide *)(kept + (2 * from + half) * W);
+                    put(gamma + r * k.next, half, sum);
+                }
+            const real *const y = signal(k, t, b);
+            for (long lane = 0; lane < here; lane++) {
+                const long i = (start + lane) / k.fan_in, j = (start + lane) % k.fan_in, unit = begin + i;
+                const real read = !y ? real(1) : y[k.dims == 1 ? unit : k.dims == 3 ? unit / k.fan_in * k.fan_in + j : j];
+                for (long nu = 0; nu < S; nu++)
+                    if (k.phi[nu] >= 0)
+                        gamma[(nu * head + i) * k.next + lane] += found[k.phi[nu] * plane + b * units + unit] * read;
+            }
+            const real *const d = delta + b * units + begin;
+            if (std::all_of(d, d + head, [](real one) { return one == 0; })) continue; // even where γ is NaN
+            for (long l = 0; l < head; l++)
+                for (long half = 0; half < 2; half++)
+                    gradient[half] += d[l] * get(gamma + (out * head + l) * k.next, half);
+        }
+        for (long half = 0; half < 2 && here > half * W; half++)
+            take(optimizer, k.learned, begin * k.fan_in + start + half * W, gradient[half], std::min(W, here - half * W),
+                 sums_up, first);
+    }
+
     // Of the units from `first` to `end`: the state before step t, and pre-activations and inputs without their products.
     void begin_step(long t, long first, long end) {
         const long count = end - first;
@@ -470,7 +558,7 @@ template <class real> struct Network {
     // Numbers of Γ.
     long numbers() const {
         long sum = 0;
-        for (auto &k : matrices) sum += S * batch * units * k.fan_in;
+        for (auto &k : matrices) sum += S * batch * units * k.fan_in * (rule == RTRL ? head : 1);
         return sum;
     }
 
@@ -534,6 +622,10 @@ template <class real> struct Network {
     template <int kind> void run(long threads) {
         const long blocks = (units + W - 1) / W;
         const bool sums_up = every > 1 || options[5] > 0;
+        if (rule == RTRL && (phase & LEARN)) {
+            jacobians.resize(batch * units * S * S * head);
+            columns.resize(threads * 2 * W * S * head);
+        }
         if (room) {
             real *at = room;
             panels.reserve(matrices.size());
@@ -594,8 +686,16 @@ template <class real> struct Network {
             });
         };
         const auto learn = [&](const Team &team, long t, long at, const Optimizer<real, kind> &optimizer) {
+            if (rule == RTRL) find_jacobians(team);
             for (auto &k : matrices) {
                 const auto own = optimizer.at(k.learned, t);
+                if (rule == RTRL) {
+                    real *const kept = columns.data() + team.me * 2 * W * S * head;
+                    spread(
+                        team, units / head * ((head * k.fan_in + 2 * W - 1) / (2 * W)),
+                        [&](long task) { learn_exact(k, t, task, kept, own, sums_up, at == 0); }, false);
+                    continue;
+                }
                 const long together = batch == 1 ? 1 : rows_together(k.fan_in);
                 const bool by_row = k.panel < 0 && k.fan_in > 1;
                 spread(

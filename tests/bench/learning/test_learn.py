@@ -180,6 +180,16 @@ def test_rules_that_coincide_for_a_cell(task: str, rule: str, same: str) -> None
     assert a["payload"]["curve"] == b["payload"]["curve"]
 
 
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.streams])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_stream_finds_what_the_loop_of_a_learner_finds(task: str, rule: str) -> None:
+    sizes = dataclasses.replace(TINY, tasks=(task,), steps=240, batch=3)
+    run = sizes.run(task, rule, 0, 0.01, tuning=False)
+    streamed, looped = (learn._curve(run, by_stream=way, dtype=torch.float64) for way in (True, False))
+    assert streamed[0] == pytest.approx(looped[0], rel=1e-10)
+    assert streamed[2] == looped[2]
+
+
 def test_processes_find_what_one_finds(tmp_path: Path) -> None:
     settings = dataclasses.replace(TINY, rules=("tbptt",))
     alone, _ = learn.measure(settings, tmp_path / "a.jsonl")
