@@ -44,7 +44,7 @@ from .readout import has_readout, readout
 from .rows import LearnerRows
 from .sensitivity import Exact, NoSensitivity, PerUnit, RankOne, Sensitivity
 from .tape import Block, recorded
-from .traces import advanced, row_gradients
+from .traces import by_parameter, read_rows, rows_of_steps, through_readout
 
 
 class OnlineLearner(LearnerRows):
@@ -268,6 +268,8 @@ class OnlineLearner(LearnerRows):
         self._chunk_weights: tuple[Tensor, ...] | None = None
         self._forget: Tensor | None = None  # batch rows to forget when the next step begins, (B,) bool
         self._forget_all = False
+        # The last step's input, where the layer's readout reads it; None before a first step and after a checkpoint.
+        self._input: Tensor | None = None
         self._cut = False  # whether the state was given, so that the next step begins without a past
         self._position = 0  # how many of the update_every steps between two updates step() has run
         # Of the weights when these steps began; None where a copy or a checkpoint goes on: those of the next step.
@@ -456,6 +458,8 @@ class OnlineLearner(LearnerRows):
                     self._look(self._graph.now, self._graph.now)
                 outputs = Graphed.apply(self._graph, self._forget, x, *self.layer.weights())
                 self._forget, self._forget_all = None, False
+                if self._has_readout:
+                    self._input = x.detach().clone()
             finally:
                 self._past.leave()
             return self._readout(outputs, x, one_node)
@@ -572,44 +576,82 @@ class OnlineLearner(LearnerRows):
         if self.learning in ("uoro", "tbptt"):
             raise ValueError(
                 f"traces() needs a rule that carries a sensitivity for each weight, got learning={self.learning!r}; "
-                "the nearest are 'rtrl', which is exact, and 'rfp'"
+                "the nearest are 'rtrl', which is exact, and 'rfp'; row_gradients() goes with any"
             )
-        scan = self._past.scan_backend
-        carried = self._new_sensitivity(self._options, scan)
+        return by_parameter(self._carried_now())
+
+    def _carried_now(self) -> Sensitivity:
+        """A copy of what is carried, of the state now."""
+        carried = self._new_sensitivity(self._options, self._past.scan_backend)
         if self._cut:
-            return advanced(carried, [])
+            return carried
         if self._past.sensitivity is not None:
             carried.load_(self._past.sensitivity.tensors())
         window = self._past.window()
         if self._graph is not None:
             window = [Block.from_dict(saved) for saved in self._graph.unfolded().get("window", [])]
-        made = advanced(carried, window)
-        if self._forget is None:
-            return made
-        return [trace.masked_fill(self._forget.view(-1, *(1,) * (trace.dim() - 2)), 0) for trace in made]
+        for block in window:
+            carried.step_(block)
+        if self._forget is not None:
+            carried.forget_(self._forget)
+        return carried
 
     @torch.no_grad()
     def row_gradients(self, credit: Tensor) -> dict[str, Tensor]:
-        """The gradients of B scalars at once: for each parameter of layer.weights(), by its name, (B, *W).
+        """The gradients of B scalars at once: for each parameter of the layer, by its name, (B, *W).
 
         credit (B, N): the gradient of the sum of the scalars with respect to the last step's output, of which row b's
         scalar depends on row b alone, as `torch.autograd.grad(values.sum(), output)` gives it. Row b of the result is
-        the gradient of scalar b by the learner's rule; summed over rows it is what backward() adds to `.grad` where the
-        step is an update of its own. Nothing is mutated; it takes what `traces` takes.
+        the gradient of scalar b by the learner's rule; summed over rows it is what backward() of the last output adds
+        to `.grad`. Of a layer with a readout of its own it is taken with the readout's parameters as they are now.
+        Rows that were reset since the step have none, nor has any row once the state was set. Nothing is mutated; it
+        takes what `traces` takes, and a pass over the chunk where credit passes through the full Jacobian.
 
-        Raises TypeError or ValueError for credit, for a layer with a readout of its own, and as `traces` does.
+        Raises TypeError or ValueError for credit; RuntimeError for a layer with a readout before the first step after
+        load_state_dict(), which doesn't have the last input, and after backward() where that drops the chunk (credit
+        "carry" and rule "tbptt").
         """
         layer = self.layer
-        if self._has_readout:
-            raise ValueError(
-                f"row_gradients() needs an output that is a state of the cell, and {type(layer).__name__} has a "
-                "readout of its own; traces() has the sensitivities of its states"
-            )
+        refuse_while_compiling("row_gradients()", "call it outside of the compiled function")
         check.shape("credit", check.tensor("credit", credit), (self.batch_size, layer.hidden_size))
         check.like("credit", credit, "the learner", self._state)
+        rows = (
+            torch.full((self.batch_size,), self._cut, device=credit.device)
+            if self._forget is None
+            else self._forget
+        )
+        credit = credit.detach().masked_fill(rows[:, None], 0)
+        outputs, of_readout = [self._state[nu] for nu in layer.cell.outputs], {}
+        of_outputs: Sequence[Tensor] = [credit]
+        if self._has_readout:
+            if self._input is None:
+                raise RuntimeError(
+                    f"row_gradients() of {type(layer).__name__} needs the last step's input, which its readout reads "
+                    "and a state_dict() doesn't have: call step() first"
+                )
+            x = self._input.masked_fill(rows[:, None], 0)
+            of_outputs, of_readout = through_readout(layer, outputs, x, credit)
         of_states = torch.zeros_like(self._state)
-        of_states[layer.cell.outputs[0]] = credit
-        return dict(zip(layer._names, row_gradients(layer, self._traces(), of_states), strict=True))
+        for nu, of in zip(layer.cell.outputs, of_outputs, strict=False):
+            of_states[nu] = of
+        if self._full and self.form == "chunk":
+            made = self._rows_of_chunk(of_states)
+        else:
+            made = read_rows(layer, self._carried_now(), of_states)
+        return {**dict(zip(layer._names, made, strict=True)), **of_readout}
+
+    def _rows_of_chunk(self, delta: Tensor) -> list[Tensor]:
+        """`row_gradients` where credit passes through the full Jacobian. delta (S, B, N): of the states."""
+        layer, past = self.layer, self._past
+        assert past.sensitivity is not None
+        if self._cut or past.now == 0:
+            return read_rows(layer, past.sensitivity, torch.zeros_like(delta))
+        parts, passed = past.last_credits(delta)
+        made = read_rows(layer, past.sensitivity, passed)
+        for block, credit in parts:
+            for total, part in zip(made, rows_of_steps(layer, block, credit), strict=True):
+                total.add_(part)
+        return made
 
     def _check_input(self, x: Tensor, leading: tuple[int | str, ...]) -> None:
         refuse_hooks(self.layer)
@@ -721,7 +763,7 @@ class OnlineLearner(LearnerRows):
         layer's input.
         """
         layer, past, cell = self.layer, self._past, self.layer.cell
-        x = x.clone()  # callers may write the next input into the same memory
+        x = given = x.clone()  # callers may write the next input into the same memory
         input_weights = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
         after, block = self._record(x, resets, self._state, weights, self._chunk_weights, active)
         state = after[:, -1].clone()
@@ -734,6 +776,8 @@ class OnlineLearner(LearnerRows):
         # copies, which the caller may change: the window goes on reading the states
         outputs = [after[nu].clone() for nu in cell.outputs]
         self._state = state
+        if self._has_readout:
+            self._input = given[-1].clone()
         return PendingBackward(layer, past, record, self._lr), outputs, input_weights
 
     def _act_on(
@@ -905,7 +949,7 @@ class OnlineLearner(LearnerRows):
         else:
             self._past.fold()
             self._graph.load(state["state"])
-        self._position, self._port, self._chunk_weights = state["position"], None, None
+        self._position, self._port, self._chunk_weights, self._input = state["position"], None, None, None
         self._cut = False
         self._versions = None
         self._watch.begin(self._past.now if self._graph is None else self._graph.now)
@@ -952,6 +996,7 @@ class OnlineLearner(LearnerRows):
             self._port = self._chunk_weights = self._versions = None
             self._forget = None if self._forget is None else move(self._forget)
             self._lr = None if self._lr is None else move(self._lr)
+            self._input = None if self._input is None else move(self._input)
             self._watch = Watch(self._options.nonfinite, self._state, self._past.scan_backend)
             self._watch.begin(self._past.now)
 

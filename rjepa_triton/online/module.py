@@ -17,7 +17,7 @@ from ..layers.layer import TwoPointRNN
 
 # What a step writes.
 _WRITTEN = frozenset(
-    {"_chunk_weights", "_forget", "_forget_all", "_fresh", "_port", "_position", "_versions"}
+    {"_chunk_weights", "_forget", "_forget_all", "_fresh", "_input", "_port", "_position", "_versions"}
 )
 _EXTRA = "_extra_state"  # torch.nn.Module's name for what get_extra_state() gave
 

@@ -47,6 +47,7 @@ class LearnerRows(LearnerModule):
     _forget: Tensor | None
     _forget_all: bool
     _graph: GraphedStep | None
+    _input: Tensor | None
     _options: Options
     _past: Past
     _position: int
@@ -120,6 +121,8 @@ class LearnerRows(LearnerModule):
             self.batch_size, self._options, self._choice = batch_size, options, choice
             self.carried_bytes = choice.carried_bytes
             self._state = change(self._state, 1)
+            if self._input is not None:
+                self._input = change(self._input, 0)
             if self._forget is not None:
                 self._forget = change(self._forget, 0) | self._forget_all
             self._renew_past(past)
