@@ -43,7 +43,7 @@ from .past import Past, full_credit
 from .readout import has_readout, readout
 from .rows import LearnerRows
 from .sensitivity import Exact, NoSensitivity, PerUnit, RankOne, Sensitivity
-from .tape import Block, recorded
+from .tape import Block, joined, recorded
 from .traces import by_parameter, read_rows, rows_of_steps, through_readout
 
 
@@ -441,8 +441,8 @@ class OnlineLearner(LearnerRows):
                     "active can't go with cuda_graph=True, whose captured step advances all batch rows: make the "
                     "learner without it"
                 )
-            active = self._flags("active", active)
-            x = x.masked_fill(~active[:, None], 0)
+            active = self._flags("active", active)[None]
+            x = x.masked_fill(~active[0, :, None], 0)
         if not self.training:
             return self._act(x[None], None, active)[0]
         if torch.compiler.is_compiling():
@@ -473,20 +473,24 @@ class OnlineLearner(LearnerRows):
         self._port = port if self._position and self.form == "chunk" else None
         return output[0]
 
-    def chunk(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+    def chunk(self, x: Tensor, resets: Tensor | None = None, active: Any = None) -> Tensor:
         """Advance C steps with the weights as they are. x (C, B, F), for any C ≥ 1 → outputs (C, B, N).
 
-        With a layer of batch_first these are (B, C, ·), and so are resets.
-        resets (C, B) bool or None: rows in which a new episode starts at that step. Call backward() once, on the sum of
-        all losses of these outputs, before the next call. Mutates the learner's state. Raises TypeError or ValueError
-        for x and resets, and FloatingPointError as `nonfinite` says.
+        With a layer of batch_first these are (B, C, ·), and so are resets and active.
+        resets (C, B) bool or None: rows in which a new episode starts at that step.
+        active: None, or a mask (C, B), bools or numbers: rows that take no step where it is False. States, outputs and
+        sensitivities are those of C calls of reset(resets[t]) and step(x[t], active[t]); the steps run one by one, as
+        they do there.
+        Call backward() once, on the sum of all losses of these outputs, before the next call. Mutates the learner's
+        state. Raises TypeError or ValueError for x, resets and active; RuntimeError for active under torch.compile;
+        FloatingPointError as `nonfinite` says.
         """
         if isinstance(x, Tensor) and autocast_is_on(x.device):
             with without_autocast(x.device):
-                return self._chunk(x.to(self._state.dtype), resets, self._has_readout)
-        return self._chunk(x, resets, self._has_readout and self.lag > 0)
+                return self._chunk(x.to(self._state.dtype), resets, self._has_readout, active)
+        return self._chunk(x, resets, self._has_readout and self.lag > 0, active)
 
-    def _chunk(self, x: Tensor, resets: Tensor | None, one_node: bool) -> Tensor:
+    def _chunk(self, x: Tensor, resets: Tensor | None, one_node: bool, active: Any) -> Tensor:
         """As `chunk`, without autocast. one_node: as in `_step`."""
         if self._graph is not None:
             raise ValueError("chunk() can't go with cuda_graph=True, which captures one step: call step()")
@@ -494,19 +498,24 @@ class OnlineLearner(LearnerRows):
         self._check_input(x, (self.batch_size, "C") if first else ("C", self.batch_size))
         if resets is not None:
             resets = check.mask("resets", resets, tuple(x.shape[:2]), x.device)
+        if active is not None:
+            refuse_while_compiling("chunk(x, active=…)", "call it outside of the compiled function")
+            active = self._flags("active", active, tuple(x.shape[:2]))
+            x = x.masked_fill(~active[..., None], 0)
         if first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
-        output = self._chunk_of(x, resets, one_node)
+            active = None if active is None else active.transpose(0, 1)
+        output = self._chunk_of(x, resets, one_node, active)
         return output.transpose(0, 1) if first else output
 
-    def _chunk_of(self, x: Tensor, resets: Tensor | None, one_node: bool) -> Tensor:
+    def _chunk_of(self, x: Tensor, resets: Tensor | None, one_node: bool, active: Tensor | None) -> Tensor:
         """As `chunk`, of x (C, B, F) that has been checked."""
         if not self.training:
-            return self._act(x, resets)
+            return self._act(x, resets, active)
         if torch.compiler.is_compiling():
             return self._run_compiled(x, resets)
         self._position, self._port, self._past.mid_chunk = 0, None, False
-        return self._run(x, resets, None, one_node)[0]
+        return self._run(x, resets, None, one_node, active=active)[0]
 
     def peek(self, x: Tensor) -> Tensor:
         """The output (B, N) that step(x) would give, without moving on, and without a graph: x (B, F).
@@ -538,23 +547,31 @@ class OnlineLearner(LearnerRows):
     def _ahead(self, x: Tensor, resets: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs (C, B, N) of x (C, B, F), and the state (S, B, N) after it, of the layer alone.
 
-        active: of one step, as `step` has it.
+        active (C, B) or None: as `chunk` has it.
         """
         layer = self.layer
         weights = layer.weights()
-        after = operations.scan(
-            layer.cell,
-            layer.drive(x, weights),
-            weights[: len(layer.cell.matrices)],
-            self._state.unbind(0),
-            resets,
-            keep=False,
-            backend=self._past.scan_backend,
-        ).after
-        if active is not None:
-            after = torch.where(active[:, None], after, self._state[:, None])
+        drive, state, parts = layer.drive(x, weights), self._state, []
+        for t in range(1 if active is None else len(x)):  # all at once, or one by one
+            steps = slice(None) if active is None else slice(t, t + 1)
+            starts = None if resets is None else resets[steps]
+            after = operations.scan(
+                layer.cell,
+                drive[:, steps],
+                weights[: len(layer.cell.matrices)],
+                state.unbind(0),
+                starts,
+                keep=False,
+                backend=self._past.scan_backend,
+            ).after
+            if active is not None:
+                stays = state if starts is None else state.masked_fill(starts[0, :, None], 0)
+                after = torch.where(active[t, :, None], after, stays[:, None])
+            state = after[:, -1]
+            parts.append(after)
+        after = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         # copies, which share no memory with the state
-        return layer.readout([after[nu].clone() for nu in layer.cell.outputs], x), after[:, -1].clone()
+        return layer.readout([after[nu].clone() for nu in layer.cell.outputs], x), state.clone()
 
     def traces(self) -> dict[str, Tensor]:
         """The sensitivity of the states now to each parameter of layer.weights(), by its name: copies.
@@ -696,7 +713,7 @@ class OnlineLearner(LearnerRows):
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs (C, B, N) of x (C, B, F), and the credit port for the chunk's next call, if any.
 
-        joins: whether this is one step of a chunk that several calls make up. active: of one step, as `step` has it.
+        joins: whether this is one step of a chunk that several calls make up. active (C, B) or None.
         """
         run = self.advance if active is None else functools.partial(self.advance, active=active)
         self._past.enter()
@@ -757,7 +774,7 @@ class OnlineLearner(LearnerRows):
         weights: Sequence[Tensor],
         active: Tensor | None = None,
     ) -> tuple[PendingBackward, list[Tensor], Sequence[Tensor]]:
-        """Run steps from the current state and record them. x (C, B, F). active: of one step, as `step` has it.
+        """Run steps from the current state and record them. x (C, B, F). active (C, B) or None: as `chunk` has it.
 
         Returns what the backward pass needs, the cell's outputs (C, B, N) each, and those of the weights that read the
         layer's input.
@@ -818,9 +835,18 @@ class OnlineLearner(LearnerRows):
     ) -> tuple[Tensor, Block]:
         """The states after steps from `state` (S, B, N), and their block.
 
-        kept: the weights that the block carries. active: of one step, as `step` has it.
+        kept: the weights that the block carries. active (C, B) or None: as `chunk` has it.
         """
         layer = self.layer
+        if active is not None and len(x) > 1:
+            each, blocks = [], []
+            for t in range(len(x)):
+                starts = None if resets is None else resets[t : t + 1]
+                step = self._record(x[t : t + 1], starts, state, weights, kept, active[t : t + 1])
+                each.append(step[0])
+                blocks.append(step[1])
+                state = step[0][:, -1]
+            return torch.cat(each, 1), joined(blocks)
         after, block = recorded(
             layer.cell,
             layer.drive(x, weights),
@@ -832,7 +858,7 @@ class OnlineLearner(LearnerRows):
             None if kept is None else tuple(kept),
             self._past.scan_backend,
         )
-        return (after, block) if active is None else held(after, block, state, active, resets)
+        return (after, block) if active is None else held(after, block, state, active[0], resets)
 
     def _run_compiled(self, x: Tensor, resets: Tensor | None) -> Tensor:
         """Outputs (C, B, N) of x (C, B, F) by an operator, while torch.compile traces."""

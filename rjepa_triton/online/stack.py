@@ -165,10 +165,10 @@ class StackLearner(nn.Module):
         for finish in [learner.prepare_rows(batch_size, change) for learner in self.learners]:
             finish()
 
-    def chunk(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+    def chunk(self, x: Tensor, resets: Tensor | None = None, active: Any = None) -> Tensor:
         """Advance all layers C steps, as `OnlineLearner.chunk` does. x (C, B, F) → the top layer's output (C, B, N)."""
         for learner in self.learners:
-            x = learner.chunk(x, resets)
+            x = learner.chunk(x, resets, active)
         return x
 
     def reset(self, mask: Any = None) -> None:
