@@ -35,6 +35,7 @@ from .options import (
     Options,
     check_options,
     choose_form,
+    distributed_call,
     learning_rate,
     refuse_distributed,
     refuse_hooks,
@@ -204,7 +205,7 @@ class OnlineLearner(LearnerRows):
         self.update_every, self.horizon = options.update_every, options.horizon
         self.gamma_rounding = options.gamma_rounding
         self._has_readout = has_readout(layer)
-        self._fresh = True  # no step has run
+        self._within: int | None = None  # what `distributed_call` said at the last step; None before a first
         self._reads_input = any(matrix.reads == "input" for matrix in layer.matrices)
         self._asked_rewrite_every = options.rewrite_every
         self._choice = choose_form(layer, options)
@@ -310,6 +311,7 @@ class OnlineLearner(LearnerRows):
         return {
             **self.__dict__,
             "_compiled": None,
+            "_within": None,
             "_port": None,
             "_versions": None,
             "_chunk_weights": None,
@@ -718,9 +720,9 @@ class OnlineLearner(LearnerRows):
         run = self.advance if active is None else functools.partial(self.advance, active=active)
         self._past.enter()
         try:
-            if self._fresh:
-                refuse_distributed(self.layer)
-                self._fresh = False
+            if self._within != (within := distributed_call()):
+                refuse_distributed(self.layer, self, lr=self._lr is not None)
+                self._within = within
             resets = self._before_steps(x, resets)
             weights = self.layer.weights()
             if self.form == "chunk" and joins and x.requires_grad and torch.is_grad_enabled():
@@ -936,7 +938,6 @@ class OnlineLearner(LearnerRows):
 
     def returned(self, steps: int) -> None:
         """What was lent has been advanced by so many steps."""
-        self._fresh = False
         self._past.begin(self._past.now + steps)
         if self._watch.next <= self._past.now:
             self._look(self._past.now, self._past.now)

@@ -112,6 +112,15 @@ class StackLearner(nn.Module):
         return list(self._modules["learners"])  # type: ignore[call-overload]
 
     @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """As of an `OnlineLearner`."""
+        return [
+            f"learners.{i}.{name}"
+            for i, learner in enumerate(self.learners)
+            for name in learner._ddp_params_and_buffers_to_ignore
+        ]
+
+    @property
     def batch_size(self) -> int:
         """B, the number of streams that run side by side."""
         return self.learners[0].batch_size
