@@ -640,8 +640,9 @@ class OnlineLearner(LearnerRows):
             else self._forget
         )
         credit = credit.detach().masked_fill(rows[:, None], 0)
-        outputs, of_readout = [self._state[nu] for nu in layer.cell.outputs], {}
+        outputs = [self._state[nu] for nu in layer.cell.outputs]
         of_outputs: Sequence[Tensor] = [credit]
+        of_readout: dict[str, Tensor] = {}
         if self._has_readout:
             if self._input is None:
                 raise RuntimeError(
@@ -663,7 +664,7 @@ class OnlineLearner(LearnerRows):
         """`row_gradients` where credit passes through the full Jacobian. delta (S, B, N): of the states."""
         layer, past = self.layer, self._past
         assert past.sensitivity is not None
-        if self._cut or past.now == 0:
+        if self._cut or past.is_new:
             return read_rows(layer, past.sensitivity, torch.zeros_like(delta))
         parts, passed = past.last_credits(delta)
         made = read_rows(layer, past.sensitivity, passed)

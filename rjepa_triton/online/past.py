@@ -152,6 +152,11 @@ class Past:
         """Bytes of the sensitivities and the window."""
         return self._tape.nbytes + (0 if self.sensitivity is None else self.sensitivity.nbytes)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether no step has run since it began, or since a reset of all rows."""
+        return self._last_full_reset == self.now
+
     def add(self, block: Block, inputs: int, continues_chunk: bool) -> Record:
         """Append new steps to the window. The arguments are those of `Record`."""
         record = Record(self.now, block, inputs, continues_chunk, self._epoch)

@@ -85,6 +85,6 @@ def through_readout(
             replaced = {f"layer.{name}": value for name, value in parameters.items()}
             return torch.func.functional_call(ReadoutOf(layer), replaced, (row, x))
 
-        return torch.func.vjp(output, row, parameters)[1](credit)  # type: ignore[no-any-return]
+        return torch.func.vjp(output, row, parameters)[1](credit)
 
-    return torch.func.vmap(of_row)(tuple(outputs), x, credit)  # type: ignore[no-any-return]
+    return torch.func.vmap(of_row)(tuple(outputs), x, credit)

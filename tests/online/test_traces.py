@@ -153,6 +153,24 @@ def test_row_gradients_of_rows_that_are_held_reset_added_and_removed(kind: str) 
     assert all(not gradient.any() for gradient in learner.row_gradients(ones).values())
 
 
+def test_row_gradients_of_layers_one_above_the_other() -> None:
+    """A learner for each, and the credit of each one's output."""
+    lower, upper = OnlineLearner(LAYERS["LRU"](), 2), OnlineLearner(LSTM(4, 4, dtype=F64), 2)
+    for x in X:
+        below = lower(x)
+        above = upper(below)
+    values, _ = by_hand(upper, above)
+    credits = torch.autograd.grad(values.sum(), [below, above], retain_graph=True)
+    found = [learner.row_gradients(credit) for learner, credit in zip((lower, upper), credits, strict=True)]
+    for row in range(2):
+        lower.zero_grad()
+        upper.zero_grad()
+        values[row].backward(retain_graph=True)
+        for learner, rows in zip((lower, upper), found, strict=True):
+            for key, gradient in rows.items():
+                torch.testing.assert_close(gradient[row], learner.layer.get_parameter(key).grad)
+
+
 def test_row_gradients_that_come_too_late_say_so() -> None:
     learner, ones = OnlineLearner(LAYERS["ELSTM"](), 2), torch.ones(2, 4, dtype=F64)
     learner(X[0])
