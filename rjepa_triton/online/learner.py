@@ -644,12 +644,14 @@ class OnlineLearner(LearnerRows):
         of_outputs: Sequence[Tensor] = [credit]
         of_readout: dict[str, Tensor] = {}
         if self._has_readout:
-            if self._input is None:
+            x = self._input
+            if x is None and not self._cut:
                 raise RuntimeError(
                     f"row_gradients() of {type(layer).__name__} needs the last step's input, which its readout reads "
                     "and a state_dict() doesn't have: call step() first"
                 )
-            x = self._input.masked_fill(rows[:, None], 0)
+            x = credit.new_zeros(self.batch_size, layer.fan_in) if x is None else x
+            x = x.masked_fill(rows[:, None], 0)
             of_outputs, of_readout = through_readout(layer, outputs, x, credit)
         of_states = torch.zeros_like(self._state)
         for nu, of in zip(layer.cell.outputs, of_outputs, strict=False):
