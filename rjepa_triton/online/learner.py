@@ -634,11 +634,8 @@ class OnlineLearner(LearnerRows):
         refuse_while_compiling("row_gradients()", "call it outside of the compiled function")
         check.shape("credit", check.tensor("credit", credit), (self.batch_size, layer.hidden_size))
         check.like("credit", credit, "the learner", self._state)
-        rows = (
-            torch.full((self.batch_size,), self._cut, device=credit.device)
-            if self._forget is None
-            else self._forget
-        )
+        rows = torch.full((self.batch_size,), self._cut, device=credit.device)
+        rows = rows if self._forget is None else rows | self._forget
         credit = credit.detach().masked_fill(rows[:, None], 0)
         outputs = [self._state[nu] for nu in layer.cell.outputs]
         of_outputs: Sequence[Tensor] = [credit]

@@ -182,6 +182,8 @@ def test_row_gradients_that_come_too_late_say_so() -> None:
     learner = OnlineLearner(LAYERS["ELSTM"](), 2).eval()
     learner(X[0])  # it has no past, and so no gradients
     assert all(not gradient.any() for gradient in learner.row_gradients(ones).values())
+    learner.reset(torch.tensor([True, False]))
+    assert all(not gradient.any() for gradient in learner.row_gradients(ones).values())
     learner = OnlineLearner(LAYERS["RGC"](), 2, learning="tbptt", update_every=2)
     assert all(not gradient.any() for gradient in learner.row_gradients(ones).values())
     learner.chunk(X).sum().backward()
