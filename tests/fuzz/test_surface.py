@@ -328,7 +328,7 @@ class Case:
         mask += [
             torch.zeros(batch, dtype=torch.complex64),
             torch.zeros(batch, device="meta"),
-            np.zeros((batch, 2)),
+            np.zeros((batch, 2, 1)),
         ]
         x: list[Any] = [
             None,
