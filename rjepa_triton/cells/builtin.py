@@ -79,6 +79,7 @@ class LeakyCell(Cell):
     matrices = (Matrix("hh", ("gate", 0), 0),)
 
     def __init__(self, alpha: float, nonlinearity: Nonlinearity = "tanh") -> None:
+        check.number("alpha", alpha)
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha must be in (0, 1], got {alpha}")
         check.one_of("nonlinearity", nonlinearity, NONLINEARITIES)
@@ -261,6 +262,8 @@ class LRUCell(Cell):
         max_phase: float = 2 * math.pi,
     ) -> None:
         check.one_of("nonlinearity", nonlinearity, (None, *NONLINEARITIES))
+        for name, value in (("r_min", r_min), ("r_max", r_max), ("max_phase", max_phase)):
+            check.number(name, value)
         if not 0 <= r_min < r_max < 1:
             raise ValueError(f"r_min and r_max must be 0 ≤ r_min < r_max < 1, got {r_min} and {r_max}")
         if not 0 < max_phase <= 2 * math.pi:
@@ -343,9 +346,11 @@ class LIFCell(Cell):
     matrices = (Matrix("hz", ("gate", 0), 0),)
 
     def __init__(self, decay: float = 0.95, threshold: float = 1.0, dampening: float = 0.3) -> None:
+        check.number("decay", decay)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {decay}")
         for name, value in (("threshold", threshold), ("dampening", dampening)):
+            check.number(name, value)
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {value}")
         self.decay, self.threshold, self.dampening = decay, threshold, dampening
@@ -391,6 +396,8 @@ class ALIFCell(LIFCell):
         adaptation: float = 0.18,
     ) -> None:
         super().__init__(decay, threshold, dampening)
+        check.number("adaptation_decay", adaptation_decay)
+        check.number("adaptation", adaptation)
         if not 0 <= adaptation_decay <= 1:
             raise ValueError(f"adaptation_decay must be in [0, 1], got {adaptation_decay}")
         if not math.isfinite(adaptation):

@@ -1,4 +1,4 @@
-"""Batch rows that don't take part in a step, as environments that step apart need it.
+"""Batch rows that don't take part in a step, or in some of a chunk, as environments that step apart need it.
 
 In a row that is held, the step is the identity: the state stays, M is the identity matrix, and nothing enters,
 

@@ -35,6 +35,7 @@ from .options import (
     Options,
     check_options,
     choose_form,
+    distributed_call,
     learning_rate,
     refuse_distributed,
     refuse_hooks,
@@ -43,8 +44,8 @@ from .past import Past, full_credit
 from .readout import has_readout, readout
 from .rows import LearnerRows
 from .sensitivity import Exact, NoSensitivity, PerUnit, RankOne, Sensitivity
-from .tape import Block, recorded
-from .traces import advanced, row_gradients
+from .tape import Block, joined, recorded
+from .traces import by_parameter, read_rows, rows_of_steps, through_readout
 
 
 class OnlineLearner(LearnerRows):
@@ -204,7 +205,7 @@ class OnlineLearner(LearnerRows):
         self.update_every, self.horizon = options.update_every, options.horizon
         self.gamma_rounding = options.gamma_rounding
         self._has_readout = has_readout(layer)
-        self._fresh = True  # no step has run
+        self._within: int | None = None  # what `distributed_call` said at the last step; None before a first
         self._reads_input = any(matrix.reads == "input" for matrix in layer.matrices)
         self._asked_rewrite_every = options.rewrite_every
         self._choice = choose_form(layer, options)
@@ -268,6 +269,8 @@ class OnlineLearner(LearnerRows):
         self._chunk_weights: tuple[Tensor, ...] | None = None
         self._forget: Tensor | None = None  # batch rows to forget when the next step begins, (B,) bool
         self._forget_all = False
+        # The last step's input, where the layer's readout reads it; None before a first step and after a checkpoint.
+        self._input: Tensor | None = None
         self._cut = False  # whether the state was given, so that the next step begins without a past
         self._position = 0  # how many of the update_every steps between two updates step() has run
         # Of the weights when these steps began; None where a copy or a checkpoint goes on: those of the next step.
@@ -308,6 +311,7 @@ class OnlineLearner(LearnerRows):
         return {
             **self.__dict__,
             "_compiled": None,
+            "_within": None,
             "_port": None,
             "_versions": None,
             "_chunk_weights": None,
@@ -439,8 +443,8 @@ class OnlineLearner(LearnerRows):
                     "active can't go with cuda_graph=True, whose captured step advances all batch rows: make the "
                     "learner without it"
                 )
-            active = self._flags("active", active)
-            x = x.masked_fill(~active[:, None], 0)
+            active = self._flags("active", active)[None]
+            x = x.masked_fill(~active[0, :, None], 0)
         if not self.training:
             return self._act(x[None], None, active)[0]
         if torch.compiler.is_compiling():
@@ -456,6 +460,8 @@ class OnlineLearner(LearnerRows):
                     self._look(self._graph.now, self._graph.now)
                 outputs = Graphed.apply(self._graph, self._forget, x, *self.layer.weights())
                 self._forget, self._forget_all = None, False
+                if self._has_readout:
+                    self._input = x.detach().clone()
             finally:
                 self._past.leave()
             return self._readout(outputs, x, one_node)
@@ -469,20 +475,24 @@ class OnlineLearner(LearnerRows):
         self._port = port if self._position and self.form == "chunk" else None
         return output[0]
 
-    def chunk(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+    def chunk(self, x: Tensor, resets: Tensor | None = None, active: Any = None) -> Tensor:
         """Advance C steps with the weights as they are. x (C, B, F), for any C ≥ 1 → outputs (C, B, N).
 
-        With a layer of batch_first these are (B, C, ·), and so are resets.
-        resets (C, B) bool or None: rows in which a new episode starts at that step. Call backward() once, on the sum of
-        all losses of these outputs, before the next call. Mutates the learner's state. Raises TypeError or ValueError
-        for x and resets, and FloatingPointError as `nonfinite` says.
+        With a layer of batch_first these are (B, C, ·), and so are resets and active.
+        resets (C, B) bool or None: rows in which a new episode starts at that step.
+        active: None, or a mask (C, B), bools or numbers: rows that take no step where it is False. States, outputs and
+        sensitivities are those of C calls of reset(resets[t]) and step(x[t], active[t]); the steps run one by one, as
+        they do there.
+        Call backward() once, on the sum of all losses of these outputs, before the next call. Mutates the learner's
+        state. Raises TypeError or ValueError for x, resets and active; RuntimeError for active under torch.compile;
+        FloatingPointError as `nonfinite` says.
         """
         if isinstance(x, Tensor) and autocast_is_on(x.device):
             with without_autocast(x.device):
-                return self._chunk(x.to(self._state.dtype), resets, self._has_readout)
-        return self._chunk(x, resets, self._has_readout and self.lag > 0)
+                return self._chunk(x.to(self._state.dtype), resets, self._has_readout, active)
+        return self._chunk(x, resets, self._has_readout and self.lag > 0, active)
 
-    def _chunk(self, x: Tensor, resets: Tensor | None, one_node: bool) -> Tensor:
+    def _chunk(self, x: Tensor, resets: Tensor | None, one_node: bool, active: Any) -> Tensor:
         """As `chunk`, without autocast. one_node: as in `_step`."""
         if self._graph is not None:
             raise ValueError("chunk() can't go with cuda_graph=True, which captures one step: call step()")
@@ -490,19 +500,24 @@ class OnlineLearner(LearnerRows):
         self._check_input(x, (self.batch_size, "C") if first else ("C", self.batch_size))
         if resets is not None:
             resets = check.mask("resets", resets, tuple(x.shape[:2]), x.device)
+        if active is not None:
+            refuse_while_compiling("chunk(x, active=…)", "call it outside of the compiled function")
+            active = self._flags("active", active, tuple(x.shape[:2]))
+            x = x.masked_fill(~active[..., None], 0)
         if first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
-        output = self._chunk_of(x, resets, one_node)
+            active = None if active is None else active.transpose(0, 1)
+        output = self._chunk_of(x, resets, one_node, active)
         return output.transpose(0, 1) if first else output
 
-    def _chunk_of(self, x: Tensor, resets: Tensor | None, one_node: bool) -> Tensor:
+    def _chunk_of(self, x: Tensor, resets: Tensor | None, one_node: bool, active: Tensor | None) -> Tensor:
         """As `chunk`, of x (C, B, F) that has been checked."""
         if not self.training:
-            return self._act(x, resets)
+            return self._act(x, resets, active)
         if torch.compiler.is_compiling():
             return self._run_compiled(x, resets)
         self._position, self._port, self._past.mid_chunk = 0, None, False
-        return self._run(x, resets, None, one_node)[0]
+        return self._run(x, resets, None, one_node, active=active)[0]
 
     def peek(self, x: Tensor) -> Tensor:
         """The output (B, N) that step(x) would give, without moving on, and without a graph: x (B, F).
@@ -534,23 +549,31 @@ class OnlineLearner(LearnerRows):
     def _ahead(self, x: Tensor, resets: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs (C, B, N) of x (C, B, F), and the state (S, B, N) after it, of the layer alone.
 
-        active: of one step, as `step` has it.
+        active (C, B) or None: as `chunk` has it.
         """
         layer = self.layer
         weights = layer.weights()
-        after = operations.scan(
-            layer.cell,
-            layer.drive(x, weights),
-            weights[: len(layer.cell.matrices)],
-            self._state.unbind(0),
-            resets,
-            keep=False,
-            backend=self._past.scan_backend,
-        ).after
-        if active is not None:
-            after = torch.where(active[:, None], after, self._state[:, None])
+        drive, state, parts = layer.drive(x, weights), self._state, []
+        for t in range(1 if active is None else len(x)):  # all at once, or one by one
+            steps = slice(None) if active is None else slice(t, t + 1)
+            starts = None if resets is None else resets[steps]
+            after = operations.scan(
+                layer.cell,
+                drive[:, steps],
+                weights[: len(layer.cell.matrices)],
+                state.unbind(0),
+                starts,
+                keep=False,
+                backend=self._past.scan_backend,
+            ).after
+            if active is not None:
+                stays = state if starts is None else state.masked_fill(starts[0, :, None], 0)
+                after = torch.where(active[t, :, None], after, stays[:, None])
+            state = after[:, -1]
+            parts.append(after)
+        after = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         # copies, which share no memory with the state
-        return layer.readout([after[nu].clone() for nu in layer.cell.outputs], x), after[:, -1].clone()
+        return layer.readout([after[nu].clone() for nu in layer.cell.outputs], x), state.clone()
 
     def traces(self) -> dict[str, Tensor]:
         """The sensitivity of the states now to each parameter of layer.weights(), by its name: copies.
@@ -572,44 +595,82 @@ class OnlineLearner(LearnerRows):
         if self.learning in ("uoro", "tbptt"):
             raise ValueError(
                 f"traces() needs a rule that carries a sensitivity for each weight, got learning={self.learning!r}; "
-                "the nearest are 'rtrl', which is exact, and 'rfp'"
+                "the nearest are 'rtrl', which is exact, and 'rfp'; row_gradients() goes with any"
             )
-        scan = self._past.scan_backend
-        carried = self._new_sensitivity(self._options, scan)
+        return by_parameter(self._carried_now())
+
+    def _carried_now(self) -> Sensitivity:
+        """A copy of what is carried, of the state now."""
+        carried = self._new_sensitivity(self._options, self._past.scan_backend)
         if self._cut:
-            return advanced(carried, [])
+            return carried
         if self._past.sensitivity is not None:
             carried.load_(self._past.sensitivity.tensors())
         window = self._past.window()
         if self._graph is not None:
             window = [Block.from_dict(saved) for saved in self._graph.unfolded().get("window", [])]
-        made = advanced(carried, window)
-        if self._forget is None:
-            return made
-        return [trace.masked_fill(self._forget.view(-1, *(1,) * (trace.dim() - 2)), 0) for trace in made]
+        for block in window:
+            carried.step_(block)
+        if self._forget is not None:
+            carried.forget_(self._forget)
+        return carried
 
     @torch.no_grad()
     def row_gradients(self, credit: Tensor) -> dict[str, Tensor]:
-        """The gradients of B scalars at once: for each parameter of layer.weights(), by its name, (B, *W).
+        """The gradients of B scalars at once: for each parameter of the layer, by its name, (B, *W).
 
         credit (B, N): the gradient of the sum of the scalars with respect to the last step's output, of which row b's
         scalar depends on row b alone, as `torch.autograd.grad(values.sum(), output)` gives it. Row b of the result is
-        the gradient of scalar b by the learner's rule; summed over rows it is what backward() adds to `.grad` where the
-        step is an update of its own. Nothing is mutated; it takes what `traces` takes.
+        the gradient of scalar b by the learner's rule; summed over rows it is what backward() of the last output adds
+        to `.grad`. Of a layer with a readout of its own it is taken with the readout's parameters as they are now.
+        Rows that were reset since the step have none, nor has any row once the state was set. Nothing is mutated; it
+        takes what `traces` takes, and a pass over the chunk where credit passes through the full Jacobian.
 
-        Raises TypeError or ValueError for credit, for a layer with a readout of its own, and as `traces` does.
+        Raises TypeError or ValueError for credit; RuntimeError for a layer with a readout before the first step after
+        load_state_dict(), which doesn't have the last input, and after backward() where that drops the chunk (credit
+        "carry" and rule "tbptt").
         """
         layer = self.layer
-        if self._has_readout:
-            raise ValueError(
-                f"row_gradients() needs an output that is a state of the cell, and {type(layer).__name__} has a "
-                "readout of its own; traces() has the sensitivities of its states"
-            )
+        refuse_while_compiling("row_gradients()", "call it outside of the compiled function")
         check.shape("credit", check.tensor("credit", credit), (self.batch_size, layer.hidden_size))
         check.like("credit", credit, "the learner", self._state)
+        rows = torch.full((self.batch_size,), self._cut, device=credit.device)
+        rows = rows if self._forget is None else rows | self._forget
+        credit = credit.detach().masked_fill(rows[:, None], 0)
+        outputs = [self._state[nu] for nu in layer.cell.outputs]
+        of_outputs: Sequence[Tensor] = [credit]
+        of_readout: dict[str, Tensor] = {}
+        if self._has_readout:
+            x = self._input
+            if x is None and not self._cut:
+                raise RuntimeError(
+                    f"row_gradients() of {type(layer).__name__} needs the last step's input, which its readout reads "
+                    "and a state_dict() doesn't have: call step() first"
+                )
+            x = credit.new_zeros(self.batch_size, layer.fan_in) if x is None else x
+            x = x.masked_fill(rows[:, None], 0)
+            of_outputs, of_readout = through_readout(layer, outputs, x, credit)
         of_states = torch.zeros_like(self._state)
-        of_states[layer.cell.outputs[0]] = credit
-        return dict(zip(layer._names, row_gradients(layer, self._traces(), of_states), strict=True))
+        for nu, of in zip(layer.cell.outputs, of_outputs, strict=False):
+            of_states[nu] = of
+        if self._full and self.form == "chunk":
+            made = self._rows_of_chunk(of_states)
+        else:
+            made = read_rows(layer, self._carried_now(), of_states)
+        return {**dict(zip(layer._names, made, strict=True)), **of_readout}
+
+    def _rows_of_chunk(self, delta: Tensor) -> list[Tensor]:
+        """`row_gradients` where credit passes through the full Jacobian. delta (S, B, N): of the states."""
+        layer, past = self.layer, self._past
+        assert past.sensitivity is not None
+        if self._cut or past.is_new:
+            return read_rows(layer, past.sensitivity, torch.zeros_like(delta))
+        parts, passed = past.last_credits(delta)
+        made = read_rows(layer, past.sensitivity, passed)
+        for block, credit in parts:
+            for total, part in zip(made, rows_of_steps(layer, block, credit), strict=True):
+                total.add_(part)
+        return made
 
     def _check_input(self, x: Tensor, leading: tuple[int | str, ...]) -> None:
         refuse_hooks(self.layer)
@@ -654,14 +715,14 @@ class OnlineLearner(LearnerRows):
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs (C, B, N) of x (C, B, F), and the credit port for the chunk's next call, if any.
 
-        joins: whether this is one step of a chunk that several calls make up. active: of one step, as `step` has it.
+        joins: whether this is one step of a chunk that several calls make up. active (C, B) or None.
         """
         run = self.advance if active is None else functools.partial(self.advance, active=active)
         self._past.enter()
         try:
-            if self._fresh:
-                refuse_distributed(self.layer)
-                self._fresh = False
+            if self._within != (within := distributed_call()):
+                refuse_distributed(self.layer, self, lr=self._lr is not None)
+                self._within = within
             resets = self._before_steps(x, resets)
             weights = self.layer.weights()
             if self.form == "chunk" and joins and x.requires_grad and torch.is_grad_enabled():
@@ -715,13 +776,13 @@ class OnlineLearner(LearnerRows):
         weights: Sequence[Tensor],
         active: Tensor | None = None,
     ) -> tuple[PendingBackward, list[Tensor], Sequence[Tensor]]:
-        """Run steps from the current state and record them. x (C, B, F). active: of one step, as `step` has it.
+        """Run steps from the current state and record them. x (C, B, F). active (C, B) or None: as `chunk` has it.
 
         Returns what the backward pass needs, the cell's outputs (C, B, N) each, and those of the weights that read the
         layer's input.
         """
         layer, past, cell = self.layer, self._past, self.layer.cell
-        x = x.clone()  # callers may write the next input into the same memory
+        x = given = x.clone()  # callers may write the next input into the same memory
         input_weights = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
         after, block = self._record(x, resets, self._state, weights, self._chunk_weights, active)
         state = after[:, -1].clone()
@@ -734,6 +795,8 @@ class OnlineLearner(LearnerRows):
         # copies, which the caller may change: the window goes on reading the states
         outputs = [after[nu].clone() for nu in cell.outputs]
         self._state = state
+        if self._has_readout:
+            self._input = given[-1].clone()
         return PendingBackward(layer, past, record, self._lr), outputs, input_weights
 
     def _act_on(
@@ -774,9 +837,18 @@ class OnlineLearner(LearnerRows):
     ) -> tuple[Tensor, Block]:
         """The states after steps from `state` (S, B, N), and their block.
 
-        kept: the weights that the block carries. active: of one step, as `step` has it.
+        kept: the weights that the block carries. active (C, B) or None: as `chunk` has it.
         """
         layer = self.layer
+        if active is not None and len(x) > 1:
+            each, blocks = [], []
+            for t in range(len(x)):
+                starts = None if resets is None else resets[t : t + 1]
+                step = self._record(x[t : t + 1], starts, state, weights, kept, active[t : t + 1])
+                each.append(step[0])
+                blocks.append(step[1])
+                state = step[0][:, -1]
+            return torch.cat(each, 1), joined(blocks)
         after, block = recorded(
             layer.cell,
             layer.drive(x, weights),
@@ -788,7 +860,7 @@ class OnlineLearner(LearnerRows):
             None if kept is None else tuple(kept),
             self._past.scan_backend,
         )
-        return (after, block) if active is None else held(after, block, state, active, resets)
+        return (after, block) if active is None else held(after, block, state, active[0], resets)
 
     def _run_compiled(self, x: Tensor, resets: Tensor | None) -> Tensor:
         """Outputs (C, B, N) of x (C, B, F) by an operator, while torch.compile traces."""
@@ -866,7 +938,6 @@ class OnlineLearner(LearnerRows):
 
     def returned(self, steps: int) -> None:
         """What was lent has been advanced by so many steps."""
-        self._fresh = False
         self._past.begin(self._past.now + steps)
         if self._watch.next <= self._past.now:
             self._look(self._past.now, self._past.now)
@@ -905,7 +976,7 @@ class OnlineLearner(LearnerRows):
         else:
             self._past.fold()
             self._graph.load(state["state"])
-        self._position, self._port, self._chunk_weights = state["position"], None, None
+        self._position, self._port, self._chunk_weights, self._input = state["position"], None, None, None
         self._cut = False
         self._versions = None
         self._watch.begin(self._past.now if self._graph is None else self._graph.now)
@@ -952,6 +1023,7 @@ class OnlineLearner(LearnerRows):
             self._port = self._chunk_weights = self._versions = None
             self._forget = None if self._forget is None else move(self._forget)
             self._lr = None if self._lr is None else move(self._lr)
+            self._input = None if self._input is None else move(self._input)
             self._watch = Watch(self._options.nonfinite, self._state, self._past.scan_backend)
             self._watch.begin(self._past.now)
 

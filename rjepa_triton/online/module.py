@@ -17,7 +17,7 @@ from ..layers.layer import TwoPointRNN
 
 # What a step writes.
 _WRITTEN = frozenset(
-    {"_chunk_weights", "_forget", "_forget_all", "_fresh", "_port", "_position", "_versions"}
+    {"_chunk_weights", "_forget", "_forget_all", "_input", "_port", "_position", "_versions", "_within"}
 )
 _EXTRA = "_extra_state"  # torch.nn.Module's name for what get_extra_state() gave
 
@@ -59,6 +59,11 @@ class LearnerModule(nn.Module):
         for name, tensor in [("_state", state), *((f"gamma_{i}", t) for i, t in enumerate(sensitivities))]:
             self._buffers[name] = tensor
             self._non_persistent_buffers_set.add(name)  # checkpoints have them by get_extra_state
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What a DistributedDataParallel of this learner leaves alone: all of it is of this process's batch rows."""
+        return list(self._buffers)
 
     @abstractmethod
     def step(self, x: Tensor, active: Any = None) -> Tensor:

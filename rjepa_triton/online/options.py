@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import _checks as check
 from .._device import available_bytes
@@ -174,18 +175,44 @@ def refuse_hooks(layer: TwoPointRNN) -> None:
     )
 
 
-def refuse_distributed(layer: TwoPointRNN) -> None:
-    """Raise ValueError if the layer is in a DistributedDataParallel, which a learner's backward pass goes around."""
+def distributed_call() -> int:
+    """Which DistributedDataParallel's forward pass runs, as its id; 0 for none."""
+    return id(within) if (within := getattr(DistributedDataParallel, "_active_ddp_module", None)) else 0
+
+
+def refuse_distributed(layer: TwoPointRNN, learner: nn.Module | None = None, *, lr: bool = False) -> None:
+    """Raise ValueError if the layer is in a DistributedDataParallel that would not serve its learner.
+
+    It serves a learner that is in it too, and takes no step of SGD itself, if it leaves the learner's buffers alone,
+    which are of each process's own batch rows. learner: None where it is only being made. It looks at all objects.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    from torch.nn.parallel import DistributedDataParallel
-
     for each in gc.get_objects():
-        if issubclass(type(each), DistributedDataParallel) and any(m is layer for m in each.modules()):
+        if not issubclass(type(each), DistributedDataParallel) or not any(m is layer for m in each.modules()):
+            continue
+        if learner is None or not any(m is learner for m in each.modules()):
             raise ValueError(
                 "layer must not be in a DistributedDataParallel, which would not reduce the gradients of an "
-                "OnlineLearner: give the learner a layer that isn't wrapped, and reduce .grad between the processes "
-                "before the optimizer's step"
+                "OnlineLearner outside of it: make the learner of a layer that isn't wrapped, and wrap the learner or "
+                "the module that holds it, with broadcast_buffers=False; or reduce .grad between the processes before "
+                "the optimizer's step"
+            )
+        if lr:
+            raise ValueError(
+                "lr can't go in a DistributedDataParallel: backward() takes the weights' step before the processes' "
+                "gradients are averaged. Make the learner without lr, and use an optimizer"
+            )
+        own = {id(buffer) for buffer in learner.buffers()}
+        shared = [
+            name
+            for name, buffer in each.module.named_buffers()
+            if id(buffer) in own and name not in each.parameters_to_ignore
+        ]
+        if shared and each.broadcast_buffers:
+            raise ValueError(
+                f"broadcast_buffers must be False in a DistributedDataParallel with an OnlineLearner, whose buffers, "
+                f"{', '.join(shared)}, are of each process's own batch rows"
             )
 
 

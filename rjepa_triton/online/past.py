@@ -152,6 +152,11 @@ class Past:
         """Bytes of the sensitivities and the window."""
         return self._tape.nbytes + (0 if self.sensitivity is None else self.sensitivity.nbytes)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether no step has run since it began, or since a reset of all rows."""
+        return self._last_full_reset == self.now
+
     def add(self, block: Block, inputs: int, continues_chunk: bool) -> Record:
         """Append new steps to the window. The arguments are those of `Record`."""
         record = Record(self.now, block, inputs, continues_chunk, self._epoch)
@@ -269,6 +274,30 @@ class Past:
     def input_gradient(self, record: Record, of: Tensor, to_input: Callable[[Tensor], Tensor]) -> Tensor:
         """The gradient of the layer's input that credits `of` (S, C, B, N) give; to_input as in `gradients`."""
         return to_input(rfp.input_gradient(_with_credit(record.block, of).lin, of, record.inputs))
+
+    def last_credits(self, delta: Tensor) -> tuple[list[tuple[Block, Tensor]], Tensor]:
+        """Credits of the window's steps of a loss of the last step alone, and what passes to the base (S, B, N).
+
+        delta (S, B, N): the loss's gradient with respect to the last step's states. The credits (S, T, B, N) come with
+        their blocks, as `gradients` finds them. Nothing is mutated. Raises RuntimeError if the last step has been
+        folded, so that its credit is lost.
+        """
+        if self.base == self.now:
+            raise RuntimeError(
+                f"the gradients of step {self.now} come too late: with form={self.form!r} and credit through the full "
+                "Jacobian, ask for them before backward() of the chunk's losses"
+            )
+        whole = bool(self._records) and self._records[0].start == self.base
+        blocks = [record.block for record in self._records] if whole else self._tape.blocks()
+        parts, passed = [], None
+        for block in reversed(blocks):
+            of = delta.new_zeros(len(delta), block.steps, *delta.shape[1:])
+            if passed is None:
+                of[:, -1] = delta
+            credit, passed = self._credit(block, of, passed)
+            parts.append((_with_credit(block, credit), credit))
+        assert passed is not None
+        return parts, passed
 
     def _refuse_if_late(self, record: Record) -> None:
         same = record.epoch is self._epoch

@@ -32,7 +32,7 @@ def readout(layer: TwoPointRNN, outputs: Sequence[Tensor], x: Tensor, copies: bo
     return _Readout.apply(layer, names, copies, x, *outputs, *parameters)
 
 
-class _Call(nn.Module):
+class ReadoutOf(nn.Module):
     """A module that calls a layer's readout, so that its parameters can be replaced for one call."""
 
     def __init__(self, layer: TwoPointRNN) -> None:
@@ -59,7 +59,7 @@ class _Readout(torch.autograd.Function):
             leaf.requires_grad_(need)
         replaced = {f"layer.{name}": leaf for name, leaf in zip(names, leaves[1 + count :], strict=True)}
         with torch.enable_grad():
-            made = torch.func.functional_call(_Call(layer), replaced, (leaves[1 : 1 + count], leaves[0]))
+            made = torch.func.functional_call(ReadoutOf(layer), replaced, (leaves[1 : 1 + count], leaves[0]))
         # a graph of its own, which lives as long as this node and is not freed by a backward pass
         ctx.made, ctx.leaves = made, [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         return made.detach()

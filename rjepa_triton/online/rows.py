@@ -47,6 +47,7 @@ class LearnerRows(LearnerModule):
     _forget: Tensor | None
     _forget_all: bool
     _graph: GraphedStep | None
+    _input: Tensor | None
     _options: Options
     _past: Past
     _position: int
@@ -85,8 +86,8 @@ class LearnerRows(LearnerModule):
     def _renew_past(self, past: dict[str, Any]) -> None:
         """Go on with another past, of the sizes that the options have now, and what `Past.state_dict` gave."""
 
-    def _flags(self, name: str, mask: Any) -> Tensor:
-        """A mask as a bool tensor (B,). Raises TypeError or ValueError for another."""
+    def _flags(self, name: str, mask: Any, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A mask as a bool tensor of a shape, (B,) if None. Raises TypeError or ValueError for another."""
         if not isinstance(mask, Tensor) and hasattr(mask, "__array_interface__"):
             if mask.dtype.kind not in "biuf":
                 raise TypeError(f"{name} must hold bools or numbers, got a numpy array of {mask.dtype}")
@@ -94,7 +95,7 @@ class LearnerRows(LearnerModule):
         if check.tensor(name, mask).is_complex():
             raise TypeError(f"{name} must hold bools or real numbers, got {mask.dtype}")
         flags = mask if mask.dtype == torch.bool else mask != 0
-        return check.mask(name, flags, (self.batch_size,), self._state.device)
+        return check.mask(name, flags, shape or (self.batch_size,), self._state.device)
 
     def prepare_rows(self, batch_size: int, change: ChangeRows) -> Callable[[], None]:
         """What changes the batch rows once it is called; until then nothing is. Raises as `add_rows` does."""
@@ -120,6 +121,8 @@ class LearnerRows(LearnerModule):
             self.batch_size, self._options, self._choice = batch_size, options, choice
             self.carried_bytes = choice.carried_bytes
             self._state = change(self._state, 1)
+            if self._input is not None:
+                self._input = change(self._input, 0)
             if self._forget is not None:
                 self._forget = change(self._forget, 0) | self._forget_all
             self._renew_past(past)

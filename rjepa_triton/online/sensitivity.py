@@ -428,11 +428,20 @@ class RankOne(_StepByStep):
         return out
 
     def read(self, credit: Tensor) -> list[Tensor]:
+        totals = [torch.einsum("b,bnm->nm", share, theta) for share, theta in self._shares(credit)]
+        return [total.reshape(shape) for total, shape in zip(totals, self._shapes, strict=True)]
+
+    def read_rows(self, credit: Tensor) -> list[Tensor]:
+        """As `read`, of each batch row: (B, *W)."""
+        rows = [share[:, None, None] * theta for share, theta in self._shares(credit)]
+        return [of.reshape(-1, *shape) for of, shape in zip(rows, self._shapes, strict=True)]
+
+    def _shares(self, credit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Σ_ν credit^ν · c̃^ν (B,), and θ̃ (B, N, M), for each matrix."""
         # what no credit reads counts as zero, even where it is NaN: a reset forgets
         share = torch.where(credit == 0, 0, credit * self._c).sum((0, 2))
         unread = (share == 0)[:, None, None]
-        totals = [torch.einsum("b,bnm->nm", share, theta.masked_fill(unread, 0)) for theta in self._theta]
-        return [total.reshape(shape) for total, shape in zip(totals, self._shapes, strict=True)]
+        return ((share, theta.masked_fill(unread, 0)) for theta in self._theta)
 
 
 def _norm(parts: Sequence[Tensor]) -> Tensor:

@@ -112,6 +112,15 @@ class StackLearner(nn.Module):
         return list(self._modules["learners"])  # type: ignore[call-overload]
 
     @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """As of an `OnlineLearner`."""
+        return [
+            f"learners.{i}.{name}"
+            for i, learner in enumerate(self.learners)
+            for name in learner._ddp_params_and_buffers_to_ignore
+        ]
+
+    @property
     def batch_size(self) -> int:
         """B, the number of streams that run side by side."""
         return self.learners[0].batch_size
@@ -165,10 +174,10 @@ class StackLearner(nn.Module):
         for finish in [learner.prepare_rows(batch_size, change) for learner in self.learners]:
             finish()
 
-    def chunk(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+    def chunk(self, x: Tensor, resets: Tensor | None = None, active: Any = None) -> Tensor:
         """Advance all layers C steps, as `OnlineLearner.chunk` does. x (C, B, F) → the top layer's output (C, B, N)."""
         for learner in self.learners:
-            x = learner.chunk(x, resets)
+            x = learner.chunk(x, resets, active)
         return x
 
     def reset(self, mask: Any = None) -> None:

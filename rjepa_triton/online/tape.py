@@ -140,6 +140,14 @@ def recorded(
     return trajectory.after, linearized(cell, trajectory, recurrent, inputs, rule, weights, backend)
 
 
+def joined(blocks: Sequence[Block]) -> Block:
+    """Blocks of one structure whose steps follow one another, and which ran with the first one's weights, as one."""
+    run = _Run(blocks[0].weights)
+    for block in blocks:
+        run.append(block)
+    return run.joined()
+
+
 class Tape:
     """Steps in a row. Where blocks carry weights, a new run begins whenever the weights change."""
 

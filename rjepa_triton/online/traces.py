@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from ..layers.layer import TwoPointRNN
-from .sensitivity import Exact, PerUnit, Sensitivity
+from ..rules import rfp
+from .readout import ReadoutOf
+from .sensitivity import Exact, NoSensitivity, PerUnit, RankOne, Sensitivity
 from .tape import Block
 
 
-def advanced(sensitivity: Sensitivity, blocks: Sequence[Block]) -> list[Tensor]:
-    """The sensitivities after the steps of the blocks, one tensor for each parameter; `sensitivity` is changed.
+def by_parameter(sensitivity: Sensitivity) -> list[Tensor]:
+    """The sensitivities as copies, one tensor for each parameter.
 
     PerUnit: (S, B, *W), W the weight's shape. Exact: (S, B, H, b, b, M): of unit j of a head to the weight's row p.
     """
-    for block in blocks:
-        sensitivity.step_(block)
     found: dict[int, Tensor] = {}
     if isinstance(sensitivity, PerUnit):
         for group in sensitivity.groups:
@@ -33,11 +33,16 @@ def advanced(sensitivity: Sensitivity, blocks: Sequence[Block]) -> list[Tensor]:
     return [found[index] for index in sorted(found)]
 
 
-def row_gradients(layer: TwoPointRNN, traces: Sequence[Tensor], credit: Tensor) -> list[Tensor]:
-    """Σ_ν credit^ν · trace^ν for each batch row and parameter, (B, *W). credit (S, B, N)."""
+def read_rows(layer: TwoPointRNN, sensitivity: Sensitivity, credit: Tensor) -> list[Tensor]:
+    """Σ_ν credit^ν · sensitivity^ν for each batch row and parameter, (B, *W). credit (S, B, N)."""
+    weights, batch = layer.weights(), credit.shape[1]
+    if isinstance(sensitivity, NoSensitivity):
+        return [credit.new_zeros(batch, *weight.shape) for weight in weights]
+    if isinstance(sensitivity, RankOne):
+        return sensitivity.read_rows(credit)
     made = []
-    for weight, trace in zip(layer.weights(), traces, strict=True):
-        states, batch = trace.shape[:2]
+    for weight, trace in zip(weights, by_parameter(sensitivity), strict=True):
+        states = len(trace)
         if trace.dim() == 2 + weight.dim():  # of the unit that the weight enters
             rows = trace.reshape(states, batch, credit.shape[-1], -1).to(credit.dtype)
             summed = torch.einsum("sbn,sbnm->bnm", credit, rows)
@@ -46,3 +51,40 @@ def row_gradients(layer: TwoPointRNN, traces: Sequence[Tensor], credit: Tensor) 
             summed = torch.einsum("sbhj,sbhjpm->bhpm", by_head, trace)
         made.append(summed.reshape(batch, *weight.shape))
     return made
+
+
+def rows_of_steps(layer: TwoPointRNN, block: Block, credit: Tensor) -> list[Tensor]:
+    """Σ_t E^k(t) y^k(t)ᵀ of each batch row and parameter, (B, *W): the steps' own part. credit λ (S, T, B, N)."""
+    rows = []
+    for b in range(credit.shape[2]):
+        one = block.map(lambda array, b=b: array.narrow(-2, b, 1))  # type: ignore[misc]
+        of_row = credit.narrow(2, b, 1)
+        rows.append(rfp.weight_gradients(one.lin, layer.matrices, layer.weights(), of_row, one.inputs))
+    return [torch.stack(of_weight) for of_weight in zip(*rows, strict=True)]
+
+
+def through_readout(
+    layer: TwoPointRNN, outputs: Sequence[Tensor], x: Tensor, credit: Tensor
+) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+    """What a credit (B, N) of a layer's output is for the cell's outputs (B, N), and for the readout's parameters.
+
+    The latter are the gradients of single batch rows, (B, *W) each, by the parameters' names. outputs (B, N) each and
+    x (B, F): of the step, of which row b of the layer's output depends on row b alone.
+    """
+    own = set(layer._names)
+    parameters = {
+        name: parameter.detach()
+        for name, parameter in layer.named_parameters()
+        if name not in own and not name.startswith("parametrizations.")
+    }
+
+    def of_row(
+        row: Sequence[Tensor], x: Tensor, credit: Tensor
+    ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+        def output(row: Sequence[Tensor], parameters: dict[str, Tensor]) -> Tensor:
+            replaced = {f"layer.{name}": value for name, value in parameters.items()}
+            return torch.func.functional_call(ReadoutOf(layer), replaced, (row, x))
+
+        return torch.func.vjp(output, row, parameters)[1](credit)
+
+    return torch.func.vmap(of_row)(tuple(outputs), x, credit)

@@ -324,6 +324,12 @@ def test_the_decay_of_an_lru_starts_on_its_ring() -> None:
         (lambda: ElmanCell("gelu"), "nonlinearity must be one of 'tanh', 'relu', got 'gelu'"),
         (lambda: LeakyCell(0.0), r"alpha must be in \(0, 1\], got 0.0"),
         (lambda: LRUCell(r_min=0.9, r_max=0.5), "r_min and r_max must be"),
+        (lambda: LRUCell(r_min="x"), "r_min must be a number, got 'x'"),
+        (lambda: LRUCell(max_phase=None), "max_phase must be a number, got None"),
+        (lambda: LeakyCell("x"), "alpha must be a number, got 'x'"),
+        (lambda: LIFCell(threshold=None), "threshold must be a number, got None"),
+        (lambda: LIFCell(decay=True), "decay must be a number, got True"),
+        (lambda: ALIFCell(adaptation="x"), "adaptation must be a number, got 'x'"),
         (lambda: LRUCell(max_phase=7.0), r"max_phase must be in \(0, 2π\], got 7.0"),
         (lambda: LRUCell("softplus"), "nonlinearity must be one of None"),
         (lambda: LIFCell(decay=1.5), r"decay must be in \[0, 1\], got 1.5"),
@@ -334,5 +340,5 @@ def test_the_decay_of_an_lru_starts_on_its_ring() -> None:
     ],
 )
 def test_bad_arguments_are_named(make: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((TypeError, ValueError), match=says):
         make()

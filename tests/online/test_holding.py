@@ -12,7 +12,7 @@ from every_learner import LEARNERS
 from row_by_row import RowByRow
 from torch import Tensor
 
-from rjepa_triton import ELSTM, LRU, LSTM, RGC, RNN, IndRNN, OnlineLearner, TwoPointRNN
+from rjepa_triton import ELSTM, LRU, LSTM, RGC, RNN, IndRNN, OnlineLearner, Stack, StackLearner, TwoPointRNN
 
 F64 = torch.float64
 RULES = {**LEARNERS, **{rule: {"learning": rule} for rule in ("eprop", "rflo", "snap0")}}
@@ -94,6 +94,108 @@ def test_losses_of_held_rows_are_those_of_the_state_that_stays(layer: str, optio
     exact.backward()
     for a, b in zip(learner.layer.parameters(), oracle.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def random_steps(count: int, seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """x (C, 4, 3), NaN where no step is taken, resets and active (C, 4)."""
+    random = np.random.default_rng(seed)
+    resets, active = (torch.tensor(random.random((count, 4)) < share) for share in (0.2, 0.6))
+    x = torch.tensor(random.standard_normal((count, 4, 3)))
+    return x.masked_fill(~active[..., None], torch.nan), resets, active
+
+
+@pytest.mark.parametrize("layer", ["RGC", "LSTM", "ELSTM"])
+@pytest.mark.parametrize("name", [*RULES, "refine"])
+def test_a_chunk_is_its_steps(name: str, layer: str) -> None:
+    """Of a chunk with masks and the loop of steps: outputs, gradients, states and what is carried."""
+    options = {**RULES, "refine": {"refine": "exact", "update_every": 3}}[name]
+    learner, twin = (OnlineLearner(made(layer), 4, **options) for _ in range(2))
+    for seed in range(3):
+        x, resets, active = random_steps(3, seed)
+        outputs = learner.chunk(x, resets if seed else None, active)
+        outputs.square().sum().backward()
+        losses = []
+        for t in range(3):
+            if seed:
+                twin.reset(resets[t])
+            output = twin(x[t], active[t])
+            torch.testing.assert_close(output, outputs[t])
+            losses.append(output.square().sum())
+            if twin.update_every == 1:
+                losses.pop().backward()
+        if losses:
+            sum(losses).backward()
+        for (key, parameter), other in zip(learner.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, other.grad, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(learner.state, twin.state)
+        if name not in ("uoro", "tbptt"):
+            torch.testing.assert_close(learner.traces(), twin.traces())
+
+
+@pytest.mark.parametrize("layer", ["RGC", "LSTM", "LRU"])
+@pytest.mark.parametrize("name", [name for name in RULES if name != "uoro"])
+def test_a_row_of_a_chunk_is_a_chunk_of_the_steps_that_it_takes(name: str, layer: str) -> None:
+    learner = OnlineLearner(made(layer), 4, **RULES[name])
+    x, resets, active = random_steps(7)
+    x.requires_grad_()
+    weight = torch.randn(7, 4, 4, dtype=F64) * active[..., None]
+    outputs = learner.chunk(x, resets, active)
+    (outputs * weight).sum().backward()
+    summed = [torch.zeros_like(parameter) for parameter in learner.parameters()]
+    for row in range(4):
+        alone = OnlineLearner(made(layer), 1, **RULES[name])
+        taken = active[:, row].nonzero()[:, 0]
+        # what was reset since the step before that was taken
+        counts = torch.cat([torch.zeros(1), resets[:, row].cumsum(0)])[taken + 1]
+        starts = counts.diff(prepend=torch.zeros(1)) > 0
+        own = x.detach()[taken, row : row + 1].requires_grad_()
+        found = alone.chunk(own, starts[:, None])
+        torch.testing.assert_close(outputs[taken, row : row + 1], found)
+        (found * weight[taken, row : row + 1]).sum().backward()
+        torch.testing.assert_close(x.grad[taken, row : row + 1], own.grad)
+        for total, parameter in zip(summed, alone.parameters(), strict=True):
+            total += parameter.grad
+    assert not x.grad[~active].any()
+    for total, parameter in zip(summed, learner.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, total)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("uoro", "tbptt")])
+def test_a_row_that_a_chunk_holds_stays_bit_for_bit(name: str) -> None:
+    learner = OnlineLearner(made(), 2, **RULES[name])
+    x = torch.randn(12, 2, 3, dtype=F64, generator=torch.Generator().manual_seed(2))
+    learner.chunk(x[:4]).sum().backward()
+    if learner._past.sensitivity is not None:
+        learner._past.fold()
+    traces, state = learner.traces(), learner.state
+    active = torch.tensor([[False, True]]).expand(4, 2)
+    for start in (4, 8):
+        learner.chunk(x[start : start + 4], None, active)
+    for before, after in zip(
+        [*state, *traces.values()], [*learner.state, *learner.traces().values()], strict=True
+    ):
+        rows = (0,) if before.dim() == 2 else (slice(None), 0)
+        assert torch.equal(after[rows], before[rows])
+        assert not torch.equal(after, before)
+
+
+def test_a_chunk_s_mask_in_other_layouts_modes_and_dtypes() -> None:
+    x, resets, active = random_steps(5)
+    for name in LAYERS:
+        steps, rows = (OnlineLearner(made(name), 4).eval() for _ in range(2))
+        rows.layer.batch_first = True
+        outputs = steps.chunk(x, resets, active.float())
+        swapped = rows.chunk(x.transpose(0, 1), resets.T, active.T.numpy())
+        torch.testing.assert_close(swapped.transpose(0, 1), outputs)
+        torch.testing.assert_close(rows.state, steps.state)
+        training = OnlineLearner(made(name), 4)
+        torch.testing.assert_close(training.chunk(x, resets, active), outputs)
+    deep, twin = (StackLearner(Stack(made("RGC"), LSTM(4, 2, dtype=F64)), 4, form="step") for _ in range(2))
+    for a, b in zip(deep.parameters(), twin.parameters(), strict=True):
+        b.data.copy_(a)
+    outputs = deep.chunk(x, None, active)
+    for t in range(5):
+        torch.testing.assert_close(twin(x[t], active[t]), outputs[t])
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ("uoro", "tbptt")])
@@ -224,6 +326,8 @@ def test_a_mask_that_is_none_changes_nothing(active: Any, error: type[Exception]
     learner = OnlineLearner(made(), 2)
     with pytest.raises(error, match=words):
         learner(torch.ones(2, 3, dtype=F64), active)
+    with pytest.raises(error, match=words.replace(r"\(2,\)", r"\(2, 2\)")):
+        learner.chunk(torch.ones(2, 2, 3, dtype=F64), None, active)
     assert not any(state.any() for state in learner.state)
 
 
@@ -232,6 +336,9 @@ def test_under_torch_compile_and_with_cuda_graph_it_is_refused() -> None:
     step = torch.compile(learner.step, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"step\(x, active\) can't go under torch.compile"):
         step(torch.ones(2, 3, dtype=F64), torch.tensor([True, False]))
+    chunk = torch.compile(learner.chunk, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"chunk\(x, active=…\) can't go under torch.compile"):
+        chunk(torch.ones(3, 2, 3, dtype=F64), None, torch.ones(3, 2, dtype=torch.bool))
     learner = OnlineLearner(made(), 2, form="step")
     learner._graph = learner._graphed(capture=lambda function: (function(), function))
     with pytest.raises(ValueError, match="active can't go with cuda_graph=True"):

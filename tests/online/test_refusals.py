@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, OnlineLearner, Stack, StackLearner, TwoPointRNN
+from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, OnlineLearner, TwoPointRNN
 from rjepa_triton.cells.two_point import Cell, Matrix, Partials
 
 F64 = torch.float64
@@ -116,30 +116,6 @@ def test_hooks_are_refused(add: Any, named: str) -> None:
     for call in (lambda: learner.step(torch.randn(2, 4)), lambda: learner.chunk(torch.randn(3, 2, 4))):
         with pytest.raises(ValueError, match="layer must have no hooks"):
             call()
-
-
-# Several processes
-
-
-def test_a_layer_in_ddp_is_refused() -> None:
-    layer = LSTM(3, 4)
-    learner = OnlineLearner(layer, 2)
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
-    try:
-        OnlineLearner(LSTM(3, 4), 2, lr=0.1).step(torch.randn(2, 3))
-        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(layer))
-        says = "layer must not be in a DistributedDataParallel"
-        for options in ({}, {"lr": 0.1}):
-            with pytest.raises(ValueError, match=says):
-                OnlineLearner(layer, 2, **options)
-        with pytest.raises(ValueError, match=says):  # wrapped after the learner was made
-            learner.step(torch.randn(2, 3))
-        with pytest.raises(ValueError, match=says):
-            StackLearner(Stack(layer), 2)
-        del wrapped
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 # Threads

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from every_learner import LEARNERS
 from oracle import rgc as oracle_rgc
 from torch import Tensor
 
-from rjepa_triton import ELSTM, GRU, LSTM, RGC, OnlineLearner
+from rjepa_triton import ELSTM, LRU, LSTM, RGC, OnlineLearner
 
 F64 = torch.float64
 X = torch.randn(5, 2, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -70,25 +72,123 @@ def test_traces_of_rtrl_are_those_of_every_unit(shape: dict[str, Any]) -> None:
                 torch.testing.assert_close(trace[nu, 1, head, j], by_head)
 
 
-@pytest.mark.parametrize("kind", [RGC, LSTM, GRU])
-@pytest.mark.parametrize(
-    "options", [{"form": "step"}, {"form": "history"}, {"learning": "rtrl"}, {"learning": "eprop"}]
-)
-def test_row_gradients_are_those_of_one_backward_a_row(kind: type, options: dict[str, Any]) -> None:
-    torch.manual_seed(1)
-    layer = kind(4, input_size=3, dtype=F64, init="uniform") if kind is RGC else kind(3, 4, dtype=F64)
-    learner = OnlineLearner(layer, 2, **options)
-    for x in X[:-1]:
-        learner(x).sum().backward()
-    output = learner(X[-1])
+LAYERS = {
+    "RGC": lambda: RGC(4, input_size=3, dtype=F64, init="uniform"),
+    "LSTM": lambda: LSTM(3, 4, dtype=F64),
+    "ELSTM": lambda: ELSTM(3, 4, dtype=F64),  # with a readout
+    "LRU": lambda: LRU(3, 4, dtype=F64),
+}
+RULES = {**LEARNERS, "eprop": {"learning": "eprop"}, "refine": {"refine": 1, "update_every": 3}}
+
+
+def by_hand(learner: OnlineLearner, output: Tensor) -> tuple[Tensor, Tensor]:
     values = (output * torch.randn(4, dtype=F64)).sum(-1).tanh()
-    (credit,) = torch.autograd.grad(values.sum(), output, retain_graph=True)
-    found = learner.row_gradients(credit)
+    return values, torch.autograd.grad(values.sum(), output, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", [name for name in RULES if name != "uoro"])
+def test_row_gradients_are_those_of_a_learner_of_that_row(name: str, kind: str) -> None:
+    torch.manual_seed(1)
+    layer = LAYERS[kind]()
+    learner = OnlineLearner(layer, 2, **RULES[name])
+    for t, x in enumerate(X):
+        output = learner(x)
+        values, credit = by_hand(learner, output)
+        if (t + 1) % learner.update_every == 0 and t < 3:
+            values.sum().backward()
+        elif t in (1, 4):
+            found = learner.row_gradients(credit)
+            assert set(found) == dict(layer.named_parameters()).keys()
+            for row in range(2):
+                alone = OnlineLearner(copy.deepcopy(layer), 1, **RULES[name])
+                alone.zero_grad()
+                for before in X[:t]:
+                    alone(before[row : row + 1])
+                alone(x[row : row + 1]).backward(credit[row : row + 1])
+                for key, gradient in found.items():
+                    torch.testing.assert_close(gradient[row], alone.layer.get_parameter(key).grad, msg=key)
+
+
+@pytest.mark.parametrize("options", [{"learning": "uoro"}, {"credit": "carry"}, {"learning": "tbptt"}])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_row_gradients_add_up_to_backward(kind: str, options: dict[str, Any]) -> None:
+    learner = OnlineLearner(LAYERS[kind](), 2, **options, update_every=1 if "uoro" in options.values() else 7)
+    learner(X[0])
+    output = learner(X[1]) if "uoro" in options.values() else learner.chunk(X, X[..., 0] > 0.8)[-1]
+    values, credit = by_hand(learner, output)
+    rows = learner.row_gradients(credit)
+    if "uoro" in options.values():
+        one = learner.row_gradients(credit * torch.tensor([[1.0], [0.0]], dtype=F64))
+        assert all(torch.equal(one[key][0], rows[key][0]) and not one[key][1].any() for key in rows)
+    values.sum().backward()
+    for key, gradient in rows.items():
+        torch.testing.assert_close(gradient.sum(0), learner.layer.get_parameter(key).grad)
+
+
+@pytest.mark.parametrize("kind", ["RGC", "ELSTM", "LRU"])
+def test_row_gradients_of_rows_that_are_held_reset_added_and_removed(kind: str) -> None:
+    learner = OnlineLearner(LAYERS[kind](), 2, form="step")
+    twin = copy.deepcopy(learner)
+    ones = torch.ones(2, 4, dtype=F64)
+    for x in X:
+        learner(x)
+    before = learner.row_gradients(ones)
+    twin.chunk(X)
+    torch.testing.assert_close(twin.row_gradients(ones), before)
+    learner.reset(torch.tensor([True, False]))
+    after = learner.row_gradients(ones)
+    assert all(not after[key][0].any() and torch.equal(after[key][1], before[key][1]) for key in before)
+    learner.add_rows(1)
+    learner.remove_rows(torch.tensor([True, False, False]))
+    after = learner.row_gradients(ones)
+    assert all(torch.equal(after[key][0], before[key][1]) for key in before)
+    output = learner(torch.full((2, 3), torch.nan, dtype=F64), torch.tensor([False, False]))
+    held = learner.row_gradients(ones)
+    learner.zero_grad()
+    output[0].sum().backward()
+    for key, gradient in held.items():
+        torch.testing.assert_close(gradient[0], learner.layer.get_parameter(key).grad)
+    learner.state = learner.state
+    assert all(not gradient.any() for gradient in learner.row_gradients(ones).values())
+
+
+def test_row_gradients_of_layers_one_above_the_other() -> None:
+    """A learner for each, and the credit of each one's output."""
+    lower, upper = OnlineLearner(LAYERS["LRU"](), 2), OnlineLearner(LSTM(4, 4, dtype=F64), 2)
+    for x in X:
+        below = lower(x)
+        above = upper(below)
+    values, _ = by_hand(upper, above)
+    credits = torch.autograd.grad(values.sum(), [below, above], retain_graph=True)
+    found = [learner.row_gradients(credit) for learner, credit in zip((lower, upper), credits, strict=True)]
     for row in range(2):
-        learner.zero_grad()
+        lower.zero_grad()
+        upper.zero_grad()
         values[row].backward(retain_graph=True)
-        for name, gradient in found.items():
-            torch.testing.assert_close(gradient[row], layer.get_parameter(name).grad)
+        for learner, rows in zip((lower, upper), found, strict=True):
+            for key, gradient in rows.items():
+                torch.testing.assert_close(gradient[row], learner.layer.get_parameter(key).grad)
+
+
+def test_row_gradients_that_come_too_late_say_so() -> None:
+    learner, ones = OnlineLearner(LAYERS["ELSTM"](), 2), torch.ones(2, 4, dtype=F64)
+    learner(X[0])
+    learner.load_state_dict(learner.state_dict())
+    with pytest.raises(RuntimeError, match="ELSTM needs the last step's input"):
+        learner.row_gradients(ones)
+    learner(X[0])
+    assert all(gradient.any() for gradient in learner.row_gradients(ones).values())
+    learner = OnlineLearner(LAYERS["ELSTM"](), 2).eval()
+    learner(X[0])  # it has no past, and so no gradients
+    assert all(not gradient.any() for gradient in learner.row_gradients(ones).values())
+    learner.reset(torch.tensor([True, False]))
+    assert all(not gradient.any() for gradient in learner.row_gradients(ones).values())
+    learner = OnlineLearner(LAYERS["RGC"](), 2, learning="tbptt", update_every=2)
+    assert all(not gradient.any() for gradient in learner.row_gradients(ones).values())
+    learner.chunk(X).sum().backward()
+    with pytest.raises(RuntimeError, match="step 5 come too late: with form='chunk'"):
+        learner.row_gradients(ones)
 
 
 def test_rows_that_are_reset_have_no_trace() -> None:
@@ -114,5 +214,3 @@ def test_a_bad_credit_is_refused() -> None:
         learner.row_gradients(X[0])
     with pytest.raises(TypeError, match="credit must have the dtype"):
         learner.row_gradients(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="ELSTM has a readout of its own"):
-        OnlineLearner(ELSTM(3, 4, dtype=F64), 2).row_gradients(torch.zeros(2, 4, dtype=F64))

@@ -128,9 +128,16 @@ def trajectory(layer: TwoPointRNN, steps: Sequence[Step]) -> tuple[list[Tensor],
 
 
 def gradients(
-    layer: TwoPointRNN, steps: Sequence[Step], losses: Sequence[Loss], rule: str
+    layer: TwoPointRNN,
+    steps: Sequence[Step],
+    losses: Sequence[Loss],
+    rule: str,
+    before_all: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The gradients of all parameters, in the order of `named_parameters`, and for each loss those of its call's x."""
+    """The gradients of all parameters, in the order of `named_parameters`, and for each loss those of its call's x.
+
+    before_all: the states (B, N) before the first step; None: zeros.
+    """
     by_weight: dict[str, Tensor] = {
         name: torch.zeros_like(p, dtype=F64) for name, p in layer.named_parameters()
     }
@@ -151,7 +158,7 @@ def gradients(
     for loss in losses:
         taken = steps[: loss.stop]
         call = range(loss.start, loss.stop)
-        start = zeros(layer, len(taken[0].x))
+        start = zeros(layer, len(taken[0].x)) if before_all is None else before_all
 
         def total(
             found: Sequence[tuple[Tensor, ...]], first: int, loss: Loss = loss, call: range = call
