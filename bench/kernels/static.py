@@ -65,6 +65,8 @@ class Facts:
     """What the machine code says of a kernel.
 
     registers, spills, shared   registers a thread, whether any are spilled, bytes of shared memory
+    scratch                     bytes of memory a thread for what is spilled; 0 where AMD's scalar registers are spilled
+                                to lanes of vector registers
     instructions                in the code, each counted once however often it runs, without no-operations
     wide_…, narrow_…            global memory accesses of 128 bits, and of fewer
     tensor_core                 tensor-core instructions
@@ -73,6 +75,7 @@ class Facts:
 
     registers: int
     spills: bool
+    scratch: int
     shared: int
     instructions: int
     wide_loads: int
@@ -229,6 +232,7 @@ def _facts_of_code(target: str, code: _Code, sass: str) -> Facts:
     return Facts(
         registers=code.registers,
         spills=code.stack > 0 or _count(r"\b(?:LDL|STL)\b", sass) > 0,
+        scratch=code.stack,
         shared=code.shared,
         instructions=_count(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP\b)[@A-Z]", sass),
         # Straight to registers, or copied to shared memory behind the arithmetic's back.
@@ -251,6 +255,7 @@ def _amd_facts(compiled: Any) -> Facts:
     return Facts(
         registers=of("vgpr_count"),
         spills=any(map(of, ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"))),
+        scratch=of("private_segment_fixed_size"),
         shared=compiled.metadata.shared,
         instructions=_count(r"(?m)^\t[svdbg]\w*_(?!nop\b)", asm),
         wide_loads=_count(r"\b(?:buffer|global)_load_dwordx4\b", asm),

@@ -60,6 +60,7 @@ class Case:
     wide_loads   the least number of 128-bit loads; all stores must have 128 bits then. 0 where rows allow neither
     tensor_core  whether there must be matrix instructions
     rounded      whether there must be conversions to bfloat16 that round to nearest
+    in_lanes     whether scalar registers may be spilled to lanes of vector registers, which takes no memory
     narrow       how many stores of fewer than 128 bits there may be, beside those of `NARROW_STORES`
     """
 
@@ -69,6 +70,7 @@ class Case:
     tensor_core: bool = False
     rounded: bool = False
     narrow: int = 0
+    in_lanes: bool = False
 
 
 # How many stores of fewer than 128 bits a case may have, by the start of its name, and why.
@@ -241,7 +243,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
             # Rows are read once a call; the state and each step's loss and outputs are single numbers.
             stream = stream_build(target, cell, units, features=features, **options)
             assert stream is not None
-            yield f"stream-{target}-{name}", Case(stream, 255, 0)
+            # Addresses and masks of many blocks of weights take more scalar registers than AMD's GPUs have.
+            yield f"stream-{target}-{name}", Case(stream, 255, 0, in_lanes=target.startswith("gfx"))
         for kernel, config in itertools.product(("jacobian", "immediate"), RTRL_CONFIGS):
             # It reads tiles of four matrices.
             per_thread = config.block_n * config.block_m // (WARP[target] * config.num_warps)
@@ -391,7 +394,7 @@ def complaints(name: str, case: Case, facts: Facts) -> list[str]:
     target = case.build.target
     narrow = case.narrow + next((n for start, n in NARROW_STORES.items() if name.startswith(start)), 0)
     found = {
-        "spills": facts.spills,
+        "spills": facts.spills and not (case.in_lanes and facts.scratch == 0),
         f"shared {facts.shared} > {SHARED_LIMIT[target]}": facts.shared > SHARED_LIMIT[target],
         f"registers {facts.registers} > {case.registers}": (
             not target.startswith("gfx") and facts.registers > case.registers
