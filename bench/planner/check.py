@@ -39,6 +39,8 @@ def predict_record(made: Record) -> tuple[float, int | None] | None:
     """
     if made.benchmark == "forward":
         return _predict_forward(made)
+    if made.benchmark == "peers":
+        return _predict_stream(made)
     if made.benchmark != "scaling" or made.algorithm not in (*LEARNING, "rfp-step-gamma", "copy"):
         return None
     p = made.params
@@ -68,6 +70,16 @@ def _rates_of_record(made: Record) -> cost.Rates:
     return cost.rates(device, made.params["dtype"], threads=made.params["threads"] if kind == "cpu" else None)
 
 
+def _predict_stream(made: Record) -> tuple[float, None] | None:
+    """A `Stream`'s call, with SGD."""
+    p = made.params
+    if made.algorithm != "stream" or p["device"] != "cpu":
+        return None
+    rates = _rates_of_record(made)
+    model = model_of(Question(p["N"], p["B"], p["T"], 1, dtype=p["dtype"]), p["B"], rates, gpu=False)
+    return cost.seconds(model.phases("stream"), rates) * made.payload["covers"], None
+
+
 def _predict_forward(made: Record) -> tuple[float, None] | None:
     p = made.params
     cell = FORWARD_CELLS[p["cell"]]()
@@ -94,7 +106,7 @@ def against(records: Iterable[Record]) -> list[Checked]:
             continue
         seconds, state = told
         counted = made.state_bytes if made.benchmark == "scaling" else None
-        name = made.algorithm if made.benchmark == "scaling" else f"forward, {made.algorithm}"
+        name = f"forward, {made.algorithm}" if made.benchmark == "forward" else made.algorithm
         out.append(
             Checked(
                 made.device,

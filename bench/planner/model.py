@@ -32,6 +32,7 @@ LEARNING = {
     "bptt-autograd": "bptt",
     "rtrl": "rtrl",
     "rtrl-heads": "rtrl",
+    "stream": "rfp",
 }
 # The online learner's forms of RFP, as algorithms; and the algorithms that need a whole sequence.
 FORMS = {"step": "rfp-step", "lazy": "rfp-lazy", "chunk": "rfp-chunk", "history": "rfp-history"}
@@ -46,6 +47,10 @@ ONE_PASS_ARRAYS = 14
 # forward and the backward pass read. The sum of gradients is read and written. Each new gradient, of one matrix at a
 # time, is written where the one before was, and read right away: these passes are near, in a cache.
 EAGER_PASSES, EAGER_NEAR_PASSES = 2.0, 2.0
+# A `Stream`'s step takes this share of the time of a pass over Γ and the weights in the last cache, since parts of them
+# are in nearer ones; and this share of a call, whatever the size. Both fitted to stream-cpu.jsonl, one core of an AMD
+# EPYC, SGD.
+STREAM_PASSES, STREAM_CALLS = 0.7, 0.3
 # Passes over γ in one step: its product reads and writes it, and the gradient reads it. With heads each piece goes
 # through a small buffer, which is written and read (near passes).
 RTRL_PASSES, RTRL_NEAR_PASSES = 3.0, 2.0
@@ -179,6 +184,13 @@ class Model:
             phases.append(Phase("pieces of γ", Work(bytes=RTRL_NEAR_PASSES * gamma), 2 * spare))
         return phases
 
+    def _stream(self) -> list[Phase]:
+        """A step of a `Stream` by compiled code, with SGD: one pass over Γ and the weights."""
+        problem = self.problem
+        touched = float(problem.gamma_bytes + problem.weight_bytes)
+        work = Work(calls=STREAM_CALLS, bytes=2.0 * STREAM_PASSES * touched)
+        return [Phase("pass over Γ and weights", work, touched)]
+
     def _length(self) -> int:
         assert self.steps is not None
         return self.steps
@@ -198,6 +210,7 @@ class Model:
             "bptt": self._bptt,
             "bptt-autograd": self._eager,
             "tbptt": self._tbptt,
+            "stream": self._stream,
             "rtrl": lambda: self._rtrl(self.problem.units),
             "rtrl-heads": lambda: self._rtrl(self._head()),
         }
@@ -212,7 +225,7 @@ class Model:
         """Bytes of learning state, kept from one gradient to the next; online with the layer's own states."""
         problem = self.problem
         own = problem.layer_state_bytes
-        if algorithm in ("rfp-step", "rfp-chunk"):
+        if algorithm in ("rfp-step", "rfp-chunk", "stream"):
             return problem.gamma_bytes + own
         if algorithm == "rfp-lazy":
             return problem.gamma_bytes + problem.grown_bytes(self.rewrite_every - 1) + own
@@ -248,6 +261,8 @@ class Model:
             return state + 2 * problem.window_bytes(self.chunk) + w
         if algorithm == "rfp-history":
             return 2 * state + w
+        if algorithm == "stream":  # with one batch row, a call works on a copy of Γ and weights
+            return 2 * state + w if problem.batch == 1 else state
         temporaries = 0
         if problem.runs == "torch":  # torch works on a block of batch rows of Γ^ν at a time
             rows = min(problem.batch, max(1, (1 << 20) // max(1, problem.weight_numbers)))

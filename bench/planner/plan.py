@@ -161,6 +161,7 @@ def predictions(question: Question, device: Device, batch: int | None = None) ->
     names = ["rfp-step", "rfp-lazy", "tbptt"]
     names += ["rfp-chunk"] if model.chunk > 1 else []
     names += ["rfp-history", *SEQUENCE] if question.steps is not None else []
+    names += ["stream"] if model.compiled else []
     models = dict.fromkeys(names, model)
     if not model.layer.cell.matrices:  # the eager loop is written only for layers with recurrent weights
         models.pop("bptt-autograd", None)
@@ -231,6 +232,7 @@ USE = {
     "tbptt": 'OnlineLearner(layer, B, learning="tbptt", update_every=C)',
     "bptt": 'the layer itself, learning="bptt"',
     "bptt-autograd": "a Python loop under autograd",
+    "stream": "Stream(layer, readout, B).run(x, target)",
     "rtrl": 'OnlineLearner(layer, B, learning="rtrl")',
     "rtrl-heads": 'a layer with heads, and OnlineLearner(layer, B, learning="rtrl")',
 }
@@ -280,6 +282,12 @@ def advise(question: Question, device: Device, found: Sequence[Predicted]) -> Ad
         text += " One gradient a sequence: where weights must change within it, take an online form."
     elif best.algorithm == "rfp-chunk":
         text += f" Weights wait {best.every} steps for a gradient; where they can't, take rfp-step."
+    elif best.algorithm == "stream" and peers:
+        text += (
+            " Readout, loss and optimizer are a Stream's, and all steps of a call are there before it runs; the "
+            "readout's time is not counted. For any other loss take "
+            f"{min(peers, key=lambda one: one.compared).algorithm}."
+        )
     if best.other_network:
         text += " It is another network: recurrent weights in blocks."
     if best.algorithm == "tbptt":

@@ -41,6 +41,23 @@ def test_predicted_times_are_within_a_quarter_of_committed_ones(checked: list[pl
         assert median(errors) <= 0.25, device
 
 
+def test_streams_are_predicted_within_a_quarter(checked: list[plan.Checked]) -> None:
+    errors = [abs(one.seconds - 1) for one in checked if one.algorithm == "stream"]
+    assert len(errors) >= 5
+    assert median(errors) <= 0.25
+
+
+def test_a_stream_is_advised_on_a_cpu_alone() -> None:
+    question = Question(64, 1, None, 16)
+    cpu = devices.find("AMD EPYC", "cpu")
+    found = plan.predictions(question, cpu)
+    told = plan.advise(question, cpu, found)
+    assert told.algorithm == "stream"
+    assert "Stream(layer, readout, B).run(x, target)" in told.text
+    assert "For any other loss take rfp-" in told.text
+    assert all(one.algorithm != "stream" for one in plan.predictions(question, H100))
+
+
 def test_predicted_state_is_within_two_percent_of_committed_ones(checked: list[plan.Checked]) -> None:
     for device in {one.device for one in checked}:
         errors = [
