@@ -788,6 +788,12 @@ def cell_stream(
 ) -> None:
     """Learn from T steps of some networks, in one launch (equations at the top).
 
+    The cost of a step of an RGC with SGD on sm_90, counted from the machine code. 32 units, one program of four
+    warps: 742 instructions a warp, one warp a scheduler; 16 barriers of some 30 clocks; sums over lanes, some 28 of
+    the 57 shuffles one after the other. In all 1,900 clocks, at 1.7 GHz predicted 1.1 µs. 64 units, two programs of
+    eight warps: 1,670 clocks for 835 instructions of two warps, 21 barriers, 37 of 74 shuffles, and three trips to
+    the L2 cache of some 0.4 µs, to store and count, to see the count, and to load: predicted 3.1 µs.
+
     Args:
         problem, config: what and how; of a team all programs must run at once.
         table: (networks, `addresses(problem)`) int64, of tensors on the GPU that stay alive: float32 and

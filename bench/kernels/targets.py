@@ -33,6 +33,8 @@ DUAL_NODES = 3 + STATES
 # Seconds of a step of 128 units on chip with half of the weights read from the cache: the largest count from the
 # machine code, at 1.7 GHz (`kernels.cell_on_chip.cell_forward`), which is longer than the latency of a load.
 CACHED_STEP = 1.1e-6
+# Seconds of a step of a stream in one launch, RGC, SGD, as counted in `kernels.cell_stream.cell_stream`.
+STREAM_STEP = {32: 1.1e-6, 64: 3.1e-6}
 # Launches of a step of an RGC's forward loop: in torch (tests/bench/kernels/test_targets.py counts them), and with
 # kernels, one product for both states that are read and the pointwise pass.
 EAGER_NODES, KERNEL_NODES = 16, 2
@@ -249,6 +251,11 @@ TARGETS = (
     Target("online step with SGD", "N = 256, B = 1", False, 30e-6, "s", _online(256),
            f"bytes, {STEP_NODES} launches in graphs; not what the host takes",
            (("step-fp32-gradient", 256, 1, 1), ("rgc-step", 256, 1, 1)), _measured_online),
+    *(
+        Target("step of a stream in one launch, SGD", f"N = {units}, B = 1", False, 3e-6, "s", lambda _, at=seconds: at,
+               "instructions, barriers and sums; a team's three trips to the L2 cache", ())
+        for units, seconds in STREAM_STEP.items()
+    ),
     Target("forward pass against an eager loop", "N = 128, B = 32, T = 100", True, 5, "×",
            _forward(128),
            f"{EAGER_NODES} launches a step, float32; {seconds_text(CACHED_STEP)} a step on chip, by its instructions",
