@@ -225,8 +225,10 @@ class Stream:
         return {parameter: at for at, group in enumerate(groups) for parameter in group["params"]}
 
     def explain(self) -> None:
-        """Print what runs the stream, and why."""
-        print(f"backend = {self.backend!r}: {self.why}")
+        """Print what would run the stream now, and why. Raises ValueError if its weights were replaced."""
+        one = self if self.members is None else self.members[0]
+        obstacle = None if one._compiled is None else one._compiled.obstacle()
+        print(f"backend = {'torch' if obstacle else self.backend!r}: {obstacle or self.why}")
 
     def run(
         self,

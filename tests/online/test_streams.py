@@ -784,3 +784,18 @@ def test_the_loop_takes_over_between_two_updates_and_gives_back(optimizer: str, 
                 hook.remove()
         found.append(losses)
     near(*found, 1e-11)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("population", [None, 2])
+def test_explain_says_what_would_run_now(population: int | None, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = Stream(RGC(3), nn.Linear(3, 2), population=population)
+    stream.explain()
+    assert capsys.readouterr().out == "backend = 'compile': one call for all steps\n"
+    group = (stream if stream.members is None else stream.members[0]).optimizer.param_groups[0]
+    group["maximize"] = True
+    stream.explain()
+    assert capsys.readouterr().out == "backend = 'torch': compiled code has no maximize of torch.optim\n"
+    group["maximize"] = False
+    stream.explain()
+    assert "'compile'" in capsys.readouterr().out
