@@ -271,6 +271,8 @@ def two_point(
     if resets is not None:
         resets = check.mask("resets", resets, (steps, batch), x.device)
     compiling = torch.compiler.is_compiling()
+    if torch.onnx.is_in_onnx_export():  # ONNX has no operator for the loop, and learns nothing
+        return transforms.loop(cell, x, weights, state, resets, full=True)
     if not compiling and transforms.active():
         return transforms.states(cell, x, weights, state, resets, learning, rounds)
     if not compiling:

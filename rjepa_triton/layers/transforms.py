@@ -51,6 +51,18 @@ def states(
             f"{type(cell).__name__} has a surrogate derivative and can't go under torch.func, whose transforms take "
             "the derivative of update(): call the layer and its backward() outside of it"
         )
+    return loop(cell, x, weights, state, resets, full)
+
+
+def loop(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    resets: Tensor | None,
+    full: bool,
+) -> tuple[Tensor, ...]:
+    """The plain loop. full: whether its derivative is its own, else RFP's."""
     now, made = tuple(state), []
     for t in range(x.shape[1]):
         if resets is not None:
