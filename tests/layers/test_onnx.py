@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 pytest.importorskip("onnxscript")
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
+
+import onnxruntime
 
 from rjepa_triton import (
     ALIF,
