@@ -1,4 +1,4 @@
-"""Learners in torch.nn.parallel.DistributedDataParallel: two processes with half of the batch rows each, by gloo."""
+"""Learners in DistributedDataParallel and by fully_shard: two processes with half of the batch rows each, by gloo."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rjepa_triton import ELSTM, LSTM, RGC, OnlineLearner, Stack, StackLearner
@@ -57,7 +60,9 @@ def run(model: Any, x: Tensor, every: int) -> list[Tensor]:
             optimizer.step()
             optimizer.zero_grad()
             losses = []
-    return [torch.stack(outputs), *(parameter.detach() for parameter in model.parameters())]
+    weights = [parameter.detach() for parameter in model.parameters()]
+    whole = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
+    return [torch.stack(outputs), *whole]
 
 
 def of_one_process(rank: int, folder: str) -> dict[str, list[Tensor]]:
@@ -65,13 +70,18 @@ def of_one_process(rank: int, folder: str) -> dict[str, list[Tensor]]:
     torch.distributed.init_process_group(
         "gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store"
     )
+    mesh = init_device_mesh("cpu", (2,))
     rows, found = slice(2 * rank, 2 * rank + 2), {}
     try:
         for name in LEARNERS:
             for layer in ("RGC", "held", "stack") if name == "step" else ("RGC",):
                 options = {"broadcast_buffers": False} if layer == "held" else {}
                 model = DistributedDataParallel(made(name, 2, layer), **options)
-                found[f"{name}-{layer}"] = run(model, X[:, rows], LEARNERS[name].get("update_every", 1))
+                every = LEARNERS[name].get("update_every", 1)
+                found[f"{name}-{layer}"] = run(model, X[:, rows], every)
+                found[f"{name}-{layer}-sharded"] = run(
+                    fully_shard(made(name, 2, layer), mesh=mesh), X[:, rows], every
+                )
     finally:
         torch.distributed.destroy_process_group()
     return found
@@ -82,7 +92,7 @@ def test_two_processes_learn_as_one(tmp_path: Path) -> None:
         calls = [pool.apply_async(of_one_process, (rank, str(tmp_path))) for rank in range(2)]
         first, second = (call.get(300) for call in calls)
     for key in first:
-        name, layer = key.split("-")
+        name, layer, *_ = key.split("-")
         want = run(made(name, 4, layer), X, LEARNERS[name].get("update_every", 1))
         outputs = torch.cat([first[key][0], second[key][0]], 1)
         torch.testing.assert_close(
