@@ -58,7 +58,7 @@ EXACT_AT_FIRST = ("carry", "tbptt")  # forms whose gradient of the first chunk i
 POINTS = {"cpu": ((64, 1), (256, 1), (1024, 1)), "cuda": ((64, 1), (256, 1), (1024, 1), (2048, 1), (256, 32))}
 DEFAULT_FORMS = {
     "cpu": ("step", "step-lr", "chunk"),
-    "cuda": ("step", "step-graph", "step-graph-lr", "chunk"),
+    "cuda": ("stream", "step", "step-graph", "step-graph-lr", "chunk"),
 }
 # The quantiles that are recorded: from the fastest step to the slowest, and densely at the slow end.
 QUANTILES = (
