@@ -375,7 +375,8 @@ def _stream_kernel(
     first = begins != 0
 
     for t in range(T):
-        x = tl.load(x_ptr + t * F + feature, mask=given, other=0.0)
+        at = tl.cast(t, tl.int64)  # a long call has more than 2³¹ numbers of x
+        x = tl.load(x_ptr + at * F + feature, mask=given, other=0.0)
         keep = True
         if HAS_RESETS:
             keep = tl.load(resets_ptr + t) == 0
@@ -390,7 +391,7 @@ def _stream_kernel(
                 products = products + (weight,)
                 signals = signals + (weight,)  # in its place: nothing is read
             elif COLUMNS[k] == 1:
-                y = tl.load(x_ptr + t * F) if READS[k] == -1 else c[READS[k]]
+                y = tl.load(x_ptr + at * F) if READS[k] == -1 else c[READS[k]]
                 products = products + (weight * y,)
                 signals = signals + (y,)
             else:
@@ -414,7 +415,7 @@ def _stream_kernel(
         for j in tl.static_range(J):
             total = tl.zeros([ROWS], tl.float32)
             if PASSES and j == 0:
-                total += tl.load(x_ptr + t * F + row, mask=here, other=0.0)
+                total += tl.load(x_ptr + at * F + row, mask=here, other=0.0)
             for k in tl.static_range(len(READS)):
                 if not OF_GATE[k] and INTO[k] == j:
                     total += products[k]
@@ -425,7 +426,7 @@ def _stream_kernel(
         partials = PARTIALS(c, saved, inputs, own)
         c = kept(here, _part(updated, 0, S))
         if HAS_HIDDEN:
-            tl.store(hidden_ptr + t * N + row, c[OUT], mask=here)
+            tl.store(hidden_ptr + at * N + row, c[OUT], mask=here)
         if TEAM > 1:
             new_ptr = exchange_ptr + (t % 2) * (S + 1) * BLOCK
             for nu in tl.static_range(S):
@@ -442,12 +443,12 @@ def _stream_kernel(
         o = tl.sum(weights[0] * read[None, :], 1)
         if BIAS:
             o += weights[BEFORE - 1]
-        tl.store(outputs_ptr + t * O + place, o, mask=shown & leads)
+        tl.store(outputs_ptr + at * O + place, o, mask=shown & leads)
         aim, wanted = o, 0
         if LOSS == 1:
             wanted = tl.load(classes_ptr + t).to(tl.int32)
         else:
-            aim = tl.load(target_ptr + t * O + place, mask=shown, other=0.0)
+            aim = tl.load(target_ptr + at * O + place, mask=shown, other=0.0)
         loss, error = _loss(o, aim, wanted, shown, O, settings[6], LOSS)
         if HAS_MASK:
             counts = tl.load(mask_ptr + t) != 0
