@@ -142,14 +142,14 @@ def _gamma(
     PHI: tl.constexpr,
     HAS_RESETS: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,  # of its block; 1 for a vector
 ):
     """Γ^{ν,k} of a matrix after the step: Σ_ν' M^{νν'} Γ^{ν',k} + φ^{ν,k} yᵀ."""
-    vector: tl.constexpr = COLUMNS[MATRIX] == 1
+    vector: tl.constexpr = WIDTH == 1
     if vector:
         total = tl.zeros([ROWS], tl.float32)
     else:
-        total = tl.zeros([ROWS, COLUMNS[MATRIX]], tl.float32)
+        total = tl.zeros([ROWS, WIDTH], tl.float32)
     for source in tl.static_range(S):
         if LINKS[NU * S + source]:
             was = gammas[MATRIX * S + source]
@@ -482,7 +482,7 @@ def _stream_kernel(
                             PHI,
                             HAS_RESETS,
                             ROWS,
-                            COLUMNS,
+                            COLUMNS[block - BEFORE],
                         ),
                     )
                 ahead = ahead + now
