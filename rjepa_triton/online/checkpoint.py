@@ -256,12 +256,12 @@ def _same(got: object, want: object) -> bool:
     return type(got) is type(want) and got == want
 
 
-def _shown(value: object) -> str:
-    """A value for a message: itself if it is short, else its type."""
+def _shown(value: object, levels: int = 3) -> str:
+    """A value for a message: itself if short, else its type. levels: of lists in lists, which may hold themselves."""
     if isinstance(value, (str, bool, float, type(None))) or (type(value) is int and abs(value) < LARGEST):
         shown = repr(value)
-    elif type(value) in (list, tuple) and len(value) <= 8:  # type: ignore[arg-type]
-        shown = "[" + ", ".join(_shown(each) for each in value) + "]"  # type: ignore[attr-defined]
+    elif levels and type(value) in (list, tuple) and len(value) <= 8:  # type: ignore[arg-type]
+        shown = "[" + ", ".join(_shown(each, levels - 1) for each in value) + "]"  # type: ignore[attr-defined]
     else:
         shown = type(value).__name__
     return shown if len(shown) <= 200 else f"{shown[:200]}…"

@@ -23,6 +23,7 @@ from fuzzing import Count, cases
 from hypothesis import given
 from hypothesis import strategies as st
 from replayed import F64, Loss, Step
+from states import fingerprint, same
 from torch import Tensor
 
 from rjepa_triton import CTRNN, ELSTM, GRU, LRU, LSTM, RGC, RNN, IndRNN, OnlineLearner, TimeDecay, TwoPointRNN
@@ -488,20 +489,6 @@ def in_mode(mode: str) -> Any:
     }[mode]()
     with entered:
         yield
-
-
-def fingerprint(learner: OnlineLearner) -> Any:
-    return copy.deepcopy(learner.state_dict())
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def begun(options: str, data: st.DataObject, count: Count) -> Case:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from states import same
 from torch import Tensor, nn
 
 from rjepa_triton import CTRNN, LRU, LSTM, RGC, RNN, OnlineLearner, Stack, StackLearner
@@ -40,16 +41,6 @@ def midway(options: dict[str, Any], layer: Any = None, steps: int = 3) -> Online
         learner.step(torch.randn(2, 3, dtype=learner.layer.weights()[0].dtype))
     learner.reset(torch.tensor([True, False]))
     return learner
-
-
-def alike(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return bool(a == b)
 
 
 def older(state: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +112,7 @@ def test_damaged_states_change_nothing(data: st.DataObject) -> None:
     try:
         learner.load_state_dict(state)
     except (TypeError, ValueError):
-        assert alike(learner.state_dict(), whole)
+        assert same(learner.state_dict(), whole)
         return
     try:  # it is a state that may be: the learner runs on
         for _ in range(5):
@@ -153,9 +144,9 @@ def damage(state: dict[str, Any], data: st.DataObject) -> None:
         if isinstance(holder, dict):
             holder[data.draw(st.sampled_from(["more", 1, None]))] = 0
         else:
-            holder.insert(last, data.draw(st.sampled_from(JUNK)))
-    else:
-        holder[last] = data.draw(st.sampled_from(JUNK))
+            holder.insert(last, copy.deepcopy(data.draw(st.sampled_from(JUNK))))
+    else:  # a copy, which the next damage may change
+        holder[last] = copy.deepcopy(data.draw(st.sampled_from(JUNK)))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -165,7 +156,7 @@ def test_a_state_loads_in_every_form(options: dict[str, Any], old: bool) -> None
     state = copy.deepcopy(learner.state_dict())
     other = OnlineLearner(learner.layer, 2, **options)
     other.load_state_dict(older(state) if old else state)
-    assert alike(other.state_dict(), learner.state_dict())
+    assert same(other.state_dict(), learner.state_dict())
 
 
 def test_a_loaded_state_is_a_copy() -> None:
@@ -175,7 +166,7 @@ def test_a_loaded_state_is_a_copy() -> None:
     learner.load_state_dict(state)
     state["window"][0]["weights"][0].zero_()
     state["state"].zero_()
-    assert alike(learner.state_dict(), kept)
+    assert same(learner.state_dict(), kept)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +185,7 @@ def test_a_state_of_another_layer_is_refused(mine: Any, theirs: Any, form: str) 
     kept = copy.deepcopy(learner.state_dict())
     with pytest.raises(ValueError, match="state's layer must be the learner's"):
         learner.load_state_dict(midway({"form": form}, theirs()).state_dict())
-    assert alike(learner.state_dict(), kept)
+    assert same(learner.state_dict(), kept)
 
 
 def test_an_older_history_of_another_layer_is_refused() -> None:
@@ -225,6 +216,17 @@ def test_numbers_are_not_tensors() -> None:
             learner.load_state_dict({**state, name: torch.tensor(state[name])})
 
 
+@pytest.mark.parametrize("name", ["form", "layer", "now", "window", "version"])
+def test_a_list_that_holds_itself_is_refused(name: str) -> None:
+    learner = midway({"form": "chunk", "update_every": 4})
+    kept = copy.deepcopy(learner.state_dict())
+    endless: list[Any] = [1]
+    endless.append(endless)
+    with pytest.raises((TypeError, ValueError), match=f"state's {name}"):
+        learner.load_state_dict({**kept, name: endless})
+    assert same(learner.state_dict(), kept)
+
+
 def test_a_state_of_a_later_version_is_refused() -> None:
     learner = midway({"form": "step"})
     with pytest.raises(ValueError, match="state's version must be 2, got 3"):
@@ -242,7 +244,7 @@ def test_a_stacks_state_is_refused_whole() -> None:
         learner.load_state_dict(bad)
     with pytest.raises(ValueError, match="state must have the keys"):
         learner.load_state_dict({**kept, 1: 2})  # type: ignore[dict-item]
-    assert alike(learner.state_dict(), kept)
+    assert same(learner.state_dict(), kept)
 
 
 def test_a_parameter_may_stand_for_a_tensor() -> None:
