@@ -71,6 +71,15 @@ def load_planes(ptr, at, plane, mask, COUNT: tl.constexpr):
 
 
 @triton.jit
+def part(blocks, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT of the blocks, from the FIRST on."""
+    found = ()
+    for k in tl.static_range(COUNT):
+        found = found + (blocks[FIRST + k],)
+    return found
+
+
+@triton.jit
 def load_at(ptrs, at, mask):
     """A block from each of some pointers; zeros where there is none."""
     blocks = ()

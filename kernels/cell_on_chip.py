@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cell import CellFunctions, check_matrices, kept, load_planes, pre_activations
+from ._cell import CellFunctions, check_matrices, kept, load_planes, part, pre_activations
 from ._launch import check_dims, check_runnable, check_tensor, device_sizes
 
 # Largest layers that one program takes through all steps; up to SMALL units, two programs or more share a
@@ -115,15 +115,6 @@ def _store(ptr, unit, plane, blocks, FIRST: tl.constexpr, COUNT: tl.constexpr, m
             tl.store(ptr + k * plane + unit, blocks[FIRST + k], mask=mask)
 
 
-@triton.jit
-def _front(blocks, COUNT: tl.constexpr):
-    """The first COUNT blocks."""
-    out = ()
-    for k in tl.static_range(COUNT):
-        out = out + (blocks[k],)
-    return out
-
-
 # Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. No memory layout depends on B, T
 # or N, so it would be wasted work.
 @triton.jit(do_not_specialize=["T", "B", "N"])
@@ -184,7 +175,7 @@ def _on_chip_kernel(
         if saved_ptr is not None:
             _store(saved_ptr, unit, N, found, S, F, inside)
             saved_ptr += F * step
-        c = _front(found, S)
+        c = part(found, 0, S)
         x = next_x
         states_ptr += step
         _store(states_ptr, unit, plane, c, 0, S, inside)

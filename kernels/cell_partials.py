@@ -34,6 +34,7 @@ from ._cell import (
     load_diagonals,
     load_planes,
     load_step,
+    part,
 )
 from ._launch import check_runnable, check_tensor, device_sizes, vector_width
 from .reverse_scan import ScanConfig, pick_steps
@@ -87,14 +88,6 @@ def _identity(S: tl.constexpr, BLOCK: tl.constexpr):
     for i in tl.static_range(S):
         for j in tl.static_range(S):
             out = out + (tl.full((BLOCK,), 1.0 if i == j else 0.0, tl.float32),)
-    return out
-
-
-@triton.jit
-def _split_off(blocks, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    out = ()
-    for k in tl.static_range(COUNT):
-        out = out + (blocks[FIRST + k],)
     return out
 
 
@@ -272,7 +265,7 @@ def _dual_kernel(
         for k in tl.static_range(len(written_ptrs)):
             at = ROWS[k] * (t * BN + row * N) + n
             tl.store(written_ptrs[k] + at, found[k], mask=mask)
-        later = _split_off(found, len(written_ptrs), S)
+        later = part(found, len(written_ptrs), S)
         if resets_ptr is not None:
             later = kept(keep, later)
 

@@ -305,7 +305,7 @@ def stream_build(
     features: F; None: the layer's input is the cell's own. options: of `Stream`.
     """
     from ...cells import builtin
-    from ...kernels import cell_stream
+    from ...kernels import stream_layout
     from ...layers.layer import TwoPointRNN
     from ...online import stream_given
     from ...online.stream_kernel import InKernel
@@ -318,10 +318,10 @@ def stream_build(
     parts = stream_given.served_parts(stream, rfp.RULES)
     assert not isinstance(parts, str), parts
     problem = InKernel(stream, parts).problem()
-    config = cell_stream.pick_config(problem, WARP[target], multiprocessors)
+    config = stream_layout.pick_config(problem, WARP[target], multiprocessors)
     if config is None:
         return None
-    fixed = cell_stream.constants(problem, config, resets=resets, mask=False, hidden=False)
+    fixed = stream_layout.constants(problem, config, resets=resets, mask=False, hidden=False)
     functions = {name: {"cell": cell, "function": name.lower()} for name in ("UPDATE", "PARTIALS")}
     absent = dict.fromkeys(["exchange_ptr", "counter_ptr"] if config.team == 1 else [])
     return Build(

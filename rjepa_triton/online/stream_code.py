@@ -26,12 +26,9 @@ if TYPE_CHECKING:
 
 LOSSES = ("mse", "cross_entropy", "huber", "cosine", "delta")  # in the order of stream.h
 RULES = {"rfp": 0, "eprop": 1, "rflo": 2, "snap0": 3, "rtrl": 4}
-EXACT_ROWS = (
-    256  # S times the units of a head, up to which RTRL is compiled; products of larger J are BLAS's work
-)
-LOSSES_AT = {
-    name: k for k, name in enumerate(LOSSES)
-}  # in the order of stream.h, as are these and OPTIMIZERS
+# S times the units of a head, up to which RTRL is compiled; products of larger J are BLAS's work.
+EXACT_ROWS = 256
+LOSSES_AT = {name: k for k, name in enumerate(LOSSES)}
 INPUT, ONE = -1, -2
 FORWARD, LEARN = 1, 2
 PANELS_FROM = 8  # steps of a call from which copying dense matrices to panels saves time
@@ -193,7 +190,7 @@ class Compiled:
         none: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(self.totals)
         moments, done = self.moments(options) if updates else (none, 0)
         assert done is not None
-        arrays = [_address(given.get(name)) for name in FIRST] + [state.data_ptr(), self.scratch.data_ptr()]
+        arrays = [address(given.get(name)) for name in FIRST] + [state.data_ptr(), self.scratch.data_ptr()]
         by_panels = stream.batch_size == 1 and steps >= PANELS_FROM and not self.head
         arrays.append(self.room() if by_panels else 0)
         numbers: list[int] = [
@@ -215,7 +212,7 @@ class Compiled:
             k = next(place)
             if sums_up and self.totals[k] is None:
                 self.totals[k] = torch.zeros_like(parameter)
-            arrays.extend(_address(one) for one in (parameter, *moments[k], self.totals[k]))
+            arrays.extend(address(one) for one in (parameter, *moments[k], self.totals[k]))
             numbers.extend((parameter.requires_grad, group_of[parameter]))
 
         numbers += [self.parts.residual, len(self.parts.parts)]
@@ -588,5 +585,6 @@ def _objects(group: Mapping[str, Any]) -> list[Any]:
     return [*group.values(), *group["params"]]
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Where the tensor's numbers begin; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

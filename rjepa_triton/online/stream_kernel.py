@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from ..backend import triton_backend, triton_cells
 from ..rules import rfp
 from . import stream_given
-from .sensitivity import PerUnit
-from .stream_code import FIRST, INPUT, LOSSES_AT, ONE, Compiled, Result
+from .stream_code import INPUT, LOSSES_AT, ONE, Compiled, Result, address
 from .stream_readout import LINEAR, Parts
 
 if TYPE_CHECKING:
-    from ..kernels.cell_stream import Config, Problem
+    from ..kernels.stream_layout import Config, Problem
     from .streams import Stream
 
 TOO_LARGE = "{} units with their Γ don't fit in the registers of one GPU"
@@ -66,15 +65,15 @@ class InKernel(Compiled):
 
     def layout(self, problem: Problem) -> Config | None:
         """How the network lies on the GPU; None if it doesn't fit."""
-        from ..kernels import cell_stream
+        from ..kernels import stream_layout
 
         device = self.scratch.device
         if (
             device.type != "cuda"
         ):  # the interpreter runs one program after the other, and has no registers to fill
-            return cell_stream.whole(problem)
+            return stream_layout.whole(problem)
         about = torch.cuda.get_device_properties(device)
-        return cell_stream.pick_config(problem, about.warp_size, about.multi_processor_count)
+        return stream_layout.pick_config(problem, about.warp_size, about.multi_processor_count)
 
     def linear(self) -> nn.Linear:
         """The readout."""
@@ -84,7 +83,7 @@ class InKernel(Compiled):
 
     def problem(self) -> Problem:
         """What the kernel is built for, as the stream is now."""
-        from ..kernels.cell_stream import Problem
+        from ..kernels.stream_layout import Problem
 
         stream = self.stream
         layer, options, kind = stream.layer, stream.optimizer.param_groups[0], stream.kind
@@ -134,14 +133,15 @@ class InKernel(Compiled):
 
     def addresses(self, given: dict[str, Tensor | None], problem: Problem) -> tuple[list[int], int]:
         """The table's row of this network, and how many steps its optimizer has taken."""
+        from ..kernels import stream_layout
+
         stream = self.stream
         state, sensitivity = stream.learner.lend()
-        assert isinstance(sensitivity, PerUnit)
         moments, done = self.moments(stream.optimizer.param_groups[0])
         assert done is not None
-        row = [_address(given.get(name)) for name in FIRST if name != "rates"] + [state.data_ptr()]
+        row = [address({**given, "state": state}[name]) for name in stream_layout.ADDRESSES]
         linear = self.linear()
-        places = {index: (group, k) for group in sensitivity.groups for k, index in enumerate(group.indices)}
+        places = self.gammas(sensitivity)
         sums_up = stream.update_every > 1 or stream.clip_norm is not None
         nth = 0
         slots: list[Any] = [linear.weight, linear.bias, *stream.layer.weights()]
@@ -153,11 +153,10 @@ class InKernel(Compiled):
             if sums_up and self.totals[nth] is None:
                 self.totals[nth] = torch.zeros_like(parameter)
             kept = [moment for moment in moments[nth] if moment is not None]
-            of = [parameter.data_ptr(), *map(_address, kept)]
-            of += [0] * (3 - len(of)) + [_address(self.totals[nth])]
+            of = [parameter.data_ptr(), *map(address, kept)]
+            of += [0] * (3 - len(of)) + [address(self.totals[nth])]
             if slot >= 2:
-                group, k = places[slot - 2]
-                of += [g.data_ptr() + g.element_size() * k * g.stride(1) for g in group.gammas]
+                of += places[slot - 2][0]
             row += of + [0] * (size - len(of))
             nth += 1
         return row, done
@@ -177,7 +176,7 @@ class InKernel(Compiled):
         networks: Sequence[Compiled], arguments: Sequence[tuple[Any, ...]], hidden: bool
     ) -> list[Result]:
         """`run` of some networks; those of one kind in one launch, as far as they fit on the GPU at once."""
-        from ..kernels import cell_stream
+        from ..kernels import cell_stream, stream_layout
 
         alike: dict[tuple[Any, ...], list[tuple[list[int], Tensor]]] = {}
         given = [one.given(hidden, *each) for one, each in zip(networks, arguments, strict=True)]
@@ -192,7 +191,7 @@ class InKernel(Compiled):
             first, second, eps, decay, huber, norm, *_ = one.settings()
             settings = (first, 1 - first, second, 1 - second, eps, decay, huber, norm)
             present = tuple(each[name] is not None for name in ("resets", "mask"))
-            whole = all(address % 16 == 0 for address in row[len(cell_stream.ADDRESSES) :])
+            whole = all(place % 16 == 0 for place in row[len(stream_layout.ADDRESSES) :])
             key = problem, settings, one.stream.position, done == 0, present, 16 if whole else 4
             alike.setdefault(key, []).append((row, torch.stack(one.rates_of(rates, done))))
         for (problem, settings, position, begins, present, alignment), rows in alike.items() if steps else ():
@@ -233,7 +232,3 @@ class InKernel(Compiled):
         given = super().given(hidden, *arguments)
         given["losses"] = self.scratch.new_empty(len(arguments[0]))
         return given
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 import os
 import signal
@@ -18,24 +17,13 @@ import kernels_here
 import pytest
 import stream_loops
 import torch
-from stream_loops import (
-    LAYERS,
-    OPTIMIZERS,
-    Loop,
-    by_step,
-    everything,
-    given,
-    made,
-    near,
-    pairwise,
-    told,
-)
-from torch import Tensor, nn
+from stream_loops import LAYERS, Loop, compare, everything, given, made, near, pairwise, told, widened
+from torch import nn
 
 pytest.importorskip("triton")
 
 from rjepa_triton import LSTM, RGC, Residual, Stream
-from rjepa_triton.kernels import cell_stream
+from rjepa_triton.kernels import cell_stream, stream_layout
 from rjepa_triton.online import stream_given, stream_kernel
 from rjepa_triton.rules import rfp
 
@@ -55,19 +43,12 @@ CALLS: dict[str, Any] = {
     "both": (2, ("step", 2), 3),
 }
 FACTORS = {
+    name: values for name, values in stream_loops.FACTORS.items() if name not in ("readout", "batch")
+} | {
     "layer": [name for name in LAYERS if "heads" not in name],
-    "optimizer": list(OPTIMIZERS),
-    "loss": ["mse", "cross_entropy", "huber", "cosine", "delta"],
     "rule": ["rfp", "eprop", "rflo", "snap0"],
     "calls": list(CALLS),
     "units": [1, 2, 17],
-    "outputs": [2, 9],
-    "every": [1, 3],
-    "clip": [None, 0.2],
-    "rates": [False, True],
-    "resets": [False, True],
-    "mask": [False, True],
-    "bias": [True, False],
 }
 
 
@@ -80,45 +61,11 @@ def of_both(case: dict[str, Any]) -> tuple[Stream, Loop]:
     return stream, wide
 
 
-def widened(state: Any) -> Any:
-    """A state with its float32 numbers as float64, but for the optimizer's count of steps."""
-    if isinstance(state, dict):
-        return {name: value if name == "step" else widened(value) for name, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [widened(each) for each in state]
-    return state.double() if isinstance(state, Tensor) and state.dtype == F32 else state
-
-
-def compare(case: dict[str, Any], tolerance: float = 2e-5) -> None:
-    """Run both, and compare losses, outputs and all state after each call."""
-    stream, loop = of_both(case)
-    assert stream.backend == "triton"
-    steps = sum(call if isinstance(call, int) else call[1] for call in CALLS[case["calls"]])
-    x, target = given(loop.layer, 1, case["outputs"], case["loss"], steps)
-    x, target = x.float(), target.float() if target.is_floating_point() else target
-    resets = torch.rand(steps, 1) < 0.3 if case["resets"] else None
-    mask = torch.rand(steps, 1) < 0.6 if case["mask"] else None
-    rates = 0.001 + 0.002 * torch.rand(steps) if case["rates"] else None
-    start = 0
-    for call in CALLS[case["calls"]]:
-        count = call if isinstance(call, int) else call[1]
-        part = slice(start, start + count)
-        start += count
-        more = [None if a is None else a[part] for a in (resets, mask, rates)]
-        run = stream.run if isinstance(call, int) else functools.partial(by_step, stream)
-        losses, outputs, *_ = run(x[part], target[part], *more)
-        near(widened([losses, outputs]), loop.run(*widened([x[part], target[part]]), *more), tolerance)
-        ours, theirs = widened(everything(stream)), everything(loop)
-        for state in (ours, theirs):
-            state["learner"].pop("options", None)
-            for group in state["optimizer"]["param_groups"]:
-                group.pop("lr")
-        near(ours, theirs, tolerance)
-
-
 @pytest.mark.parametrize("case", pairwise(FACTORS), ids=told)
 def test_one_launch_is_the_loop(case: dict[str, Any]) -> None:
-    compare(case)
+    stream, loop = of_both(case)
+    assert stream.backend == "triton"
+    compare(stream, loop, {**case, "batch": 1}, 2e-5, CALLS, wide=True)
 
 
 def case_of(layer: str = "rgc", **change: Any) -> dict[str, Any]:
@@ -259,9 +206,9 @@ def test_layouts() -> None:
         parts = stream_given.served_parts(stream, rfp.RULES)
         assert not isinstance(parts, str)
         problem = stream_kernel.InKernel(stream, parts).problem()
-        found[units] = cell_stream.pick_config(problem, 32, 132)
-    assert found[32] == cell_stream.Config(1, 32, 4)
-    assert found[64] == cell_stream.Config(2, 32, 8)
-    assert found[256] == cell_stream.Config(32, 8, 8)
-    assert found[512] == cell_stream.Config(128, 4, 8)
+        found[units] = stream_layout.pick_config(problem, 32, 132)
+    assert found[32] == stream_layout.Config(1, 32, 4)
+    assert found[64] == stream_layout.Config(2, 32, 8)
+    assert found[256] == stream_layout.Config(32, 8, 8)
+    assert found[512] == stream_layout.Config(128, 4, 8)
     assert found[1024] is None

@@ -301,23 +301,40 @@ def made(
     return stream, loop
 
 
-def compare(stream: Stream, loop: Loop, case: Mapping[str, Any], tolerance: float) -> None:
-    """Run both, and compare losses, outputs and all state after each call."""
-    x, target = given(stream.layer, case["batch"], case["outputs"], case["loss"])
-    resets = torch.rand(STEPS, case["batch"]) < 0.2 if case["resets"] else None
-    mask = torch.rand(STEPS, case["batch"]) < 0.6 if case["mask"] else None
-    rates = 0.001 + 0.02 * torch.rand(STEPS) if case["rates"] else None
+def widened(value: Any) -> Any:
+    """A state or a list with its float32 numbers as float64, but for an optimizer's count of steps."""
+    if isinstance(value, dict):
+        return {name: each if name == "step" else widened(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [widened(each) for each in value]
+    return value.double() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+
+def compare(
+    stream: Stream,
+    loop: Loop,
+    case: Mapping[str, Any],
+    tolerance: float,
+    calls: Mapping[str, Calls] = CALLS,
+    *,
+    wide: bool = False,
+) -> None:
+    """Run both, and compare losses, outputs and all state after each call. wide: the loop is in float64."""
+    as_loop = widened if wide else list
+    sizes = [call if isinstance(call, int) else call[1] for call in calls[case["calls"]]]
+    x, target = given(stream.layer, case["batch"], case["outputs"], case["loss"], sum(sizes))
+    resets = torch.rand(len(x), case["batch"]) < 0.2 if case["resets"] else None
+    mask = torch.rand(len(x), case["batch"]) < 0.6 if case["mask"] else None
+    rates = 0.001 + 0.02 * torch.rand(len(x)) if case["rates"] else None
     start = 0
-    for call in CALLS[case["calls"]]:
-        count = call if isinstance(call, int) else call[1]
+    for call, count in zip(calls[case["calls"]], sizes, strict=True):
         part = slice(start, start + count)
         start += count
         arguments = [x[part], target[part], *(None if a is None else a[part] for a in (resets, mask, rates))]
         run = stream.run if isinstance(call, int) else functools.partial(by_step, stream)
         losses, outputs, *_ = run(*arguments)
-        near([losses, outputs], loop.run(*arguments), tolerance)
+        near(as_loop([losses, outputs]), loop.run(*as_loop(arguments)), tolerance)
         ours, theirs = everything(stream), everything(loop)
         if rates is not None:
             ours, theirs = without_rates(ours), without_rates(theirs)
-        near(ours, theirs, tolerance)
-    assert start == STEPS
+        near(widened(ours) if wide else ours, theirs, tolerance)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rjepa_triton import LSTM, RGC, Stream
-from rjepa_triton.kernels import cell_stream
+from rjepa_triton.kernels import cell_stream, stream_layout
 from rjepa_triton.online import stream_kernel
 
 STEPS = 5
@@ -50,7 +50,7 @@ def in_processes(stream: Stream, rows: int, given: tuple[Any, ...]) -> tuple[Ten
     calls = stream._compiled
     assert isinstance(calls, stream_kernel.InKernel)
     units = stream.layer.hidden_size
-    config = cell_stream.Config(-(-units // rows), rows, 4)
+    config = stream_layout.Config(-(-units // rows), rows, 4)
     calls.layout = lambda problem: config  # type: ignore[method-assign]
     made: list[Tensor] = []
 
