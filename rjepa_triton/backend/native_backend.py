@@ -24,10 +24,10 @@ from .table import Backend, Reason, Refusal
 if TYPE_CHECKING:
     from .operations import GammaSteps, StateArrays
 
-# A loop over time is one call of compiled code up to so many units and batch rows: as far as it was timed, and faster
-# than torch's. With fewer steps than FEW_STEPS, for which the weights are laid out anew or read as they are, it must
-# also have few rows, or few units.
-LOOP_UNITS, LOOP_ROWS = 2048, 128
+# A loop over time is one call of compiled code up to so many batch rows: as far as it was timed, and faster than
+# torch's. With fewer steps than FEW_STEPS, for which the weights are laid out anew or read as they are, it must also
+# have few rows, or few units.
+LOOP_ROWS = 128
 FEW_STEPS, FEW_ROWS, FEW_UNITS = 4, 8, 128
 # The reverse scan is compiled code's up to so many numbers B·N, where torch runs a step of two states on one thread.
 REVERSE_NUMBERS = 1 << 14
@@ -77,7 +77,7 @@ def compiled_loop(cell: Cell, weights: Sequence[Tensor], steps: int, batch: int)
         (weight.shape[0] * (weight.shape[1] if weight.dim() == 3 else 1) for weight in weights), default=1
     )
     enough = steps >= FEW_STEPS or batch <= FEW_ROWS or units <= FEW_UNITS
-    return enough and units <= LOOP_UNITS and batch <= LOOP_ROWS
+    return enough and batch <= LOOP_ROWS
 
 
 def compiled_partials(cell: Cell) -> bool:

@@ -173,7 +173,7 @@ def _scan_by_step(
     for nu, initial in enumerate(state):
         states[nu, 0] = initial
     saved = x.new_empty(steps, batch, made.functions.saves, units) if keep else x.new_empty(0)
-    products = Products(cell, weights, states[0, 0])
+    products = Products(cell, weights, states[0, 0], steps)
     x_at, states_at = x.unbind(1), states.unbind(1)
     saved_at = saved.unbind(0) if keep and made.functions.saves else [None] * steps
     before = states_at[0] if resets is None else states_at[0].masked_fill(resets[0, :, None], 0)

@@ -273,7 +273,7 @@ class Cell(ABC):
         for nu, initial in enumerate(state):
             states[nu, 0] = initial
         saved = x.new_empty(steps, batch, self.saves, units)
-        products = Products(self, weights, states[0, 0])
+        products = Products(self, weights, states[0, 0], steps)
         states_at, saved_at, x_at = states.unbind(1), saved.unbind(0), x.unbind(1)
         for t in range(steps):
             before = states_at[t]
@@ -328,14 +328,22 @@ def reset_steps_of(resets: Tensor | None) -> frozenset[int]:
 
 
 class Products:
-    """The matrix products of one step, W^k y^k, by the state that they read. Each state's dense ones are one product,
-    and so are those of all states where as many matrices read each.
+    """The matrix products of one step, W^k y^k, by the state that they read.
+
+    Where it pays over the steps to come, each state's dense matrices are laid out as one, and so are those of all
+    states where as many matrices read each: fewer products, for a copy of the weights.
 
     products  (B, K, N): those of matrices that read state 0 first, and so on
     """
 
-    def __init__(self, cell: Cell, weights: Sequence[Tensor], like: Tensor) -> None:
-        """like: (B, N), which the states are."""
+    # Joined, the weights are written and read some four times more. That takes less than the calls that it saves in a
+    # step where they have at most so many numbers, on a CPU and on a GPU (predicted).
+    JOINED_A_STEP = (1 << 12, 1 << 20)
+
+    def __init__(self, cell: Cell, weights: Sequence[Tensor], like: Tensor, steps: int) -> None:
+        """like: (B, N), which the states are. steps: how many steps the products are for."""
+        numbers = sum(weight.numel() for weight in weights)
+        join = numbers <= steps * self.JOINED_A_STEP[like.is_cuda]
         sources = [state_read(matrix) for matrix in cell.matrices]
         order = sorted(range(len(weights)), key=sources.__getitem__)
         self.products = like.new_empty(like.shape[0], len(weights), like.shape[1])
@@ -345,7 +353,7 @@ class Products:
         first = 0
         for source in sorted(set(sources)):
             readers = [weights[k] for k in order if sources[k] == source]
-            if all(weight.dim() == 2 for weight in readers):
+            if join and all(weight.dim() == 2 for weight in readers):
                 to = self.products[:, first : first + len(readers)].flatten(1)
                 self.joined.append((source, torch.cat(readers).t(), to))
             else:
@@ -372,7 +380,10 @@ class Products:
         for source, weight, to in self.joined:
             torch.mm(before[source], weight, out=to)
         for source, weight, to in self.single:
-            to.copy_(weight_ops.multiply(weight, before[source]))
+            if weight.dim() == 2:
+                torch.mm(before[source], weight.t(), out=to)
+            else:
+                to.copy_(weight_ops.multiply(weight, before[source]))
 
     def pre_activations(self) -> list[Tensor]:
         """p^g = Σ_{k into g} W^k y^k, (B, N) each; a view of the products where one matrix enters the gate."""

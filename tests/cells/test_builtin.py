@@ -14,6 +14,7 @@ from every_cell import CELLS, SHAPES, by_cell, by_smooth_cell, problem, random_p
 from torch import Tensor
 
 from rjepa_triton import ALIF, LIF, MGU, MinGRU, MinLSTM, OnlineLearner, functional
+from rjepa_triton.bench.scaling.work import Counter
 from rjepa_triton.cells import weights as weight_ops
 from rjepa_triton.cells.builtin import (
     ALIFCell,
@@ -342,3 +343,15 @@ def test_the_decay_of_an_lru_starts_on_its_ring() -> None:
 def test_bad_arguments_are_named(make: Any, says: str) -> None:
     with pytest.raises((TypeError, ValueError), match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("units", "steps", "times"), [(8, 1, 5), (256, 1, 1.1), (256, 3, 1.1), (256, 200, 1.2)]
+)
+def test_a_loop_of_few_steps_does_not_copy_large_weights(units: int, steps: int, times: float) -> None:
+    """One step of an online layer once wrote and read its weights four times more than it used them."""
+    weights = [torch.empty(units, units, device="meta")] * 4
+    state = [torch.empty(1, units, device="meta")] * 2
+    with Counter() as counter:
+        RGCCell().scan(torch.empty(1, steps, 1, units, device="meta"), weights, state)
+    assert counter.bytes / steps <= times * 16 * units**2 + 400 * units

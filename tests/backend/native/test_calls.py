@@ -534,9 +534,9 @@ def test_the_model_of_cost_knows_of_them(monkeypatch: pytest.MonkeyPatch) -> Non
     def told(units: int, dtype: torch.dtype = F32, gpu: bool = False, batch: int = 1) -> cost.Problem:
         return counting.problem(RGC(units, device="meta", dtype=dtype), batch, dtype, gpu=gpu)
 
-    def forward(units: int) -> float:
-        weights = [torch.empty(units, units, device="meta")] * 4
-        return parallel.forward_problem(CELL, weights, (50, 1, units), F32, False, True).sequential().calls
+    def forward(batch: int) -> float:
+        weights = [torch.empty(64, 64, device="meta")] * 4
+        return parallel.forward_problem(CELL, weights, (50, batch, 64), F32, False, True).sequential().calls
 
     def compiled(problem: cost.Problem) -> tuple[bool, ...]:
         return problem.loop, problem.one_step, problem.partials, problem.reverse
@@ -545,14 +545,15 @@ def test_the_model_of_cost_knows_of_them(monkeypatch: pytest.MonkeyPatch) -> Non
     assert compiled(small) == (True, True, True, True)
     assert compiled(told(64, batch=16)) == (True, True, True, True)
     assert compiled(told(256, batch=16)) == (True, False, True, True)
-    assert compiled(told(4096, batch=16)) == (False, False, True, False)
+    assert compiled(told(4096, batch=16)) == (True, False, True, False)
+    assert compiled(told(64, batch=129)) == (False, False, True, True)
     assert not any(compiled(told(64, F64)))
     # on a GPU a step of few rows and the linearisation are launches of an RGC's own kernels, loops are calls
     assert compiled(told(64, gpu=True)) == (False, True, True, False)
     assert compiled(told(64, gpu=True, batch=16)) == (False, False, True, False)
     assert not any(compiled(told(64, F64, gpu=True)))
-    assert forward(64) == cost.COMPILED_LOOP.calls
-    assert forward(4096) == 16 * 50
+    assert forward(1) == cost.COMPILED_LOOP.calls
+    assert forward(129) == 16 * 50
     assert small.linearize(50).calls == cost.COMPILED_LINEARIZE.calls
     assert small.credit(50).calls == cost.COMPILED_REVERSE.calls
     assert told(64, gpu=True).credit(50).calls > 100
@@ -566,11 +567,10 @@ def test_limits() -> None:
     def dense(units: int) -> list[Tensor]:
         return [torch.empty(units, units, device="meta")] * 4
 
-    assert native_backend.compiled_loop(CELL, dense(2048), 50, 128)
-    assert not native_backend.compiled_loop(CELL, dense(2049), 50, 1)
+    assert native_backend.compiled_loop(CELL, dense(4096), 50, 128)
     assert not native_backend.compiled_loop(CELL, dense(256), 50, 129)
     # of a few steps
-    assert native_backend.compiled_loop(CELL, dense(2048), 1, 8)
+    assert native_backend.compiled_loop(CELL, dense(4096), 1, 8)
     assert not native_backend.compiled_loop(CELL, dense(129), 1, 9)
     assert native_backend.compiled_loop(CELL, dense(128), 1, 9)
     assert native_backend.compiled_loop(CELL, dense(129), 4, 9)
