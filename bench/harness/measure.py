@@ -307,11 +307,34 @@ def copy_rate(device: torch.device) -> float:
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), 1, device) for _ in range(6))
 
 
+def cache_levels(device: torch.device, threads: int = 1) -> dict[str, int]:
+    """Bytes of each level of cache, "L1" first, that so many threads have, each on a core of its own.
+
+    A CPU's are those that Linux reports, and empty if it doesn't; a GPU's is its "L2".
+    """
+    if device.type == "cuda":
+        return {"L2": int(torch.cuda.get_device_properties(device).L2_cache_size)}
+    found: dict[str, int] = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        about = {file: (folder / file).read_text(encoding="utf-8").strip() for file in _ABOUT_CACHE}
+        size = about["size"]
+        if about["type"] == "Instruction" or size[-1:] not in ("K", "M") or not size[:-1].isdigit():
+            continue
+        sharing = max(1, len(_cpus(about["shared_cpu_list"])))
+        caches = -(-threads // sharing)
+        found[f"L{about['level']}"] = (int(size[:-1]) << (10 if size[-1] == "K" else 20)) * caches
+    return found
+
+
+_ABOUT_CACHE = ("level", "type", "size", "shared_cpu_list")
+
+
+def _cpus(listed: str) -> set[int]:
+    """The processors of a list of Linux, such as "0-3,8"."""
+    ends = [part.partition("-") for part in listed.split(",") if part]
+    return {cpu for first, _, last in ends for cpu in range(int(first), int(last or first) + 1)}
+
+
 def cache_bytes() -> int:
     """Bytes of the processor's last-level cache, as Linux reports them; 0 if it doesn't."""
-    sizes = []
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text(encoding="utf-8").strip()
-        if text[-1:] in ("K", "M") and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) << (10 if text[-1] == "K" else 20))
-    return max(sizes, default=0)
+    return max(cache_levels(torch.device("cpu")).values(), default=0)

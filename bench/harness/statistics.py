@@ -33,24 +33,6 @@ class Slope:
         return f"{self.value:.2f} ± {self.half_width:.2f}"
 
 
-# A curve is fitted only where it is at least this many times its least value.
-ASYMPTOTIC = 4.0
-
-
-def first_n(n: Sequence[float], y: Sequence[float]) -> float:
-    """The N at which the fit of a curve begins: from there on, all values are at least 4 times the least one.
-
-    What doesn't grow with N, such as the calls of a step, is then at most a quarter of each fitted value, so a power p
-    ≥ 1 comes out at most a quarter too low. Infinity if no value is that large.
-    """
-    least, first = min(y), math.inf
-    for size, value in sorted(zip(n, y, strict=True), reverse=True):
-        if value < ASYMPTOTIC * least:
-            break
-        first = size
-    return first
-
-
 def slope(
     n: Sequence[float], y: Sequence[float], first: float = 1, deviations: Sequence[float] | None = None
 ) -> Slope | None:

@@ -41,7 +41,7 @@ def predict_record(made: Record) -> tuple[float, int | None] | None:
         return _predict_forward(made)
     if made.benchmark == "peers":
         return _predict_stream(made)
-    if made.benchmark != "scaling" or made.algorithm not in (*LEARNING, "rfp-step-gamma", "copy"):
+    if made.benchmark != "scaling" or made.algorithm not in (*LEARNING, "rfp-step-gamma", "pass"):
         return None
     p = made.params
     gpu = p["device"] == "cuda"
@@ -55,9 +55,9 @@ def predict_record(made: Record) -> tuple[float, int | None] | None:
         model.problem = replace(model.problem, runs=made.backend.partition(":")[0])
     problem = model.problem
     w = float(problem.weight_bytes)
-    if made.algorithm == "copy":
-        moved = 2.0 * (problem.gamma_bytes + w)
-        return Phase("copy", Work(calls=1, bytes=moved), moved).seconds(rates), None
+    if made.algorithm == "pass":
+        moved = 2.0 * problem.gamma_bytes
+        return Phase("pass", Work(calls=1, bytes=moved), problem.gamma_bytes).seconds(rates), None
     if made.algorithm == "rfp-step-gamma":
         touched = problem.gamma_bytes + w
         return Phase("Γ", cost.gamma_pass(problem), touched).seconds(rates), problem.gamma_bytes
@@ -152,7 +152,7 @@ def check_table(checked: Sequence[Checked]) -> Table:
     for device in dict.fromkeys(one.device for one in checked):
         mine = [one for one in checked if one.device == device]
         for name in [*dict.fromkeys(one.algorithm for one in mine), None]:
-            of = [one for one in mine if one.algorithm == name or (name is None and one.algorithm != "copy")]
+            of = [one for one in mine if one.algorithm == name or (name is None and one.algorithm != "pass")]
             large = [one.seconds for one in of if one.units >= LARGE_FROM]
             far = max(large, key=lambda ratio: abs(math.log(ratio)), default=None)
             state = median_error([one.state for one in of if one.state is not None])

@@ -17,6 +17,7 @@ class Case(ABC):
     exact         whether its gradient is BPTT's (True) or RFP's (False); None if it has no gradient
     truncated     whether credit stops at the first step of each run
     covers        time steps that one `run()` covers
+    countable     whether its work can be counted (`work.count`)
     """
 
     name: str
@@ -24,9 +25,15 @@ class Case(ABC):
     exact: bool | None
     truncated = False
     covers: int
+    countable = True
 
     @abstractmethod
     def __init__(self, problem: Problem) -> None: ...
+
+    @classmethod
+    def checked(cls, problem: Problem) -> tuple[Case, Problem]:
+        """The case, as its gradient is checked, and the problem whose gradient it gives."""
+        return cls(problem), problem
 
     @property
     def backend(self) -> str | None:

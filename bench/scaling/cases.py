@@ -20,7 +20,7 @@ from ...cells.builtin import RGCCell
 from ..harness.device import out_of_memory
 from ..harness.settings import check_chosen
 from .case import Case
-from .online import Copy, RfpChunk, RfpHistory, RfpLazy, RfpStep, RfpStepGamma
+from .online import Pass, RfpChunk, RfpHistory, RfpLazy, RfpStep, RfpStepGamma, RfpStream
 from .problem import Problem, Size, dense, eager, oracle, own_path_only, problem
 from .rtrl import Rtrl, RtrlHeads, head_size
 from .sequence import Bptt, BpttAutograd, RfpDual, Tbptt
@@ -34,7 +34,7 @@ __all__ = [
     "Bptt",
     "BpttAutograd",
     "Case",
-    "Copy",
+    "Pass",
     "Problem",
     "RfpChunk",
     "RfpDual",
@@ -42,6 +42,7 @@ __all__ = [
     "RfpLazy",
     "RfpStep",
     "RfpStepGamma",
+    "RfpStream",
     "Rtrl",
     "RtrlHeads",
     "Size",
@@ -66,7 +67,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 CHECK_STEPS = 8  # the most steps over which a case is checked
 
 _ALL: tuple[type[Case], ...] = (
-    RfpStep, RfpStepGamma, Copy, RfpLazy, RfpChunk, RfpHistory, RfpDual, Bptt, BpttAutograd, Tbptt, Rtrl, RtrlHeads
+    RfpStream, RfpStep, RfpStepGamma, Pass, RfpLazy, RfpChunk, RfpHistory, RfpDual, Bptt, BpttAutograd, Tbptt, Rtrl,
+    RtrlHeads,
 )  # fmt: skip
 CASES = {case.name: case for case in _ALL}
 # Not run unless they are named: lazy, whose gradient is the same as step's; history, which is not for long streams; and
@@ -87,14 +89,14 @@ def verify(case: type[Case], problem: Problem) -> None:
     # in chunks of half as many steps, so that what is carried from one chunk to the next is checked too
     chunk = max(1, steps // 2)
     short = problem.first(steps - steps % chunk, chunk)
-    built = case(short)
+    built, posed = case.checked(short)
     entries = [case.entries(w).double() for w in problem.weights]
     total = [torch.zeros_like(part) for part in entries]
     for _ in range(short.steps // built.covers):
         for sum_, part in zip(total, built.run(), strict=True):
             sum_.add_(part)
     tolerance = TOLERANCE[problem.x.dtype]
-    network = replace(short, weights=[w if w.dim() == 2 else torch.block_diag(*w) for w in entries])
+    network = replace(posed, weights=[w if w.dim() == 2 else torch.block_diag(*w) for w in entries])
     for matrix, got, whole in zip(
         RGCCell.matrices, total, oracle(network, case.exact, case.truncated), strict=True
     ):

@@ -12,10 +12,10 @@ from ...backend import operations
 from ..harness import options
 from ..harness.terminal import plain_console, print_tables, show
 from ..harness.view import show_records
-from . import cases, forward, memory, plot, selfcheck
+from . import cases, forward, memory, selfcheck
 from . import tables as scaling_tables
 from . import timing as scaling
-from .views import VIEWS
+from .views import VIEWS, draw_sizes
 
 Algorithms = Annotated[str, typer.Option(help=", ".join(cases.CASES))]
 GammaBackend = Annotated[str, typer.Option(help=f"What runs Γ: {', '.join(operations.BACKENDS)}")]
@@ -33,7 +33,7 @@ def scaling_command(
     input: options.Input = "photo",
     scale: options.Scale = 0.1,
     backend: GammaBackend = "auto",
-    threads: options.Threads = 0,
+    threads: options.Threads = 1,
     seed: options.Seed = 0,
     budget: Annotated[
         float, typer.Option(help="The most seconds that a case may be predicted to take at a point.")
@@ -64,10 +64,8 @@ def scaling_command(
     records = scaling.run(settings, file, plain_console(stderr=True))
     show(scaling_tables.tables(records))
     typer.echo(f"records: {file}")
-    for batch in sorted({r.params["B"] for r in records}):
-        here = [r for r in records if r.params["B"] == batch]
-        for written in plot.draw(here, file.with_name(f"{file.stem}-B{batch}")):
-            typer.echo(f"plot:    {written}")
+    for written in draw_sizes(records, file):
+        typer.echo(f"plot:    {written}")
 
 
 def selfcheck_command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ from torch import Tensor
 from ...backend import operations, table
 from ...cells.builtin import RGCCell
 from ...cells.two_point import Linearization
+from ...layers.named import RGC
 from ...online.sensitivity import PerUnit
+from ...online.streams import Stream
 from ...online.tape import Block, Tape, linearized
 from ...rules import rfp
-from .case import Case, gamma_bytes, gradient_bytes, step_bytes, window_bytes
+from .case import Case, gamma_bytes, gradient_bytes, sequence_bytes, step_bytes, window_bytes
 from .problem import Problem, Size
 
 
@@ -115,36 +118,101 @@ class RfpStepGamma(_Online):
         return [gradient]
 
 
-class Copy(Case):
-    """A copy that moves as many bytes as one step of Γ must: Γ read and written, and the gradient. It is the step's
-    floor.
+class Pass(Case):
+    """A pass in place over as many numbers as Γ has: 64·B·N² bytes in float32, half read and half written.
 
-    These are 64·B·N² + 32·N² bytes in float32, half of them read and half written.
+    Γ's step must read and write them, too, and they meet the same caches. So its time is given as a multiple of this
+    one's: what is left of its growth with N is its own.
     """
 
-    name, label = "copy", "copy of as many bytes"
+    name, label = "pass", "a pass over Γ's bytes"
     exact = None
     covers = 1
 
     def __init__(self, problem: Problem) -> None:
         _, batch, units = problem.x.shape
-        self.source = torch.ones(8 * batch + 4, units, units, dtype=problem.x.dtype, device=problem.x.device)
-        self.target = torch.empty_like(self.source)
+        self.numbers = torch.ones(8 * batch, units, units, dtype=problem.x.dtype, device=problem.x.device)
 
     def run(self) -> Sequence[Tensor]:
-        return [self.target.copy_(self.source)]
+        return [self.numbers.mul_(1.0)]
 
     @staticmethod
     def state_bytes(size: Size) -> int:
-        return 0
+        return gamma_bytes(size)
 
     @classmethod
     def peak_bytes(cls, size: Size) -> int:
-        return 2 * (8 * size.batch + 4) * size.units**2 * size.itemsize
+        return gamma_bytes(size)
 
     @staticmethod
     def flop(size: Size) -> float:
-        return 0
+        return 8 * size.batch * size.units**2
+
+
+class RfpStream(Case):
+    """Recurrent Forward Propagation of a whole stream in one call of `Stream`, with a step of SGD at every step.
+
+    A readout of one output passes the gradient on: δ(t) = W_out ∂L/∂o(t). The learning rate is 0, so that each call
+    meets the same weights; the arithmetic is the same. For its check the optimizer steps once a run, at rate 1, and
+    the change of the weights is the gradient.
+    """
+
+    name, label = "rfp-stream", "RFP, a stream in one call"
+    exact = False
+    countable = False
+    LEAST = 1 << 22  # numbers of Γ that a run goes through at least: what a call costs is little beside them
+
+    def __init__(self, problem: Problem, *, check: bool = False) -> None:
+        steps, batch, units = problem.x.shape
+        again = 1 if check else self._again(units, batch, steps)
+        self.covers = again * steps
+        self.x = problem.x.repeat(again, 1, 1)
+        self.target = problem.delta[..., :1].repeat(again, 1, 1)
+        with torch.device(problem.x.device):
+            layer = RGC(units, dtype=problem.x.dtype)
+            readout = torch.nn.Linear(units, 1, bias=False, dtype=problem.x.dtype)
+        self.weights = list(layer.weights())
+        with torch.no_grad():
+            for parameter, weight in zip(self.weights, problem.weights, strict=True):
+                parameter.copy_(weight)
+        self.readout = readout.weight
+        self.stream = Stream(
+            layer, readout, batch, loss="delta", lr=float(check), update_every=steps if check else 1
+        )
+        self.stream.learner.state = problem.state
+
+    @classmethod
+    def _again(cls, units: int, batch: int, steps: int) -> int:
+        """How often one run goes through the problem's steps."""
+        return max(1, cls.LEAST // (8 * batch * units**2 * steps))
+
+    @classmethod
+    def checked(cls, problem: Problem) -> tuple[Case, Problem]:
+        made = cls(problem, check=True)
+        return made, replace(problem, delta=problem.delta[..., :1] * made.readout.detach())
+
+    @property
+    def backend(self) -> str:
+        return self.stream.why
+
+    def run(self) -> Sequence[Tensor]:
+        before = [weight.detach().clone() for weight in self.weights]
+        self.stream.run(self.x, self.target)
+        return [old - new.detach() for old, new in zip(before, self.weights, strict=True)]
+
+    @staticmethod
+    def state_bytes(size: Size) -> int:
+        return gamma_bytes(size)
+
+    @classmethod
+    def peak_bytes(cls, size: Size) -> int:
+        # Γ; copies of the weights, and with one row also of Γ, transposed; x, as it is given and as it is laid out
+        again, copies = cls._again(size.units, size.batch, size.steps), 9 if size.batch == 1 else 3
+        return gamma_bytes(size) + copies * gradient_bytes(size) + 2 * again * sequence_bytes(size, 1)
+
+    @staticmethod
+    def flop(size: Size) -> float:
+        return _Online.flop(size)
 
 
 class RfpChunk(_Online):
@@ -235,6 +303,7 @@ class RfpHistory(_Stream):
     One run is an episode of T steps, so its time a step is the mean over 1 … T steps since reset.
     """
 
+    countable = False
     name, label = "rfp-history", "RFP, history"
     KEPT = 10  # arrays of (T, B, N): M, φ and the states read
 

@@ -12,16 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from ..harness.record import Record, latest
-from ..harness.statistics import ASYMPTOTIC, Slope, crossovers
+from ..harness.statistics import Slope
 from ..harness.style import DASHED, SOLID, STYLE, Dashes, Look, save, unmixed, where
+from . import powers
 from .cases import CASES
-from .tables import slopes
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and markers that differ in grey prints.
 LOOKS = {
+    "rfp-stream": Look("#117733", ">"),
     "rfp-step": Look("#0072B2", "o"),
     "rfp-step-gamma": Look("#56B4E9", "v"),
-    "copy": Look("#999999", "x"),
+    "pass": Look("#999999", "x"),
     "rfp-lazy": Look("#332288", "p", DASHED),
     "rfp-chunk": Look("#009E73", "s", DASHED),
     "rfp-history": Look("#44AA99", "h"),
@@ -32,8 +33,6 @@ LOOKS = {
     "rtrl": Look("#000000", "*"),
     "rtrl-heads": Look("#882255", "d", (0, (1, 1.5))),
 }
-# Pairs of curves whose crossing tells from which N on the other algorithm is better.
-CROSSING = (("rtrl", "rfp-step"), ("rtrl", "bptt-autograd"), ("rfp-step", "bptt-autograd"))
 GUIDES = {2: "N²", 3: "N³", 4: "N⁴"}
 
 
@@ -62,18 +61,16 @@ def _title(records: Sequence[Record]) -> str:
 
 
 def _time_panel(axes: Axes, records: Sequence[Record]) -> None:
-    curves: dict[str, dict[int, float]] = {}
-    handles = []
+    handles, batch = [], records[0].params["B"]
     for name in CASES:
-        mine = sorted((r for r in records if r.algorithm == name), key=lambda r: r.params["N"])
+        mine = powers.of(records, name, batch)
         timed = {r.params["N"]: r.timing for r in mine if r.timing}
         look = LOOKS[name]
         if timed:
-            curves[name] = {n: t.median for n, t in timed.items()}
             below, above = zip(*((t.median - t.p20, t.p80 - t.median) for t in timed.values()), strict=True)
             axes.errorbar(
                 list(timed),
-                list(curves[name].values()),
+                [t.median for t in timed.values()],
                 yerr=[below, above],
                 color=look.colour,
                 marker=look.marker,
@@ -82,20 +79,25 @@ def _time_panel(axes: Axes, records: Sequence[Record]) -> None:
                 elinewidth=1,
                 capsize=2,
             )
-            fitted = {"": slopes(mine, name, records[0].params["B"])["time"]}
-            handles.append(_handle(name, fitted, SOLID))
+            handles.append(_handle(name, {"": powers.slopes(mine, name, batch)["time"]}, SOLID))
         _hollow(axes, [(r.params["N"], r.predicted_seconds) for r in mine if not r.timing], look)
-    note = f"powers fitted where the time is {ASYMPTOTIC:g} times its least or more"
-    _finish(axes, "time per step [s]", records, handles, 2, note)
-    _mark_crossings(axes, curves)
+    _finish(
+        axes,
+        "time per step [s]",
+        records,
+        handles,
+        2,
+        "p of a + b·Nᵖ with its 95 % interval, where the points tell it",
+    )
+    _mark_crossings(axes, records)
 
 
 def _memory_panel(axes: Axes, records: Sequence[Record]) -> None:
-    handles = []
+    handles, batch = [], records[0].params["B"]
     for name in CASES:
-        mine = sorted((r for r in records if r.algorithm == name), key=lambda r: r.params["N"])
-        # the copy learns nothing, and "Γ alone" needs the same memory as rfp-step
-        if not mine or name in ("copy", "rfp-step-gamma"):
+        mine = powers.of(records, name, batch)
+        # a pass learns nothing, and "Γ alone" needs the same memory as rfp-step
+        if not mine or name in (powers.PASS, "rfp-step-gamma"):
             continue
         look = LOOKS[name]
         counted = {r.params["N"]: r.state_bytes for r in mine if r.state_bytes}
@@ -112,7 +114,7 @@ def _memory_panel(axes: Axes, records: Sequence[Record]) -> None:
             alpha=0.45,
             markersize=6,
         )
-        found = slopes(mine, name, records[0].params["B"])
+        found = powers.slopes(mine, name, batch)
         handles.append(_handle(name, {"state ": found["state"], "  peak ": found["peak"]}, look.line))
         _hollow(axes, [(r.params["N"], r.predicted_peak_bytes) for r in mine if not r.peak_bytes], look)
     note = "line: learning state, counted; marker: peak, measured"
@@ -188,16 +190,15 @@ def _guides(axes: Axes) -> None:
     axes.set_ylim(y_low, y_high)
 
 
-def _mark_crossings(axes: Axes, curves: dict[str, dict[int, float]]) -> None:
+def _mark_crossings(axes: Axes, records: Sequence[Record]) -> None:
     """Mark with a ring and a letter where two curves cross for the last time; the upper left says which curves."""
     lines: list[str] = []
-    for a, b in CROSSING:
-        found = crossovers(curves.get(a, {}), curves.get(b, {}))
-        if not found:
-            continue
-        n, y = found[-1]
-        letter = "abc"[len(lines)]
-        lines.append(f"{letter}   {CASES[a].label} = {CASES[b].label} at N ≈ {n:.0f}")
+    for letter, (a, b, n, low, high, y) in zip(
+        "abc", powers.crossings(records, records[0].params["B"]), strict=False
+    ):
+        lines.append(
+            f"{letter}   {CASES[a].label} = {CASES[b].label} at N ≈ {n:.0f} ({low:.0f} to {high:.0f})"
+        )
         axes.plot([n], [y], marker="o", markersize=12, markerfacecolor="none", markeredgecolor="0.2")
         axes.annotate(letter, (n, y), xytext=(0, 8), textcoords="offset points", ha="center")
     axes.text(0.02, 0.98, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=9, color="0.2")

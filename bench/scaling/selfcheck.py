@@ -23,7 +23,7 @@ from ..harness.compare import Comparison, compare
 from ..harness.record import Record
 from ..harness.tables import place
 from . import timing as scaling
-from .tables import slopes
+from .powers import slopes
 
 FOLDER, FILE = "selfcheck", "selfcheck.jsonl"
 

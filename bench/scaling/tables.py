@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from rich.table import Table
 
-from ..harness.record import Record, Timing
-from ..harness.statistics import NORMAL_95, Slope, first_n, slope
+from ..harness.record import Record
 from ..harness.tables import bytes_text, seconds_text
+from . import powers
 from .cases import CASES
 
 # The ratios that the sweep is meant to show: numerator and denominator.
@@ -18,7 +17,8 @@ RATIOS = (
     ("rtrl", "rfp-step"),
     ("rtrl", "rfp-step-gamma"),
     ("rfp-step", "rfp-chunk"),
-    ("rfp-step-gamma", "copy"),
+    ("rfp-step-gamma", "pass"),
+    ("rfp-stream", "pass"),
 )
 # A median is marked if p20 to p80 of its samples is more than this part of it: something else used the machine.
 NOISY = 0.3
@@ -39,37 +39,10 @@ def ratios(records: Sequence[Record]) -> list[tuple[str, int, int, float, bool]]
     return found
 
 
-def slopes(records: Sequence[Record], algorithm: str, batch: int) -> dict[str, Slope | None]:
-    """The fitted powers of N of a case's "time" per step, computed "state" bytes and measured "peak" bytes.
-
-    None if fewer than 3 points are large enough (`statistics.first_n`). State bytes have no part that doesn't grow, so
-    all their points are fitted. The interval of the power of time includes the intervals of the medians.
-    """
-    mine = [r for r in records if r.algorithm == algorithm and r.params["B"] == batch]
-    deviations = {r.params["N"]: _deviation(r.timing) for r in mine if r.timing}
-    curves: dict[str, dict[int, float]] = {
-        "time": {r.params["N"]: r.timing.median for r in mine if r.timing},
-        "state": {r.params["N"]: r.state_bytes for r in mine if r.state_bytes},
-        "peak": {r.params["N"]: r.peak_bytes for r in mine if r.peak_bytes},
-    }
-    fitted: dict[str, Slope | None] = {}
-    for what, curve in curves.items():
-        n, y = list(curve), list(curve.values())
-        first = 1 if what == "state" or not y else first_n(n, y)
-        known = [deviations[size] for size in n] if what == "time" else None
-        fitted[what] = slope(n, y, first, known)
-    return fitted
-
-
-def _deviation(timing: Timing) -> float:
-    """The standard deviation of the median's logarithm, from its 95 % interval; 0 if there is no interval."""
-    if timing.low is None or timing.high is None:
-        return 0.0
-    return math.log(timing.high / timing.low) / (2 * NORMAL_95)
-
-
 def tables(records: Sequence[Record]) -> list[Table]:
-    """For each B tables of time per step and peak bytes by N and algorithm, and of ratios; last, fitted powers of N."""
+    """For each B tables of time per step and peak bytes by N and algorithm, and of ratios; last, powers of N,
+    and where curves cross.
+    """
     out = []
     algorithms = [name for name in CASES if any(r.algorithm == name for r in records)]
     batches = sorted({r.params["B"] for r in records})
@@ -93,8 +66,12 @@ def tables(records: Sequence[Record]) -> list[Table]:
                     {(n, name): f"{value:.2f}" + "*" * (not one) for name, n, _, value, one in found},
                 )
             )
-    fitted = _slope_table(records, algorithms, batches)
-    return [*out, fitted] if fitted.row_count else out
+    last = (
+        _growth_table(records, algorithms, batches),
+        _level_table(records, batches),
+        _crossing_table(records, batches),
+    )
+    return [*out, *(table for table in last if table.row_count)]
 
 
 def _by_size(title: str, columns: Sequence[str], cells: dict[tuple[int, str], str]) -> Table:
@@ -120,17 +97,50 @@ def _bytes_cell(made: Record) -> str:
     return f"({bytes_text(made.predicted_peak_bytes)})" if made.predicted_peak_bytes else made.status
 
 
-def _slope_table(records: Sequence[Record], algorithms: Sequence[str], batches: Sequence[int]) -> Table:
-    table = Table(title="power of N ± 95 % interval")
-    columns = ("algorithm", "B", "time per step", "time from N", "state bytes", "peak bytes", "peak from N")
+def _growth_table(records: Sequence[Record], algorithms: Sequence[str], batches: Sequence[int]) -> Table:
+    """Powers of N: of work, as counted; of bytes of state and at the peak; of time."""
+    table = Table(title="power of N ± 95 % interval (time: a + b·Nᵖ)")
+    columns = (
+        "algorithm",
+        "B",
+        "FLOP counted",
+        "bytes moved, counted",
+        "state",
+        "peak",
+        "time",
+        "time grows as",
+    )
     for heading in columns:
-        table.add_column(heading, justify="left" if heading == "algorithm" else "right")
+        table.add_column(heading, justify="left" if heading == "algorithm" else "right", no_wrap=True)
     for batch in batches:
         for name in algorithms:
-            found = slopes(records, name, batch)
-            shown = {what: "" if s is None else str(s) for what, s in found.items()}
-            first = {what: "" if s is None else f"{s.first:g}" for what, s in found.items()}
-            if any(shown.values()):
-                time, state, peak = (shown[what] for what in ("time", "state", "peak"))
-                table.add_row(name, str(batch), time, first["time"], state, peak, first["peak"])
+            found = powers.slopes(records, name, batch)
+            counted = ["" if s is None else f"{s.value:.2f}" for s in (found["flop"], found["bytes"])]
+            fitted = [str(found[what] or "") for what in ("state", "peak", "time")]
+            cells = [*counted, *fitted, str(powers.shape(records, name, batch) or "")]
+            if any(cells):
+                table.add_row(name, str(batch), *cells)
+    return table
+
+
+def _level_table(records: Sequence[Record], batches: Sequence[int]) -> Table:
+    """Time over that of a pass over Γ's bytes, and the power of N in it, for each level of memory."""
+    table = Table(title="time over that of a pass over Γ's bytes, offsets taken off")
+    for heading in ("algorithm", "B", "Γ in", "N", "time / pass", "power of N"):
+        table.add_column(heading, justify="left" if heading in ("algorithm", "Γ in", "N") else "right")
+    for batch in batches:
+        for name in powers.CARRYING:
+            for level in powers.levels(records, name, batch):
+                units = f"{level.units[0]} to {level.units[-1]}"
+                table.add_row(name, str(batch), level.name, units, f"{level.ratio:.2f}", str(level.power))
+    return table
+
+
+def _crossing_table(records: Sequence[Record], batches: Sequence[int]) -> Table:
+    table = Table(title="where times cross")
+    for heading in ("of", "and of", "B", "at N", "95 % interval"):
+        table.add_column(heading, justify="left" if heading in ("of", "and of") else "right")
+    for batch in batches:
+        for a, b, n, low, high, _ in powers.crossings(records, batch):
+            table.add_row(a, b, str(batch), f"{n:.0f}", f"{low:.0f} to {high:.0f}")
     return table

@@ -27,6 +27,7 @@ from ..harness.record import Record
 from ..harness.tables import bytes_text, place, seconds_text
 from . import cases
 from .cases import CASES, Case, Problem, Size
+from .work import count
 
 __all__ = [
     "DEFAULT_BATCHES",
@@ -49,7 +50,7 @@ __all__ = [
 
 FILE = "scaling.jsonl"
 # The default N by B: many at B = 1, to show slopes; a few at B = 8, to show ratios if a batch shares each product.
-DEFAULT_HIDDEN = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+DEFAULT_HIDDEN = (16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
 DEFAULT_BATCHES = {1: DEFAULT_HIDDEN, 8: (64, 256, 512)}
 # How often a case runs before it is timed: for the first time, for its check, and for its peak.
 RUNS_BEFORE = 3
@@ -244,6 +245,12 @@ def measure_point(
             "predicted_seconds": predicted,
         }
         results[name] = found
+        try:
+            if not checked:
+                found["payload"] = _counted(case, size, device)
+        except Exception as error:
+            found["status"], found["message"] = failure(error)
+            continue
         runs = RUNS_BEFORE + settings.passes * (1 + measure.least_rounds(settings.passes))
         refusal = refused(case, size, predicted, runs, settings.budget, measure.available_bytes(device))
         if refusal is not None:
@@ -279,6 +286,13 @@ def measure_point(
             if made.backend is not None:
                 found["backend"] = made.backend  # once more, since a kernel may have failed meanwhile
     return results
+
+
+def _counted(case: type[Case], size: Size, device: torch.device) -> dict[str, Any]:
+    """A record's payload: "flop" and "bytes" of a step, as counted, and "levels", bytes of each cache."""
+    work = count(case, size)
+    counted = {} if work is None else {"flop": work.flop, "bytes": work.bytes}
+    return {**counted, "levels": measure.cache_levels(device, torch.get_num_threads())}
 
 
 def refused(

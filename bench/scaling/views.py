@@ -7,14 +7,15 @@ from pathlib import Path
 
 from ..harness.record import Record
 from ..harness.view import View, one_table
-from . import forward, memory, memory_plot, plot, selfcheck
+from . import forward, headline, memory, memory_plot, plot, selfcheck
 from . import tables as scaling_tables
 
 
 def draw_sizes(records: Sequence[Record], path: Path) -> list[Path]:
     """Draw the sweep once for each (B, T) that has at least 3 values of N; returns the files.
 
-    The picture with the most N is at `path` itself, and is drawn however few N there are.
+    The first is the headline of the (B, T) with the most N, if its algorithms were timed. The picture of all algorithms
+    there is at `path` itself, and is drawn however few N there are.
     """
     sizes: dict[tuple[int, int], set[int]] = {}
     for r in records:
@@ -24,6 +25,8 @@ def draw_sizes(records: Sequence[Record], path: Path) -> list[Path]:
     for index, (batch, steps) in enumerate(order):
         if index == 0 or len(sizes[batch, steps]) >= 3:
             here = [r for r in records if (r.params["B"], r.params["T"]) == (batch, steps)]
+            if index == 0 and not headline.missing(here):
+                written += headline.draw(here, path.with_name(f"{path.stem}-headline"))
             target = path.with_suffix("") if index == 0 else path.with_name(f"{path.stem}-B{batch}-T{steps}")
             written += plot.draw(here, target)
     return written

@@ -50,14 +50,6 @@ def test_one_disturbed_point_does_not_move_the_slope() -> None:
     assert least_squares > 2.15
 
 
-def test_what_does_not_grow_with_n_is_left_out_of_the_fit() -> None:
-    fixed = [1000.0 + 0.1 * n**2 for n in N]
-    assert fit.first_n(N, fixed) == 256  # 1102 at N = 32, 7554 at 256
-    assert fit.first_n(N, [1.0] * 6) == float("inf")
-    # one that dips below again doesn't count
-    assert fit.first_n(N, [1, 9, 2, 4, 9, 9]) == 256
-
-
 def test_what_cannot_be_fitted_is_an_error() -> None:
     with pytest.raises(ValueError, match="positive"):
         fit.slope(N, [0.0, *N[1:]])
