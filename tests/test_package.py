@@ -34,7 +34,7 @@ def test_packages_are_the_folders_on_disk() -> None:
 
 def test_importing_layers_pulls_in_no_triton_plotting_or_command_line() -> None:
     loaded = python(
-        "import sys, rjepa_triton; print([m for m in ('triton', 'matplotlib', 'typer', 'rich') if m in sys.modules])"
+        "import sys, rjepa_triton; print([m for m in ('triton', 'matplotlib', 'typer', 'rich', 'scipy') if m in sys.modules])"
     )
     assert loaded.strip() == "[]"
 

@@ -31,6 +31,7 @@ from ... import _processes
 from ..harness import inputs, measure, record
 from ..harness.device import check_device
 from ..harness.record import Record
+from ..harness.statistics import bootstrap, ratio_of_medians
 from ..harness.tables import place, seconds_text
 from ..scaling import cases
 from . import tasks
@@ -223,9 +224,7 @@ def environment(threads: int, device: str) -> dict[str, str]:
 
 def ratio(samples: Sequence[float], of_ours: Sequence[float]) -> list[float]:
     """The ratio of two medians and its 95 % bootstrap interval: [value, low, high]. It resamples whole rounds."""
-    value = float(np.median(samples) / np.median(of_ours))
-    low, high = np.quantile(measure.medians(samples) / measure.medians(of_ours), [0.025, 0.975]).tolist()
-    return [value, low, high]
+    return [ratio_of_medians(samples, of_ours).item(), *bootstrap(ratio_of_medians, samples, of_ours)]
 
 
 class Point:
