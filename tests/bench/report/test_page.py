@@ -143,7 +143,7 @@ def test_what_records_say_is_escaped_and_devices_are_apart(tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     text = (tmp_path / "out" / report.PAGE).read_text()
     assert "a &lt;machine&gt;" in text
-    assert "rjepa bench scaling --hidden &#x27;&lt;8&gt;&#x27;" in text
+    assert "rjepa bench scaling --hidden &#39;&lt;8&gt;&#39;" in text
     assert "<machine>" not in text
     assert text.count("<section") == 3  # two devices, and the model of cost
     assert "revision aaaaaaaaaa-dirty, 2026-01-02" in text
