@@ -1,4 +1,4 @@
-"""The commands of this wing: `rjepa bench table`, `plot`, `compare`, `all`, `report` and `gpu-check`."""
+"""The commands of this wing: `rjepa bench table`, `plot`, `compare`, `compare-revisions`, `all`, `report` and more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ... import _checks as check
-from ..harness import compare, options, record
+from ..harness import compare, options, record, revisions
 from ..harness.tables import place
 from ..harness.terminal import print_tables, show
 from ..scaling import timing as scaling
@@ -72,6 +72,32 @@ def compare_command(
         f"{len(found.changes)} matched: {slower} slower, {len(beyond) - slower} faster, "
         f"{len(found.changes) - len(beyond)} the same within noise"
     )
+
+
+def compare_revisions_command(
+    a: Annotated[str, typer.Argument(help="Revision before, such as main or HEAD~1.")],
+    b: Annotated[str, typer.Argument(help="Revision after.")] = "HEAD",
+    repository: Annotated[Path, typer.Option(help="Folder in the git repository.")] = Path(),
+    cases: Annotated[
+        Path, typer.Option(help="Python file with CASES: name -> function that makes what is called.")
+    ] = revisions.CASES,
+    only: Annotated[str, typer.Option(help="Names of cases, with commas between; all if left out.")] = "",
+    count: Annotated[str, typer.Option(help="Count `instructions` in place of time.")] = "",
+    processes: Annotated[int, typer.Option(help="Pairs of processes.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Samples of each case in each pair of processes.")] = 11,
+    floor: Annotated[
+        float | None,
+        typer.Option(help="Changes up to this fraction count as noise: 0.03 of time, 0.002 of instructions."),
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder for traces of torch's profiler.")] = None,
+    markdown: options.Markdown = False,
+) -> None:
+    """Build two revisions in worktrees, run the same cases of both in turn, and say what changed."""
+    settings = revisions.Settings(
+        a, b, repository, cases, options.names(only), count, processes, rounds, floor=floor
+    )
+    found = revisions.run(settings, profile=profile, tell=lambda line: typer.echo(line, err=True))
+    print_tables([revisions.table(settings, found)], markdown)
 
 
 def all_command(
