@@ -39,7 +39,10 @@ def test_what_is_built_has_every_file_that_the_package_reads(tmp_path: Path) -> 
     subprocess.run([sys.executable, "-c", setup, *words], cwd=ROOT, check=True, capture_output=True)
     built = {file.relative_to(tmp_path / "lib") for file in (tmp_path / "lib").rglob("*") if file.is_file()}
     tracked = subprocess.run(
-        ["git", "ls-files", "rjepa_triton", "kernels", "bench"], cwd=ROOT, check=True, capture_output=True
+        ["git", "ls-files", "-co", "--exclude-standard", "rjepa_triton", "kernels", "bench"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
     )
     inside = {
         Path("rjepa_triton", *Path(name).parts[name.startswith("rjepa_triton/") :])
