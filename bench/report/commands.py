@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -133,10 +134,14 @@ def report_command(
         Path | None,
         typer.Option(help="Folder of index.html, report.md and pictures; bench-out/report if left out."),
     ] = None,
+    show_page: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
 ) -> None:
     """Write all records as one self-contained HTML page, and as Markdown: pictures, tables, and their sources."""
-    for written in page.write(records or [options.OUT], options.OUT / "report" if out is None else out):
+    files = page.write(records or [options.OUT], options.OUT / "report" if out is None else out)
+    for written in files:
         typer.echo(written)
+    if show_page and not webbrowser.open(files[0].resolve().as_uri()):
+        typer.echo(f"no browser could be started: open {files[0]} in one", err=True)
 
 
 def gpu_check_command(

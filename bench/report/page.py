@@ -19,6 +19,7 @@ from ..harness import record
 from ..harness.record import Record
 from ..harness.tables import markdown
 from ..planner import plan
+from .answers import answers
 from .views import VIEWS, View, of
 
 PAGE, NOTES = "index.html", "report.md"
@@ -123,6 +124,7 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
         "sections": [
             (section, _heading(section, found), drawn) for section, drawn in zip(found, pictures, strict=True)
         ],
+        "answers": answers([r for file in files for r in record.latest(record.load(file))]),
         "model": plan.check_table(checked) if checked else None,
     }
     with record.named_errors([r for section in found for r in section.records]):
