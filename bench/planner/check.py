@@ -135,7 +135,8 @@ def median_error(ratios: Sequence[float]) -> float | None:
     return statistics.median(abs(ratio - 1) for ratio in ratios) if ratios else None
 
 
-# By kind of device and algorithm, what `errors` says of the committed records.
+# By kind of device and algorithm, what `errors` says of the committed records. Renewed by
+# `rjepa bench plan --check bench/results --save bench/planner/errors.json`.
 ERRORS = Path(__file__).parent / "errors.json"
 
 
