@@ -18,6 +18,7 @@ from .planner.commands import plan_command
 from .report.commands import (
     all_command,
     compare_command,
+    compare_revisions_command,
     gpu_check_command,
     plot_command,
     report_command,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "table": table_command,
     "plot": plot_command,
     "compare": compare_command,
+    "compare-revisions": compare_revisions_command,
     "selfcheck": selfcheck_command,
     "plan": plan_command,
     "fidelity": fidelity_command,
@@ -57,6 +59,7 @@ __all__ = [
     "all_command",
     "bench",
     "compare_command",
+    "compare_revisions_command",
     "fidelity_command",
     "forward_command",
     "gpu_check_command",

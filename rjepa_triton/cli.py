@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 # Packages of the extra `bench`, which the command needs beyond the package's own dependencies.
-EXTRA = ("typer", "rich", "matplotlib", "PIL")
+EXTRA = ("typer", "rich", "matplotlib", "PIL", "scipy", "jinja2")
 
 
 def main() -> None:

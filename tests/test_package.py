@@ -32,9 +32,29 @@ def test_packages_are_the_folders_on_disk() -> None:
     assert set(declared) == on_disk
 
 
+def test_what_is_built_has_every_file_that_the_package_reads(tmp_path: Path) -> None:
+    """Templates, C++ and tables as well as Python; records and pages stay in the checkout."""
+    setup = "import setuptools; setuptools.setup()"
+    words = ["egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path / "lib"]
+    subprocess.run([sys.executable, "-c", setup, *words], cwd=ROOT, check=True, capture_output=True)
+    built = {file.relative_to(tmp_path / "lib") for file in (tmp_path / "lib").rglob("*") if file.is_file()}
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "rjepa_triton", "kernels", "bench"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    inside = {
+        Path("rjepa_triton", *Path(name).parts[name.startswith("rjepa_triton/") :])
+        for name in tracked.stdout.decode().split()
+    }
+    records = Path("rjepa_triton/bench/results")
+    assert built == {file for file in inside if records not in file.parents}
+
+
 def test_importing_layers_pulls_in_no_triton_plotting_or_command_line() -> None:
     loaded = python(
-        "import sys, rjepa_triton; print([m for m in ('triton', 'matplotlib', 'typer', 'rich') if m in sys.modules])"
+        "import sys, rjepa_triton; print([m for m in ('triton', 'matplotlib', 'typer', 'rich', 'scipy', 'jinja2') if m in sys.modules])"
     )
     assert loaded.strip() == "[]"
 

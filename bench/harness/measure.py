@@ -24,6 +24,7 @@ import torch
 
 from ..._device import available_bytes as available_bytes
 from .record import Timing, rounded
+from .statistics import RESAMPLES, bootstrap
 
 # The profiler's library reports its start, and a missing GPU driver, on stderr. It reads this level once, when it is
 # first used; 6 is above its highest level.
@@ -37,7 +38,6 @@ WARM_SECONDS = 0.5  # and after this long in any case
 LEAST_ROUNDS = 7  # with fewer samples, one that is disturbed widens the interval
 LEAST_OF_A_PASS = 5  # the same for each of several passes
 MOST_ROUNDS = 40
-RESAMPLES = 1000  # resamples of a bootstrap
 GAUGE_SAMPLES = 4  # samples of each yardstick, each time that they are due
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -106,21 +106,19 @@ def timing(*passes: Sequence[float] | np.ndarray) -> Timing:
     repeats = sum(map(len, taken))
     if repeats < 2:
         return Timing(median, p20, p80, repeats)
-    low, high = np.quantile(_medians_of_passes(taken), [0.025, 0.975]).tolist()
+    low, high = (
+        bootstrap(np.median, taken[0])
+        if len(taken) == 1
+        else np.quantile(_medians_of_passes(taken), [0.025, 0.975]).tolist()
+    )
     return Timing(median, p20, p80, repeats, low, high)
 
 
-def medians(samples: Sequence[float] | np.ndarray, seed: int = 0) -> np.ndarray:
-    """The medians of `RESAMPLES` bootstrap resamples of the samples."""
-    values = np.asarray(samples, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    return np.median(values[drawn], axis=1)
-
-
 def _medians_of_passes(passes: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
-    """The medians of `RESAMPLES` bootstrap resamples of the passes, and of the samples of each pass that is drawn."""
-    if len(passes) == 1:
-        return medians(passes[0], seed)
+    """The medians of `RESAMPLES` bootstrap resamples of the passes, and of the samples of each pass that is drawn.
+
+    SciPy's bootstrap draws on one level alone.
+    """
     rng = np.random.default_rng(seed)
     counts, most = np.array([len(samples) for samples in passes]), max(map(len, passes))
     table = np.stack([np.resize(samples, most) for samples in passes])

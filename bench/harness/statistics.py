@@ -1,19 +1,18 @@
-"""Slopes and crossovers of curves on log-log axes; intervals of means."""
+"""Slopes and crossovers of curves on log-log axes; intervals of means, medians and ratios. SciPy has the statistics."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom.
-T_95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)  # fmt: skip
-NORMAL_95 = 1.96  # the normal distribution's
+import numpy as np
+import scipy  # loads scipy.stats, which takes a second, when it is first used
+
+NORMAL_95 = 1.959964  # the two-sided 95 % quantile of the normal distribution
+RESAMPLES = 1000  # resamples of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -47,29 +46,22 @@ def slope(
     Returns None for fewer than 3 points. Raises ValueError for an n or y that isn't positive, or if all n are equal.
     """
     given = deviations if deviations is not None else [0.0] * len(n)
-    points = sorted(point for point in zip(n, y, given, strict=True) if point[0] >= first)
+    points = [point for point in zip(n, y, given, strict=True) if point[0] >= first]
     if len(points) < 3:
         return None
     if any(a <= 0 or b <= 0 for a, b, _ in points):
         raise ValueError("n and y must be positive to be fitted on log-log axes")
-    xs, ys = [math.log(a) for a, _, _ in points], [math.log(b) for _, b, _ in points]
-    pairs = itertools.combinations(zip(xs, ys, strict=True), 2)
-    rises = [(v - w) / (x - z) for (z, w), (x, v) in pairs if x > z]
-    if not rises:
+    sizes, values, deviation = np.array(points).T
+    if sizes.min() == sizes.max():
         raise ValueError("n must take at least two values to be fitted")
-    value = statistics.median(rises)
-    offsets = [v - value * x for x, v in zip(xs, ys, strict=True)]
-    residual = sum((offset - statistics.median(offsets)) ** 2 for offset in offsets)
-    mean = statistics.fmean(xs)
-    spread = sum((x - mean) ** 2 for x in xs)
-    freedom = len(points) - 2
-    # beyond the table's end its last entry gives a wider, so a safer, interval
-    t = T_95[min(freedom, len(T_95)) - 1]
-    scatter = t * math.sqrt(residual / freedom / spread)
-    known = (
-        NORMAL_95 * math.hypot(*((x - mean) * d for x, (_, _, d) in zip(xs, points, strict=True))) / spread
-    )
-    return Slope(value, math.hypot(scatter, known), len(points), points[0][0])
+    xs, ys = np.log(sizes), np.log(values)
+    value, offset, *_ = scipy.stats.theilslopes(ys, xs, method="joint")
+    freedom, centred = len(points) - 2, xs - xs.mean()
+    spread = float(np.sum(centred**2))
+    residual = float(np.sum((ys - value * xs - offset) ** 2))
+    scatter = t_quantile(freedom) * math.sqrt(residual / freedom / spread)
+    known = NORMAL_95 * float(np.linalg.norm(centred * deviation)) / spread
+    return Slope(float(value), math.hypot(scatter, known), len(points), min(n for n, _, _ in points))
 
 
 def crossovers(a: dict[int, float], b: dict[int, float]) -> list[tuple[float, float]]:
@@ -84,8 +76,36 @@ def crossovers(a: dict[int, float], b: dict[int, float]) -> list[tuple[float, fl
     return found
 
 
+def t_quantile(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t."""
+    return float(scipy.stats.t.ppf(0.975, freedom))
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean of at least two values, one a seed, and half the width of its 95 % t-interval, t · s/√n."""
-    freedom = len(values) - 1
-    t = T_95[min(freedom, len(T_95)) - 1]
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+    return float(np.mean(values)), t_quantile(len(values) - 1) * float(scipy.stats.sem(values))
+
+
+def bootstrap(
+    statistic: Callable[..., Any], *samples: Sequence[float] | np.ndarray, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """The 95 % interval (low, high) of a statistic by percentiles of a bootstrap. It is deterministic.
+
+    statistic: a function of the samples and `axis`, as `numpy.median`. Of several samples, equally long, whole rounds
+    are drawn: the same places of each. Raises ValueError for fewer than two values.
+    """
+    found = scipy.stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=resamples,
+        paired=len(samples) > 1,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def ratio_of_medians(a: Any, b: Any, axis: int = -1) -> Any:
+    """median(a) / median(b) along an axis: a statistic for `bootstrap`."""
+    return np.median(a, axis=axis) / np.median(b, axis=axis)

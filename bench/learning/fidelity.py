@@ -29,6 +29,7 @@ from ...online.learner import OnlineLearner
 from ...rules.refine import Divergence
 from ..harness import inputs, measure, record
 from ..harness.record import Record
+from ..harness.statistics import bootstrap
 from ..harness.tables import bytes_text, seconds_text
 from ..scaling.cases import head_size
 
@@ -315,10 +316,7 @@ def _payload(found: Found) -> dict[str, Any]:
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """The mean, and its 95 % interval (low, high) by 4,000 bootstrap resamples of the values. It is deterministic."""
-    array = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(0, len(array), (4000, len(array)))
-    low, high = np.quantile(array[drawn].mean(1), [0.025, 0.975])
-    return float(array.mean()), float(low), float(high)
+    return (float(np.mean(values)), *bootstrap(np.mean, values, resamples=4000))
 
 
 # --- tables ------------------------------------------------------------------------------------------------

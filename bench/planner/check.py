@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -71,13 +73,16 @@ def _rates_of_record(made: Record) -> cost.Rates:
 
 
 def _predict_stream(made: Record) -> tuple[float, None] | None:
-    """A `Stream`'s call, with SGD."""
+    """A `Stream`'s call, with SGD: of one network, or of a population."""
     p = made.params
-    if made.algorithm != "stream" or p["device"] != "cpu":
+    named = re.fullmatch(r"stream(?:-(\d+))?(-one-thread)?", made.algorithm)
+    if named is None or p["device"] != "cpu":
         return None
-    rates = _rates_of_record(made)
-    model = model_of(Question(p["N"], p["B"], p["T"], 1, dtype=p["dtype"]), p["B"], rates, gpu=False)
-    return cost.seconds(model.phases("stream"), rates) * made.payload["covers"], None
+    rates = _rates_of_record(replace(made, params={**p, "threads": 1}) if named[2] else made)
+    networks = int(named[1] or 1)
+    question = Question(p["N"], p["B"], p["T"], 1, dtype=p["dtype"], population=networks)
+    model = model_of(question, p["B"], rates, gpu=False)
+    return cost.seconds(model.phases("stream"), rates) * made.payload["covers"] / networks, None
 
 
 def _predict_forward(made: Record) -> tuple[float, None] | None:
@@ -107,6 +112,8 @@ def against(records: Iterable[Record]) -> list[Checked]:
         seconds, state = told
         counted = made.state_bytes if made.benchmark == "scaling" else None
         name = f"forward, {made.algorithm}" if made.benchmark == "forward" else made.algorithm
+        if made.benchmark == "peers":
+            name = "stream, population" if re.match(r"stream-\d", name) else "stream"
         out.append(
             Checked(
                 made.device,
@@ -126,6 +133,24 @@ LARGE_FROM = 512
 def median_error(ratios: Sequence[float]) -> float | None:
     """Median |predicted / measured - 1|; None if there are no ratios."""
     return statistics.median(abs(ratio - 1) for ratio in ratios) if ratios else None
+
+
+# By kind of device and algorithm, what `errors` says of the committed records. Renewed by
+# `rjepa bench plan --check bench/results --save bench/planner/errors.json`.
+ERRORS = Path(__file__).parent / "errors.json"
+
+
+def errors(checked: Sequence[Checked]) -> dict[str, dict[str, float]]:
+    """The median error of time by kind of device and algorithm, over all records of N ≥ 128."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for one in checked:
+        if one.units >= 128:
+            kind = "cpu" if devices.find(one.device, "cpu").matches else "gpu"
+            found.setdefault(kind, {}).setdefault(one.algorithm, []).append(one.seconds)
+    return {
+        kind: {name: round(median_error(ratios) or 0.0, 3) for name, ratios in sorted(named.items())}
+        for kind, named in found.items()
+    }
 
 
 def check_table(checked: Sequence[Checked]) -> Table:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ... import _files
 from ...planning import devices
 from ..harness import options, record
 from ..harness.terminal import print_tables
 from . import plan
+from .check import errors
 
 
 def plan_command(
@@ -39,7 +42,14 @@ def plan_command(
         bool, typer.Option("--cuda-graph", help="Run steps of rfp-step as a CUDA graph.")
     ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Advise only ways whose gradient is exact.")] = False,
-    save: Annotated[Path | None, typer.Option(help="Write the device's profile to this JSON file.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Blocks of the recurrent weights; dense if left out.")
+    ] = None,
+    population: Annotated[int, typer.Option(help="P, independent networks of one Stream.")] = 1,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Write the device's profile, or with --check the errors, to this JSON file."),
+    ] = None,
     check_against: Annotated[
         Path | None,
         typer.Option("--check", help="Only compare the model with the records of a file or folder."),
@@ -48,12 +58,26 @@ def plan_command(
 ) -> None:
     """Predict what each algorithm and form would cost on a device, which fit, and which to take."""
     if check_against is not None:
-        print_tables([plan.check_table(plan.against(record.load_all(check_against)))], markdown)
+        checked = plan.against(record.load_all(check_against))
+        print_tables([plan.check_table(checked)], markdown)
+        if save is not None:
+            _files.write_text(save, json.dumps(errors(checked), indent=1) + "\n")
         return
     if hidden is None:
         raise ValueError("--hidden must be given: N, units of the layer, at least 1, got nothing")
     question = plan.Question(
-        hidden, batch, steps, chunk, cell, input_size, dtype, gamma_dtype, cuda_graph, exact
+        hidden,
+        batch,
+        steps,
+        chunk,
+        cell,
+        input_size,
+        dtype,
+        gamma_dtype,
+        cuda_graph,
+        exact,
+        heads,
+        population,
     )
     chosen = plan.device_of(device)
     if save is not None:

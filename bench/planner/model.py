@@ -72,7 +72,9 @@ class Model:
         rewrite_every: int,
         *,
         gpu: bool,
+        population: int = 1,
     ) -> None:
+        self.population = population
         self.layer, self.problem, self.steps, self.gpu = layer, problem, steps, gpu
         self.chunk = chunk if steps is None else min(chunk, steps)
         self.rewrite_every = rewrite_every
@@ -81,7 +83,12 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        return self.problem.weight_bytes
+        """Bytes of the weights of a network, or of all of a population."""
+        return self.population * self.problem.weight_bytes
+
+    def needs(self, algorithm: str) -> int:
+        """Bytes needed in all: peak, weights, and the weights' gradients."""
+        return self.peak_bytes(algorithm) + 2 * self.weight_bytes
 
     # --- phases, of one time step ---
 
@@ -168,8 +175,8 @@ class Model:
             Phase("gradient", outer, self._touched(self.chunk) + self.weight_bytes),
         ]
 
-    def _rtrl(self, head: int) -> list[Phase]:
-        problem = self.problem
+    def _rtrl(self) -> list[Phase]:
+        problem, head = self.problem, self._head()
         gamma = float(problem.states * head * problem.batch * problem.weight_bytes)
         blocks = problem.batch * problem.units // head
         counted = problem.calls.rtrl if head == problem.units else problem.calls.rtrl_heads
@@ -187,8 +194,8 @@ class Model:
     def _stream(self) -> list[Phase]:
         """A step of a `Stream` by compiled code, with SGD: one pass over Γ and the weights."""
         problem = self.problem
-        touched = float(problem.gamma_bytes + problem.weight_bytes)
-        work = Work(calls=STREAM_CALLS, bytes=2.0 * STREAM_PASSES * touched)
+        touched = self.population * float(problem.gamma_bytes + problem.weight_bytes)
+        work = Work(calls=STREAM_CALLS * self.population, bytes=2.0 * STREAM_PASSES * touched)
         return [Phase("pass over Γ and weights", work, touched)]
 
     def _length(self) -> int:
@@ -198,7 +205,7 @@ class Model:
     def phases(self, algorithm: str) -> list[Phase]:
         """The phases of one time step of an algorithm, as `bench.scaling.cases` and `OnlineLearner` run it.
 
-        "rtrl-heads" has the heads of the model's own layer.
+        "rtrl" and "rtrl-heads" have the heads of the model's own layer.
         """
         forms = {name: form for form, name in FORMS.items()}
         if algorithm in forms:
@@ -211,8 +218,8 @@ class Model:
             "bptt-autograd": self._eager,
             "tbptt": self._tbptt,
             "stream": self._stream,
-            "rtrl": lambda: self._rtrl(self.problem.units),
-            "rtrl-heads": lambda: self._rtrl(self._head()),
+            "rtrl": self._rtrl,
+            "rtrl-heads": self._rtrl,
         }
         return made[algorithm]()
 
@@ -225,8 +232,10 @@ class Model:
         """Bytes of learning state, kept from one gradient to the next; online with the layer's own states."""
         problem = self.problem
         own = problem.layer_state_bytes
-        if algorithm in ("rfp-step", "rfp-chunk", "stream"):
+        if algorithm in ("rfp-step", "rfp-chunk"):
             return problem.gamma_bytes + own
+        if algorithm == "stream":
+            return self.population * (problem.gamma_bytes + own)
         if algorithm == "rfp-lazy":
             return problem.gamma_bytes + problem.grown_bytes(self.rewrite_every - 1) + own
         if algorithm == "rfp-history":
@@ -234,8 +243,7 @@ class Model:
         if algorithm == "tbptt":
             return own
         if algorithm in ("rtrl", "rtrl-heads"):
-            head = problem.units if algorithm == "rtrl" else self._head()
-            return problem.states * head * problem.batch * problem.weight_bytes + own
+            return problem.states * self._head() * problem.batch * problem.weight_bytes + own
         cell = self.layer.cell
         kept = (
             problem.calls.eager_kept if algorithm == "bptt-autograd" else len(cell.states) + len(cell.gates)
@@ -250,7 +258,7 @@ class Model:
             arrays = BACKWARD_ARRAYS * self._length() * problem.batch * problem.units * problem.item
             return state + arrays + w
         if algorithm in ("rtrl", "rtrl-heads"):
-            head = problem.units if algorithm == "rtrl" else self._head()
+            head = self._head()
             blocks = problem.batch * problem.units // head
             gamma = state - problem.layer_state_bytes
             jacobian = problem.batch * problem.units * head * problem.states**2 * problem.item
@@ -281,4 +289,6 @@ def model_of(
     layer = question.layer(heads)
     problem = counting.problem(layer, batch, question.kept_in, gpu=gpu)
     every = cost.rewrite_every(problem, rates)
-    return Model(layer, problem, question.steps, question.chunk, every, gpu=gpu)
+    return Model(
+        layer, problem, question.steps, question.chunk, every, gpu=gpu, population=question.population
+    )

@@ -24,7 +24,7 @@ from ...rules.exactness import exactness
 from ..harness.device import MEMORY_SHARE
 from ..harness.tables import bytes_text, seconds_text
 from ..scaling import cases
-from .check import LARGE_FROM, Checked, against, check_table, median_error, predict_record
+from .check import ERRORS, LARGE_FROM, Checked, against, check_table, median_error, predict_record
 from .here import profile as measured_profile
 from .model import (
     BACKWARD_ARRAYS,
@@ -151,13 +151,15 @@ def predictions(question: Question, device: Device, batch: int | None = None) ->
     Raises ValueError if the question has cuda_graph and the device is a CPU.
     """
     rows = question.batch if batch is None else batch
-    gpu = device.kind == "gpu"
-    if question.cuda_graph and not gpu:
+    if question.cuda_graph and device.kind != "gpu":
         raise ValueError(f"cuda_graph=True needs a GPU, got device {device.key!r}")
-    threads = torch.get_num_threads() if device.key == HERE and not gpu else None
-    eager = cost.rates(device, question.dtype, threads=threads)
+    eager = _rates(question, device)
     graph = cost.rates(device, question.dtype, cuda_graph=True) if question.cuda_graph else eager
-    model = model_of(question, rows, eager, gpu=gpu)
+    model = _model(question, device, rows)
+    if question.population > 1 and not model.compiled:
+        raise ValueError(
+            f"population is predicted where a Stream is compiled C++, on a CPU with a compiler, got {device.key!r}"
+        )
     names = ["rfp-step", "rfp-lazy", "tbptt"]
     names += ["rfp-chunk"] if model.chunk > 1 else []
     names += ["rfp-history", *SEQUENCE] if question.steps is not None else []
@@ -167,9 +169,10 @@ def predictions(question: Question, device: Device, batch: int | None = None) ->
         models.pop("bptt-autograd", None)
     if any(weight.dim() > 1 for weight in model.layer.recurrent_weights()):
         models["rtrl"] = model
-        head = cases.head_size(question.hidden)
-        if 1 < head < question.hidden:
-            models["rtrl-heads"] = model_of(question, rows, eager, gpu=gpu, heads=question.hidden // head)
+        if question.heads is None and 1 < cases.head_size(question.hidden) < question.hidden:
+            models["rtrl-heads"] = _model(question, device, rows, "rtrl-heads")
+    if question.population > 1:
+        models = {"stream": model}
     every = {"tbptt": model.chunk, "rfp-chunk": model.chunk, **dict.fromkeys(SEQUENCE)}
     found = []
     for name, of in models.items():
@@ -193,14 +196,27 @@ def predictions(question: Question, device: Device, batch: int | None = None) ->
     return sorted(found, key=lambda one: one.seconds)
 
 
+def _rates(question: Question, device: Device) -> cost.Rates:
+    threads = torch.get_num_threads() if device.key == HERE and device.kind != "gpu" else None
+    return cost.rates(device, question.dtype, threads=threads)
+
+
+def _model(question: Question, device: Device, batch: int, algorithm: str = "") -> Model:
+    """The model by which an algorithm is predicted: that of the layer asked for, or of one with heads of √N units."""
+    heads = question.hidden // cases.head_size(question.hidden) if algorithm == "rtrl-heads" else None
+    return model_of(question, batch, _rates(question, device), gpu=device.kind == "gpu", heads=heads)
+
+
 def rows_that_fit(question: Question, device: Device, algorithm: str) -> int:
     """The largest batch, up to the one asked for, that one device has the memory for; 0 if not even one row fits."""
 
     def fits(batch: int) -> bool:
-        found = predictions(question, device, batch)
-        return next(one for one in found if one.algorithm == algorithm).fits(device)
+        needs = _model(question, device, batch, algorithm).needs(algorithm)
+        return needs <= MEMORY_SHARE * device.memory_bytes
 
-    low, high = 0, question.batch
+    if not fits(1):
+        return 0
+    low, high = 1, question.batch
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -332,16 +348,19 @@ def _share(question: Question, device: Device, wanted: Sequence[Predicted]) -> A
     )
 
 
-HEADINGS = ("algorithm", "gradient", "every", "a step", "a sequence", "state", "peak", "fits")
+HEADINGS = ("algorithm", "gradient", "every", "a step", "off by", "a sequence", "state", "peak", "fits")
 
 
 def table(question: Question, device: Device, found: Sequence[Predicted]) -> Table:
-    """Every way with its predicted cost on the device, as a table."""
+    """Every way with its predicted cost on the device, and by how much the model has been off, as a table."""
     size = f"{question.cell} N = {question.hidden}, B = {question.batch}"
     size += f", T = {question.steps}" if question.steps is not None else ", no end"
+    size += f", {question.population} networks" if question.population > 1 else ""
+    errors = json.loads(_files.read_text(ERRORS)).get(device.kind, {})
     out = Table(
         title=f"predicted, on {device.name}: {size}, C = {question.chunk}, {question.dtype}",
-        caption=f"nothing measured here; rates: {device.basis()}"
+        caption="off by: the median error of time against the committed records of such devices, N ≥ 128; ? without "
+        f"records. Nothing measured here; rates: {device.basis()}"
         + (f" ({device.sources})" if device.sources else ""),
     )
     for heading in HEADINGS:
@@ -354,6 +373,7 @@ def table(question: Question, device: Device, found: Sequence[Predicted]) -> Tab
             kind,
             "sequence" if one.every is None else "step" if one.every == 1 else f"{one.every} steps",
             seconds_text(one.seconds),
+            f"{errors[one.algorithm]:.0%}" if one.algorithm in errors else "?",
             whole,
             bytes_text(one.state_bytes),
             bytes_text(one.peak_bytes),

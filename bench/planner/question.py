@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ class Question:
     gamma_dtype            dtype in which Γ is kept; None: `dtype`
     cuda_graph             whether the form "step" runs as a CUDA graph
     exact                  whether only ways with an exact gradient will do
+    heads                  blocks of the recurrent weights; None: dense
+    population             P, independent networks of one `Stream`
 
     Raises ValueError or TypeError naming the argument.
     """
@@ -53,11 +56,13 @@ class Question:
     gamma_dtype: str | None = None
     cuda_graph: bool = False
     exact: bool = False
+    heads: int | None = None
+    population: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "batch", "chunk", "steps", "input_size"):
+        for name in ("hidden", "batch", "chunk", "steps", "input_size", "heads", "population"):
             value = getattr(self, name)
-            if value is not None or name in ("hidden", "batch", "chunk"):
+            if value is not None or name in ("hidden", "batch", "chunk", "population"):
                 check.integer(name, value, 1)
                 if value > MOST:
                     raise ValueError(f"{name} must be at most {MOST:,}, got {value:,}")
@@ -65,6 +70,8 @@ class Question:
         check.one_of("dtype", self.dtype, DTYPES)
         if self.gamma_dtype is not None:
             check.one_of("gamma_dtype", self.gamma_dtype, GAMMA_DTYPES)
+        if self.heads is not None and self.hidden % self.heads:
+            raise ValueError(f"heads must divide hidden = {self.hidden}, got {self.heads}")
 
     @property
     def kept_in(self) -> torch.dtype:
@@ -72,8 +79,15 @@ class Question:
         return GAMMA_DTYPES[self.gamma_dtype or self.dtype]
 
     def layer(self, heads: int | None = None) -> TwoPointRNN:
-        """The layer, on the meta device: its parameters have shapes and no memory."""
-        options: dict[str, Any] = {} if heads is None else {"heads": heads}
-        return CELLS[self.cell](
-            self.input_size, self.hidden, device="meta", dtype=DTYPES[self.dtype], **options
-        )
+        """The layer, on the meta device: its parameters have shapes and no memory. heads: in place of its own.
+
+        Raises ValueError for heads of a cell without recurrent matrices.
+        """
+        blocks = self.heads if heads is None else heads
+        return _layer(self.cell, self.input_size, self.hidden, self.dtype, blocks)
+
+
+@functools.lru_cache(64)  # made once for all batches that are tried
+def _layer(cell: str, input_size: int | None, units: int, dtype: str, heads: int | None) -> TwoPointRNN:
+    options: dict[str, Any] = {} if heads is None else {"heads": heads}
+    return CELLS[cell](input_size, units, device="meta", dtype=DTYPES[dtype], **options)

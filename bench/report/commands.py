@@ -1,14 +1,15 @@
-"""The commands of this wing: `rjepa bench table`, `plot`, `compare`, `all`, `report` and `gpu-check`."""
+"""The commands of this wing: `rjepa bench table`, `plot`, `compare`, `compare-revisions`, `all`, `report` and more."""
 
 from __future__ import annotations
 
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ... import _checks as check
-from ..harness import compare, options, record
+from ..harness import compare, options, record, revisions
 from ..harness.tables import place
 from ..harness.terminal import print_tables, show
 from ..scaling import timing as scaling
@@ -74,6 +75,32 @@ def compare_command(
     )
 
 
+def compare_revisions_command(
+    a: Annotated[str, typer.Argument(help="Revision before, such as main or HEAD~1.")],
+    b: Annotated[str, typer.Argument(help="Revision after.")] = "HEAD",
+    repository: Annotated[Path, typer.Option(help="Folder in the git repository.")] = Path(),
+    cases: Annotated[
+        Path, typer.Option(help="Python file with CASES: name -> function that makes what is called.")
+    ] = revisions.CASES,
+    only: Annotated[str, typer.Option(help="Names of cases, with commas between; all if left out.")] = "",
+    count: Annotated[str, typer.Option(help="Count `instructions` in place of time.")] = "",
+    processes: Annotated[int, typer.Option(help="Pairs of processes.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Samples of each case in each pair of processes.")] = 11,
+    floor: Annotated[
+        float | None,
+        typer.Option(help="Changes up to this fraction count as noise: 0.03 of time, 0.002 of instructions."),
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder for traces of torch's profiler.")] = None,
+    markdown: options.Markdown = False,
+) -> None:
+    """Build two revisions in worktrees, run the same cases of both in turn, and say what changed."""
+    settings = revisions.Settings(
+        a, b, repository, cases, options.names(only), count, processes, rounds, floor=floor
+    )
+    found = revisions.run(settings, profile=profile, tell=lambda line: typer.echo(line, err=True))
+    print_tables([revisions.table(settings, found)], markdown)
+
+
 def all_command(
     budget: Annotated[str, typer.Option(help="Total time, such as 8min, 90s or 1h.")] = "8min",
     device: options.Device = "auto",
@@ -107,10 +134,14 @@ def report_command(
         Path | None,
         typer.Option(help="Folder of index.html, report.md and pictures; bench-out/report if left out."),
     ] = None,
+    show_page: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
 ) -> None:
     """Write all records as one self-contained HTML page, and as Markdown: pictures, tables, and their sources."""
-    for written in page.write(records or [options.OUT], options.OUT / "report" if out is None else out):
+    files = page.write(records or [options.OUT], options.OUT / "report" if out is None else out)
+    for written in files:
         typer.echo(written)
+    if show_page and not webbrowser.open(files[0].resolve().as_uri()):
+        typer.echo(f"no browser could be started: open {files[0]} in one", err=True)
 
 
 def gpu_check_command(

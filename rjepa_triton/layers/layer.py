@@ -136,6 +136,8 @@ class TwoPointRNN(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters: recurrent weights as `init` says, weight_in and bias as torch.nn.Linear does."""
+        if all(parameter.is_meta for parameter in self.parameters()):
+            return  # there is nothing to draw, and what a cell draws of its own would have memory
         with torch.no_grad():
             bound = 1 / math.sqrt(self.hidden_size)
             for weight in self.recurrent_weights():

@@ -1,4 +1,4 @@
-"""Slopes with their intervals, and crossovers."""
+"""Slopes with their intervals, crossovers, and intervals of means, medians and ratios."""
 
 from __future__ import annotations
 
@@ -72,4 +72,27 @@ def test_points_that_are_little_known_widen_the_interval() -> None:
     assert unsure is not None
     assert (sure.value, sure.half_width) == pytest.approx((2.0, 0.0))
     logs = np.log(N)
-    assert unsure.half_width == pytest.approx(1.96 * 0.1 / math.sqrt(((logs - logs.mean()) ** 2).sum()))
+    assert unsure.half_width == pytest.approx(
+        fit.NORMAL_95 * 0.1 / math.sqrt(((logs - logs.mean()) ** 2).sum())
+    )
+
+
+def test_an_interval_is_student_s_at_any_number_of_seeds() -> None:
+    """Quantiles of Student's t from a printed table, also beyond 20 degrees of freedom."""
+    for count, quantile in ((2, 12.706), (5, 2.776), (31, 2.042), (121, 1.980)):
+        values = [0.0, *[1.0] * (count - 1)]  # variance: (1 - 1/count) / (count - 1) = 1 / count
+        mean, half = fit.interval(values)
+        assert mean == pytest.approx(1 - 1 / count)
+        assert half == pytest.approx(quantile / count, rel=3e-4)
+
+
+def test_a_bootstrap_of_two_samples_draws_whole_rounds() -> None:
+    """A disturbance that both meet leaves their ratio; taken apart, it would not."""
+    noise = np.exp(np.random.default_rng(0).standard_normal(40))
+    low, high = fit.bootstrap(fit.ratio_of_medians, 2 * noise, noise)
+    assert (low, high) == pytest.approx((2, 2))
+    low, high = fit.bootstrap(fit.ratio_of_medians, 2 * noise, noise[::-1])
+    assert high > 1.2 * low
+    assert fit.bootstrap(np.median, noise) == fit.bootstrap(np.median, noise)
+    with pytest.raises(ValueError, match="two or more"):
+        fit.bootstrap(np.median, [1.0])

@@ -22,6 +22,7 @@ from rjepa_triton import nn
 from rjepa_triton.bench.cli import bench
 from rjepa_triton.bench.harness import record
 from rjepa_triton.bench.harness.tables import markdown, place
+from rjepa_triton.bench.harness.worker import held_to
 from rjepa_triton.bench.peers import plot, registry, run, streams, tasks
 from rjepa_triton.bench.peers.registry import PEERS, Peer
 from rjepa_triton.bench.peers.run import Point, Settings, Worker
@@ -289,7 +290,7 @@ def test_a_worker_ends_when_its_parent_s_end_of_the_pipe_does(
 )
 def test_workers_are_held_to_processors_and_this_process_is_not() -> None:
     before = os.sched_getaffinity(0)
-    with run.held_to(run.pinned(1)):
+    with held_to(run.pinned(1)):
         assert len(os.sched_getaffinity(0)) == 1
     assert os.sched_getaffinity(0) == before
     given = run.environment(3, "cpu")

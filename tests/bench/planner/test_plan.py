@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -18,12 +19,15 @@ from rjepa_triton.bench.cli import bench
 from rjepa_triton.bench.harness import measure, record
 from rjepa_triton.bench.planner import here as here_module
 from rjepa_triton.bench.planner import plan
+from rjepa_triton.bench.planner.check import ERRORS, errors
 from rjepa_triton.bench.planner.plan import Question
+from rjepa_triton.bench.planner.question import MOST
 from rjepa_triton.bench.scaling.cases import CASES, Size, head_size
 from rjepa_triton.online import counting
 from rjepa_triton.planning import cost, devices
 
 H100 = devices.known()["h100"]
+CPU = devices.find("AMD EPYC", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +45,9 @@ def test_predicted_times_are_within_a_quarter_of_committed_ones(checked: list[pl
         assert median(errors) <= 0.25, device
 
 
-def test_streams_are_predicted_within_a_quarter(checked: list[plan.Checked]) -> None:
-    errors = [abs(one.seconds - 1) for one in checked if one.algorithm == "stream"]
+@pytest.mark.parametrize("algorithm", ["stream", "stream, population"])
+def test_streams_are_predicted_within_a_quarter(checked: list[plan.Checked], algorithm: str) -> None:
+    errors = [abs(one.seconds - 1) for one in checked if one.algorithm == algorithm]
     assert len(errors) >= 5
     assert median(errors) <= 0.25
 
@@ -182,13 +187,67 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(bench, ["plan", *arguments], terminal_width=200)
 
 
+def test_what_the_table_says_of_its_errors_is_what_the_records_say(checked: list[plan.Checked]) -> None:
+    told, found = json.loads(ERRORS.read_text()), errors(checked)
+    assert {kind: list(named) for kind, named in told.items()} == {kind: list(n) for kind, n in found.items()}
+    for kind, named in found.items():
+        assert told[kind] == pytest.approx(named, abs=0.03)  # another torch may make a few calls more
+    shown = plan.table(Question(64), CPU, plan.predictions(Question(64), CPU))
+    column = next(column for column in shown.columns if column.header == "off by")
+    by = dict(zip(shown.columns[0].cells, column.cells, strict=True))
+    assert by["rfp-step"] == f"{told['cpu']['rfp-step']:.0%}"
+    assert by["rfp-lazy"] == "?"
+    off = next(
+        c
+        for c in plan.table(Question(64), H100, plan.predictions(Question(64), H100)).columns
+        if c.header == "off by"
+    )
+    assert set(off.cells) == {"?"}  # there is no record of a GPU
+
+
+def test_heads_and_populations_are_planned() -> None:
+    dense, heads = (
+        {one.algorithm: one for one in plan.predictions(Question(64, heads=h), H100)} for h in (None, 8)
+    )
+    assert heads["rfp-step"].weight_bytes == dense["rfp-step"].weight_bytes / 8
+    assert heads["rtrl"].state_bytes == dense["rtrl-heads"].state_bytes
+    assert "rtrl-heads" not in heads
+    (one,), (many,) = (
+        [p for p in plan.predictions(Question(64, population=n), CPU) if p.algorithm == "stream"]
+        for n in (1, 8)
+    )
+    assert many.seconds == pytest.approx(8 * one.seconds, rel=0.5)
+    assert (many.state_bytes, many.needs) == (8 * one.state_bytes, 8 * one.needs)
+    with pytest.raises(ValueError, match="population is predicted where a Stream is compiled"):
+        plan.predictions(Question(64, population=8), H100)
+    with pytest.raises(ValueError, match="heads must divide hidden = 64, got 7"):
+        Question(64, heads=7)
+
+
+@pytest.mark.parametrize("cell", plan.CELLS)
+def test_any_size_is_answered_at_once(cell: str) -> None:
+    """At the largest size of each argument, alone and together; an answer takes a tenth of a second, and two are for a loaded machine."""
+    most = dict.fromkeys(("batch", "steps", "chunk", "input_size"), MOST)
+    plan.predictions(
+        Question(64, steps=100, cell=cell), H100
+    )  # the calls are counted once, by running a small layer
+    for device in (H100, CPU):
+        for sizes in ({}, *({name: MOST} for name in most), most):
+            begin = time.process_time()
+            question = Question(MOST, cell=cell, **sizes)  # type: ignore[arg-type]
+            told = plan.advise(question, device, plan.predictions(question, device))
+            assert told.algorithm is None
+            assert "nothing fits" in told.text
+            assert time.process_time() - begin < 2
+
+
 def test_the_command_prints_the_table_and_why(tmp_path: Path) -> None:
     file = tmp_path / "h100.json"
     result = run("--hidden", "256", "--device", "h100", "--markdown", "--save", str(file))
     assert result.exit_code == 0, result.output
     assert "**predicted, on NVIDIA H100: rgc N = 256, B = 1, no end, C = 16, float32**" in result.output
     assert "| rfp-step | RFP | step |" in result.output
-    assert "nothing measured here; rates: estimated: float32" in result.output
+    assert "Nothing measured here; rates: estimated: float32" in result.output
     assert "take rfp-step" in result.output
     assert json.loads(file.read_text())["h100"]["name"] == H100.name
     assert run("--hidden", "256", "--device", str(file)).exit_code == 0

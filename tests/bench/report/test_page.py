@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import webbrowser
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,15 +19,25 @@ from typer.testing import CliRunner
 from rjepa_triton.bench.cli import bench
 from rjepa_triton.bench.harness import record
 from rjepa_triton.bench.harness.record import Record, Timing
+from rjepa_triton.bench.harness.tables import seconds_text
 from rjepa_triton.bench.report import page as report
 from rjepa_triton.bench.report import views
+from rjepa_triton.bench.report.answers import answers
+from rjepa_triton.bench.report.chart import Chart, Series
 
 RESULTS = ROOT / "bench" / "results"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # A script by which the page reports its own measures once it has been laid out.
 PROBE = """<script>addEventListener("load", () => {
   const made = document.createElement("pre"); made.id = "probe";
+  const figure = document.querySelector("figure"), button = figure.querySelector("button");
+  const curve = figure.querySelector("g[data-curve]"), seen = () => getComputedStyle(curve).display !== "none";
+  const switched = [seen()];
+  for (const _ of [1, 2]) { button.click(); switched.push(seen()); }
+  const point = figure.querySelector(".hit"); point.dispatchEvent(new Event("pointerenter"));
   made.textContent = JSON.stringify({
+    switched, told: figure.querySelector(".told").textContent, words: point.dataset.words,
+    text: Math.min(...[...document.querySelectorAll("svg.chart text")].map(t => t.getBoundingClientRect().height)),
     width: innerWidth, scroll: document.documentElement.scrollWidth,
     pictures: [...document.images].map(image => image.naturalWidth),
     loaded: performance.getEntriesByType("resource").map(r => r.name).filter(name => !name.startsWith("data:")),
@@ -76,6 +87,11 @@ def test_a_browser_shows_it_whole_and_loads_nothing(written: Path, width: int, t
     assert told["loaded"] == []
     assert told["sections"] > 3  # type: ignore[operator]
     assert all(told["targets"])  # type: ignore[arg-type]
+    # a button of the legend takes its curve away and brings it back; a point that is pointed at says its value
+    assert told["switched"] == [True, False, True]
+    assert told["told"] == told["words"]
+    assert " at N = " in str(told["told"])
+    assert told["text"] > 9  # type: ignore[operator] # pixels
 
 
 class Balance(HTMLParser):
@@ -102,6 +118,58 @@ def test_the_page_is_one_file_and_well_formed(written: Path) -> None:
     parser.feed((written / report.PAGE).read_text())
     assert parser.open == []
     assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in parser.sources)
+    assert "prefers-color-scheme: dark" in (written / report.PAGE).read_text()
+
+
+def test_answers_are_computed_from_the_records() -> None:
+    """Each number of an answer follows the records: with times of another machine it is another."""
+    records = record.load_all(RESULTS)
+    found = {answer.name: answer for answer in answers(records)}
+    assert list(found) == ["n2", "exactness", "stream", "whom", "gpu"]
+    assert all(answer.records for name, answer in found.items() if name != "gpu")
+    slower = [
+        replace(r, timing=replace(r.timing, median=3 * r.timing.median), payload={**r.payload, "step_seconds": 3 * r.payload["step_seconds"]})
+        if r.benchmark == "peers" and r.algorithm == "stream" and r.timing else r
+        for r in records
+    ]  # fmt: skip
+    changed = {answer.name: answer for answer in answers(slower)}
+    (step,) = (r.payload["step_seconds"] for r in records if r.algorithm == "stream" and r.params["N"] == 128)
+    assert f"{seconds_text(step)} a step" in found["stream"].text
+    assert f"{seconds_text(3 * step)} a step" in changed["stream"].text
+    assert changed["whom"].text != found["whom"].text
+    assert (changed["n2"].text, changed["exactness"].text) == (found["n2"].text, found["exactness"].text)
+    assert [answer.name for answer in answers([])] == ["gpu"]
+    on_gpu = [
+        replace(r, device="NVIDIA X", params={**r.params, "device": "cuda"})
+        for r in records
+        if r.benchmark == "scaling"
+    ]
+    assert "are of NVIDIA X" in answers(on_gpu)[-1].text
+
+
+def test_a_chart_puts_curves_and_guides_where_they_belong() -> None:
+    chart = Chart(
+        "N", "s", [Series("a", [(10.0, 1.0), (100.0, 100.0)], 0)], str, {"N²": (2, (100.0, 100.0))}, 1.0
+    )
+    (curve,) = chart.curves
+    (_, x1, y1, x2, y2) = chart.lines[0]
+    assert (x2, y2) == curve.points[-1][:2]
+    assert y1 - y2 == pytest.approx(
+        (curve.points[0][1] - y2) / (curve.points[0][0] - x2) * (x1 - x2), rel=0.02
+    )
+    assert chart.across == curve.points[0][1]
+    assert curve.points[0][2] == "a: 1.0 at N = 10"
+    assert all(14 <= y <= 334 and 62 <= x <= 506 for x, y, _ in curve.points)
+
+
+def test_the_page_opens_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda url: bool(opened.append(url)))
+    arguments = ["report", str(RESULTS / "heads-cpu.jsonl"), "--out", str(tmp_path), "--open"]
+    result = CliRunner().invoke(bench, arguments)
+    assert result.exit_code == 0, result.output
+    assert opened == [(tmp_path / report.PAGE).as_uri()]
+    assert "no browser could be started" in result.output
 
 
 def test_the_markdown_has_every_table_and_its_pictures(written: Path) -> None:
@@ -143,9 +211,9 @@ def test_what_records_say_is_escaped_and_devices_are_apart(tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     text = (tmp_path / "out" / report.PAGE).read_text()
     assert "a &lt;machine&gt;" in text
-    assert "rjepa bench scaling --hidden &#x27;&lt;8&gt;&#x27;" in text
+    assert "rjepa bench scaling --hidden &#39;&lt;8&gt;&#39;" in text
     assert "<machine>" not in text
-    assert text.count("<section") == 3  # two devices, and the model of cost
+    assert 'id="model"' in text
     assert "revision aaaaaaaaaa-dirty, 2026-01-02" in text
     assert [(s.device, s.stem) for s in report.sections([file])] == [
         ("a <machine>", "scaling-mine"),
