@@ -57,8 +57,9 @@ def save(folder: str | Path, step: int, parts: Mapping[str, Part], *, keep: int 
     step: ≥ 0, later than those that `folder` has. parts: by names of your own. keep: how many of the last checkpoints
     stay, ≥ 1. Learners in the parts settle (`OnlineLearner.settle`): a backward() of an earlier step comes too late.
 
-    Raises TypeError or ValueError for an argument, on every rank, where ranks disagree or one fails, and OSError where
-    the folder can't be written: no checkpoint is there then of this step, and the earlier ones are as they were.
+    Raises TypeError or ValueError for an argument, on every rank, where ranks disagree or one fails, and for learners
+    whose mesh isn't of all ranks, as with the batch divided among ranks; OSError where the folder can't be written. No
+    checkpoint is there then of this step, and the earlier ones are as they were.
     """
     folder = Path(folder)
     with _together("checkpoint", step=step, keep=keep, parts=list(parts)):
@@ -196,8 +197,22 @@ def _split(parts: Mapping[str, Part]) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError(f"parts must have names such as 'learner', got {name!r}")
         for module in part.modules() if isinstance(part, nn.Module) else ():
             if isinstance(module, OnlineLearner):
+                _refuse_rows_apart(name, module)
                 module.settle()
     return tensors, {name: left(part.state_dict(), name) for name, part in parts.items()}
+
+
+def _refuse_rows_apart(name: str, learner: OnlineLearner) -> None:
+    """Raise ValueError if ranks have batch rows of their own, so that one rank's state is not the run's."""
+    if not _distributed() or torch.distributed.get_world_size() == 1:
+        return
+    ranks = torch.distributed.get_world_size()
+    if learner.mesh is None or learner.mesh.size() != ranks:
+        has = "none" if learner.mesh is None else f"one of {learner.mesh.size()}"
+        raise ValueError(
+            f"{name} must have a mesh of all {ranks} ranks, got {has}: each rank has batch rows of its own, whose "
+            "states its own torch.save(learner.state_dict()) keeps"
+        )
 
 
 class _At(str):

@@ -109,7 +109,16 @@ class Shard:
                 torch.distributed.broadcast(parameter.detach(), group=self.mesh.get_group(), group_src=0)
 
     def weights(self, layer: TwoPointRNN) -> tuple[Tensor, ...]:
-        """This rank's rows of the layer's weights(), which autograd follows to the DTensors."""
+        """This rank's rows of the layer's weights(), which autograd follows to the DTensors.
+
+        Raises RuntimeError while fully_shard has these rows divided among ranks of the batch too.
+        """
+        if layer._parameters[layer._names[0]].device_mesh.ndim > 1:  # type: ignore[union-attr]
+            raise RuntimeError(
+                "the layer's weights are divided among ranks of the batch, by fully_shard, which gathers them where "
+                "the module is called: call learner(x), or torch.distributed.fsdp.register_fsdp_forward_method("
+                "learner, 'chunk') first"
+            )
         return tuple([local(weight) for weight in layer.weights()])
 
     def whole(self, own: Tensor, dim: int) -> Tensor:

@@ -13,10 +13,12 @@ import ranks
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, RNN, OnlineLearner, Stack, StackLearner, TwoPointRNN
+from rjepa_triton.online import elastic
 from rjepa_triton.planning import sharding
 
 F64 = torch.float64
@@ -347,3 +349,39 @@ def test_what_ranks_send_is_what_the_planner_predicts_and_a_missing_rank_is_told
     assert len(told) == 2
     for each in told:
         assert each.startswith("mesh: rank 0 of 2 got no answer from another rank"), told
+
+
+def of_batch(mesh: DeviceMesh | None, form: dict[str, Any]) -> list[Tensor]:
+    """Weights after updates of a learner with rows on mesh["rows"] and batch rows on mesh["batch"], or alone."""
+    torch.manual_seed(1)
+    layer, x = RGC(7, input_size=3, init="uniform", dtype=F64), torch.randn(STEPS, 4, 3, dtype=F64)
+    rows = slice(None)
+    if mesh is None:
+        learner = OnlineLearner(layer, 4, **form)
+    else:
+        learner = OnlineLearner(layer, 2, mesh=mesh["rows"], **form)
+        fully_shard(learner, mesh=mesh["batch"])
+        first = 2 * mesh["batch"].get_local_rank()
+        rows = slice(first, first + 2)
+        with pytest.raises(RuntimeError, match="register_fsdp_forward_method"):
+            learner.chunk(x[:3, rows])
+        with pytest.raises(ValueError, match="learner must have a mesh of all 4 ranks, got one of 2"):
+            elastic.save("/nowhere", 1, {"learner": learner})
+    optimizer, every = torch.optim.Adam(layer.parameters(), lr=0.05), form.get("update_every", 1)
+    for t in range(0, STEPS, every):
+        losses = [learner(x[s, rows]).square().sum(-1).mean() for s in range(t, t + every)]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return parameters_of(layer)
+
+
+def both_of_batch(mesh: DeviceMesh | None) -> list[list[Tensor]]:
+    return [of_batch(mesh, form) for form in (STEP, CHUNK)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_rows_and_batch_rows_on_a_mesh_of_two_dimensions(tmp_path: Path) -> None:
+    want = both_of_batch(None)
+    for found in ranks.on_ranks(both_of_batch, 4, tmp_path, shape=(2, 2)):
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
