@@ -25,7 +25,7 @@ from .report.commands import (
     table_command,
 )
 from .scaling.commands import forward_command, memory_command, scaling_command, selfcheck_command
-from .streams.commands import online_command
+from .streams.commands import online_command, ranks_command
 
 # The commands by name, in the order of `rjepa bench --help`.
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -40,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "learn": learn_command,
     "forward": forward_command,
     "online": online_command,
+    "ranks": ranks_command,
     "memory": memory_command,
     "peers": peers_command,
     "kernels": kernels_command,
@@ -71,6 +72,7 @@ __all__ = [
     "plan_command",
     "plot_command",
     "print_tables",
+    "ranks_command",
     "report_command",
     "roofline_command",
     "scaling_command",

@@ -12,7 +12,7 @@ from ... import _files
 from ...planning import devices
 from ..harness import options, record
 from ..harness.terminal import print_tables
-from . import plan
+from . import plan, scale
 from .check import errors
 
 
@@ -54,6 +54,12 @@ def plan_command(
         Path | None,
         typer.Option("--check", help="Only compare the model with the records of a file or folder."),
     ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(help="R: predict rows on 1, 2, 4, … up to R ranks with such a device each, instead."),
+    ] = None,
+    link: Annotated[float, typer.Option(help="With --ranks: GB/s that a rank receives.")] = 50.0,
+    latency: Annotated[float, typer.Option(help="With --ranks: µs of one message between ranks.")] = 5.0,
     markdown: options.Markdown = False,
 ) -> None:
     """Predict what each algorithm and form would cost on a device, which fit, and which to take."""
@@ -82,6 +88,9 @@ def plan_command(
     chosen = plan.device_of(device)
     if save is not None:
         plan.save(chosen, save)
+    if ranks is not None:
+        print_tables(scale.tables(question, chosen, ranks, scale.link_of(link, latency)), markdown)
+        return
     found = plan.predictions(question, chosen)
     shown = plan.table(question, chosen, found)
     print_tables([shown], markdown)

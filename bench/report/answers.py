@@ -15,7 +15,7 @@ from ..harness.record import Record
 from ..harness.tables import bytes_text, seconds_text
 from ..peers.registry import PEERS
 from ..scaling.cases import CASES
-from ..scaling.tables import slopes
+from ..scaling.powers import slopes
 from .chart import Chart, Series
 
 # Curves of the first picture: an algorithm and how it is drawn.

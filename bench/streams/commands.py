@@ -1,4 +1,4 @@
-"""The command of this wing: `rjepa bench online`."""
+"""The commands of this wing: `rjepa bench online` and `rjepa bench ranks`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import typer
 
 from ... import _checks as check
 from ..harness import options
-from ..harness.terminal import plain_console
+from ..harness.terminal import plain_console, print_tables
 from ..harness.view import show_records
 from ..scaling.timing import points
-from . import online
+from . import online, ranks
 from .views import VIEWS
 
 
@@ -52,3 +52,16 @@ def online_command(
     )
     file = options.file_in(out, online.FILE, fresh)
     show_records(VIEWS["online"], online.run(settings, file, plain_console(stderr=True)), file, markdown)
+
+
+def ranks_command(
+    hidden: Annotated[int, typer.Option(help="N, units of the layer.")] = 1024,
+    batch: Annotated[int, typer.Option(help="B, rows of the batch.")] = 8,
+    chunk: Annotated[int, typer.Option(help="C, steps between updates.")] = 16,
+    count: Annotated[int, typer.Option("--ranks", help="R, processes that share the rows.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Updates that are timed.")] = 20,
+    markdown: options.Markdown = False,
+) -> None:
+    """Time a learner whose rows lie on several processes of this CPU, by gloo, against one process with all rows."""
+    question = ranks.Question(hidden, batch, chunk, count, rounds)
+    print_tables([ranks.table(question, ranks.run(question))], markdown)

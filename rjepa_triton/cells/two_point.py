@@ -62,13 +62,15 @@ Reads = int | Literal["input", "one"]
 class Matrix:
     """One weight matrix of a layer: what it reads, and what its product is added to.
 
-    into   ("gate", g) for pre-activation g, or ("input", j) for per-unit input j
-    reads  ν for state ν of the step before (a recurrent matrix); "input" for the layer's input; "one" for a bias
+    into     ("gate", g) for pre-activation g, or ("input", j) for per-unit input j
+    reads    ν for state ν of the step before (a recurrent matrix); "input" for the layer's input; "one" for a bias
+    columns  of the layer's input that it reads, from the first to before the second; None for all
     """
 
     name: str
     into: tuple[Literal["gate", "input"], int]
     reads: Reads
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

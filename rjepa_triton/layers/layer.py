@@ -191,7 +191,7 @@ class TwoPointRNN(nn.Module):
             bias = _joined(given["one"]) if given["one"] else None
             weight = _joined(given["input"])
             driven = project(x, weight, bias, selects=resets is not None)
-            driven = driven.unflatten(-1, (len(inputs), self.hidden_size)).movedim(-2, 0)
+            driven = driven.unflatten(-1, (len(inputs), -1)).movedim(-2, 0)
         if not parameters:
             return driven
         own = torch.stack(list(weights[len(weights) - len(parameters) :]))[:, None, None]
@@ -313,6 +313,11 @@ class TwoPointRNN(nn.Module):
         if self.batch_first:
             parts.append("batch_first=True")
         return ", ".join(parts)
+
+
+def local(weight: Tensor) -> Tensor:
+    """The part of a weight that lies in this process: its rows here where it is a DTensor, else the weight itself."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def _heads(heads: int, hidden_size: int, recurrence: str) -> int:

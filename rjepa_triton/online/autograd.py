@@ -15,16 +15,21 @@ from .._device import autocast_is_on, without_autocast
 from ..backend.descent import Descent
 from ..layers.layer import TwoPointRNN
 from .past import Past, Record
+from .sharded import Shard
 
 
 @dataclass(frozen=True)
 class PendingBackward:
-    """The backward pass of one call: the layer, the learner's past, the steps that the call ran, and `lr` or None."""
+    """The backward pass of one call: the layer, the learner's past, the steps that the call ran, and `lr` or None.
+
+    shard: the layer's rows that this rank owns, or None: all.
+    """
 
     layer: TwoPointRNN
     past: Past
     record: Record
     lr: Tensor | None = None
+    shard: Shard | None = None
 
     def gradients(
         self,
@@ -56,10 +61,8 @@ class PendingBackward:
         input_weights: Sequence[Tensor] | None,
     ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
         delta = self._delta(grads)
-        weights = self.layer.weights()
-        to_input = None
-        if input_weights is not None:
-            to_input = functools.partial(self.layer.input_gradient, input_weights=input_weights)
+        weights = self.layer.weights() if self.shard is None else self.shard.weights(self.layer)
+        to_input = None if input_weights is None else self._to_input(input_weights)
         descent = None if self.lr is None else Descent.of_parameters(weights, self.lr)
         for_x, passed, by_weight = self.past.gradients(
             self.record, weights, delta, later_credit, to_input, descent
@@ -74,8 +77,14 @@ class PendingBackward:
         delta = before.new_zeros(before.shape)
         for nu, grad in zip(self.layer.cell.outputs, grads, strict=True):
             if grad is not None:
-                delta[nu] = grad
+                delta[nu] = grad if self.shard is None else grad[..., self.shard.rows]
         return delta
+
+    def _to_input(self, input_weights: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """What makes the gradient of the layer's input from that of the per-unit inputs."""
+        if self.shard is None:
+            return functools.partial(self.layer.input_gradient, input_weights=input_weights)
+        return functools.partial(self.shard.input_gradient, self.layer, input_weights=input_weights)
 
     def input_gradient(self, grads: Sequence[Tensor | None], input_weights: Sequence[Tensor]) -> Tensor:
         """The part of `gradients` that is the layer's input's, for a call of one step."""
@@ -83,8 +92,7 @@ class PendingBackward:
         if autocast_is_on(device):
             with without_autocast(device):
                 return self.input_gradient(grads, input_weights)
-        to_input = functools.partial(self.layer.input_gradient, input_weights=input_weights)
-        return self.past.input_gradient(self.record, self._delta(grads), to_input)
+        return self.past.input_gradient(self.record, self._delta(grads), self._to_input(input_weights))
 
 
 # Runs steps: (x, resets, whether they continue a chunk, weights) → their backward pass, the cell's outputs, and the

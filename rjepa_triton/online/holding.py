@@ -48,7 +48,8 @@ def held(
     partials = Partials(own, _without(lin.partials.gate, idle), _without(lin.partials.input, idle))
     # what the matrices read counts as zero there, so that nothing enters even where the state is NaN
     lin = replace(lin, partials=partials, before=lin.before.masked_fill(idle, 0))
-    return after, Block(lin, torch.where(kept, one, block.m), block.inputs, weights)
+    inputs = None if block.inputs is None else block.inputs.masked_fill(idle, 0)
+    return after, Block(lin, torch.where(kept, one, block.m), inputs, weights)
 
 
 def _without(group: Sequence[ByState], idle: Tensor) -> list[ByState]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._device import autocast_is_on, without_autocast
 from ..backend import operations
+from ..cells.two_point import Matrix
 from ..layers import functional, transforms
 from ..layers.layer import State, TwoPointRNN
 from ..rules import rfp
@@ -33,8 +34,6 @@ from .options import (
     Learning,
     Nonfinite,
     Options,
-    check_options,
-    choose_form,
     distributed_call,
     learning_rate,
     refuse_distributed,
@@ -44,8 +43,12 @@ from .past import Past, full_credit
 from .readout import has_readout, readout
 from .rows import LearnerRows
 from .sensitivity import Exact, NoSensitivity, PerUnit, RankOne, Sensitivity
+from .sharded import planned
 from .tape import Block, joined, recorded
 from .traces import by_parameter, read_rows, rows_of_steps, through_readout
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class OnlineLearner(LearnerRows):
@@ -137,6 +140,13 @@ class OnlineLearner(LearnerRows):
             On a GPU no step waits for this: flags are made on the device and are read when they have come, 64 to 128
             steps later, or 8 to 16; "raise" and "clip" then act on the learner as it is by then. What form "history"
             and "tbptt" find in a backward pass is told once it reaches a state.
+        mesh: a DeviceMesh of one dimension, on whose ranks the rows of the weights and of Γ lie, ⌈N/R⌉ units on each of
+            R ranks; or None. Every rank makes the learner, and calls it with the same input and the same losses. The
+            layer's weights() become DTensors, with the values of the mesh's first rank, and so do their gradients:
+            `layer.weight_ss.grad.full_tensor()` gathers one, `to_local()` is the rank's own. Make the optimizer
+            afterwards. A step gathers the states, S·B·N numbers; where x requires a gradient, that is summed over the
+            ranks; nothing else is sent. It goes with the rules that carry Γ, in the forms "step" and "chunk", and
+            "auto" is one of these by `update_every` (`online.sharded`).
 
     Under autocast the layer and its learning run in the parameters' own dtype.
 
@@ -152,7 +162,9 @@ class OnlineLearner(LearnerRows):
 
     Raises:
         TypeError, ValueError: for an argument out of its range, naming it; for a combination that can't run, naming
-            the nearest that can; for sensitivities that don't fit in memory.
+            the nearest that can; for sensitivities that don't fit in memory; with a mesh, on every rank, for what ranks
+            disagree in: sizes, options, the code that they run.
+        RuntimeError: with a mesh, here and in a step, where another rank has ended or doesn't come in time.
     """
 
     def __init__(
@@ -175,28 +187,31 @@ class OnlineLearner(LearnerRows):
         cuda_graph: bool = False,
         lr: float | None = None,
         nonfinite: Nonfinite = "warn",
+        mesh: DeviceMesh | None = None,
     ) -> None:
         refuse_while_compiling("OnlineLearner(…)", "make the learner outside of the compiled function")
-        options = check_options(
-            layer,
-            batch_size,
-            learning=learning,
-            update_every=update_every,
-            form=form,
-            rewrite_every=rewrite_every,
-            credit=credit,
-            refine=refine,
-            lag=lag,
-            gamma_dtype=gamma_dtype,
-            gamma_rounding=gamma_rounding,
-            horizon=horizon,
-            backend=backend,
-            seed=seed,
-            cuda_graph=cuda_graph,
-            nonfinite=nonfinite,
-            lr=lr,
-        )
+        given = {
+            "learning": learning,
+            "update_every": update_every,
+            "form": form,
+            "rewrite_every": rewrite_every,
+            "credit": credit,
+            "refine": refine,
+            "lag": lag,
+            "gamma_dtype": gamma_dtype,
+            "gamma_rounding": gamma_rounding,
+            "horizon": horizon,
+            "backend": backend,
+            "seed": seed,
+            "cuda_graph": cuda_graph,
+            "nonfinite": nonfinite,
+            "lr": lr,
+        }
+        options, choice, shard = planned(layer, batch_size, mesh, given)
         super().__init__()
+        self._shard = shard
+        if shard is not None:
+            shard.distribute(layer)
         self.training = layer.training
         self._options = options
         self._modules["layer"] = layer
@@ -208,7 +223,7 @@ class OnlineLearner(LearnerRows):
         self._within: int | None = None  # what `distributed_call` said at the last step; None before a first
         self._reads_input = any(matrix.reads == "input" for matrix in layer.matrices)
         self._asked_rewrite_every = options.rewrite_every
-        self._choice = choose_form(layer, options)
+        self._choice = choice
         self.form, self.carried_bytes = self._choice.form, self._choice.carried_bytes
         self._past = self._new_past(options)
         self._start_at_zero()
@@ -233,7 +248,7 @@ class OnlineLearner(LearnerRows):
     def _new_past(self, options: Options) -> Past:
         """An empty past of the chosen form, with the sensitivities that the rule carries."""
         layer = self.layer
-        weights = layer.weights()
+        weights = self._weights()
         backend = "auto" if options.backend == "compile" else options.backend
         scan = operations.choose_scan(backend, weights[0].device, weights[0].dtype)
         sensitivity = None if self.form == "history" else self._new_sensitivity(options, scan)
@@ -241,20 +256,36 @@ class OnlineLearner(LearnerRows):
         self._full = self.credit == "carry" or self.learning in ONLY_FORM
         credit = full_credit(layer.cell, options.rounds, scan) if self._full else None
         every = self._choice.rewrite_every if self.form == "lazy" else 1
-        return Past(layer.matrices, self.form, options.lag, sensitivity, every, scan, credit)
+        return Past(self._matrices(), self.form, options.lag, sensitivity, every, scan, credit)
 
     def _new_sensitivity(self, options: Options, scan: str) -> Sensitivity:
         """Sensitivities of zero, of the kind that the rule carries."""
-        layer, weights = self.layer, self.layer.weights()
+        layer, weights = self.layer, self._weights()
         if self.learning == "tbptt":
             return NoSensitivity(weights)
-        sizes = (layer.matrices, weights, len(layer.cell.states), self.batch_size)
+        sizes = (self._matrices(), weights, len(layer.cell.states), self.batch_size)
         if self.learning == "rtrl":
             return Exact(layer.cell, *sizes, scan)
         if self.learning == "uoro":
             return RankOne(*sizes, options.seed)
         seed = options.seed if options.gamma_rounding == "stochastic" else None
         return PerUnit(*sizes, options.gamma_dtype, options.backend, seed)
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        """The layer's weights(), or this rank's rows of them."""
+        return self.layer.weights() if self._shard is None else self._shard.weights(self.layer)
+
+    def _matrices(self) -> Sequence[Matrix]:
+        return self.layer.matrices if self._shard is None else self._shard.matrices
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The mesh on whose ranks rows lie, or None."""
+        return None if self._shard is None else self._shard.mesh
+
+    def _refuse_sharded(self, what: str, instead: str) -> None:
+        if self._shard is not None:
+            raise ValueError(f"{what} can't go with mesh, whose ranks own rows alone: {instead}")
 
     def _sensitivities(self) -> list[Tensor]:
         """The tensors of numbers that are carried."""
@@ -264,7 +295,7 @@ class OnlineLearner(LearnerRows):
     def _start_at_zero(self) -> None:
         layer = self.layer
         states, units = len(layer.cell.states), layer.hidden_size
-        self._state = layer.weights()[0].detach().new_zeros(states, self.batch_size, units)
+        self._state = self._weights()[0].detach().new_zeros(states, self.batch_size, units)
         # The recurrent weights of the chunk that runs, where credit passes through the full Jacobian.
         self._chunk_weights: tuple[Tensor, ...] | None = None
         self._forget: Tensor | None = None  # batch rows to forget when the next step begins, (B,) bool
@@ -301,8 +332,13 @@ class OnlineLearner(LearnerRows):
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: all but autograd's graphs and what is this learner's alone.
 
-        The copy can't serve the backward() of a step that ran before. Raises TypeError with cuda_graph=True.
+        The copy can't serve the backward() of a step that ran before. Raises TypeError with cuda_graph=True or a mesh.
         """
+        if self._shard is not None:
+            raise TypeError(
+                "an OnlineLearner with a mesh can't be copied or pickled: make a new one, and pass it the state_dict() "
+                "of this one"
+            )
         if self._graph is not None:
             raise TypeError(
                 "an OnlineLearner with cuda_graph=True can't be copied or pickled: make a new one, and pass it the "
@@ -551,21 +587,25 @@ class OnlineLearner(LearnerRows):
 
         active (C, B) or None: as `chunk` has it.
         """
-        layer = self.layer
-        weights = layer.weights()
-        drive, state, parts = layer.drive(x, weights), self._state, []
+        layer, shard = self.layer, self._shard
+        weights = self._weights()
+        state, parts = self._state, []
+        drive = layer.drive(x, weights) if shard is None else x[None]
         for t in range(1 if active is None else len(x)):  # all at once, or one by one
             steps = slice(None) if active is None else slice(t, t + 1)
             starts = None if resets is None else resets[steps]
-            after = operations.scan(
-                layer.cell,
-                drive[:, steps],
-                weights[: len(layer.cell.matrices)],
-                state.unbind(0),
-                starts,
-                keep=False,
-                backend=self._past.scan_backend,
-            ).after
+            if shard is not None:
+                after = shard.run(layer, x[steps], weights, state, starts).after
+            else:
+                after = operations.scan(
+                    layer.cell,
+                    drive[:, steps],
+                    weights[: len(layer.cell.matrices)],
+                    state.unbind(0),
+                    starts,
+                    keep=False,
+                    backend=self._past.scan_backend,
+                ).after
             if active is not None:
                 stays = state if starts is None else state.masked_fill(starts[0, :, None], 0)
                 after = torch.where(active[t, :, None], after, stays[:, None])
@@ -582,7 +622,7 @@ class OnlineLearner(LearnerRows):
         the weight enters, its row's, as the rule has it. With "rtrl": (S, B, H, b, b, M), H heads of b units: entry
         [ν, b, h, j, p, m] is ∂c^ν_j/∂W_pm with units j and p of head h. They are the eligibility traces of the batch
         rows: ∂L_b/∂W = Σ_ν δ^ν_b ⊙_rows Γ^ν_b. Nothing is mutated; it takes the memory of a second Γ, and a pass over
-        it.
+        it. With a mesh they are of this rank's rows.
 
         Raises ValueError for "uoro" and "tbptt", which have no such numbers.
         """
@@ -632,6 +672,7 @@ class OnlineLearner(LearnerRows):
         """
         layer = self.layer
         refuse_while_compiling("row_gradients()", "call it outside of the compiled function")
+        self._refuse_sharded("row_gradients()", "traces() has this rank's rows of Γ, of which they are made")
         check.shape("credit", check.tensor("credit", credit), (self.batch_size, layer.hidden_size))
         check.like("credit", credit, "the learner", self._state)
         rows = torch.full((self.batch_size,), self._cut, device=credit.device)
@@ -674,6 +715,8 @@ class OnlineLearner(LearnerRows):
 
     def _check_input(self, x: Tensor, leading: tuple[int | str, ...]) -> None:
         refuse_hooks(self.layer)
+        if self._shard is not None:
+            refuse_while_compiling("a learner with a mesh", "call it outside of the compiled function")
         if transforms.active():
             raise RuntimeError(
                 "an OnlineLearner can't go under torch.func, whose transforms know of no state that moves on: use the "
@@ -682,7 +725,7 @@ class OnlineLearner(LearnerRows):
         if self._fixed and "parametrizations" in self.layer._modules:
             self._refuse_parametrized()
         check.shape("x", check.tensor("x", x), (*leading, self.layer.fan_in), "to match the learner")
-        weight = self.layer.weights()[0]
+        weight = self._weights()[0]
         check.like("x", x, "the layer", weight)
         check.like("the layer", weight, "the learner", self._state)
 
@@ -696,7 +739,7 @@ class OnlineLearner(LearnerRows):
                 )
 
     def _check_chunk_weights(self) -> None:
-        versions = tuple(weight._version for weight in self.layer.weights())
+        versions = tuple(weight._version for weight in self._weights())
         if self._position and self._versions is not None and versions != self._versions:
             raise ValueError(
                 f"weights changed inside a chunk, after step {self._position} of update_every="
@@ -724,7 +767,7 @@ class OnlineLearner(LearnerRows):
                 refuse_distributed(self.layer, self, lr=self._lr is not None)
                 self._within = within
             resets = self._before_steps(x, resets)
-            weights = self.layer.weights()
+            weights = self._weights()
             if self.form == "chunk" and joins and x.requires_grad and torch.is_grad_enabled():
                 made: list[tuple[PendingBackward, list[Tensor], Sequence[Tensor]]] = []
 
@@ -797,7 +840,7 @@ class OnlineLearner(LearnerRows):
         self._state = state
         if self._has_readout:
             self._input = given[-1].clone()
-        return PendingBackward(layer, past, record, self._lr), outputs, input_weights
+        return PendingBackward(layer, past, record, self._lr, self._shard), outputs, input_weights
 
     def _act_on(
         self,
@@ -849,17 +892,23 @@ class OnlineLearner(LearnerRows):
                 blocks.append(step[1])
                 state = step[0][:, -1]
             return torch.cat(each, 1), joined(blocks)
-        after, block = recorded(
-            layer.cell,
-            layer.drive(x, weights),
-            weights[: len(layer.cell.matrices)],
-            state,
-            resets,
-            x if self._reads_input else None,
-            self.learning if self.learning in rfp.RULES else "rfp",
-            None if kept is None else tuple(kept),
-            self._past.scan_backend,
-        )
+        rule = self.learning if self.learning in rfp.RULES else "rfp"
+        if self._shard is not None:
+            after, block = self._shard.recorded(
+                layer, x, weights, state, resets, rule, self._past.scan_backend
+            )
+        else:
+            after, block = recorded(
+                layer.cell,
+                layer.drive(x, weights),
+                weights[: len(layer.cell.matrices)],
+                state,
+                resets,
+                x if self._reads_input else None,
+                rule,
+                None if kept is None else tuple(kept),
+                self._past.scan_backend,
+            )
         return (after, block) if active is None else held(after, block, state, active[0], resets)
 
     def _run_compiled(self, x: Tensor, resets: Tensor | None) -> Tensor:
@@ -942,9 +991,33 @@ class OnlineLearner(LearnerRows):
         if self._watch.next <= self._past.now:
             self._look(self._past.now, self._past.now)
 
+    def settle(self) -> None:
+        """Fold into the sensitivities all steps so far, and what `reset` has marked: no window is left.
+
+        A backward() of an earlier step comes too late from here on. Mutates what is carried. Raises ValueError, with
+        nothing changed, in the middle of the `update_every` steps between two updates (`end_chunk`), and for forms and
+        rules that carry nothing to fold into.
+        """
+        refuse_while_compiling("settle()", "call it outside of the compiled function")
+        if self._position:
+            raise ValueError(
+                f"settle() can't come after step {self._position} of update_every={self.update_every}: call it, or "
+                "save, after the last, or call end_chunk() first"
+            )
+        if self._graph is not None or not isinstance(self._past.sensitivity, PerUnit | Exact):
+            raise ValueError(
+                f"settle() needs a form and rule that carry sensitivities, without cuda_graph, got form={self.form!r}, "
+                f"learning={self.learning!r}"
+            )
+        self.lend()
+
     def _checkpoint(self) -> dict[str, Any]:
         refuse_while_compiling("state_dict()", "call it outside of the compiled function")
+        if self._shard is not None:
+            self.settle()
         past = self._past.state_dict()
+        if self._shard is not None:
+            past["gamma"] = [self._shard.whole(gamma, 2) for gamma in past["gamma"]]
         if self._graph is not None:
             past.update(self._graph.unfolded())
         if self._cut:  # as it will be when the next step begins
@@ -970,6 +1043,8 @@ class OnlineLearner(LearnerRows):
     def _restore(self, state: dict[str, Any]) -> None:
         refuse_while_compiling("load_state_dict()", "call it outside of the compiled function")
         self.refuse_foreign(state)
+        if self._shard is not None:
+            state = self._shard.own_rows(state)
         self._past.load_state_dict(state)
         if self._graph is None:
             self._state = checkpoint.owned(state["state"])
@@ -985,6 +1060,7 @@ class OnlineLearner(LearnerRows):
 
     def _refuse_move(self, probe: Tensor) -> None:
         refuse_while_compiling("to()", "move the learner outside of the compiled function")
+        self._refuse_sharded("to()", "move the layer before the learner is made")
         if self._graph is not None:
             raise ValueError(
                 "an OnlineLearner with cuda_graph=True can't be moved, since its graphs read fixed memory: make a new "
@@ -1044,16 +1120,21 @@ class OnlineLearner(LearnerRows):
         return (
             f"batch_size={self.batch_size}, learning={self.learning!r}, form={self.form!r}, backend={backend!r}, "
             f"{self.nbytes:,} bytes"
+            + ("" if self._shard is None else f", rank {self._shard.rank} of {self._shard.ranks}")
         )
 
     def refuse_foreign(self, state: dict[str, Any]) -> None:
         """Raise TypeError or ValueError if `load_state_dict` could not load `state`."""
-        wanted = checkpoint.Wanted(self._checkpoint(), self._one_step, self._past.sensitivity is not None)
+        own = self._checkpoint()
+        if self._shard is not None:
+            own["gamma"], state = self._sensitivities(), self._shard.own_rows(state)
+        wanted = checkpoint.Wanted(own, self._one_step, self._past.sensitivity is not None)
         checkpoint.refuse_damaged(state, wanted)
 
     @torch.no_grad()
     def _one_step(self) -> Block:
         """A block of one step from the zero state, as `advance` records it; the learner stays as it is."""
+        assert self._shard is None  # whose checkpoints have no window
         layer = self.layer
         x = self._state.new_zeros(1, self.batch_size, layer.fan_in)
         return self._record(
@@ -1074,6 +1155,11 @@ class OnlineLearner(LearnerRows):
         from ..planning import cost  # here: `import rjepa_triton` doesn't need the cost model
 
         problem, rates = self._choice.problem, cost.rates_of(self._state.device, self._state.dtype)
+        if self._shard is not None:
+            print(
+                f"rank {self._shard.rank} of {self._shard.ranks} has {self._shard.units} of {self._shard.all_units} "
+                "units; what the ranks send isn't in the predictions (rjepa bench plan --ranks)"
+            )
         print(
             f"{type(self.layer).__name__}: N = {problem.units}, B = {problem.batch}, "
             f"{len(problem.fan_ins)} matrices, update_every = {self.update_every}, "

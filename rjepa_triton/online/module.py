@@ -92,6 +92,9 @@ class LearnerModule(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """All that a resumed learner needs, as tensors, numbers, strings and lists; tensors are shared, not copied.
 
+        With a mesh it settles first (`OnlineLearner.settle`), and Γ is in it as DTensors, of which a rank holds its
+        rows (`online.elastic`).
+
         Autograd's graphs are not kept: the resumed learner can't serve the backward() of a step that ran before. The
         layer's parameters are not in it; the arguments are for a module that holds the learner, whose state_dict() has
         the layer's parameters and, under one key, this.
@@ -105,7 +108,8 @@ class LearnerModule(nn.Module):
 
         The whole state is checked first (`checkpoint`). Raises TypeError or ValueError, with nothing changed, if it is
         damaged, or of another form, rule, rounding, batch size or layer, or of another `update_every` in the middle of
-        these steps. States of version 0.1 load. A state with the layer's parameters, as a module that holds the learner
+        these steps; with a mesh, if it has steps that aren't folded (`OnlineLearner.settle`), or rows of other ranks.
+        States of version 0.1 load. A state with the layer's parameters, as a module that holds the learner
         has it, is loaded as torch.nn.Module loads it; the arguments are torch's.
         """
         if isinstance(state, Mapping) and _EXTRA in state:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..backend import native_backend
-from ..layers.layer import TwoPointRNN
+from ..layers.layer import TwoPointRNN, local
 from .sensitivity import Sensitivity
 
 POLICIES = ("warn", "raise", "clip", "ignore")
@@ -269,7 +269,7 @@ def _of_weights(layer: TwoPointRNN) -> str:
     names = [
         matrix.name
         for matrix, weight in zip(layer.matrices, layer.weights(), strict=True)
-        if not weight.isfinite().all()
+        if not local(weight).isfinite().all()
     ]
     return f"; nor are the layer's weights {', '.join(names)} finite" if names else ""
 

@@ -188,8 +188,10 @@ def refuse_distributed(layer: TwoPointRNN, learner: nn.Module | None = None, *, 
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    for each in gc.get_objects():
-        if not issubclass(type(each), DistributedDataParallel) or not any(m is layer for m in each.modules()):
+    objects = gc.get_objects()  # hundreds of thousands, of a few thousand types
+    wrapping = {kind for kind in set(map(type, objects)) if issubclass(kind, DistributedDataParallel)}
+    for each in objects if wrapping else ():
+        if type(each) not in wrapping or not any(m is layer for m in each.modules()):
             continue
         if learner is None or not any(m is learner for m in each.modules()):
             raise ValueError(
@@ -351,8 +353,10 @@ class FormChoice:
         return "the fastest that fits in memory"
 
 
-def choose_form(layer: TwoPointRNN, options: Options) -> FormChoice:
+def choose_form(layer: TwoPointRNN, options: Options, units: int | None = None) -> FormChoice:
     """The form that `options` ask for, or the one that the cost model predicts to be fastest.
+
+    units: how many of the layer's units run here, where others run elsewhere; None: all.
 
     Raises TypeError or ValueError for `rewrite_every`, and ValueError for sensitivities that don't fit in memory.
     """
@@ -364,6 +368,8 @@ def choose_form(layer: TwoPointRNN, options: Options) -> FormChoice:
     problem = problem_of(layer, options.batch_size, options.gamma_dtype, gpu=device.type == "cuda")
     if options.backend in ("torch", "compile", "triton"):  # by name; whether it can run is checked elsewhere
         problem = replace(problem, runs=options.backend)
+    if units is not None:
+        problem = replace(problem, units=units)
     available, rates = available_bytes(device), cost.rates_of(device, dtype)
     rewrite_every = options.rewrite_every
     if rewrite_every is None:

@@ -83,6 +83,10 @@ class LearnerRows(LearnerModule):
         return rows
 
     @abstractmethod
+    def _refuse_sharded(self, what: str, instead: str) -> None:
+        """Raise ValueError if the learner has a mesh."""
+
+    @abstractmethod
     def _renew_past(self, past: dict[str, Any]) -> None:
         """Go on with another past, of the sizes that the options have now, and what `Past.state_dict` gave."""
 
@@ -100,6 +104,9 @@ class LearnerRows(LearnerModule):
     def prepare_rows(self, batch_size: int, change: ChangeRows) -> Callable[[], None]:
         """What changes the batch rows once it is called; until then nothing is. Raises as `add_rows` does."""
         refuse_while_compiling("changing batch rows", "do it outside of the compiled function")
+        self._refuse_sharded(
+            "changing batch rows", "make a learner of other batch_size of the layer as it was"
+        )
         if self._graph is not None:
             raise ValueError(
                 "an OnlineLearner with cuda_graph=True can't change its batch rows, since its graphs read fixed "

@@ -260,7 +260,7 @@ def signal(matrix: Matrix, before: Tensor, inputs: Tensor | None) -> Tensor:
         return torch.ones_like(before[0])
     if inputs is None:
         raise ValueError(f"inputs must be given: matrix {matrix.name!r} reads the layer's input")
-    return inputs
+    return inputs if matrix.columns is None else inputs[..., slice(*matrix.columns)]
 
 
 def immediates(matrices: Sequence[Matrix], lin: Linearization) -> Tensor:
