@@ -14,12 +14,12 @@ from rich.table import Table
 from ..harness.record import Record
 from ..harness.tables import bytes_text, seconds_text
 from ..peers.registry import PEERS
+from ..scaling import powers
 from ..scaling.cases import CASES
-from ..scaling.powers import slopes
 from .chart import Chart, Series
 
 # Curves of the first picture: an algorithm and how it is drawn.
-SHOWN = ("rfp-step", "rfp-dual", "bptt-autograd", "rtrl-heads", "rtrl")
+SHOWN = ("rfp-stream", "rfp-step", "rfp-dual", "bptt-autograd", "rtrl-heads", "rtrl")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _sweep(records: Sequence[Record]) -> list[Record]:
     """The sweep of N with most records: one benchmark, device, B, T and number of threads."""
     groups: dict[tuple[object, ...], list[Record]] = {}
     for r in records:
-        if r.benchmark == "scaling" and r.algorithm in SHOWN and r.status == "ok":
+        if r.benchmark == "scaling" and r.algorithm in (*SHOWN, powers.PASS):
             at = (r.device, *(r.params.get(name) for name in ("B", "T", "threads", "dtype")))
             groups.setdefault(at, []).append(r)
     return max(
@@ -79,20 +79,24 @@ def _curves(records: Sequence[Record], what: str) -> dict[str, list[tuple[float,
 
 def _is_it_n2(records: Sequence[Record]) -> Answer | None:
     mine = _sweep(records)
-    fitted = {name: slopes(mine, name, mine[0].params["B"]) for name in SHOWN} if mine else {}
-    rfp = fitted.get("rfp-step")
+    fitted = {name: powers.slopes(mine, name, mine[0].params["B"]) for name in SHOWN} if mine else {}
+    rfp, rtrl = fitted.get("rfp-step"), fitted.get("rtrl")
     if rfp is None or rfp["state"] is None:
         return None
-    rtrl = fitted["rtrl"]["state"]
     text = "Yes" if abs(rfp["state"].value - 2) < 0.05 else "Not here"
     text += f": what RFP keeps grows as N^{rfp['state'].value:.2f}"
-    text += f", what exact RTRL keeps as N^{rtrl.value:.2f}. " if rtrl else ". "
+    text += f", what exact RTRL keeps as N^{rtrl['state'].value:.2f}" if rtrl and rtrl["state"] else ""
+    text += f". The work of a step, counted: RFP's N^{rfp['flop'].value:.2f}" if rfp["flop"] else ""
+    text += f", RTRL's N^{rtrl['flop'].value:.2f}" if rfp["flop"] and rtrl and rtrl["flop"] else ""
+    text += ". "
+    levels = powers.levels(mine, "rfp-stream", mine[0].params["B"])
+    if levels:
+        told = ", ".join(f"{level.power} while Γ is in {level.name}" for level in levels)
+        text += f"A stream's time over that of a pass over as many bytes has the power {told}: 0 means N². "
     times = [(CASES[name].label, found["time"]) for name, found in fitted.items()]
-    told = [f"{label}: {s}" for label, s in times if s is not None and s.half_width < 0.5]
+    told = "; ".join(f"{label}: {s}" for label, s in times if s is not None)
     if told:
-        text += f"Powers of a step's time, with their 95 % intervals: {'; '.join(told)}."
-    elif any(s for _, s in times):
-        text += "No power of the time is known to half a unit here."
+        text += f"Powers of a step's time, caches and all, with their 95 % intervals: {told}."
     charts = []
     for what, label, words in (
         ("time", "seconds a step", seconds_text),
@@ -102,7 +106,7 @@ def _is_it_n2(records: Sequence[Record]) -> Answer | None:
             Series(CASES[name].label, points, SHOWN.index(name))
             for name, points in _curves(mine, what).items()
         ]
-        guides = {"rfp-step": 2, "rtrl": 4 if what == "time" else 3}
+        guides = {"rfp-stream": 2, "rtrl": 4 if what == "time" else 3}
         lines = {
             f"N{'²³⁴'[p - 2]}": (p, points[-1])
             for name, points in _curves(mine, what).items()
