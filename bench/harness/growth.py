@@ -27,7 +27,7 @@ SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "N⁴": lambda n: n**4,
 }
 # A power whose 95 % interval is wider than ± this says nothing, nor does a shape below this confidence.
-WIDEST, LEAST_CONFIDENCE = 0.5, 0.5
+WIDEST, LEAST_CONFIDENCE = 0.5, 0.8
 LEAST_POINTS = 5
 
 
@@ -81,7 +81,7 @@ def offset(n: Sequence[float], y: Sequence[float]) -> float:
 def shape(n: Sequence[float], y: Sequence[float], deviations: Sequence[float] | None = None) -> Shape | None:
     """The shape by which each point is predicted best from the others, as y = a + b·f(N).
 
-    None if there are fewer than `LEAST_POINTS` points, or if no shape is the best in half of the resamples. Raises
+    None if there are fewer than `LEAST_POINTS` points, or if no shape is the best in four of five resamples. Raises
     ValueError for an n or y that isn't positive.
     """
     size, value = _positive(n, y)

@@ -21,6 +21,10 @@ CROSSING = (("rtrl", "rfp-step"), ("rtrl", "bptt-autograd"), ("rfp-step", "bptt-
 # Γ is in a level of memory if it takes at most this part of it, and the inverse of that of the level before at least:
 # weights, gradients and states need a place, too.
 FILLS = 0.5
+# Within a level a pass runs at one speed: at least this part of its fastest. Of a cache that others share less is left
+# than the machine tells.
+ONE_SPEED = 0.6
+NEAR_LARGEST = 4.0  # counted powers are those of N at most this many times below the largest
 MOST_OFFSET = 0.5  # of a time that is said to grow
 
 
@@ -50,8 +54,8 @@ def slopes(records: Sequence[Record], algorithm: str, batch: int) -> dict[str, S
     """The powers of N of a case's "time" per step, "state" and "peak" bytes, and counted "flop" and "bytes".
 
     Time and peak are fitted as a + b·Nᵖ (`growth.power`), state bytes as b·Nᵖ. The power of counted work is that
-    between the two largest N: what grows more slowly is least there. The interval of the power of time includes those
-    of the medians. None where a power can't be had.
+    within a factor of 4 of the largest N: what grows more slowly is least there. The interval of the power of time
+    includes those of the medians. None where a power can't be had.
     """
     mine = of(records, algorithm, batch)
     units, times, deviations = _times(mine)
@@ -61,11 +65,9 @@ def slopes(records: Sequence[Record], algorithm: str, batch: int) -> dict[str, S
         fit = slope if what == "state" else growth.power
         fitted[what] = fit(list(known), list(known.values()))
     for what in ("flop", "bytes"):
-        counted = [(r.params["N"], r.payload[what]) for r in mine if r.payload.get(what)]
-        fitted[what] = None
-        if len(counted) >= 2:
-            (a, low), (b, high) = counted[-2:]
-            fitted[what] = Slope(math.log(high / low) / math.log(b / a), 0.0, 2, a)
+        counted = {r.params["N"]: r.payload[what] for r in mine if r.payload.get(what)}
+        largest = [n for n in counted if n >= max(counted) / NEAR_LARGEST]
+        fitted[what] = slope(largest, [counted[n] for n in largest])
     return fitted
 
 
@@ -76,7 +78,7 @@ def shape(records: Sequence[Record], algorithm: str, batch: int) -> Shape | None
     """
     over = _over_pass(records, algorithm, batch) if algorithm in CARRYING else None
     if over is not None:
-        units, ratios, deviations = over
+        units, ratios, deviations, _ = over
         return growth.shape(units, [n**2 * ratio for n, ratio in zip(units, ratios, strict=True)], deviations)
     return growth.shape(*_times(of(records, algorithm, batch)))
 
@@ -91,14 +93,16 @@ def levels(records: Sequence[Record], algorithm: str, batch: int) -> list[Level]
     if over is None:
         return []
     by_size = {r.params["N"]: r for r in of(records, PASS, batch)}
-    found: dict[str, list[tuple[int, float, float]]] = {}
-    for n, ratio, known in zip(*over, strict=True):
+    found: dict[str, list[tuple[int, float, float, float]]] = {}
+    for n, ratio, known, seconds in zip(*over, strict=True):
         name = _level(by_size[n])
         if name is not None:
-            found.setdefault(name, []).append((n, ratio, known))
+            found.setdefault(name, []).append((n, ratio, known, n**2 / seconds))
     out = []
     for name, points in found.items():
-        units, ratios, deviations = (list(column) for column in zip(*points, strict=True))
+        fastest = max(speed for *_, speed in points)
+        kept = [point[:3] for point in points if point[3] >= ONE_SPEED * fastest]
+        units, ratios, deviations = (list(column) for column in zip(*kept, strict=True))
         fitted = slope(units, ratios, deviations=deviations)
         if fitted is not None:
             out.append(Level(name, units, float(np.median(ratios)), fitted))
@@ -147,8 +151,11 @@ def _deviation(timing: Timing) -> float:
 
 def _over_pass(
     records: Sequence[Record], algorithm: str, batch: int
-) -> tuple[list[int], list[float], list[float]] | None:
-    """N, time over that of a pass, and the standard deviation of its logarithm; None if there was no pass."""
+) -> tuple[list[int], list[float], list[float], list[float]] | None:
+    """N, time over that of a pass, the standard deviation of its logarithm, and the pass's seconds, offsets taken off.
+
+    None if there was no pass.
+    """
     passes = of(records, PASS, batch)
     if not passes:
         return None
@@ -168,7 +175,8 @@ def _over_pass(
     steps, floor = curves
     units = [n for n in steps if n in floor]
     ratios = [steps[n][0] / floor[n][0] for n in units]
-    return units, ratios, [math.hypot(steps[n][1], floor[n][1]) for n in units]
+    deviations = [math.hypot(steps[n][1], floor[n][1]) for n in units]
+    return units, ratios, deviations, [floor[n][0] for n in units]
 
 
 def _level(made: Record, fills: float = FILLS) -> str | None:

@@ -50,7 +50,7 @@ __all__ = [
 
 FILE = "scaling.jsonl"
 # The default N by B: many at B = 1, to show slopes; a few at B = 8, to show ratios if a batch shares each product.
-DEFAULT_HIDDEN = (16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
+DEFAULT_HIDDEN = (16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 1792, 2048)
 DEFAULT_BATCHES = {1: DEFAULT_HIDDEN, 8: (64, 256, 512)}
 # How often a case runs before it is timed: for the first time, for its check, and for its peak.
 RUNS_BEFORE = 3

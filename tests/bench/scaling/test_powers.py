@@ -60,10 +60,10 @@ def test_levels_need_passes_caches_and_points() -> None:
     assert powers.levels(few, "rfp-stream", 1) == []
 
 
-def test_counted_powers_are_of_the_two_largest() -> None:
+def test_counted_powers_are_of_the_largest() -> None:
     records = [
         made("rtrl", n, None, payload={"flop": n**4 + 1e4 * n**3, "bytes": float(n**3)})
-        for n in (8, 4096, 8192)
+        for n in (8, 4096, 6144, 8192)
     ]
     found = powers.slopes(records, "rtrl", 1)
     assert found["bytes"] is not None
@@ -71,7 +71,7 @@ def test_counted_powers_are_of_the_two_largest() -> None:
     assert found["flop"] is not None
     assert 3 < found["flop"].value < 4
     assert found["flop"].first == 4096
-    assert powers.slopes(records[:1], "rtrl", 1)["flop"] is None
+    assert powers.slopes(records[:3], "rtrl", 1)["flop"] is None
 
 
 def test_crossings_have_intervals() -> None:
