@@ -282,3 +282,14 @@ def test_user_errors_exit_2(arguments: list[str], says: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert says in " ".join(result.output.split())
+
+
+def test_records_of_a_slower_machine_say_nothing_of_the_model() -> None:
+    """Of the same name, and with yardsticks of a fifth of the speed that the device's rates are of."""
+    made = next(
+        r for r in record.load(RESULTS / "scaling-cpu.jsonl") if r.timing and r.algorithm == "rfp-step"
+    )
+    assert made.timing is not None
+    assert len(plan.against([made])) == 1
+    slower = {"copy": [5 * seconds for seconds in made.timing.yardsticks["copy"]]}
+    assert plan.against([replace(made, timing=replace(made.timing, yardsticks=slower))]) == []
