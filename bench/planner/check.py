@@ -173,7 +173,7 @@ def check_table(checked: Sequence[Checked]) -> Table:
     A last row for each device sums up all algorithms but the copy.
     """
     out = Table(
-        title="the model against records: median |predicted / measured - 1| (number of records), without slower machines'"
+        title="the model against records: median |predicted / measured - 1| (records), slower machines left out"
     )
     headings = (
         "device",
