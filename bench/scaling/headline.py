@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from ..harness.record import Record, latest
 from ..harness.style import DASHED, SOLID, STYLE, Look, save, unmixed, where
@@ -28,11 +29,12 @@ class Curve:
 
 
 CURVES = (
-    Curve("rtrl", "RTRL, exact", Look("#000000", "*", SOLID), 4, 3),
+    Curve("rtrl", "exact RTRL", Look("#000000", "*", SOLID), 4, 3),
     Curve("rfp-stream", "RFP", Look("#0072B2", "o", SOLID), 2, 2),
     Curve("bptt", "BPTT", Look("#D55E00", "^", DASHED), None, None),
 )
 GUIDES = {2: "N²", 3: "N³", 4: "N⁴"}
+GUIDE = (0, (1.5, 1.5))
 LARGE = 1024  # N at which memory, and the times of RFP and BPTT, are compared
 GROWN = (
     4.0  # a guide starts where its curve is so many times its least value: on the left of it, calls cost most
@@ -52,8 +54,8 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
             f"the picture needs times of {', '.join(c.name for c in CURVES)}; missing: {', '.join(untimed)}"
         )
     with plt.rc_context({**STYLE, "font.size": 12}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.6))
-        figure.subplots_adjust(left=0.085, right=0.955, bottom=0.29, top=0.9, wspace=0.33)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.8))
+        figure.subplots_adjust(left=0.085, right=0.955, bottom=0.29, top=0.865, wspace=0.33)
         for curve in CURVES:
             measured = _timed(records, curve)
             predicted = _known(records, curve, "predicted_seconds", measured)
@@ -61,14 +63,15 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
             measured = _known(records, curve, "peak_bytes", {})
             predicted = _known(records, curve, "predicted_peak_bytes", measured)
             _line(right, curve, measured, predicted, curve.memory)
-        _finish(left, "seconds a step", "time")
+        _finish(left, "seconds a time step", "time")
         _finish(right, "bytes at the peak", "memory")
         left.legend(loc="upper left", frameon=False, handlelength=2.4)
+        right.legend(handles=_marks(), loc="upper left", frameon=False, handlelength=2.4, fontsize=10.5)
         figure.text(0.02, 0.02, "\n".join(numbers(records)), fontsize=12, va="bottom", linespacing=1.5)
         p = records[0].params
         figure.suptitle(
-            f"One training step of a recurrent layer of N units ({where(records)}; B = {p['B']}, "
-            f"BPTT over {p['T']} steps)",
+            f"Learning of a recurrent layer of N units, {where(records)}, B = {p['B']}: Recurrent Forward Propagation "
+            f"(RFP)\nand exact RTRL at every time step, BPTT over {p['T']} steps",
             fontsize=11.5,
         )
         return save(figure, Path(path))
@@ -89,19 +92,19 @@ def numbers(records: Sequence[Record]) -> list[str]:
         out.append(f"N = {n}: a step of exact RTRL takes {rtrl[n] / rfp[n]:,.0f} times as long as RFP's.")
     memory = [
         {**_known(records, curve, "predicted_peak_bytes", {}), **_known(records, curve, "peak_bytes", {})}
-        for curve in CURVES[:2]
+        for curve in CURVES
     ]
     at = [n for n in memory[0].keys() & memory[1].keys() if n <= LARGE]
     if at:
         n = max(at)
         would = "would need" if n not in _known(records, CURVES[0], "peak_bytes", {}) else "needs"
         out.append(f"N = {n}: RTRL {would} {bytes_text(memory[0][n])}, RFP {bytes_text(memory[1][n])}.")
-    both = [n for n in rfp.keys() & bptt.keys() if n <= LARGE]
+    both = [n for n in rfp.keys() & bptt.keys() & memory[1].keys() & memory[2].keys() if n <= LARGE]
     if both:
-        n = max(both)
+        n, steps = max(both), records[0].params["T"]
         out.append(
-            f"N = {n}: RFP's step takes {rfp[n] / bptt[n]:.1f} times as long as BPTT's. It learns at every step, and "
-            "keeps no history."
+            f"N = {n}: RFP takes {rfp[n] / bptt[n]:.1f} times as long as BPTT and {memory[1][n] / memory[2][n]:.1f} "
+            f"times its memory over {steps} steps, which grows with them."
         )
     return out
 
@@ -139,11 +142,21 @@ def _line(
     start = min((n for n, y in measured.items() if y >= GROWN * least), default=max(measured))
     ends = [start, max(whole)]
     along = [measured[start] * (n / start) ** power for n in ends]
-    axes.plot(ends, along, color="0.55", linestyle=(0, (4, 3)), linewidth=1.3, zorder=0.5)
+    axes.plot(ends, along, color="0.55", linestyle=GUIDE, linewidth=1.3, zorder=0.5)
     axes.annotate(
         GUIDES[power], (ends[-1], along[-1]), xytext=(5, 0), textcoords="offset points", va="center", color="0.3",
         annotation_clip=False,
     )  # fmt: skip
+
+
+def _marks() -> list[Line2D]:
+    """Entries of a legend that say what isn't a measured curve."""
+    guide = Line2D([], [], color="0.55", linestyle=GUIDE, linewidth=1.3, label="a power of N")
+    hollow = Line2D(
+        [], [], linestyle="none", marker="*", markersize=7, markerfacecolor="white", markeredgecolor="black",
+        label="predicted, not run",
+    )  # fmt: skip
+    return [guide, hollow]
 
 
 def _finish(axes: Axes, y_label: str, title: str) -> None:
