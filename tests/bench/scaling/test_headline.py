@@ -37,7 +37,9 @@ def test_the_numbers_are_the_records() -> None:
     rtrl, memory, bptt = headline.numbers(records())
     assert rtrl == "N = 256: a step of exact RTRL takes 65,536 times as long as RFP's."
     assert memory == "N = 1024: RTRL would need 68.7 GB, RFP 83.9 MB."
-    assert bptt.startswith("N = 1024: RFP takes 2.0 times as long as BPTT and 4.0 times its memory over 50 steps")
+    assert bptt.startswith(
+        "N = 1024: RFP takes 2.0 times as long as BPTT and 4.0 times its memory over 50 steps"
+    )
 
 
 def test_it_is_written_and_comes_first(tmp_path: Path) -> None:
