@@ -161,7 +161,7 @@ class RfpStream(Case):
 
     A readout of one output passes the gradient on: δ(t) = W_out ∂L/∂o(t). The learning rate is 0, so that each call
     meets the same weights; the arithmetic is the same. For its check the optimizer steps once a run, at rate 1, and
-    the change of the weights is the gradient.
+    the change of the weights is the gradient, which `run()` gives then alone.
     """
 
     name, label = "rfp-stream", "RFP, a stream in one call"
@@ -171,6 +171,7 @@ class RfpStream(Case):
 
     def __init__(self, problem: Problem, *, check: bool = False) -> None:
         steps, batch, units = problem.x.shape
+        self.check = check
         again = 1 if check else self._again(units, batch, steps)
         self.covers = again * steps
         self.x = problem.x.repeat(again, 1, 1)
@@ -203,9 +204,9 @@ class RfpStream(Case):
         return self.stream.why
 
     def run(self) -> Sequence[Tensor]:
-        before = [weight.detach().clone() for weight in self.weights]
+        before = [weight.detach().clone() for weight in self.weights] if self.check else []
         self.stream.run(self.x, self.target)
-        return [old - new.detach() for old, new in zip(before, self.weights, strict=True)]
+        return [old - new.detach() for old, new in zip(before, self.weights, strict=False)]
 
     @staticmethod
     def state_bytes(size: Size) -> int:
@@ -214,7 +215,7 @@ class RfpStream(Case):
     @classmethod
     def peak_bytes(cls, size: Size) -> int:
         # Γ; copies of the weights, and with one row also of Γ, transposed; x, as it is given and as it is laid out
-        again, copies = cls._again(size.units, size.batch, size.steps), 9 if size.batch == 1 else 3
+        again, copies = cls._again(size.units, size.batch, size.steps), 7 if size.batch == 1 else 1
         return gamma_bytes(size) + copies * gradient_bytes(size) + 2 * again * sequence_bytes(size, 1)
 
     @staticmethod
