@@ -168,7 +168,7 @@ class Side:
             _processes.run(["callgrind_control", *words, process])
         files = self.out.parent.glob(f"{self.out.name}.*")
         last = max(files, key=lambda file: int(file.suffix[1:]))
-        return float(re.findall(r"^totals: (\d+)", last.read_text(), re.MULTILINE)[-1])
+        return float(re.findall(r"^totals: (\d+)", last.read_text(encoding="utf-8"), re.MULTILINE)[-1])
 
 
 def run(

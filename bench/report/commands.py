@@ -140,7 +140,7 @@ def report_command(
     files = page.write(records or [options.OUT], options.OUT / "report" if out is None else out)
     for written in files:
         typer.echo(written)
-    if show_page and not webbrowser.open(files[0].resolve().as_uri()):
+    if show_page and not webbrowser.open_new_tab(files[0].resolve().as_uri()):
         typer.echo(f"no browser could be started: open {files[0]} in one", err=True)
 
 

@@ -44,8 +44,8 @@ def test_an_unknown_command_exits_2(
     ("line", "says"),
     [
         ("scaling --speed 9", "No such option"),
-        ("scaling --algorithms rfp-dual,magic", "algorithms must be one of 'rfp-step'"),
-        ("scaling --algorithms ''", "algorithms must name at least one of rfp-step"),
+        ("scaling --algorithms rfp-dual,magic", "algorithms must be one of 'rfp-stream'"),
+        ("scaling --algorithms ''", "algorithms must name at least one of rfp-stream"),
         ("scaling --dtype int8", "dtype must be one of 'float32', 'float64', got 'int8'"),
         ("scaling --input film", "input must be one of 'photo', 'noise', got 'film'"),
         ("scaling --backend magic", "backend must be one of"),

@@ -164,7 +164,7 @@ def test_a_chart_puts_curves_and_guides_where_they_belong() -> None:
 
 def test_the_page_opens_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", lambda url: bool(opened.append(url)))
+    monkeypatch.setattr(webbrowser, "open_new_tab", lambda url: bool(opened.append(url)))
     arguments = ["report", str(RESULTS / "heads-cpu.jsonl"), "--out", str(tmp_path), "--open"]
     result = CliRunner().invoke(bench, arguments)
     assert result.exit_code == 0, result.output
