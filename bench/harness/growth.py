@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
-from .statistics import Slope
+from .statistics import NORMAL_95, Slope, t_quantile
 
 RESAMPLES = 400
 POWERS = np.arange(0.5, 5.0001, 0.02)
@@ -57,7 +56,7 @@ def power(n: Sequence[float], y: Sequence[float], deviations: Sequence[float] | 
     size, value = _positive(n, y)
     if len(size) < LEAST_POINTS:
         return None
-    columns = np.stack([(size / size.max()) ** p for p in POWERS])
+    columns = _powers(size)
     (best,), fitted = _best(columns, value[None])
     drawn = _resampled(fitted[0], value, deviations, freedom=3)
     found = POWERS[_best(columns, drawn)[0]]
@@ -72,7 +71,7 @@ def offset(n: Sequence[float], y: Sequence[float]) -> float:
     size, value = _positive(n, y)
     if len(size) < 4:
         return 0.0
-    columns = np.stack([(size / size.max()) ** p for p in POWERS])
+    columns = _powers(size)
     (best,), _ = _best(columns, value[None])
     a, _ = _fit(columns[best : best + 1], value[None], np.ones(len(value), dtype=bool))
     return float(a[0, 0])
@@ -104,6 +103,11 @@ def _positive(n: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.nd
     if (size <= 0).any() or (value <= 0).any():
         raise ValueError("n and y must be positive to be fitted")
     return size, value
+
+
+def _powers(size: np.ndarray) -> np.ndarray:
+    """Nᵖ of every power, (POWERS, P), the largest of each 1."""
+    return (size / size.max()) ** POWERS[:, None]
 
 
 def _fit(columns: np.ndarray, values: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +156,7 @@ def _resampled(
     """Values (RESAMPLES, P) drawn around the fitted ones; freedom: how many numbers were fitted."""
     left = len(values) - freedom
     scatter = math.sqrt(float(((values / fitted - 1) ** 2).sum()) / left)
-    scatter *= stats.t.ppf(0.975, left) / stats.norm.ppf(0.975)  # it is known from so few points
+    scatter *= t_quantile(left) / NORMAL_95  # it is known from so few points
     known = np.zeros(len(values)) if deviations is None else np.asarray(deviations, dtype=np.float64)
     drawn = np.random.default_rng(0).standard_normal((RESAMPLES, len(values)))
     return fitted * np.exp(np.hypot(scatter, known) * drawn)

@@ -39,6 +39,7 @@ LEAST_ROUNDS = 7  # with fewer samples, one that is disturbed widens the interva
 LEAST_OF_A_PASS = 5  # the same for each of several passes
 MOST_ROUNDS = 40
 GAUGE_SAMPLES = 4  # samples of each yardstick, each time that they are due
+COPIED = 1 << 22  # numbers of float32 that the yardstick "copy" copies on a CPU
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -146,7 +147,7 @@ def yardsticks(device: torch.device) -> dict[str, Callable[[], object]]:
     large = device.type == "cuda"
     small = torch.zeros(16, device=device)
     a = torch.full((4096, 4096) if large else (512, 512), 1e-3, device=device)
-    source = torch.ones(1 << (28 if large else 22), device=device)
+    source = torch.ones(1 << 28 if large else COPIED, device=device)
     product, target = torch.empty_like(a), torch.empty_like(source)
     matrix, vector = torch.full((1448, 1448), 1e-3, device=device), torch.ones(1448, device=device)
     read = torch.empty_like(vector)
@@ -314,7 +315,10 @@ def cache_levels(device: torch.device, threads: int = 1) -> dict[str, int]:
         return {"L2": int(torch.cuda.get_device_properties(device).L2_cache_size)}
     found: dict[str, int] = {}
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        about = {file: (folder / file).read_text(encoding="utf-8").strip() for file in _ABOUT_CACHE}
+        files = [folder / name for name in _ABOUT_CACHE]
+        if not all(file.is_file() for file in files):
+            continue
+        about = {file.name: file.read_text(encoding="utf-8").strip() for file in files}
         size = about["size"]
         if about["type"] == "Instruction" or size[-1:] not in ("K", "M") or not size[:-1].isdigit():
             continue

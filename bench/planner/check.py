@@ -16,6 +16,7 @@ from ...backend import operations
 from ...layers import parallel
 from ...planning import cost, devices
 from ...planning.cost import Phase, Work
+from ..harness import measure
 from ..harness.record import Record
 from ..scaling import cases
 from ..scaling.forward import CELLS as FORWARD_CELLS
@@ -103,14 +104,13 @@ def _predict_forward(made: Record) -> tuple[float, None] | None:
 # A machine of the same name may be slower, or busy. A record whose yardsticks show less than this part of the rate at
 # which the device copies says nothing of the model, and is left out.
 LEAST_RATE = 0.5
-YARDSTICK_BYTES = 2 * 4 * (1 << 22)  # read and written by one copy of `measure.yardsticks` on a CPU
 
 
 def _as_fast_as_told(made: Record) -> bool:
     copies = made.timing.yardsticks.get("copy") if made.timing else None
     if not copies or made.params["device"] != "cpu":
         return True
-    rate = YARDSTICK_BYTES / statistics.median(copies)
+    rate = 2 * 4 * measure.COPIED / statistics.median(copies)  # read and written
     return rate >= LEAST_RATE * devices.find(made.device, "cpu").rate("copy")
 
 

@@ -204,9 +204,12 @@ class RfpStream(Case):
         return self.stream.why
 
     def run(self) -> Sequence[Tensor]:
-        before = [weight.detach().clone() for weight in self.weights] if self.check else []
+        if not self.check:
+            self.stream.run(self.x, self.target)
+            return []
+        before = [weight.detach().clone() for weight in self.weights]
         self.stream.run(self.x, self.target)
-        return [old - new.detach() for old, new in zip(before, self.weights, strict=False)]
+        return [old - new.detach() for old, new in zip(before, self.weights, strict=True)]
 
     @staticmethod
     def state_bytes(size: Size) -> int:

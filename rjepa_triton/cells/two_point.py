@@ -350,23 +350,25 @@ class Products:
         order = sorted(range(len(weights)), key=sources.__getitem__)
         self.products = like.new_empty(like.shape[0], len(weights), like.shape[1])
         at = dict(zip(order, self.products.unbind(1), strict=True))
-        self.joined: list[tuple[int, Tensor, Tensor]] = []  # state read, weights, where the product goes
-        self.single: list[tuple[int, Tensor, Tensor]] = []
+        self.dense: list[tuple[int, Tensor, Tensor]] = []  # state read, weights, where the product goes
+        self.others: list[tuple[int, Tensor, Tensor]] = []
         first = 0
         for source in sorted(set(sources)):
-            readers = [weights[k] for k in order if sources[k] == source]
-            if join and all(weight.dim() == 2 for weight in readers):
-                to = self.products[:, first : first + len(readers)].flatten(1)
-                self.joined.append((source, torch.cat(readers).t(), to))
+            own = [k for k in order if sources[k] == source]
+            if not all(weights[k].dim() == 2 for k in own):
+                self.others += [(source, weights[k], at[k]) for k in own]
+            elif join:
+                to = self.products[:, first : first + len(own)].flatten(1)
+                self.dense.append((source, torch.cat([weights[k] for k in own]).t(), to))
             else:
-                self.single += [(source, weights[k], at[k]) for k in order if sources[k] == source]
-            first += len(readers)
+                self.dense += [(source, weights[k].t(), at[k]) for k in own]
+            first += len(own)
         self.all: tuple[Tensor, Tensor] | None = None
-        count = len(self.joined)
-        even = len({weight.shape for _, weight, _ in self.joined}) == 1 and not self.single
-        if count > 1 and even and [source for source, _, _ in self.joined] == list(range(count)):
+        count = len(self.dense)
+        even = len({weight.shape for _, weight, _ in self.dense}) == 1 and not self.others
+        if join and count > 1 and even and [source for source, _, _ in self.dense] == list(range(count)):
             to = self.products.unflatten(1, (count, -1)).flatten(2).transpose(0, 1)
-            self.all = torch.stack([weight for _, weight, _ in self.joined]), to
+            self.all = torch.stack([weight for _, weight, _ in self.dense]), to
         zero = torch.zeros_like(like)
         entering: list[list[Tensor]] = [[] for _ in cell.gates]
         for k, matrix in enumerate(cell.matrices):
@@ -379,13 +381,10 @@ class Products:
             weights, to = self.all
             torch.bmm(before[: len(weights)], weights, out=to)
             return
-        for source, weight, to in self.joined:
+        for source, weight, to in self.dense:
             torch.mm(before[source], weight, out=to)
-        for source, weight, to in self.single:
-            if weight.dim() == 2:
-                torch.mm(before[source], weight.t(), out=to)
-            else:
-                to.copy_(weight_ops.multiply(weight, before[source]))
+        for source, weight, to in self.others:
+            to.copy_(weight_ops.multiply(weight, before[source]))
 
     def pre_activations(self) -> list[Tensor]:
         """p^g = Σ_{k into g} W^k y^k, (B, N) each; a view of the products where one matrix enters the gate."""
