@@ -254,6 +254,8 @@ def _read_table(
         body.seek(0)
         try:
             arrow = pyarrow.parquet.read_table(body)
+            arrow.validate(full=True)  # which text that isn't UTF-8 and broken columns would pass otherwise
+            arrow.column_names  # noqa: B018 - decodes them
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FixationError(f"{table}: not a parquet file that can be read: {error}") from error
     return arrow, np.arange(1, arrow.num_rows + 1), []

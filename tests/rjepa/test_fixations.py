@@ -58,6 +58,33 @@ def test_parquet_is_read_as_the_csv_is(tmp_path: Path) -> None:
     assert other.row.tolist() == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("what", ["name", "value", "both", "value of a column that isn't read"])
+def test_text_in_parquet_that_is_not_utf_8(tmp_path: Path, what: str) -> None:
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    arrow = pyarrow.csv.read_csv(write(tmp_path, GOOD))
+    if what != "name":
+        at = arrow.column_names.index("movie")
+        wrong = pa.array([b"m\xb2"] * len(arrow)).cast(pa.string(), safe=False)
+        arrow = (
+            arrow.append_column("note", wrong)
+            if "isn't read" in what
+            else arrow.set_column(at, "movie", wrong)
+        )
+    file = tmp_path / "fix.parquet"
+    pyarrow.parquet.write_table(arrow, file, compression="none")
+    if what in ("name", "both"):
+        file.write_bytes(
+            file.read_bytes().replace(b"duration", b"durat\xb2on").replace(b"offset", b"off\xb2et")
+        )
+    with pytest.raises(
+        FixationError, match=r"fix\.parquet: not a parquet file that can be read: .*[uU][tT][fF]"
+    ):
+        fixations.read(file, tmp_path / "fix.csv.yaml", policy="skip")
+
+
 # What is wrong with the file as a whole: how to make it, and what is said.
 FILES: dict[str, Callable[[Path], Path]] = {
     r"fix\.csv: no column 'y'; there are participant, movie, onset, duration, x": lambda p: write(
