@@ -76,6 +76,9 @@ def _methods() -> dict[str, Method]:
     for r in (1, 2, 4):
         found[f"refine-{r}"] = Method(f"RFP, {r} round{'s' * (r > 1)}", "refined", f"r={r}", refine=r)
     found["refine-exact"] = Method("RFP, refined to the end", "refined", "to the end", refine="exact")
+    for b in (2, 4, 8, 16):
+        options = {"learning": "rtrl", "block": b}
+        found[f"block-{b}"] = Method(f"RTRL in blocks of {b}", "blocks", f"b={b}", options)
     found["rtrl"] = Method("RTRL", "exact", "RTRL", {"learning": "rtrl"})
     found["bptt"] = Method("BPTT", "exact", "BPTT", learning="bptt")
     found["heads"] = Method(

@@ -23,6 +23,7 @@ LOOKS = {
     "TBPTT": Look("#E69F00", "^"),
     "carry": Look("#009E73", "s"),
     "refined": Look("#CC79A7", "D"),
+    "blocks": Look("#D55E00", "X"),
     "exact": Look("#000000", "*"),
     "other network": Look("#56B4E9", "P"),
 }

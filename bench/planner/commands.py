@@ -46,6 +46,9 @@ def plan_command(
         int | None, typer.Option(help="Blocks of the recurrent weights; dense if left out.")
     ] = None,
     population: Annotated[int, typer.Option(help="P, independent networks of one Stream.")] = 1,
+    block: Annotated[
+        int | None, typer.Option(help="b, units of a block: RTRL within blocks is predicted too.")
+    ] = None,
     save: Annotated[
         Path | None,
         typer.Option(help="Write the device's profile, or with --check the errors, to this JSON file."),
@@ -84,6 +87,7 @@ def plan_command(
         exact,
         heads,
         population,
+        block,
     )
     chosen = plan.device_of(device)
     if save is not None:

@@ -6,6 +6,7 @@ the benchmark has beside: the dual form, BPTT by hand and by autograd, truncated
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -32,11 +33,13 @@ LEARNING = {
     "bptt-autograd": "bptt",
     "rtrl": "rtrl",
     "rtrl-heads": "rtrl",
+    "rtrl-block": "rtrl",
     "stream": "rfp",
 }
 # The online learner's forms of RFP, as algorithms; and the algorithms that need a whole sequence.
 FORMS = {"step": "rfp-step", "lazy": "rfp-lazy", "chunk": "rfp-chunk", "history": "rfp-history"}
 SEQUENCE = ("rfp-dual", "bptt", "bptt-autograd")
+RTRL = ("rtrl", "rtrl-heads", "rtrl-block")
 # Arrays of T·B·N numbers that a backward pass holds at once, beside those kept by the forward pass.
 BACKWARD_ARRAYS = 12
 # Arrays of that size that the dual form's backward pass touches; where they are large it goes by windows of time.
@@ -60,7 +63,7 @@ class Model:
     """The cost of every algorithm for one layer and its sizes, on one kind of device.
 
     problem: N, B and what is counted of the layer. steps T, None for a stream; chunk C; rewrite_every: steps after
-    which "rfp-lazy" rewrites Γ. gpu: whether the device is one.
+    which "rfp-lazy" rewrites Γ. gpu: whether the device is one. block: the units of a block of "rtrl-block".
     """
 
     def __init__(
@@ -73,8 +76,9 @@ class Model:
         *,
         gpu: bool,
         population: int = 1,
+        block: int | None = None,
     ) -> None:
-        self.population = population
+        self.population, self.block = population, block
         self.layer, self.problem, self.steps, self.gpu = layer, problem, steps, gpu
         self.chunk = chunk if steps is None else min(chunk, steps)
         self.rewrite_every = rewrite_every
@@ -175,8 +179,8 @@ class Model:
             Phase("gradient", outer, self._touched(self.chunk) + self.weight_bytes),
         ]
 
-    def _rtrl(self) -> list[Phase]:
-        problem, head = self.problem, self._head()
+    def _rtrl(self, algorithm: str) -> list[Phase]:
+        problem, head = self.problem, self._head(algorithm)
         gamma = float(problem.states * head * problem.batch * problem.weight_bytes)
         blocks = problem.batch * problem.units // head
         counted = problem.calls.rtrl if head == problem.units else problem.calls.rtrl_heads
@@ -205,7 +209,7 @@ class Model:
     def phases(self, algorithm: str) -> list[Phase]:
         """The phases of one time step of an algorithm, as `bench.scaling.cases` and `OnlineLearner` run it.
 
-        "rtrl" and "rtrl-heads" have the heads of the model's own layer.
+        "rtrl" and "rtrl-heads" have the heads of the model's own layer; "rtrl-block" has the model's blocks.
         """
         forms = {name: form for form, name in FORMS.items()}
         if algorithm in forms:
@@ -218,13 +222,14 @@ class Model:
             "bptt-autograd": self._eager,
             "tbptt": self._tbptt,
             "stream": self._stream,
-            "rtrl": self._rtrl,
-            "rtrl-heads": self._rtrl,
+            **{name: functools.partial(self._rtrl, name) for name in RTRL},
         }
         return made[algorithm]()
 
-    def _head(self) -> int:
-        return self.problem.units // (self.layer.heads or 1)
+    def _head(self, algorithm: str) -> int:
+        """The units among which RTRL's sensitivities are dense."""
+        head = self.problem.units // (self.layer.heads or 1)
+        return self.block or head if algorithm == "rtrl-block" else head
 
     # --- bytes ---
 
@@ -242,8 +247,8 @@ class Model:
             return problem.grown_bytes(self._length()) + own
         if algorithm == "tbptt":
             return own
-        if algorithm in ("rtrl", "rtrl-heads"):
-            return problem.states * self._head() * problem.batch * problem.weight_bytes + own
+        if algorithm in RTRL:
+            return problem.states * self._head(algorithm) * problem.batch * problem.weight_bytes + own
         cell = self.layer.cell
         kept = (
             problem.calls.eager_kept if algorithm == "bptt-autograd" else len(cell.states) + len(cell.gates)
@@ -257,8 +262,8 @@ class Model:
         if algorithm in SEQUENCE:
             arrays = BACKWARD_ARRAYS * self._length() * problem.batch * problem.units * problem.item
             return state + arrays + w
-        if algorithm in ("rtrl", "rtrl-heads"):
-            head = self._head()
+        if algorithm in RTRL:
+            head = self._head(algorithm)
             blocks = problem.batch * problem.units // head
             gamma = state - problem.layer_state_bytes
             jacobian = problem.batch * problem.units * head * problem.states**2 * problem.item
@@ -290,5 +295,12 @@ def model_of(
     problem = counting.problem(layer, batch, question.kept_in, gpu=gpu)
     every = cost.rewrite_every(problem, rates)
     return Model(
-        layer, problem, question.steps, question.chunk, every, gpu=gpu, population=question.population
+        layer,
+        problem,
+        question.steps,
+        question.chunk,
+        every,
+        gpu=gpu,
+        population=question.population,
+        block=question.block,
     )

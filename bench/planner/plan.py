@@ -169,6 +169,8 @@ def predictions(question: Question, device: Device, batch: int | None = None) ->
         models.pop("bptt-autograd", None)
     if any(weight.dim() > 1 for weight in model.layer.recurrent_weights()):
         models["rtrl"] = model
+        if question.block is not None:
+            models["rtrl-block"] = model
         if question.heads is None and 1 < cases.head_size(question.hidden) < question.hidden:
             models["rtrl-heads"] = _model(question, device, rows, "rtrl-heads")
     if question.population > 1:
@@ -177,7 +179,8 @@ def predictions(question: Question, device: Device, batch: int | None = None) ->
     found = []
     for name, of in models.items():
         weights = list(of.layer.recurrent_weights())
-        told = exactness(of.layer.cell, weights, LEARNING[name])
+        block = question.block if name == "rtrl-block" else None
+        told = exactness(of.layer.cell, weights, LEARNING[name], block=block)
         phases = of.phases(name)
         found.append(
             Predicted(
@@ -250,6 +253,7 @@ USE = {
     "bptt-autograd": "a Python loop under autograd",
     "stream": "Stream(layer, readout, B).run(x, target)",
     "rtrl": 'OnlineLearner(layer, B, learning="rtrl")',
+    "rtrl-block": 'OnlineLearner(layer, B, learning="rtrl", block=b)',
     "rtrl-heads": 'a layer with heads, and OnlineLearner(layer, B, learning="rtrl")',
 }
 
@@ -367,7 +371,11 @@ def table(question: Question, device: Device, found: Sequence[Predicted]) -> Tab
         out.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right", no_wrap=True)
     for one in found:
         whole = "" if question.steps is None else seconds_text(one.seconds * question.steps)
-        kind = "exact" if one.exact else {"tbptt": "truncated"}.get(one.algorithm, "RFP")
+        kind = (
+            "exact"
+            if one.exact
+            else {"tbptt": "truncated", "rtrl-block": "in blocks"}.get(one.algorithm, "RFP")
+        )
         out.add_row(
             one.algorithm + (" (another network)" if one.other_network else ""),
             kind,

@@ -42,6 +42,7 @@ class Question:
     exact                  whether only ways with an exact gradient will do
     heads                  blocks of the recurrent weights; None: dense
     population             P, independent networks of one `Stream`
+    block                  b, units of a block within which RTRL is predicted too; None: not
 
     Raises ValueError or TypeError naming the argument.
     """
@@ -58,9 +59,10 @@ class Question:
     exact: bool = False
     heads: int | None = None
     population: int = 1
+    block: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "batch", "chunk", "steps", "input_size", "heads", "population"):
+        for name in ("hidden", "batch", "chunk", "steps", "input_size", "heads", "population", "block"):
             value = getattr(self, name)
             if value is not None or name in ("hidden", "batch", "chunk", "population"):
                 check.integer(name, value, 1)
@@ -72,6 +74,8 @@ class Question:
             check.one_of("gamma_dtype", self.gamma_dtype, GAMMA_DTYPES)
         if self.heads is not None and self.hidden % self.heads:
             raise ValueError(f"heads must divide hidden = {self.hidden}, got {self.heads}")
+        if self.block is not None and (head := self.hidden // (self.heads or 1)) % self.block:
+            raise ValueError(f"block must divide the {head} units of a head, got {self.block}")
 
     @property
     def kept_in(self) -> torch.dtype:

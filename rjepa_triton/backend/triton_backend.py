@@ -537,7 +537,8 @@ def rtrl_heads_(
 def _is_dense(gamma: ExactSensitivity) -> bool:
     """Whether these are sensitivities to dense recurrent matrices, too large for the kernel by heads."""
     recurrent = [shape for shape, indices in gamma.groups if not set(indices).isdisjoint(gamma.recurrent)]
-    return bool(recurrent) and all(len(shape) == 2 for shape in recurrent) and not _fits_heads(gamma)
+    dense = bool(recurrent) and all(len(shape) == 2 for shape in recurrent) and gamma.heads == 1
+    return dense and not _fits_heads(gamma)
 
 
 @TRITON.implements("rtrl_jacobian")

@@ -34,12 +34,33 @@ def hollow(weight: Tensor) -> Tensor:
     return out
 
 
+def within_blocks(weight: Tensor, size: int) -> Tensor:
+    """A detached copy of a recurrent weight, with zeros where it connects units of two blocks of `size` units.
+
+    size divides the units that the weight connects, or is a multiple of them.
+    """
+    fan_in = weight.shape[-1]
+    if weight.dim() == 1 or size >= fan_in:
+        return weight.detach().clone()
+    out = torch.zeros_like(weight)
+    kept, given = (
+        each.detach().unflatten(-1, (-1, size)).unflatten(-3, (-1, size)) for each in (out, weight)
+    )
+    kept.diagonal(dim1=-4, dim2=-2).copy_(given.diagonal(dim1=-4, dim2=-2))
+    return out
+
+
 def in_heads(weight: Tensor, heads: int) -> Tensor:
-    """A dense or block-diagonal recurrent weight as (heads, b, b), where its own heads, if more, are joined."""
-    own = heads_of(weight)
-    if own == heads:
-        return weight.view(heads, weight.shape[-1], weight.shape[-1])
-    size = weight.shape[-1]
+    """A dense or block-diagonal recurrent weight as (heads, b, b), where its own heads, if more, are joined.
+
+    Of fewer heads of its own it is the blocks on their diagonals: what connects one block with another is left out.
+    """
+    own, size = heads_of(weight), weight.shape[-1]
+    if own % heads and heads % own:
+        return in_heads(torch.block_diag(*weight), heads)
+    if own <= heads:
+        whole = weight.unflatten(-1, (heads // own, -1)).unflatten(-3, (heads // own, -1))
+        return whole.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).reshape(heads, own * size // heads, -1)
     out = weight.new_zeros(heads, own // heads, size, own // heads, size)
     out.diagonal(dim1=1, dim2=3).copy_(weight.view(heads, own // heads, size, size).permute(0, 2, 3, 1))
     return out.flatten(3).flatten(1, 2)

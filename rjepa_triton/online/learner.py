@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._device import autocast_is_on, without_autocast
 from ..backend import operations
+from ..cells import weights as weight_ops
 from ..cells.two_point import Matrix
 from ..layers import functional, transforms
 from ..layers.layer import State, TwoPointRNN
@@ -89,10 +90,13 @@ class OnlineLearner(LearnerRows):
         learning: what is carried forward of the past; None: the layer's own rule.
             "rfp"    Γ, the sensitivity of the unit that a weight enters
             "eprop", "rflo", "snap0"   the same with parts of M dropped (`rules.rfp.transition`)
-            "rtrl"   γ, the sensitivity of every unit of the weight's head: exact; S·b·B·Σ_k N·M_k numbers with b units
-                     a head
+            "rtrl"   γ, the sensitivity of every unit of the weight's head, or of its `block`: exact for heads;
+                     S·b·B·Σ_k N·M_k numbers with b units a head or block
             "uoro"   a random product that equals γ on average (`sensitivity.RankOne`): unbiased, noisy
             "tbptt"  nothing: BPTT, truncated at the beginning of the chunk
+        block: of "rtrl", b units that divide a head's: sensitivities of the units of a weight's block of b alone, that
+            credit reaches within the block (`rules.rtrl`). 1 is RFP, a head's units (None) exact; in between it costs
+            b times what RFP costs in memory, and its products b² times.
         update_every: C ≥ 1, the number of steps between changes of the weights.
         form: "step"; "lazy", which reads Γ at every step and rewrites it at every R-th; "chunk", which needs
             update_every ≥ 2 unless credit is "carry"; "history", whose memory grows until reset; or "auto", chosen by
@@ -173,6 +177,7 @@ class OnlineLearner(LearnerRows):
         batch_size: int,
         *,
         learning: Learning | None = None,
+        block: int | None = None,
         update_every: int = 1,
         form: Form = "auto",
         rewrite_every: int | None = None,
@@ -192,6 +197,7 @@ class OnlineLearner(LearnerRows):
         refuse_while_compiling("OnlineLearner(…)", "make the learner outside of the compiled function")
         given = {
             "learning": learning,
+            "block": block,
             "update_every": update_every,
             "form": form,
             "rewrite_every": rewrite_every,
@@ -265,7 +271,7 @@ class OnlineLearner(LearnerRows):
             return NoSensitivity(weights)
         sizes = (self._matrices(), weights, len(layer.cell.states), self.batch_size)
         if self.learning == "rtrl":
-            return Exact(layer.cell, *sizes, scan)
+            return Exact(layer.cell, *sizes, options.block, scan)
         if self.learning == "uoro":
             return RankOne(*sizes, options.seed)
         seed = options.seed if options.gamma_rounding == "stochastic" else None
@@ -378,6 +384,12 @@ class OnlineLearner(LearnerRows):
                 f"lr can't be set to {value} in a learner that was made without it: OnlineLearner(..., lr=…)"
             )
         self._lr.fill_(learning_rate(value, self._lr.dtype))
+
+    @property
+    def block(self) -> int | None:
+        """b, the units of a block, or of a head, among which "rtrl" carries sensitivities; None with other rules."""
+        carried = self._past.sensitivity
+        return carried.block if isinstance(carried, Exact) else None
 
     @property
     def nonfinite(self) -> str:
@@ -619,10 +631,10 @@ class OnlineLearner(LearnerRows):
         """The sensitivity of the states now to each parameter of layer.weights(), by its name: copies.
 
         With Γ ("rfp", "eprop", "rflo", "snap0"): (S, B, *W), W the parameter's shape; Γ^ν is ∂c^ν/∂W of the unit that
-        the weight enters, its row's, as the rule has it. With "rtrl": (S, B, H, b, b, M), H heads of b units: entry
-        [ν, b, h, j, p, m] is ∂c^ν_j/∂W_pm with units j and p of head h. They are the eligibility traces of the batch
-        rows: ∂L_b/∂W = Σ_ν δ^ν_b ⊙_rows Γ^ν_b. Nothing is mutated; it takes the memory of a second Γ, and a pass over
-        it. With a mesh they are of this rank's rows.
+        the weight enters, its row's, as the rule has it. With "rtrl": (S, B, H, b, b, M), H heads or blocks of b units:
+        entry [ν, b, h, j, p, m] is ∂c^ν_j/∂W_pm with units j and p of head h. They are the eligibility traces of the
+        batch rows: ∂L_b/∂W = Σ_ν δ^ν_b ⊙_rows Γ^ν_b. Nothing is mutated; it takes the memory of a second Γ, and a pass
+        over it. With a mesh they are of this rank's rows.
 
         Raises ValueError for "uoro" and "tbptt", which have no such numbers.
         """
@@ -804,7 +816,11 @@ class OnlineLearner(LearnerRows):
             marks[0] |= self._forget
             resets = marks
         if self._full and (self.form == "step" or self._position == 0 or self._chunk_weights is None):
-            self._chunk_weights = tuple(weight.detach().clone() for weight in self.layer.recurrent_weights())
+            # credit within the window stays in a block, as γ does
+            within = self.block or self.layer.hidden_size
+            self._chunk_weights = tuple(
+                weight_ops.within_blocks(weight, within) for weight in self.layer.recurrent_weights()
+            )
         return resets
 
     def _look(self, now: int, base: int) -> None:
@@ -1148,7 +1164,9 @@ class OnlineLearner(LearnerRows):
     def exactness(self) -> Exactness:
         """Whether the gradient is exact, and why or why not: print it, or use it as a condition."""
         weights = self.layer.recurrent_weights()
-        return exactness(self.layer.cell, weights, self.learning, self._refine, self.credit)
+        return exactness(
+            self.layer.cell, weights, self.learning, self._refine, self.credit, self._options.block
+        )
 
     def explain(self) -> None:
         """Print what each form would cost by the cost model, which one runs, and why."""

@@ -38,6 +38,7 @@ class Options:
     """Arguments of an `OnlineLearner` that have been checked. Their meaning is told there; these may differ from it:
 
     learning     the rule that runs: the layer's own where none was given
+    block        of "rtrl", b; None: all units of a head
     credit       "carry" where `refine` implies it
     rounds       of refinement; 0: the exact sequential backward pass; None: as many as make the credit exact
     form         the only form that the other options allow, or "auto" where the cost model chooses
@@ -46,6 +47,7 @@ class Options:
 
     batch_size: int
     learning: str
+    block: int | None
     update_every: int
     form: Form
     rewrite_every: int | None
@@ -67,6 +69,7 @@ def check_options(
     batch_size: int,
     *,
     learning: str | None,
+    block: int | None,
     update_every: int,
     form: str,
     rewrite_every: int | None,
@@ -116,6 +119,10 @@ def check_options(
         raise TypeError(f"cuda_graph must be a bool, got {type(cuda_graph).__name__}")
     check.one_of("nonfinite", nonfinite, POLICIES)
     weights = layer.weights()
+    if block is not None:
+        if rule != "rtrl":
+            raise ValueError(f"block goes with learning='rtrl', got learning={rule!r}")
+        rtrl.block_units(layer.recurrent_weights(), layer.hidden_size, block)
     if lr is not None:
         learning_rate(lr, weights[0].dtype)
         allowed = _form_of_lr(allowed, lag, update_every, layer.matrices, weights)
@@ -127,6 +134,7 @@ def check_options(
     return Options(
         batch_size=batch_size,
         learning=rule,
+        block=block,
         update_every=update_every,
         form=allowed,
         rewrite_every=rewrite_every,
@@ -382,8 +390,10 @@ def choose_form(layer: TwoPointRNN, options: Options, units: int | None = None) 
     # Form "step" doesn't serve a loss of several steps: whether "auto" takes it must not depend on its cost.
     eligible = [each for each in costs if each.form != "step" or options.update_every == 1]
     form = cost.cheapest(eligible, available).form if requested == "auto" else requested
-    heads = rtrl.joint_heads([w.detach() for w in layer.recurrent_weights()], layer.hidden_size)
-    carried = problem.carried_bytes(options.learning, layer.hidden_size // heads)
+    block = rtrl.block_units(
+        [w.detach() for w in layer.recurrent_weights()], layer.hidden_size, options.block
+    )
+    carried = problem.carried_bytes(options.learning, block)
     choice = FormChoice(form, requested, rewrite_every, costs, problem, available, carried)
     if form != "history":
         _refuse_if_too_large(choice, options.learning, device)

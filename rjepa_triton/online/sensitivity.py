@@ -280,7 +280,9 @@ class _StepByStep(Sensitivity):
 
 
 class Exact(_StepByStep):
-    """γ of exact RTRL (`rules.rtrl`): γ ← J γ + R, with J the Jacobian of a head and R its immediate sensitivity.
+    """γ of RTRL (`rules.rtrl`): γ ← J γ + R, with J the Jacobian of a head or block and R its immediate sensitivity.
+
+    block: b, the units of a block; None: those of a head, for which γ is exact.
 
     Blocks must carry the recurrent weights that their steps ran with. backend: "torch" or "triton". Triton advances
     heads of at most 64 units and reads their gradient in one pass over γ; for a larger dense RGC it computes J in one
@@ -294,10 +296,16 @@ class Exact(_StepByStep):
         weights: Sequence[Tensor],
         states: int,
         batch: int,
+        block: int | None = None,
         backend: str = "torch",
     ) -> None:
         self._cell, self._backend = cell, backend
-        self._gamma = rtrl.ExactSensitivity(matrices, weights, states, batch)
+        self._gamma = rtrl.ExactSensitivity(matrices, weights, states, batch, block)
+
+    @property
+    def block(self) -> int:
+        """b, the units of a head or block."""
+        return self._gamma.units // self._gamma.heads
 
     @property
     def nbytes(self) -> int:

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ..backend import native_backend
 from ..backend.native import generated, library
 from ..cells.trace import traced
-from ..layers.layer import TwoPointRNN
-from ..rules.rtrl import joint_heads
 from . import stream_given
 from .options import refuse_hooks
 from .sensitivity import Exact, PerUnit, Sensitivity
@@ -84,7 +82,7 @@ class Compiled:
         self.scratch = weight.new_empty(
             stream.batch_size * (layer.hidden_size * planes + self.outputs + 2 * sum(sizes)) + 128
         )
-        self.head = _head(layer) if stream.learner.learning == "rtrl" else 0  # units of a head of RTRL
+        self.head = stream.learner.block or 0  # units of a head or block of RTRL
         self.carried = stream.batch_size * counts[0] * sum(weight.numel() for weight in layer.weights())
         self.carried *= self.head or 1
         self._room: Tensor | None = None
@@ -108,9 +106,9 @@ class Compiled:
         parts = stream_given.served_parts(stream, RULES)
         if isinstance(parts, str):
             return parts
-        rows = len(layer.cell.states) * _head(layer)
-        if stream.learner.learning == "rtrl" and rows > EXACT_ROWS:
-            return f"compiled code takes RTRL of heads of at most {EXACT_ROWS} states, got {rows}"
+        rows = len(layer.cell.states) * (stream.learner.block or 0)
+        if rows > EXACT_ROWS:
+            return f"compiled code takes RTRL of heads or blocks of at most {EXACT_ROWS} states, got {rows}"
         if native_backend.cpp_compiler() is None:
             library.tell_of_no_compiler()
             return "no C++ compiler was found"
@@ -568,11 +566,6 @@ def _packed(networks: Sequence[Tables], threads: int) -> tuple[Any, Any, Any]:
         (ctypes.c_long * len(numbers))(*numbers),
         (ctypes.c_double * len(options))(*options),
     )
-
-
-def _head(layer: TwoPointRNN) -> int:
-    """The units of a head of RTRL."""
-    return layer.hidden_size // joint_heads(list(layer.recurrent_weights()), layer.hidden_size)
 
 
 def _are(these: Any, those: Any) -> bool:

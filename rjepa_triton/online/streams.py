@@ -73,7 +73,7 @@ class Stream:
             `layer` and `readout`, in groups with learning rates of their own if need be.
         lr: its learning rate, which an optimizer that is given has already; `run` may take one for each step.
         optimizer_options: further arguments of torch.optim's class, such as {"momentum": 0.9}.
-        learning: the rule; None: the layer's own. As for `OnlineLearner`.
+        learning, block: the rule; None: the layer's own. As for `OnlineLearner`.
         update_every: C ≥ 1: the optimizer steps after every C-th step, by the sum of C gradients.
         clip_norm: the largest norm of all weights' gradient (torch.nn.utils.clip_grad_norm_); None: no limit.
         huber_delta: δ > 0 of the loss "huber".
@@ -114,6 +114,7 @@ class Stream:
         lr: float | Sequence[float] = 1e-3,
         optimizer_options: Mapping[str, Any] | None = None,
         learning: Learning | None = None,
+        block: int | None = None,
         update_every: int = 1,
         clip_norm: float | None = None,
         huber_delta: float = 1.0,
@@ -138,6 +139,7 @@ class Stream:
                 "optimizer": optimizer,
                 "optimizer_options": optimizer_options,
                 "learning": learning,
+                "block": block,
                 "update_every": update_every,
                 "clip_norm": clip_norm,
                 "huber_delta": huber_delta,
@@ -171,7 +173,9 @@ class Stream:
         self.clip_norm = None if clip_norm is None else stream_given.positive("clip_norm", clip_norm)
         self.huber_delta = stream_given.positive("huber_delta", huber_delta)
         watch: Literal["ignore", "warn"] = "ignore" if nonfinite == "continue" else "warn"
-        self.learner = OnlineLearner(layer, batch_size, learning=learning, form="step", nonfinite=watch)
+        self.learner = OnlineLearner(
+            layer, batch_size, learning=learning, block=block, form="step", nonfinite=watch
+        )
         self.layer, self.readout, self.batch_size = layer, readout, self.learner.batch_size
         stream_given.refuse_foreign(layer, readout)
         self.parameters = list(dict.fromkeys([*layer.parameters(), *readout.parameters()]))

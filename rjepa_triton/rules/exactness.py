@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..cells import weights as weight_ops
 from ..cells.two_point import Cell
+from . import rtrl
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,16 @@ DROPPED = {
 
 
 def exactness(
-    cell: Cell, weights: Sequence[Tensor], learning: str, refine: object = 0, credit: str = "own"
+    cell: Cell,
+    weights: Sequence[Tensor],
+    learning: str,
+    refine: object = 0,
+    credit: str = "own",
+    block: int | None = None,
 ) -> Exactness:
     """Whether the rule `learning` gives the exact gradient of a layer of `cell` with the recurrent `weights`.
 
-    learning, refine and credit are the options of `OnlineLearner` and `functional.two_point`. Where weights change
+    learning, refine, credit and block are options of `OnlineLearner` and `functional.two_point`. Where weights change
     during a sequence, "exact" refers to the gradient at the weights that each step ran with.
     """
     joining = [
@@ -46,6 +53,13 @@ def exactness(
         if weight.dim() > 1 and weight.shape[-1] > 1
     ]
     between = f"credit that passes from unit to unit through {', '.join(joining)}"
+    if learning == "rtrl" and block is not None and joining:
+        units = weights[0].numel() // weight_ops.fan_in(weights[0])
+        if (head := units // rtrl.joint_heads(weights, units)) > block:
+            return Exactness(
+                False,
+                f"block={block} of the {head} units of a head leaves out credit that passes from block to block",
+            )
     if learning in ("bptt", "rtrl"):
         return Exactness(True, f"learning={learning!r} takes the full recurrent Jacobian")
     if learning == "uoro":

@@ -1,4 +1,4 @@
-"""Exact real-time recurrent learning (Williams & Zipser 1989; paper, eq. 15), head by head.
+"""Real-time recurrent learning (Williams & Zipser 1989; paper, eq. 15): exact head by head, or within blocks of units.
 
     γ(t) = J(t) γ(t-1) + R(t)        γ ∈ R^{SN × P}, P the number of weights
 
@@ -8,6 +8,9 @@ of unit i acts only on states of i's head. So γ takes S·b·B·Σ_k N·M_k numb
 2·B·(S·b)²·Σ_k N·M_k FLOP. For K dense matrices (H = 1, b = M = N) that is S·K·B·N³ numbers and 2·S²·K·B·N⁴
 FLOP (32·B·N⁴ for RGC); for recurrent blocks of b = M = √N it is S·K·B·N² numbers, as many as Γ has for dense ones.
 The gradient is exact for any two-point cell.
+
+Blocks of b units smaller than a head keep of J what lies within a block: a weight's sensitivities are then those of the
+b units of its unit's block, b times what RFP carries. So b = 1 is RFP with S·S per unit, b a head's units is exact.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from ..cells import weights as weight_ops
 from ..cells.two_point import Linearization, Matrix, state_read
 from . import rfp
@@ -39,12 +43,25 @@ def joint_heads(weights: Sequence[Tensor], units: int) -> int:
     return math.gcd(units, *(weight_ops.heads_of(weight) for weight in weights))
 
 
+def block_units(weights: Sequence[Tensor], units: int, block: int | None) -> int:
+    """The units of a block: `block`, or those of a head. weights: the recurrent ones.
+
+    Raises TypeError or ValueError unless `block` is an integer that divides the units of a head.
+    """
+    head = units // joint_heads(weights, units)
+    if block is None:
+        return head
+    if head % check.integer("block", block, 1):
+        raise ValueError(f"block must divide the {head} units that recurrent weights connect, got {block}")
+    return block
+
+
 def jacobian(
     lin: Linearization, t: int, matrices: Sequence[Matrix], weights: Sequence[Tensor], heads: int = 1
 ) -> Tensor:
-    """J(t) = ∂c(t)/∂c(t-1) of each head, (B, H, S·b, S·b), zero for batch rows that are reset at t.
+    """J(t) = ∂c(t)/∂c(t-1) of each head or block, (B, H, S·b, S·b), zero for batch rows that are reset at t.
 
-    matrices and weights are the recurrent ones.
+    matrices and weights are the recurrent ones; heads: H, how many blocks there are.
     """
     count, _, batch, units = lin.before.shape
     size = units // heads
@@ -70,21 +87,27 @@ class ExactSensitivity:
     """γ, zero at first, advanced one step at a time.
 
     matrices and weights are all those whose gradient is wanted; those that read a state are the recurrent ones, from
-    which J is made. states is S and batch B. Matrices of one shape form a group and share one γ (B, H, S, b, K, b, M).
+    which J is made. states is S and batch B. block: b, which divides a head's units; None: these (`block_units`).
+    Matrices of one shape form a group and share one γ (B, H, S, b, K, b, M).
     A matrix product can't be made in place, so each group has a second buffer: of γ's size for one head of one batch
     row, else of about an eighth of it.
     """
 
     def __init__(
-        self, matrices: Sequence[Matrix], weights: Sequence[Tensor], states: int, batch: int
+        self,
+        matrices: Sequence[Matrix],
+        weights: Sequence[Tensor],
+        states: int,
+        batch: int,
+        block: int | None = None,
     ) -> None:
         self.states = states
         self.recurrent = [i for i, matrix in enumerate(matrices) if isinstance(matrix.reads, int)]
         self.matrices = list(matrices)
         first = weights[0]
         self.units = first.shape[0] if first.dim() < 3 else first.shape[0] * first.shape[1]
-        self.heads = joint_heads([weights[i] for i in self.recurrent], self.units)
-        size = self.units // self.heads
+        size = block_units([weights[i] for i in self.recurrent], self.units, block)
+        self.heads = self.units // size
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for i, weight in enumerate(weights):
             by_shape.setdefault(tuple(weight.shape), []).append(i)

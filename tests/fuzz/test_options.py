@@ -27,6 +27,7 @@ NAN = float("nan")
 LEARNER_OPTIONS: dict[str, list[Any]] = {
     "batch_size": [1, 2, 3, 0, -1, 2.0, True, None],
     "learning": ["rfp", "eprop", "rflo", "snap0", "rtrl", "uoro", "tbptt", "bptt", "x", 1],
+    "block": [1, 2, 0, 1.5, "x"],
     "update_every": [1, 2, 3, 0, 1.5, True, None],
     "form": ["auto", "step", "lazy", "chunk", "history", "x", None],
     "rewrite_every": [1, 3, 0, "x"],
@@ -73,7 +74,12 @@ def test_learners_options(record_property: Callable[[str, object], None]) -> Non
                 return
             rule = learner.learning
             rule = "carry" if learner.credit == "carry" else rule
-            approximate = rule == "uoro" or (learner._refine not in (0, "exact") and learner.update_every > 1)
+            if rule == "rtrl" and not learner.exactness():
+                assert given["block"] < layer.hidden_size
+                rule = "rfp" if learner.block == 1 else "blocks"
+            approximate = rule in ("uoro", "blocks") or (
+                learner._refine not in (0, "exact") and learner.update_every > 1
+            )
             steps: list[Step] = []
             for t in range(2):
                 old = [p.detach().clone() for p in layer.parameters()]

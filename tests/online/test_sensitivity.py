@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from rjepa_triton import GRU, LSTM, RGC, RNN, OnlineLearner, TwoPointRNN
 from rjepa_triton.backend import triton_backend
+from rjepa_triton.cells import weights as weight_ops
 from rjepa_triton.online.sensitivity import Exact
 
 F64 = torch.float64
@@ -36,7 +38,7 @@ class Loop:
         self.layer = layer
         self.c = [torch.zeros(batch, layer.hidden_size, dtype=F64) for _ in layer.cell.states]
 
-    def step(self, x: Tensor, weights: Sequence[Tensor], through: str = "full") -> Tensor:
+    def step(self, x: Tensor, weights: Sequence[Tensor], through: str | int = "full") -> Tensor:
         cell, layer = self.layer.cell, self.layer
         p = [torch.zeros_like(self.c[0]) for _ in cell.gates]
         drive = [torch.zeros_like(self.c[0]) for _ in cell.per_unit]
@@ -77,17 +79,44 @@ def change(layer: TwoPointRNN, seed: int) -> None:
 
 
 @by_layer
+def test_blocks_reach_from_rfp_to_the_exact_gradient(name: str) -> None:
+    layer = LAYERS[name]()
+    x, delta = stream(layer, 6)
+    resets = torch.rand(6, 2) < 0.2
+    head = OnlineLearner(layer, 2, learning="rtrl").block
+    for block, options in ((1, {"learning": "rfp"}), (head, {"learning": "rtrl"})):
+        torch.manual_seed(1)
+        learner = OnlineLearner(layer, 2, learning="rtrl", block=block)
+        assert learner.block == block
+        assert learner.exactness().exact == (block == head)
+        want = rtrl_by(copy.deepcopy(layer), x, delta, resets, "torch", **options)
+        got = rtrl_by(copy.deepcopy(layer), x, delta, resets, "torch", learning="rtrl", block=block)
+        assert oracle.relative(got, want) < 1e-13
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 1), (6, 2), (6, 3), (1, 3)], ids=str)
+def test_blocks_of_a_weight_in_heads(sizes: tuple[int, int]) -> None:
+    """A weight of heads of `own` units as blocks of others: what of its matrix is on the diagonal's blocks."""
+    own, block = sizes
+    weight = torch.randn(6 // own, own, own) if own < 6 else torch.randn(6, 6)
+    whole = torch.block_diag(*weight) if own < 6 else weight
+    want = [whole[i : i + block, i : i + block] for i in range(0, 6, block)]
+    torch.testing.assert_close(weight_ops.in_heads(weight, 6 // block), torch.stack(want), rtol=0, atol=0)
+
+
+@by_layer
+@pytest.mark.parametrize("block", [None, 1, 2])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_rtrl_is_exact_while_weights_change(name: str, lag: int) -> None:
-    """The gradient at the weights that ran each step, as if all had moved together."""
+def test_rtrl_is_autograds_while_weights_change(name: str, lag: int, block: int | None) -> None:
+    """The gradient at the weights that ran each step, as if all had moved together; within blocks, if there are some."""
     layer = LAYERS[name]()
     x, delta = stream(layer, 7)
-    learner = OnlineLearner(layer, 2, learning="rtrl", lag=lag)
+    learner = OnlineLearner(layer, 2, learning="rtrl", block=block, lag=lag)
     loop, shift = Loop(layer, 2), [torch.zeros_like(w).requires_grad_() for w in layer.weights()]
     earlier: list[tuple[Tensor, Tensor]] = []
     for t in range(7):
         used = [w.detach() + s for w, s in zip(layer.weights(), shift, strict=True)]
-        ours, plain = learner.step(x[t]), loop.step(x[t], [w.clone() for w in used])
+        ours, plain = learner.step(x[t]), loop.step(x[t], [w.clone() for w in used], block or "full")
         layer.zero_grad()
         earlier.append((ours, plain))
         loss_ours, loss_plain = (
@@ -323,6 +352,10 @@ def test_memory_does_not_grow() -> None:
         ({}, {"credit": "full"}, "credit must be one of 'own', 'carry', got 'full'"),
         ({}, {"refine": "twice"}, "refine must be a number of rounds or 'exact', got 'twice'"),
         ({}, {"refine": -1}, "refine must be at least 0, got -1"),
+        ({}, {"block": 2}, "block goes with learning='rtrl', got learning='rfp'"),
+        ({}, {"learning": "rtrl", "block": 3}, "block must divide the 4 units that recurrent weights connect, got 3"),
+        ({"heads": 2}, {"learning": "rtrl", "block": 4}, "block must divide the 2 units .*, got 4"),
+        ({}, {"learning": "rtrl", "block": 0}, "block must be at least 1, got 0"),
     ],
 )  # fmt: skip
 def test_combinations_that_cannot_be_are_named(
@@ -332,10 +365,11 @@ def test_combinations_that_cannot_be_are_named(
         OnlineLearner(LAYERS["rgc"](**layer), 2, **options)
 
 
+@pytest.mark.parametrize("block", [None, 1])
 @pytest.mark.parametrize(("units", "heads", "batch"), [(16, None, 1), (16, None, 3), (16, 4, 1), (18, 6, 2)])
-def test_bytes_are_as_predicted(units: int, heads: int | None, batch: int) -> None:
+def test_bytes_are_as_predicted(units: int, heads: int | None, batch: int, block: int | None) -> None:
     layer = RGC(units, heads=heads)
-    learner = OnlineLearner(layer, batch, learning="rtrl")
+    learner = OnlineLearner(layer, batch, learning="rtrl", block=block)
     learner.step(torch.randn(batch, units))
     state_and_step = 2 * batch * units * 4 + learner._past._tape.nbytes
     assert learner.nbytes - state_and_step == learner.carried_bytes
@@ -366,10 +400,18 @@ def test_rtrl_that_does_not_fit_is_refused() -> None:
         OnlineLearner(RGC(10_000), 1, learning="rtrl")
 
 
-def rtrl_by(layer: TwoPointRNN, x: Tensor, delta: Tensor, resets: Tensor, backend: str) -> list[Tensor]:
+def rtrl_by(
+    layer: TwoPointRNN,
+    x: Tensor,
+    delta: Tensor,
+    resets: Tensor,
+    backend: str,
+    learning: Any = "rtrl",
+    **options: Any,
+) -> list[Tensor]:
     """Gradients of each step of a stream, weights changing after every one, and of its inputs."""
-    learner, found = OnlineLearner(layer, x.shape[1], learning="rtrl", backend=backend), []
-    assert isinstance(learner._past.sensitivity, Exact)
+    learner, found = OnlineLearner(layer, x.shape[1], learning=learning, backend=backend, **options), []
+    assert isinstance(learner._past.sensitivity, Exact) or learning != "rtrl"
     for t in range(len(x)):
         learner.reset(resets[t])
         layer.zero_grad()
@@ -415,17 +457,32 @@ def test_dense_rtrl_by_its_own_kernels(
     assert (calls.count("rtrl_jacobian"), calls.count("rtrl_immediate_")) == (steps, 0 if joint else steps)
 
 
+@pytest.mark.parametrize("block", [None, 2])
 @pytest.mark.parametrize("name", LAYERS)
-def test_rtrl_in_one_pass_over_gamma(name: str) -> None:
-    """By `kernels.rtrl_heads`, as any layer of up to 64 units a head."""
+def test_rtrl_in_one_pass_over_gamma(name: str, block: int | None) -> None:
+    """By `kernels.rtrl_heads`, as any layer of up to 64 units a head or block."""
     kernels_here.go()
     wide = LAYERS[name]()
     narrow = LAYERS[name]().to(torch.float32)
     narrow.load_state_dict(wide.state_dict())
     x, delta = stream(wide, 5)
     resets = torch.rand(5, 2) < 0.3
-    want = rtrl_by(wide, x, delta, resets, "torch")
-    assert oracle.relative(rtrl_by(narrow, x.float(), delta.float(), resets, "triton"), want) < 1e-5
+    want = rtrl_by(wide, x, delta, resets, "torch", block=block)
+    got = rtrl_by(narrow, x.float(), delta.float(), resets, "triton", block=block)
+    assert oracle.relative(got, want) < 1e-5
+
+
+def test_large_blocks_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of dense layers make J of all units."""
+    kernels_here.go()
+    monkeypatch.setattr(triton_backend, "HEAD_UNITS", 2)
+    wide = RGC(8, init="uniform", dtype=F64)
+    narrow = RGC(8, dtype=torch.float32)
+    narrow.load_state_dict(wide.state_dict())
+    x, delta = torch.randn(5, 2, 8, dtype=F64), torch.randn(5, 2, 8, dtype=F64)
+    resets = torch.rand(5, 2) < 0.3
+    want = rtrl_by(wide, x, delta, resets, "torch", block=4)
+    assert oracle.relative(rtrl_by(narrow, x.float(), delta.float(), resets, "triton", block=4), want) < 1e-5
 
 
 def test_dense_rtrl_that_can_not_launch_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

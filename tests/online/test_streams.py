@@ -215,6 +215,33 @@ def test_exact_rtrl_is_the_loops(layer: str, batch: int, calls: str) -> None:
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("block", [1, 2, 5, 10])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "name", ["rgc", "rgc by heads", "lstm by heads", "diagonal gru", "time decay", "a user's"]
+)
+def test_rtrl_within_blocks_is_the_loops(name: str, batch: int, block: int) -> None:
+    layer = LAYERS[name](40, dtype=F64)
+    if name in ("diagonal gru", "time decay"):
+        block = 1
+    with torch.no_grad():
+        for weight in layer.recurrent_weights():
+            weight.mul_(0.3)
+    streams = [
+        Stream(
+            copy.deepcopy(layer), nn.Linear(40, 3, dtype=F64), batch, learning="rtrl", block=block, backend=backend,
+        )
+        for backend in ("compile", "torch")
+    ]  # fmt: skip
+    streams[1].readout.load_state_dict(streams[0].readout.state_dict())
+    x, target = given(layer, batch, 3, "mse")
+    resets = torch.rand(STEPS, batch) < 0.1
+    results = [stream.run(x, target, resets) for stream in streams]
+    near(results[0].losses, results[1].losses, 1e-12)
+    near(*(everything(stream) for stream in streams), 1e-12)
+
+
+@needs_a_compiler
 @pytest.mark.parametrize("units", [1, 40])
 def test_one_output(units: int) -> None:
     case = {
@@ -386,7 +413,7 @@ def _parametrized() -> TwoPointRNN:
         (lambda: RGC(4), nn.Linear(4, 2), {"learning": "uoro"}, "the rules rfp, eprop, rflo, snap0, rtrl, got 'uoro'"),
         (
             lambda: LSTM(4, 130), nn.Linear(130, 2), {"learning": "rtrl"},
-            "takes RTRL of heads of at most 256 states, got 260",
+            "takes RTRL of heads or blocks of at most 256 states, got 260",
         ),
         (lambda: ELSTM(4, 4), nn.Linear(4, 2), {}, "ELSTM computes its output outside of the recurrence"),
         (_parametrized, nn.Linear(4, 2), {}, "a weight is computed from others"),

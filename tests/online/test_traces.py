@@ -55,15 +55,17 @@ def test_traces_are_the_derivatives_of_the_states(options: dict[str, Any], recur
     torch.testing.assert_close(learner.traces(), traces, rtol=0, atol=0)  # nothing has moved
 
 
-@pytest.mark.parametrize("shape", [{}, {"heads": 2}, {"recurrence": "diagonal"}])
-def test_traces_of_rtrl_are_those_of_every_unit(shape: dict[str, Any]) -> None:
-    learner = made({"learning": "rtrl"}, **shape)
+@pytest.mark.parametrize(
+    ("shape", "block"), [({}, None), ({"heads": 2}, None), ({"recurrence": "diagonal"}, None), ({}, 2)]
+)
+def test_traces_of_rtrl_are_those_of_every_unit(shape: dict[str, Any], block: int | None) -> None:
+    learner = made({"learning": "rtrl", "block": block}, **shape)
     for x in X:
         learner(x)
     traces = list(learner.traces().values())
     heads, size = traces[0].shape[2:4]
     weights = [weight.detach().clone().requires_grad_() for weight in learner.layer.weights()]
-    for nu, state in enumerate(states_of(learner, weights, "full")):
+    for nu, state in enumerate(states_of(learner, weights, block or "full")):
         for unit in range(4):
             head, j = divmod(unit, size)
             want = torch.autograd.grad(state[1, unit], weights, retain_graph=True)
@@ -78,7 +80,12 @@ LAYERS = {
     "ELSTM": lambda: ELSTM(3, 4, dtype=F64),  # with a readout
     "LRU": lambda: LRU(3, 4, dtype=F64),
 }
-RULES = {**LEARNERS, "eprop": {"learning": "eprop"}, "refine": {"refine": 1, "update_every": 3}}
+RULES = {
+    **LEARNERS,
+    "eprop": {"learning": "eprop"},
+    "refine": {"refine": 1, "update_every": 3},
+    "blocks": {"learning": "rtrl", "block": 1},
+}
 
 
 def by_hand(learner: OnlineLearner, output: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ matrix autograd passes gradients to the state that it multiplies; the weights al
     "full"  all entries: the network itself
     "own"   the diagonal alone: the graph whose exact gradient is RFP's (docs/math.md)
     "none"  none: e-prop's
+    b       an int: those of the diagonal's blocks of b units
 
 A weight is dense (N, N), block-diagonal (H, b, b), or diagonal (N,).
 """
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor
 
 
-def matvec(weight: Tensor, c: Tensor, through: str) -> Tensor:
+def matvec(weight: Tensor, c: Tensor, through: str | int) -> Tensor:
     """W c (B, N), with gradients to c through the entries that `through` names."""
     if weight.dim() == 1:
         return (c.detach() if through == "none" else c) * weight
     if weight.dim() == 3:
         weight = torch.block_diag(*weight)
+    if isinstance(through, int):
+        within = torch.block_diag(*torch.ones(len(weight) // through, through, through)).to(weight)
+        return c @ (weight * within).T + c.detach() @ (weight * (1 - within)).T
     if through == "full":
         return c @ weight.T
     if through == "none":
@@ -36,7 +40,7 @@ def rgc(
     weights: Sequence[Tensor],
     state: tuple[Tensor, Tensor],
     resets: Tensor | None = None,
-    through: str = "full",
+    through: str | int = "full",
 ) -> tuple[Tensor, Tensor]:
     """s and m (T, B, N) after each step. weights: in the order ss, ms, mm, sm, or one such sequence per step."""
     s, m = state

@@ -103,7 +103,7 @@ template <class real> struct Network {
     std::vector<Panels<real, S>> panels; // of the matrices that have `panel` ≥ 0
     std::vector<real> jacobians, columns; // of RTRL: J of each batch row and head, and columns of γ of each thread
     long phase, steps, batch, units, features, classes_or_outputs, loss, optimizer, every, position, rule, out, done;
-    long head; // with RTRL: the units of a head, within which all weights act on all states
+    long head; // with RTRL: the units of a head or block, within which all weights act on all states
     long of_all; // whether a loss is the mean over all batch rows, not over those that count
     long lagged; // whether the layer predicts itself; a step at which no batch row counts is then not learned from
     const double *options; // beta1, beta2, eps, weight decay, Huber's δ, largest norm of the gradient or 0, parts' settings
@@ -443,7 +443,8 @@ template <class real> struct Network {
         take(optimizer, k.learned, i, gradient, here, sums_up, first);
     }
 
-    // J of exact RTRL for each batch row and head, (S·head, S·head), by the weights that the step ran with.
+    // J of RTRL for each batch row and head, (S·head, S·head), by the weights that the step ran with. What joins blocks
+    // that are less than what a matrix connects is left out.
     void find_jacobians(const Team &team) {
         const long rows = S * head, heads = units / head, plane = batch * units;
         spread(team, batch * heads, [&](long each) {
@@ -460,7 +461,8 @@ template <class real> struct Network {
                         if (k.reads < 0 || k.phi[nu] < 0) continue;
                         const long from = k.dims == 1 ? unit : k.dims == 3 ? unit / k.fan_in * k.fan_in : 0;
                         const real phi = found[k.phi[nu] * plane + at], *const w = k.learned.weight + unit * k.fan_in;
-                        for (long j = 0; j < k.fan_in; j++) row[k.reads * head + from - begin + j] += phi * w[j];
+                        const long first = std::max(from, begin), end = std::min(from + k.fan_in, begin + head);
+                        for (long j = first; j < end; j++) row[k.reads * head + j - begin] += phi * w[j - from];
                     }
                 }
         });

@@ -17,7 +17,7 @@ from rjepa_triton.bench.scaling import cases
 from rjepa_triton.online import fidelity as comparison
 
 TINY = {
-    "frontier": Sweep([Point("rgc", 9, 10, 2, 0.2)], tuple(fidelity.METHODS), 2, timed=True),
+    "frontier": Sweep([Point("rgc", 32, 10, 2, 0.2)], tuple(fidelity.METHODS), 2, timed=True),
     "carry": Sweep([Point(cell, 6, 12, 2, 0.2) for cell in fidelity.CELLS], fidelity.CARRY, 3),
     "matrices": Sweep([Point("rgc", 6, 8, 1, 0.3, "noise")], ("diagonal", "rfp", "refine-1"), 2),
     "sizes": Sweep([Point("rgc", n, 9) for n in (4, 6)], ("rfp", "refine-2"), 2),

@@ -220,6 +220,12 @@ def test_heads_and_populations_are_planned() -> None:
     assert (many.state_bytes, many.needs) == (8 * one.state_bytes, 8 * one.needs)
     with pytest.raises(ValueError, match="population is predicted where a Stream is compiled"):
         plan.predictions(Question(64, population=8), H100)
+    found = {one.algorithm: one for one in plan.predictions(Question(64, block=4), CPU)}
+    assert found["rtrl-block"].state_bytes - found["rfp-step"].state_bytes == 3 * 4 * 2 * 4 * 64**2
+    assert not found["rtrl-block"].exact
+    assert found["rfp-step"].seconds < found["rtrl-block"].seconds < found["rtrl"].seconds
+    with pytest.raises(ValueError, match="block must divide the 8 units of a head, got 16"):
+        Question(64, heads=8, block=16)
     with pytest.raises(ValueError, match="heads must divide hidden = 64, got 7"):
         Question(64, heads=7)
 
