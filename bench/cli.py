@@ -12,7 +12,7 @@ from .harness.options import *  # noqa: F403  # this file's own names in version
 from .harness.terminal import print_tables, show
 from .harness.view import tell_files
 from .kernels.commands import kernels_command, roofline_command, targets_command
-from .learning.commands import fidelity_command, learn_command
+from .learning.commands import fidelity_command, learn_command, pays_command
 from .peers.commands import peers_command
 from .planner.commands import plan_command
 from .report.commands import (
@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan_command,
     "fidelity": fidelity_command,
     "learn": learn_command,
+    "pays": pays_command,
     "forward": forward_command,
     "online": online_command,
     "ranks": ranks_command,
@@ -68,6 +69,7 @@ __all__ = [
     "learn_command",
     "memory_command",
     "online_command",
+    "pays_command",
     "peers_command",
     "plan_command",
     "plot_command",

@@ -10,6 +10,7 @@ from .record import Record
 SWEPT = {
     "fidelity": ("cell", "N", "T", "B", "scale"),
     "learn": ("task", "stage", "lr", "seed"),
+    "pays": ("task", "cell", "N", "optimizer"),
     "forward": ("cell", "N", "B", "T"),
     "forward-predicted": ("N", "B", "T"),
     "online": ("N", "B"),

@@ -1,4 +1,4 @@
-"""The commands of this wing: `rjepa bench fidelity` and `learn`."""
+"""The commands of this wing: `rjepa bench fidelity`, `learn` and `pays`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import typer
 
 from ... import _checks as check
 from ..harness import options
+from ..harness.tables import place
 from ..harness.terminal import plain_console, show
 from ..harness.view import show_records
-from . import fidelity, frontier, learn, tasks
+from . import fidelity, frontier, learn, pays, probes, tasks
 from .views import VIEWS
 
 
@@ -67,3 +68,40 @@ def learn_command(
     )
     file = options.file_in(out, learn.FILE, fresh)
     show_records(VIEWS["learn"], learn.run(settings, file, plain_console(stderr=True)), file, markdown)
+
+
+@options.resumes
+def pays_command(
+    which: Annotated[str, typer.Option("--tasks", help=", ".join(probes.PROBES))] = ",".join(probes.PROBES),
+    cells: Annotated[str, typer.Option(help=", ".join(pays.CELLS))] = "RNN,GRU",
+    rules: Annotated[str, typer.Option(help=", ".join(pays.RULES))] = ",".join(pays.RULES),
+    optimizers: Annotated[str, typer.Option(help=", ".join(pays.OPTIMIZERS))] = ",".join(pays.OPTIMIZERS),
+    hidden: Annotated[
+        str, typer.Option(help="Sizes N, with commas between; rtrl runs up to 32 units.")
+    ] = "32",
+    steps: Annotated[int, typer.Option(help="T, steps of the stream.")] = 20_000,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, at least 2.")] = 10,
+    markdown: options.Markdown = False,
+    fresh: options.Fresh = False,
+    out: Annotated[Path, typer.Option(help="Folder of pays.jsonl and the plot.")] = options.OUT,
+) -> None:
+    """Ask on which tasks a sensitivity pays: no trace, e-prop, RFP, blocks and exact RTRL, over seeds, on the CPU."""
+    settings = pays.Settings(
+        options.names(which),
+        options.names(cells),
+        options.names(rules),
+        options.names(optimizers),
+        options.integers("hidden", hidden),
+        steps,
+        seeds,
+    )
+    file = options.file_in(out, pays.FILE, fresh)
+    console = plain_console(stderr=True)
+    records = pays.measure(
+        settings,
+        file,
+        lambda made, done, of: console.print(
+            f"{done} of {of}: {place(made)}{': ' + made.message if made.message else ''}", highlight=False
+        ),
+    )
+    show_records(VIEWS["pays"], records, file, markdown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..harness.view import View
-from . import curves, fidelity, frontier, learn
+from . import curves, fidelity, frontier, learn, pays, pays_plot
 
 VIEWS = {
     "fidelity": View(
@@ -19,5 +19,12 @@ VIEWS = {
         "rjepa bench learn",
         learn.tables,
         curves.draw,
+    ),
+    "pays": View(
+        "Does Γ pay?",
+        "What each rule from no trace to exact RTRL learns, by task, cell, size and optimizer.",
+        "rjepa bench pays",
+        pays.tables,
+        pays_plot.draw,
     ),
 }
