@@ -5,8 +5,9 @@ It is one long file because it is one class: the contract of its constructor, it
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -154,7 +155,10 @@ class OnlineLearner(LearnerRows):
 
     Under autocast the layer and its learning run in the parameters' own dtype.
 
-    step(), chunk(), reset() and backward() mutate the learner's state and Γ; with lr, backward() mutates the weights.
+    step(), chunk(), reset() and backward() mutate the learner's state and Γ; with lr, backward() mutates the weights. A
+    step that fails half-way (out of memory, Ctrl-C) leaves the learner as it was before. Where a backward() fails while
+    it advances the sensitivities, some of them are of a later step than others: every call raises RuntimeError from
+    then on, until reset() of all rows, load_state_dict() or a new `state`.
 
     A learner is a torch.nn.Module whose `forward` is `step`. The layer is its submodule, so that a module that holds
     the learner has the layer's parameters; the state and the sensitivities are its buffers, which `.to()` moves.
@@ -433,6 +437,7 @@ class OnlineLearner(LearnerRows):
 
     def go_on_from(self, state: Tensor) -> None:
         """Continue from a state (S, B, N) that no step of the past has led to."""
+        self._past.mend()
         if self._graph is None:
             self._state = state
         else:
@@ -780,23 +785,37 @@ class OnlineLearner(LearnerRows):
                 self._within = within
             resets = self._before_steps(x, resets)
             weights = self._weights()
-            if self.form == "chunk" and joins and x.requires_grad and torch.is_grad_enabled():
-                made: list[tuple[PendingBackward, list[Tensor], Sequence[Tensor]]] = []
+            with self._whole():
+                if self.form == "chunk" and joins and x.requires_grad and torch.is_grad_enabled():
+                    made: list[tuple[PendingBackward, list[Tensor], Sequence[Tensor]]] = []
 
-                def advance(
-                    x: Tensor, resets: Tensor | None, continues: bool, weights: Sequence[Tensor]
-                ) -> tuple[PendingBackward, list[Tensor], Sequence[Tensor]]:
-                    made.append(run(x, resets, continues, weights))
-                    return made[0]
+                    def advance(
+                        x: Tensor, resets: Tensor | None, continues: bool, weights: Sequence[Tensor]
+                    ) -> tuple[PendingBackward, list[Tensor], Sequence[Tensor]]:
+                        made.append(run(x, resets, continues, weights))
+                        return made[0]
 
-                port, *outputs = Steps.apply(advance, resets, x.detach(), port, *weights)
-                ((pending, _, input_weights),) = made
-                outputs = Input.apply(pending, input_weights, x, *outputs)
-            else:
-                port, *outputs = Steps.apply(run, resets, x, port, *weights)
+                    port, *outputs = Steps.apply(advance, resets, x.detach(), port, *weights)
+                    ((pending, _, input_weights),) = made
+                    outputs = Input.apply(pending, input_weights, x, *outputs)
+                else:
+                    port, *outputs = Steps.apply(run, resets, x, port, *weights)
+                return self._readout(outputs, x, one_node), port
         finally:
             self._past.leave()
-        return self._readout(outputs, x, one_node), port
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Steps that run whole or not at all: where they fail, the state and the window stay as they were."""
+        past, now = self._past, self._past.now
+        before = self._state, self._input, self._forget, self._forget_all
+        try:
+            yield
+        except BaseException:
+            if past.now > now:
+                past.take_back()
+            self._state, self._input, self._forget, self._forget_all = before
+            raise
 
     def _readout(self, outputs: Sequence[Tensor], x: Tensor, one_node: bool) -> Tensor:
         return readout(self.layer, outputs, x, self.lag > 0) if one_node else self.layer.readout(outputs, x)
@@ -849,7 +868,7 @@ class OnlineLearner(LearnerRows):
         if self._watch.on and self._watch.found(past.now, x, seen):
             x, after, block = self._act_on(x, resets, weights, after, block, active)
             state = after[:, -1].clone()
-        self._forget, self._forget_all = None, False  # only now: a step that raises can be run again
+        self._forget, self._forget_all = None, False
         record = past.add(block, len(cell.inputs), continues_chunk)
         # copies, which the caller may change: the window goes on reading the states
         outputs = [after[nu].clone() for nu in cell.outputs]
@@ -945,7 +964,8 @@ class OnlineLearner(LearnerRows):
         self._past.enter()
         try:
             resets = self._before_steps(x, resets)
-            pending, outputs, input_weights = self.advance(x, resets, False, self.layer.weights())
+            with self._whole():
+                pending, outputs, input_weights = self.advance(x, resets, False, self.layer.weights())
         finally:
             self._past.leave()
         return [*outputs, self._compiled.add(pending, input_weights, self.lag)]
@@ -965,6 +985,7 @@ class OnlineLearner(LearnerRows):
         """
         if mask is None:
             rows = torch.ones(self.batch_size, dtype=torch.bool, device=self._state.device)
+            self._past.mend()
         else:
             rows = self._flags("mask", mask)
         if torch.compiler.is_compiling():
@@ -1027,12 +1048,15 @@ class OnlineLearner(LearnerRows):
             )
         self.lend()
 
-    def _checkpoint(self) -> dict[str, Any]:
+    def _checkpoint(self, *, saved: bool = True) -> dict[str, Any]:
+        """`state_dict()`; if not `saved`, only what a state that is loaded is compared with: nothing is folded."""
         refuse_while_compiling("state_dict()", "call it outside of the compiled function")
-        if self._shard is not None:
-            self.settle()
+        if saved:
+            self._past.refuse_broken()
+            if self._shard is not None:
+                self.settle()
         past = self._past.state_dict()
-        if self._shard is not None:
+        if self._shard is not None and saved:
             past["gamma"] = [self._shard.whole(gamma, 2) for gamma in past["gamma"]]
         if self._graph is not None:
             past.update(self._graph.unfolded())
@@ -1141,7 +1165,7 @@ class OnlineLearner(LearnerRows):
 
     def refuse_foreign(self, state: dict[str, Any]) -> None:
         """Raise TypeError or ValueError if `load_state_dict` could not load `state`."""
-        own = self._checkpoint()
+        own = self._checkpoint(saved=False)
         if self._shard is not None:
             own["gamma"], state = self._sensitivities(), self._shard.own_rows(state)
         wanted = checkpoint.Wanted(own, self._one_step, self._past.sensitivity is not None)

@@ -17,9 +17,10 @@ S×S block M of the Jacobian, or through the full Jacobian, which needs the weig
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -114,6 +115,7 @@ class Past:
         self.scan_backend = scan_backend
         self.sensitivity = sensitivity
         self.mid_chunk = False
+        self._broken = ""  # what failed while the sensitivities were being advanced
         self._in_use = threading.Lock()
         self.begin(0)
 
@@ -136,7 +138,11 @@ class Past:
         self._in_use = threading.Lock()
 
     def enter(self) -> None:
-        """Begin to change the past. Raises RuntimeError if another thread is at it; else call `leave` afterwards."""
+        """Begin to change the past; call `leave` afterwards.
+
+        Raises RuntimeError if another thread is at it, or if the sensitivities are broken.
+        """
+        self.refuse_broken()
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError(
                 "another thread is running this OnlineLearner: steps and backward passes of one learner come one after "
@@ -146,6 +152,37 @@ class Past:
     def leave(self) -> None:
         """End what `enter` began."""
         self._in_use.release()
+
+    def refuse_broken(self) -> None:
+        """Raise RuntimeError if a call failed while it advanced the sensitivities, so that some are of a later step."""
+        if self._broken:
+            raise RuntimeError(
+                f"an earlier call of this OnlineLearner failed while it advanced the sensitivities ({self._broken}): "
+                "some are of a later step than others. reset() forgets them all, load_state_dict() replaces them"
+            )
+
+    @contextlib.contextmanager
+    def _advancing(self) -> Iterator[Sensitivity]:
+        """The sensitivities, for a change that is either whole, or has not begun, or is told from then on."""
+        assert self.sensitivity is not None
+        version = self.sensitivity.version()
+        try:
+            yield self.sensitivity
+        except BaseException as error:
+            if self.sensitivity.version() != version:
+                self._broken = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise
+
+    def mend(self) -> None:
+        """If the sensitivities are broken, forget all steps so far."""
+        if self._broken:
+            self.cut()
+
+    def forget_all(self) -> None:
+        """Set the sensitivities to zero, whatever they are."""
+        if self.sensitivity is not None:
+            self.sensitivity.forget_(None)
+        self._broken = ""
 
     @property
     def nbytes(self) -> int:
@@ -168,6 +205,14 @@ class Past:
             self._records.append(record)
         return record
 
+    def take_back(self) -> None:
+        """Drop the steps that were added last, before any other call."""
+        self.now -= self._tape.take_back()
+        if self.sensitivity is not None:
+            self._ends.pop()
+        if self.form == "chunk":
+            self._records.pop()
+
     def before_steps(self, forget: Tensor | None, all_rows: bool) -> None:
         """Before new steps run: fold into the sensitivities the steps that no later loss may reach.
 
@@ -178,8 +223,7 @@ class Past:
         if self.mid_chunk:
             return
         if all_rows and self.lag == 0:  # nothing is carried over, and no loss of an earlier step can come
-            if self.sensitivity is not None:
-                self.sensitivity.forget_(None)
+            self.forget_all()
             self.begin(self.now)
             return
         reach = self.now - self.lag
@@ -187,12 +231,17 @@ class Past:
             if self.base < self._last_full_reset <= reach:
                 self._move_base(self._last_full_reset)
         else:
-            self._unreachable = max((end for end in self._ends if end <= reach), default=self.base)
+            # A loss that reaches a call of a chunk gets its gradient from the chunk's first: none is folded alone.
+            inside = {record.start for record in self._records if record.continues_chunk}
+            ends = (end for end in self._ends if end <= reach and end not in inside)
+            self._unreachable = max(ends, default=self.base)
             if self._unreachable - self.base >= self.rewrite_every:
-                fold = self.sensitivity.step_ if self.form == "step" else self.sensitivity.chunk_
-                for block in self._tape.blocks(self._unreachable - self.base):
-                    fold(block)
-                self._move_base(self._unreachable)
+                blocks = self._tape.blocks(self._unreachable - self.base)
+                with self._advancing() as sensitivity:
+                    fold = sensitivity.step_ if self.form == "step" else sensitivity.chunk_
+                    for block in blocks:
+                        fold(block)
+                    self._move_base(self._unreachable)
         if forget is not None and self.lag == 0:
             # M of the next step is zero in these rows, but zero times an infinity is not
             self._tape.forget_(forget)
@@ -221,7 +270,7 @@ class Past:
 
         Raises RuntimeError if the base has moved beyond these steps, so that their gradient is lost.
         """
-        self._refuse_if_late(record)
+        self._refuse_if_late(record, later_credit)
         block, sensitivity = record.block, self.sensitivity
 
         def for_input(of: Tensor) -> Tensor | None:
@@ -239,8 +288,9 @@ class Past:
         if self.form == "step" and alone and record.end <= self.now - self.lag:  # fold and read in one pass
             assert sensitivity is not None
             for_x = for_input(delta if block.steps == 1 else self._credit(block, delta)[0])
-            gradients = sensitivity.step_(block, delta, descent)
-            self._move_base(record.end)
+            with self._advancing():
+                gradients = sensitivity.step_(block, delta, descent)
+                self._move_base(record.end)
             return for_x, None, [None] * len(self.matrices) if gradients is None else gradients
 
         assert descent is None
@@ -264,8 +314,9 @@ class Past:
         # Each step between two updates may have a backward of its own, and steps are folded by the last alone.
         last_step = (later_calls[-1] if later_calls else record).end
         if full and last_loss and last_step == self.now:
-            from_past = self.sensitivity.chunk_(whole_window[0], passed)
-            self._move_base(self.now)
+            with self._advancing():
+                from_past = self.sensitivity.chunk_(whole_window[0], passed)
+                self._move_base(self.now)
         else:
             from_past = self.sensitivity.read(passed)
         assert from_past is not None
@@ -299,14 +350,14 @@ class Past:
         assert passed is not None
         return parts, passed
 
-    def _refuse_if_late(self, record: Record) -> None:
+    def _refuse_if_late(self, record: Record, later_credit: Tensor | None) -> None:
         same = record.epoch is self._epoch
         one_step = record.end - record.start == 1
         carried = self.sensitivity is not None and not isinstance(self.sensitivity, NoSensitivity)
         # Γ of the step itself gives its gradient, but where credit passes through the full Jacobian: from one step to
         # the one before it, that is not how Γ was advanced.
         own = record.block.weights is None or self.form == "step"
-        at_base = carried and own and one_step and record.end == self.base
+        at_base = carried and own and one_step and record.end == self.base and later_credit is None
         if same and (record.start >= self.base or at_base):
             return
         steps = f"step {record.end}" if one_step else f"steps {record.start + 1} to {record.end}"
@@ -384,10 +435,11 @@ class Past:
 
     def fold(self) -> None:
         """Fold the whole window into the sensitivities, step by step."""
-        assert self.sensitivity is not None
-        for block in self._tape.blocks():
-            self.sensitivity.step_(block)
-        self.begin(self.now)
+        blocks = self._tape.blocks()
+        with self._advancing() as sensitivity:
+            for block in blocks:
+                sensitivity.step_(block)
+            self.begin(self.now)
 
     def window(self) -> list[Block]:
         """The steps since the base."""
@@ -395,8 +447,7 @@ class Past:
 
     def cut(self) -> None:
         """Forget all steps so far, of every batch row: what comes next begins with a state that is given."""
-        if self.sensitivity is not None:
-            self.sensitivity.forget_(None)
+        self.forget_all()
         self.mid_chunk = False
         self.begin(self.now)
 
@@ -421,6 +472,7 @@ class Past:
         ]
         if self.sensitivity is not None:
             self.sensitivity.load_(state["gamma"])
+        self._broken = ""
         self.begin(state["now"])
         self.base, self._ends, self.mid_chunk = state["base"], list(state["ends"]), state["filling"]
         self._last_full_reset = state["episode"]

@@ -27,7 +27,16 @@ from .tape import Block
 
 
 class Sensitivity(ABC):
-    """Sensitivities of the states to all matrices of a layer, zero at first."""
+    """Sensitivities of the states to all matrices of a layer, zero at first.
+
+    advances: how often compiled code or kernels, which autograd's version counters don't see, have changed them.
+    """
+
+    advances = 0
+
+    def version(self) -> int:
+        """Another number after each change."""
+        return self.advances + sum(t._version for t in self.tensors() if not t.is_inference())
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -204,8 +213,9 @@ class PerUnit(Sensitivity):
     def step_(
         self, block: Block, delta: Tensor | None = None, descent: Descent | None = None
     ) -> list[Tensor] | None:
-        totals = [
-            operations.gamma_steps_(
+        totals = []
+        for group in self.groups:
+            total = operations.gamma_steps_(
                 group.gammas,
                 group.matrices,
                 block.lin,
@@ -217,15 +227,16 @@ class PerUnit(Sensitivity):
                 memory=group.memory,
                 descent=None if descent is None else descent.select(group.indices),
             )
-            for group in self.groups
-        ]
+            self.advances += 1
+            totals.append(total)
         return self._by_matrix(totals)
 
     def chunk_(self, block: Block, credit: Tensor | None = None) -> list[Tensor] | None:
         if block.lin.resets is not None:  # Γ forgets the steps before a reset, even where they are NaN
             block = block.without(rfp.before_a_reset(block.lin.resets))
-        totals = [
-            operations.gamma_chunk_(
+        totals = []
+        for group in self.groups:
+            total = operations.gamma_chunk_(
                 group.gammas,
                 block.m,
                 rfp.immediates(group.matrices, block.lin),
@@ -234,8 +245,8 @@ class PerUnit(Sensitivity):
                 backend=group.backend,
                 memory=group.memory,
             )
-            for group in self.groups
-        ]
+            self.advances += 1
+            totals.append(total)
         return self._by_matrix(totals)
 
     def read(self, credit: Tensor) -> list[Tensor]:
@@ -332,14 +343,15 @@ class Exact(_StepByStep):
     def _advance(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
         assert block.weights is not None
         gamma, lin = self._gamma, block.lin
-        gamma.forget_(lin, t)
         step = operations.rtrl_jacobian(self._cell, gamma, lin, t, block.weights, backend=self._backend)
-        totals = [
-            operations.rtrl_step_(
+        gamma.forget_(lin, t)
+        totals = []
+        for group in range(len(gamma.groups)):
+            self.advances += 1  # first: a product may make γ another tensor, with a version of its own
+            total = operations.rtrl_step_(
                 self._cell, gamma, group, step, lin, t, block.inputs, delta, backend=self._backend
             )
-            for group in range(len(gamma.groups))
-        ]
+            totals.append(total)
         return [] if delta is None else gamma.by_matrix([total for total in totals if total is not None])
 
     def read(self, credit: Tensor) -> list[Tensor]:
@@ -399,6 +411,7 @@ class RankOne(_StepByStep):
         if lin.resets is not None:
             self.forget_(lin.resets[t])
         moved = self._through_jacobian(block, t)
+        self.advances += 1  # the generator of the signs is part of what is carried
         signs = torch.randint(0, 2, self._c.shape, generator=self._generator) * 2 - 1
         signs = signs.to(self._c)
         entering = []

@@ -170,6 +170,14 @@ class Tape:
             self._runs.append(_Run(steps.weights))
         self._runs[-1].append(steps)
 
+    def take_back(self) -> int:
+        """Drop what was appended last, before any other call, and return how many steps that was."""
+        run = self._runs[-1]
+        steps = run.take_back()
+        if not run.steps:
+            self._runs.pop()
+        return steps
+
     def blocks(self, stop: int | None = None) -> list[Block]:
         """The first `stop` steps, or all, as one block for each run."""
         left = self.steps if stop is None else stop
@@ -216,6 +224,9 @@ class _Run:
     def append(self, steps: Block) -> None:
         self._pending.append(steps)
 
+    def take_back(self) -> int:
+        return self._pending.pop().steps
+
     def joined(self) -> Block:
         """All steps as one block. There must be at least one step."""
         if self._pending and (self._filled or len(self._pending) > 1):
@@ -238,11 +249,12 @@ class _Run:
                 for target, source in zip(new.tensors(), self._buffer.tensors(), strict=True):
                     target.narrow(TIME, 0, self._filled).copy_(source.narrow(TIME, 0, self._filled))
             self._buffer = new
+        filled = self._filled  # which becomes true at once: a copy that fails leaves the steps pending
         for block in self._pending:
             for target, source in zip(self._buffer.tensors(), block.tensors(), strict=True):
-                target.narrow(TIME, self._filled, block.steps).copy_(source)
-            self._filled += block.steps
-        self._pending = []
+                target.narrow(TIME, filled, block.steps).copy_(source)
+            filled += block.steps
+        self._filled, self._pending = filled, []
 
     def forget_(self, rows: Tensor) -> None:
         self._flush()

@@ -191,7 +191,7 @@ class Case:
         latest = self.made[-1]
         if made is latest:
             return True
-        if lag and self.learner.update_every == 1 and made.last == self.calls - 2:
+        if lag and made.last == self.calls - 2:
             return made.stop - made.start == 1 and latest.stop - latest.start == 1
         return False
 

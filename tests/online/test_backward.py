@@ -223,3 +223,34 @@ def test_a_chunk_goes_on_in_a_copy_with_other_weights(by: str, options: dict[str
     want, _ = replayed.gradients(layer, steps, [loss], "tbptt" if "learning" in options else "carry")
     got = [p.grad for p in learner.layer.parameters()]
     assert oracle.relative(got, want) < 1e-12  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("options", [{"form": "step"}, *FORMS], ids=str)
+@pytest.mark.parametrize("name", ["rgc", "elstm"])
+def test_with_lag_a_loss_reaches_the_step_before(name: str, options: dict[str, Any], every: int) -> None:
+    """Against RFP of whole sequences, at every place of a chunk: the step before may be in the chunk before."""
+    if options["form"] == "chunk" and every == 1:
+        pytest.skip("form='chunk' needs update_every ≥ 2")
+    layer = LAYERS[name]()
+    x, delta = torch.randn(8, 2, 3, dtype=F64), torch.randn(2, 5, dtype=F64)
+    for t in range(1, 8):
+        learner = OnlineLearner(layer, 2, lag=1, update_every=every, **options)
+        outputs = [learner.step(row) for row in x[: t + 1]]
+        layer.zero_grad()
+        (outputs[t - 1] * delta).sum().backward()
+        got = [p.grad for p in layer.parameters()]
+        layer.zero_grad()
+        (layer(x[:t])[0][-1] * delta).sum().backward()
+        assert oracle.relative(got, [p.grad for p in layer.parameters()]) < 1e-12, t  # type: ignore[arg-type]
+
+
+def test_a_step_of_a_chunk_that_is_folded_is_refused() -> None:
+    layer = LAYERS["rgc"]()
+    learner = OnlineLearner(layer, 2, lag=1, update_every=2, form="chunk")
+    outputs = [learner.step(row) for row in torch.randn(7, 2, 3, dtype=F64)]
+    for early in (0, 1, 2):
+        with pytest.raises(
+            RuntimeError, match=f"backward of step {early + 1} comes too late: Γ is that of step 4 now"
+        ):
+            outputs[early].sum().backward()
