@@ -38,11 +38,16 @@ def test_the_report_is_that_of_the_records() -> None:
         "kernels",
         "online",
         "memory",
+        "learn",
+        "forward",
+        "forward-predicted",
         "selfcheck",
     }
     for section in found:
+        assert (section.device in page.split("\n## ")[0]) is not section.predicted
         for table in section.view.tables(section.records):
             assert markdown(table) in page
+            assert (table.caption or "") in page
     html = (ROOT / "docs" / "report" / report.PAGE).read_text()
     assert all(f'id="{section.stem}"' in html for section in found)
 
