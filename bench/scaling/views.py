@@ -58,8 +58,8 @@ VIEWS = {
     ),
     "forward-predicted": View(
         "The forward pass in parallel in time: predicted for a GPU",
-        "A training step of an RGC: work is counted by running the same code, rounds are those that it took on the CPU. "
-        "Nothing is measured.",
+        "A training step of an RGC: work is counted by running the same code, rounds are those that it took on the "
+        "CPU. Nothing is measured.",
         "rjepa bench forward",
         lambda records: [forward.predicted_table(r) for r in records],
         None,
