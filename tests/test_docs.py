@@ -38,11 +38,16 @@ def test_the_report_is_that_of_the_records() -> None:
         "kernels",
         "online",
         "memory",
+        "learn",
+        "forward",
+        "forward-predicted",
         "selfcheck",
     }
     for section in found:
+        assert (section.device in page.split("\n## ")[0]) is not section.predicted
         for table in section.view.tables(section.records):
             assert markdown(table) in page
+            assert (table.caption or "") in page
     html = (ROOT / "docs" / "report" / report.PAGE).read_text()
     assert all(f'id="{section.stem}"' in html for section in found)
 
@@ -68,22 +73,33 @@ def test_the_plans_table_is_what_the_model_says_of_the_records() -> None:
                 assert abs(float(a.partition("%")[0]) - float(b.partition("%")[0])) <= 3, line
 
 
-def test_the_tables_of_learning_are_those_of_the_records() -> None:
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
+def test_what_benchmarks_found_is_what_the_records_say() -> None:
+    """The tables are in the report; the page has the figures that they come to, in at most 300 lines."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert text.count("\n") <= 300
+    page = " ".join(text.split())
     learnt = record.load(RESULTS / "learn-cpu.jsonl")
-    tables = learn.tables(learnt)
-    assert len(tables) == len(learn.TASKS)
-    for table in tables:
-        assert markdown(table) in page
     seconds = sum(r.payload["cpu_seconds"] for r in learnt)
-    assert f"{len(learnt)} runs took {seconds:.0f} s of processor time" in page.replace("\n", " ")
+    assert f"{len(learnt)} runs took {seconds:.0f} s of processor time" in page
+    recall = learn.tables(learnt)[0]
+    final = dict(zip(*(map(str, recall.columns[i].cells) for i in (0, 3)), strict=True))
+    from_to = (float(final[name].split()[0]) for name in ("chance", "rfp"))
+    assert "RFP brings the loss from {:.2f} to {:.2f}".format(*from_to) in page
 
+    streams = record.load(RESULTS / "stream-cpu.jsonl")
+    medians = {(r.algorithm, r.params["N"]): r.timing.median for r in streams if r.timing}
+    faster = [f"{medians['jax-stream', n] / medians['stream', n]:.2f}" for n in (32, 64, 128, 256, 512)]
+    assert f"found {', '.join(faster[:-1])} and {faster[-1]}" in page
 
-def test_the_tables_of_the_forward_pass_are_those_of_the_record() -> None:
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
-    *timed, predicted = record.load(RESULTS / "forward-cpu.jsonl")
-    assert forward.markdown(timed) in page
-    assert forward.predicted_markdown(predicted) in page
+    timed = [r for r in record.load(RESULTS / "forward-cpu.jsonl") if r.benchmark == "forward"]
+    lru = [row[-2] for row in forward.rows(timed) if row[0] == "lru" and row[2] == "1"]
+    assert "{} and {} times at N = 64, {} and {} times at N = 256".format(*lru) in page
+    predicted = record.load(RESULTS / "forward-cpu.jsonl")[-1]
+    bptt, *_, launch, rounds = (row[-2:] for row in forward.predicted_rows(predicted) if row[1] == "all")
+    told = " ".join((ROOT / "docs" / "backends.md").read_text().split())
+    assert f"Rounds and the dual form take {rounds[0]}." in told
+    assert f"take {launch[1]} times as long" in told
+    assert f"in a CUDA graph, {bptt[1]} times" in told
 
 
 def test_the_tables_of_the_theory_are_those_of_the_record() -> None:

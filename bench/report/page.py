@@ -59,6 +59,11 @@ class Section:
         return name if self.number == 1 else f"{name}-{self.number}"
 
     @property
+    def predicted(self) -> bool:
+        """Whether its records are predictions, so that no device was measured."""
+        return all(r.payload.get("predicted", False) for r in self.records)
+
+    @property
     def tables(self) -> list[Table]:
         """The tables of the records."""
         return list(self.view.tables(self.records))
@@ -120,7 +125,7 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
     page, notes = out / PAGE, out / NOTES
     shown = {
         "title": TITLE,
-        "devices": ", ".join(dict.fromkeys(section.device for section in found)),
+        "devices": ", ".join(dict.fromkeys(section.device for section in found if not section.predicted)),
         "sections": [
             (section, _heading(section, found), drawn) for section, drawn in zip(found, pictures, strict=True)
         ],

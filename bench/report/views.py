@@ -18,7 +18,18 @@ from ..streams import views as streams
 __all__ = ["ORDER", "VIEWS", "Draw", "Tables", "View", "draw", "of", "tables"]
 
 # The benchmarks as a report tells of them.
-ORDER = ("scaling", "peers", "kernels", "online", "memory", "fidelity", "learn", "forward", "selfcheck")
+ORDER = (
+    "scaling",
+    "peers",
+    "kernels",
+    "online",
+    "memory",
+    "fidelity",
+    "learn",
+    "forward",
+    "forward-predicted",
+    "selfcheck",
+)
 _ALL = {**scaling.VIEWS, **kernels.VIEWS, **learning.VIEWS, **streams.VIEWS, **peers.VIEWS}
 VIEWS: dict[str, View] = {name: _ALL[name] for name in ORDER}
 

@@ -56,6 +56,14 @@ VIEWS = {
         one_table(forward.table),
         None,
     ),
+    "forward-predicted": View(
+        "The forward pass in parallel in time: predicted for a GPU",
+        "A training step of an RGC: work is counted by running the same code, rounds are those that it took on the "
+        "CPU. Nothing is measured.",
+        "rjepa bench forward",
+        lambda records: [forward.predicted_table(r) for r in records],
+        None,
+    ),
     "selfcheck": View(
         "The benchmark against itself",
         "The same sweep again and again: changes that are seen where there are none, and slopes that repeat.",

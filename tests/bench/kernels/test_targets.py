@@ -56,7 +56,7 @@ def test_launches_of_a_step_are_those_that_are_counted() -> None:
 
 
 def test_the_documented_table_is_what_is_predicted(times: targets.Times) -> None:
-    assert markdown(targets.table("h100")) in (DOCS / "benchmarks.md").read_text()
+    assert markdown(targets.table("h100")) in (DOCS / "backends.md").read_text()
 
 
 def measured(benchmark: str, algorithm: str, seconds: float, payload: dict[str, Any], **at: int) -> Record:
