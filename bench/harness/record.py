@@ -232,8 +232,8 @@ def append(path: Path, record: Record) -> None:
         size = _cut_broken_tail(descriptor, path)
         try:
             written = os.write(descriptor, line)
-            if written < len(line):
-                raise OSError(f"wrote {written} of {len(line)} bytes; is the disk full?")
+            while written < len(line):  # for a part there was room: the next try raises with the system's reason
+                written += os.write(descriptor, line[written:])
             os.fsync(descriptor)
         except OSError as error:
             os.ftruncate(descriptor, size)

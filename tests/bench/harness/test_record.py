@@ -118,15 +118,30 @@ def test_a_record_of_schema_1_is_read_without_what_it_lacks(tmp_path: Path) -> N
     assert old.timing.per(2).low is None
 
 
-def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "a.jsonl"
-    record.append(file, made())
-    before = file.read_bytes()
+@pytest.mark.parametrize("room", [0, 700])
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, room: int) -> None:
+    """No file may grow beyond a limit, as on a disk with room for a part of a record, or for none."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.jsonl"
+    record.append(path, made())
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, hard))
+    try:
+        with pytest.raises(OSError, match=r"could not add a record to .*a\.jsonl: .*File too large"):
+            record.append(path, made(16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    record.append(path, made(16))
+    assert len(record.load(path)) == 2
+
+
+def test_a_record_that_is_written_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:10]))
-    with pytest.raises(OSError, match=r"could not add a record to .*a\.jsonl: wrote 10 of"):
-        record.append(file, made())
-    assert file.read_bytes() == before
+    record.append(tmp_path / "a.jsonl", made())
+    assert len(record.load(tmp_path / "a.jsonl")) == 1
 
 
 def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
