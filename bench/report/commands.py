@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ... import _checks as check
-from ..harness import compare, options, record, revisions
+from ..harness import compare, history, options, record, revisions
 from ..harness.tables import place
 from ..harness.terminal import print_tables, show
 from ..scaling import timing as scaling
@@ -73,6 +73,21 @@ def compare_command(
         f"{len(found.changes)} matched: {slower} slower, {len(beyond) - slower} faster, "
         f"{len(found.changes) - len(beyond)} the same within noise"
     )
+
+
+def history_command(
+    paths: Annotated[list[Path], typer.Argument(help="Files of records, or folders of them, of many runs.")],
+    floor: Annotated[float, typer.Option(help="Smaller changes are not told.")] = history.FLOOR,
+    markdown: options.Markdown = False,
+) -> None:
+    """Show at which run a case became faster or slower and stayed so, of ten runs or more."""
+    records = [r for path in paths for file in record.files_of(path) for r in record.load(file)]
+    found = history.histories(records, floor)
+    if not found:
+        raise ValueError(
+            f"{', '.join(map(str, paths))} must have at least {history.FEWEST} runs of a case, got fewer of each"
+        )
+    print_tables([history.table(found)], markdown)
 
 
 def compare_revisions_command(
