@@ -11,7 +11,8 @@ forget          (B,) bool or None: batch rows to forget when the next step begin
 forget_all      whether these are all rows, by reset()
 now, base       the time, and that of the sensitivities; the window holds the steps between
 episode         the time of the last reset of all rows
-ends            the times of the calls whose steps are in the window, in order; none in form "history"
+ends            the times at which the calls end whose steps are in the window, in order; of a chunk of several calls
+                the last alone; none in form "history"
 gamma           the tensors of the sensitivities (`Sensitivity.tensors`)
 window          the window's blocks (`Block.to_dict`)
 """

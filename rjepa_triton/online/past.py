@@ -124,7 +124,9 @@ class Past:
         self.now = self.base = self._last_full_reset = now
         self._unreachable = now  # no loss of a new step may reach the steps up to this time
         self._tape = Tape()
-        self._ends: list[int] = []  # of the calls whose steps are in the window
+        self._ends: list[
+            int
+        ] = []  # of what is folded as one, in the window: calls, or chunks in form "chunk"
         self._records: list[Record] = []  # those calls, in form "chunk"
         # A new one whenever the past is reset or replaced. The backward pass of a record of another comes too late.
         self._epoch = object()
@@ -200,6 +202,8 @@ class Past:
         self._tape.append(block)
         self.now = record.end
         if self.sensitivity is not None:
+            if self.form == "chunk" and self.mid_chunk and self._ends[-1:] == [record.start]:
+                self._ends.pop()  # a chunk's calls are folded together: its first gives the gradients of all
             self._ends.append(record.end)
         if self.form == "chunk":
             self._records.append(record)
@@ -210,6 +214,8 @@ class Past:
         self.now -= self._tape.take_back()
         if self.sensitivity is not None:
             self._ends.pop()
+            if self.now > max(self.base, *self._ends[-1:], 0):
+                self._ends.append(self.now)
         if self.form == "chunk":
             self._records.pop()
 
@@ -231,10 +237,7 @@ class Past:
             if self.base < self._last_full_reset <= reach:
                 self._move_base(self._last_full_reset)
         else:
-            # A loss that reaches a call of a chunk gets its gradient from the chunk's first: none is folded alone.
-            inside = {record.start for record in self._records if record.continues_chunk}
-            ends = (end for end in self._ends if end <= reach and end not in inside)
-            self._unreachable = max(ends, default=self.base)
+            self._unreachable = max((end for end in self._ends if end <= reach), default=self.base)
             if self._unreachable - self.base >= self.rewrite_every:
                 blocks = self._tape.blocks(self._unreachable - self.base)
                 with self._advancing() as sensitivity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -209,7 +210,10 @@ def train_command(
         Path, typer.Option(help="The run's folder; if it holds an unfinished run, that run is continued.")
     ] = Path("runs/rjepa"),
 ) -> None:
-    """Train R-JEPA; an interrupted run continues after its last complete epoch."""
+    """Train R-JEPA; an interrupted run continues after its last complete epoch.
+
+    By SIGTERM it ends after the batch that it is at, with a checkpoint from which it continues, and exit code 0.
+    """
     with user_errors(), needs("rjepa", PACKAGES):
         from . import config as configs
         from . import train
@@ -217,10 +221,17 @@ def train_command(
         settings = configs.read(config, overrides or ())
         typer.echo("reading the data and computing what the backbone makes of it …", err=True)
         trainer = train.Trainer(settings, out, typer.echo)
-        left = (trainer.settings.train.epochs - trainer.done) * trainer.batches
-        with _progress() as progress:
-            task = progress.add_task("train", total=max(left, 1))
-            found = trainer.run(lambda: progress.advance(task))
+        left = (trainer.settings.train.epochs - trainer.done) * trainer.batches - trainer.begun
+        before = signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
+        try:
+            with _progress() as progress:
+                task = progress.add_task("train", total=max(left, 1))
+                found = trainer.run(lambda: progress.advance(task))
+        except train.Stopped:
+            typer.echo(f"stopped by SIGTERM; the same command continues the run in {out}")
+            return
+        finally:
+            signal.signal(signal.SIGTERM, before)
         _show_evaluation({when: found[when] for when in ("before", "after")})
         typer.echo(f"run: {out}")
 

@@ -3,8 +3,8 @@
 A run's folder holds these files, each of which is written whole or not at all:
 
     config.yaml
-    checkpoint.pt              after each epoch; an interrupted run continues from it, and on the CPU ends bitwise as an
-                               uninterrupted run does
+    checkpoint.pt              after each epoch, and where a run is asked to stop (`Trainer.stop`); an interrupted run
+                               continues from it, and on the CPU ends bitwise as an uninterrupted run does
     metrics.csv, tensorboard/  every diagnostic of every epoch
     weights.safetensors        the trained model
     evaluation.json            every diagnostic before and after training
@@ -15,11 +15,12 @@ shows what recurrence adds.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,10 @@ def optimizer_of(model: RJEPA, settings: TrainConfig) -> torch.optim.Optimizer:
     return kind([group for group in groups if group["params"]], weight_decay=settings.weight_decay)
 
 
+class Stopped(Exception):
+    """A run was asked to stop, and has written its checkpoint."""
+
+
 class Trainer:
     """A run: the model, its control, their optimisers, and the epochs done.
 
@@ -153,6 +158,8 @@ class Trainer:
         # what runs online updates, of the model or its control and a number of sequences
         self._made: dict[tuple[bool, int], Streams | str] = {}
         self.done = 0  # epochs
+        self.begun = 0  # batches of the epoch after them
+        self._asked = self._evaluating = False  # whether the run was asked to stop; whether it is evaluating
         self.history: list[dict[str, float]] = []
         self.before: dict[str, Any] = {}
         _files.write_text(self.folder / CONFIG, config.text(settings))  # what can't be run has left nothing
@@ -188,11 +195,13 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.control_optimizer.load_state_dict(state["control_optimizer"])
             self.done, self.history = state["epochs"], state["history"]
+            self.begun = state.get("batches", 0)
             self.before, self.best = json.loads(state["before"]), state["best"]
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             told = _files.first_line(error)
             raise ValueError(f"{file} isn't a checkpoint of this run: {told}; {advice}") from None
-        self.say(f"continuing after epoch {self.done} of {self.folder}")
+        place = f"epoch {self.done}" + (f" and {self.begun} batches" if self.begun else "")
+        self.say(f"continuing after {place} of {self.folder}")
 
     def _save(self) -> None:
         if not self.fabric.is_global_zero:
@@ -203,6 +212,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "control_optimizer": self.control_optimizer.state_dict(),
             "epochs": self.done,
+            "batches": self.begun,
             "history": self.history,
             "before": json.dumps(self.before),
             "best": self.best,
@@ -222,7 +232,7 @@ class Trainer:
         """Train the missing epochs, write the folder's files, and return the evaluations before and after training.
 
         With train.patience, "after" is after the epoch with the best R² on validation data. advance: called after each
-        batch.
+        batch. Raises Stopped, with the checkpoint written, after the batch in which `stop` was called.
         """
         from torch.utils.tensorboard import SummaryWriter
 
@@ -231,14 +241,21 @@ class Trainer:
             for epoch in range(self.done, self.settings.train.epochs):
                 if self._waited_enough():
                     break
-                for batch in self._order(epoch):
+                for batch in self._order(epoch)[self.begun :]:
                     self._learn(batch)
+                    self.begun += 1
                     advance()
-                self.done = epoch + 1
-                if self.done % self.settings.train.evaluate_every == 0 or self.settings.train.patience:
-                    for name, value in self._measure().items():
-                        logs.add_scalar(name, value, self.done)
+                    self._end_if_asked()
+                number = epoch + 1
+                if number % self.settings.train.evaluate_every == 0 or self.settings.train.patience:
+                    for name, value in self._measure(number).items():
+                        logs.add_scalar(name, value, number)
+                self.done, self.begun = number, 0
                 self._save()
+            self._end_if_asked()
+        except Stopped:
+            self._save()
+            raise
         finally:
             logs.close()
         if self.best:
@@ -253,27 +270,45 @@ class Trainer:
             _files.write_text(self.folder / EVALUATION, json.dumps(both))
         return both
 
-    def _measure(self) -> dict[str, float]:
-        """Evaluate the epoch that is done, for `history`; say what is wrong with the representation."""
-        row = {"epoch": float(self.done), **scalars(self.evaluate(whole=False))}
+    def stop(self) -> None:
+        """Ask `run` to end: after the batch that it is at, at once where it evaluates. For handlers of signals.
+
+        Raises Stopped where it evaluates, which changes nothing that is saved.
+        """
+        self._asked = True
+        if self._evaluating:
+            raise Stopped
+
+    def _end_if_asked(self) -> None:
+        """Raise Stopped if any of the processes was asked to stop: all end after the same batch."""
+        asked: Any = self._asked
+        if self.fabric.world_size > 1:
+            asked = self.fabric.all_reduce(torch.tensor(float(asked)), reduce_op="sum")
+        if asked:
+            raise Stopped
+
+    def _measure(self, number: int) -> dict[str, float]:
+        """Evaluate epoch `number`, whose batches are done, for `history`; say what is wrong with the representation."""
+        row = {"epoch": float(number), **scalars(self.evaluate(whole=False))}
         if self.settings.train.patience:
-            row["validation_gain"] = self._choose()
+            row["validation_gain"] = self._choose(number)
         self.history.append(row)
         for told in warnings(row, self.before):
-            self.say(f"epoch {self.done}: {told}")
+            self.say(f"epoch {number}: {told}")
         return row
 
-    def _choose(self) -> float:
-        """R² gained on validation data in the epoch that is done; its weights are kept if it is the best so far."""
+    def _choose(self, number: int) -> float:
+        """R² gained on validation data in epoch `number`; its weights are kept if it is the best so far."""
         for one in (self.model, self.control):
             one.eval()
-        gain = self.evaluator.gain(self.model, self.control)
+        with self._stoppable():
+            gain = self.evaluator.gain(self.model, self.control)
         if not self.best or gain > self.best["gain"]:
             kept = {
                 name: {key: value.detach().cpu().clone() for key, value in one.state_dict().items()}
                 for name, one in (("model", self.model), ("control", self.control))
             }
-            self.best = {**kept, "gain": gain, "epoch": self.done}
+            self.best = {**kept, "gain": gain, "epoch": number}
         return gain
 
     def _waited_enough(self) -> bool:
@@ -368,7 +403,19 @@ class Trainer:
         """
         for one in (self.model, self.control):
             one.eval()
-        return self.evaluator(self.model, self.control, whole=whole)
+        with self._stoppable():
+            return self.evaluator(self.model, self.control, whole=whole)
+
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """A time in which `stop` ends the run at once, of one process; several wait for one another."""
+        self._evaluating = self.fabric.world_size == 1
+        try:
+            if self._asked and self._evaluating:
+                raise Stopped
+            yield
+        finally:
+            self._evaluating = False
 
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rjepa_triton.online import streams
-from rjepa_triton.rjepa import backbone, cli, config, data, figures, train
+from rjepa_triton.rjepa import backbone, cli, config, data, figures, storage, train
 from rjepa_triton.rjepa.online import Streams
 from rjepa_triton.rjepa.train import Trainer
 
@@ -127,6 +130,90 @@ def test_interrupted_and_whole_runs_end_alike(settings: Any, tmp_path: Path, upd
     assert (tmp_path / "cut" / "evaluation.json").read_text() == (
         tmp_path / "whole" / "evaluation.json"
     ).read_text()
+
+
+@pytest.mark.parametrize("where", ["in an epoch", "in an evaluation", "at the end", "before it begins"])
+@pytest.mark.parametrize("updates", [0, 1])
+def test_a_run_that_is_asked_to_stop_goes_on_from_there(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, updates: int
+) -> None:
+    made = settings(f"train.updates={updates}", "train.batch=2")
+    whole = run(made, tmp_path / "whole")
+    first = Trainer(made, tmp_path / "cut", lambda _: None)
+    done = 0
+
+    def ask() -> None:
+        nonlocal done
+        done += 1
+        if where == "in an epoch" and done == first.batches + 1:
+            first.stop()
+        if where == "at the end" and done == 2 * first.batches:
+            first.stop()
+
+    if where == "in an evaluation":
+        measured = train.Evaluator.__call__
+
+        def evaluate(self: Any, *args: Any, **options: Any) -> Any:
+            if done == first.batches:
+                first.stop()
+            return measured(self, *args, **options)
+
+        monkeypatch.setattr(train.Evaluator, "__call__", evaluate)
+    if where == "before it begins":
+        first.stop()
+    with pytest.raises(train.Stopped):
+        first.run(ask)
+    done = -1
+    assert not (tmp_path / "cut" / "evaluation.json").exists()
+    said: list[str] = []
+    second = Trainer(made, tmp_path / "cut", said.append)
+    place = {
+        "in an epoch": "epoch 1 and 1 batches",
+        "in an evaluation": f"epoch 0 and {first.batches} batches",
+        "at the end": f"epoch 1 and {first.batches} batches",
+        "before it begins": "epoch 0 and 1 batches",
+    }[where]
+    assert said == [f"continuing after {place} of {tmp_path / 'cut'}"]
+    second.run()
+    for a, b in zip(parameters(second), parameters(whole), strict=True):
+        assert torch.equal(a, b)
+    for file in ("metrics.csv", "evaluation.json"):
+        assert (tmp_path / "cut" / file).read_text() == (tmp_path / "whole" / file).read_text()
+
+
+def test_sigterm_ends_a_run_with_a_checkpoint(settings: Any, tmp_path: Path) -> None:
+    """The command, in a process of its own, in the middle of a long run."""
+    file = tmp_path / "config.yaml"
+    file.write_text(config.text(settings("train.epochs=100000")))
+    command = [
+        sys.executable,
+        "-m",
+        "rjepa_triton",
+        "train",
+        "--config",
+        str(file),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        checkpoint = tmp_path / "run" / "metrics.csv"
+        for _ in range(1200):
+            if checkpoint.exists() and checkpoint.read_text().count("\n") > 3:
+                break
+            assert process.poll() is None
+            time.sleep(0.1)
+        begun = time.monotonic()
+        process.terminate()
+        said = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert time.monotonic() - begun < 10
+    assert "stopped by SIGTERM; the same command continues the run" in said
+    state = storage.unpickled(tmp_path / "run" / "checkpoint.pt")
+    assert state["epochs"] >= 2
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
