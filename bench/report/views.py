@@ -26,6 +26,7 @@ ORDER = (
     "memory",
     "fidelity",
     "learn",
+    "pays",
     "forward",
     "forward-predicted",
     "selfcheck",

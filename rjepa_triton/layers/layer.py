@@ -238,15 +238,16 @@ class TwoPointRNN(nn.Module):
         parameters' own dtype, since gates are sums over many units, and states over many steps. Raises TypeError or
         ValueError as `functional.two_point` does.
         """
-        x = check.tensor("x", x)
+        x, names = check.tensor("x", x), self.cell.states
+        given: tuple[Tensor, ...] | None = None
+        if state is not None:
+            joined = (state,) if len(names) == 1 and isinstance(state, Tensor) else state
+            given = functional.state_tuple(joined, names)
         if autocast_is_on(x.device):
             with without_autocast(x.device):
                 dtype = next(self.parameters()).dtype
-                if isinstance(state, Tensor):
-                    state = state.to(dtype)
-                elif state is not None:
-                    state = tuple(value.to(dtype) for value in state)
-                return self(x.to(dtype), state, resets)
+                cast = None if given is None else tuple(value.to(dtype) for value in given)
+                return self(x.to(dtype), cast, resets)
         if x.dim() not in (2, 3):
             raise ValueError(f"x must have 2 or 3 dimensions, got shape {tuple(x.shape)}")
         check.shape("x", x, (*("T", "B")[: x.dim() - 1], self.fan_in), "to match the layer")
@@ -254,13 +255,8 @@ class TwoPointRNN(nn.Module):
         check.like("x", x, "the layer", weights[0])
         batched = x.dim() == 3
         time_first = not (batched and self.batch_first)
-        names = self.cell.states
-        if state is None:
-            given: tuple[Tensor, ...] | None = None
-        else:
-            if len(names) == 1 and isinstance(state, Tensor):
-                state = (state,)
-            given = functional.state_tuple(state, names)
+        if resets is not None:
+            resets = check.mask("resets", resets, x.shape[:-1], x.device)
         if not batched:
             x = x[:, None]
             given = None if given is None else tuple(value[None] for value in given)

@@ -430,3 +430,22 @@ def test_recomputing_keeps_the_states_alone() -> None:
     step = 8 * batch * units
     assert kept[0] - kept[1] == 4 * steps * step
     assert kept[1] == steps * step + 2 * (steps + 1) * step + 4 * 8 * units**2
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("shape", ["time first", "batch first", "unbatched"])
+@pytest.mark.parametrize("cell", [RGC, GRU])  # of two states, and of one
+def test_what_is_no_state_and_no_reset_is_named_in_every_layout(
+    cell: Any, shape: str, autocast: bool
+) -> None:
+    layer = cell(hidden_size=3, input_size=2, batch_first=shape == "batch first")
+    x = torch.randn(5, 2) if shape == "unbatched" else torch.randn(5, 4, 2)
+    right = torch.zeros(x.shape[:-1], dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        layer(x, resets=right)
+        for wrong in (1, "x", [True], right.numpy(), right.float(), right[:-1], right[..., None], 0.5):
+            with pytest.raises((TypeError, ValueError), match="resets must"):
+                layer(x, resets=wrong)
+        for wrong in (1, "x", [True], (1, 2), (None, None), {"s": 1}):
+            with pytest.raises((TypeError, ValueError), match="state"):
+                layer(x, wrong)
