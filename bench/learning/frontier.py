@@ -71,6 +71,7 @@ def draw(records: Sequence[Record], path: Path | str, scale: float = 0.3) -> lis
         handles = [
             plt.Line2D([], [], color=look.colour, marker=look.marker, linestyle="", label=kind)
             for kind, look in LOOKS.items()
+            if any(METHODS[r.algorithm].kind == kind for r in mine)
         ]
         figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)
         return save(figure, Path(path))

@@ -331,7 +331,7 @@ def _columns(table: Table, first: str, *others: str) -> None:
 
 
 def _number(value: float, half: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f} ± {half:.3f}"
+    return f"{value:{sign}.4f} ± {half:.4f}"
 
 
 def _share(told: Verdict | None) -> str:
