@@ -51,6 +51,7 @@ def draw(records: Sequence[Record], path: Path | str) -> list[Path]:
             axes.set_title(f"{cell}, N = {units}, {optimizer}", fontsize=10)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
+        grid[0, 0].set_xlim(left=0)  # once all is drawn: the panels share their axes
         grid[0, 0].set_yticks(range(len(tasks)), tasks)
         grid[0, 0].set_ylim(len(tasks) - 0.5, -0.5)
         for axes in grid[-1]:
@@ -87,6 +88,5 @@ def _panel(axes: Axes, by_task: Sequence[dict[str, Record]]) -> None:
                     markersize=5.5, elinewidth=1.2,
                 )  # fmt: skip
     axes.axvline(1, color="0.35", linestyle=(0, (6, 4)), linewidth=1)
-    axes.set_xlim(0, None)
     axes.grid(True, axis="x", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

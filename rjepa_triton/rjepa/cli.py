@@ -212,7 +212,8 @@ def train_command(
 ) -> None:
     """Train R-JEPA; an interrupted run continues after its last complete epoch.
 
-    By SIGTERM it ends after the batch that it is at, with a checkpoint from which it continues, and exit code 0.
+    By SIGTERM or Ctrl-C it ends after the batch that it is at, with a checkpoint from which it continues; with exit
+    code 0 by SIGTERM, 130 by Ctrl-C. A second Ctrl-C ends it at once.
     """
     with user_errors(), needs("rjepa", PACKAGES):
         from . import config as configs
@@ -222,16 +223,27 @@ def train_command(
         typer.echo("reading the data and computing what the backbone makes of it …", err=True)
         trainer = train.Trainer(settings, out, typer.echo)
         left = (trainer.settings.train.epochs - trainer.done) * trainer.batches - trainer.begun
-        before = signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
+        asked: list[int] = []
+
+        def ask(number: int, frame: object) -> None:
+            if number in asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            asked.append(number)
+            trainer.stop()
+
+        heeded = [one for one in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(one) != signal.SIG_IGN]
+        before = {one: signal.signal(one, ask) for one in heeded}
         try:
             with _progress() as progress:
                 task = progress.add_task("train", total=max(left, 1))
                 found = trainer.run(lambda: progress.advance(task))
         except train.Stopped:
-            typer.echo(f"stopped by SIGTERM; the same command continues the run in {out}")
-            return
+            name = signal.Signals(asked[0]).name
+            typer.echo(f"stopped by {name}; the same command continues the run in {out}")
+            raise typer.Exit(130 if signal.SIGINT in asked else 0) from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for one, handler in before.items():
+                signal.signal(one, handler)
         _show_evaluation({when: found[when] for when in ("before", "after")})
         typer.echo(f"run: {out}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -181,7 +182,10 @@ def test_a_run_that_is_asked_to_stop_goes_on_from_there(
         assert (tmp_path / "cut" / file).read_text() == (tmp_path / "whole" / file).read_text()
 
 
-def test_sigterm_ends_a_run_with_a_checkpoint(settings: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("way", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_sigterm_ends_a_run_with_a_checkpoint(
+    settings: Any, tmp_path: Path, way: signal.Signals, code: int
+) -> None:
     """The command, in a process of its own, in the middle of a long run."""
     file = tmp_path / "config.yaml"
     file.write_text(config.text(settings("train.epochs=100000")))
@@ -195,7 +199,8 @@ def test_sigterm_ends_a_run_with_a_checkpoint(settings: Any, tmp_path: Path) -> 
         "--out",
         str(tmp_path / "run"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **heeds)  # type: ignore[call-overload]
     try:
         checkpoint = tmp_path / "run" / "metrics.csv"
         for _ in range(1200):
@@ -204,13 +209,13 @@ def test_sigterm_ends_a_run_with_a_checkpoint(settings: Any, tmp_path: Path) -> 
             assert process.poll() is None
             time.sleep(0.1)
         begun = time.monotonic()
-        process.terminate()
+        process.send_signal(way)
         said = process.communicate(timeout=60)[0]
     finally:
         process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == code, said
     assert time.monotonic() - begun < 10
-    assert "stopped by SIGTERM; the same command continues the run" in said
+    assert f"stopped by {way.name}; the same command continues the run" in said
     state = storage.unpickled(tmp_path / "run" / "checkpoint.pt")
     assert state["epochs"] >= 2
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
