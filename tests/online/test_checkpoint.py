@@ -131,7 +131,9 @@ def damage(state: dict[str, Any], data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["junk", "own", "own", "remove", "add"]))
     whole = isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
     if kind == "own" and whole and value.numel() and value.dim() and value.untyped_storage().nbytes():
-        holder[last] = data.draw(st.sampled_from(OF_TENSORS))(value)
+        # what an earlier damage has left may be neither listed nor given to numpy
+        plain = torch.zeros(value.shape, dtype=value.dtype) if value._is_zerotensor() else value.resolve_neg()
+        holder[last] = data.draw(st.sampled_from(OF_TENSORS))(plain)
     elif kind == "own" and type(value) is int and abs(value) < 1 << 62:
         holder[last] = data.draw(
             st.sampled_from([value + 1, value - 1, -value, torch.tensor(value), str(value)])
