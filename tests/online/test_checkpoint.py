@@ -132,7 +132,8 @@ def damage(state: dict[str, Any], data: st.DataObject) -> None:
     whole = isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
     if kind == "own" and whole and value.numel() and value.dim() and value.untyped_storage().nbytes():
         # what an earlier damage has left may be neither listed nor given to numpy
-        plain = torch.zeros(value.shape, dtype=value.dtype) if value._is_zerotensor() else value.resolve_neg()
+        plain = value.detach().resolve_neg()
+        plain = torch.zeros(value.shape, dtype=value.dtype) if value._is_zerotensor() else plain
         holder[last] = data.draw(st.sampled_from(OF_TENSORS))(plain)
     elif kind == "own" and type(value) is int and abs(value) < 1 << 62:
         holder[last] = data.draw(
