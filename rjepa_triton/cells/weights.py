@@ -42,12 +42,16 @@ def within_blocks(weight: Tensor, size: int) -> Tensor:
     fan_in = weight.shape[-1]
     if weight.dim() == 1 or size >= fan_in:
         return weight.detach().clone()
+    weight = weight.detach()
     out = torch.zeros_like(weight)
-    kept, given = (
-        each.detach().unflatten(-1, (-1, size)).unflatten(-3, (-1, size)) for each in (out, weight)
-    )
-    kept.diagonal(dim1=-4, dim2=-2).copy_(given.diagonal(dim1=-4, dim2=-2))
+    _on_the_diagonal(out, size).copy_(_on_the_diagonal(weight, size))
     return out
+
+
+def _on_the_diagonal(weight: Tensor, size: int) -> Tensor:
+    """A view of the diagonal's blocks of `size` units: (N/size, size, size), or (H, b/size, size, size) of H heads."""
+    blocks = weight.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def in_heads(weight: Tensor, heads: int) -> Tensor:
@@ -59,8 +63,8 @@ def in_heads(weight: Tensor, heads: int) -> Tensor:
     if own % heads and heads % own:
         return in_heads(torch.block_diag(*weight), heads)
     if own <= heads:
-        whole = weight.unflatten(-1, (heads // own, -1)).unflatten(-3, (heads // own, -1))
-        return whole.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).reshape(heads, own * size // heads, -1)
+        block = own * size // heads
+        return _on_the_diagonal(weight, block).reshape(heads, block, block)
     out = weight.new_zeros(heads, own // heads, size, own // heads, size)
     out.diagonal(dim1=1, dim2=3).copy_(weight.view(heads, own // heads, size, size).permute(0, 2, 3, 1))
     return out.flatten(3).flatten(1, 2)
