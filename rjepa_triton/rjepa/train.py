@@ -283,7 +283,8 @@ class Trainer:
         """Raise Stopped if any of the processes was asked to stop: all end after the same batch."""
         asked: Any = self._asked
         if self.fabric.world_size > 1:
-            asked = self.fabric.all_reduce(torch.tensor(float(asked)), reduce_op="sum")
+            mine = torch.tensor(float(asked), device=self.fabric.device)
+            asked = self.fabric.all_reduce(mine, reduce_op="sum")
         if asked:
             raise Stopped
 
