@@ -11,7 +11,8 @@ from checkout import RESULTS, ROOT
 from rjepa_triton import RGC, OnlineLearner
 from rjepa_triton.bench.harness import record
 from rjepa_triton.bench.harness.tables import markdown
-from rjepa_triton.bench.learning import fidelity, learn
+from rjepa_triton.bench.learning import fidelity, learn, pays
+from rjepa_triton.bench.learning.probes import PROBES
 from rjepa_triton.bench.planner import plan
 from rjepa_triton.bench.report import page as report
 from rjepa_triton.bench.scaling import forward
@@ -100,6 +101,54 @@ def test_what_benchmarks_found_is_what_the_records_say() -> None:
     assert f"Rounds and the dual form take {rounds[0]}." in told
     assert f"take {launch[1]} times as long" in told
     assert f"in a CUDA graph, {bptt[1]} times" in told
+
+
+def test_what_pays_is_what_the_record_says() -> None:
+    """The figures of "choosing a rule", and of the claims of others."""
+    by = pays.groups(record.load(RESULTS / "pays-cpu.jsonl"))
+
+    def share(cell: str, task: str, rule: str) -> str:
+        told = pays.verdicts(by[task, cell, 32, "adam"])[rule].share
+        assert told is not None
+        return f"{told[0]:.0%}".replace("%", " %").replace("-0 ", "0 ")
+
+    page, claims = (
+        " ".join((ROOT / "docs" / name).read_text().split())
+        for name in ("tutorials/choosing.md", "claims.md")
+    )
+    assert f"gets {share('RNN', 'lag-1', 'rfp')} of exact RTRL's gain" in page
+    told = [share("GRU", task, "rfp") for task in ("chain", "digits", "lag-4")]
+    assert "RFP gets {} of exact RTRL's gain there, {} for digits and {} for".format(*told) in page
+    blocks = {
+        (cell, task): share(cell, task, "block")
+        for cell in ("RNN", "GRU")
+        for task in ("lag-4", "digits", "chain")
+    }
+    assert blocks["RNN", "chain"] == "0 %"
+    told = [blocks["GRU", task] for task in ("chain", "digits", "lag-4")] + [share("RNN", "lag-1", "block")]
+    told += [blocks["RNN", task] for task in ("lag-4", "digits")]
+    assert (
+        "get {} for the bit, {} for digits and {} at lag 4 (GRU); {} at lag 1, {} at lag 4, {} for".format(
+            *told
+        )
+        in page
+    )
+    told = [blocks[cell, task] for task in ("lag-4", "digits") for cell in ("RNN", "GRU")] + [
+        blocks["GRU", "chain"]
+    ]
+    assert "{} and {} at lag 4 (RNN, GRU), {} and {} for digits, none and {} for".format(*told) in claims
+    for (task, _, _, _), of in by.items():
+        ends = [
+            sum(r.payload["finals"]) / len(r.payload["finals"]) / PROBES[task].chance for r in of.values()
+        ]
+        assert max(ends) - min(ends) < {"drift": 0.002, "lorenz": 0.01}.get(task, 9)
+    for cell, tasks in {"RNN": ("lag-4", "lag-8", "adding", "digits", "chain")}.items():
+        assert all(
+            pays.verdicts(by[task, cell, 32, "adam"])["rfp"].word in ("open", "alike") for task in tasks
+        )
+    mean = {r: sum(of.payload["finals"]) / 10 for r, of in by["chain", "GRU", 32, "adam"].items()}
+    told = [f"{mean[rule]:.2f}" for rule in ("snap0", "rfp", "eprop")]
+    assert "({} nats, chance 0.69); with RFP it does ({}), and with e-prop better ({})".format(*told) in page
 
 
 def test_the_tables_of_the_theory_are_those_of_the_record() -> None:
