@@ -232,9 +232,8 @@ def append(path: Path, record: Record) -> None:
         size = _cut_broken_tail(descriptor, path)
         try:
             written = os.write(descriptor, line)
-            while written < len(
-                line
-            ):  # for a part there was room: the next try raises with the system's reason
+            # Where there was room for a part, the next try raises with the system's reason.
+            while written < len(line):
                 written += os.write(descriptor, line[written:])
             os.fsync(descriptor)
         except OSError as error:

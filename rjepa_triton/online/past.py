@@ -124,9 +124,8 @@ class Past:
         self.now = self.base = self._last_full_reset = now
         self._unreachable = now  # no loss of a new step may reach the steps up to this time
         self._tape = Tape()
-        self._ends: list[
-            int
-        ] = []  # of what is folded as one, in the window: calls, or chunks in form "chunk"
+        # Of what is folded as one, in the window: calls, or chunks in form "chunk".
+        self._ends: list[int] = []
         self._records: list[Record] = []  # those calls, in form "chunk"
         # A new one whenever the past is reset or replaced. The backward pass of a record of another comes too late.
         self._epoch = object()
