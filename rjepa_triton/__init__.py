@@ -10,6 +10,10 @@ if not (_HERE / "kernels").is_dir():
     # In a checkout, kernels/ and bench/ lie beside this package, not in it as they do once installed.
     __path__.append(str(_HERE.parent))
 
+from . import _interrupt  # noqa: E402
+
+_interrupt.heed()  # before torch is imported
+
 from . import _moved, cells, compat  # noqa: E402
 from .cells.two_point import Cell, Matrix, Partials  # noqa: E402
 from .layers import functional  # noqa: E402

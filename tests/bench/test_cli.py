@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from checkout import RESULTS
+from checkout import RESULTS, ROOT
 from typer.testing import CliRunner
 
 from rjepa_triton import cli
@@ -31,6 +33,38 @@ def test_help_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert run(monkeypatch, "bench", "--help") == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("scaling", "plot", "compare", "fidelity"))
+
+
+SWALLOWS = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except BaseException:
+    pass
+print("went on", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such signals")
+@pytest.mark.parametrize("module", ["torch", "typer"])
+def test_ctrl_c_isnt_lost_where_an_import_swallows_it(module: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text(SWALLOWS)
+    given = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    heeds = {"preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)}
+    command = [sys.executable, "-m", "rjepa_triton", "train", "--help"]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=100, **heeds)  # type: ignore[call-overload]
+    assert done.returncode == -signal.SIGINT, done.stdout + done.stderr
+    assert "went on" not in done.stdout
+    alone = subprocess.run(
+        [sys.executable, "-c", f"import rjepa_triton, {module}"],
+        **{**heeds, "env": given},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )  # type: ignore[call-overload]
+    assert "went on" in alone.stdout  # who imports the package has Ctrl-C as it was
 
 
 def test_an_unknown_command_exits_2(
