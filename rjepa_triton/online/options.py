@@ -91,8 +91,7 @@ def check_options(
 
     Raises TypeError or ValueError, naming the argument; for a combination that can't run, the nearest that can.
     """
-    if not isinstance(layer, TwoPointRNN):
-        raise TypeError(f"layer must be a recurrent layer such as RGC, got {type(layer).__name__}")
+    refuse_no_layer(layer)
     refuse_hooks(layer)
     refuse_distributed(layer)
     check.integer("batch_size", batch_size, 1)
@@ -164,6 +163,12 @@ def learning_rate(value: object, dtype: torch.dtype) -> float:
 
 # Where torch keeps a module's hooks; a learner runs the layer's parts, and not the layer's own forward().
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def refuse_no_layer(layer: object) -> None:
+    """Raise TypeError unless `layer` is a recurrent layer."""
+    if not isinstance(layer, TwoPointRNN):
+        raise TypeError(f"layer must be a recurrent layer such as RGC, got {type(layer).__name__}")
 
 
 def refuse_hooks(layer: TwoPointRNN) -> None:

@@ -15,10 +15,11 @@ what a rank owns. A rank's units are those of torch.chunk: ⌈N/R⌉ on each of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,12 +102,11 @@ class Shard:
         from torch.distributed.tensor import Shard as Rows
         from torch.distributed.tensor import distribute_tensor
 
-        for name, parameter in list(layer.named_parameters()):
-            if name in layer._names:
-                made = distribute_tensor(parameter.detach(), self.mesh, [Rows(0)])
-                layer.register_parameter(name, nn.Parameter(made, requires_grad=parameter.requires_grad))
-            else:
-                torch.distributed.broadcast(parameter.detach(), group=self.mesh.get_group(), group_src=0)
+        make_alike((p for name, p in layer.named_parameters() if name not in layer._names), self.mesh)
+        for name in layer._names:
+            parameter = layer.get_parameter(name)
+            made = distribute_tensor(parameter.detach(), self.mesh, [Rows(0)])
+            layer.register_parameter(name, nn.Parameter(made, requires_grad=parameter.requires_grad))
 
     def weights(self, layer: TwoPointRNN) -> tuple[Tensor, ...]:
         """This rank's rows of the layer's weights(), which autograd follows to the DTensors.
@@ -170,7 +170,9 @@ class Shard:
         if self.units < self._block:
             lines = nn.functional.pad(lines, (0, self._block - self.units))
         found = own.new_empty(self.ranks, len(lines), self._block)
-        self._together(torch.distributed.all_gather, list(found.unbind(0)), lines.contiguous())
+        collective(
+            self.mesh.get_group(), torch.distributed.all_gather, list(found.unbind(0)), lines.contiguous()
+        )
         joined = found.transpose(0, 1).flatten(1)[:, : self.all_units]
         return joined.reshape(*own.shape[:-1], self.all_units)
 
@@ -180,14 +182,8 @@ class Shard:
         if not input_weights:
             return self.gather(part)
         part = part.contiguous()
-        self._together(torch.distributed.all_reduce, part)
+        collective(self.mesh.get_group(), torch.distributed.all_reduce, part)
         return part
-
-    def _together(self, collective: Callable[..., object], *given: object) -> None:
-        try:
-            collective(*given, group=self.mesh.get_group())
-        except RuntimeError as error:
-            raise RuntimeError(_lost(self.mesh.get_group(), error, "mesh")) from error
 
     @torch.no_grad()
     def run(
@@ -275,8 +271,8 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     return torch.empty(*shape, device="meta").stride()
 
 
-def _mesh(mesh: object) -> DeviceMesh:
-    """`mesh`, or TypeError or ValueError if rows can't lie on it."""
+def one_dimensional(mesh: object) -> DeviceMesh:
+    """`mesh`, or TypeError or ValueError if it isn't one of one dimension that has this process."""
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(mesh, DeviceMesh):
@@ -284,7 +280,7 @@ def _mesh(mesh: object) -> DeviceMesh:
     if mesh.ndim != 1:
         names = mesh.mesh_dim_names
         one = f"one of its dimensions, mesh[{names[0]!r}]" if names else "a mesh of one dimension"
-        raise ValueError(f"mesh must have one dimension, over which rows lie, got {mesh.ndim}: give {one}")
+        raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: give {one}")
     if mesh.get_coordinate() is None:
         raise ValueError(f"mesh must have this process, rank {torch.distributed.get_rank()}, got {mesh}")
     return mesh
@@ -296,8 +292,21 @@ def _refuse_layer(layer: TwoPointRNN, mesh: DeviceMesh) -> None:
         if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
             kind = type(weight.data).__name__ if isinstance(weight, nn.Parameter) else "computed from others"
             raise ValueError(f"mesh goes with a layer of plain parameters, got {name}, which is {kind}")
-        if weight.device.type != mesh.device_type:
-            raise ValueError(f"mesh must be of the layer's device, {weight.device}, got {mesh.device_type}")
+        refuse_other_device(weight, mesh)
+
+
+def refuse_other_device(weight: Tensor, mesh: DeviceMesh) -> None:
+    """Raise ValueError if a layer's weight isn't on the mesh's devices."""
+    if weight.device.type != mesh.device_type:
+        raise ValueError(f"mesh must be of the layer's device, {weight.device}, got {mesh.device_type}")
+
+
+def make_alike(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
+    """Give parameters, in place, the values that they have on the mesh's first rank."""
+    for parameter in parameters:
+        collective(
+            mesh.get_group(), functools.partial(torch.distributed.broadcast, group_src=0), parameter.detach()
+        )
 
 
 def planned(
@@ -310,7 +319,7 @@ def planned(
     if mesh is None:
         options = check_options(layer, batch_size, **given)
         return options, choose_form(layer, options), None
-    own = _mesh(mesh)
+    own = one_dimensional(mesh)
     facts: dict[str, object] = {"batch_size": batch_size, **given, "the code": revision()}
     try:
         options = check_options(layer, batch_size, **given)
@@ -355,17 +364,10 @@ def agree(
     Nothing but these are sent. what: begins the messages. failed: what went wrong on this rank so far, which is raised
     here. Raises ValueError that names what differs, and on which ranks; RuntimeError where a rank is missing.
     """
-    distributed = torch.distributed
-    count = distributed.get_world_size(group)
     mine = {name: repr(value) for name, value in facts.items()}
     mine["error"] = "" if failed is None else f"{type(failed).__name__}: {failed}"
-    found: list[Any] = [None] * count
-    try:
-        if distributed.get_backend(group) == "gloo":
-            distributed.monitored_barrier(group)  # which knows who is missing
-        distributed.all_gather_object(found, mine, group)
-    except RuntimeError as error:
-        raise RuntimeError(_lost(group, error, what)) from error
+    found = gathered_objects(group, mine, what)
+    count = len(found)
     if failed is not None:
         raise failed
     for rank, theirs in enumerate(found):
@@ -378,6 +380,44 @@ def agree(
         if len(by_value) > 1:
             told = " and ".join(f"{value} on rank {', '.join(ranks)}" for value, ranks in by_value.items())
             raise ValueError(f"{name} must be the same on all {count} ranks of the {what}, got {told}")
+
+
+def gathered_objects(group: Any, mine: object, what: str) -> list[Any]:
+    """What each rank gives, pickled and sent, on every rank. Raises RuntimeError where a rank is missing."""
+    distributed = torch.distributed
+    found: list[Any] = [None] * distributed.get_world_size(group)
+    try:
+        if distributed.get_backend(group) == "gloo":
+            distributed.monitored_barrier(group)  # which knows who is missing
+        distributed.all_gather_object(found, mine, group)
+    except RuntimeError as error:
+        raise RuntimeError(_lost(group, error, what)) from error
+    return found
+
+
+@contextlib.contextmanager
+def together(group: Any, what: str, **facts: object) -> Iterator[None]:
+    """All ranks of a group end the block without an error, and with the same facts, or all raise (`agree`).
+
+    group: None: there is this process alone.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+        if group is None:
+            raise
+    if group is not None:
+        agree(group, facts, failed, what=what)
+
+
+def collective(group: Any, function: Callable[..., object], *given: object) -> None:
+    """A collective of torch.distributed. Raises RuntimeError that says so where a rank has ended or doesn't come."""
+    try:
+        function(*given, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(_lost(group, error, "mesh")) from error
 
 
 def _lost(group: Any, error: Exception, what: str) -> str:

@@ -22,11 +22,10 @@ from .stream_readout import LINEAR, Parts, has_hooks
 if TYPE_CHECKING:
     from .streams import Stream
 
-LOSSES = ("mse", "cross_entropy", "huber", "cosine", "delta")  # in the order of stream.h
 RULES = {"rfp": 0, "eprop": 1, "rflo": 2, "snap0": 3, "rtrl": 4}
 # S times the units of a head, up to which RTRL is compiled; products of larger J are BLAS's work.
 EXACT_ROWS = 256
-LOSSES_AT = {name: k for k, name in enumerate(LOSSES)}
+LOSSES_AT = {name: k for k, name in enumerate(stream_given.LOSSES)}
 INPUT, ONE = -1, -2
 FORWARD, LEARN = 1, 2
 PANELS_FROM = 8  # steps of a call from which copying dense matrices to panels saves time

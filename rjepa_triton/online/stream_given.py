@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +11,85 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp
+from .options import refuse_no_layer
 from .stream_optimizer import OPTIMIZERS, refuse_late, unserved
 from .stream_readout import Parts
 
 if TYPE_CHECKING:
     from .streams import Stream
+
+
+LOSSES = ("mse", "cross_entropy", "huber", "cosine", "delta")  # in the order of stream.h
+NONFINITE = ("raise", "skip", "continue")
+
+
+def check_options(
+    layer: TwoPointRNN,
+    readout: nn.Module,
+    mesh: object,
+    *,
+    lr: float | Sequence[float],
+    population: int | None,
+    seeds: Sequence[int] | None,
+    loss: str,
+    optimizer: str | torch.optim.Optimizer,
+    optimizer_options: Mapping[str, Any] | None,
+    update_every: int,
+    clip_norm: float | None,
+    huber_delta: float,
+    mean: str,
+    self_prediction: bool,
+    nonfinite: str,
+    backend: str,
+    **_of_the_learner: object,
+) -> None:
+    """Raise TypeError or ValueError for arguments of `Stream`, but for those that its `OnlineLearner` checks."""
+    check.one_of("nonfinite", nonfinite, NONFINITE)
+    check.one_of("mean", mean, ("counted", "all"))
+    given = isinstance(optimizer, torch.optim.Optimizer)
+    if population is not None and given:
+        raise ValueError(
+            "optimizer must be a name with a population, whose networks have weights of their own"
+        )
+    if seeds is not None and population is None:
+        raise ValueError(f"seeds go with population, got seeds={seeds!r} and no population")
+    if isinstance(lr, Sequence) and population is None:
+        raise ValueError(f"lr must be one number without a population, got {len(lr)} of them")
+    if not isinstance(readout, nn.Module):
+        raise TypeError(f"readout must be a torch.nn.Module, got {type(readout).__name__}")
+    check.one_of("loss", loss, LOSSES)
+    if not given:
+        check.one_of("optimizer", optimizer, tuple(OPTIMIZERS))
+    elif optimizer_options is not None:
+        raise ValueError("optimizer_options go with the name of an optimizer, got an optimizer")
+    check.one_of("backend", backend, ("auto", "compile", "triton", "torch"))
+    check.integer("update_every", update_every, 1)
+    if clip_norm is not None:
+        positive("clip_norm", clip_norm)
+    positive("huber_delta", huber_delta)
+    refuse_no_layer(layer)
+    refuse_foreign(layer, readout)
+    if mesh is not None and population is None:
+        _refuse_with_rows(optimizer, lr, optimizer_options, self_prediction, backend)
+
+
+def _refuse_with_rows(
+    optimizer: str | torch.optim.Optimizer,
+    lr: float | Sequence[float],
+    optimizer_options: Mapping[str, Any] | None,
+    self_prediction: bool,
+    backend: str,
+) -> None:
+    """Raise ValueError for what doesn't go with rows on the ranks of a mesh; as torch.optim does for its options."""
+    if not isinstance(optimizer, str):
+        raise ValueError(
+            "optimizer must be a name with mesh, by which the weights become others, got an optimizer"
+        )
+    if self_prediction:
+        raise ValueError("self_prediction doesn't go with mesh: leave one of them out")
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"mesh goes with backend='auto' or 'torch', the loop over steps, got {backend!r}")
+    OPTIMIZERS[optimizer]([nn.Parameter(torch.empty(1))], lr=lr, **dict(optimizer_options or {}))
 
 
 def checked(
@@ -187,32 +260,6 @@ def refuse_foreign(layer: TwoPointRNN, readout: nn.Module) -> None:
         check.like("readout", first.weight, "the layer", weight)
 
 
-def networks(
-    layer: TwoPointRNN,
-    readout: nn.Module,
-    population: int,
-    seeds: Sequence[int] | None,
-    lr: float | Sequence[float],
-) -> Iterator[tuple[tuple[TwoPointRNN, nn.Module], float]]:
-    """For each network of a population copies of layer and readout, drawn anew with its seed, and its learning rate.
-
-    Raises TypeError or ValueError.
-    """
-    own = list(range(population)) if seeds is None else list(seeds)
-    rates = list(lr) if isinstance(lr, Sequence) else [lr] * population
-    for name, value in (("seeds", own), ("lr", rates)):
-        if len(value) != population:
-            raise ValueError(f"{name} must be {population} numbers, one for each network, got {len(value)}")
-    for seed, rate in zip(own, rates, strict=True):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(check.integer("seeds", seed, 0))
-            copies = copy.deepcopy((layer, readout))
-            for module in (each for of in copies for each in of.modules()):
-                if callable(draw := getattr(module, "reset_parameters", None)):
-                    draw()
-        yield copies, rate
-
-
 def served_parts(stream: Stream, rules: Collection[str]) -> Parts | str:
     """The readout's parts, or why neither compiled code nor the kernel, which have these rules, takes the stream."""
     layer, readout, learner = stream.layer, stream.readout, stream.learner
@@ -238,17 +285,3 @@ def served_parts(stream: Stream, rules: Collection[str]) -> Parts | str:
     if any(not parameter.is_contiguous() for parameter in stream.parameters):
         return "a weight isn't contiguous"
     return parts
-
-
-def split(name: str, value: Tensor | None, dims: int, count: int) -> list[Any]:
-    """An argument of each of so many networks: of one for all, of `dims` dimensions, or of as many. Or ValueError."""
-    if value is None:
-        return [None] * count
-    if check.tensor(name, value).dim() == dims:
-        return [value] * count
-    if value.dim() == dims + 1 and len(value) == count:
-        return list(value)
-    raise ValueError(
-        f"{name} must have {dims} dimensions, one for all networks, or {dims + 1} with population={count} first, got "
-        f"shape {tuple(value.shape)}"
-    )

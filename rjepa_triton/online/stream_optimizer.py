@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # In the order of learned.h.
 OPTIMIZERS = {
@@ -42,6 +44,19 @@ def unserved(optimizer: torch.optim.Optimizer, kind: int) -> str | None:
         if kind == 3 and group["momentum"]:
             return "compiled code has no momentum of RMSprop"
     return "the optimizer has hooks" if has_step_hooks(optimizer) else None
+
+
+def clip_(parameters: Sequence[Tensor], largest: float, on_ranks: bool) -> None:
+    """torch.nn.utils.clip_grad_norm_; on_ranks: of DTensors and tensors together, which it doesn't take."""
+    if not on_ranks:
+        torch.nn.utils.clip_grad_norm_(parameters, largest)
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms: list[Any] = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    scale = float((largest / (torch.linalg.vector_norm(torch.stack(whole)) + 1e-6)).clamp(max=1))
+    for gradient in gradients:
+        gradient.mul_(scale)
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:

@@ -11,7 +11,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,22 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from ..layers.layer import TwoPointRNN
-from . import stream_given
+from . import sharded, stream_given
 from .learner import OnlineLearner
 from .options import Learning
+from .population import Population
 from .sensitivity import Sensitivity
-from .stream_code import LOSSES, Compiled, Result
+from .stream_code import Compiled, Result
 from .stream_kernel import InKernel
-from .stream_optimizer import OPTIMIZERS
+from .stream_optimizer import OPTIMIZERS, clip_
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Result", "Stream"]
 
 Loss = Literal["mse", "cross_entropy", "huber", "cosine", "delta"]
 Nonfinite = Literal["raise", "skip", "continue"]
-NONFINITE = ("raise", "skip", "continue")
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 
 
@@ -90,8 +93,13 @@ class Stream:
             "continue". Exploding sensitivities and losses are told by a RuntimeWarning.
         backend: "auto": compiled code on a CPU, a Triton kernel on a GPU, and the loop over steps where these don't
             serve; "compile" or "triton": raise ValueError where it doesn't serve; "torch": the loop over steps.
+        mesh: a DeviceMesh of one dimension, on whose ranks the rows of the layer's weights and of Γ lie, as for
+            `OnlineLearner`: the loop over steps runs, and a readout is on every rank. With `population` the networks
+            are divided among the ranks, and `members` are this rank's. Every rank makes the same calls with the same
+            arguments, and gets the same results. All weights start with the values of the mesh's first rank.
 
-    Raises TypeError or ValueError for an argument out of its range.
+    Raises TypeError or ValueError for an argument out of its range; with a mesh on every rank, and RuntimeError where a
+    rank has ended or doesn't come in time.
     """
 
     layer: TwoPointRNN
@@ -124,60 +132,48 @@ class Stream:
         seeds: Sequence[int] | None = None,
         nonfinite: Nonfinite = "raise",
         backend: str = "auto",
+        mesh: DeviceMesh | None = None,
     ) -> None:
-        check.one_of("nonfinite", nonfinite, NONFINITE)
-        check.one_of("mean", mean, ("counted", "all"))
-        self.nonfinite, self.mean, self.self_prediction = nonfinite, mean, self_prediction
-        self.members: list[Stream] | None = None
+        self.group = None if mesh is None else sharded.one_dimensional(mesh).get_group()
+        options: dict[str, Any] = {
+            "loss": loss,
+            "optimizer": optimizer,
+            "optimizer_options": optimizer_options,
+            "learning": learning,
+            "block": block,
+            "update_every": update_every,
+            "clip_norm": clip_norm,
+            "huber_delta": huber_delta,
+            "mean": mean,
+            "self_prediction": self_prediction,
+            "nonfinite": nonfinite,
+            "backend": backend,
+        }
+        given = {"batch_size": batch_size, "lr": lr, "population": population, "seeds": seeds, **options}
+        with sharded.together(self.group, "stream", **given):
+            stream_given.check_options(layer, readout, mesh, **given)
+        self.loss, self.nonfinite, self.mean, self.self_prediction = loss, nonfinite, mean, self_prediction
+        self.layer = layer
+        self.population: Population | None = None
         if population is not None:
-            if isinstance(optimizer, torch.optim.Optimizer):
-                raise ValueError(
-                    "optimizer must be a name with a population, whose networks have weights of their own"
-                )
-            options: dict[str, Any] = {
-                "loss": loss,
-                "optimizer": optimizer,
-                "optimizer_options": optimizer_options,
-                "learning": learning,
-                "block": block,
-                "update_every": update_every,
-                "clip_norm": clip_norm,
-                "huber_delta": huber_delta,
-                "mean": mean,
-                "self_prediction": self_prediction,
-                "nonfinite": nonfinite,
-                "backend": backend,
-            }
-            count = check.integer("population", population, 1)
-            self.members = [
-                Stream(*copies, batch_size, lr=rate, **options)
-                for copies, rate in stream_given.networks(layer, readout, count, seeds, lr)
-            ]
-            self.batch_size, self.layer, self.loss = self.members[0].batch_size, layer, loss
-            self.why = self.members[0].why
+            make = functools.partial(Stream, batch_size=batch_size, **options)
+            self.population = Population(make, layer, readout, population, seeds, lr, mesh)
+            self.batch_size, self.why = batch_size, self.population.members[0].why
             return
-        if seeds is not None:
-            raise ValueError(f"seeds go with population, got seeds={seeds!r} and no population")
-        if isinstance(lr, Sequence):
-            raise ValueError(f"lr must be one number without a population, got {len(lr)} of them")
-        if not isinstance(readout, nn.Module):
-            raise TypeError(f"readout must be a torch.nn.Module, got {type(readout).__name__}")
-        check.one_of("loss", loss, LOSSES)
-        self.loss = loss
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            check.one_of("optimizer", optimizer, tuple(OPTIMIZERS))
-        elif optimizer_options is not None:
-            raise ValueError("optimizer_options go with the name of an optimizer, got an optimizer")
-        check.one_of("backend", backend, ("auto", "compile", "triton", "torch"))
-        self.update_every = check.integer("update_every", update_every, 1)
-        self.clip_norm = None if clip_norm is None else stream_given.positive("clip_norm", clip_norm)
-        self.huber_delta = stream_given.positive("huber_delta", huber_delta)
-        watch: Literal["ignore", "warn"] = "ignore" if nonfinite == "continue" else "warn"
+        self.update_every, self.huber_delta = update_every, float(huber_delta)
+        self.clip_norm = None if clip_norm is None else float(clip_norm)
         self.learner = OnlineLearner(
-            layer, batch_size, learning=learning, block=block, form="step", nonfinite=watch
+            layer,
+            batch_size,
+            learning=learning,
+            block=block,
+            form="step",
+            nonfinite="ignore" if nonfinite == "continue" else "warn",
+            mesh=mesh,
         )
-        self.layer, self.readout, self.batch_size = layer, readout, self.learner.batch_size
-        stream_given.refuse_foreign(layer, readout)
+        if mesh is not None:
+            sharded.make_alike(readout.parameters(), mesh)
+        self.readout, self.batch_size = readout, self.learner.batch_size
         self.parameters = list(dict.fromkeys([*layer.parameters(), *readout.parameters()]))
         if self_prediction:
             stream_given.refuse_for_self_prediction(self)
@@ -188,7 +184,10 @@ class Stream:
                     "optimizer must have the weights of the layer and the readout, and no others"
                 )
         else:
-            self.optimizer = OPTIMIZERS[optimizer](self.parameters, lr=lr, **dict(optimizer_options or {}))
+            further = dict(optimizer_options or {})
+            if mesh is not None:
+                further.setdefault("foreach", False)  # which takes no DTensors and tensors together
+            self.optimizer = OPTIMIZERS[optimizer](self.parameters, lr=lr, **further)
         kinds: list[type[torch.optim.Optimizer]] = list(OPTIMIZERS.values())
         # Its place in `OPTIMIZERS`; -1 for another, which the loop runs.
         self.kind = kinds.index(type(self.optimizer)) if type(self.optimizer) in kinds else -1
@@ -202,7 +201,9 @@ class Stream:
         self._one_step: Compiled | None = None  # what runs the pending step; None: the loop
         self._served = True  # whether the compiled calls ran last: they hold the gradients' sum
         self.why, self._asked = "asked for", backend
-        if backend != "torch":
+        if mesh is not None:
+            self.why = "the ranks of a mesh send one another states in every step"
+        elif backend != "torch":
             made = self._calls()
             if isinstance(made, Compiled):
                 self._compiled, self.why = made, "one call for all steps"
@@ -210,6 +211,11 @@ class Stream:
                 self.why = made
                 if backend != "auto":
                     raise ValueError(f"backend={backend!r} can't run: {made}")
+
+    @property
+    def members(self) -> list[Stream] | None:
+        """The streams of a population's networks, with a mesh those of this rank's; None without a population."""
+        return None if self.population is None else self.population.members
 
     @property
     def backend(self) -> str:
@@ -258,9 +264,10 @@ class Stream:
         Mutates the weights, the learner and the optimizer. Raises TypeError or ValueError, with nothing changed, for an
         argument that doesn't fit.
         """
-        if self.members is not None:
-            return self._run_members(self.members, x, target, resets, mask, lr, hidden)
-        given = stream_given.checked(self, x, target, resets, mask, lr)
+        if self.population is not None:
+            return self.population.run(x, target, resets, mask, lr, hidden)
+        with sharded.together(self.group, "stream", x=getattr(x, "shape", None), hidden=hidden):
+            given = stream_given.checked(self, x, target, resets, mask, lr)
         compiled = self._serving()
         result = self._loop(*given, hidden) if compiled is None else compiled.run(*given, hidden)
         self.begun.fill_(True)
@@ -279,51 +286,6 @@ class Stream:
                     RuntimeWarning,
                     stacklevel=3,
                 )
-
-    def _run_members(
-        self,
-        members: Sequence[Stream],
-        x: Tensor,
-        target: Tensor | None,
-        resets: Tensor | None,
-        mask: Tensor | None,
-        lr: Tensor | None,
-        hidden: bool,
-    ) -> Result:
-        """`run` of a population."""
-        count = len(members)
-
-        split = functools.partial(stream_given.split, count=count)
-        given = [
-            stream_given.checked(member, *each)
-            for member, *each in zip(
-                members,
-                split("x", x, 3),
-                split("target", target, 2 if self.loss == "cross_entropy" else 3),
-                split("resets", resets, 2),
-                split("mask", mask, 2),
-                split("lr", lr, 1),
-                strict=True,
-            )
-        ]
-        compiled = [one for member in members if (one := member._serving()) is not None]
-        if len(compiled) == count:
-            results = type(compiled[0]).run_all(compiled, given, hidden)
-        else:
-            for member in members:
-                member._serving(never=True)
-            results = [member._loop(*each, hidden) for member, each in zip(members, given, strict=True)]
-        for member, result in zip(members, results, strict=True):
-            member.begun.fill_(True)
-            member._tell(result.losses)
-        return Result(
-            torch.stack([result.losses for result in results]),
-            torch.stack([result.outputs for result in results]),
-            torch.stack([result.hidden for result in results if result.hidden is not None])
-            if hidden
-            else None,
-            [result.state for result in results],
-        )
 
     def step(self, x: Tensor) -> Tensor:
         """The first half of a step: x (B, F) → the output (B, O), detached. `learn` is the other half.
@@ -481,7 +443,7 @@ class Stream:
         self.position = (self.position + 1) % self.update_every
         if self.position == 0:
             if self.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+                clip_(self.parameters, self.clip_norm, self.learner.mesh is not None)
             self.optimizer.step()
 
     def _credit_before(self) -> None:
@@ -518,8 +480,8 @@ class Stream:
         """All that a resumed stream needs: weights, the learner's state with Γ, the optimizer's, and the gradients'
         sum since its last step.
         """
-        if self.members is not None:
-            return {"members": [member.state_dict() for member in self.members]}
+        if self.population is not None:
+            return self.population.state_dict()
         return {
             "layer": self.layer.state_dict(),
             "readout": self.readout.state_dict(),
@@ -534,14 +496,8 @@ class Stream:
         """Continue where the stream that made `state` was. Raises TypeError or ValueError if it doesn't fit."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be what state_dict() gave, got {type(state).__name__}")
-        if self.members is not None:
-            states = state.get("members")
-            if not isinstance(states, Sequence) or len(states) != len(self.members):
-                raise ValueError(f"state must be of a population of {len(self.members)}")
-            for member, one in zip(self.members, states, strict=True):
-                member.learner.refuse_foreign(one["learner"])
-            for member, one in zip(self.members, states, strict=True):
-                member.load_state_dict(one)
+        if self.population is not None:
+            self.population.load_state_dict(state)
             return
         wanted = ["layer", "readout", "learner", "optimizer", "position", "gradients"]
         missing = [name for name in wanted + ["begun"] * self.self_prediction if name not in state]
@@ -580,7 +536,15 @@ class Stream:
         return [parameter.grad for parameter in self.parameters]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy.deepcopy and pickle: without what is of this process. A copy can't learn from a step of this one."""
+        """For copy.deepcopy and pickle: without what is of this process. A copy can't learn from a step of this one.
+
+        Raises TypeError with a mesh.
+        """
+        if self.group is not None:
+            raise TypeError(
+                "a Stream with a mesh can't be copied or pickled: make a new one, and pass it the state_dict() of this "
+                "one"
+            )
         # Copies of a parameter come without its gradient.
         gradients = self._gradients() if self.members is None and self.position else None
         serves = self.backend != "torch"
