@@ -7,54 +7,16 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ranks
 import torch
-from torch import Tensor, nn
+from elastic_run import STEPS, made, result, run
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from rjepa_triton import RGC, OnlineLearner, _processes
+from rjepa_triton import _processes
 from rjepa_triton.online import elastic
-
-F64 = torch.float64
-STEPS = 12
-X = torch.randn(STEPS, 2, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
-
-
-def made(mesh: DeviceMesh | None, form: str = "chunk", size: int = 10) -> dict[str, Any]:
-    torch.manual_seed(1)
-    layer = RGC(size, input_size=3, init="uniform", dtype=F64)
-    learner = OnlineLearner(layer, 2, mesh=mesh, form=form, update_every=3 if form == "chunk" else 1)
-    head = nn.Linear(size, 1, dtype=F64)
-    return {
-        "layer": layer,
-        "learner": learner,
-        "head": head,
-        "optimizer": torch.optim.Adam(layer.parameters(), lr=0.05),
-        "of_head": torch.optim.SGD(head.parameters(), lr=0.05, momentum=0.9),
-    }
-
-
-def run(parts: dict[str, Any], first: int, last: int) -> None:
-    learner = parts["learner"]
-    for t in range(first, last, 3):
-        if t == 6:
-            learner.reset(torch.tensor([True, False]))
-        for xs in [X[t : t + 3]] if learner.form == "chunk" else X[t : t + 3].split(1):
-            output = learner.chunk(xs) if learner.form == "chunk" else learner.step(xs[0])
-            parts["head"](output).square().mean().backward()
-            for optimizer in (parts["optimizer"], parts["of_head"]):
-                optimizer.step()
-                optimizer.zero_grad()
-
-
-def result(parts: dict[str, Any]) -> list[Tensor]:
-    tensors = [*parts["layer"].parameters(), *parts["head"].parameters(), *parts["learner"].state]
-    tensors += parts["learner"].state_dict()["gamma"]
-    return [(t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
 
 
 def begun(mesh: DeviceMesh, folder: str) -> list[str]:
@@ -182,17 +144,18 @@ def test_a_damaged_or_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 SCRIPT = """
 import os, signal, sys
-sys.path[:0] = [{tests!r}, {support!r}]
-import test_elastic as t
+sys.path[:0] = [{support!r}]
+import elastic_run as t
 import torch
 from pathlib import Path
 from torch.distributed.device_mesh import init_device_mesh
+from rjepa_triton.online import elastic
 
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 mesh, folder = init_device_mesh("cpu", (2,)), Path(sys.argv[1])
 parts = t.made(mesh)
-step = t.elastic.load(folder / "checkpoints", parts) or 0
+step = elastic.load(folder / "checkpoints", parts) or 0
 if mesh.get_rank() == 0:
     with (folder / "begun").open("a") as begun:
         begun.write(f"{{step}} ")
@@ -200,7 +163,7 @@ for first in range(step, t.STEPS, 3):
     if first == 6 and step == 0 and mesh.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     t.run(parts, first, first + 3)
-    t.elastic.save(folder / "checkpoints", first + 3, parts)
+    elastic.save(folder / "checkpoints", first + 3, parts)
 found = t.result(parts)
 if mesh.get_rank() == 0:
     torch.save(found, folder / "found.pt")
@@ -209,9 +172,9 @@ torch.distributed.destroy_process_group()
 
 
 def test_a_rank_killed_under_torchrun_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
-    here = Path(__file__).parent
+    support = Path(__file__).parents[1] / "support"
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(here), support=str(here.parent / "support")))
+    script.write_text(SCRIPT.format(support=str(support)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     # a restarted gloo rank must not find the addresses that the ranks before it left in the launcher's store
     given = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
