@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 # Packages of the extra `bench`, which the command needs beyond the package's own dependencies.
@@ -36,5 +38,7 @@ def main() -> None:
     app.add_typer(bench, name="bench")
     app.add_typer(cells, name="cells")
     add_to(app)
+    # Else Python's end looks for cycles among all objects of all modules, which takes longer than the rest of it.
+    atexit.register(gc.freeze)
     with quiet_end_of_pipe():
         app()
