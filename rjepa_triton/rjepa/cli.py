@@ -238,8 +238,9 @@ def train_command(
                 task = progress.add_task("train", total=max(left, 1))
                 found = trainer.run(lambda: progress.advance(task))
         except train.Stopped:
-            name = signal.Signals(asked[0]).name
-            typer.echo(f"stopped by {name}; the same command continues the run in {out}")
+            if asked:  # else another process was
+                name = signal.Signals(asked[0]).name
+                typer.echo(f"stopped by {name}; the same command continues the run in {out}")
             raise typer.Exit(130 if signal.SIGINT in asked else 0) from None
         finally:
             for one, handler in before.items():

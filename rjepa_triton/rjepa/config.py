@@ -327,6 +327,10 @@ def _check(config: Config) -> None:
     ):
         if not 0 <= rate < math.inf:
             raise ValueError(f"{name} must be at least 0, got {rate}")
+    if train.precision == "16-true":
+        raise ValueError(
+            "train.precision must not be '16-true', in which Adam's second moments are 0: the nearest is '16-mixed'"
+        )
     if not 0 <= model.momentum < 1:
         raise ValueError(f"model.momentum must be at least 0 and below 1, got {model.momentum}")
     if model.heads and model.units % model.heads:
@@ -349,6 +353,11 @@ def _check(config: Config) -> None:
 
 def _check_online(config: Config) -> None:
     """Refuse what can't learn online."""
+    if config.train.precision == "bf16-true":
+        raise ValueError(
+            f"train.updates={config.train.updates} (online) goes with weights of float32 or float64, got "
+            "train.precision='bf16-true'; the nearest is 'bf16-mixed'"
+        )
     for name, value, only in (
         ("model.preset", config.model.preset, "initial"),
         ("model.train_head", config.model.train_head, False),

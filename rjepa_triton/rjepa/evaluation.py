@@ -31,8 +31,8 @@ MEANS = (
 class Evaluator:
     """Evaluates a model and its control. What depends on x^High alone is computed once, unless x^High learns."""
 
-    def __init__(self, data: Data, kind: Any, device: torch.device) -> None:
-        self.data, self.kind, self.device = data, kind, device
+    def __init__(self, data: Data, kind: Any) -> None:
+        self.data, self.kind = data, kind
         self._kept: dict[tuple[str, bool], dict[str, evidence.Explained]] = {}
 
     @torch.no_grad()
@@ -42,18 +42,17 @@ class Evaluator:
         whole: else without R² by step and the ceiling's, and with a ridge that isn't chosen.
         """
         data, kind = self.data, self.kind
-        test, own = (_encoded(one, data.test, self.device) for one in (model, control))
+        test, own = (_encoded(one, data.test) for one in (model, control))
         h, target = test["h"], test["target"]
         before = torch.cat([torch.zeros_like(test["m"][:1]), test["m"][:-1]])
-        gain = 1 - model.encoder.input_gate(before.to(self.device)).cpu()
+        weight = next(model.parameters())
+        gain = 1 - model.encoder.input_gate(before.to(weight)).cpu().float()
         loss, control_loss = test["loss"].mean(1), own["loss"].mean(1)
         constant, constant_control, constant_yardstick = (
             diagnostics.constant_loss(kind, one)[1:] for one in (target, own["target"], data.test.yardstick)
         )
         of_x = self._of_x("test", data.test, control, whole)
-        of_h = self._explained(
-            _embedded(model, data.train, self.device, "h"), h, data.test, whole, of_x["x"].ridge
-        )
+        of_h = self._explained(_embedded(model, data.train, "h"), h, data.test, whole, of_x["x"].ridge)
         centred = h - h.mean((0, 1))
         flat = rearrange(centred, "t n d -> (t n) d")
         axes = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :2]
@@ -84,7 +83,7 @@ class Evaluator:
         """R² of the next patch from h less that from x, late, on the sequences that are held out to choose by."""
         chosen_by = self.data.validation
         assert chosen_by is not None
-        h = [_embedded(model, side, self.device, "h") for side in (self.data.train, chosen_by)]
+        h = [_embedded(model, side, "h") for side in (self.data.train, chosen_by)]
         of_h = self._explained(h[0], h[1], chosen_by, False)
         return of_h.late_next - self._of_x("validation", chosen_by, control, False)["x"].late_next
 
@@ -92,7 +91,7 @@ class Evaluator:
         """The evidence from the control's x^High, and if `whole` that of the ceiling."""
         found = self._kept.get((name, whole))
         if found is None:
-            train, test = (_embedded(control, one, self.device, "x") for one in (self.data.train, side))
+            train, test = (_embedded(control, one, "x") for one in (self.data.train, side))
             found = {"x": self._explained(train, test, side, whole)}
             if whole:
                 seen = (evidence.with_averages(train), evidence.with_averages(test))
@@ -113,22 +112,22 @@ class Evaluator:
         )
 
 
-def _embedded(model: Any, data: Sequences, device: torch.device, name: str, size: int = 64) -> Tensor:
+def _embedded(model: Any, data: Sequences, name: str, size: int = 64) -> Tensor:
     """x^High or h, as `name` says, of all sequences (T, n, ·), without what losses need."""
     if name == "x" and data.x is not None:
         return data.x
     parts = []
     for which in torch.arange(len(data)).split(size):
-        made = encoding(model, taken(data, which, device))
+        made = encoding(model, taken(data, which, model))
         parts.append(made.x if name == "x" else made.h)
-    return torch.cat(parts, dim=1).cpu()
+    return torch.cat(parts, dim=1).cpu().float()
 
 
-def _encoded(model: Any, data: Sequences, device: torch.device, size: int = 64) -> dict[str, Tensor]:
+def _encoded(model: Any, data: Sequences, size: int = 64) -> dict[str, Tensor]:
     """Of all sequences: h, m, x and what is to be predicted, (T, n, ·) each; "loss" and "yardstick", (T - 1, n)."""
     parts = []
     for which in torch.arange(len(data)).split(size):
-        found = losses(model, taken(data, which, device))
+        found = losses(model, taken(data, which, model))
         made = found.encoding
         assert found.yardstick is not None
         parts.append(
@@ -141,7 +140,7 @@ def _encoded(model: Any, data: Sequences, device: torch.device, size: int = 64) 
                 "yardstick": found.yardstick,
             }
         )
-    return {name: torch.cat([part[name] for part in parts], dim=1).cpu() for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts], dim=1).cpu().float() for name in parts[0]}
 
 
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:

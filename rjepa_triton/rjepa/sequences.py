@@ -192,17 +192,18 @@ class Batch:
     yardstick: Tensor
 
 
-def taken(data: Sequences, which: Tensor, device: torch.device) -> Batch:
-    """The sequences with the indices `which`."""
+def taken(data: Sequences, which: Tensor, model: nn.Module) -> Batch:
+    """The sequences with the indices `which`, with the dtype and on the device of the model's weights."""
+    weight = next(model.parameters())
 
     def of(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[:, which].to(device)
+        return None if values is None else values[:, which].to(weight)
 
     patches = None
     if data.x is None and data.features is None:
-        patches = torch.stack([data.patches[int(i)]["patches"] for i in which], dim=1).to(device)
+        patches = torch.stack([data.patches[int(i)]["patches"] for i in which], dim=1).to(weight)
     return Batch(
-        of(data.x), of(data.features), patches, of(data.actions), data.yardstick[:, which].to(device)
+        of(data.x), of(data.features), patches, of(data.actions), data.yardstick[:, which].to(weight)
     )
 
 

@@ -151,7 +151,7 @@ class Trainer:
         for one in (self.model, self.control):
             for method in ("from_inputs", "losses"):
                 one.mark_forward_method(method)
-        self.evaluator = Evaluator(self.data, settings.model.distance, self.fabric.device)
+        self.evaluator = Evaluator(self.data, settings.model.distance)
         self.best: dict[
             str, Any
         ] = {}  # of the epoch that does best on validation data: its weights, gain and number
@@ -322,19 +322,24 @@ class Trainer:
         return math.ceil(len(self.data.train) / self.settings.train.batch)
 
     def _order(self, epoch: int) -> list[Tensor]:
-        """The indices of each of the epoch's batches: this process's share of them.
-
-        They depend on the seed and the epoch alone. A last batch with fewer sequences than processes is left out, since
-        processes without a sequence would make the others wait.
-        """
+        """The indices of each of the epoch's batches, which depend on the seed and the epoch alone."""
         generator = torch.Generator().manual_seed(self.settings.train.seed * 100_003 + epoch)
-        drawn = torch.randperm(len(self.data.train), generator=generator).split(self.settings.train.batch)
-        rank, world = self.fabric.global_rank, self.fabric.world_size
-        return [batch[rank::world] for batch in drawn if len(batch) >= world]
+        drawn = torch.randperm(len(self.data.train), generator=generator)
+        return list(drawn.split(self.settings.train.batch))
+
+    def _share(self, which: Tensor) -> tuple[Tensor, float]:
+        """This process's sequences of a batch, and what their mean loss counts in the mean over processes.
+
+        A process for which none is left takes one that doesn't count, since the others wait for it.
+        """
+        world = self.fabric.world_size
+        own = which[self.fabric.global_rank :: world]
+        return (own, len(own) * world / len(which)) if len(own) else (which[:1], 0.0)
 
     def _learn(self, which: Tensor) -> None:
         """One batch of sequences, for the model and then for its control."""
-        batch, train = taken(self.data.train, which, self.fabric.device), self.settings.train
+        own, counts = self._share(which)
+        batch, train = taken(self.data.train, own, self.model), self.settings.train
         for model, optimizer in ((self.model, self.optimizer), (self.control, self.control_optimizer)):
             model.train()
             if train.updates:
@@ -345,7 +350,9 @@ class Trainer:
                 else:
                     self._learn_online(model, optimizer, batch.x, batch.yardstick)
             else:
-                self._update(model, optimizer, losses(model, batch).total(PSI[train.psi]))
+                with self.fabric.autocast():
+                    loss = losses(model, batch).total(PSI[train.psi])
+                self._update(model, optimizer, counts * loss)
 
     def _update(self, model: Any, optimizer: Any, loss: Tensor) -> None:
         self.fabric.backward(loss)
@@ -389,9 +396,10 @@ class Trainer:
             joined = h if before is None else torch.cat([before[None], h])
             if len(joined) > 1:
                 new = len(joined) - 1
-                own, error = model.errors(
-                    joined[:-1], target[-new:], None, yardstick[start : start + every][-new:]
-                )
+                with self.fabric.autocast():
+                    own, error = model.errors(
+                        joined[:-1], target[-new:], None, yardstick[start : start + every][-new:]
+                    )
                 self._update(model, optimizer, own.mean() + error.mean())
             before = h[-1] if every == 1 else h[-1].detach()
 
@@ -466,7 +474,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError(
             f"{folder / CHECKPOINT} doesn't belong to {folder / CONFIG}: {_files.first_line(error)}"
         ) from None
-    return Evaluator(data, settings.model.distance, torch.device("cpu"))(model.eval(), control.eval())
+    return Evaluator(data, settings.model.distance)(model.eval(), control.eval())
 
 
 def _of_this_version(

@@ -48,6 +48,10 @@ def test_bad_values_are_named(override: str, says: str) -> None:
         ("train.learning=bptt", "needs whole sequences"),
         ("model.actions=given", "goes with model.actions='none'"),
         ("train.devices=2", "goes with train.devices=1, got 2"),
+        (
+            "train.precision=bf16-true",
+            "goes with weights of float32 or float64, got train.precision='bf16-true'",
+        ),
     ],
 )
 def test_what_cannot_learn_online(override: str, says: str) -> None:

@@ -221,6 +221,58 @@ def test_sigterm_ends_a_run_with_a_checkpoint(
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
 
 
+def test_two_processes_learn_as_one_and_go_on_after_sigterm(settings: Any, tmp_path: Path) -> None:
+    """Batches of 3, 3 and 1 sequences, of which a process has 2, 1 or none."""
+    file, out = tmp_path / "config.yaml", tmp_path / "two"
+    few = ["data.train=7", "train.batch=3", "train.precision=64-true"]
+    command = [sys.executable, "-m", "rjepa_triton", "train", "--config", str(file), "--out", str(out)]
+    file.write_text(config.text(settings(*few, "train.epochs=100000", "train.devices=2")))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for _ in range(1800):
+            if (out / "metrics.csv").exists() and (out / "metrics.csv").read_text().count("\n") > 2:
+                break
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert "stopped by SIGTERM" in said
+    assert "Traceback" not in said
+    epochs = storage.unpickled(out / "checkpoint.pt")["epochs"] + 1
+    file.write_text(config.text(settings(*few, f"train.epochs={epochs}", "train.devices=2")))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    one = run(settings(*few, f"train.epochs={epochs}"), tmp_path / "one")
+    found, want = (load_file(folder / "weights.safetensors") for folder in (out, one.folder))
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "way", [[], ["train.updates=1"], ["train.updates=2"], ["model.train_head=true"]], ids=str
+)
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_precisions(settings: Any, tmp_path: Path, precision: str, way: list[str]) -> None:
+    """Those of weights, and of what runs under autocast: near to float32's weights, and not the same."""
+    if precision == "bf16-true" and "train.updates" in str(way):
+        with pytest.raises(
+            ValueError, match=r"goes with weights of float32 or float64, got train.precision='bf16"
+        ):
+            settings(f"train.precision={precision}", *way)
+        return
+    found, want = (
+        parameters(run(settings(f"train.precision={one}", *way), tmp_path / one))
+        for one in (precision, "32-true")
+    )
+    gap = max(float((a.double() - b.double()).abs().max()) for a, b in zip(found, want, strict=True))
+    assert 0 < gap < (1e-5 if precision == "64-true" else 0.1)
+    dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}[precision]
+    assert {each.dtype for each in found} == {dtype}
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
