@@ -231,7 +231,7 @@ def test_damaged_files(subject: str, tmp_path: Path, record_property: Callable[[
     whole, sound = file.read_bytes(), read(file)
     with Count(record_property) as count:
 
-        @cases(30, 450)
+        @cases(30, 2000)
         @given(st.data())
         def run(data: st.DataObject) -> None:
             damage = data.draw(st.sampled_from(list(DAMAGES)))
@@ -269,7 +269,7 @@ def test_damaged_entries_of_the_film_cache(
     assert len(entries) == 3
     with Count(record_property) as count:
 
-        @cases(30, 300)
+        @cases(30, 2000)
         @given(st.data())
         def run(data: st.DataObject) -> None:
             entry = data.draw(st.sampled_from(entries))
@@ -299,7 +299,7 @@ def test_states_of_learners_that_were_read(
     whole = file.read_bytes()
     with Count(record_property) as count:
 
-        @cases(30, 450)
+        @cases(30, 2000)
         @given(st.data())
         def run(data: st.DataObject) -> None:
             file.write_bytes(DAMAGES[data.draw(st.sampled_from(list(DAMAGES)))](bytearray(whole), data))

@@ -43,8 +43,10 @@ COMMANDS = {
     "online": ("bench", "online", "--hidden", "16,32", "--batch", "1"),
     "fidelity": ("bench", "fidelity", "--seeds", "3"),
     "all": ("bench", "all", "--budget", "5min"),
+    "ranks": ("bench", "ranks", "--hidden", "64", "--rounds", "1000000"),
     "train": ("train", *SETTINGS),
 }
+WRITES_NOTHING = ("ranks",)
 
 
 def read(folder: Path) -> int:
@@ -72,13 +74,14 @@ def test_kills(
     """The folder is the same for all: each run goes on from what those before it have left."""
     draw = random.Random(name)
     environment = {**marked, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    out_at = [] if name in WRITES_NOTHING else ["--out", str(tmp_path / "out")]
     seen, longest = 0, 5.0
     for kill in range(KILLS):
         way = WAYS[kill % len(WAYS)] if SOAK else (signal.SIGKILL, signal.SIGTERM)[kill]
         log = tmp_path / "log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "rjepa_triton", *COMMANDS[name], "--out", str(tmp_path / "out")],
+                [sys.executable, "-m", "rjepa_triton", *COMMANDS[name], *out_at],
                 env=environment, stdout=out, stderr=out, cwd=tmp_path, preexec_fn=heed_signals,
             )  # fmt: skip
             if not SOAK and kill:  # at least one run gets to write

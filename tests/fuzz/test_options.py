@@ -58,7 +58,7 @@ def test_learners_options(record_property: Callable[[str, object], None]) -> Non
     """A learner of drawn options, right and wrong, takes two steps."""
     with Count(record_property) as count:
 
-        @cases(60, 1000)
+        @cases(60, 20_000)
         @given(st.data())
         def run(data: st.DataObject) -> None:
             torch.manual_seed(data.draw(st.integers(0, 2**31)))
@@ -136,7 +136,7 @@ def test_layers(record_property: Callable[[str, object], None]) -> None:
     """A layer of drawn options, right and wrong, is called on a sequence with drawn arguments, right and wrong."""
     with Count(record_property) as count:
 
-        @cases(60, 1000)
+        @cases(60, 20_000)
         @given(st.data())
         def run(data: st.DataObject) -> None:
             torch.manual_seed(data.draw(st.integers(0, 2**31)))
@@ -249,7 +249,7 @@ def test_compat(record_property: Callable[[str, object], None]) -> None:
     """torch.nn's modules and those of `compat`, made and called alike: the same values, or both raise."""
     with Count(record_property) as count:
 
-        @cases(60, 1000)
+        @cases(60, 20_000)
         @given(st.data())
         def run(data: st.DataObject) -> None:
             seed = data.draw(st.integers(0, 2**31))

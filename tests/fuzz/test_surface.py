@@ -410,7 +410,7 @@ def test_learners(rule: str, record_property: Callable[[str, object], None]) -> 
     """Orders of calls."""
     with Count(record_property) as count:
 
-        @cases(8, 300)
+        @cases(8, 6_000)
         @given(st.data())
         def run(data: st.DataObject) -> None:
             options = dict(data.draw(st.sampled_from(RULES[rule])))
