@@ -11,7 +11,17 @@ from checkout import ROOT
 
 # From the ground up. A name that ends with a dot is a folder's; kernels import torch and triton alone.
 WINGS = (
-    ("_checks", "_device", "_autograd", "_files", "_processes", "_command", "_moved", "kernels."),
+    (
+        "_checks",
+        "_device",
+        "_autograd",
+        "_files",
+        "_processes",
+        "_command",
+        "_moved",
+        "_interrupt",
+        "kernels.",
+    ),
     ("cells.",),
     ("rules.",),
     ("backend.",),
