@@ -1,6 +1,6 @@
 """The backend "compile": C++ for the CPU, built on first use (`native/`).
 
-It serves Γ of one or two states a unit by one pass over memory a step or chunk. As one call each it also serves the
+It serves Γ of up to four states a unit by one pass over memory a step or chunk. As one call each it also serves the
 loops over time of every cell that can be traced, which C++ is written for (`native/generated.py`), their linearization,
 dual form and exact credit, and the reverse scan of a small layer; all in float32 and float64.
 """
@@ -62,7 +62,7 @@ def _no_gamma(device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype
     if dtype not in (torch.float32, torch.float64):
         return f"compiled code takes Γ in float32 or float64, got {dtype}"
     if states > calls.MOST_STATES:
-        return f"compiled code takes 1 or {calls.MOST_STATES} states a unit, got {states}"
+        return f"compiled code takes up to {calls.MOST_STATES} states a unit, got {states}"
     return _no_compiler()
 
 
@@ -95,8 +95,10 @@ def compiled_reverse(numbers: int) -> bool:
     return numbers <= REVERSE_NUMBERS
 
 
-def _unusable(*tensors: Tensor | None, given: Sequence[Tensor | None] = ()) -> Refusal | None:
-    """Why compiled code can't be given the addresses of these tensors, or None.
+def _unusable(
+    *tensors: Tensor | None, given: Sequence[Tensor | None] = (), states: int = 1
+) -> Refusal | None:
+    """Why compiled code can't be given the addresses of these tensors, or None. states: of a unit, in passes over Γ.
 
     given: those that may be as a user or autograd made them, which takes longer to check. The others this package made
     of them, by operations of torch, which give tensors with memory of their own.
@@ -110,7 +112,7 @@ def _unusable(*tensors: Tensor | None, given: Sequence[Tensor | None] = ()) -> R
                 )
     if refusal := table.not_in_memory(*given):
         return refusal
-    return None if library.library() is not None else Refusal("the library could not be built")
+    return None if library.gamma(states) is not None else Refusal("the library could not be built")
 
 
 def _loops(cell: Cell) -> generated.Loops | Refusal:
@@ -240,7 +242,7 @@ def gamma_step_(
     rng_state: Tensor | None = None,
     memory: ReusedMemory | None = None,
 ) -> Tensor | Refusal | None:
-    if refusal := _unusable(*gammas, given=(m, phi, y, delta)):
+    if refusal := _unusable(*gammas, given=(m, phi, y, delta), states=len(gammas)):
         return refusal
     return calls.gamma_pass(gammas, m, phi[:, None], y[None], delta, memory=memory)
 
@@ -256,7 +258,8 @@ def gamma_step_of_(
     descent: Descent | None = None,
 ) -> Tensor | Refusal | None:
     written = () if descent is None else descent.weights
-    if refusal := _unusable(*gammas, steps.m, steps.lin.before, given=(steps.inputs, steps.delta, *written)):
+    given = (steps.inputs, steps.delta, *written)
+    if refusal := _unusable(*gammas, steps.m, steps.lin.before, given=given, states=len(gammas)):
         return refusal
     taken = None if descent is None else (descent.weights, descent.lr.item())
     return calls.gamma_step(gammas, steps.m, steps.phi_apart, steps.y_apart, steps.delta, t, memory, taken)
@@ -272,7 +275,7 @@ def gamma_chunk_(
     *,
     memory: ReusedMemory | None = None,
 ) -> Tensor | Refusal | None:
-    if refusal := _unusable(*gammas, given=(m, phi, y, credit)):
+    if refusal := _unusable(*gammas, given=(m, phi, y, credit), states=len(gammas)):
         return refusal
     arrived, whole = calls.arriving(m, phi)
     return calls.gamma_pass(gammas, whole, arrived, y, credit, before=True, memory=memory)
@@ -282,7 +285,7 @@ def gamma_chunk_(
 def gamma_read(
     gammas: Sequence[Tensor], credit: Tensor, *, memory: ReusedMemory | None = None
 ) -> Tensor | Refusal:
-    if refusal := _unusable(*gammas, given=(credit,)):
+    if refusal := _unusable(*gammas, given=(credit,), states=len(gammas)):
         return refusal
     gradient = calls.gamma_pass(gammas, None, None, None, credit, memory=memory)
     assert gradient is not None

@@ -32,7 +32,7 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
     [
         (CPU, F32, F32, 1, "compile", "one pass"),
         (CPU, F64, F64, 2, "compile", "one pass"),
-        (CPU, F32, F32, 3, "torch", "1 or 2 states a unit, got 3"),
+        (CPU, F32, F32, 5, "torch", "up to 4 states a unit, got 5"),
         (CPU, F32, BF16, 2, "torch", "gamma_dtype differs"),
         (CPU, BF16, BF16, 2, "torch", "float32 or float64, got torch.bfloat16"),
         (GPU, F32, BF16, 2, "triton", "one pass"),

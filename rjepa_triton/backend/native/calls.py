@@ -19,11 +19,12 @@ from torch import Tensor
 
 from ...cells.two_point import Linearization, Matrix, state_read
 from ..buffers import ReusedMemory
+from . import library
 from .library import loaded
 
 PANEL = 32  # the PANEL of products.h for float32; it is half as many for float64
 PACKED_FROM = 16  # packing the weights saves time from T·B = 16 on
-MOST_STATES = 2  # states per unit that gamma.cpp is compiled for
+MOST_STATES = 4  # states per unit that passes over Γ take
 
 
 def _of(like: Tensor, single: Any, double: Any) -> Any:
@@ -237,7 +238,8 @@ def _pass(
     descent: tuple[Sequence[Tensor | None], float] | None = None,
 ) -> Tensor | None:
     """Call `gamma_pass` of gamma.cpp with tables of addresses and distances; m is read from `skipped` bytes on."""
-    code = loaded()
+    code = library.gamma(len(gammas))
+    assert code is not None
     first = gammas[0]
     batch, *shape = first.shape
     total = None
@@ -272,8 +274,9 @@ def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     Takes m (S, S, C, B, N) and phi (S, C, B, K, N) on the CPU, S ≤ `MOST_STATES`, of one dtype, float32 or float64.
     Returns U (S, C, B, K, N) and the full product (S, S, B, N). Nothing is mutated.
     """
-    code = loaded()
     states, steps, batch, matrices, units = phi.shape
+    code = library.gamma(states)
+    assert code is not None
     m, phi = m.contiguous(), phi.contiguous()
     arrived, whole = torch.empty_like(phi), m.new_empty(states, states, batch, units)
     arrays = [a.data_ptr() for a in (m, phi, arrived, whole)]

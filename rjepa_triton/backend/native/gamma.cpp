@@ -15,12 +15,17 @@
 
 #include "vectors.h"
 
+#ifndef STATES // S; the library that is built first serves 1 and 2, every other one its own
+#define STATES 2
+#endif
+
 namespace {
 
 constexpr long SHARED_FROM = 1 << 16; // with fewer numbers in Γ, a second thread costs more than it saves
 constexpr long TILE = 256;            // Σ_t U(t) y(t)ᵀ is formed for this many numbers of a row at a time
 constexpr long BLOCK = 64;            // Σ_t adds this many steps at a time
 constexpr int SUMS = 8; // this many running sums fit in the registers
+static_assert(STATES > 1 && STATES <= SUMS, "the sums of one unit must fit");
 
 // The operands of one pass over C ≥ 1 steps. Each `const *` is a table of arrays.
 template <typename real> struct Arrays {
@@ -253,7 +258,9 @@ void arrive(const real *__restrict m, const real *__restrict phi, real *__restri
 template <typename real>
 void arrive_of_type(const void *m, const void *phi, void *arrived, void *whole, long states, long steps, long batch,
                     long matrices, long units) {
-    const auto run = states == 1 ? arrive<real, 1> : arrive<real, 2>;
+    auto run = arrive<real, STATES>;
+    if constexpr (STATES == 2)
+        if (states == 1) run = arrive<real, 1>;
     run((const real *)m, (const real *)phi, (real *)arrived, (real *)whole, steps, batch, matrices, units);
 }
 
@@ -280,15 +287,15 @@ void of_type(void *const *gammas, const void *m, const void *const *entering, co
                          units,
                          fan_in,
                          reads};
-    if (states == 1)
-        of_states<real, 1>(a, before, threads);
-    else
-        of_states<real, 2>(a, before, threads);
+    auto run = of_states<real, STATES>;
+    if constexpr (STATES == 2)
+        if (states == 1) run = of_states<real, 1>;
+    run(a, before, threads);
 }
 
 } // namespace
 
-// Γ ← M Γ + Σ_t U(t) y(t)ᵀ in place, and total = Σ_{b,ν} credit · Γ (see the top of this file), for S = 1 or 2 states.
+// Γ ← M Γ + Σ_t U(t) y(t)ᵀ in place, and total = Σ_{b,ν} credit · Γ (see the top of this file), for the S of this library.
 // The arrays are as in `Arrays`, and apart = {next_m, next_step, next_row, next_y_step, next_y_row}. Numbers are double
 // if `item` is 8, otherwise float. If `before`, the gradient is read before Γ moves. If `weights` is given, the weights
 // take a step of `rate` against the gradient, and `total` isn't written.
@@ -301,7 +308,7 @@ extern "C" void gamma_pass(void *const *gammas, const void *m, const void *const
         reads, before, threads);
 }
 
-// `arrive` for S = 1 or 2 states. Numbers are double if `item` is 8, otherwise float.
+// `arrive` for the S of this library. Numbers are double if `item` is 8, otherwise float.
 extern "C" void gamma_arriving(const void *m, const void *phi, void *arrived, void *whole, long states, long steps,
                                long batch, long matrices, long units, long item) {
     const auto run = item == sizeof(double) ? arrive_of_type<double> : arrive_of_type<float>;

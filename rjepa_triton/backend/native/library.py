@@ -99,22 +99,36 @@ def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
         (code.reverse_scan_double, 5, 3),
         (code.exact_credits_float, 12, 5),
         (code.exact_credits_double, 12, 5),
-        (code.gamma_arriving, 4, 6),
         (code.activate_float, 1, 2),
         (code.activate_double, 1, 2),
     ):
         function.argtypes, function.restype = [pointer] * pointers + [count] * counts, None
     code.not_finite.argtypes, code.not_finite.restype = [pointer] * 2 + [count] * 3, count
+    return _gamma_declared(code)
+
+
+def _gamma_declared(code: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, count = ctypes.c_void_p, ctypes.c_long
+    code.gamma_arriving.argtypes, code.gamma_arriving.restype = [pointer] * 4 + [count] * 6, None
     code.gamma_pass.argtypes, code.gamma_pass.restype = [pointer] * 8 + [ctypes.c_double] + [count] * 10, None
     return code
 
 
 @functools.cache
-def generated(text: str) -> ctypes.CDLL | None:
-    """The library of one cell's loops, from C++ that includes headers of this folder; else as `library`.
+def gamma(states: int) -> ctypes.CDLL | None:
+    """The library with gamma.cpp for S = `states`: `library()` up to 2, else one of its own, built at first use.
 
-    Every function takes two tables, of addresses and of numbers.
+    Few cells have more than two states, and the others shouldn't wait for theirs.
     """
+    if states <= 2:
+        return library()
+    code = generated(f"#define STATES {states}\n{read_text(SOURCES / 'gamma.cpp')}")
+    return None if code is None else _gamma_declared(code)
+
+
+@functools.cache
+def generated(text: str) -> ctypes.CDLL | None:
+    """A library from C++ that includes headers of this folder, such as one cell's loops; else as `library`."""
     found = compiler()
     if found is None:
         return None
@@ -123,7 +137,7 @@ def generated(text: str) -> ctypes.CDLL | None:
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         cause = getattr(error, "stderr", None) or error
         warnings.warn(
-            f"the compiled loops of a cell can't be built by {found} or loaded, torch runs in their place: {cause}",
+            f"the compiled code of a cell can't be built by {found} or loaded, torch runs in its place: {cause}",
             stacklevel=2,
         )
         return None
