@@ -72,6 +72,8 @@ def _no_gamma(device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype
     reason = no_triton(device, dtype)
     if reason is None and gamma_dtype not in (torch.float32, torch.bfloat16):
         return f"kernels take Γ in float32 or bfloat16, got {gamma_dtype}"
+    if reason is None and states > SCAN_STATES:
+        return f"kernels take up to {SCAN_STATES} states a unit, got {states}"
     return reason
 
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from ..backend import native_backend
 from ..backend.native.calls import MOST_STATES
+from ..backend.triton_backend import SCAN_STATES as KERNELS_STATES
 from ..rules import rtrl
 from .calls import Calls, Line, counted
 from .forward import (
@@ -243,7 +244,7 @@ def runs_gamma(gpu: bool, item: int, gamma_item: int, states: int) -> str:
     gpu: whether on a GPU, else on the CPU; item, gamma_item: bytes of a number of the layer and of Γ; states: S.
     """
     if gpu:
-        return "triton" if item == 4 else "torch"
+        return "triton" if item == 4 and states <= KERNELS_STATES else "torch"
     same = item == gamma_item and native_backend.cpp_compiler() is not None
     return "compile" if same and states <= MOST_STATES else "torch"
 

@@ -37,6 +37,7 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
         (CPU, BF16, BF16, 2, "torch", "float32 or float64, got torch.bfloat16"),
         (GPU, F32, BF16, 2, "triton", "one pass"),
         (GPU, F64, F64, 2, "torch", "float32, got torch.float64"),
+        (GPU, F32, F32, 3, "torch", "up to 2 states a unit, got 3"),
     ],
 )
 def test_auto(
