@@ -29,8 +29,11 @@ EXACT_ROWS = 256
 LOSSES_AT = {name: k for k, name in enumerate(LOSSES)}
 INPUT, ONE = -1, -2
 FORWARD, LEARN = 1, 2
-PANELS_FROM = 8  # steps of a call from which copying dense matrices to panels saves time
-APART = 9 * 64  # of stream.h
+# Steps of a call from which copying dense matrices to panels saves time: so many, and one for every other unit, since
+# what is copied grows as N², and what a step saves as N, the number of rows.
+PANELS_FROM = 8
+APART, PANELS_BELOW = 9 * 64, 256  # of strips.h
+VECTOR = 16  # numbers of a vector, at most
 # Numbers of Γ, times steps, of a call from which waking other threads saves time: of one network, and of several.
 SHARED_CALL, SHARED_NETWORKS = 1 << 26, 1 << 22
 Tables = tuple[list[int], list[int], list[float]]
@@ -79,8 +82,9 @@ class Compiled:
         sizes = parts.sizes(layer.hidden_size)
         counts = len(cell.states), len(cell.gates), len(cell.per_unit)
         planes = sum(counts) + counts[0] ** 2 + len(set(found.partials.values())) + 1
+        products = len(layer.weights()) * _vectors(layer.hidden_size) if stream.batch_size == 1 else 0
         self.scratch = weight.new_empty(
-            stream.batch_size * (layer.hidden_size * planes + self.outputs + 2 * sum(sizes)) + 128
+            stream.batch_size * (layer.hidden_size * planes + self.outputs + 2 * sum(sizes)) + products + 128
         )
         self.head = stream.learner.block or 0  # units of a head or block of RTRL
         self.carried = stream.batch_size * counts[0] * sum(weight.numel() for weight in layer.weights())
@@ -189,8 +193,12 @@ class Compiled:
         moments, done = self.moments(options) if updates else (none, 0)
         assert done is not None
         arrays = [address(given.get(name)) for name in FIRST] + [state.data_ptr(), self.scratch.data_ptr()]
-        by_panels = stream.batch_size == 1 and steps >= PANELS_FROM and not self.head
-        arrays.append(self.room() if by_panels else 0)
+        sums_up = not updates or stream.update_every > 1 or stream.clip_norm is not None
+        enough = steps >= max(PANELS_FROM, layer.hidden_size // 2)
+        by_panels = stream.batch_size == 1 and enough and not self.head
+        beside = max(sum(one is not None for one in pair) for pair in moments)
+        beside += sums_up or any(total is not None for total in self.totals)
+        arrays.append(self.room(1 + len(layer.cell.states) + beside) if by_panels else 0)
         numbers: list[int] = [
             *(phase, steps, stream.batch_size, layer.hidden_size, layer.fan_in, self.outputs),
             *(LOSSES_AT[stream.loss], stream.kind),
@@ -198,7 +206,6 @@ class Compiled:
             *(RULES[learner.learning], layer.cell.outputs[0], done, stream.self_prediction, self.head),
             stream.mean == "all",
         ]
-        sums_up = not updates or stream.update_every > 1 or stream.clip_norm is not None
         place = iter(range(len(self.totals)))
         group_of = stream.groups()
 
@@ -255,18 +262,17 @@ class Compiled:
                 found[index] = places, first_of.shape[3], first_of.stride(0)
         return found
 
-    def room(self) -> int:
-        """The address of room for `Panels` of stream.h, kept because new memory costs more than a short call."""
-        if self._room is None:
-            layer, size = self.stream.layer, self.scratch.element_size()
-            units = -(-layer.hidden_size // 16) * 16  # a vector holds at most 16 numbers
-            arrays = 4 + len(layer.cell.states)
-            most = sum(
-                arrays * (units * weight.shape[1] + APART) + units + APART
-                for weight in layer.weights()
-                if weight.dim() == 2
-            )
-            self._room = self.scratch.new_empty(most + 64 // size)
+    def room(self, arrays: int) -> int:
+        """The address of room for the panels of strips.h, kept because new memory costs more than a short call.
+
+        arrays: how many there are of each matrix: weights, sensitivities, and what the optimizer has.
+        """
+        layer, size = self.stream.layer, self.scratch.element_size()
+        sizes = [tuple(weight.shape) for weight in layer.weights() if weight.dim() == 2]
+        numbers = [_vectors(units) * fan_in + APART for units, fan_in in sizes if fan_in < PANELS_BELOW]
+        most = arrays * sum(numbers) + 64 // size
+        if self._room is None or len(self._room) < most:
+            self._room = self.scratch.new_empty(most)
         return -(-self._room.data_ptr() // 64) * 64
 
     def settings(self) -> list[float]:
@@ -576,6 +582,11 @@ def _are(these: Any, those: Any) -> bool:
 def _objects(group: Mapping[str, Any]) -> list[Any]:
     """What a group holds: its settings, then its weights."""
     return [*group.values(), *group["params"]]
+
+
+def _vectors(numbers: int) -> int:
+    """How many numbers the vectors hold that so many fill."""
+    return -(-numbers // VECTOR) * VECTOR
 
 
 def address(tensor: Tensor | None) -> int:
