@@ -378,12 +378,11 @@ class Stream:
             loss = compiled.summed(target, mask)
             if mask is None or not self.self_prediction or bool(mask.any()):
                 self._update()
-        else:
+        elif compiled is None:
             rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-            if compiled is None:
-                loss = float(self._learn_from(output, target, mask, rates))
-            else:
-                loss = compiled.learn(target, mask, rates)
+            loss = float(self._learn_from(output, target, mask, rates))
+        else:
+            loss = compiled.learn(target, mask)
         if self.self_prediction:
             self.begun.fill_(True)
         self._pending = None

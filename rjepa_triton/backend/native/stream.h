@@ -67,6 +67,7 @@ template <class real> struct Network {
 
     Network(Table &table, const double *options) : options(options) {
         x = table.next<const real>();
+        real *const kept = table.next<real>(); // room for x of a step whose halves are two calls, or null
         const void *aims = table.next<const void>();
         target = (const real *)aims, classes = (const long *)aims;
         outputs = table.next<real>(), hidden = table.next<real>();
@@ -78,6 +79,8 @@ template <class real> struct Network {
         features = table.next(), classes_or_outputs = table.next(), loss = table.next(), optimizer = table.next();
         every = table.next(), position = table.next(), rule = table.next(), out = table.next(), done = table.next();
         lagged = table.next(), head = table.next(), of_all = table.next();
+        if (kept && (phase & FORWARD)) std::copy_n(x, batch * features, kept);
+        if (kept) x = kept;
         readout = Readout<real>(table, batch, units, steps, rates, options + 6);
         matrices.resize(table.next());
         for (auto &k : matrices) {
