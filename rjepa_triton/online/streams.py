@@ -364,7 +364,10 @@ class Stream:
         if self.self_prediction:
             stream_given.checked_target(self, target, 1)
         elif (
-            not isinstance(target, Tensor) or target.dtype is not output.dtype or target.shape != output.shape
+            self.loss == "cross_entropy"
+            or not isinstance(target, Tensor)
+            or target.dtype is not output.dtype
+            or target.shape != output.shape
         ):
             checked = stream_given.checked_target(self, check.tensor("target", target)[None], 1)
             target = None if checked is None else checked[0]

@@ -91,6 +91,15 @@ def test_an_output_that_is_changed() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
+def test_outputs_are_no_classes() -> None:
+    """Though they have the shape and dtype that other losses take."""
+    for stream in pair(loss="cross_entropy"):
+        stream.step(torch.randn(BATCH, IN, dtype=F64))
+        with pytest.raises(ValueError, match="target must have shape"):
+            stream.learn(torch.rand(BATCH, OUT, dtype=F64))
+        stream.learn(torch.zeros(BATCH, dtype=torch.int64))
+
+
 def _new_counts(stream: Stream) -> None:
     for state in stream.optimizer.state.values():
         state["step"] = torch.zeros_like(state["step"])
