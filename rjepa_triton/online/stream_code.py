@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,10 @@ from ..cells.trace import traced
 from . import stream_given
 from .options import refuse_hooks
 from .sensitivity import Exact, PerUnit, Sensitivity
-from .stream_optimizer import MOMENTS, alike, has_step_hooks, unserved
-from .stream_readout import LINEAR, Parts, has_hooks
+from .stream_optimizer import MOMENTS, alike, unserved
+from .stream_readout import LINEAR, Parts
+from .stream_step import OneStep
+from .stream_tables import FIRST, FORWARD, LEARN, Tables, address, packed
 
 if TYPE_CHECKING:
     from .streams import Stream
@@ -27,22 +28,13 @@ RULES = {"rfp": 0, "eprop": 1, "rflo": 2, "snap0": 3, "rtrl": 4}
 EXACT_ROWS = 256
 LOSSES_AT = {name: k for k, name in enumerate(stream_given.LOSSES)}
 INPUT, ONE = -1, -2
-FORWARD, LEARN = 1, 2
-PANELS_FROM = 8  # steps of a call from which copying dense matrices to panels saves time
-APART = 9 * 64  # of stream.h
+# Steps of a call from which copying dense matrices to panels saves time: so many, and one for every other unit, since
+# what is copied grows as N², and what a step saves as N, the number of rows.
+PANELS_FROM = 8
+APART, PANELS_BELOW = 9 * 64, 256  # of strips.h
+VECTOR = 16  # numbers of a vector, at most
 # Numbers of Γ, times steps, of a call from which waking other threads saves time: of one network, and of several.
 SHARED_CALL, SHARED_NETWORKS = 1 << 26, 1 << 22
-Tables = tuple[list[int], list[int], list[float]]
-FIRST = (
-    "x",
-    "target",
-    "outputs",
-    "hidden",
-    "losses",
-    "resets",
-    "mask",
-    "rates",
-)  # the first addresses, which a call gives
 
 
 class Result:
@@ -78,8 +70,9 @@ class Compiled:
         sizes = parts.sizes(layer.hidden_size)
         counts = len(cell.states), len(cell.gates), len(cell.per_unit)
         planes = sum(counts) + counts[0] ** 2 + len(set(found.partials.values())) + 1
+        products = len(layer.weights()) * _vectors(layer.hidden_size) if stream.batch_size == 1 else 0
         self.scratch = weight.new_empty(
-            stream.batch_size * (layer.hidden_size * planes + self.outputs + 2 * sum(sizes)) + 128
+            stream.batch_size * (layer.hidden_size * planes + self.outputs + 2 * sum(sizes)) + products + 128
         )
         self.head = stream.learner.block or 0  # units of a head or block of RTRL
         self.carried = stream.batch_size * counts[0] * sum(weight.numel() for weight in layer.weights())
@@ -92,7 +85,7 @@ class Compiled:
         self.totals: list[Tensor | None] = [None] * len(self.learned())
         # Moments of weights that no step has changed yet.
         self.new: dict[nn.Parameter, dict[str, Tensor]] = {}
-        self._one: _OneStep | None = None
+        self._one: OneStep | None = None
 
     @classmethod
     def of(cls, stream: Stream) -> Compiled | str:
@@ -188,8 +181,12 @@ class Compiled:
         moments, done = self.moments(options) if updates else (none, 0)
         assert done is not None
         arrays = [address(given.get(name)) for name in FIRST] + [state.data_ptr(), self.scratch.data_ptr()]
-        by_panels = stream.batch_size == 1 and steps >= PANELS_FROM and not self.head
-        arrays.append(self.room() if by_panels else 0)
+        sums_up = not updates or stream.update_every > 1 or stream.clip_norm is not None
+        enough = steps >= max(PANELS_FROM, layer.hidden_size // 2)
+        by_panels = stream.batch_size == 1 and enough and not self.head
+        beside = max(sum(one is not None for one in pair) for pair in moments)
+        beside += sums_up or any(total is not None for total in self.totals)
+        arrays.append(self.room(1 + len(layer.cell.states) + beside) if by_panels else 0)
         numbers: list[int] = [
             *(phase, steps, stream.batch_size, layer.hidden_size, layer.fan_in, self.outputs),
             *(LOSSES_AT[stream.loss], stream.kind),
@@ -197,7 +194,6 @@ class Compiled:
             *(RULES[learner.learning], layer.cell.outputs[0], done, stream.self_prediction, self.head),
             stream.mean == "all",
         ]
-        sums_up = not updates or stream.update_every > 1 or stream.clip_norm is not None
         place = iter(range(len(self.totals)))
         group_of = stream.groups()
 
@@ -254,18 +250,17 @@ class Compiled:
                 found[index] = places, first_of.shape[3], first_of.stride(0)
         return found
 
-    def room(self) -> int:
-        """The address of room for `Panels` of stream.h, kept because new memory costs more than a short call."""
-        if self._room is None:
-            layer, size = self.stream.layer, self.scratch.element_size()
-            units = -(-layer.hidden_size // 16) * 16  # a vector holds at most 16 numbers
-            arrays = 4 + len(layer.cell.states)
-            most = sum(
-                arrays * (units * weight.shape[1] + APART) + units + APART
-                for weight in layer.weights()
-                if weight.dim() == 2
-            )
-            self._room = self.scratch.new_empty(most + 64 // size)
+    def room(self, arrays: int) -> int:
+        """The address of room for the panels of strips.h, kept because new memory costs more than a short call.
+
+        arrays: how many there are of each matrix: weights, sensitivities, and what the optimizer has.
+        """
+        layer, size = self.stream.layer, self.scratch.element_size()
+        sizes = [tuple(weight.shape) for weight in layer.weights() if weight.dim() == 2]
+        numbers = [_vectors(units) * fan_in + APART for units, fan_in in sizes if fan_in < PANELS_BELOW]
+        most = arrays * sum(numbers) + 64 // size
+        if self._room is None or len(self._room) < most:
+            self._room = self.scratch.new_empty(most)
         return -(-self._room.data_ptr() // 64) * 64
 
     def settings(self) -> list[float]:
@@ -315,16 +310,24 @@ class Compiled:
             )
         return found, max(steps, default=0) if len(steps) < 2 else None
 
-    def advanced(self, steps: int, counted: int, learned: Sequence[nn.Parameter]) -> None:
-        """So many steps have run whole, and so many counted: the optimizer, the position and the learner know of it."""
+    def advanced(
+        self, steps: int, counted: int, learned: Sequence[nn.Parameter], counts: Sequence[Any] = ()
+    ) -> None:
+        """So many steps have run whole, and so many counted: the optimizer, the position and the learner know of it.
+
+        counts: the optimizer's numbers of steps as ctypes has them, if there are any and they are known.
+        """
         stream = self.stream
         torch.autograd.graph.increment_version(learned)
         updates, stream.position = divmod(stream.position + counted, stream.update_every)
         if updates and self.new:
             for parameter, made in self.new.items():
                 stream.optimizer.state[parameter].update(made)
-            self.new = {}
-        if updates and stream.kind > 0:
+            self.new, counts = {}, ()
+        if updates and counts:
+            for count in counts:
+                count.value += updates
+        elif updates and stream.kind > 0:
             states = [stream.optimizer.state.get(parameter, {}) for parameter in learned]
             torch._foreach_add_([state["step"] for state in states if "step" in state], float(updates))
         stream.learner.returned(steps)
@@ -343,7 +346,7 @@ class Compiled:
         tables = [one.tables(each, steps, FORWARD | LEARN) for one, each in zip(networks, given, strict=True)]
         numbers = len(networks) * steps * networks[0].carried
         enough = numbers >= (SHARED_CALL if len(networks) == 1 else SHARED_NETWORKS)
-        networks[0].function(*_packed(tables, torch.get_num_threads() if enough else 1))
+        networks[0].function(*packed(tables, torch.get_num_threads() if enough else 1))
         results = []
         for one, each in zip(networks, given, strict=True):
             one._one = None
@@ -379,7 +382,7 @@ class Compiled:
     def step(self, x: Tensor) -> Tensor:
         """The output (B, O) of one step."""
         if self._one is None:
-            self._one = _OneStep(self)
+            self._one = OneStep(self)
         return self._one.forward(x)
 
     def is_ready(self) -> bool:
@@ -392,10 +395,10 @@ class Compiled:
         """Others than these calls have run steps: make the tables anew."""
         self._one = None
 
-    def learn(self, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]) -> float:
+    def learn(self, target: Tensor | None, mask: Tensor | None) -> float:
         """The loss of the step that ran; it is learned from."""
         assert self._one is not None
-        return self._one.learn(target, mask, rates)
+        return self._one.learn(target, mask)
 
     def is_told(self) -> bool:
         """Whether the tables of the step that ran still have the optimizer's and the loss's settings."""
@@ -412,171 +415,6 @@ class Compiled:
         return loss
 
 
-class _OneStep:
-    """The tables of one step, which a loop with an environment uses again and again."""
-
-    def __init__(self, compiled: Compiled) -> None:
-        stream = compiled.stream
-        self.stream, self.compiled, self.function = stream, compiled, compiled.function
-        batch, weight = stream.batch_size, stream.parameters[0]
-        classes = stream.loss == "cross_entropy"
-        self.x = weight.new_zeros(batch, stream.layer.fan_in)
-        aims = (batch,) if classes else (batch, compiled.outputs)
-        self.target = torch.zeros(aims, dtype=torch.int64 if classes else weight.dtype)
-        self.outputs = weight.new_zeros(batch, compiled.outputs)
-        self.mask = torch.ones(batch, dtype=torch.bool)
-        self.loss, self.rates = ctypes.c_double(), (ctypes.c_double * len(stream.optimizer.param_groups))()
-        given = {"x": self.x, "target": self.target, "outputs": self.outputs, "mask": self.mask}
-        arrays, numbers, options = compiled.tables(given, 1, FORWARD)
-        arrays[FIRST.index("losses")] = ctypes.addressof(self.loss)
-        arrays[FIRST.index("rates")] = ctypes.addressof(self.rates)
-        self.arrays, self.numbers, self.options = _packed([(arrays, numbers, options)], 1)
-        self.given, self.learned, self.masked = given, compiled.learned(), False
-        self.told = [_objects(group) for group in stream.optimizer.param_groups]
-        self.settings = compiled.settings()
-        self.activated = any(kind != LINEAR for kind, _ in compiled.parts.kinds())
-        # The state that the step reads: `reset` between step() and learn() gives the learner another.
-        self.state = stream.learner.lend()[0]
-        self.of, self.moments = self._of(), self._moments()
-        self.done = numbers[DONE - 3]
-
-    def _of(self) -> list[Any]:
-        """What the tables are made of: addresses, and which weights learn."""
-        found: list[Any] = [(parameter.data_ptr(), parameter.requires_grad) for parameter in self.learned]
-        state, sensitivity = self.stream.learner.lend()
-        found.append(state.data_ptr())
-        if self.compiled.head:  # a learner's own step exchanges γ and its spare room
-            found += [gamma.data_ptr() for gamma in sensitivity.tensors()]
-        return found
-
-    def _moments(self) -> list[int]:
-        """The addresses of the optimizer's moments."""
-        states = self.stream.optimizer.state
-        return [
-            value.data_ptr()
-            for parameter in (self.learned if states else ())
-            for name, value in states.get(parameter, {}).items()
-            if name != "step" and value is not None
-        ]
-
-    def is_told(self) -> bool:
-        """Whether the optimizer and the loss have what is in the tables. Rates are given at each step."""
-        stream = self.stream
-        groups = stream.optimizer.param_groups
-        if (
-            len(groups) != len(self.told)
-            or self.moments != self._moments()
-            or has_step_hooks(stream.optimizer)
-        ):
-            return False
-        for group, told in zip(groups, self.told):  # noqa: B905 - they are as many
-            # Objects, not values: a tensor may equal a number, and a list may hold other weights by now.
-            if not _are((*group.values(), *group["params"]), told) and not self._rate_alone(group, told):
-                return self._all_told()
-        loss = self.settings
-        return loss[4] == stream.huber_delta and loss[5] == (stream.clip_norm or 0.0)
-
-    @staticmethod
-    def _rate_alone(group: Mapping[str, Any], told: list[Any]) -> bool:
-        """Whether the group has another lr, which is a number, and all else is the same. Then it counts as told."""
-        at, now = list(group).index("lr"), _objects(group)
-        if isinstance(group["lr"], Tensor) or not _are(now[:at] + now[at + 1 :], told[:at] + told[at + 1 :]):
-            return False
-        told[:] = now
-        return True
-
-    def _all_told(self) -> bool:
-        """As `is_told`, by the values of settings."""
-        stream = self.stream
-        for group, told in zip(stream.optimizer.param_groups, self.told, strict=True):
-            if not _are(group["params"], told[len(told) - len(group["params"]) :]):
-                return False
-        if unserved(stream.optimizer, stream.kind) or self.settings[:6] != self.compiled.settings()[:6]:
-            return False
-        return alike(stream.optimizer)
-
-    def is_still(self) -> bool:
-        """Whether the tables name what the stream has now."""
-        stream, now = self.stream, self.compiled.learned()
-        if has_hooks(stream.layer) or not self.compiled.is_still_readout():
-            return False
-        if self.activated and self.settings[6:] != [setting for _, setting in self.compiled.parts.kinds()]:
-            return False
-        return _are(now, self.learned) and self.of == self._of()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The output of a step, (B, O)."""
-        self.x.copy_(x.detach() if x.requires_grad else x)
-        self.numbers[PHASE] = FORWARD
-        self.function(self.arrays, self.numbers, self.options)
-        return self.outputs.clone()
-
-    def _take(self, target: Tensor | None, mask: Tensor | None) -> None:
-        if target is not None:
-            self.target.copy_(target.detach() if target.requires_grad else target)
-        if mask is not None or self.masked:
-            self.masked = mask is not None
-            self.mask.fill_(True) if mask is None else self.mask.copy_(mask)
-
-    def learn(self, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]) -> float:
-        """The loss of the step that `forward` ran; it is learned from."""
-        self._take(target, mask)
-        self.rates[:] = list(rates)
-        numbers, stream = self.numbers, self.stream
-        numbers[PHASE], numbers[POSITION] = LEARN, stream.position
-        numbers[DONE] = self.done
-        self.function(self.arrays, self.numbers, self.options)
-        counted = 0 if stream.self_prediction and self.masked and not bool(self.mask.any()) else 1
-        new = self.compiled.new
-        self.compiled.advanced(1, counted, self.learned)
-        if new is not self.compiled.new:  # the optimizer has them now
-            self.moments = self._moments()
-        self.done += counted and stream.position == 0
-        return self.loss.value
-
-    def summed(self, target: Tensor | None, mask: Tensor | None) -> float:
-        """As `learn`, with the gradients' sum alone."""
-        self._take(target, mask)
-        arrays, numbers, options = self.compiled.tables(self.given, 1, LEARN, updates=False)
-        for name, value in (("losses", self.loss), ("rates", self.rates)):
-            arrays[FIRST.index(name)] = ctypes.addressof(value)
-        arrays[len(FIRST)], options[6:] = self.state.data_ptr(), self.settings[6:]
-        self.function(*_packed([(arrays, numbers, options)], 1))
-        self.compiled.stream.learner.returned(1)
-        return self.loss.value
-
-
-# Places in the table of numbers, which begins with those of networks, threads and options.
-PHASE, POSITION, DONE = 3, 12, 15
-
-
-def _packed(networks: Sequence[Tables], threads: int) -> tuple[Any, Any, Any]:
-    """The tables of some networks as C arrays."""
-    arrays = [address for network in networks for address in network[0]]
-    numbers = [
-        len(networks),
-        threads,
-        len(networks[0][2]),
-        *(n for network in networks for n in network[1]),
-    ]
-    options = [value for network in networks for value in network[2]]
-    return (
-        (ctypes.c_void_p * len(arrays))(*arrays),
-        (ctypes.c_long * len(numbers))(*numbers),
-        (ctypes.c_double * len(options))(*options),
-    )
-
-
-def _are(these: Any, those: Any) -> bool:
-    """Whether two collections hold the same objects."""
-    return len(these) == len(those) and all(map(operator.is_, these, those))
-
-
-def _objects(group: Mapping[str, Any]) -> list[Any]:
-    """What a group holds: its settings, then its weights."""
-    return [*group.values(), *group["params"]]
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where the tensor's numbers begin; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
+def _vectors(numbers: int) -> int:
+    """How many numbers the vectors hold that so many fill."""
+    return -(-numbers // VECTOR) * VECTOR

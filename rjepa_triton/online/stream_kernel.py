@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..backend import triton_backend, triton_cells
 from ..rules import rfp
 from . import stream_given
-from .stream_code import INPUT, LOSSES_AT, ONE, Compiled, Result, address
+from .stream_code import INPUT, LOSSES_AT, ONE, Compiled, Result
 from .stream_readout import LINEAR, Parts
+from .stream_tables import address
 
 if TYPE_CHECKING:
     from ..kernels.stream_layout import Config, Problem

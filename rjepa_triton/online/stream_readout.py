@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,9 +100,13 @@ class Parts:
 
     def are_still(self) -> bool:
         """Whether the readout's modules are the same, and without hooks."""
-        return all(list(module._modules.values()) == kept for module, kept in self.inside) and not any(
+        return self.are_the_same() and not any(
             map(has_hooks, (*self.parts, *(module for module, _ in self.inside)))
         )
+
+    def are_the_same(self) -> bool:
+        """Whether the readout's modules are the same."""
+        return all(list(module._modules.values()) == kept for module, kept in self.inside)
 
     def parameters(self) -> list[nn.Parameter]:
         """Weight and bias of each nn.Linear, as far as it has them."""
@@ -128,9 +132,14 @@ class Parts:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module, or its backward pass, calls others that were registered with it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    return any(hooks_of(module))
+
+
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """What is registered with the module for a call of it, or for its backward pass."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )

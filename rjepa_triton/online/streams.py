@@ -326,7 +326,10 @@ class Stream:
         if self.self_prediction:
             stream_given.checked_target(self, target, 1)
         elif (
-            not isinstance(target, Tensor) or target.dtype is not output.dtype or target.shape != output.shape
+            self.loss == "cross_entropy"
+            or not isinstance(target, Tensor)
+            or target.dtype is not output.dtype
+            or target.shape != output.shape
         ):
             checked = stream_given.checked_target(self, check.tensor("target", target)[None], 1)
             target = None if checked is None else checked[0]
@@ -340,12 +343,11 @@ class Stream:
             loss = compiled.summed(target, mask)
             if mask is None or not self.self_prediction or bool(mask.any()):
                 self._update()
-        else:
+        elif compiled is None:
             rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-            if compiled is None:
-                loss = float(self._learn_from(output, target, mask, rates))
-            else:
-                loss = compiled.learn(target, mask, rates)
+            loss = float(self._learn_from(output, target, mask, rates))
+        else:
+            loss = compiled.learn(target, mask)
         if self.self_prediction:
             self.begun.fill_(True)
         self._pending = None

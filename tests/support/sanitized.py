@@ -271,7 +271,7 @@ def stream(draw: random.Random, cells: str) -> None:
         return torch.rand(shape) < chance if draw.random() < 0.5 else None
 
     for _ in range(draw.randrange(1, 5)):
-        steps = draw.choice([1, 2, 7, 8, 9, 20])  # from 8 on, one batch row runs on panels
+        steps = draw.choice([1, 2, 7, 8, 9, 20])  # one batch row runs on panels from 8 on, and half the units
         x = laid_out(draw, torch.randn(steps, batch, made.fan_in, dtype=dtype))  # type: ignore[attr-defined]
         assert isinstance(x, torch.Tensor)
         if draw.random() < 0.7:

@@ -8,7 +8,8 @@
 //
 // or, where the layer predicts itself, o = readout(c^out(t-1)), L = loss(o, c^out(t)), with Γ(t-1) in place of Γ(t), and
 // then the optimizer's step of all weights, or at every C-th step, with the gradients' sum. A pass over the rows of
-// Γ and W does the last line and the optimizer's step at once.
+// Γ and W does the last line and the optimizer's step at once, and where there is one batch row, the product with the
+// next step's signal too.
 
 #pragma once
 
@@ -21,6 +22,7 @@
 #endif
 
 #include "readout.h"
+#include "strips.h"
 
 namespace {
 
@@ -28,7 +30,6 @@ enum { MSE, CROSS_ENTROPY, HUBER, COSINE, GIVEN };   // losses
 enum { RFP, EPROP, RFLO, SNAP0, RTRL };              // rules
 enum { FORWARD = 1, LEARN = 2 };                     // phases of a step
 constexpr long INPUT = -1, ONE = -2;                 // what a matrix may read other than a state
-constexpr long APART = 9 * 64;                        // between arrays of panels, which else share a cache's sets
 
 // One of the layer's matrices. reads: a state, INPUT or ONE; of_gate: whether it enters gate `into` or input `into`;
 // dims, fan_in: (N,) with fan-in 1, (N, M), or heads of fan_in units; gamma[ν]: Γ^ν, whose batch rows are `next` apart;
@@ -36,53 +37,7 @@ constexpr long APART = 9 * 64;                        // between arrays of panel
 template <class real, long S> struct Matrix {
     Learned<real> learned;
     real *gamma[S];
-    long reads, of_gate, into, dims, fan_in, next, phi[S], panel; // panel: its place among the panels, or -1
-};
-
-// A dense matrix (N, M) and what goes with it, in panels of `width` units: [panel][M][unit]. So a step's coefficients
-// are vectors of units, the product with the next step's signal needs no sum across a vector, and a panel is read in
-// one piece. Units that the last panel lacks are zeros.
-template <class real, long S> struct Panels {
-    static constexpr long W = Lanes<real>::width;
-    Learned<real> rows, learned; // as the caller has them, and as panels
-    real *gamma_rows[S], *gamma[S], *product;
-    long units, fan_in;
-
-    // Copies to panels, or, if `back`, from panels.
-    void turn(real *rows, real *panels, bool back) const {
-        if (!rows) return;
-        for (long first = 0; first < units; first += W, panels += fan_in * W)
-            for (long lane = 0; lane < W; lane++) {
-                real *row = rows + (first + lane) * fan_in;
-                if (first + lane < units)
-                    for (long j = 0; j < fan_in; j++)
-                        (back ? row[j] : panels[j * W + lane]) = back ? panels[j * W + lane] : row[j];
-                else
-                    for (long j = 0; j < fan_in; j++) panels[j * W + lane] = 0;
-            }
-    }
-
-    void turn_all(bool back) {
-        turn(rows.weight, learned.weight, back), turn(rows.first, learned.first, back);
-        turn(rows.second, learned.second, back), turn(rows.total, learned.total, back);
-        for (long nu = 0; nu < S; nu++) turn(gamma_rows[nu], gamma[nu], back);
-    }
-
-    // Takes room for the panels from `room` on, which is aligned to a vector and moves behind it.
-    Panels(const Learned<real> &rows, real *const *gammas, long units, long fan_in, real *&room)
-        : rows(rows), learned(rows), units(units), fan_in(fan_in) {
-        const long whole = (units + W - 1) / W * W;
-        const auto take = [&](real *given) {
-            if (!given) return given;
-            room += whole * fan_in + APART;
-            return room - (whole * fan_in + APART);
-        };
-        learned.weight = take(rows.weight), learned.first = take(rows.first);
-        learned.second = take(rows.second), learned.total = take(rows.total);
-        for (long nu = 0; nu < S; nu++) gamma_rows[nu] = gammas[nu], gamma[nu] = take(gammas[nu]);
-        product = room, room += whole + APART;
-        turn_all(false);
-    }
+    long reads, of_gate, into, dims, fan_in, next, phi[S], strips; // strips: its place among the `Strips`, or -1
 };
 
 // One network, and what a call gives it.
@@ -100,7 +55,7 @@ template <class real> struct Network {
     real *state, *scratch, *room; // room: for panels, or null
     Readout<real> readout;
     std::vector<Matrix<real, S>> matrices;
-    std::vector<Panels<real, S>> panels; // of the matrices that have `panel` ≥ 0
+    std::vector<Strips<real, S>> strips; // of the matrices that have `strips` ≥ 0
     std::vector<real> jacobians, columns; // of RTRL: J of each batch row and head, and columns of γ of each thread
     long phase, steps, batch, units, features, classes_or_outputs, loss, optimizer, every, position, rule, out, done;
     long head; // with RTRL: the units of a head or block, within which all weights act on all states
@@ -108,10 +63,11 @@ template <class real> struct Network {
     long lagged; // whether the layer predicts itself; a step at which no batch row counts is then not learned from
     const double *options; // beta1, beta2, eps, weight decay, Huber's δ, largest norm of the gradient or 0, parts' settings
 
-    real *before, *sums, *drives, *m, *found, *delta, *given; // in `scratch`
+    real *before, *sums, *drives, *m, *found, *delta, *given, *products; // in `scratch`; products: of `Strips`
 
     Network(Table &table, const double *options) : options(options) {
         x = table.next<const real>();
+        real *const kept = table.next<real>(); // room for x of a step whose halves are two calls, or null
         const void *aims = table.next<const void>();
         target = (const real *)aims, classes = (const long *)aims;
         outputs = table.next<real>(), hidden = table.next<real>();
@@ -123,6 +79,8 @@ template <class real> struct Network {
         features = table.next(), classes_or_outputs = table.next(), loss = table.next(), optimizer = table.next();
         every = table.next(), position = table.next(), rule = table.next(), out = table.next(), done = table.next();
         lagged = table.next(), head = table.next(), of_all = table.next();
+        if (kept && (phase & FORWARD)) std::copy_n(x, batch * features, kept);
+        if (kept) x = kept;
         readout = Readout<real>(table, batch, units, steps, rates, options + 6);
         matrices.resize(table.next());
         for (auto &k : matrices) {
@@ -131,12 +89,13 @@ template <class real> struct Network {
             k.reads = table.next(), k.of_gate = table.next(), k.into = table.next(), k.dims = table.next();
             k.fan_in = table.next(), k.next = table.next();
             for (long nu = 0; nu < S; nu++) k.phi[nu] = table.next();
-            k.panel = -1;
+            k.strips = -1;
         }
         const long plane = batch * units;
         before = scratch, sums = before + S * plane, drives = sums + G * plane, m = drives + J * plane;
         found = m + S * S * plane, delta = found + FOUND * plane, given = delta + plane;
-        readout.settle(given + batch * classes_or_outputs);
+        products = given + batch * classes_or_outputs;
+        readout.settle(products + (batch == 1 ? matrices.size() * blocks() * W : 0));
     }
 
     const real *signal(const Matrix<real, S> &k, long t, long b) const {
@@ -149,81 +108,123 @@ template <class real> struct Network {
         return k.reads == INPUT ? x + (t + after) * features : (after ? state : before) + k.reads * units;
     }
 
-    // The product of one panel with a signal.
-    void multiply_panel_of(const Matrix<real, S> &k, const real *y, long block) {
-        auto &p = panels[k.panel];
-        const real *w = p.learned.weight + block * k.fan_in * W;
-        wide sum{}, more{};
-        long j = 0;
-        for (; j + 2 <= k.fan_in; j += 2) {
-            sum += y[j] * *(const wide *)(w + j * W);
-            more += y[j + 1] * *(const wide *)(w + (j + 1) * W);
+    // How many vectors the units are.
+    long blocks() const { return (units + W - 1) / W; }
+
+    // The products of a strip's rows with a signal.
+    void multiply_strip(const Matrix<real, S> &k, const real *y, long strip) {
+        auto &p = strips[k.strips];
+        const long i = strip * W, count = std::min(W, units - i);
+        const real *const w = p.learned.weight + i * k.fan_in;
+        if (p.by_panels) {
+            wide sum{}, more{};
+            long j = 0;
+            for (; j + 2 <= k.fan_in; j += 2) {
+                sum += y[j] * *(const wide *)(w + j * W);
+                more += y[j + 1] * *(const wide *)(w + (j + 1) * W);
+            }
+            if (j < k.fan_in) sum += y[j] * *(const wide *)(w + j * W);
+            *(wide *)(p.product + i) = sum + more;
+        } else if (k.dims == 3)
+            for (long row = 0; row < count; row++)
+                p.product[i + row] = dot(w + row * k.fan_in, y + (i + row) / k.fan_in * k.fan_in, k.fan_in);
+        else {
+            std::fill_n(p.product + i, W, real(0));
+            for (long row = 0; row < count; row += 4)
+                add_rows(w + row * k.fan_in, std::min(4L, count - row), k.fan_in, 1, [&](long) { return y; },
+                         [&](long) { return p.product + i + row; });
         }
-        if (j < k.fan_in) sum += y[j] * *(const wide *)(w + j * W);
-        *(wide *)(p.product + block * W) = sum + more;
     }
 
-    // Advances one panel of matrix k's Γ, and takes its gradient; then the product with the next step's signal, if the
-    // weights have taken their step.
-    template <int kind, bool sums_up>
-    void learn_panel(const Matrix<real, S> &k, long t, long block, const Optimizer<real, kind> &optimizer, bool first) {
-        const auto &one = panels[k.panel].learned;
-        if (one.now() && !lagged && optimizer.plain(one))
-            learn_panel_of<kind, sums_up, true>(k, t, block, optimizer, first);
+    // Advances the Γ of a strip of matrix k, and takes its gradient; then the product with the next step's signal, if
+    // the weights have taken their step.
+    template <int kind>
+    void learn_strip(const Matrix<real, S> &k, long t, long strip, const Optimizer<real, kind> &optimizer, bool sums_up,
+                     bool first) {
+        const auto &p = strips[k.strips];
+        if (sums_up) // whatever the optimizer is
+            p.by_panels ? learn_strip_of<SGD, true, false, true>(k, t, strip, {}, first)
+                        : learn_strip_of<SGD, true, false, false>(k, t, strip, {}, first);
+        else if (p.learned.now() && !lagged && optimizer.plain(p.learned))
+            p.by_panels ? learn_strip_of<kind, false, true, true>(k, t, strip, optimizer, first)
+                        : learn_strip_of<kind, false, true, false>(k, t, strip, optimizer, first);
         else
-            learn_panel_of<kind, sums_up, false>(k, t, block, optimizer, first);
+            p.by_panels ? learn_strip_of<kind, false, false, true>(k, t, strip, optimizer, first)
+                        : learn_strip_of<kind, false, false, false>(k, t, strip, optimizer, first);
     }
 
-    // usual: the weights learn, by an optimizer that is `plain`, and the layer doesn't predict itself.
-    template <int kind, bool sums_up, bool usual>
-    __attribute__((noinline)) void learn_panel_of(const Matrix<real, S> &k, long t, long block,
+    // usual: the weights learn, by an optimizer that is `plain`, and the layer doesn't predict itself. A lane of a
+    // vector is a unit of a panel, all units at once, or a column of a row, one unit after the other.
+    template <int kind, bool sums_up, bool usual, bool by_panels>
+    __attribute__((noinline)) void learn_strip_of(const Matrix<real, S> &k, long t, long strip,
                                                   const Optimizer<real, kind> optimizer, bool first) {
-        auto &p = panels[k.panel];
-        // What the loop reads is copied here: a store may alias what lies in memory, which would be loaded again.
-        const long i = block * W, here = units - i, begin = block * k.fan_in * W, fan_in = k.fan_in, shown = out;
-        wide by[S * S], phi[S];
-        for (long nu = 0; nu < S; nu++) phi[nu] = k.phi[nu] < 0 ? wide{} : load(found + k.phi[nu] * units + i, here);
-        for (long each = 0; each < S * S; each++) by[each] = load(m + each * units + i, here);
+        const auto &p = strips[k.strips];
+        const long fan_in = k.fan_in, shown = out, end = by_panels ? strip * W + 1 : std::min(units, (strip + 1) * W);
         const bool forgets = rule == SNAP0 || (resets && resets[t]); // then Γ counts as zero even where it isn't finite
-        const wide d = load(delta + i, here);
         const bool last = sums_up || t + 1 == steps, lags = !usual && lagged, learns = usual || p.learned.now();
-        const real *const y = read_at(k, t, false), *const next = last ? y : read_at(k, t, true);
-        const auto from = [&](real *all) { return all ? all + begin : nullptr; };
-        real *const weight = from(p.learned.weight), *const total = from(p.learned.total);
-        real *const moment = from(p.learned.first), *const square = from(p.learned.second);
-        real *gamma[S];
-        for (long nu = 0; nu < S; nu++) gamma[nu] = from(p.gamma[nu]);
-        // Column j of the panel; returns its part of the product.
-        const auto column = [=](long j) {
-            const long at = j * W;
-            wide was[S], now[S], earlier{};
-            if (lags) earlier = *(const wide *)(gamma[shown] + at);
-            for (long nu = 0; nu < S; nu++) was[nu] = forgets ? wide{} : *(const wide *)(gamma[nu] + at);
-            for (long nu = 0; nu < S; nu++) {
-                now[nu] = phi[nu] * y[j];
-                for (long source = 0; source < S; source++) now[nu] += by[nu * S + source] * was[source];
-                *(wide *)(gamma[nu] + at) = now[nu];
-            }
-            wide of_out = now[0];
-            for (long nu = 1; nu < S; nu++) of_out = shown == nu ? now[nu] : of_out;
-            const wide gradient = d * (lags ? earlier : of_out);
-            if (sums_up) {
-                if (learns) {
-                    wide *sum = (wide *)(total + at);
-                    *sum = first ? gradient : *sum + gradient;
+        for (long i = strip * W; i < end; i++) {
+            // What the loop reads is copied here: a store may alias what lies in memory, which would be loaded again.
+            const auto of_unit = [&](const real *from) { return by_panels ? load(from + i, units - i) : wide{} + from[i]; };
+            wide by[S * S], phi[S];
+            for (long nu = 0; nu < S; nu++) phi[nu] = k.phi[nu] < 0 ? wide{} : of_unit(found + k.phi[nu] * units);
+            for (long each = 0; each < S * S; each++) by[each] = of_unit(m + each * units);
+            const wide d = of_unit(delta), descent = optimizer.lr * d;
+            const long skip = k.dims == 3 ? i / fan_in * fan_in : 0;
+            const real *const y = read_at(k, t, false) + skip, *const next = last ? y : read_at(k, t, true) + skip;
+            const auto from = [&](real *all) { return all ? all + i * fan_in : nullptr; };
+            real *const weight = from(p.learned.weight), *const total = from(p.learned.total);
+            real *const moment = from(p.learned.first), *const square = from(p.learned.second);
+            real *gamma[S];
+            for (long nu = 0; nu < S; nu++) gamma[nu] = from(p.gamma[nu]);
+            if (forgets && !lags)
+                for (long nu = 0; nu < S; nu++) std::fill_n(gamma[nu], by_panels ? W * fan_in : fan_in, real(0));
+            // `here` weights from `at` on, which read y now and `next` at the next step; returns their part of the product.
+            const auto learn_at = [=](long at, auto y, auto next, long here) __attribute__((always_inline)) {
+                wide was[S], now[S], earlier{};
+                if (lags) earlier = load(gamma[shown] + at, here);
+                for (long nu = 0; nu < S; nu++) was[nu] = lags && forgets ? wide{} : load(gamma[nu] + at, here);
+                for (long nu = 0; nu < S; nu++) {
+                    now[nu] = phi[nu] * y;
+                    for (long source = 0; source < S; source++) now[nu] += by[nu * S + source] * was[source];
+                    store(gamma[nu] + at, now[nu], here);
                 }
-                return wide{};
+                wide of_out = now[0];
+                for (long nu = 1; nu < S; nu++) of_out = shown == nu ? now[nu] : of_out;
+                if (usual && kind == SGD) { // by a product less than `Optimizer::step`
+                    const wide w = load(weight + at, here) - descent * of_out;
+                    store(weight + at, w, here);
+                    return w * next;
+                }
+                const wide gradient = d * (lags ? earlier : of_out);
+                if (sums_up) {
+                    if (learns) store(total + at, first ? gradient : load(total + at, here) + gradient, here);
+                    return wide{};
+                }
+                if (!learns) return load(weight + at, here) * next;
+                constexpr bool has_both = usual && (kind == ADAM || kind == ADAMW);
+                real *const own = has_both || moment ? moment + at : nullptr;
+                real *const squared = has_both || square ? square + at : nullptr;
+                return optimizer.template step<usual>(weight + at, own, squared, gradient, here) * next;
+            };
+            wide product{}, more{}; // of vectors that take turns: each addition waits for the one before
+            long j = 0;
+            if (by_panels) {
+                for (; j + 2 <= fan_in; j += 2) {
+                    product += learn_at(j * W, y[j], next[j], W);
+                    more += learn_at((j + 1) * W, y[j + 1], next[j + 1], W);
+                }
+                if (j < fan_in) product += learn_at(j * W, y[j], next[j], W);
+                if (!last) *(wide *)(p.product + i) = product + more;
+            } else {
+                for (; j + 2 * W <= fan_in; j += 2 * W) {
+                    product += learn_at(j, *(const wide *)(y + j), *(const wide *)(next + j), W);
+                    more += learn_at(j + W, *(const wide *)(y + j + W), *(const wide *)(next + j + W), W);
+                }
+                for (; j < fan_in; j += W)
+                    product += learn_at(j, load(y + j, fan_in - j), load(next + j, fan_in - j), std::min(W, fan_in - j));
+                if (!last) p.product[i] = sum_of(product + more, real(0));
             }
-            if (!learns) return *(const wide *)(weight + at) * next[j];
-            return optimizer.template step<usual>(weight + at, moment ? moment + at : nullptr,
-                                                  square ? square + at : nullptr, gradient, W) *
-                   next[j];
-        };
-        wide product{}, more{}; // of even and of odd columns: each addition waits for the one before
-        long j = 0;
-        for (; j + 2 <= fan_in; j += 2) product += column(j), more += column(j + 1);
-        if (j < fan_in) product += column(j);
-        if (!sums_up) *(wide *)(p.product + i) = product + more;
+        }
     }
 
     // Adds the product of row i of matrix k to the pre-activation or input that it enters, for all batch rows.
@@ -253,8 +254,9 @@ template <class real> struct Network {
             }
             for (long lane = 0; lane < here; lane++) {
                 const long unit = i + lane, column = one.dims == 3 ? unit % one.fan_in : unit;
-                w[k][lane] = one.panel < 0 ? one.learned.weight[unit * one.fan_in + column]
-                                           : panels[one.panel].learned.weight[i * one.fan_in + unit * W + lane];
+                w[k][lane] = one.strips < 0 || !strips[one.strips].by_panels
+                                 ? one.learned.weight[unit * one.fan_in + column]
+                                 : strips[one.strips].learned.weight[i * one.fan_in + unit * W + lane];
             }
         }
         wide h[at_least_one(C::FIXED)];
@@ -343,7 +345,7 @@ template <class real> struct Network {
 
         // Advances `here` numbers of Γ^ν at gamma[ν] + at, which read y, and returns δ Γ^out, of before if `lagged`.
         template <bool some_forgotten>
-        inline wide advance(real *const *gamma, long at, wide y, long out, long here) const {
+        __attribute__((always_inline)) inline wide advance(real *const *gamma, long at, wide y, long out, long here) const {
             wide was[S], now[S], earlier{};
             if (lagged && delta != 0) earlier = load(gamma[out] + at, here); // δ is 0 in a row that was reset
             for (long nu = 0; nu < S; nu++)
@@ -359,32 +361,12 @@ template <class real> struct Network {
         }
     };
 
-    // Advances row i of matrix k's Γ, and takes its gradient; of the only batch row.
-    template <int kind>
-    void learn_row(const Matrix<real, S> &k, long t, long i, const Optimizer<real, kind> &optimizer, bool sums_up,
-                   bool first) {
-        const long skip = k.dims == 3 ? i / k.fan_in * k.fan_in : 0, begin = i * k.fan_in;
-        const Coefficients c(*this, k, i);
-        const real *y = signal(k, t, 0) + skip;
-        const auto all = [&](auto some_forgotten) {
-            constexpr bool some = decltype(some_forgotten)::value;
-            long j = 0;
-            for (; j + W <= k.fan_in; j += W)
-                take(optimizer, k.learned, begin + j,
-                     c.template advance<some>(k.gamma, begin + j, *(const wide *)(y + j), out, W), W, sums_up, first);
-            if (const long here = k.fan_in - j)
-                take(optimizer, k.learned, begin + j,
-                     c.template advance<some>(k.gamma, begin + j, load(y + j, here), out, here), here, sums_up,
-                     first);
-        };
-        c.all ? all(std::false_type()) : all(std::true_type());
-    }
-
     // How many rows of a matrix `learn_rows` takes at once: their gradient fits in TOGETHER numbers.
     static constexpr long TOGETHER = 1024;
     static long rows_together(long fan_in) { return std::max(1L, std::min(8L, TOGETHER / fan_in)); }
 
-    // `learn_row` of a few rows of several batch rows: one batch row after the other, since their Γ lies far apart.
+    // Advances the Γ of a few rows of matrix k in several batch rows, and takes their gradient: one batch row after the
+    // other, since their Γ lies far apart.
     template <int kind>
     __attribute__((noinline)) void learn_rows(const Matrix<real, S> &k, long t, long i, long rows,
                                               const Optimizer<real, kind> &optimizer, bool sums_up, bool first) {
@@ -417,7 +399,7 @@ template <class real> struct Network {
         }
     }
 
-    // `learn_row` of a matrix with fan-in 1, for the units from i on.
+    // As `learn_rows`, of a matrix with fan-in 1 for the units from i on.
     template <int kind>
     void learn_units(const Matrix<real, S> &k, long t, long i, const Optimizer<real, kind> &optimizer, bool sums_up,
                      bool first) {
@@ -572,7 +554,7 @@ template <class real> struct Network {
     // Whether weights learn at the steps to come, if they learn at all.
     void let_learn(bool learn) {
         for (auto &k : matrices) k.learned.rests = !learn;
-        for (auto &p : panels) p.learned.rests = !learn;
+        for (auto &p : strips) p.learned.rests = !learn;
     }
 
     // Calls work(team) with the team if the readout is large, else by one of its threads alone.
@@ -604,10 +586,10 @@ template <class real> struct Network {
                 if (part.bias.weight) all.push_back({&part.bias, part.out});
             }
         for (auto &k : matrices)
-            if (k.panel < 0)
-                all.push_back({&k.learned, units * k.fan_in});
+            if (k.strips >= 0 && strips[k.strips].by_panels)
+                all.push_back({&strips[k.strips].learned, blocks() * W * k.fan_in});
             else
-                all.push_back({&panels[k.panel].learned, (units + W - 1) / W * W * k.fan_in});
+                all.push_back({&k.learned, units * k.fan_in});
         double square = 0;
         for (auto &[one, count] : all)
             for (long i = 0; one->learns && i < count; i++) square += double(one->total[i]) * one->total[i];
@@ -622,35 +604,36 @@ template <class real> struct Network {
     }
 
     template <int kind> void run(long threads) {
-        const long blocks = (units + W - 1) / W;
+        const long blocks = this->blocks();
         const bool sums_up = every > 1 || options[5] > 0;
         if (rule == RTRL && (phase & LEARN)) {
             jacobians.resize(batch * units * S * S * head);
             columns.resize(threads * 2 * W * S * head);
         }
-        if (room) {
+        if (batch == 1 && rule != RTRL) {
             real *at = room;
-            panels.reserve(matrices.size());
+            strips.reserve(matrices.size());
             for (auto &k : matrices)
-                if (k.dims == 2 && k.fan_in > 1) {
-                    k.panel = panels.size();
-                    panels.emplace_back(k.learned, k.gamma, units, k.fan_in, at);
+                if (k.fan_in > 1) {
+                    real *const product = products + strips.size() * blocks * W;
+                    k.strips = strips.size();
+                    strips.emplace_back(k.learned, k.gamma, units, k.fan_in, product, room && k.dims == 2 ? &at : nullptr);
                 }
         }
         // Whether a thread needs, up to the new states, only what it wrote itself: then no thread waits for another.
         bool alone = batch == 1 && !sums_up;
-        for (auto &k : matrices) alone &= k.panel >= 0 || k.dims == 1;
+        for (auto &k : matrices) alone &= k.strips >= 0 || k.dims == 1;
         const auto multiply = [&](const Team &team, const auto &k, long t, bool waits) {
             real *to = (k.of_gate ? sums : drives) + k.into * batch * units;
-            if (k.panel >= 0) {
+            if (k.strips >= 0) {
                 const real *y = read_at(k, t, false);
                 const bool multiplies = sums_up || t == 0, adds = k.reads == INPUT || !(resets && resets[t]);
                 spread(
                     team, blocks,
                     [&](long block) {
-                        if (multiplies) multiply_panel_of(k, y, block);
+                        if (multiplies) multiply_strip(k, y, block);
                         const long i = block * W;
-                        const wide product = *(const wide *)(panels[k.panel].product + i);
+                        const wide product = *(const wide *)(strips[k.strips].product + i);
                         if (adds) store(to + i, load(to + i, units - i) + product, units - i);
                     },
                     waits);
@@ -698,19 +681,15 @@ template <class real> struct Network {
                         [&](long task) { learn_exact(k, t, task, kept, own, sums_up, at == 0); }, false);
                     continue;
                 }
-                const long together = batch == 1 ? 1 : rows_together(k.fan_in);
-                const bool by_row = k.panel < 0 && k.fan_in > 1;
+                const long together = rows_together(k.fan_in);
+                const bool by_rows = k.strips < 0 && k.fan_in > 1;
                 spread(
-                    team, by_row ? (units + together - 1) / together : blocks,
+                    team, by_rows ? (units + together - 1) / together : blocks,
                     [&](long task) {
-                        if (k.panel >= 0 && sums_up)
-                            learn_panel<kind, true>(k, t, task, own, at == 0);
-                        else if (k.panel >= 0)
-                            learn_panel<kind, false>(k, t, task, own, at == 0);
+                        if (k.strips >= 0)
+                            learn_strip(k, t, task, own, sums_up, at == 0);
                         else if (k.fan_in == 1)
                             learn_units(k, t, task * W, own, sums_up, at == 0);
-                        else if (batch == 1)
-                            learn_row(k, t, task, own, sums_up, at == 0);
                         else
                             learn_rows(k, t, task * together, std::min(together, units - task * together), own, sums_up,
                                        at == 0);
@@ -747,8 +726,8 @@ template <class real> struct Network {
         } else
 #endif
             all_steps({});
-        for (auto &p : panels) p.turn_all(true);
-        panels.clear();
+        for (auto &p : strips) p.turn_all(true);
+        strips.clear();
     }
 
     void run_any(long threads) {
@@ -769,8 +748,9 @@ template <class real> void stream(void *const *arrays, const long *numbers, cons
     const long count = table.next(), threads = table.next(), each = table.next();
     std::vector<Network<real>> networks;
     for (long p = 0; p < count; p++) networks.emplace_back(table, options + p * each);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (count > 1 && threads > 1)
-    for (long p = 0; p < count; p++) networks[p].run_any(count > 1 ? 1 : threads);
+    if (count == 1) return networks[0].run_any(threads); // OpenMP's own part takes a tenth of a small step
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (long p = 0; p < count; p++) networks[p].run_any(1);
 }
 
 } // namespace

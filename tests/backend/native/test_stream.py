@@ -15,16 +15,25 @@ from rjepa_triton.backend import native_backend
 pytestmark = pytest.mark.skipif(native_backend.cpp_compiler() is None, reason="no C++ compiler")
 
 
-@pytest.mark.parametrize("steps", [4, 12])  # from 8 on, one batch row runs on panels
+@pytest.mark.parametrize("steps", [4, 12])  # one batch row runs on panels from 8 on, and half the units
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("shape", [{}, {"recurrence": "diagonal"}, {"heads": 4}, {"heads": 20}])
-def test_weights_of_every_shape(shape: dict[str, Any], batch: int, steps: int) -> None:
+@pytest.mark.parametrize(
+    "inputs", [3, 259]
+)  # matrices of 256 inputs and more stay as they are, beside panels
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adam", "update_every": 3}, {"optimizer": "adamw"}])
+def test_weights_of_every_shape(
+    shape: dict[str, Any], batch: int, steps: int, inputs: int, options: dict[str, Any]
+) -> None:
     torch.manual_seed(0)
-    layer, readout = RNN(3, 20, dtype=torch.float64, **shape), nn.Linear(20, 2, dtype=torch.float64)
-    x, target = (torch.randn(steps, batch, count, dtype=torch.float64) for count in (3, 2))
+    layer, readout = RNN(inputs, 20, dtype=torch.float64, **shape), nn.Linear(20, 2, dtype=torch.float64)
+    x, target = (torch.randn(steps, batch, count, dtype=torch.float64) for count in (inputs, 2))
+    resets = torch.rand(steps, batch) < 0.2
     found = []
     for backend in ("compile", "torch"):
-        stream = Stream(copy.deepcopy(layer), copy.deepcopy(readout), batch, lr=0.1, backend=backend)
-        result = stream.run(x, target)
+        stream = Stream(
+            copy.deepcopy(layer), copy.deepcopy(readout), batch, lr=0.01, backend=backend, **options
+        )
+        result = stream.run(x, target, resets)
         found.append([result.losses, result.outputs, *stream.layer.weights()])
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
