@@ -178,22 +178,25 @@ class OneStep:
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of a step, (B, O)."""
-        self.arrays[X] = self._place(x, self.x)
+        self.arrays[X] = self._place("x", x, self.x)
         self.numbers[PHASE] = FORWARD
         self.function(*self.tables)
         return self.outputs.clone()
 
     @staticmethod
-    def _place(given: Tensor, own: Tensor) -> int:
-        """Where compiled code finds the numbers of a caller's tensor: with him, or in a copy."""
+    def _place(name: str, given: Tensor, own: Tensor) -> int:
+        """Where compiled code finds the numbers of a caller's tensor: with him, or in a copy. Raises ValueError."""
         if type(given) is Tensor and given.is_cpu and given.is_contiguous() and not given.is_neg():
-            return given.data_ptr()
+            if address := given.data_ptr():
+                return address
+            if not given._is_zerotensor():
+                raise ValueError(f"{name} must have memory of its own, got a tensor whose storage was freed")
         own.copy_(given.detach())
         return own.data_ptr()
 
     def _take(self, target: Tensor | None, mask: Tensor | None) -> None:
         if target is not None:
-            self.arrays[TARGET] = self._place(target, self.target)
+            self.arrays[TARGET] = self._place("target", target, self.target)
         if mask is not None or self.masked:
             self.masked = mask is not None
             self.mask.fill_(True) if mask is None else self.mask.copy_(mask)

@@ -154,3 +154,23 @@ def test_what_changes_between_steps_is_seen(change: Callable[[Stream], None]) ->
     for mine, its in zip(compiled.parameters, loop.parameters, strict=True):
         states = compiled.optimizer.state[mine], loop.optimizer.state[its]
         torch.testing.assert_close(*map(dict, states), rtol=1e-11, atol=1e-11)
+
+
+def test_a_tensor_whose_storage_was_freed_is_refused_and_one_of_zeros_taken() -> None:
+    streams = [Stream(RGC(4, input_size=2), nn.Linear(4, 2), 1, lr=0.1) for _ in range(2)]
+    streams[1].load_state_dict(copy.deepcopy(streams[0].state_dict()))
+    zeros = torch._efficientzerotensor((1, 2))
+    for stream, x in zip(streams, (torch.zeros(1, 2), zeros), strict=True):
+        stream.step(x)
+        freed = torch.ones(1, 2)
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(
+            ValueError, match="target must have memory of its own, got a tensor whose storage"
+        ):
+            stream.learn(freed)
+        stream.learn(x)
+        with pytest.raises(ValueError, match="x must have memory of its own"):
+            stream.step(freed)
+        stream.step(x)
+    for a, b in zip(*(stream.parameters for stream in streams), strict=True):
+        assert torch.equal(a, b)
