@@ -36,6 +36,8 @@ class DataConfig:
     px_per_degree    pixels per degree of visual angle, for `files`
     steps            T, the fixations in a sequence
     stride           of a table: fixations from the start of one sequence to the start of the next; 0: T
+    segments         of a table: so many sequences at places that `seed` draws, as in the paper, before the table is
+                     split, which may overlap; 0: consecutive ones
     max_gap          of a table: seconds; a longer gap between two fixations ends a sequence; 0: no gap does
     edge             of a table: what becomes of patches that stick out of the frame, as in `FixationSequences`
     train, test      simulated scan paths over each source of that side
@@ -45,7 +47,7 @@ class DataConfig:
     order            of the patches: "recorded"; "shuffled": each sequence in a random order; "other": each patch is
                      one of any sequence of its side, so that a sequence shows no scene. Controls: no memory helps there
     validate         names that are taken from the training side to choose by: the epoch, with train.patience
-    seed             of simulated scan paths, of the choice of a fifth, and of another order
+    seed             of simulated scan paths, of the choice of a fifth, of segments, and of another order
     """
 
     source: str = "demo"
@@ -58,6 +60,7 @@ class DataConfig:
     px_per_degree: float = 10.0
     steps: int = 100
     stride: int = 0
+    segments: int = 0
     max_gap: float = 0.0
     edge: str = "shift"
     train: int = 100
@@ -295,6 +298,7 @@ def _check(config: Config) -> None:
     for name, value, least in (
         ("data.steps", data.steps, 2),
         ("data.stride", data.stride, 0),
+        ("data.segments", data.segments, 0),
         ("data.train", data.train, 1),
         ("data.test", data.test, 2),
         ("model.units", model.units, 1),
@@ -331,6 +335,8 @@ def _check(config: Config) -> None:
         raise ValueError(f"model.momentum must be at least 0 and below 1, got {model.momentum}")
     if model.heads and model.units % model.heads:
         raise ValueError(f"model.heads must divide model.units, {model.units}, got {model.heads}")
+    if data.segments and data.stride:
+        raise ValueError(f"data.stride goes with data.segments=0, got {data.stride} and {data.segments}")
     if train.patience and not data.validate:
         raise ValueError(f"train.patience={train.patience} needs data.validate to choose by, got none")
     if data.order != "recorded" and model.actions != "none":

@@ -63,6 +63,8 @@ def _both(settings: DataConfig) -> Sides:
         read,
         steps=settings.steps,
         stride=settings.stride or None,
+        segments=settings.segments or None,
+        seed=settings.seed,
         max_gap=settings.max_gap or None,
         edge=settings.edge,
         policy=settings.policy,

@@ -470,6 +470,8 @@ def test_a_table_is_trained_on_as_it_is_checked(
     sides = data.datasets(config.read(None, made).data)
     assert (len(sides.train), len(sides.test)) == (12, 12)  # of runs of 4, 2 each
     assert sides.train.edge == "pad"
+    sides = data.datasets(config.read(None, [*made, "data.stride=0", "data.segments=20"]).data)
+    assert len(sides.train) + len(sides.test) == 20  # of 24 places
     with pytest.raises(ValueError, match="patches stick out"):
         data.datasets(config.read(None, [*made, "data.edge=refuse"]).data)
     shown = CliRunner().invoke(
@@ -479,6 +481,7 @@ def test_a_table_is_trained_on_as_it_is_checked(
     for key, said in {
         "format=csv": "data.format must be one of",
         "max_gap=-1": "data.max_gap must be at least 0",
+        "segments=-1": "data.segments must be at least 0",
     }.items():
         with pytest.raises(ValueError, match=said):
             config.read(None, [f"data.{key}"])
