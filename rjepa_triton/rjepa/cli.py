@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(fixations, name="fixations")
     app.command("train")(train_command)
     app.command("evaluate")(evaluate_command)
+    app.command("probe")(probe_command)
     app.command("figures")(figures_command)
     app.command("demo")(demo_command)
     app.command("theory")(theory_command)
@@ -248,8 +250,15 @@ def train_command(
         typer.echo(f"run: {out}")
 
 
+Run = Annotated[Path, typer.Argument(help="Folder of a run of `rjepa train`.")]
+OtherData = Annotated[
+    list[str] | None, typer.Argument(help="Other data than the run's own: data.key=value, as data.seed=1.")
+]
+RecordFile = Annotated[Path | None, typer.Option("--out", help="JSON file to write the numbers into.")]
+
+
 def evaluate_command(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of `rjepa train`.")],
+    run: Run,
     overrides: Overrides = None,
 ) -> None:
     """Print every diagnostic of a trained model, on its own test data or, with overrides data.…=…, on other data."""
@@ -257,6 +266,68 @@ def evaluate_command(
         from .train import evaluate_run
 
         _show_evaluation({"after": evaluate_run(run, overrides or ())})
+
+
+def probe_command(
+    run: Run,
+    overrides: OtherData = None,
+    labels: Annotated[
+        Path,
+        typer.Option(help="Table with columns movie, label and, of stretches, start and end (docs/data.md)."),
+    ] = Path("labels.csv"),
+    column: Annotated[str, typer.Option(help="The table's column with the labels.")] = "label",
+    neighbours: Annotated[int, typer.Option(help="How many nearest neighbours vote, at most.")] = 20,
+    out: RecordFile = None,
+) -> None:
+    """Tell labels of scenes from a trained model's frozen h, and from x: a linear probe, and nearest neighbours."""
+    with user_errors(), needs("rjepa", PACKAGES):
+        from .probes import PROBES, probe
+        from .train import finished
+
+        found = probe(finished(run, overrides or ()), labels, column=column, neighbours=neighbours)
+        rows = [
+            [
+                name,
+                inputs,
+                *(f"{found[name][inputs][kind]:.4f}" for kind in ("accuracy", "balanced_accuracy")),
+            ]
+            for name in PROBES
+            for inputs in ("x", "h")
+        ]
+        _show_table("labels, on test sequences", ("probe", "from", "accuracy", "balanced"), rows)
+        for name in PROBES:
+            typer.echo(
+                f"{name}: accuracy from h less that from x, over test sequences: {_told(found[name]['gain'])}"
+            )
+        counts = ", ".join(f"{count} {side}" for side, count in found["rows"].items())
+        typer.echo(f"always the most frequent label: {found['most_frequent']:.4f}; late fixations: {counts}")
+        _write_record(out, found)
+
+
+def _told(gain: Sequence[float | None]) -> str:
+    """A mean, and half its interval if there is one."""
+    mean, half = gain
+    return f"{mean:+.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
+def _show_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    from ..bench.harness.terminal import plain_console
+
+    table = Table(*names, title=title)
+    for row in rows:
+        table.add_row(*row)
+    plain_console().print(table)
+
+
+def _write_record(out: Path | None, found: Mapping[str, Any]) -> None:
+    if out is not None:
+        from .. import _files
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _files.write_text(out, json.dumps(found) + "\n")
+        typer.echo(f"record: {out}")
 
 
 def figures_command(

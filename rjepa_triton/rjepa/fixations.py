@@ -6,6 +6,7 @@ row checked (`rows`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,12 @@ def read(
     Raises FixationError, which names file and rows; ValueError for a wrong sidecar; VideoError for a film whose header
     can't be read; FileNotFoundError.
     """
-    table = _existing(table)
+    table = existing(table)
     if sidecar is None:
         sidecar = _beside(table)
     said = _sidecar(sidecar)
     names = replace(Names(), **{key: one.name or key for key, one in said.columns.items()})
-    arrow, rows, malformed = _read_table(table, names, said)
+    arrow, rows, malformed = read_table(table, names.all(), said)
     for key, one in said.columns.items():
         if one.value is not None:
             if getattr(names, key) in arrow.column_names:
@@ -120,7 +121,7 @@ def from_eyelink(
     CURRENT_FIX_START from the start of the trial, so `movie_start` in the sidecar is the time within the trial at which
     frame 0 was shown. All else is as in `read`.
     """
-    path = _existing(report)
+    path = existing(report)
     if sidecar is None:
         sidecar = _beside(path)
     names = Names(
@@ -135,7 +136,7 @@ def from_eyelink(
         name=None,
     )
     said = _sidecar(sidecar)
-    arrow, rows, malformed = _read_table(path, names, said)
+    arrow, rows, malformed = read_table(path, names.all(), said)
     if names.duration in arrow.column_names:
         # The end of a fixation is the time of its last sample, so the two differ by a sample: the duration is right.
         names = replace(names, offset=None)
@@ -220,7 +221,7 @@ def from_pymovements(
     )
 
 
-def _existing(table: str | Path) -> Path:
+def existing(table: str | Path) -> Path:
     """The path. Raises FileNotFoundError if it isn't a file, before anything is said of its sidecar."""
     table = Path(table)
     if not table.is_file():
@@ -239,18 +240,21 @@ def _sidecar(sidecar: Sidecar | str | Path) -> Sidecar:
     return sidecar if isinstance(sidecar, Sidecar) else Sidecar.read(sidecar)
 
 
-def _read_table(
-    table: Path, names: Names, said: Sidecar | None = None
+def read_table(
+    table: Path, wanted: Sequence[str], said: Sidecar | None = None
 ) -> tuple[pa.Table, np.ndarray, list[Problem]]:
     """The table, the number of each of its rows in the file, and problems of rows that aren't in it.
 
-    Those are rows that couldn't be split into fields. Whether it is a parquet file or text, its content says.
+    Those are rows that couldn't be split into fields. Whether it is a parquet file or text, its content says. wanted:
+    names of columns, by which a text's delimiter is told.
+
+    Raises FixationError if it can't be read; OSError.
     """
     with table.open("rb") as body:
         parquet = body.read(4) == b"PAR1"
         if not parquet and table.suffix.lower() not in (".parquet", ".pq"):
             header, encoding = (1, None) if said is None else (said.header, said.encoding)
-            return delimited.read(table, names.all(), header_row=header, encoding=encoding)
+            return delimited.read(table, wanted, header_row=header, encoding=encoding)
         body.seek(0)
         try:
             arrow = pyarrow.parquet.read_table(body)

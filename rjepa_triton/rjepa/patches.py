@@ -293,6 +293,10 @@ class FixationSequences(Dataset[dict[str, Any]]):
         """The movie of each item, (n,)."""
         return self.paths.movie[self.items]
 
+    def middles(self) -> np.ndarray:
+        """(T, n): seconds of its movie at which each fixation has its middle."""
+        return np.stack([self.paths.path(int(item))[1] for item in self.items], axis=1)
+
     def select(self, which: np.ndarray) -> FixationSequences:
         """The items that a mask (n,) or an array of indices picks."""
         items = self.items[which]

@@ -137,9 +137,9 @@ def checked(
     seconds = sidecar.unit(unit)
     columns = _find(arrow, names, source)
     state = _State(source, rows, problems)
-    participant, movie = _text(columns["participant"]), _text(columns["movie"])
+    participant, movie = as_text(columns["participant"]), as_text(columns["movie"])
     numbers: dict[str, _Numbers] = {
-        key: _numbers(columns[key]) for key in ("onset", "offset", "duration", "x", "y") if key in columns
+        key: as_numbers(columns[key]) for key in ("onset", "offset", "duration", "x", "y") if key in columns
     }
     units = {key: sidecar.unit(unit, key) for key in TIMES if key in numbers}
     _leave_out(state, columns, names, participant, movie, numbers, eye, event)
@@ -251,13 +251,14 @@ def _find(arrow: pa.Table, names: Names, source: str) -> dict[str, pa.ChunkedArr
     return columns
 
 
-def _text(column: pa.ChunkedArray) -> np.ndarray:
+def as_text(column: pa.ChunkedArray) -> np.ndarray:
     """A column's values as text without surrounding spaces; "" where there is none."""
     values = ["" if value is None else str(value).strip() for value in column.to_pylist()]
     return np.array(["" if value in BLANK else value for value in values], dtype=np.str_)
 
 
-def _numbers(column: pa.ChunkedArray) -> _Numbers:
+def as_numbers(column: pa.ChunkedArray) -> _Numbers:
+    """A column's values (n,) as float64, NaN where there is none, and the text of what isn't a number, by index."""
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type):
         return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64), {}
     values = np.full(len(column), np.nan)
@@ -308,7 +309,7 @@ def _leave_out(
         blank[list(texts)] = False
     state.leave_out(blank, "blank line")
     if "name" in columns:
-        kinds = _text(columns["name"])
+        kinds = as_text(columns["name"])
         if event not in kinds:
             found = ", ".join(sorted(set(kinds.tolist()))[:SHOWN])
             raise FixationError(
@@ -316,7 +317,7 @@ def _leave_out(
             )
         state.leave_out(kinds != event, f"name isn't {event}")
     if "eye" in columns:
-        _pick_eye(state, _text(columns["eye"]), participant, eye)
+        _pick_eye(state, as_text(columns["eye"]), participant, eye)
     elif eye is not None:
         raise FixationError(
             f"{state.source}: eye={eye!r} was asked for, but there is no column {names.eye!r}"

@@ -329,7 +329,7 @@ def test_folders_that_do_not_fit(settings: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds a run of another configuration: model\.units: 6 against 5"):
         Trainer(settings("model.units=5"), folder)
     with pytest.raises(
-        ValueError, match=r"overrides of an evaluation must begin with 'data\.', got train\.seed=1"
+        ValueError, match=r"overrides of a finished run must begin with 'data\.', got train\.seed=1"
     ):
         train.evaluate_run(folder, ["train.seed=1"])
     state = backbone.unpickled(folder / "checkpoint.pt")
