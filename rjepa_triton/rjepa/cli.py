@@ -52,6 +52,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("train")(train_command)
     app.command("evaluate")(evaluate_command)
     app.command("probe")(probe_command)
+    app.command("rsa")(rsa_command)
     app.command("figures")(figures_command)
     app.command("demo")(demo_command)
     app.command("theory")(theory_command)
@@ -301,6 +302,48 @@ def probe_command(
             )
         counts = ", ".join(f"{count} {side}" for side, count in found["rows"].items())
         typer.echo(f"always the most frequent label: {found['most_frequent']:.4f}; late fixations: {counts}")
+        _write_record(out, found)
+
+
+def rsa_command(
+    run: Run,
+    overrides: OtherData = None,
+    responses: Annotated[
+        Path,
+        typer.Option(
+            help="Table with columns movie, start and end, perhaps subject, and a column a channel (docs/rjepa.md)."
+        ),
+    ] = Path("responses.csv"),
+    metric: Annotated[
+        str, typer.Option(help="Of the dissimilarity of two stretches: correlation, euclidean or cosine.")
+    ] = "correlation",
+    kind: Annotated[
+        str, typer.Option(help="Correlation of the two sides' dissimilarities: spearman or pearson.")
+    ] = "spearman",
+    side: Annotated[str, typer.Option(help="Whose sequences are used: test, train or both.")] = "test",
+    permutations: Annotated[int, typer.Option(help="Permutations of the stretches for the p-values.")] = 999,
+    seed: Annotated[int, typer.Option(help="Seed of permutations and bootstrap.")] = 0,
+    out: RecordFile = None,
+) -> None:
+    """Compare a trained model's frozen h, and x, with recorded responses to the same movies, by RSA."""
+    with user_errors(), needs("rjepa", PACKAGES):
+        from . import rsa
+        from .train import finished
+
+        done = finished(run, overrides or ())
+        given = {"metric": metric, "kind": kind, "side": side, "permutations": permutations, "seed": seed}
+        found = rsa.compare(done, responses, **given)  # type: ignore[arg-type]
+        rows = [[name, f"{found[name]['similarity']:.4f}", f"{found[name]['p']:.4f}"] for name in ("x", "h")]
+        _show_table(f"similarity with {responses.name}", ("", kind, "p"), rows)
+        gain, low, high = found["gain"]
+        typer.echo(f"h less x: {gain:+.4f}, 95 % interval over stretches {low:+.4f} to {high:+.4f}")
+        if found["ceiling"]:
+            low, high = found["ceiling"]
+            typer.echo(f"noise ceiling of {found['subjects']} subjects: {low:.4f} to {high:.4f}")
+        typer.echo(
+            f"{found['stretches']} stretches of {found['channels']} channels; {found['unseen']} more without a late "
+            "fixation were left out"
+        )
         _write_record(out, found)
 
 
