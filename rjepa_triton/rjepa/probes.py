@@ -15,7 +15,7 @@ import torch
 
 from .. import _checks as check
 from ..bench.harness.statistics import interval
-from . import annotations, evidence
+from . import evidence, stretches
 from .evaluation import embedded
 from .patches import FixationSequences
 from .rows import as_text
@@ -27,7 +27,7 @@ PROBES = ("linear", "neighbours")
 
 
 def probe(run: Finished, file: str | Path, *, column: str = "label", neighbours: int = 20) -> dict[str, Any]:
-    """How well the labels in a table (`annotations.read`) are told from a finished run's h and x, on test sequences.
+    """How well the labels in a table (`stretches.read`) are told from a finished run's h and x, on test sequences.
 
     column: of the table, with the labels. neighbours: how many vote, at most.
 
@@ -41,14 +41,14 @@ def probe(run: Finished, file: str | Path, *, column: str = "label", neighbours:
                   half-width of fewer than two
 
     Raises ValueError if data.order isn't "recorded", if training has fewer than two labels or lacks one of the test's,
-    and what `annotations.read` raises.
+    and what `stretches.read` raises.
     """
     check.integer("neighbours", neighbours, 1)
     if run.settings.data.order != "recorded":
         raise ValueError(
             f"labels go with data.order='recorded', got {run.settings.data.order!r}: other patches have other scenes"
         )
-    found = annotations.read(file)
+    found = stretches.read(file)
     if column not in found.columns:
         raise ValueError(
             f"{found.source}: no column {column!r}; there are {', '.join(found.columns) or 'no others'}"
@@ -140,7 +140,7 @@ def _chosen(rows: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:
 
 
 def _labelled(
-    side: Sequences, found: annotations.Annotations, label: np.ndarray
+    side: Sequences, found: stretches.Annotations, label: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(late steps, n): which late fixations of a side have a label, and the number of each one's stretch."""
     assert isinstance(side.patches, FixationSequences)

@@ -14,7 +14,7 @@ import torch
 
 from .. import _checks as check
 from ..bench.harness.statistics import RESAMPLES
-from . import annotations, evidence
+from . import evidence, stretches
 from .evaluation import embedded
 from .patches import FixationSequences
 from .report import listed
@@ -38,7 +38,7 @@ def compare(
     permutations: int = 999,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compare a finished run's h, and x, with the responses in a table (`annotations.read`).
+    """Compare a finished run's h, and x, with the responses in a table (`stretches.read`).
 
     Every column beside movie, start, end and subject is a channel of the responses, and every row holds those to one
     stretch, with a column subject those of one subject. The model's response to a stretch is the mean of h over all
@@ -64,7 +64,7 @@ def compare(
     check.integer("seed", seed, 0)
     if run.settings.data.order != "recorded":
         raise ValueError(f"responses go with data.order='recorded', got {run.settings.data.order!r}")
-    found = annotations.read(file, apart=(SUBJECT,))
+    found = stretches.read(file, apart=(SUBJECT,))
     responses, subjects = _responses(found)
     chosen = {"test": [run.data.test], "train": [run.data.train], "both": [run.data.train, run.data.test]}[
         side
@@ -182,7 +182,7 @@ def noise_ceiling(recorded: np.ndarray, kind: str) -> tuple[float, float]:
     return float(np.mean(lower)), float(np.mean(upper))
 
 
-def _responses(found: annotations.Annotations) -> tuple[np.ndarray, list[str]]:
+def _responses(found: stretches.Annotations) -> tuple[np.ndarray, list[str]]:
     """(S, k, P) the responses of S subjects to k stretches, NaN where there is no row, and the subjects' names."""
     channels = [name for name in found.columns if name != SUBJECT]
     if not channels:
@@ -216,7 +216,7 @@ def _bootstrap(
     whole = [squareform(one) for one in (a, b, *recorded)]
     count = len(whole[0])
     upper = np.triu_indices(count, 1)
-    drawn = []
+    drawn: list[float] = []
     while len(drawn) < RESAMPLES:
         which = rng.integers(0, count, count)
         one, other = which[upper[0]], which[upper[1]]
@@ -224,6 +224,7 @@ def _bootstrap(
         if apart.sum() < 3:
             continue
         first, second, *rest = (matrix[one[apart], other[apart]] for matrix in whole)
-        drawn.append(np.mean([correlation(first, r, kind) - correlation(second, r, kind) for r in rest]))
+        differences = [correlation(first, r, kind) - correlation(second, r, kind) for r in rest]
+        drawn.append(float(np.mean(differences)))
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(low), float(high)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from rjepa_triton.rjepa import annotations
+from rjepa_triton.rjepa import stretches
 from rjepa_triton.rjepa.fixations import FixationError
 from rjepa_triton.rjepa.patches import FixationSequences
 
@@ -30,23 +30,23 @@ def test_each_fixation_is_in_its_stretch(tmp_path: Path) -> None:
     assert data.movie.tolist() == ["m", "m", "n"]
     np.testing.assert_allclose(data.middles()[:, 1], [1.3, 1.6, 1.9, 2.2])
     lines = "movie,start,end,label", "n,,,c", "m,1.3,1.9,b", "", "m,,0.4,a", "m,2,,d", "other,1,2,e"
-    found = annotations.read(written(tmp_path, *lines))
+    found = stretches.read(written(tmp_path, *lines))
     assert found.movie.tolist() == ["n", "m", "m", "m", "other"]
     assert found.start.tolist() == [-np.inf, 1.3, -np.inf, 2, 1]
     assert found.row.tolist() == [2, 3, 5, 6, 7]
     assert found.at(data).T.tolist() == [[2, -1, -1, -1], [1, 1, -1, 3], [0, 0, 0, 0]]
     table = pa.table({"movie": ["m", "n"], "v": [1.0, 2.0]})
     pyarrow.parquet.write_table(table, tmp_path / "v.parquet")
-    assert annotations.read(tmp_path / "v.parquet").at(data).T.tolist() == [[0] * 4, [0] * 4, [1] * 4]
+    assert stretches.read(tmp_path / "v.parquet").at(data).T.tolist() == [[0] * 4, [0] * 4, [1] * 4]
 
 
 def test_rows_of_one_stretch_are_told_apart(tmp_path: Path) -> None:
     file = written(tmp_path, "movie,subject,v", "m,1,0.5", "m,2,0.25", "n,1,1")
-    found = annotations.read(file, apart=("subject",))
+    found = stretches.read(file, apart=("subject",))
     assert found.stretch.tolist() == [0, 0, 1]
     assert found.movie.tolist() == ["m", "n"]
     with pytest.raises(FixationError, match=r"labels\.csv: row 3: is of the same stretch as row 2$"):
-        annotations.read(file)
+        stretches.read(file)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_rows_of_one_stretch_are_told_apart(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_named(tmp_path: Path, lines: list[str], says: str) -> None:
     with pytest.raises(FixationError, match=says):
-        annotations.read(written(tmp_path, *lines))
+        stretches.read(written(tmp_path, *lines))
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.csv: no such file"):
-        annotations.read(tmp_path / "none.csv")
+        stretches.read(tmp_path / "none.csv")
