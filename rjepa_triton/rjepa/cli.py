@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._command import needs, user_errors
+from .formats import FORMATS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -33,14 +34,13 @@ PACKAGES = (
     "tensorboard",
     "sklearn",
 )
-FORMATS = ("table", "eyelink")
 
 fixations = typer.Typer(no_args_is_help=True, help="Eye movements: check a table, look at a scan path.")
 
 Sidecar = Annotated[
     Path | None, typer.Option(help="YAML file beside the table; TABLE.yaml if left out (docs/data.md).")
 ]
-Format = Annotated[str, typer.Option("--format", help=f"Format of the table: {' or '.join(FORMATS)}.")]
+Format = Annotated[str, typer.Option("--format", help=f"Format of the table: {', '.join(FORMATS)}.")]
 MovieColumn = Annotated[str, typer.Option(help="With --format eyelink: the column that names the movie.")]
 Eye = Annotated[str, typer.Option(help="Which eye to take from a table of both: left or right.")]
 Policy = Annotated[str, typer.Option(help="What to do about bad rows and films: refuse or skip.")]
@@ -60,7 +60,7 @@ def add_to(app: typer.Typer) -> None:
 
 @fixations.command("check")
 def check_command(
-    table: Annotated[Path, typer.Argument(help="Table of fixations, CSV or parquet, or an EyeLink report.")],
+    table: Annotated[Path, typer.Argument(help="Table of fixations, or a file of --format.")],
     sidecar: Sidecar = None,
     format: Format = "table",
     movie_column: MovieColumn = "movie",
@@ -150,10 +150,10 @@ def _read(
     table: Path, sidecar: Path | None, format: str, movie_column: str, eye: str, policy: str
 ) -> Fixations:
     from .. import _checks as check
-    from .fixations import read_format
+    from . import trackers
 
     check.one_of("--format", format, FORMATS)
-    return read_format(format, table, sidecar, movie=movie_column, policy=policy, eye=eye or None)
+    return trackers.read(format, table, sidecar, movie=movie_column, policy=policy, eye=eye or None)
 
 
 def _of_pair(

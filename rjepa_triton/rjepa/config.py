@@ -12,6 +12,7 @@ from .. import _checks as check
 from .. import _files
 from . import plain_yaml
 from .encoder import LEARNING, PRESETS
+from .formats import FORMATS
 from .gates import GATES
 from .heads import HEADS
 from .model import ACTIONS, DISTANCES, PREDICTORS, PSI, TARGETS
@@ -30,8 +31,8 @@ class DataConfig:
                      simulated over `files`; "table": a lab's own fixations, from `table`, its sidecar and movies
     files            pictures and films for source "pictures"
     table, sidecar   for source "table"; an empty sidecar is looked for beside the table
-    format           of the table: "table", or "eyelink" for a fixation report of Data Viewer
-    movie_column     the column of such a report that names the movie
+    format           of the table: "table", or the program that it is of (`formats.FORMATS`)
+    movie_column     of format "eyelink", a fixation report of Data Viewer: the column that names the movie
     eye              which eye to take from a table of both; empty: there is one
     px_per_degree    pixels per degree of visual angle, for `files`
     steps            T, the fixations in a sequence
@@ -282,7 +283,7 @@ def _check(config: Config) -> None:
     data, model, train = config.data, config.model, config.train
     check.one_of("data.source", data.source, ("demo", "pictures", "table"))
     check.one_of("data.policy", data.policy, ("refuse", "skip"))
-    check.one_of("data.format", data.format, ("table", "eyelink"))
+    check.one_of("data.format", data.format, FORMATS)
     check.one_of("data.edge", data.edge, ("shift", "pad", "refuse"))
     check.one_of("data.split", data.split, ("movie", "participant", "both"))
     check.one_of("model.preset", model.preset, PRESETS)

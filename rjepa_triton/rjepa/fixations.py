@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet
 
-from .. import _checks as check
 from . import delimited
 from .report import SHOWN, FixationError, Problem, Report
 from .rows import (
@@ -83,15 +83,11 @@ def read(
     """
     table = existing(table)
     if sidecar is None:
-        sidecar = _beside(table)
-    said = _sidecar(sidecar)
+        sidecar = beside(table)
+    said = sidecar_of(sidecar)
     names = replace(Names(), **{key: one.name or key for key, one in said.columns.items()})
     arrow, rows, malformed = read_table(table, names.all(), said)
-    for key, one in said.columns.items():
-        if one.value is not None:
-            if getattr(names, key) in arrow.column_names:
-                raise FixationError(f"{table}: has a column {key!r}, for which {said.source} has a value")
-            arrow = arrow.append_column(getattr(names, key), pa.array([one.value] * len(rows), pa.string()))
+    arrow = with_values(arrow, names, said, table)
     return checked(
         arrow,
         names,
@@ -123,7 +119,7 @@ def from_eyelink(
     """
     path = existing(report)
     if sidecar is None:
-        sidecar = _beside(path)
+        sidecar = beside(path)
     names = Names(
         participant=participant,
         movie=movie,
@@ -135,7 +131,7 @@ def from_eyelink(
         eye="EYE_USED",
         name=None,
     )
-    said = _sidecar(sidecar)
+    said = _without_columns(sidecar_of(sidecar))
     arrow, rows, malformed = read_table(path, names.all(), said)
     if names.duration in arrow.column_names:
         # The end of a fixation is the time of its last sample, so the two differ by a sample: the duration is right.
@@ -151,28 +147,6 @@ def from_eyelink(
         eye=eye,
         unit="ms",
     )
-
-
-FORMATS = ("table", "eyelink")  # of files, as commands and configurations name them
-
-
-def read_format(
-    format: str,
-    table: str | Path,
-    sidecar: Sidecar | str | Path | None = None,
-    *,
-    movie: str = "movie",
-    policy: str = "refuse",
-    eye: str | None = None,
-) -> Fixations:
-    """`read` for the format "table", `from_eyelink` for "eyelink". movie: the column of that name, of a report.
-
-    Raises ValueError for another format, and what the two raise.
-    """
-    check.one_of("format", format, FORMATS)
-    if format == "eyelink":
-        return from_eyelink(table, sidecar, movie=movie, policy=policy, eye=eye)
-    return read(table, sidecar, policy=policy, eye=eye)
 
 
 def from_pymovements(
@@ -199,18 +173,13 @@ def from_pymovements(
             f"events must be a polars frame or pymovements' Events, got {type(events).__name__}, "
             "which has no to_arrow()"
         )
-    arrow = frame.to_arrow()
-    if "location" in arrow.column_names and "location_x" not in arrow.column_names:
-        pairs = arrow.column("location").to_pylist()
-        for axis, column in enumerate(("location_x", "location_y")):
-            values = [None if pair is None or len(pair) < 2 else pair[axis] for pair in pairs]
-            arrow = arrow.append_column(column, pa.array(values, pa.float64()))
+    arrow = with_axes(frame.to_arrow())
     names = Names(participant=participant, movie=movie, x="location_x", y="location_y")
     rows = np.arange(1, arrow.num_rows + 1)
     return checked(
         arrow,
         names,
-        _sidecar(sidecar),
+        _without_columns(sidecar_of(sidecar)),
         source="events",
         rows=rows,
         problems=[],
@@ -221,6 +190,27 @@ def from_pymovements(
     )
 
 
+def with_values(arrow: pa.Table, names: Names, said: Sidecar, table: Path) -> pa.Table:
+    """The table with the columns of which the sidecar says the value. Raises FixationError if it has one of them."""
+    for key, one in said.columns.items():
+        if one.value is not None:
+            if getattr(names, key) in arrow.column_names:
+                raise FixationError(f"{table}: has a column {key!r}, for which {said.source} has a value")
+            values = pa.array([one.value] * arrow.num_rows, pa.string())
+            arrow = arrow.append_column(getattr(names, key), values)
+    return arrow
+
+
+def with_axes(arrow: pa.Table) -> pa.Table:
+    """Events of pymovements with location_x and location_y, if they have the list location."""
+    if "location" in arrow.column_names and "location_x" not in arrow.column_names:
+        pairs = arrow.column("location").to_pylist()
+        for axis, column in enumerate(("location_x", "location_y")):
+            values = [None if pair is None or len(pair) < 2 else pair[axis] for pair in pairs]
+            arrow = arrow.append_column(column, pa.array(values, pa.float64()))
+    return arrow
+
+
 def existing(table: str | Path) -> Path:
     """The path. Raises FileNotFoundError if it isn't a file, before anything is said of its sidecar."""
     table = Path(table)
@@ -229,15 +219,34 @@ def existing(table: str | Path) -> Path:
     return table
 
 
-def _beside(table: Path) -> Path:
+def _ipc(body: BinaryIO) -> pa.Table:
+    """A table in Arrow's file format, with text as plain strings: functions of pyarrow lack views of them."""
+    arrow = pa.ipc.open_file(body).read_all()
+    plain = [
+        one.with_type(pa.large_string()) if one.type == pa.string_view() else one for one in arrow.schema
+    ]
+    return arrow.cast(pa.schema(plain))
+
+
+def beside(table: Path) -> Path:
     for path in (table.with_name(table.name + ".yaml"), table.with_suffix(".yaml")):
         if path.exists():
             return path
     raise FileNotFoundError(f"{table}: no sidecar {table.name}.yaml beside it, and none was given")
 
 
-def _sidecar(sidecar: Sidecar | str | Path) -> Sidecar:
+def sidecar_of(sidecar: Sidecar | str | Path) -> Sidecar:
     return sidecar if isinstance(sidecar, Sidecar) else Sidecar.read(sidecar)
+
+
+def _without_columns(said: Sidecar) -> Sidecar:
+    """The sidecar. Raises ValueError if it says what columns are called, which this way of reading says already."""
+    if said.columns:
+        raise ValueError(
+            f"{said.source}: columns doesn't go with this format, whose columns are known; they go with a table "
+            "(--format table)"
+        )
+    return said
 
 
 def read_table(
@@ -245,21 +254,23 @@ def read_table(
 ) -> tuple[pa.Table, np.ndarray, list[Problem]]:
     """The table, the number of each of its rows in the file, and problems of rows that aren't in it.
 
-    Those are rows that couldn't be split into fields. Whether it is a parquet file or text, its content says. wanted:
-    names of columns, by which a text's delimiter is told.
+    Those are rows that couldn't be split into fields. Whether it is parquet, Arrow (feather) or text, its content says.
+    wanted: names of columns, by which a text's delimiter is told.
 
     Raises FixationError if it can't be read; OSError.
     """
     with table.open("rb") as body:
-        parquet = body.read(4) == b"PAR1"
-        if not parquet and table.suffix.lower() not in (".parquet", ".pq"):
+        begin = body.read(6)
+        kind = "a parquet" if begin[:4] == b"PAR1" or table.suffix.lower() in (".parquet", ".pq") else "text"
+        kind = "an Arrow" if begin == b"ARROW1" or table.suffix.lower() in (".feather", ".arrow") else kind
+        if kind == "text":
             header, encoding = (1, None) if said is None else (said.header, said.encoding)
             return delimited.read(table, wanted, header_row=header, encoding=encoding)
         body.seek(0)
         try:
-            arrow = pyarrow.parquet.read_table(body)
+            arrow = pyarrow.parquet.read_table(body) if kind == "a parquet" else _ipc(body)
             arrow.validate(full=True)  # which text that isn't UTF-8 and broken columns would pass otherwise
             arrow.column_names  # noqa: B018 - decodes them
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise FixationError(f"{table}: not a parquet file that can be read: {error}") from error
+            raise FixationError(f"{table}: not {kind} file that can be read: {error}") from error
     return arrow, np.arange(1, arrow.num_rows + 1), []

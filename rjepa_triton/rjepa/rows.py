@@ -22,7 +22,18 @@ from .sidecar import TIMES, UNITS, Movie, Shown, Sidecar
 from .video import VideoError
 
 POLICIES = ("refuse", "skip")
-BLANK = ("", ".", "NA", "N/A", "n/a", "NaN", "nan", "null", "None")  # cells without a value; "." is EyeLink's
+BLANK = (
+    "",
+    ".",
+    "-",
+    "NA",
+    "N/A",
+    "n/a",
+    "NaN",
+    "nan",
+    "null",
+    "None",
+)  # no value; "." is EyeLink's, "-" SMI's
 # A number in ASCII, without what Python's float takes besides: 1_0, or digits of other scripts.
 NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?|nan)", re.ASCII | re.IGNORECASE)
 ROUNDING = 1e-6  # seconds, and pixels, that arithmetic may be off at a limit: less than any tracker resolves
@@ -122,6 +133,7 @@ def checked(
     eye: str | None,
     event: str = "fixation",
     unit: str | None = None,
+    left_out: Mapping[str, np.ndarray] | None = None,
 ) -> Fixations:
     """The fixations of a table whose every row was checked. Of a bad row, the first problem that is found is noted.
 
@@ -130,6 +142,7 @@ def checked(
     problems   of rows that are not in `arrow` because they couldn't be split into fields
     policy, eye, event   as in `fixations.read`
     unit       the unit of time that this kind of table always has; None: the sidecar's
+    left_out   masks (n,) of rows that aren't asked for, by reason
 
     Raises FixationError, and what `Sidecar.unit` and `Sidecar.shown` raise.
     """
@@ -139,9 +152,13 @@ def checked(
     state = _State(source, rows, problems)
     participant, movie = as_text(columns["participant"]), as_text(columns["movie"])
     numbers: dict[str, _Numbers] = {
-        key: as_numbers(columns[key]) for key in ("onset", "offset", "duration", "x", "y") if key in columns
+        key: as_numbers(columns[key], sidecar.decimal)
+        for key in ("onset", "offset", "duration", "x", "y")
+        if key in columns
     }
     units = {key: sidecar.unit(unit, key) for key in TIMES if key in numbers}
+    for reason, mask in (left_out or {}).items():
+        state.leave_out(mask, reason)
     _leave_out(state, columns, names, participant, movie, numbers, eye, event)
     # each check may count on a row being good: none has to do with a table that has no such row
     _check_missing(state, columns, participant, movie, numbers)
@@ -257,7 +274,7 @@ def as_text(column: pa.ChunkedArray) -> np.ndarray:
     return np.array(["" if value in BLANK else value for value in values], dtype=np.str_)
 
 
-def as_numbers(column: pa.ChunkedArray) -> _Numbers:
+def as_numbers(column: pa.ChunkedArray, decimal: str = ".") -> _Numbers:
     """A column's values (n,) as float64, NaN where there is none, and the text of what isn't a number, by index."""
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type):
         return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64), {}
@@ -267,6 +284,8 @@ def as_numbers(column: pa.ChunkedArray) -> _Numbers:
         if value is None or str(value).strip() in BLANK:
             continue
         text = str(value).strip()
+        if decimal != ".":
+            text = text.replace(".", " ").replace(decimal, ".")  # so that 1.5 isn't a number there
         if NUMBER.fullmatch(text):
             values[i] = float(text)
         else:

@@ -105,7 +105,7 @@ def test_what_is_wrong_is_named_and_nothing_passes_mirrored(tmp_path: Path) -> N
         ),
         "unit": (
             {"columns": {"onset": {"name": "a", "unit": "min"}}},
-            "unit must be one of s, ms, us, got 'min'",
+            "unit must be one of s, ms, us, ns, got 'min'",
         ),
         "place": (
             {"columns": {"x": {"name": "x", "unit": "deg"}}},
