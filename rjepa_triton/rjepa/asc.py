@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from . import delimited
+from .columns import Names
 from .fixations import with_values
 from .report import FixationError, Problem
-from .rows import Fixations, Names, checked
+from .rows import Fixations, checked
 from .sidecar import Column, Sidecar
 
 MESSAGE = re.compile(r"MSG\s+(\d+(?:\.\d+)?)\s+(.*)")

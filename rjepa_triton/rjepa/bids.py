@@ -19,9 +19,10 @@ import pyarrow as pa
 
 from .. import _files
 from . import delimited
+from .columns import Names, as_numbers
 from .fixations import with_values
 from .report import FixationError
-from .rows import DURATIONS, Fixations, Names, as_numbers, checked
+from .rows import DURATIONS, Fixations, checked
 from .sidecar import UNITS, Column, Sidecar
 
 EVENTS, SAMPLES = "physioevents", "physio"

@@ -17,16 +17,15 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from . import delimited
+from .columns import BLANK, Names
 from .report import SHOWN, FixationError, Problem, Report
 from .rows import (
-    BLANK,
     DISAGREEMENT,
     DURATIONS,
     OVERLAP,
     POLICIES,
     TYPICAL,
     Fixations,
-    Names,
     checked,
 )
 from .sidecar import Sidecar

@@ -16,9 +16,9 @@ import torch
 from .. import _checks as check
 from ..bench.harness.statistics import interval
 from . import evidence, stretches
+from .columns import as_text
 from .evaluation import embedded
 from .patches import FixationSequences
-from .rows import as_text
 from .sequences import Sequences
 from .train import Finished
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,25 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from .. import _checks as check
+from .columns import Names, Numbers, as_numbers, as_text, find
 from .report import SHOWN, FixationError, Problem, Report
 from .sidecar import TIMES, UNITS, Movie, Shown, Sidecar
 from .video import VideoError
 
 POLICIES = ("refuse", "skip")
-BLANK = (
-    "",
-    ".",
-    "-",
-    "NA",
-    "N/A",
-    "n/a",
-    "NaN",
-    "nan",
-    "null",
-    "None",
-)  # no value; "." is EyeLink's, "-" SMI's
-# A number in ASCII, without what Python's float takes besides: 1_0, or digits of other scripts.
-NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?|nan)", re.ASCII | re.IGNORECASE)
 ROUNDING = 1e-6  # seconds, and pixels, that arithmetic may be off at a limit: less than any tracker resolves
 OVERLAP = 1e-3  # seconds by which fixations may overlap: trackers round times to their samples
 DISAGREEMENT = 5e-3  # seconds between offset - onset and duration: trackers count the last sample or don't
@@ -98,29 +84,6 @@ class Fixations:
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True)
-class Names:
-    """The names of a table's columns; None for a column that is not looked for."""
-
-    participant: str = "participant"
-    movie: str = "movie"
-    onset: str = "onset"
-    offset: str | None = "offset"
-    duration: str | None = "duration"
-    x: str = "x"
-    y: str = "y"
-    eye: str | None = "eye"
-    name: str | None = "name"
-
-    def all(self) -> tuple[str, ...]:
-        """All columns that are looked for."""
-        return tuple(column for column in vars(self).values() if column)
-
-    def texts(self) -> tuple[str, ...]:
-        """The columns that are text even if they look like numbers: participant 007 is not 7."""
-        return tuple(column for column in (self.participant, self.movie, self.eye, self.name) if column)
-
-
 def checked(
     arrow: pa.Table,
     names: Names,
@@ -148,10 +111,10 @@ def checked(
     """
     check.one_of("policy", policy, POLICIES)
     seconds = sidecar.unit(unit)
-    columns = _find(arrow, names, source)
+    columns = find(arrow, names, source)
     state = _State(source, rows, problems)
     participant, movie = as_text(columns["participant"]), as_text(columns["movie"])
-    numbers: dict[str, _Numbers] = {
+    numbers: dict[str, Numbers] = {
         key: as_numbers(columns[key], sidecar.decimal)
         for key in ("onset", "offset", "duration", "x", "y")
         if key in columns
@@ -242,57 +205,6 @@ class _State:
         return FixationError(f"{self.source}: {why}", self.report())
 
 
-# --- columns -------------------------------------------------------------------------------------------------
-
-# A column's values as float64, NaN where there is none, and the text of values that aren't numbers, by index.
-_Numbers = tuple[np.ndarray, dict[int, str]]
-
-
-def _find(arrow: pa.Table, names: Names, source: str) -> dict[str, pa.ChunkedArray]:
-    """The table's columns, by the field of `Names`. Raises FixationError if one is missing or there twice."""
-    present = arrow.column_names
-    columns = {}
-    for key in ("participant", "movie", "onset", "offset", "duration", "x", "y", "eye", "name"):
-        name = getattr(names, key)
-        if name is None:
-            continue
-        if present.count(name) > 1:
-            raise FixationError(f"{source}: {present.count(name)} columns are called {name!r}")
-        if name in present:
-            columns[key] = arrow.column(name)
-        elif key not in ("offset", "duration", "eye", "name"):
-            raise FixationError(f"{source}: no column {name!r}; there are {', '.join(present)}")
-    if "offset" not in columns and "duration" not in columns:
-        wanted = " or ".join(repr(name) for name in (names.offset, names.duration) if name)
-        raise FixationError(f"{source}: no column {wanted}; there are {', '.join(present)}")
-    return columns
-
-
-def as_text(column: pa.ChunkedArray) -> np.ndarray:
-    """A column's values as text without surrounding spaces; "" where there is none."""
-    values = ["" if value is None else str(value).strip() for value in column.to_pylist()]
-    return np.array(["" if value in BLANK else value for value in values], dtype=np.str_)
-
-
-def as_numbers(column: pa.ChunkedArray, decimal: str = ".") -> _Numbers:
-    """A column's values (n,) as float64, NaN where there is none, and the text of what isn't a number, by index."""
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type):
-        return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64), {}
-    values = np.full(len(column), np.nan)
-    texts: dict[int, str] = {}
-    for i, value in enumerate(column.to_pylist()):
-        if value is None or str(value).strip() in BLANK:
-            continue
-        text = str(value).strip()
-        if decimal != ".":
-            text = text.replace(".", " ").replace(decimal, ".")  # so that 1.5 isn't a number there
-        if NUMBER.fullmatch(text):
-            values[i] = float(text)
-        else:
-            texts[i] = str(value)
-    return values, texts
-
-
 def _codes(participant: np.ndarray, movie: np.ndarray) -> np.ndarray:
     """(n,) a number for each (participant, movie)."""
     people, who = np.unique(participant, return_inverse=True)
@@ -317,7 +229,7 @@ def _leave_out(
     names: Names,
     participant: np.ndarray,
     movie: np.ndarray,
-    numbers: Mapping[str, _Numbers],
+    numbers: Mapping[str, Numbers],
     eye: str | None,
     event: str,
 ) -> None:
@@ -371,7 +283,7 @@ def _check_missing(
     columns: Mapping[str, pa.ChunkedArray],
     participant: np.ndarray,
     movie: np.ndarray,
-    numbers: Mapping[str, _Numbers],
+    numbers: Mapping[str, Numbers],
 ) -> None:
     """Mark rows without a name, and rows in which a number is missing or isn't one."""
 

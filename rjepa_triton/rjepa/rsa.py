@@ -15,10 +15,10 @@ import torch
 from .. import _checks as check
 from ..bench.harness.statistics import RESAMPLES
 from . import evidence, stretches
+from .columns import as_numbers, as_text
 from .evaluation import embedded
 from .patches import FixationSequences
 from .report import listed
-from .rows import as_numbers, as_text
 from .train import Finished
 
 METRICS = ("correlation", "euclidean", "cosine")  # of `scipy.spatial.distance.pdist`

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from .columns import as_numbers, as_text
 from .fixations import existing, read_table
 from .patches import FixationSequences
 from .report import SHOWN, FixationError
-from .rows import as_numbers, as_text
 
 TIMES = ("start", "end")
 

@@ -17,11 +17,12 @@ import pyarrow as pa
 
 from .. import _checks as check
 from . import asc, bids, delimited, fixations
+from .columns import Names, as_numbers, as_text
 from .fixations import beside, existing, read_table, sidecar_of, with_axes, with_values
 from .formats import FORMATS, KINDS, Called, Kind
 from .report import FixationError, Problem
-from .rows import Fixations, Names, as_numbers, as_text, checked
-from .sidecar import COLUMNS, Column, Sidecar
+from .rows import Fixations, checked
+from .sidecar import Column, Sidecar
 
 IDF = (
     "Table Header for Fixations:"  # in files of SMI's event detector, above the names of a fixation's columns
@@ -105,8 +106,8 @@ def _columns(
 ) -> tuple[Sidecar, Names]:
     """The sidecar with the columns that the table has, and their names in it."""
     chosen: dict[str, Column] = {}
-    for key, names in kind.columns.items():
-        found = next((one for one in names if plain(one.name) in there), None)
+    for key, called in kind.columns.items():
+        found = next((one for one in called if plain(one.name) in there), None)
         if key in said.columns:
             chosen[key] = said.columns[key]
         elif key == "offset" and "duration" in chosen:
@@ -115,13 +116,13 @@ def _columns(
             _check_frame(path, said, found)
             chosen[key] = Column(there[plain(found.name)], None, found.unit, found.up)
         elif key not in ("eye", "name") and not (key == "duration" and "offset" in kind.columns):
-            told = f"none of {', '.join(repr(one.name) for one in names)}" if names else "no such column"
+            told = f"none of {', '.join(repr(one.name) for one in called)}" if called else "no such column"
             value = f"; say columns: {{{key}: …}} in {said.source}" if key in ("participant", "movie") else ""
             raise FixationError(
                 f"{path}: no {key}: it has {told}{value}; there are {', '.join(arrow.column_names[:20])}"
             )
     chosen |= {key: one for key, one in said.columns.items() if key not in chosen}
-    names = Names(**{key: None for key in COLUMNS if key not in ("participant", "movie", "onset", "x", "y")})
+    names = Names(offset=None, duration=None, eye=None, name=None)
     names = replace(names, **{key: one.name or key for key, one in chosen.items()})
     return replace(said, columns=chosen), names
 
