@@ -53,6 +53,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("evaluate")(evaluate_command)
     app.command("probe")(probe_command)
     app.command("rsa")(rsa_command)
+    app.command("saccades")(saccades_command)
     app.command("figures")(figures_command)
     app.command("demo")(demo_command)
     app.command("theory")(theory_command)
@@ -344,6 +345,29 @@ def rsa_command(
             f"{found['stretches']} stretches of {found['channels']} channels; {found['unseen']} more without a late "
             "fixation were left out"
         )
+        _write_record(out, found)
+
+
+def saccades_command(
+    run: Run,
+    overrides: OtherData = None,
+    cell: Annotated[
+        float, typer.Option(help="Degrees: the side of the squares of the predicted densities.")
+    ] = 3.0,
+    out: RecordFile = None,
+) -> None:
+    """Predict where the eye goes next from a trained model's c(t), beside a centre bias and a Markov baseline."""
+    with user_errors(), needs("rjepa", PACKAGES):
+        from . import saccades
+        from .train import finished
+
+        found = saccades.predict(finished(run, overrides or ()), cell=cell)
+        rows = [
+            [name, *(f"{found[name][kind]:.4f}" for kind in ("bits", "nss"))] for name in saccades.PREDICTORS
+        ]
+        _show_table("the next saccade, on test sequences", ("from", "bits a saccade", "NSS"), rows)
+        for kind, name in (("bits", "bits"), ("nss", "NSS")):
+            typer.echo(f"markov+c less markov, over test sequences: {name} {_told(found['gain'][kind])}")
         _write_record(out, found)
 
 

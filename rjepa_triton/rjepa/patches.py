@@ -297,6 +297,16 @@ class FixationSequences(Dataset[dict[str, Any]]):
         """(T, n): seconds of its movie at which each fixation has its middle."""
         return np.stack([self.paths.path(int(item))[1] for item in self.items], axis=1)
 
+    def positions(self, index: int) -> np.ndarray:
+        """(T, 2): where the fixations of item `index` are, in degrees from the frame's centre, x right and y down."""
+        item = int(self.items[index])
+        return _degrees(self.paths.path(item)[0], self.scenes[str(self.paths.movie[item])])
+
+    def extent(self, index: int) -> np.ndarray:
+        """(2,): width and height of the frame of item `index`, in degrees."""
+        scene = self.scenes[str(self.paths.movie[int(self.items[index])])]
+        return np.array(scene.size) / scene.px_per_degree
+
     def select(self, which: np.ndarray) -> FixationSequences:
         """The items that a mask (n,) or an array of indices picks."""
         items = self.items[which]
@@ -331,8 +341,7 @@ class FixationSequences(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         view = self.view(index)
-        positions = np.stack([view.path.x, view.path.y], 1) - np.array(view.scene.size) / 2
-        positions /= view.scene.px_per_degree
+        positions = _degrees(view.path, view.scene)
         actions = np.full_like(positions, np.nan)
         actions[:-1] = np.diff(positions, axis=0)
         return {
@@ -466,6 +475,11 @@ def _left(runs: list[tuple[int, int]], starts: np.ndarray, steps: int) -> dict[s
         reason = "in runs shorter than a sequence" if short else "beside the sequences"
         left[reason] += int((~used[begin:end]).sum())
     return dict(left)
+
+
+def _degrees(path: ScanPath, scene: Scene) -> np.ndarray:
+    """(T, 2): where a path's fixations are, in degrees from the frame's centre."""
+    return (np.stack([path.x, path.y], 1) - np.array(scene.size) / 2) / scene.px_per_degree
 
 
 def _corners(centre: np.ndarray, patch: int) -> np.ndarray:
