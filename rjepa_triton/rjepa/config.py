@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import _checks as check
 from .. import _files
-from . import plain_yaml
+from . import plain_yaml, regularizers
 from .encoder import LEARNING, PRESETS
 from .formats import FORMATS
 from .gates import GATES
@@ -90,6 +90,9 @@ class ModelConfig:
     predictor         G: "mlp" or "linear"
     predictor_hidden  hidden units of an MLP
     lambda_r, lambda_a   λ₁ of L_R and λ₂ of L_A
+    stop_gradient     whether the target h(t+1) gets no gradient
+    regularizer       against collapse: "none", "vicreg" or "sigreg" (`regularizers`)
+    regularizer_weight   of that, in the loss
     train_head, train_backbone   whether these learn too
     """
 
@@ -112,6 +115,9 @@ class ModelConfig:
     predictor_hidden: int = 240
     lambda_r: float = 1.0
     lambda_a: float = 1.0
+    stop_gradient: bool = True
+    regularizer: str = "none"
+    regularizer_weight: float = 1.0
     actions: str = "none"
     train_head: bool = False
     train_backbone: bool = False
@@ -294,6 +300,7 @@ def _check(config: Config) -> None:
     check.one_of("model.predictor", model.predictor, PREDICTORS)
     check.one_of("model.distance", model.distance, DISTANCES)
     check.one_of("model.actions", model.actions, ACTIONS)
+    check.one_of("model.regularizer", model.regularizer, regularizers.KINDS)
     check.one_of("train.learning", train.learning, LEARNING)
     check.one_of("train.psi", train.psi, PSI)
     for name, value, least in (
@@ -329,6 +336,7 @@ def _check(config: Config) -> None:
         ("data.max_gap", data.max_gap),
         ("model.lambda_r", model.lambda_r),
         ("model.lambda_a", model.lambda_a),
+        ("model.regularizer_weight", model.regularizer_weight),
     ):
         if not 0 <= rate < math.inf:
             raise ValueError(f"{name} must be at least 0, got {rate}")
@@ -336,6 +344,8 @@ def _check(config: Config) -> None:
         raise ValueError(f"model.momentum must be at least 0 and below 1, got {model.momentum}")
     if model.heads and model.units % model.heads:
         raise ValueError(f"model.heads must divide model.units, {model.units}, got {model.heads}")
+    if not model.stop_gradient and model.target != "h":
+        raise ValueError(f"model.stop_gradient=false goes with model.target='h', got {model.target!r}")
     if data.segments and data.stride:
         raise ValueError(f"data.stride goes with data.segments=0, got {data.stride} and {data.segments}")
     if train.patience and not data.validate:
@@ -362,6 +372,8 @@ def _check_online(config: Config) -> None:
         ("model.train_backbone", config.model.train_backbone, False),
         ("model.actions", config.model.actions, "none"),
         ("model.embedding", config.model.embedding, 0),
+        ("model.stop_gradient", config.model.stop_gradient, True),
+        ("model.regularizer", config.model.regularizer, "none"),
         ("train.psi", config.train.psi, "mean"),
         ("train.refine", config.train.refine, 0),
         ("train.devices", config.train.devices, 1),

@@ -69,8 +69,8 @@ class Grid:
 
     def number(self, places: np.ndarray) -> np.ndarray:
         """(n,) the square that holds each place, or -1."""
-        inside = (places[:, None] >= self.corners) & (places[:, None] < self.corners + self.cell)
-        inside = inside.all(-1)
+        above = places[:, None] - self.corners
+        inside = np.all((above >= 0) & (above < self.cell), axis=-1)
         return np.where(inside.any(1), inside.argmax(1), -1)
 
     def inside(self, extent: np.ndarray, eye: np.ndarray) -> np.ndarray:

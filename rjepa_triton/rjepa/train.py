@@ -78,6 +78,9 @@ def build(settings: Config) -> RJEPA:
         momentum=m.momentum,
         predictor=m.predictor,
         weights=(m.lambda_r, m.lambda_a),
+        stop_gradient=m.stop_gradient,
+        regularizer=m.regularizer,
+        strength=m.regularizer_weight,
     )
 
 
