@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,8 +38,13 @@ class Names:
         return tuple(column for column in vars(self).values() if column)
 
 
-def find(arrow: pa.Table, names: Names, source: str) -> dict[str, pa.ChunkedArray]:
-    """The table's columns, by the field of `Names`. Raises FixationError if one is missing or there twice."""
+def find(
+    arrow: pa.Table, names: Names, source: str, without: Sequence[str] = ()
+) -> dict[str, pa.ChunkedArray]:
+    """The table's columns, by the field of `Names`, but for those that it may be without.
+
+    Raises FixationError if one is missing or there twice.
+    """
     present = arrow.column_names
     columns = {}
     for key in ("participant", "movie", "onset", "offset", "duration", "x", "y", "eye", "name"):
@@ -49,9 +55,9 @@ def find(arrow: pa.Table, names: Names, source: str) -> dict[str, pa.ChunkedArra
             raise FixationError(f"{source}: {present.count(name)} columns are called {name!r}")
         if name in present:
             columns[key] = arrow.column(name)
-        elif key not in ("offset", "duration", "eye", "name"):
+        elif key not in ("offset", "duration", "eye", "name", *without):
             raise FixationError(f"{source}: no column {name!r}; there are {', '.join(present)}")
-    if "offset" not in columns and "duration" not in columns:
+    if "offset" not in columns and "duration" not in columns and "duration" not in without:
         wanted = " or ".join(repr(name) for name in (names.offset, names.duration) if name)
         raise FixationError(f"{source}: no column {wanted}; there are {', '.join(present)}")
     return columns

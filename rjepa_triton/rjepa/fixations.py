@@ -6,6 +6,7 @@ row checked (`rows`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from . import delimited
-from .columns import BLANK, Names
+from .columns import BLANK, Names, as_numbers, as_text, find
 from .report import SHOWN, FixationError, Problem, Report
 from .rows import (
     DISAGREEMENT,
@@ -28,7 +29,10 @@ from .rows import (
     Fixations,
     checked,
 )
-from .sidecar import Sidecar
+from .sidecar import Column, Sidecar
+from .video import VideoError
+
+LASTING = 0.25  # seconds of a fixation whose duration isn't known
 
 __all__ = [
     "BLANK",
@@ -63,7 +67,8 @@ def read(
     there is a column eye, `eye` ("left", "right", …) picks the rows of one eye; if there is a column name, `event`
     picks the rows of that name. `delimited.read` says which text files are read. sidecar: the file that gives units and
     the like (docs/data.md), by default TABLE.yaml beside the table; it may also say what columns are called, in which
-    units they are, in which row their names stand and how the text is encoded.
+    units they are, in which row their names stand and how the text is encoded. With order: true in it, the table has no
+    onset, and need not have durations (`with_onsets`).
 
     policy: what becomes of bad rows, which are counted and named in any case. "refuse" refuses the whole table; "skip"
     leaves them out, and the result's `report` names them. A row is bad if
@@ -87,6 +92,8 @@ def read(
     names = replace(Names(), **{key: one.name or key for key, one in said.columns.items()})
     arrow, rows, malformed = read_table(table, names.all(), said)
     arrow = with_values(arrow, names, said, table)
+    if said.order:
+        arrow, said = with_onsets(arrow, names, said, table)
     return checked(
         arrow,
         names,
@@ -200,6 +207,48 @@ def with_values(arrow: pa.Table, names: Names, said: Sidecar, table: Path) -> pa
     return arrow
 
 
+def with_onsets(arrow: pa.Table, names: Names, said: Sidecar, table: str | Path) -> tuple[pa.Table, Sidecar]:
+    """A table of pictures whose rows are in order with an onset, and the sidecar with its unit.
+
+    A participant's fixations of a picture follow one another without a gap. Without durations each lasts `LASTING`.
+
+    Raises FixationError if the table has an onset, lacks participant or movie, or has rows of a film, whose frames need
+    a time.
+    """
+    if names.onset in arrow.column_names or names.offset in arrow.column_names:
+        there = names.onset if names.onset in arrow.column_names else names.offset
+        raise FixationError(
+            f"{table}: has a column {there!r}, and {said.source} says order: true, which has no clock"
+        )
+    find(arrow, names, str(table), without=("onset", "duration"))
+    who, movie = (as_text(arrow.column(name)) for name in (names.participant, names.movie))
+    for name in sorted(set(movie.tolist()) - {""}):
+        try:
+            how = said.shown(name)
+        except VideoError:
+            continue  # named with its rows, or raised, by the checks of all tables
+        if how is not None and math.isfinite(how.movie.end):
+            raise FixationError(
+                f"{table}: {name!r} is a film, and order: true goes with pictures: a film needs onsets"
+            )
+    columns = dict(said.columns)
+    if names.duration not in arrow.column_names:
+        assert names.duration is not None
+        arrow = arrow.append_column(names.duration, pa.array([LASTING] * len(who), pa.float64()))
+        columns["duration"] = Column(names.duration, unit="s")
+    unit = replace(said, columns=columns).unit(None, "duration")
+    lasting = np.clip(
+        np.nan_to_num(as_numbers(arrow.column(names.duration), said.decimal)[0] * unit), 0, None
+    )
+    onset = np.empty(len(lasting))
+    now: dict[tuple[str, str], float] = {}
+    for i, pair in enumerate(zip(who.tolist(), movie.tolist(), strict=True)):
+        onset[i] = now.get(pair, 0.0)
+        now[pair] = onset[i] + lasting[i]
+    columns["onset"] = Column(names.onset, unit="s")
+    return arrow.append_column(names.onset, pa.array(onset)), replace(said, columns=columns)
+
+
 def with_axes(arrow: pa.Table) -> pa.Table:
     """Events of pymovements with location_x and location_y, if they have the list location."""
     if "location" in arrow.column_names and "location_x" not in arrow.column_names:
@@ -240,10 +289,11 @@ def sidecar_of(sidecar: Sidecar | str | Path) -> Sidecar:
 
 def _without_columns(said: Sidecar) -> Sidecar:
     """The sidecar. Raises ValueError if it says what columns are called, which this way of reading says already."""
-    if said.columns:
+    if said.columns or said.order:
+        key = "columns" if said.columns else "order"
         raise ValueError(
-            f"{said.source}: columns doesn't go with this format, whose columns are known; they go with a table "
-            "(--format table)"
+            f"{said.source}: {key} doesn't go with this format, whose columns are known, but with a table (--format "
+            "table)"
         )
     return said
 

@@ -26,6 +26,9 @@ ROUNDING = 1e-6  # seconds, and pixels, that arithmetic may be off at a limit: l
 OVERLAP = 1e-3  # seconds by which fixations may overlap: trackers round times to their samples
 DISAGREEMENT = 5e-3  # seconds between offset - onset and duration: trackers count the last sample or don't
 DURATIONS = (0.03, 3.0)  # seconds: a median duration outside of this range is in another unit
+# Median durations from one onset to the next: outside of this range the two are in different units. With fewer than
+# SEVERAL onsets it isn't looked at.
+PACE, SEVERAL = (0.5, 50.0), 10
 TYPICAL = 0.3  # seconds, about the median duration of a fixation: tells which unit was meant
 
 
@@ -128,6 +131,8 @@ def checked(
     state.check_any_good()
     onset, duration = _times(state, {key: values for key, (values, _) in numbers.items()}, units, sidecar)
     state.check_any_good()
+    pair = _codes(participant, movie)
+    _check_pace(state, pair, onset, duration)
     known = _movies(state, sidecar, movie, policy)
     state.check_any_good()
     x, y = numbers["x"][0], numbers["y"][0]
@@ -135,7 +140,6 @@ def checked(
     state.check_any_good()
     _check_places(state, known, movie, onset, duration, x, y)
     state.check_any_good()
-    pair = _codes(participant, movie)
     _check_repeats(state, pair, (onset, duration, x, y))
     _check_order(state, pair, onset, duration)
 
@@ -343,6 +347,25 @@ def _check_unit(state: _State, durations: np.ndarray, seconds: float, sidecar: S
             hint = f"; times seem to be in {meant}: set time_unit: {meant} in {sidecar.source}"
     raise state.refuse(
         f"the median fixation lasts {raw:g} {used}, and a fixation lasts {DURATIONS[0]:g} to {DURATIONS[1]:g} s{hint}"
+    )
+
+
+def _check_pace(state: _State, pair: np.ndarray, onset: np.ndarray, duration: np.ndarray) -> None:
+    """Refuse the table if fixations follow one another at a pace at which, lasting as they do, they can't.
+
+    Their onsets are then in another unit than their durations, as where a program has µs beside ms.
+    """
+    rows = np.flatnonzero(state.good)
+    rows = rows[np.argsort(pair[rows], kind="stable")]
+    gaps = np.diff(onset[rows])[pair[rows][1:] == pair[rows][:-1]]
+    if len(gaps) < SEVERAL:
+        return
+    apart, lasting = float(np.median(gaps)), float(np.median(duration[rows]))
+    if PACE[0] * lasting <= apart <= PACE[1] * lasting:
+        return
+    raise state.refuse(
+        f"the median fixation lasts {lasting:g} s, and the next one begins {apart:g} s after it began: onset and "
+        "duration must be in the units that the sidecar says; columns may say one for each"
     )
 
 

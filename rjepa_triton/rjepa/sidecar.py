@@ -22,7 +22,7 @@ TIMES, PLACES = ("onset", "offset", "duration"), ("x", "y")
 # Units of positions. The last two are of the screen; of the frame, where the sidecar has no screen.
 PARTS = ("px", "fraction", "percent")
 PER_MOVIE = ("px_per_degree", "screen", "frame_size", "movie_start", "fps")
-KEYS = ("time_unit", "movies", "columns", "header", "encoding", "decimal", "messages", *PER_MOVIE)
+KEYS = ("time_unit", "movies", "columns", "header", "encoding", "decimal", "order", "messages", *PER_MOVIE)
 STRETCH = (
     0.02  # up to this, one px_per_degree is taken for both directions of a frame stretched on the screen
 )
@@ -89,6 +89,7 @@ class Sidecar:
     header     the number of the row that names the columns; rows above it aren't read
     encoding   of the text; None: UTF-8, or UTF-16 with a byte order mark
     decimal    what stands before a number's decimals: "." or ","
+    order      whether the table has no onsets, and its rows are in the order in which they were
     messages   regular expressions for a recording's messages, by "movie" and "start" (`asc.read`)
     """
 
@@ -101,6 +102,7 @@ class Sidecar:
     header: int = 1
     encoding: str | None = None
     decimal: str = "."
+    order: bool = False
     messages: Mapping[str, re.Pattern[str]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -137,8 +139,18 @@ class Sidecar:
         decimal = content.get("decimal", ".")
         if decimal not in (".", ","):
             raise ValueError(f"{source}: decimal must be '.' or ',', got {decimal!r}")
+        order = content.get("order", False)
+        if not isinstance(order, bool):
+            raise ValueError(f"{source}: order must be true or false, got {order!r}")
+        clocked = [
+            key for one in (common, *(movies or {}).values()) for key in ("movie_start", "fps") if key in one
+        ]
+        if order and clocked:
+            raise ValueError(f"{source}: {clocked[0]} must be left out with order: true, which has no clock")
         messages = _messages(content.get("messages", {}), f"{source}: messages")
-        return cls(source, Path(folder), unit, common, movies, columns, header, encoding, decimal, messages)
+        return cls(
+            source, Path(folder), unit, common, movies, columns, header, encoding, decimal, order, messages
+        )
 
     def unit(self, given: str | None = None, column: str = "onset") -> float:
         """The unit of time of a column, in seconds.

@@ -61,6 +61,10 @@ def read(
         return fixations.read(table, sidecar, **options)
     path = existing(table)
     said = sidecar_of(beside(path) if sidecar is None else sidecar)
+    if said.order:
+        raise ValueError(
+            f"{said.source}: order goes with a table of one's own, got format={format!r}, which has onsets"
+        )
     if format == "asc":
         return asc.read(path, said, **options)
     if format == "bids":
