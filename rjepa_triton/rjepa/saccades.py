@@ -145,18 +145,19 @@ def predict(run: Finished, *, cell: float = 3.0) -> dict[str, Any]:
     return record
 
 
+def centre(places: np.ndarray, test: Saccades, cell: float) -> tuple[np.ndarray, np.ndarray]:
+    """`scores` of the centre bias: how often training's fixations, at `places` (n, 2), are in each square."""
+    grid, number = Grid.of(places, cell)
+    counts = np.bincount(number, minlength=len(grid.corners)) / len(number)
+    area = test.extent.prod(1)
+    inside, hit = grid.inside(test.extent, np.zeros_like(test.start)), grid.number(test.end)
+    return scores(np.broadcast_to(counts, inside.shape), inside, hit, area)
+
+
 def measured(train: Saccades, test: Saccades, cell: float) -> dict[str, dict[str, np.ndarray]]:
     """For each of `PREDICTORS`, learned from `train`: "bits" and "nss" (n,) of the saccades of `test` (`scores`)."""
     area = test.extent.prod(1)
-    still = np.zeros_like(test.start)
-    grid, number = Grid.of(train.end, cell)
-    counts = np.bincount(number, minlength=len(grid.corners)) / len(number)
-    shares = np.broadcast_to(counts, (len(area), len(counts)))
-    inside, hit = grid.inside(test.extent, still), grid.number(test.end)
-    found = {
-        "uniform": (np.zeros(len(area)), np.zeros(len(area))),
-        "centre": scores(shares, inside, hit, area),
-    }
+    found = {"uniform": (np.zeros(len(area)), np.zeros(len(area))), "centre": centre(train.end, test, cell)}
     grid, number = Grid.of(train.end - train.start, cell)
     inside, hit = grid.inside(test.extent, test.start), grid.number(test.end - test.start)
     for name in ("markov", "c", "markov+c"):

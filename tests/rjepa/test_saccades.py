@@ -87,9 +87,9 @@ def test_a_centre_bias_is_found() -> None:
         number = np.arange(count)
         return Saccades(start, end, zero, zero, np.full((count, 2), 20.0), number // 10, number // 10)
 
-    found = saccades.measured(drawn(2000), drawn(1000), 1.0)
+    bits, _ = saccades.centre(drawn(5000).end, drawn(2000), 1.0)
     want = np.log2(400) - np.log2(2 * np.pi * np.e * 4)
-    assert found["centre"]["bits"].mean() == pytest.approx(want, abs=0.15)
+    assert bits.mean() == pytest.approx(want, abs=0.1)
 
 
 @pytest.fixture(scope="module")
