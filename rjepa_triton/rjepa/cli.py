@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._command import needs, user_errors
+from .formats import FORMATS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,14 +34,13 @@ PACKAGES = (
     "tensorboard",
     "sklearn",
 )
-FORMATS = ("table", "eyelink")
 
 fixations = typer.Typer(no_args_is_help=True, help="Eye movements: check a table, look at a scan path.")
 
 Sidecar = Annotated[
     Path | None, typer.Option(help="YAML file beside the table; TABLE.yaml if left out (docs/data.md).")
 ]
-Format = Annotated[str, typer.Option("--format", help=f"Format of the table: {' or '.join(FORMATS)}.")]
+Format = Annotated[str, typer.Option("--format", help=f"Format of the table: {', '.join(FORMATS)}.")]
 MovieColumn = Annotated[str, typer.Option(help="With --format eyelink: the column that names the movie.")]
 Eye = Annotated[str, typer.Option(help="Which eye to take from a table of both: left or right.")]
 Policy = Annotated[str, typer.Option(help="What to do about bad rows and films: refuse or skip.")]
@@ -50,6 +51,9 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(fixations, name="fixations")
     app.command("train")(train_command)
     app.command("evaluate")(evaluate_command)
+    app.command("probe")(probe_command)
+    app.command("rsa")(rsa_command)
+    app.command("saccades")(saccades_command)
     app.command("figures")(figures_command)
     app.command("demo")(demo_command)
     app.command("theory")(theory_command)
@@ -57,7 +61,7 @@ def add_to(app: typer.Typer) -> None:
 
 @fixations.command("check")
 def check_command(
-    table: Annotated[Path, typer.Argument(help="Table of fixations, CSV or parquet, or an EyeLink report.")],
+    table: Annotated[Path, typer.Argument(help="Table of fixations, or a file of --format.")],
     sidecar: Sidecar = None,
     format: Format = "table",
     movie_column: MovieColumn = "movie",
@@ -147,10 +151,10 @@ def _read(
     table: Path, sidecar: Path | None, format: str, movie_column: str, eye: str, policy: str
 ) -> Fixations:
     from .. import _checks as check
-    from .fixations import read_format
+    from . import trackers
 
     check.one_of("--format", format, FORMATS)
-    return read_format(format, table, sidecar, movie=movie_column, policy=policy, eye=eye or None)
+    return trackers.read(format, table, sidecar, movie=movie_column, policy=policy, eye=eye or None)
 
 
 def _of_pair(
@@ -249,8 +253,15 @@ def train_command(
         typer.echo(f"run: {out}")
 
 
+Run = Annotated[Path, typer.Argument(help="Folder of a run of `rjepa train`.")]
+OtherData = Annotated[
+    list[str] | None, typer.Argument(help="Other data than the run's own: data.key=value, as data.seed=1.")
+]
+RecordFile = Annotated[Path | None, typer.Option("--out", help="JSON file to write the numbers into.")]
+
+
 def evaluate_command(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of `rjepa train`.")],
+    run: Run,
     overrides: Overrides = None,
 ) -> None:
     """Print every diagnostic of a trained model, on its own test data or, with overrides data.…=…, on other data."""
@@ -258,6 +269,133 @@ def evaluate_command(
         from .train import evaluate_run
 
         _show_evaluation({"after": evaluate_run(run, overrides or ())})
+
+
+def probe_command(
+    run: Run,
+    overrides: OtherData = None,
+    labels: Annotated[
+        Path,
+        typer.Option(help="Table with columns movie, label and, of stretches, start and end (docs/data.md)."),
+    ] = Path("labels.csv"),
+    column: Annotated[str, typer.Option(help="The table's column with the labels.")] = "label",
+    neighbours: Annotated[int, typer.Option(help="How many nearest neighbours vote, at most.")] = 20,
+    out: RecordFile = None,
+) -> None:
+    """Tell labels of scenes from a trained model's frozen h, and from x: a linear probe, and nearest neighbours."""
+    with user_errors(), needs("rjepa", PACKAGES):
+        from .probes import PROBES, probe
+        from .train import finished
+
+        found = probe(finished(run, overrides or ()), labels, column=column, neighbours=neighbours)
+        rows = [
+            [
+                name,
+                inputs,
+                *(f"{found[name][inputs][kind]:.4f}" for kind in ("accuracy", "balanced_accuracy")),
+            ]
+            for name in PROBES
+            for inputs in ("x", "h")
+        ]
+        _show_table("labels, on test sequences", ("probe", "from", "accuracy", "balanced"), rows)
+        for name in PROBES:
+            typer.echo(
+                f"{name}: accuracy from h less that from x, over test sequences: {_told(found[name]['gain'])}"
+            )
+        counts = ", ".join(f"{count} {side}" for side, count in found["rows"].items())
+        typer.echo(f"always the most frequent label: {found['most_frequent']:.4f}; late fixations: {counts}")
+        _write_record(out, found)
+
+
+def rsa_command(
+    run: Run,
+    overrides: OtherData = None,
+    responses: Annotated[
+        Path,
+        typer.Option(
+            help="Table with columns movie, start and end, perhaps subject, and a column a channel (docs/rjepa.md)."
+        ),
+    ] = Path("responses.csv"),
+    metric: Annotated[
+        str, typer.Option(help="Of the dissimilarity of two stretches: correlation, euclidean or cosine.")
+    ] = "correlation",
+    kind: Annotated[
+        str, typer.Option(help="Correlation of the two sides' dissimilarities: spearman or pearson.")
+    ] = "spearman",
+    side: Annotated[str, typer.Option(help="Whose sequences are used: test, train or both.")] = "test",
+    permutations: Annotated[int, typer.Option(help="Permutations of the stretches for the p-values.")] = 999,
+    seed: Annotated[int, typer.Option(help="Seed of permutations and bootstrap.")] = 0,
+    out: RecordFile = None,
+) -> None:
+    """Compare a trained model's frozen h, and x, with recorded responses to the same movies, by RSA."""
+    with user_errors(), needs("rjepa", PACKAGES):
+        from . import rsa
+        from .train import finished
+
+        done = finished(run, overrides or ())
+        given = {"metric": metric, "kind": kind, "side": side, "permutations": permutations, "seed": seed}
+        found = rsa.compare(done, responses, **given)  # type: ignore[arg-type]
+        rows = [[name, f"{found[name]['similarity']:.4f}", f"{found[name]['p']:.4f}"] for name in ("x", "h")]
+        _show_table(f"similarity with {responses.name}", ("", kind, "p"), rows)
+        gain, low, high = found["gain"]
+        typer.echo(f"h less x: {gain:+.4f}, 95 % interval over stretches {low:+.4f} to {high:+.4f}")
+        if found["ceiling"]:
+            low, high = found["ceiling"]
+            typer.echo(f"noise ceiling of {found['subjects']} subjects: {low:.4f} to {high:.4f}")
+        typer.echo(
+            f"{found['stretches']} stretches of {found['channels']} channels; {found['unseen']} more without a late "
+            "fixation were left out"
+        )
+        _write_record(out, found)
+
+
+def saccades_command(
+    run: Run,
+    overrides: OtherData = None,
+    cell: Annotated[
+        float, typer.Option(help="Degrees: the side of the squares of the predicted densities.")
+    ] = 3.0,
+    out: RecordFile = None,
+) -> None:
+    """Predict where the eye goes next from a trained model's c(t), beside a centre bias and a Markov baseline."""
+    with user_errors(), needs("rjepa", PACKAGES):
+        from . import saccades
+        from .train import finished
+
+        found = saccades.predict(finished(run, overrides or ()), cell=cell)
+        rows = [
+            [name, *(f"{found[name][kind]:.4f}" for kind in ("bits", "nss"))] for name in saccades.PREDICTORS
+        ]
+        _show_table("the next saccade, on test sequences", ("from", "bits a saccade", "NSS"), rows)
+        for kind, name in (("bits", "bits"), ("nss", "NSS")):
+            typer.echo(f"markov+c less markov, over test sequences: {name} {_told(found['gain'][kind])}")
+        _write_record(out, found)
+
+
+def _told(gain: Sequence[float | None]) -> str:
+    """A mean, and half its interval if there is one."""
+    mean, half = gain
+    return f"{mean:+.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
+def _show_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    from ..bench.harness.terminal import plain_console
+
+    table = Table(*names, title=title)
+    for row in rows:
+        table.add_row(*row)
+    plain_console().print(table)
+
+
+def _write_record(out: Path | None, found: Mapping[str, Any]) -> None:
+    if out is not None:
+        from .. import _files
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _files.write_text(out, json.dumps(found) + "\n")
+        typer.echo(f"record: {out}")
 
 
 def figures_command(

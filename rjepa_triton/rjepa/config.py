@@ -10,8 +10,9 @@ from typing import Any
 
 from .. import _checks as check
 from .. import _files
-from . import plain_yaml
+from . import plain_yaml, regularizers
 from .encoder import LEARNING, PRESETS
+from .formats import FORMATS
 from .gates import GATES
 from .heads import HEADS
 from .model import ACTIONS, DISTANCES, PREDICTORS, PSI, TARGETS
@@ -30,12 +31,14 @@ class DataConfig:
                      simulated over `files`; "table": a lab's own fixations, from `table`, its sidecar and movies
     files            pictures and films for source "pictures"
     table, sidecar   for source "table"; an empty sidecar is looked for beside the table
-    format           of the table: "table", or "eyelink" for a fixation report of Data Viewer
-    movie_column     the column of such a report that names the movie
+    format           of the table: "table", or the program that it is of (`formats.FORMATS`)
+    movie_column     of format "eyelink", a fixation report of Data Viewer: the column that names the movie
     eye              which eye to take from a table of both; empty: there is one
     px_per_degree    pixels per degree of visual angle, for `files`
     steps            T, the fixations in a sequence
     stride           of a table: fixations from the start of one sequence to the start of the next; 0: T
+    segments         of a table: so many sequences at places that `seed` draws, as in the paper, before the table is
+                     split, which may overlap; 0: consecutive ones
     max_gap          of a table: seconds; a longer gap between two fixations ends a sequence; 0: no gap does
     edge             of a table: what becomes of patches that stick out of the frame, as in `FixationSequences`
     train, test      simulated scan paths over each source of that side
@@ -45,7 +48,7 @@ class DataConfig:
     order            of the patches: "recorded"; "shuffled": each sequence in a random order; "other": each patch is
                      one of any sequence of its side, so that a sequence shows no scene. Controls: no memory helps there
     validate         names that are taken from the training side to choose by: the epoch, with train.patience
-    seed             of simulated scan paths, of the choice of a fifth, and of another order
+    seed             of simulated scan paths, of the choice of a fifth, of segments, and of another order
     """
 
     source: str = "demo"
@@ -58,6 +61,7 @@ class DataConfig:
     px_per_degree: float = 10.0
     steps: int = 100
     stride: int = 0
+    segments: int = 0
     max_gap: float = 0.0
     edge: str = "shift"
     train: int = 100
@@ -86,6 +90,9 @@ class ModelConfig:
     predictor         G: "mlp" or "linear"
     predictor_hidden  hidden units of an MLP
     lambda_r, lambda_a   λ₁ of L_R and λ₂ of L_A
+    stop_gradient     whether the target h(t+1) gets no gradient
+    regularizer       against collapse: "none", "vicreg" or "sigreg" (`regularizers`)
+    regularizer_weight   of that, in the loss
     train_head, train_backbone   whether these learn too
     """
 
@@ -108,6 +115,9 @@ class ModelConfig:
     predictor_hidden: int = 240
     lambda_r: float = 1.0
     lambda_a: float = 1.0
+    stop_gradient: bool = True
+    regularizer: str = "none"
+    regularizer_weight: float = 1.0
     actions: str = "none"
     train_head: bool = False
     train_backbone: bool = False
@@ -279,7 +289,7 @@ def _check(config: Config) -> None:
     data, model, train = config.data, config.model, config.train
     check.one_of("data.source", data.source, ("demo", "pictures", "table"))
     check.one_of("data.policy", data.policy, ("refuse", "skip"))
-    check.one_of("data.format", data.format, ("table", "eyelink"))
+    check.one_of("data.format", data.format, FORMATS)
     check.one_of("data.edge", data.edge, ("shift", "pad", "refuse"))
     check.one_of("data.split", data.split, ("movie", "participant", "both"))
     check.one_of("model.preset", model.preset, PRESETS)
@@ -290,11 +300,13 @@ def _check(config: Config) -> None:
     check.one_of("model.predictor", model.predictor, PREDICTORS)
     check.one_of("model.distance", model.distance, DISTANCES)
     check.one_of("model.actions", model.actions, ACTIONS)
+    check.one_of("model.regularizer", model.regularizer, regularizers.KINDS)
     check.one_of("train.learning", train.learning, LEARNING)
     check.one_of("train.psi", train.psi, PSI)
     for name, value, least in (
         ("data.steps", data.steps, 2),
         ("data.stride", data.stride, 0),
+        ("data.segments", data.segments, 0),
         ("data.train", data.train, 1),
         ("data.test", data.test, 2),
         ("model.units", model.units, 1),
@@ -324,6 +336,7 @@ def _check(config: Config) -> None:
         ("data.max_gap", data.max_gap),
         ("model.lambda_r", model.lambda_r),
         ("model.lambda_a", model.lambda_a),
+        ("model.regularizer_weight", model.regularizer_weight),
     ):
         if not 0 <= rate < math.inf:
             raise ValueError(f"{name} must be at least 0, got {rate}")
@@ -335,6 +348,10 @@ def _check(config: Config) -> None:
         raise ValueError(f"model.momentum must be at least 0 and below 1, got {model.momentum}")
     if model.heads and model.units % model.heads:
         raise ValueError(f"model.heads must divide model.units, {model.units}, got {model.heads}")
+    if not model.stop_gradient and model.target != "h":
+        raise ValueError(f"model.stop_gradient=false goes with model.target='h', got {model.target!r}")
+    if data.segments and data.stride:
+        raise ValueError(f"data.stride goes with data.segments=0, got {data.stride} and {data.segments}")
     if train.patience and not data.validate:
         raise ValueError(f"train.patience={train.patience} needs data.validate to choose by, got none")
     if data.order != "recorded" and model.actions != "none":
@@ -364,6 +381,8 @@ def _check_online(config: Config) -> None:
         ("model.train_backbone", config.model.train_backbone, False),
         ("model.actions", config.model.actions, "none"),
         ("model.embedding", config.model.embedding, 0),
+        ("model.stop_gradient", config.model.stop_gradient, True),
+        ("model.regularizer", config.model.regularizer, "none"),
         ("train.psi", config.train.psi, "mean"),
         ("train.refine", config.train.refine, 0),
         ("train.devices", config.train.devices, 1),

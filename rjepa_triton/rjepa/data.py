@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import demo, fixations
+from . import demo, trackers
 from .config import DataConfig
 from .patches import FixationSequences, Source
 from .split import split
@@ -51,7 +51,7 @@ def _both(settings: DataConfig) -> Sides:
         return _pictures(settings)
     if not settings.table:
         raise ValueError("data.table must name a CSV or parquet file for data.source='table'")
-    read = fixations.read_format(
+    read = trackers.read(
         settings.format,
         settings.table,
         settings.sidecar or None,
@@ -63,6 +63,8 @@ def _both(settings: DataConfig) -> Sides:
         read,
         steps=settings.steps,
         stride=settings.stride or None,
+        segments=settings.segments or None,
+        seed=settings.seed,
         max_gap=settings.max_gap or None,
         edge=settings.edge,
         policy=settings.policy,

@@ -9,7 +9,7 @@ import csv
 import gzip
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ OTHERS = {
     b"PK\x03\x04": "it is a workbook or a zip archive; save the sheet as CSV",
     b"\xd0\xcf\x11\xe0": "it is a workbook; save the sheet as CSV",
     b"SREYELINK": "it is an EyeLink recording; export a fixation report from Data Viewer",
-    b"** CONVERTED FROM": "it is an EyeLink .asc file, which has no columns; export a fixation report from Data Viewer",
+    b"** CONVERTED FROM": "it is an EyeLink .asc file, which has the format 'asc'",
 }
 
 
@@ -43,7 +43,7 @@ def read(
 
     Raises FixationError if the file isn't such a table; OSError.
     """
-    lines = _lines(table, encoding)
+    lines = lines_of(table, encoding)
     if len(lines) < header_row or not lines[header_row - 1].strip():
         which = "its first row" if header_row == 1 else f"row {header_row}"
         raise FixationError(f"{table}: {which}, which names the columns, is empty")
@@ -70,15 +70,18 @@ def read(
     return arrow, np.array(rows, dtype=np.int64), problems
 
 
-def _lines(table: Path, encoding: str | None = None) -> list[str]:
-    """The lines of a text file, without what ends them."""
+def lines_of(table: Path, encoding: str | None = None, refused: Mapping[bytes, str] = OTHERS) -> list[str]:
+    """The lines of a text file, without what ends them. refused: what files begin with that aren't taken, and why.
+
+    Raises FixationError; OSError.
+    """
     body = table.read_bytes()
     if body.startswith(b"\x1f\x8b"):
         try:
             body = gzip.decompress(body)
         except (OSError, EOFError, zlib.error) as error:
             raise FixationError(f"{table}: not a gzip file that can be read: {error}") from None
-    for begin, what in OTHERS.items():
+    for begin, what in refused.items():
         if body.startswith(begin):
             raise FixationError(f"{table}: not a table: {what}")
     utf16 = body.startswith((b"\xff\xfe", b"\xfe\xff"))

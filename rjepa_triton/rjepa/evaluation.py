@@ -52,7 +52,7 @@ class Evaluator:
             diagnostics.constant_loss(kind, one)[1:] for one in (target, own["target"], data.test.yardstick)
         )
         of_x = self._of_x("test", data.test, control, whole)
-        of_h = self._explained(_embedded(model, data.train, "h"), h, data.test, whole, of_x["x"].ridge)
+        of_h = self._explained(embedded(model, data.train, "h"), h, data.test, whole, of_x["x"].ridge)
         centred = h - h.mean((0, 1))
         flat = rearrange(centred, "t n d -> (t n) d")
         axes = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :2]
@@ -83,7 +83,7 @@ class Evaluator:
         """R² of the next patch from h less that from x, late, on the sequences that are held out to choose by."""
         chosen_by = self.data.validation
         assert chosen_by is not None
-        h = [_embedded(model, side, "h") for side in (self.data.train, chosen_by)]
+        h = [embedded(model, side, "h") for side in (self.data.train, chosen_by)]
         of_h = self._explained(h[0], h[1], chosen_by, False)
         return of_h.late_next - self._of_x("validation", chosen_by, control, False)["x"].late_next
 
@@ -91,7 +91,7 @@ class Evaluator:
         """The evidence from the control's x^High, and if `whole` that of the ceiling."""
         found = self._kept.get((name, whole))
         if found is None:
-            train, test = (_embedded(control, one, "x") for one in (self.data.train, side))
+            train, test = (embedded(control, one, "x") for one in (self.data.train, side))
             found = {"x": self._explained(train, test, side, whole)}
             if whole:
                 seen = (evidence.with_averages(train), evidence.with_averages(test))
@@ -112,7 +112,8 @@ class Evaluator:
         )
 
 
-def _embedded(model: Any, data: Sequences, name: str, size: int = 64) -> Tensor:
+@torch.no_grad()
+def embedded(model: Any, data: Sequences, name: str, size: int = 64) -> Tensor:
     """x^High or h, as `name` says, of all sequences (T, n, ·), without what losses need."""
     if name == "x" and data.x is not None:
         return data.x

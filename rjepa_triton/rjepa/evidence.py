@@ -99,8 +99,8 @@ def explained(
     for start, stop in itertools.pairwise(bounds):
         rows = _rows(a[start:stop])
         mean, std = rows.mean(0), np.maximum(rows.std(0), 1e-8)
-        fitted = Ridge(ridge, solver="cholesky").fit(_standard(rows, mean, std), _pairs(y, start, stop))
-        seen = _standard(_rows(b[start:stop]), mean, std)
+        fitted = Ridge(ridge, solver="cholesky").fit(standardised(rows, mean, std), _pairs(y, start, stop))
+        seen = standardised(_rows(b[start:stop]), mean, std)
         wanted = _pairs(z, start, stop)
         for kind, columns in enumerate(np.split(np.arange(wanted.shape[1]), 2)):
             missed = (wanted - fitted.predict(seen))[:, columns]
@@ -139,7 +139,7 @@ def _chosen(late: np.ndarray, y: np.ndarray, start: int, sources: np.ndarray) ->
         refit=False,
     )
     search.fit(
-        _standard(rows, rows.mean(0), std),
+        standardised(rows, rows.mean(0), std),
         _pairs(y[:, some], start, start + steps),
         groups=np.tile(sources[some], steps),
     )
@@ -154,7 +154,8 @@ def _rows(values: np.ndarray) -> np.ndarray:
     return values.reshape(-1, values.shape[-1])
 
 
-def _standard(rows: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+def standardised(rows: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Rows (n, P) in standard deviations from a mean, clipped at ±`CLIP`."""
     return np.clip((rows - mean) / std, -CLIP, CLIP)
 
 

@@ -7,8 +7,9 @@ L_R(t) = d_R(stop[h(t)], ĥ(t))       for t ≥ 2, since nothing predicts the fi
 L_A(t) = d_A(a(t), â(t))
 E = Σ_t ψ(t, λ₁ L_R(t) + λ₂ L_A(t))  Appendices A and E
 
-The target of L_R is h(t) in the paper. It may also be the context-free embedding, what the encoder says of the patch
-alone, from a zero state; or that of a teacher, whose weights are a running average of the encoder's.
+The target of L_R is h(t) in the paper, through which no gradient goes. It may also be the context-free embedding, what
+the encoder says of the patch alone, from a zero state; or that of a teacher, whose weights are a running average of the
+encoder's. For comparison, the gradient may go through h(t), and a regularizer (`regularizers`) be added to E.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _checks as check
+from . import regularizers
 from .encoder import Encoder, Encoding, State
 
 Distance = Literal["square", "cosine"]
@@ -76,8 +78,7 @@ class LinearPredictor(nn.Module):
 
 
 def distance(kind: Distance, prediction: Tensor, target: Tensor) -> Tensor:
-    """d_R over the last dimension: "square" is the mean square, "cosine" is 1 - cosine. The target gets no gradient."""
-    target = target.detach()
+    """d_R over the last dimension: "square" is the mean square, "cosine" is 1 - cosine."""
     if kind == "square":
         return (prediction - target).square().mean(-1)
     return 1 - F.cosine_similarity(prediction, target, dim=-1)
@@ -115,6 +116,7 @@ class Losses:
     target          (T, B, E) what is to be predicted, without gradient
     yardstick       (T - 1, B) the error of the yardstick's predictor for t = 2 … T, or None if no yardstick was given
     weights         λ₁ and λ₂
+    regularizer     what the model's regularizer adds to E, or None
     """
 
     representation: Tensor
@@ -123,12 +125,15 @@ class Losses:
     target: Tensor
     yardstick: Tensor | None = None
     weights: tuple[float, float] = (1.0, 1.0)
+    regularizer: Tensor | None = None
 
     def total(self, psi: Psi) -> Tensor:
         """E, a scalar. The yardstick's error adds to it, which trains the yardstick's predictor and nothing else."""
         total = self.weights[0] * psi(self.representation)
         if self.action is not None:
             total = total + self.weights[1] * psi(self.action)
+        if self.regularizer is not None:
+            total = total + self.regularizer
         return total if self.yardstick is None else total + psi(self.yardstick)
 
 
@@ -151,9 +156,12 @@ class RJEPA(nn.Module):
             encoder's (`follow_`).
         predictor: of G, "mlp" or "linear".
         weights: λ₁ of L_R and λ₂ of L_A.
+        stop_gradient: whether the target h(t+1) gets no gradient, as in the paper.
+        regularizer: "none", or what is added to E in training, over all h of a batch (`regularizers`).
+        strength: the weight of that.
 
-    Raises ValueError for an argument out of its range, and for target="ema" with an encoder of which more learns than
-    the top circuit and F.
+    Raises ValueError for an argument out of its range, for target="ema" with an encoder of which more learns than the
+    top circuit and F, and for stop_gradient=False with a target that has no gradient.
     """
 
     def __init__(
@@ -167,16 +175,30 @@ class RJEPA(nn.Module):
         momentum: float = 0.99,
         predictor: str = "mlp",
         weights: tuple[float, float] = (1.0, 1.0),
+        stop_gradient: bool = True,
+        regularizer: str = "none",
+        strength: float = 1.0,
     ) -> None:
         super().__init__()
         check.one_of("kind", kind, DISTANCES)
         check.one_of("actions", actions, ACTIONS)
         check.one_of("target", target, TARGETS)
         check.one_of("predictor", predictor, PREDICTORS)
+        check.one_of("regularizer", regularizer, regularizers.KINDS)
+        if not stop_gradient and target != "h":
+            raise ValueError(
+                f"stop_gradient=False goes with target='h', got {target!r}, which has no gradient"
+            )
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
         self.encoder, self.kind, self.actions, self.target = encoder, kind, actions, target
         self.momentum, self.loss_weights = momentum, weights
+        self.stop_gradient, self.regularizer, self.strength = stop_gradient, regularizer, strength
+        if (
+            regularizer == "sigreg"
+        ):  # how often directions were drawn: in checkpoints, so that runs go on alike
+            self.drawn: Tensor
+            self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
         seen = 0 if actions == "none" else ACTION_SIZE
         size = encoder.embedding_size
         self.predictor: nn.Module = (
@@ -239,13 +261,27 @@ class RJEPA(nn.Module):
             seen = self.action_predictor(torch.cat([encoding.s, encoding.m], dim=-1))
             action_loss = (seen - actions)[:-1].square().mean(-1)
         target, _ = self.targets(encoding)
+        if not self.stop_gradient:
+            target = h
         own, error = self.errors(
             h[:-1],
             target[1:],
             None if seen is None else seen[:-1],
             None if yardstick is None else yardstick[1:],
         )
-        return Losses(own, action_loss, encoding, target, error, self.loss_weights)
+        return Losses(
+            own, action_loss, encoding, target.detach(), error, self.loss_weights, self._regularized(h)
+        )
+
+    def _regularized(self, h: Tensor) -> Tensor | None:
+        """What the regularizer adds in training; None if there is none, and in evaluations."""
+        if self.regularizer == "none" or not (self.training and torch.is_grad_enabled()):
+            return None
+        count = 0
+        if self.regularizer == "sigreg":
+            count = int(self.drawn)
+            self.drawn += 1
+        return self.strength * regularizers.TERMS[self.regularizer](h, count)
 
     def errors(
         self, h: Tensor, target: Tensor, actions: Tensor | None = None, yardstick: Tensor | None = None

@@ -134,6 +134,8 @@ class FixationSequences(Dataset[dict[str, Any]]):
         steps: int = STEPS,
         stride: int | None = None,
         max_gap: float | None = None,
+        segments: int | None = None,
+        seed: int = 0,
         patch: int = PATCH,
         degrees: float = DEGREES,
         edge: str = "shift",
@@ -144,6 +146,8 @@ class FixationSequences(Dataset[dict[str, Any]]):
 
         steps     T
         stride    fixations from the start of one sequence to the start of the next; None: T, so that none is used twice
+        segments  so many sequences at places that `seed` draws, each place at most once, from all where T fixations
+                  follow one another; they may overlap. None: one after the other
         max_gap   seconds; a longer gap between two fixations (a blink, lost data, skipped rows) ends a sequence; None:
                   no gap does
         patch, degrees   a patch's side in pixels, and the angle it covers
@@ -156,6 +160,14 @@ class FixationSequences(Dataset[dict[str, Any]]):
         """
         check.one_of("policy", policy, POLICIES)
         check.integer("steps", steps, 1)
+        if segments is not None:
+            check.integer("segments", segments, 1)
+            check.integer("seed", seed, 0)
+            if stride is not None:
+                raise ValueError(
+                    f"stride goes with consecutive sequences, got {stride} with segments={segments}"
+                )
+            stride = 1
         stride = steps if stride is None else check.integer("stride", stride, 1)
         _check_patch(patch, degrees, edge)
         unused: Counter[str] = Counter()
@@ -196,7 +208,16 @@ class FixationSequences(Dataset[dict[str, Any]]):
             unused["after the film's end"] += int(late.sum())
             good &= ~late
         kept = fixations.select(good)
-        starts, left = _starts(kept, steps, stride, max_gap)
+        runs = _runs(kept, max_gap)
+        starts = np.array([at for a, b in runs for at in range(a, b - steps + 1, stride)], dtype=np.int64)
+        if segments is not None and len(starts):
+            if segments > len(starts):
+                raise ValueError(
+                    f"segments must be at most {len(starts)}, the places in {source} where {steps} fixations follow "
+                    f"one another, got {segments}"
+                )
+            starts = np.sort(np.random.default_rng(seed).choice(starts, segments, replace=False))
+        left = _left(runs, starts, steps)
         unused.update(left)
         unused = Counter({reason: count for reason, count in unused.items() if count})
         if not len(starts):
@@ -272,6 +293,20 @@ class FixationSequences(Dataset[dict[str, Any]]):
         """The movie of each item, (n,)."""
         return self.paths.movie[self.items]
 
+    def middles(self) -> np.ndarray:
+        """(T, n): seconds of its movie at which each fixation has its middle."""
+        return np.stack([self.paths.path(int(item))[1] for item in self.items], axis=1)
+
+    def positions(self, index: int) -> np.ndarray:
+        """(T, 2): where the fixations of item `index` are, in degrees from the frame's centre, x right and y down."""
+        item = int(self.items[index])
+        return _degrees(self.paths.path(item)[0], self.scenes[str(self.paths.movie[item])])
+
+    def extent(self, index: int) -> np.ndarray:
+        """(2,): width and height of the frame of item `index`, in degrees."""
+        scene = self.scenes[str(self.paths.movie[int(self.items[index])])]
+        return np.array(scene.size) / scene.px_per_degree
+
     def select(self, which: np.ndarray) -> FixationSequences:
         """The items that a mask (n,) or an array of indices picks."""
         items = self.items[which]
@@ -306,8 +341,7 @@ class FixationSequences(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         view = self.view(index)
-        positions = np.stack([view.path.x, view.path.y], 1) - np.array(view.scene.size) / 2
-        positions /= view.scene.px_per_degree
+        positions = _degrees(view.path, view.scene)
         actions = np.full_like(positions, np.nan)
         actions[:-1] = np.diff(positions, axis=0)
         return {
@@ -415,31 +449,37 @@ def _width(pixels: int, px_per_degree: float, patch: int, degrees: float) -> int
     return max(1, round(pixels / px_per_degree * patch / degrees))
 
 
-def _starts(
-    fixations: Fixations, steps: int, stride: int, max_gap: float | None
-) -> tuple[np.ndarray, dict[str, int]]:
-    """The indices at which sequences begin, and how many fixations are in no sequence, by reason."""
+def _runs(fixations: Fixations, max_gap: float | None) -> list[tuple[int, int]]:
+    """The first index, and the one after the last, of each run of fixations that follow one another."""
     if max_gap is not None and not max_gap > 0:
         raise ValueError(f"max_gap must be positive, got {max_gap}")
-    starts: list[int] = []
-    left: Counter[str] = Counter()
+    runs: list[tuple[int, int]] = []
     for where in fixations.pairs().values():
         bounds = [where.start, where.stop]
         if max_gap is not None:
             onset, duration = fixations.onset[where], fixations.duration[where]
             gaps = onset[1:] - (onset + duration)[:-1]
             bounds[1:1] = (where.start + 1 + np.flatnonzero(gaps > max_gap + ROUNDING)).tolist()
-        for begin, end in itertools.pairwise(bounds):
-            first = list(range(begin, end - steps + 1, stride))
-            starts += first
-            if first:
-                used = np.zeros(end - begin, dtype=bool)
-                for start in first:
-                    used[start - begin : start - begin + steps] = True
-                left["beside the sequences"] += int((~used).sum())
-            else:
-                left["in runs shorter than a sequence"] += end - begin
-    return np.array(starts, dtype=np.int64), dict(left)
+        runs += itertools.pairwise(bounds)
+    return runs
+
+
+def _left(runs: list[tuple[int, int]], starts: np.ndarray, steps: int) -> dict[str, int]:
+    """How many fixations of the runs are in none of the sequences that begin at `starts`, by reason."""
+    used = np.zeros(runs[-1][1] if runs else 0, dtype=bool)
+    for start in starts:
+        used[start : start + steps] = True
+    left: Counter[str] = Counter()
+    for begin, end in runs:
+        short = end - begin < steps
+        reason = "in runs shorter than a sequence" if short else "beside the sequences"
+        left[reason] += int((~used[begin:end]).sum())
+    return dict(left)
+
+
+def _degrees(path: ScanPath, scene: Scene) -> np.ndarray:
+    """(T, 2): where a path's fixations are, in degrees from the frame's centre."""
+    return (np.stack([path.x, path.y], 1) - np.array(scene.size) / 2) / scene.px_per_degree
 
 
 def _corners(centre: np.ndarray, patch: int) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,18 +16,19 @@ import numpy as np
 import pyarrow as pa
 
 from .. import _checks as check
+from .columns import Names, Numbers, as_numbers, as_text, find
 from .report import SHOWN, FixationError, Problem, Report
 from .sidecar import TIMES, UNITS, Movie, Shown, Sidecar
 from .video import VideoError
 
 POLICIES = ("refuse", "skip")
-BLANK = ("", ".", "NA", "N/A", "n/a", "NaN", "nan", "null", "None")  # cells without a value; "." is EyeLink's
-# A number in ASCII, without what Python's float takes besides: 1_0, or digits of other scripts.
-NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?|nan)", re.ASCII | re.IGNORECASE)
 ROUNDING = 1e-6  # seconds, and pixels, that arithmetic may be off at a limit: less than any tracker resolves
 OVERLAP = 1e-3  # seconds by which fixations may overlap: trackers round times to their samples
 DISAGREEMENT = 5e-3  # seconds between offset - onset and duration: trackers count the last sample or don't
 DURATIONS = (0.03, 3.0)  # seconds: a median duration outside of this range is in another unit
+# Median durations from one onset to the next: outside of this range the two are in different units. With fewer than
+# SEVERAL onsets it isn't looked at.
+PACE, SEVERAL = (0.5, 50.0), 10
 TYPICAL = 0.3  # seconds, about the median duration of a fixation: tells which unit was meant
 
 
@@ -87,29 +87,6 @@ class Fixations:
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True)
-class Names:
-    """The names of a table's columns; None for a column that is not looked for."""
-
-    participant: str = "participant"
-    movie: str = "movie"
-    onset: str = "onset"
-    offset: str | None = "offset"
-    duration: str | None = "duration"
-    x: str = "x"
-    y: str = "y"
-    eye: str | None = "eye"
-    name: str | None = "name"
-
-    def all(self) -> tuple[str, ...]:
-        """All columns that are looked for."""
-        return tuple(column for column in vars(self).values() if column)
-
-    def texts(self) -> tuple[str, ...]:
-        """The columns that are text even if they look like numbers: participant 007 is not 7."""
-        return tuple(column for column in (self.participant, self.movie, self.eye, self.name) if column)
-
-
 def checked(
     arrow: pa.Table,
     names: Names,
@@ -122,6 +99,7 @@ def checked(
     eye: str | None,
     event: str = "fixation",
     unit: str | None = None,
+    left_out: Mapping[str, np.ndarray] | None = None,
 ) -> Fixations:
     """The fixations of a table whose every row was checked. Of a bad row, the first problem that is found is noted.
 
@@ -130,24 +108,31 @@ def checked(
     problems   of rows that are not in `arrow` because they couldn't be split into fields
     policy, eye, event   as in `fixations.read`
     unit       the unit of time that this kind of table always has; None: the sidecar's
+    left_out   masks (n,) of rows that aren't asked for, by reason
 
     Raises FixationError, and what `Sidecar.unit` and `Sidecar.shown` raise.
     """
     check.one_of("policy", policy, POLICIES)
     seconds = sidecar.unit(unit)
-    columns = _find(arrow, names, source)
+    columns = find(arrow, names, source)
     state = _State(source, rows, problems)
-    participant, movie = _text(columns["participant"]), _text(columns["movie"])
-    numbers: dict[str, _Numbers] = {
-        key: _numbers(columns[key]) for key in ("onset", "offset", "duration", "x", "y") if key in columns
+    participant, movie = as_text(columns["participant"]), as_text(columns["movie"])
+    numbers: dict[str, Numbers] = {
+        key: as_numbers(columns[key], sidecar.decimal)
+        for key in ("onset", "offset", "duration", "x", "y")
+        if key in columns
     }
     units = {key: sidecar.unit(unit, key) for key in TIMES if key in numbers}
+    for reason, mask in (left_out or {}).items():
+        state.leave_out(mask, reason)
     _leave_out(state, columns, names, participant, movie, numbers, eye, event)
     # each check may count on a row being good: none has to do with a table that has no such row
     _check_missing(state, columns, participant, movie, numbers)
     state.check_any_good()
     onset, duration = _times(state, {key: values for key, (values, _) in numbers.items()}, units, sidecar)
     state.check_any_good()
+    pair = _codes(participant, movie)
+    _check_pace(state, pair, onset, duration)
     known = _movies(state, sidecar, movie, policy)
     state.check_any_good()
     x, y = numbers["x"][0], numbers["y"][0]
@@ -155,7 +140,6 @@ def checked(
     state.check_any_good()
     _check_places(state, known, movie, onset, duration, x, y)
     state.check_any_good()
-    pair = _codes(participant, movie)
     _check_repeats(state, pair, (onset, duration, x, y))
     _check_order(state, pair, onset, duration)
 
@@ -225,54 +209,6 @@ class _State:
         return FixationError(f"{self.source}: {why}", self.report())
 
 
-# --- columns -------------------------------------------------------------------------------------------------
-
-# A column's values as float64, NaN where there is none, and the text of values that aren't numbers, by index.
-_Numbers = tuple[np.ndarray, dict[int, str]]
-
-
-def _find(arrow: pa.Table, names: Names, source: str) -> dict[str, pa.ChunkedArray]:
-    """The table's columns, by the field of `Names`. Raises FixationError if one is missing or there twice."""
-    present = arrow.column_names
-    columns = {}
-    for key in ("participant", "movie", "onset", "offset", "duration", "x", "y", "eye", "name"):
-        name = getattr(names, key)
-        if name is None:
-            continue
-        if present.count(name) > 1:
-            raise FixationError(f"{source}: {present.count(name)} columns are called {name!r}")
-        if name in present:
-            columns[key] = arrow.column(name)
-        elif key not in ("offset", "duration", "eye", "name"):
-            raise FixationError(f"{source}: no column {name!r}; there are {', '.join(present)}")
-    if "offset" not in columns and "duration" not in columns:
-        wanted = " or ".join(repr(name) for name in (names.offset, names.duration) if name)
-        raise FixationError(f"{source}: no column {wanted}; there are {', '.join(present)}")
-    return columns
-
-
-def _text(column: pa.ChunkedArray) -> np.ndarray:
-    """A column's values as text without surrounding spaces; "" where there is none."""
-    values = ["" if value is None else str(value).strip() for value in column.to_pylist()]
-    return np.array(["" if value in BLANK else value for value in values], dtype=np.str_)
-
-
-def _numbers(column: pa.ChunkedArray) -> _Numbers:
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type):
-        return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64), {}
-    values = np.full(len(column), np.nan)
-    texts: dict[int, str] = {}
-    for i, value in enumerate(column.to_pylist()):
-        if value is None or str(value).strip() in BLANK:
-            continue
-        text = str(value).strip()
-        if NUMBER.fullmatch(text):
-            values[i] = float(text)
-        else:
-            texts[i] = str(value)
-    return values, texts
-
-
 def _codes(participant: np.ndarray, movie: np.ndarray) -> np.ndarray:
     """(n,) a number for each (participant, movie)."""
     people, who = np.unique(participant, return_inverse=True)
@@ -297,7 +233,7 @@ def _leave_out(
     names: Names,
     participant: np.ndarray,
     movie: np.ndarray,
-    numbers: Mapping[str, _Numbers],
+    numbers: Mapping[str, Numbers],
     eye: str | None,
     event: str,
 ) -> None:
@@ -308,7 +244,7 @@ def _leave_out(
         blank[list(texts)] = False
     state.leave_out(blank, "blank line")
     if "name" in columns:
-        kinds = _text(columns["name"])
+        kinds = as_text(columns["name"])
         if event not in kinds:
             found = ", ".join(sorted(set(kinds.tolist()))[:SHOWN])
             raise FixationError(
@@ -316,7 +252,7 @@ def _leave_out(
             )
         state.leave_out(kinds != event, f"name isn't {event}")
     if "eye" in columns:
-        _pick_eye(state, _text(columns["eye"]), participant, eye)
+        _pick_eye(state, as_text(columns["eye"]), participant, eye)
     elif eye is not None:
         raise FixationError(
             f"{state.source}: eye={eye!r} was asked for, but there is no column {names.eye!r}"
@@ -351,7 +287,7 @@ def _check_missing(
     columns: Mapping[str, pa.ChunkedArray],
     participant: np.ndarray,
     movie: np.ndarray,
-    numbers: Mapping[str, _Numbers],
+    numbers: Mapping[str, Numbers],
 ) -> None:
     """Mark rows without a name, and rows in which a number is missing or isn't one."""
 
@@ -411,6 +347,25 @@ def _check_unit(state: _State, durations: np.ndarray, seconds: float, sidecar: S
             hint = f"; times seem to be in {meant}: set time_unit: {meant} in {sidecar.source}"
     raise state.refuse(
         f"the median fixation lasts {raw:g} {used}, and a fixation lasts {DURATIONS[0]:g} to {DURATIONS[1]:g} s{hint}"
+    )
+
+
+def _check_pace(state: _State, pair: np.ndarray, onset: np.ndarray, duration: np.ndarray) -> None:
+    """Refuse the table if fixations follow one another at a pace at which, lasting as they do, they can't.
+
+    Their onsets are then in another unit than their durations, as where a program has µs beside ms.
+    """
+    rows = np.flatnonzero(state.good)
+    rows = rows[np.argsort(pair[rows], kind="stable")]
+    gaps = np.diff(onset[rows])[pair[rows][1:] == pair[rows][:-1]]
+    if len(gaps) < SEVERAL:
+        return
+    apart, lasting = float(np.median(gaps)), float(np.median(duration[rows]))
+    if PACE[0] * lasting <= apart <= PACE[1] * lasting:
+        return
+    raise state.refuse(
+        f"the median fixation lasts {lasting:g} s, and the next one begins {apart:g} s after it began: onset and "
+        "duration must be in the units that the sidecar says; columns may say one for each"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 from . import plain_yaml
 from .video import probe
 
-UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}  # in seconds
+UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}  # in seconds
 COLUMNS = ("participant", "movie", "onset", "offset", "duration", "x", "y", "eye", "name")
 TIMES, PLACES = ("onset", "offset", "duration"), ("x", "y")
 # Units of positions. The last two are of the screen; of the frame, where the sidecar has no screen.
 PARTS = ("px", "fraction", "percent")
 PER_MOVIE = ("px_per_degree", "screen", "frame_size", "movie_start", "fps")
+KEYS = ("time_unit", "movies", "columns", "header", "encoding", "decimal", "order", "messages", *PER_MOVIE)
 STRETCH = (
     0.02  # up to this, one px_per_degree is taken for both directions of a frame stretched on the screen
 )
@@ -86,6 +88,9 @@ class Sidecar:
     columns    what the table calls its columns, where it doesn't call them as COLUMNS does
     header     the number of the row that names the columns; rows above it aren't read
     encoding   of the text; None: UTF-8, or UTF-16 with a byte order mark
+    decimal    what stands before a number's decimals: "." or ","
+    order      whether the table has no onsets, and its rows are in the order in which they were
+    messages   regular expressions for a recording's messages, by "movie" and "start" (`asc.read`)
     """
 
     source: str
@@ -96,6 +101,9 @@ class Sidecar:
     columns: Mapping[str, Column] = field(default_factory=dict, repr=False)
     header: int = 1
     encoding: str | None = None
+    decimal: str = "."
+    order: bool = False
+    messages: Mapping[str, re.Pattern[str]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def read(cls, path: str | Path) -> Sidecar:
@@ -107,7 +115,7 @@ class Sidecar:
     def from_dict(cls, content: object, source: str = "sidecar", folder: str | Path = ".") -> Sidecar:
         """Check the content of a sidecar; docs/data.md lists its keys. Raises ValueError naming a wrong key."""
         content = _mapping(content, source)
-        _known(content, ("time_unit", "movies", "columns", "header", "encoding", *PER_MOVIE), source)
+        _known(content, KEYS, source)
         unit = content.get("time_unit")
         if unit is not None and unit not in UNITS:
             raise ValueError(f"{source}: time_unit must be one of {', '.join(UNITS)}, got {unit!r}")
@@ -128,7 +136,21 @@ class Sidecar:
             for key, entry in _mapping(content.get("columns", {}), f"{source}: columns").items()
         }
         encoding = _encoding(content.get("encoding"), f"{source}: encoding")
-        return cls(source, Path(folder), unit, common, movies, columns, header, encoding)
+        decimal = content.get("decimal", ".")
+        if decimal not in (".", ","):
+            raise ValueError(f"{source}: decimal must be '.' or ',', got {decimal!r}")
+        order = content.get("order", False)
+        if not isinstance(order, bool):
+            raise ValueError(f"{source}: order must be true or false, got {order!r}")
+        clocked = [
+            key for one in (common, *(movies or {}).values()) for key in ("movie_start", "fps") if key in one
+        ]
+        if order and clocked:
+            raise ValueError(f"{source}: {clocked[0]} must be left out with order: true, which has no clock")
+        messages = _messages(content.get("messages", {}), f"{source}: messages")
+        return cls(
+            source, Path(folder), unit, common, movies, columns, header, encoding, decimal, order, messages
+        )
 
     def unit(self, given: str | None = None, column: str = "onset") -> float:
         """The unit of time of a column, in seconds.
@@ -258,6 +280,19 @@ def _column(key: str, entry: object, where: str) -> Column:
     if not isinstance(up, bool) or (up and key != "y"):
         raise ValueError(f"{where}.up must be true or false, and goes with y alone, got {up!r}")
     return Column(entry.get("name"), entry.get("value"), unit, up)
+
+
+def _messages(entries: object, where: str) -> dict[str, re.Pattern[str]]:
+    """The regular expressions of messages."""
+    found = {}
+    content = _mapping(entries, where)
+    _known(content, ("movie", "start"), where)
+    for key, text in content.items():
+        try:
+            found[key] = re.compile(str(text))
+        except re.error as error:
+            raise ValueError(f"{where}.{key} must be a regular expression, got {text!r}: {error}") from None
+    return found
 
 
 def _encoding(name: object, where: str) -> str | None:

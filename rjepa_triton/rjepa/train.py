@@ -21,6 +21,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from .encoder import Encoder, Encoding, State
 from .evaluation import Evaluator, scalars, warnings
 from .model import PSI, RJEPA, control_of
 from .online import Streams, optimizer_in
-from .sequences import Features, features, losses, prepare, taken
+from .sequences import Data, Features, features, losses, prepare, taken
 
 CHECKPOINT, METRICS, WEIGHTS, EVALUATION, CONFIG = (
     "checkpoint.pt",
@@ -77,6 +78,9 @@ def build(settings: Config) -> RJEPA:
         momentum=m.momentum,
         predictor=m.predictor,
         weights=(m.lambda_r, m.lambda_a),
+        stop_gradient=m.stop_gradient,
+        regularizer=m.regularizer,
+        strength=m.regularizer_weight,
     )
 
 
@@ -427,8 +431,27 @@ class Trainer:
             self._evaluating = False
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, as `finished` reads it: its model and control in eval mode, and data as these take them."""
+
+    settings: Config
+    model: RJEPA
+    control: RJEPA
+    data: Data
+
+
 def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Every diagnostic of a finished run's weights, on its own test data or on those that overrides "data.…" name.
+
+    Raises what `finished` raises.
+    """
+    run = finished(folder, overrides)
+    return Evaluator(run.data, run.settings.model.distance)(run.model, run.control)
+
+
+def finished(folder: Path, overrides: Sequence[str] = ()) -> Finished:
+    """A finished run with its own data, or with those that overrides "data.…" name.
 
     The head keeps the statistics of training. Raises FileNotFoundError if the run isn't finished; ValueError for other
     overrides, and for weights that don't belong to the configuration.
@@ -438,7 +461,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise FileNotFoundError(f"{folder} isn't a finished run: there is no {file} in it")
     other = [override for override in overrides if not override.startswith("data.")]
     if other:
-        raise ValueError(f"overrides of an evaluation must begin with 'data.', got {', '.join(other)}")
+        raise ValueError(f"overrides of a finished run must begin with 'data.', got {', '.join(other)}")
     settings = config.read_run(folder / CONFIG, overrides)
     model = build(settings)
     control = control_of(model)
@@ -474,7 +497,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError(
             f"{folder / CHECKPOINT} doesn't belong to {folder / CONFIG}: {_files.first_line(error)}"
         ) from None
-    return Evaluator(data, settings.model.distance)(model.eval(), control.eval())
+    return Finished(settings, model.eval(), control.eval(), data)
 
 
 def _of_this_version(

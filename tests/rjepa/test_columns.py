@@ -5,11 +5,12 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import films
 import numpy as np
 import pytest
 from tables import GOOD, SIDE, write
 
-from rjepa_triton.rjepa import fixations
+from rjepa_triton.rjepa import fixations, trackers
 from rjepa_triton.rjepa.fixations import FixationError, Fixations
 from rjepa_triton.rjepa.sidecar import Sidecar
 
@@ -105,7 +106,7 @@ def test_what_is_wrong_is_named_and_nothing_passes_mirrored(tmp_path: Path) -> N
         ),
         "unit": (
             {"columns": {"onset": {"name": "a", "unit": "min"}}},
-            "unit must be one of s, ms, us, got 'min'",
+            "unit must be one of s, ms, us, ns, got 'min'",
         ),
         "place": (
             {"columns": {"x": {"name": "x", "unit": "deg"}}},
@@ -127,3 +128,59 @@ def test_what_is_wrong_is_named_and_nothing_passes_mirrored(tmp_path: Path) -> N
         fixations.read(write(tmp_path, GOOD, **up))
     with pytest.raises(FixationError, match=r"no column 'when'; there are participant, movie, onset"):
         fixations.read(write(tmp_path, GOOD, columns={"onset": "when"}))
+
+
+def test_a_table_without_onsets_is_in_order(tmp_path: Path) -> None:
+    """Durations follow one another, of each participant and picture; without durations each fixation lasts 0.25 s."""
+    rows = [
+        "p1,m,200,10,20",
+        "p2,m,300,11,21",
+        "p1,m,250,12,22",
+        "p1,n,150,13,23",
+        "p1,m,100,14,24",
+        "p2,m,100,15,25",
+    ]
+    header = "participant,movie,duration,x,y"
+    got = fixations.read(write(tmp_path, rows, header, order=True))
+    assert got.participant.tolist() == ["p1"] * 3 + ["p2"] * 2 + ["p1"]
+    np.testing.assert_allclose(got.onset, [0, 0.2, 0.45, 0, 0.3, 0])
+    np.testing.assert_allclose(got.duration, [0.2, 0.25, 0.1, 0.3, 0.1, 0.15])
+    assert got.x.tolist() == [10, 12, 14, 11, 15, 13]
+    short = [",".join(row.split(",")[:2] + row.split(",")[3:]) for row in rows]
+    got = fixations.read(write(tmp_path, short, "participant,movie,x,y", order=True, time_unit=None))
+    np.testing.assert_allclose(got.onset, [0, 0.25, 0.5, 0, 0.25, 0])
+    bad = fixations.read(
+        write(tmp_path, [*rows, "p1,m,,16,26", "p1,m,80,17,27"], header, order=True), policy="skip"
+    )
+    assert (bad.onset[3], bad.report.rows_with("time missing")) == (pytest.approx(0.55), (8,))
+
+
+def test_what_does_not_go_with_an_order_is_refused(tmp_path: Path) -> None:
+    films.write(tmp_path / "m.mp4", 12)
+    for table, said in {
+        write(tmp_path, GOOD, name="a.csv", order=True): "has a column 'onset', and .* says order: true",
+        write(
+            tmp_path, ["p,1,2"], "participant,x,y", name="b.csv", order=True
+        ): "no column 'movie'; there are",
+        write(
+            tmp_path,
+            ["p,m,1,2"],
+            "participant,movie,x,y",
+            name="c.csv",
+            order=True,
+            frame_size=None,
+            movies={"m": "m.mp4"},
+        ): "'m' is a film, and order: true goes with pictures",
+    }.items():
+        with pytest.raises(FixationError, match=said):
+            fixations.read(table)
+    with pytest.raises(ValueError, match="movie_start must be left out with order: true, which has no clock"):
+        Sidecar.from_dict({**SIDE, "order": True, "movie_start": 3})
+    with pytest.raises(ValueError, match="order must be true or false, got 'yes'"):
+        Sidecar.from_dict({**SIDE, "order": "yes"})
+    side = Sidecar.from_dict({**SIDE, "order": True})
+    for format in ("tobii", "asc", "eyelink"):
+        with pytest.raises(
+            ValueError, match=r"order (goes with a table of one's own|doesn't go with this format)"
+        ):
+            trackers.read(format, tmp_path / "a.csv", side)

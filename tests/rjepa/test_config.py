@@ -59,6 +59,11 @@ def test_what_cannot_learn_online(override: str, says: str) -> None:
         config.read(None, ["train.updates=1", override])
 
 
+def test_segments_have_no_stride() -> None:
+    with pytest.raises(ValueError, match=r"data\.stride goes with data\.segments=0, got 3 and 5"):
+        config.read(None, ["data.stride=3", "data.segments=5"])
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no configuration"):
         config.read(tmp_path / "none.yaml")

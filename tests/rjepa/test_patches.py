@@ -144,6 +144,37 @@ def test_a_long_gap_ends_a_sequence(tmp_path: Path) -> None:
         recorded(tmp_path, rows, max_gap=0)
 
 
+def test_segments_at_random_places(tmp_path: Path) -> None:
+    """Of p's 9 fixations before a gap, 6 after it, and q's 2, T = 4 follow one another at 6 + 3 places."""
+    late = [f"p,m,{9000 + 300 * k},200,50,50" for k in range(6)]
+    rows = [*films.looking(9), *late, *films.looking(2, "q")]
+
+    def onsets(segments: int, seed: int) -> list[int]:
+        data = recorded(tmp_path, rows, steps=4, max_gap=1, segments=segments, seed=seed)
+        assert set(data.participant.tolist()) == {"p"}
+        used = {float(onset) for item in data for onset in item["onsets"]}
+        assert sum(data.unused.values()) == 17 - len(used)
+        assert data.unused["in runs shorter than a sequence"] == 2
+        return [round(1000 * float(item["onsets"][0])) for item in data]
+
+    places = [300 * k for k in range(6)] + [9000 + 300 * k for k in range(3)]
+    assert onsets(9, 0) == places
+    drawn = [onsets(2, seed) for seed in range(120)]
+    assert all(first < second for first, second in drawn)
+    assert onsets(2, 7) == drawn[7]
+    counts = np.array([sum(place in pair for pair in drawn) for place in places])
+    assert ((counts - 120 * 2 / 9) ** 2).sum() / (120 * 2 / 9 * 7 / 9) < 26.1  # χ² of 8, one in a thousand
+    with pytest.raises(
+        ValueError, match=r"segments must be at most 9, the places in .*fix\.csv where 4 fixat"
+    ):
+        onsets(10, 0)
+    with pytest.raises(ValueError, match="stride goes with consecutive sequences, got 2 with segments=3"):
+        recorded(tmp_path, rows, segments=3, stride=2)
+    for wrong in (0, True):
+        with pytest.raises((TypeError, ValueError), match="segments"):
+            recorded(tmp_path, rows, segments=wrong)
+
+
 def test_films_that_are_broken_or_over(tmp_path: Path) -> None:
     film = films.write(tmp_path / "n.mp4", 24, size=(200, 152))
     rows = [*films.looking(3), *films.looking(3, movie="n"), "q,n,600,200,50,50"]

@@ -115,7 +115,10 @@ def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert run(monkeypatch, "check", tmp_path / "no.csv") == 2
     assert "no.csv: no such file" in capsys.readouterr().err
     assert run(monkeypatch, "check", table, "--format", "edf") == 2
-    assert "--format must be one of 'table', 'eyelink', got 'edf'" in capsys.readouterr().err
+    assert (
+        "--format must be one of 'table', 'eyelink', 'asc', 'tobii', 'smi', 'pupil', 'pymovements', 'bids', got 'edf'"
+        in capsys.readouterr().err
+    )
 
 
 def test_check_an_eyelink_report(

@@ -245,3 +245,24 @@ def test_limits_hold_whatever_is_lost_in_rounding(tmp_path: Path) -> None:
     assert got.y.tolist() == [300, 0]
     rows = [f"p,m,{k / 10},0.2,9,9,{(2 * k + 4.1) / 20}" for k in (3, 7, 11)]
     assert len(fixations.read(write(tmp_path, rows, HEADER + ",offset", time_unit="s"))) == 3  # 5 ms more
+
+
+@pytest.mark.parametrize(
+    ("factor", "apart"), [(1000, "300 s"), (0.001, "0.0003 s"), (60, "18 s"), (0.2, "0.06 s")]
+)
+@pytest.mark.parametrize("policy", ["refuse", "skip"])
+def test_onsets_in_another_unit_than_durations(
+    tmp_path: Path, factor: float, apart: str, policy: str
+) -> None:
+    rows = [f"p,m,{300 * k * factor:g},200,{10 + 9 * k},{20 + 7 * k}" for k in range(12)]
+    with pytest.raises(
+        FixationError, match=f"the median fixation lasts 0.2 s, and the next one begins {apart} after"
+    ):
+        fixations.read(write(tmp_path, rows), policy=policy)
+    if factor > 1:
+        assert len(fixations.read(write(tmp_path, rows[:5]))) == 5
+
+
+def test_long_pauses_are_no_other_unit(tmp_path: Path) -> None:
+    rows = [f"p,m,{300 * k + 60_000 * (k // 4)},200,{10 + 9 * k},{20 + 7 * k}" for k in range(12)]
+    assert len(fixations.read(write(tmp_path, rows))) == 12

@@ -105,7 +105,7 @@ def test_anchors_and_merged_mappings(tmp_path: Path) -> None:
 # Changes to the sidecar, and what is said of each.
 SIDECARS: list[tuple[dict[str, object], str]] = [
     ({"time_unit": None}, "time_unit is missing; it must be one of s, ms, us"),
-    ({"time_unit": "min"}, "time_unit must be one of s, ms, us, got 'min'"),
+    ({"time_unit": "min"}, "time_unit must be one of s, ms, us, ns, got 'min'"),
     ({"px_per_degree": None}, "px_per_degree is missing"),
     ({"px_per_degree": -1}, "px_per_degree must be a positive number, got -1"),
     ({"fps": "fast"}, "fps must be a positive number, got 'fast'"),

@@ -381,7 +381,7 @@ def test_folders_that_do_not_fit(settings: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds a run of another configuration: model\.units: 6 against 5"):
         Trainer(settings("model.units=5"), folder)
     with pytest.raises(
-        ValueError, match=r"overrides of an evaluation must begin with 'data\.', got train\.seed=1"
+        ValueError, match=r"overrides of a finished run must begin with 'data\.', got train\.seed=1"
     ):
         train.evaluate_run(folder, ["train.seed=1"])
     state = backbone.unpickled(folder / "checkpoint.pt")
@@ -522,6 +522,8 @@ def test_a_table_is_trained_on_as_it_is_checked(
     sides = data.datasets(config.read(None, made).data)
     assert (len(sides.train), len(sides.test)) == (12, 12)  # of runs of 4, 2 each
     assert sides.train.edge == "pad"
+    sides = data.datasets(config.read(None, [*made, "data.stride=0", "data.segments=20"]).data)
+    assert len(sides.train) + len(sides.test) == 20  # of 24 places
     with pytest.raises(ValueError, match="patches stick out"):
         data.datasets(config.read(None, [*made, "data.edge=refuse"]).data)
     shown = CliRunner().invoke(
@@ -531,6 +533,7 @@ def test_a_table_is_trained_on_as_it_is_checked(
     for key, said in {
         "format=csv": "data.format must be one of",
         "max_gap=-1": "data.max_gap must be at least 0",
+        "segments=-1": "data.segments must be at least 0",
     }.items():
         with pytest.raises(ValueError, match=said):
             config.read(None, [f"data.{key}"])
