@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -63,19 +64,26 @@ def find(
     return columns
 
 
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """A column's values. Dates and times are Arrow's text of them: Python has none for some."""
+    found: list[Any] = (column.cast(pa.string()) if pa.types.is_temporal(column.type) else column).to_pylist()
+    return found
+
+
 def as_text(column: pa.ChunkedArray) -> np.ndarray:
     """A column's values as text without surrounding spaces; "" where there is none."""
-    values = ["" if value is None else str(value).strip() for value in column.to_pylist()]
+    values = ["" if value is None else str(value).strip() for value in _values(column)]
     return np.array(["" if value in BLANK else value for value in values], dtype=np.str_)
 
 
 def as_numbers(column: pa.ChunkedArray, decimal: str = ".") -> Numbers:
     """A column's values (n,) as float64, NaN where there is none, and the text of what isn't a number, by index."""
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type):
-        return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64), {}
+        # an integer above 2⁵³ becomes the nearest float64, as the same text does
+        return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64), {}
     values = np.full(len(column), np.nan)
     texts: dict[int, str] = {}
-    for i, value in enumerate(column.to_pylist()):
+    for i, value in enumerate(_values(column)):
         if value is None or str(value).strip() in BLANK:
             continue
         text = str(value).strip()

@@ -85,6 +85,32 @@ def test_text_in_parquet_that_is_not_utf_8(tmp_path: Path, what: str) -> None:
         fixations.read(file, tmp_path / "fix.csv.yaml", policy="skip")
 
 
+def test_columns_of_dates_and_of_integers_that_float64_lacks(tmp_path: Path) -> None:
+    """Those that Python's dates don't reach, too: as text, refused by row where numbers are wanted."""
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    arrow = pyarrow.csv.read_csv(write(tmp_path, GOOD))
+    file = tmp_path / "fix.parquet"
+
+    def read(name: str, values: list[int], kind: pa.DataType) -> fixations.Fixations:
+        made = pa.array(values, pa.int64()).view(kind)
+        pyarrow.parquet.write_table(arrow.set_column(arrow.column_names.index(name), name, made), file)
+        return fixations.read(file, tmp_path / "fix.csv.yaml")
+
+    far = [2**60 + row for row in range(len(arrow))]
+    assert len(set(read("participant", far, pa.timestamp("us")).participant)) == len(arrow)
+    assert len(set(read("participant", list(range(len(arrow))), pa.timestamp("ns")).participant)) == len(
+        arrow
+    )
+    with pytest.raises(FixationError, match=r"fix\.parquet") as caught:
+        read("x", far, pa.timestamp("us"))
+    assert "row 1" in str(caught.value)
+    with pytest.raises(FixationError, match=r"fix\.parquet"):
+        read("onset", far, pa.int64())
+
+
 # What is wrong with the file as a whole: how to make it, and what is said.
 FILES: dict[str, Callable[[Path], Path]] = {
     r"fix\.csv: no column 'y'; there are participant, movie, onset, duration, x": lambda p: write(
