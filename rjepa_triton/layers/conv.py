@@ -13,6 +13,7 @@ from torch.nn.grad import conv2d_weight
 
 from .. import _checks as check
 from .._autograd import once_differentiable
+from .._device import autocast_is_on, without_autocast
 from ..backend import operations
 from ..cells.builtin import RGCCell
 from ..cells.two_point import Trajectory, state_read
@@ -82,10 +83,13 @@ class ConvRGC(nn.Module):
         """Run over a sequence x (T, B, C, H, W). Returns s at all steps, (T, B, C, H, W), and the last (s, m).
 
         state: (s, m) before the first step, each (B, C, H, W); zero if None. resets (T, B) bool: rows whose state is
-        set to zero before that step. Nothing is mutated. Raises TypeError or ValueError for a wrong shape, dtype or
-        device.
+        set to zero before that step. Nothing is mutated. Under autocast everything runs in the parameters' own dtype.
+        Raises TypeError or ValueError for a wrong shape, dtype or device.
         """
         check.shape("x", check.tensor("x", x), ("T", "B", self.channels, "H", "W"))
+        if autocast_is_on(x.device):
+            with without_autocast(x.device):
+                return self(*self._cast(x, state), resets)
         s, m = self._state(state, x[0])
         if resets is not None:
             resets = check.mask("resets", resets, x.shape[:2], x.device)
@@ -110,8 +114,21 @@ class ConvRGC(nn.Module):
         areas, so that the whole input sequence isn't known at once. state and errors are those of `forward`.
         """
         check.shape("x", check.tensor("x", x), ("B", self.channels, "H", "W"))
+        if autocast_is_on(x.device):
+            with without_autocast(x.device):
+                return self.step(*self._cast(x, state))
         s, m = self._advance(x, *self._state(state, x))
         return s, (s.clone(), m)
+
+    def _cast(
+        self, x: Tensor, state: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """x and the state in the dtype of the parameters."""
+        dtype = next(self.parameters()).dtype
+        if state is None:
+            return x.to(dtype), None
+        s, m = (check.tensor(f"state[{at}]", value).to(dtype) for at, value in enumerate(state))
+        return x.to(dtype), (s, m)
 
     def _state(self, state: Sequence[Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
         check.like("x", like, "the weights", self.weights()[0])

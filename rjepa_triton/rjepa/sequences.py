@@ -193,7 +193,7 @@ class Batch:
 
 
 def taken(data: Sequences, which: Tensor, model: nn.Module) -> Batch:
-    """The sequences with the indices `which`, with the dtype and on the device of the model's weights."""
+    """The sequences with the indices `which`, with the dtype of the model's weights, and on their device."""
     weight = next(model.parameters())
 
     def of(values: Tensor | None) -> Tensor | None:
@@ -201,7 +201,8 @@ def taken(data: Sequences, which: Tensor, model: nn.Module) -> Batch:
 
     patches = None
     if data.x is None and data.features is None:
-        patches = torch.stack([data.patches[int(i)]["patches"] for i in which], dim=1).to(weight)
+        # bytes as they are: the backbone scales them
+        patches = torch.stack([data.patches[int(i)]["patches"] for i in which], dim=1).to(weight.device)
     return Batch(
         of(data.x), of(data.features), patches, of(data.actions), data.yardstick[:, which].to(weight)
     )

@@ -144,3 +144,18 @@ def test_at_first_the_input_passes_through() -> None:
 def test_bad_input_is_named(run: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         run()
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_under_autocast_it_runs_in_its_own_dtype(stepwise: bool) -> None:
+    """A convolution before it gives bfloat16 there."""
+    made, (x, state, _) = layer(), problem()
+    low, pair = x.detach().bfloat16(), (state[0].detach().bfloat16(), state[1].detach().bfloat16())
+    given = low[0] if stepwise else low
+    run = made.step if stepwise else made
+    want, _ = run(given.double(), (pair[0].double(), pair[1].double()))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, (s, m) = run(given, pair)
+        alone, _ = run(given)
+    assert got.dtype == s.dtype == m.dtype == alone.dtype == F64
+    torch.testing.assert_close(got, want, rtol=0, atol=0)

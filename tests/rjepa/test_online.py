@@ -46,7 +46,9 @@ class Alone(Trainer):
     """The loop over steps, without a run around it."""
 
     def __init__(self, settings: Any) -> None:
-        self.settings = settings
+        from lightning.fabric import Fabric
+
+        self.settings, self.fabric = settings, Fabric(accelerator="cpu", devices=1)
 
     def _update(self, model: Any, optimizer: Any, loss: Tensor) -> None:
         loss.backward()

@@ -252,7 +252,15 @@ def test_two_processes_learn_as_one_and_go_on_after_sigterm(settings: Any, tmp_p
 
 
 @pytest.mark.parametrize(
-    "way", [[], ["train.updates=1"], ["train.updates=2"], ["model.train_head=true"]], ids=str
+    "way",
+    [
+        [],
+        ["train.updates=1"],
+        ["train.updates=2"],
+        ["model.train_head=true"],
+        ["model.preset=full", "model.backbone=small:2"],
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
 def test_precisions(settings: Any, tmp_path: Path, precision: str, way: list[str]) -> None:
