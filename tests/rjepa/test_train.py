@@ -263,22 +263,37 @@ def test_two_processes_learn_as_one_and_go_on_after_sigterm(settings: Any, tmp_p
     ids=str,
 )
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
-def test_precisions(settings: Any, tmp_path: Path, precision: str, way: list[str]) -> None:
-    """Those of weights, and of what runs under autocast: near to float32's weights, and not the same."""
+def test_precisions(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, way: list[str]
+) -> None:
+    """Those of weights, and of what runs under autocast. How far SGD's path is from float32's, as a part of its length.
+
+    In bfloat16 a number has 8 bits: an operation errs by .4 %, and weights that move little don't move. Of the full
+    preset's convolutions that makes 2 % of h, and more of gradients in which much cancels.
+    """
     if precision == "bf16-true" and "train.updates" in str(way):
         with pytest.raises(
             ValueError, match=r"goes with weights of float32 or float64, got train.precision='bf16"
         ):
             settings(f"train.precision={precision}", *way)
         return
-    found, want = (
-        parameters(run(settings(f"train.precision={one}", *way), tmp_path / one))
-        for one in (precision, "32-true")
-    )
-    gap = max(float((a.double() - b.double()).abs().max()) for a, b in zip(found, want, strict=True))
-    assert 0 < gap < (1e-5 if precision == "64-true" else 0.1)
+
+    def sgd(model: torch.nn.Module, _: object) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.05)
+
+    monkeypatch.setattr(train, "optimizer_of", sgd)
+    ends = []
+    for one in (precision, "32-true"):
+        trainer = Trainer(settings(f"train.precision={one}", *way), tmp_path / one, lambda _: None)
+        begin = [parameter.double() for parameter in parameters(trainer)]
+        trainer.run()
+        ends.append(parameters(trainer))
     dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}[precision]
-    assert {each.dtype for each in found} == {dtype}
+    assert {each.dtype for each in ends[0]} == {dtype}
+    found, want, first = (torch.cat([each.double().flatten() for each in one]) for one in (*ends, begin))
+    gap = float((found - want).norm() / (want - first).norm())
+    low = 0.01 if "full" not in str(way) else 0.5
+    assert 0 < gap < {"64-true": 1e-4, "bf16-true": 0.5, "bf16-mixed": low}[precision]
 
 
 @pytest.mark.parametrize(
