@@ -26,8 +26,10 @@ def show(tables: Sequence[Table]) -> None:
 
 
 def print_tables(tables: Sequence[Table], markdown: bool) -> None:
-    """Print tables on stdout, as Markdown or for a terminal."""
+    """Print tables on stdout, with what stands below them, as Markdown or for a terminal."""
     if markdown:
-        typer.echo("\n\n".join(map(texts.markdown, tables)))
+        for table in tables:
+            below = f"\n{table.caption}\n" if table.caption else ""
+            typer.echo(f"{texts.markdown(table)}\n{below}")
     else:
         show(tables)

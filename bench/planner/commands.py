@@ -96,8 +96,5 @@ def plan_command(
         print_tables(scale.tables(question, chosen, ranks, scale.link_of(link, latency)), markdown)
         return
     found = plan.predictions(question, chosen)
-    shown = plan.table(question, chosen, found)
-    print_tables([shown], markdown)
-    if markdown:  # which has no captions
-        typer.echo(f"\n{shown.caption}\n")
+    print_tables([plan.table(question, chosen, found)], markdown)
     typer.echo(plan.advise(question, chosen, found).text)

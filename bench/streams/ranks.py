@@ -1,9 +1,13 @@
 """A learner whose rows lie on ranks of this machine, against one process that has them all: `rjepa bench ranks`.
 
-Each rank is a process with one thread, joined to the others by gloo. In every round the first rank times an update of
-a learner of its own while the others wait, and then all time an update of the sharded learner, so that whatever else
-the machine does meets both. Both updates are a chunk of C steps, its backward pass and SGD, from the same weights and
-inputs; their outputs are compared before anything is timed.
+Each rank is a process with one thread, joined to the others by gloo, and has a whole learner too. In every round
+
+1. the first rank times an update of its whole learner while the others wait,
+2. all ranks do that at once, which says how much work the machine's processors do together where nothing is shared,
+3. all time an update of the sharded learner,
+
+so that whatever else the machine does meets all three. An update is a chunk of C steps, its backward pass and SGD, from
+the same weights and inputs; outputs are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -46,9 +50,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Timed:
-    """Of one rank: seconds of an update in each round, alone (of the first rank) and together; bytes of Γ likewise."""
+    """Of one rank: seconds of an update in each round and bytes of Γ.
+
+    alone: of the whole learner while the others wait, of the first rank only. at_once: of the whole learner while all
+    ranks do the same. together: of the sharded learner.
+    """
 
     alone: list[float]
+    at_once: list[float]
     together: list[float]
     gamma_alone: int
     gamma: int
@@ -97,20 +106,19 @@ def _timed(question: Question, rank: int) -> Timed:
 
         return learner, update
 
-    whole, alone = made(False) if rank == 0 else (None, None)
-    shared, together = made(True)
+    (whole, alone), (shared, together) = made(False), made(True)
     for _ in range(2):  # which also warms up
-        found = together()
-        if alone is not None:
-            torch.testing.assert_close(found, alone())
-    taken, shared_taken = [], []
+        torch.testing.assert_close(together(), alone())
+    timed = Timed([], [], [], whole.carried_bytes, shared.carried_bytes)
     for _ in range(question.rounds):
         torch.distributed.barrier()
-        if alone is not None:
-            taken.append(_seconds(alone))
+        if rank == 0:
+            timed.alone.append(_seconds(alone))
         torch.distributed.barrier()
-        shared_taken.append(_seconds(together))
-    return Timed(taken, shared_taken, 0 if whole is None else whole.carried_bytes, shared.carried_bytes)
+        timed.at_once.append(_seconds(alone))
+        torch.distributed.barrier()
+        timed.together.append(_seconds(together))
+    return timed
 
 
 def _seconds(update: Callable[[], object]) -> float:
@@ -120,24 +128,31 @@ def _seconds(update: Callable[[], object]) -> float:
 
 
 def table(question: Question, found: list[Timed]) -> Table:
-    """Both learners in a table: the median time of an update, of the slowest rank in each round, and Γ of a rank."""
-    shared = [max(times) for times in zip(*(rank.together for rank in found), strict=True)]
+    """The three in a table: the median time of an update, of the slowest rank in each round, and Γ of a rank."""
     alone = found[0].alone
-    ratio = measure.timing([a / b for a, b in zip(alone, shared, strict=True)])
-    low, high = ratio.p20, ratio.p80
+    at_once, together = (
+        [max(times) for times in zip(*each, strict=True)]
+        for each in ([rank.at_once for rank in found], [rank.together for rank in found])
+    )
     out = Table(
         title=f"rgc N = {question.hidden}, B = {question.batch}, C = {question.chunk}, float32, one thread a process",
-        caption=f"{question.ranks} ranks are {ratio.median:.2f} times as fast as one process (p20 {low:.2f}, p80 "
-        f"{high:.2f}, of {question.rounds} rounds in turn)",
+        caption=f"{question.ranks} ranks are {_ratio(alone, together)} times as fast as one process (p20 to p80, of "
+        f"{question.rounds} rounds in turn). As many processes that share nothing do "
+        f"{_ratio([question.ranks * seconds for seconds in alone], at_once)} times the work of one.",
     )
-    for heading in ("processes", "an update", "a step", "Γ of a rank"):
+    for heading in ("processes", "learner", "an update", "a step", "Γ of a rank"):
         out.add_column(heading, justify="right")
-    for count, taken, gamma in (
-        (1, alone, found[0].gamma_alone),
-        (question.ranks, shared, max(rank.gamma for rank in found)),
+    for count, what, taken, gamma in (
+        (1, "whole", alone, found[0].gamma_alone),
+        (question.ranks, "whole, each its own", at_once, found[0].gamma_alone),
+        (question.ranks, "sharded", together, max(rank.gamma for rank in found)),
     ):
         seconds = measure.timing(taken).median
-        out.add_row(
-            str(count), seconds_text(seconds), seconds_text(seconds / question.chunk), bytes_text(gamma)
-        )
+        step = seconds_text(seconds / question.chunk)
+        out.add_row(str(count), what, seconds_text(seconds), step, bytes_text(gamma))
     return out
+
+
+def _ratio(before: list[float], after: list[float]) -> str:
+    found = measure.timing([a / b for a, b in zip(before, after, strict=True)])
+    return f"{found.median:.2f} ({found.p20:.2f} to {found.p80:.2f})"
