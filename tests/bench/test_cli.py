@@ -67,6 +67,59 @@ def test_ctrl_c_isnt_lost_where_an_import_swallows_it(module: str, tmp_path: Pat
     assert "went on" in alone.stdout  # who imports the package has Ctrl-C as it was
 
 
+LOSES = {
+    "a hook of a fork": """
+os.register_at_fork(after_in_parent=interrupt)
+if os.fork() == 0:
+    os._exit(0)
+""",
+    "a finalizer": """
+class Finalized:
+    def __del__(self): interrupt()
+Finalized()
+""",
+    "a weak reference's callback": """
+import weakref
+class Object: pass
+one = Object()
+kept = weakref.ref(one, lambda _: interrupt())
+del one
+""",
+    "a callback of the garbage collector": """
+import gc
+gc.callbacks.append(lambda phase, info: interrupt())
+gc.collect()
+""",
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such signals")
+@pytest.mark.parametrize("where", LOSES)
+def test_ctrl_c_isnt_lost_where_python_can_raise_nothing(where: str) -> None:
+    script = f"""
+import os, signal
+import rjepa_triton
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(100): pass
+{LOSES[where]}
+print("went on")
+"""
+    heeds = {"preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)}
+    for command, want in ((["-m", "rjepa_triton"], ""), ([], "went on")):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *command],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            **heeds,
+        )  # type: ignore[call-overload]
+        assert done.stdout.strip() == want, done.stderr
+        if command:
+            assert done.returncode == -signal.SIGINT
+
+
 def test_an_unknown_command_exits_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
