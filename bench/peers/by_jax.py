@@ -28,7 +28,11 @@ class Scan(Runner):
 
         def advance(parameters: dict[str, Any], state: Any, given: Any) -> Any:
             if network.has_input_weights:
-                joined = state[0] @ parameters["weight_hh"].T + parameters["bias_hh"]
+                weight, bias = parameters["weight_hh"], parameters.get("bias_hh", 0.0)
+                if network.diagonal:
+                    joined = jnp.tile(state[0], (1, len(network.reads))) * weight + bias
+                else:
+                    joined = state[0] @ weight.T + bias
                 recurrent = jnp.split(joined, len(network.reads), axis=1)
                 given = jnp.split(given, len(network.reads), axis=1)
             else:
@@ -40,7 +44,7 @@ class Scan(Runner):
 
         def loss(parameters: dict[str, Any], x: Any, delta: Any, state: Any) -> Any:
             if network.has_input_weights:
-                x = x @ parameters["weight_ih"].T + parameters["bias_ih"]
+                x = x @ parameters["weight_ih"].T + parameters.get("bias_ih", 0.0)
             _, output = jax.lax.scan(lambda carry, given: advance(parameters, carry, given), state, x)
             return jnp.sum(output * delta)
 

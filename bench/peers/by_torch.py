@@ -67,6 +67,29 @@ class Compiled(Eager):
         return self.compiled(self.x, *self.state, *self.weights)
 
 
+class CompiledScan(Eager):
+    """`torch.compile` of torch's operator `scan`, which has a loop in its graph."""
+
+    def __init__(self, task: str, arrays: Mapping[str, np.ndarray], device: str) -> None:
+        super().__init__(task, arrays, device)
+        from torch._higher_order_ops.scan import scan
+
+        def whole(x: Tensor, *given: Tensor) -> Tensor:
+            *state, ss, ms, mm, sm = given
+
+            def one(carry: Sequence[Tensor], u: Tensor) -> tuple[Pair, Tensor]:
+                s, m = step(u, *carry, ss, ms, mm, sm)
+                return (s, m), s.clone()
+
+            return scan(one, tuple(state), x, dim=0)[1]
+
+        self.compiled = torch.compile(whole, fullgraph=True, dynamic=False)
+        self.note = "torch._higher_order_ops.scan, one loop in the graph"
+
+    def forward(self) -> Tensor:
+        return self.compiled(self.x, *self.state, *self.weights)
+
+
 class CompiledStep(Eager):
     """A Python loop over `torch.compile` of one step."""
 

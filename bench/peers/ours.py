@@ -38,8 +38,10 @@ class _Sequence(Runner):
             self.case = case(_problem(arrays, self.network.parameters, device))
             return
         units = arrays["x"].shape[-1]
-        kind: Any = {"lstm": nn.LSTM, "gru": nn.GRU}[self.task.network]
-        self.layer = kind(units, units, learning=self.learning)
+        name, _, diagonal = self.task.network.partition("-")
+        kind: Any = {"lstm": nn.LSTM, "gru": nn.GRU}[name]
+        options = {"recurrence": "diagonal", "bias": False} if diagonal else {}
+        self.layer = kind(units, units, learning=self.learning, **options)
         self.layer.load_state_dict(
             {f"{name}_l0": torch.from_numpy(arrays[name]) for name in self.network.parameters}
         )
@@ -60,11 +62,14 @@ class _Sequence(Runner):
         gates = ("i", "f", "g", "o") if self.task.network == "lstm" else ("r", "z", "n")
         # torch.nn adds two biases where this package has one
         recurrent = [f"bias_h{g}" if f"bias_h{g}" in by_name else f"bias_{g}" for g in gates]
+        joined = {
+            "weight_ih": [f"weight_in_{g}" for g in gates],
+            "weight_hh": [f"weight_h{g}" for g in gates],
+            "bias_ih": [f"bias_{g}" for g in gates],
+            "bias_hh": recurrent,
+        }
         return {
-            "weight_ih": np.concatenate([by_name[f"weight_in_{g}"] for g in gates]),
-            "weight_hh": np.concatenate([by_name[f"weight_h{g}"] for g in gates]),
-            "bias_ih": np.concatenate([by_name[f"bias_{g}"] for g in gates]),
-            "bias_hh": np.concatenate([by_name[name] for name in recurrent]),
+            name: np.concatenate([by_name[gate] for gate in joined[name]]) for name in self.network.parameters
         }
 
 

@@ -62,6 +62,7 @@ def _sequences(gradient: str, *networks: str) -> dict[str, str]:
 _JAX = ("jax", "jaxlib")
 _BRAINTRACE = ("braintrace", "brainstate", *_JAX)
 _ALL = ("rgc", "lstm", "gru")
+_DIAGONAL = _sequences("bptt", "gru-diagonal")  # by RFP too, which is exact there
 _STREAM = {"rgc-stream": "rfp"}
 
 
@@ -70,7 +71,7 @@ def _stream(runner: str, gradient: str = "rfp", asked: bool = False) -> Peer:
 
 
 PEERS: dict[str, Peer] = {
-    "rfp-dual": Peer(_here("ours"), "Dual", _sequences("rfp", *_ALL)),
+    "rfp-dual": Peer(_here("ours"), "Dual", {**_sequences("rfp", *_ALL), **_DIAGONAL}),
     "bptt": Peer(_here("ours"), "Bptt", _sequences("bptt", *_ALL)),
     "rfp-step": Peer(_here("ours"), "Step", {"rgc-online": "rfp"}),
     "rfp-learner": Peer(_here("ours"), "Learner", {"rgc-online": "rfp"}),
@@ -88,8 +89,9 @@ PEERS: dict[str, Peer] = {
     "torch-compile-step": Peer(
         _here("by_torch"), "CompiledStep", _sequences("bptt", "rgc"), compiles=True
     ),
+    "torch-scan": Peer(_here("by_torch"), "CompiledScan", _sequences("bptt", "rgc"), compiles=True),
     "torch-nn": Peer(_here("by_torch"), "Builtin", _sequences("bptt", "lstm", "gru")),
-    "jax-scan": Peer(_here("by_jax"), "Scan", _sequences("bptt", *_ALL), _JAX, compiles=True),
+    "jax-scan": Peer(_here("by_jax"), "Scan", {**_sequences("bptt", *_ALL), **_DIAGONAL}, _JAX, compiles=True),
     "jax-stream": Peer(_here("by_jax"), "Stream", _STREAM, _JAX, compiles=True),
     "braintrace-snap1": Peer(
         _here("by_braintrace"), "SnAp1", {"rgc-online": "rfp", **_sequences("rfp", *_ALL)}, _BRAINTRACE, True
@@ -97,6 +99,7 @@ PEERS: dict[str, Peer] = {
     "braintrace-d-rtrl": Peer(
         _here("by_braintrace"), "DRTRL", {"rgc-online": "eprop", **_sequences("eprop", *_ALL)}, _BRAINTRACE, True
     ),
+    "pararnn": Peer(_here("by_pararnn"), "ParaRNN", _DIAGONAL, ("pararnn",)),
     "flashrnn": Peer(
         _here("by_flashrnn"), "FlashRNN", _sequences("bptt", "lstm", "gru"), ("flashrnn",), True, cuda=True
     ),

@@ -49,23 +49,25 @@ def _gru(lib: Any, recurrent: Sequence[Any], given: Sequence[Any], state: Sequen
 class Network:
     """A recurrent layer: its parameters and one step. Its output is its first state.
 
-    reads       for each recurrent matrix (N, N), the state that it multiplies
+    reads       for each recurrent matrix, the state that it multiplies
     states      the number of states
     step        see `Step`
     parameters  names in order: an RGC's matrices, or those of torch.nn's layer, with its gates joined as there
+    diagonal    whether recurrent matrices are diagonal, (N,), where RFP is exact; else they are (N, N)
     """
 
     reads: tuple[int, ...]
     states: int
     step: Step
     parameters: tuple[str, ...]
+    diagonal: bool = False
 
     @property
     def has_input_weights(self) -> bool:
         return "weight_ih" in self.parameters
 
     def matrices(self, arrays: Mapping[str, Any]) -> list[Any]:
-        """The recurrent matrices, (N, N) each."""
+        """The recurrent matrices, each by itself."""
         if not self.has_input_weights:
             return [arrays[name] for name in self.parameters]
         return self.gates(arrays["weight_hh"])
@@ -81,6 +83,7 @@ NETWORKS = {
     "rgc": Network((0, 1, 1, 0), 2, _rgc, ("weight_ss", "weight_ms", "weight_mm", "weight_sm")),
     "lstm": Network((0, 0, 0, 0), 2, _lstm, _JOINED),
     "gru": Network((0, 0, 0), 1, _gru, _JOINED),
+    "gru-diagonal": Network((0, 0, 0), 1, _gru, _JOINED[:2], diagonal=True),
 }
 
 
@@ -113,6 +116,12 @@ TASKS = {
     "rgc-online": Task("rgc", True, ("rfp-step", "rfp-learner"), "RGC, one step online and its gradient"),
     "lstm-sequence": Task("lstm", False, ("rfp-dual", "bptt"), "LSTM, a training step over T steps"),
     "gru-sequence": Task("gru", False, ("rfp-dual", "bptt"), "GRU, a training step over T steps"),
+    "gru-diagonal-sequence": Task(
+        "gru-diagonal",
+        False,
+        ("rfp-dual",),
+        "GRU of diagonal recurrent weights without biases, where RFP is exact, a training step over T steps",
+    ),
     "rgc-stream": Task(
         "rgc", False, ("stream",), "RGC and a linear readout, T steps, learning after every step", learns=True
     ),
@@ -152,7 +161,8 @@ def problem(
         return arrays
     gates, rng = len(network.reads), np.random.default_rng([seed, 6])
     for name in network.parameters:
-        shape = (gates * units, units) if name.startswith("weight") else (gates * units,)
+        is_vector = name.startswith("bias") or (name == "weight_hh" and network.diagonal)
+        shape = (gates * units,) if is_vector else (gates * units, units)
         arrays[name] = rng.uniform(-(units**-0.5), units**-0.5, shape).astype(np.float32)
     return arrays
 
@@ -168,6 +178,10 @@ def states(network: Network, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
 def _eprop(w: Tensor, c: Tensor) -> Tensor:
     """W c, through which no gradient passes back to c. Only each unit's own-state path through no matrix is left."""
     return c.detach() @ w.t()
+
+
+def _of_diagonal(w: Tensor, c: Tensor) -> Tensor:
+    return c * w
 
 
 # For each rule, the product W c with which autograd of the plain loop gives the rule's gradient: see docs/exactness.md.
@@ -186,6 +200,8 @@ def oracle(task: str, arrays: Mapping[str, np.ndarray], gradient: str) -> dict[s
     if TASKS[task].learns:
         return learned(task, arrays, gradient)
     network, product = NETWORKS[TASKS[task].network], GRADIENTS[gradient]
+    if network.diagonal:
+        product = _of_diagonal if gradient != "eprop" else lambda w, c: _of_diagonal(w, c.detach())
     given = {name: torch.from_numpy(array).double() for name, array in arrays.items()}
     parameters = {name: given[name].requires_grad_() for name in network.parameters}
     state, outputs = states(network, given), []
@@ -194,10 +210,12 @@ def oracle(task: str, arrays: Mapping[str, np.ndarray], gradient: str) -> dict[s
         entering = [product(w, state[read]) for w, read in zip(matrices, network.reads, strict=True)]
         from_input = [x]
         if network.has_input_weights:
-            joined = x @ parameters["weight_ih"].t() + parameters["bias_ih"]
+            joined = x @ parameters["weight_ih"].t()
             from_input = list(joined.chunk(len(network.reads), 1))
-            biases = network.gates(parameters["bias_hh"])
-            entering = [a + bias for a, bias in zip(entering, biases, strict=True)]
+        if "bias_ih" in parameters:
+            for terms, name in ((from_input, "bias_ih"), (entering, "bias_hh")):
+                biases = network.gates(parameters[name])
+                terms[:] = [term + bias for term, bias in zip(terms, biases, strict=True)]
         state = network.step(torch, entering, from_input, state)
         outputs.append(state[0])
     found = torch.autograd.grad(
