@@ -282,7 +282,7 @@ def probe_command(
     neighbours: Annotated[int, typer.Option(help="How many nearest neighbours vote, at most.")] = 20,
     out: RecordFile = None,
 ) -> None:
-    """Tell labels of scenes from a trained model's frozen h, and from x: a linear probe, and nearest neighbours."""
+    """Tell labels of scenes from a trained model's frozen h, and from x: linear, nearest neighbours, attentive."""
     with user_errors(), needs("rjepa", PACKAGES):
         from .probes import PROBES, probe
         from .train import finished

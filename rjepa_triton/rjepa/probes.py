@@ -1,8 +1,13 @@
 """Probes for labels: what a classifier finds of the labels of scenes in a frozen h(t), beside what it finds in x(t).
 
-Two classifiers of scikit-learn: logistic regression ("linear"), and the vote of the nearest neighbours by the cosine
-("neighbours"). They see h(t) of single steps, late in the sequence, of the training sequences, and are tested on
-sources that are held out whole. x(t) is of the patch alone: what h tells beyond it is memory.
+Two classifiers of scikit-learn see h(t) of single steps, late in the sequence: logistic regression ("linear"), and the
+vote of the nearest neighbours by the cosine ("neighbours"). A third sees h(1) … h(t) and learns where to look
+("attentive"): logistic regression on what a query q gathers,
+
+    Σ_{s ≤ t} w_s h(s),        w = softmax over s ≤ t of q·h(s) / √P
+
+All learn from the training sequences and are tested on sources that are held out whole. x(t) is of the patch alone:
+what h tells beyond it is memory.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .. import _checks as check
 from ..bench.harness.statistics import interval
@@ -22,7 +28,7 @@ from .sequences import Sequences
 from .train import Finished
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # C, the inverse of the penalty, of logistic regressions that are tried
-PROBES = ("linear", "neighbours")
+PROBES = ("linear", "neighbours", "attentive")
 
 
 def probe(run: Finished, file: str | Path, *, column: str = "label", neighbours: int = 20) -> dict[str, Any]:
@@ -35,9 +41,9 @@ def probe(run: Finished, file: str | Path, *, column: str = "label", neighbours:
     labels        the labels, sorted
     rows          fixations that were used of the "train" and "test" side, and those without a label, "unlabelled"
     most_frequent    accuracy of always saying the most frequent label of training
-    linear, neighbours   for "h" and "x" each: accuracy, and balanced_accuracy, the mean over the test's labels; "gain":
-                  accuracy from h less that from x, [mean, half its 95 % interval] over test sequences; None for the
-                  half-width of fewer than two
+    linear, neighbours, attentive   for "h" and "x" each: accuracy, and balanced_accuracy, the mean over the test's
+                  labels; "gain": accuracy from h less that from x, [mean, half its 95 % interval] over test
+                  sequences; None for the half-width of fewer than two
 
     Raises ValueError if data.order isn't "recorded", if training has fewer than two labels or lacks one of the test's,
     and what `stretches.read` raises.
@@ -71,11 +77,12 @@ def probe(run: Finished, file: str | Path, *, column: str = "label", neighbours:
     strength: float | None = None
     right: dict[str, dict[str, np.ndarray]] = {name: {} for name in PROBES}
     for inputs in ("x", "h"):  # x's strength is h's, too
-        rows = [
-            embedded(run.model, side, inputs).double().numpy()[-len(which) :][which]
-            for side, which in ((run.data.train, train), (run.data.test, test))
+        steps = [
+            embedded(run.model, side, inputs).double().numpy() for side in (run.data.train, run.data.test)
         ]
+        rows = [all_of[-len(which) :][which] for all_of, which in zip(steps, (train, test), strict=True)]
         predicted, strength = classified(rows[0], learned, rows[1], groups, neighbours, strength)
+        predicted["attentive"] = attended((steps[0], train), learned, (steps[1], test), strength)
         for name, said in predicted.items():
             right[name][inputs] = said == wanted
             record.setdefault(name, {})[inputs] = {
@@ -99,7 +106,7 @@ def classified(
     neighbours: int,
     strength: float | None = None,
 ) -> tuple[dict[str, np.ndarray], float]:
-    """What each of `PROBES` that learns from rows (n, P) and labels (n,) says of test rows, and the strength C.
+    """What each classifier of single rows (n, P) that learns from labels (n,) says of test rows, and the strength C.
 
     groups: (n,) what is left out as a whole in the cross-validation that chooses C, unless `strength` is given: each
     label's rows must be of at least two groups, else C is 1.
@@ -115,6 +122,67 @@ def classified(
         "neighbours": KNeighborsClassifier(min(neighbours, len(a)), metric="cosine"),
     }
     return {name: one.fit(a, labels).predict(b) for name, one in made.items()}, strength
+
+
+def attended(
+    train: tuple[np.ndarray, np.ndarray],
+    labels: np.ndarray,
+    test: tuple[np.ndarray, np.ndarray],
+    strength: float,
+) -> np.ndarray:
+    """What the attentive classifier says of each test row.
+
+    train, test: all steps (T, n, P), and which of the last L have a label, (L, n). labels: those of training, in
+    the order of `which`. It lessens C times the sum of the cross-entropies plus half the squares of q and of the
+    weights of the regression, C = strength, by L-BFGS from q = 0, the mean. Training takes whole sequences, at most
+    `evidence.CHOOSING` rows or one sequence.
+    """
+    from scipy.optimize import minimize
+
+    (steps, which), names = train, np.unique(labels)
+    rows = steps[-len(which) :][which]
+    mean, std = rows.mean(0), np.maximum(rows.std(0), 1e-8)
+    place = np.zeros(which.shape, dtype=np.int64)
+    place[which] = np.searchsorted(names, labels)
+    taken = np.linspace(
+        0, which.shape[1] - 1, max(1, min(which.shape[1], evidence.CHOOSING // len(which)))
+    ).astype(int)
+    taken = np.union1d(taken, [np.argmax(((place == k) & which).any(0)) for k in range(len(names))])
+    given = torch.from_numpy(evidence.standardised(steps[:, taken], mean, std))
+    seen = torch.from_numpy(which[:, taken])
+    aim, width = torch.from_numpy(place[:, taken])[seen], steps.shape[-1]
+
+    def split(parameters: np.ndarray) -> list[torch.Tensor]:
+        """q (P,), the regression's weights (K, P) and biases (K,)."""
+        parts = torch.from_numpy(parameters).split([width, len(names) * width, len(names)])
+        return [part.view(shape) for part, shape in zip(parts, [(-1,), (-1, width), (-1,)], strict=True)]
+
+    def objective(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        query, weights, bias = (part.requires_grad_() for part in split(parameters))
+        logits = torch.nn.functional.linear(_gathered(given, query, len(which))[seen], weights, bias)
+        loss = strength * torch.nn.functional.cross_entropy(logits, aim, reduction="sum")
+        loss = loss + 0.5 * (query.square().sum() + weights.square().sum())
+        found = torch.autograd.grad(loss, [query, weights, bias])
+        return float(loss.detach()), torch.cat([one.flatten() for one in found]).numpy()
+
+    start = np.zeros(width + len(names) * (width + 1))
+    query, weights, bias = split(minimize(objective, start, jac=True, method="L-BFGS-B").x)
+    (steps, which), found = test, []
+    for part in np.array_split(np.arange(which.shape[1]), max(1, which.size // evidence.CHOOSING)):
+        given = torch.from_numpy(evidence.standardised(steps[:, part], mean, std))
+        found.append(
+            torch.nn.functional.linear(_gathered(given, query, len(which)), weights, bias).argmax(-1)
+        )
+    return names[torch.cat(found, dim=1).numpy()[which]]
+
+
+def _gathered(steps: torch.Tensor, query: torch.Tensor, last: int) -> torch.Tensor:
+    """What a query (P,) gathers of steps (T, n, P) up to each of the last L, (L, n, P)."""
+    count = len(steps)
+    score = steps @ query / steps.shape[-1] ** 0.5
+    later = torch.ones(count, count, dtype=torch.bool).triu(1)[-last:, :, None]
+    share = score.expand(last, -1, -1).masked_fill(later, -torch.inf).softmax(1)
+    return torch.einsum("tsn,snp->tnp", share, steps)
 
 
 def _chosen(rows: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:

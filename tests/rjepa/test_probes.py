@@ -45,6 +45,51 @@ def test_neighbours_are_those_of_the_largest_cosine() -> None:
         assert got == next(one for one in "abc" if nearest.count(one) == most)
 
 
+def test_the_attentive_probe_of_one_step_is_logistic_regression() -> None:
+    rng = np.random.default_rng(2)
+    train, test = rng.standard_normal((1, 90, 4)), rng.standard_normal((1, 200, 4))
+    labels = np.array(list("abc"))[(train[0] @ rng.standard_normal((4, 3)) + 0.5).argmax(1)]
+    said = probes.attended((train, np.ones((1, 90), bool)), labels, (test, np.ones((1, 200), bool)), 0.1)
+    want, _ = probes.classified(train[0], labels, test[0], np.arange(90), 5, 0.1)
+    assert np.mean(said == want["linear"]) > 0.98  # but for rows at a boundary
+    assert set(said) == {"a", "b", "c"}
+
+
+def test_the_attentive_probe_finds_the_step_that_tells() -> None:
+    """One step of each history, marked by one number, has the label in another; the steps around it say something else."""
+    rng = np.random.default_rng(3)
+
+    def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
+        steps = rng.standard_normal((8, count, 5))
+        steps[..., 0] = 0
+        label, place = rng.integers(0, 2, count), rng.integers(0, 6, count)
+        steps[place, np.arange(count), 0] = 6
+        steps[place, np.arange(count), 1] = 3.0 * label - 1.5
+        return steps, np.array(["a", "b"])[label]
+
+    (train, labels), (test, wanted) = drawn(300), drawn(300)
+    both = [np.ones((2, 300), bool)] * 2  # of the last two steps, by which the mark has passed
+    said = probes.attended((train, both[0]), np.tile(labels, 2), (test, both[1]), 1.0)
+    assert np.mean(said == np.tile(wanted, 2)) > 0.95
+    alone, _ = probes.classified(train[-1], labels, test[-1], np.arange(300), 5, 1.0)
+    assert np.mean(alone["linear"] == wanted) < 0.6
+    # a label at a step is told by what came before it alone
+    changed = test.copy()
+    changed[-1] = 100.0
+    again = probes.attended((train, both[0]), np.tile(labels, 2), (changed, both[1]), 1.0)
+    assert np.array_equal(again[:300], said[:300])
+
+
+def test_the_attentive_probe_of_single_labels() -> None:
+    """Which steps have a label may differ by sequence, and the labels go with them in the order of `which`."""
+    rng = np.random.default_rng(4)
+    steps, which = rng.standard_normal((3, 60, 2)), rng.random((2, 60)) < 0.5
+    labels = np.where(steps[-2:, :, 0].cumsum(0)[which] > 0, "up", "down")
+    said = probes.attended((steps, which), labels, (steps, which), 1.0)
+    assert said.shape == labels.shape
+    assert np.mean(said == labels) > 0.75
+
+
 def test_a_label_of_one_group_needs_no_choice() -> None:
     rows, labels = np.eye(4), np.array(["a", "a", "b", "b"])
     _, strength = probes.classified(rows, labels, rows, np.array([0, 0, 1, 1]), 3)
