@@ -63,6 +63,9 @@ def plan_command(
     ] = None,
     link: Annotated[float, typer.Option(help="With --ranks: GB/s that a rank receives.")] = 50.0,
     latency: Annotated[float, typer.Option(help="With --ranks: µs of one message between ranks.")] = 5.0,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --ranks: draw them too, as PNG and SVG of this name.")
+    ] = None,
     markdown: options.Markdown = False,
 ) -> None:
     """Predict what each algorithm and form would cost on a device, which fit, and which to take."""
@@ -93,7 +96,13 @@ def plan_command(
     if save is not None:
         plan.save(chosen, save)
     if ranks is not None:
-        print_tables(scale.tables(question, chosen, ranks, scale.link_of(link, latency)), markdown)
+        joined = scale.link_of(link, latency)
+        print_tables(scale.tables(question, chosen, ranks, joined), markdown)
+        if plot is not None:
+            from . import scale_plot
+
+            for written in scale_plot.draw(question, chosen, ranks, joined, plot):
+                typer.echo(f"wrote {written}")
         return
     found = plan.predictions(question, chosen)
     print_tables([plan.table(question, chosen, found)], markdown)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from rjepa_triton import RGC
 from rjepa_triton.bench.cli import bench
+from rjepa_triton.bench.planner import plan, scale, scale_plot
 from rjepa_triton.online import counting
 from rjepa_triton.planning import cost, devices, sharding
 
@@ -59,3 +62,27 @@ def test_the_command_prints_strong_and_weak_scaling() -> None:
         bad = CliRunner().invoke(bench, [*asked, "--ranks", "4", option, value])
         assert bad.exit_code == 2
         assert says in bad.output
+
+
+def test_the_plot_shows_the_tables_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(scale_plot, "save", lambda figure, path: drawn.append(figure) or [path])
+    asked = ["plan", "--device", "h100", "--hidden", "512", "--batch", "8", "--ranks", "8"]
+    shown = CliRunner().invoke(bench, [*asked, "--plot", str(tmp_path / "scaling.png")])
+    assert shown.exit_code == 0, shown.output
+    assert f"wrote {tmp_path / 'scaling.png'}" in " ".join(shown.output.split())
+    (figure,) = drawn
+    question, device = plan.Question(512, 8), devices.known()["h100"]
+    for axes, weak in zip(figure.axes, (False, True), strict=True):
+        want = [one for _, one in scale.predicted(question, device, 8, scale.link_of(50, 5), weak)]
+        step, sending, ideal = axes.get_lines()
+        assert list(step.get_xdata()) == [1, 2, 4, 8]
+        assert list(step.get_ydata()) == [one.seconds for one in want]
+        assert list(sending.get_ydata()) == [one.sending for one in want[1:]]
+        assert ideal.get_ydata()[-1] == want[0].seconds / (1 if weak else 8)
+
+
+def test_one_rank_is_drawn_too(tmp_path: Path) -> None:
+    asked = ["plan", "--device", "h100", "--hidden", "512", "--ranks", "1", "--plot", str(tmp_path / "one")]
+    assert CliRunner().invoke(bench, asked).exit_code == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"one.png", "one.svg"}
