@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import kept, load_planes
 from ._launch import check_dims, check_tensor
 
 
@@ -59,45 +60,6 @@ class CellFunctions(NamedTuple):
     transition: Any
     dual: Any
     exact: Any
-
-
-@triton.jit
-def load_planes(ptr, at, plane, mask, COUNT: tl.constexpr):
-    """COUNT blocks, each `plane` numbers behind the one before."""
-    blocks = ()
-    for k in tl.static_range(COUNT):
-        blocks = blocks + (tl.load(ptr + k * plane + at, mask=mask, other=0.0),)
-    return blocks
-
-
-@triton.jit
-def part(blocks, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT of the blocks, from the FIRST on."""
-    found = ()
-    for k in tl.static_range(COUNT):
-        found = found + (blocks[FIRST + k],)
-    return found
-
-
-@triton.jit
-def load_at(ptrs, at, mask):
-    """A block from each of some pointers; zeros where there is none."""
-    blocks = ()
-    for k in tl.static_range(len(ptrs)):
-        if ptrs[k] is None:
-            blocks = blocks + (tl.zeros(at.shape, tl.float32),)
-        else:
-            blocks = blocks + (tl.load(ptrs[k] + at, mask=mask, other=0.0),)
-    return blocks
-
-
-@triton.jit
-def kept(keep, blocks):
-    """The blocks, zero where `keep` isn't."""
-    found = ()
-    for k in tl.static_range(len(blocks)):
-        found = found + (tl.where(keep, blocks[k], 0.0),)
-    return found
 
 
 @triton.jit

@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+MAX_STATES = 4  # states a unit that kernels take
+
 
 def check_tensor(
     name: str,
@@ -65,18 +67,21 @@ def check_gammas(gammas: object) -> tuple[int, int, int, int]:
 
     Raises:
         TypeError: `gammas` isn't a tuple or list of tensors, or one of them isn't float32 or bfloat16.
-        ValueError: there aren't one or two; they aren't contiguous, differ in shape, dtype or device, or share memory.
+        ValueError: there are none or more than four; they aren't contiguous, differ in shape, dtype or device, or
+            share memory.
     """
     if not isinstance(gammas, (tuple, list)):
         raise TypeError(f"gammas must be a tuple or a list of tensors, got {type(gammas).__name__}")
-    if len(gammas) not in (1, 2):
-        raise ValueError(f"gammas must hold one tensor a state, 1 or 2, got {len(gammas)}")
+    if not 1 <= len(gammas) <= MAX_STATES:
+        raise ValueError(f"gammas must hold one tensor a state, 1 to {MAX_STATES}, got {len(gammas)}")
     sizes = check_dims("gammas[0]", gammas[0], "BKNM")
     check_tensor("gammas[0]", gammas[0], sizes, gammas[0], (torch.float32, torch.bfloat16))
+    starts = {gammas[0].data_ptr(): 0}
     for nu, gamma in enumerate(gammas[1:], start=1):
         check_tensor(f"gammas[{nu}]", gamma, sizes, gammas[0], (gammas[0].dtype,))
-        if gamma.data_ptr() == gammas[0].data_ptr():
-            raise ValueError(f"gammas must not share memory: gammas[{nu}] starts where gammas[0] does")
+        other = starts.setdefault(gamma.data_ptr(), nu)
+        if other != nu:
+            raise ValueError(f"gammas must not share memory: gammas[{nu}] starts where gammas[{other}] does")
     batch, matrices, units, fan_in = sizes
     return batch, matrices, units, fan_in
 

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cell import CellFunctions, check_matrices, check_trajectory, kept, load_planes
+from ._blocks import kept, load_planes
+from ._cell import CellFunctions, check_matrices, check_trajectory
 from ._launch import check_runnable, check_tensor, device_sizes, vector_width
 from .cell_forward import pick_pointwise_config
 

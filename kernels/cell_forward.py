@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cell import CellFunctions, load_planes, pre_activations
+from ._blocks import load_planes
+from ._cell import CellFunctions, pre_activations
 from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vector_width
 
 

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cell import CellFunctions, check_matrices, kept, load_planes, part, pre_activations
+from ._blocks import kept, load_planes, part
+from ._cell import CellFunctions, check_matrices, pre_activations
 from ._launch import check_dims, check_runnable, check_tensor, device_sizes
 
 # Largest layers that one program takes through all steps; up to SMALL units, two programs or more share a

@@ -26,69 +26,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cell import (
-    CellFunctions,
-    check_trajectory,
+from ._blocks import (
+    add,
+    identity,
     kept,
     load_at,
-    load_diagonals,
     load_planes,
-    load_step,
     part,
+    store_planes,
+    times,
+    transposed_times,
+    zeros,
 )
+from ._cell import CellFunctions, check_trajectory, load_diagonals, load_step
 from ._launch import check_runnable, check_tensor, device_sizes, vector_width
-from .reverse_scan import ScanConfig, pick_steps
-
-
-@triton.jit
-def _times(r, m, S: tl.constexpr):
-    """The S×S product R M, row by row."""
-    out = ()
-    for i in tl.static_range(S):
-        for j in tl.static_range(S):
-            total = r[i * S] * m[j]
-            for k in tl.static_range(1, S):
-                total += r[i * S + k] * m[k * S + j]
-            out = out + (total,)
-    return out
-
-
-@triton.jit
-def _transposed_times(r, credit, S: tl.constexpr):
-    """Rᵀ λ."""
-    out = ()
-    for j in tl.static_range(S):
-        total = r[j] * credit[0]
-        for k in tl.static_range(1, S):
-            total += r[k * S + j] * credit[k]
-        out = out + (total,)
-    return out
-
-
-@triton.jit
-def _sum(a, b):
-    """The sums of two tuples' blocks, one by one."""
-    out = ()
-    for k in tl.static_range(len(a)):
-        out = out + (a[k] + b[k],)
-    return out
-
-
-@triton.jit
-def _zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(COUNT):
-        out = out + (tl.zeros((BLOCK,), tl.float32),)
-    return out
-
-
-@triton.jit
-def _identity(S: tl.constexpr, BLOCK: tl.constexpr):
-    out = ()
-    for i in tl.static_range(S):
-        for j in tl.static_range(S):
-            out = out + (tl.full((BLOCK,), 1.0 if i == j else 0.0, tl.float32),)
-    return out
+from .reverse_scan import ScanConfig, pick_steps, store_summary, through_blocks
 
 
 # Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. No memory layout depends on T or
@@ -179,8 +131,8 @@ def _dual_summary_kernel(
     plane = wide_bn * T
 
     w = load_diagonals(own_ptrs, own_strides, (unit % N).to(tl.int64), mask)
-    r = _identity(S, BLOCK)
-    later = _zeros(S, BLOCK)
+    r = identity(S, BLOCK)
+    later = zeros(S, BLOCK)
     for step in tl.range(0, count, num_stages=STAGES):
         t = tl.cast(first + count - 1 - step, tl.int64)
         c, v, x, keep = load_step(
@@ -190,15 +142,10 @@ def _dual_summary_kernel(
         m = TRANSITION(c, v, x, w)
         if resets_ptr is not None:
             m = kept(keep, m)
-        later = _transposed_times(m, _sum(delta, later), S)
-        r = _times(r, m, S)
+        later = transposed_times(m, add(delta, later), S)
+        r = times(r, m, S)
 
-    at = tl.program_id(1) * wide_bn + unit
-    apart = wide_bn * tl.num_programs(1)
-    for k in tl.static_range(S * S):
-        tl.store(product_ptr + k * apart + at, r[k], mask=mask)
-    for k in tl.static_range(S):
-        tl.store(local_ptr + k * apart + at, later[k], mask=mask)
+    store_summary(product_ptr, local_ptr, r, later, unit, BN, mask)
 
 
 @triton.jit(do_not_specialize=["T", "block_steps", "stride_before"])
@@ -243,24 +190,18 @@ def _dual_kernel(
 
     w = load_diagonals(own_ptrs, own_strides, n.to(tl.int64), mask)
     # the credit that the step after the current one passes back, M(t+1)ᵀ λ(t+1)
-    later = _zeros(S, BLOCK)
+    later = zeros(S, BLOCK)
     if carry_ptr is not None:
         later = load_planes(carry_ptr, unit, wide_bn, mask, S)
     if product_ptr is not None:
-        summaries = tl.num_programs(1) - 1
-        apart = wide_bn * summaries
-        for step in tl.range(0, summaries - tl.program_id(1), num_stages=STAGES):
-            at = tl.cast(summaries - 1 - step, tl.int64) * BN + unit
-            r = load_planes(product_ptr, at, apart, mask, S * S)
-            local = load_planes(local_ptr, at, apart, mask, S)
-            later = _sum(local, _transposed_times(r, later, S))
+        later = through_blocks(product_ptr, local_ptr, later, unit, BN, mask, S, STAGES)
 
     for step in tl.range(0, count, num_stages=STAGES):
         t = tl.cast(first + count - 1 - step, tl.int64)
         c, v, x, keep = load_step(
             x_ptr, saved_ptr, before_ptr, resets_ptr, t, unit, row, N, BN, plane, stride_before, mask, S, J, F
         )
-        credit = _sum(load_at(delta_ptrs, t * BN + unit, mask), later)
+        credit = add(load_at(delta_ptrs, t * BN + unit, mask), later)
         found = DUAL(c, v, x, w, credit)
         for k in tl.static_range(len(written_ptrs)):
             at = ROWS[k] * (t * BN + row * N) + n
@@ -270,8 +211,7 @@ def _dual_kernel(
             later = kept(keep, later)
 
     mask = mask & (tl.program_id(1) == 0)
-    for k in tl.static_range(S):
-        tl.store(passed_ptr + k * wide_bn + unit, later[k], mask=mask)
+    store_planes(passed_ptr, unit, wide_bn, later, mask)
 
 
 class Config(NamedTuple):

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cell import CellFunctions, check_matrices, kept, load_planes, pre_activations
+from ._blocks import kept, load_planes
+from ._cell import CellFunctions, check_matrices, pre_activations
 from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vector_width
 
 # Most batch rows of one program: each row takes accumulators of its own, one for each matrix. The weights are read

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cell import kept, part
+from ._blocks import kept, part
 from ._launch import check_runnable
 from ._stream import (
     INPUT,

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import moved, on_states
 from ._launch import check_dims, check_gammas, check_runnable, check_tensor, vector_width
 
 
@@ -28,8 +29,7 @@ from ._launch import check_dims, check_gammas, check_runnable, check_tensor, vec
 # or K, so it would be wasted work.
 @triton.jit(do_not_specialize=["C", "B", "K"])
 def _gamma_chunk_kernel(
-    gamma0_ptr,  # [B, K, N, M]
-    gamma1_ptr,  # [B, K, N, M], or None for one state
+    gamma_ptrs,  # S of [B, K, N, M]
     whole_ptr,  # [S, S, B, N], R(0)
     u_ptr,  # [S, C, B, K, N], U
     y_ptr,  # [C, B, K, M]
@@ -46,6 +46,7 @@ def _gamma_chunk_kernel(
     VECTOR_U: tl.constexpr,  # numbers of U that one memory access moves; divides N
     BLOCK_C: tl.constexpr,  # steps that one `tl.dot` sums over; 1 for outer products in registers
 ):
+    S: tl.constexpr = len(gamma_ptrs)
     # The chunk's own part of the gradient, Σ E yᵀ, would need a third accumulator here: a GEMM of its own makes it.
 
     # These leave N and M as they are, and show the compiler what divides them.
@@ -72,9 +73,7 @@ def _gamma_chunk_kernel(
     y_step = wide_k * M * B
     plane = wide_n * B
 
-    gamma0_ptr += corner
-    if gamma1_ptr is not None:
-        gamma1_ptr += corner
+    gamma_ptrs = moved(gamma_ptrs, corner)
     whole_ptr += i0
     u_ptr += k * N + i0
     y_ptr += k * M + j0
@@ -83,27 +82,24 @@ def _gamma_chunk_kernel(
 
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for _ in range(B):
-        old0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-        r00 = tl.load(whole_ptr + row, mask=in_n, other=0.0)[:, None]
+        old = ()
+        for nu in tl.static_range(S):
+            old = old + (tl.load(gamma_ptrs[nu] + tile, mask=inside, other=0.0).to(tl.float32),)
+        r = ()
+        for each in tl.static_range(S * S):
+            r = r + (tl.load(whole_ptr + each * plane + row, mask=in_n, other=0.0)[:, None],)
         # What no credit reads and what is forgotten counts as zero, even where Γ is NaN: a reset selects.
         if credit_ptr is not None:
-            credit0 = tl.load(credit_ptr + row, mask=in_n, other=0.0)[:, None]
-            total += credit0 * tl.where(credit0 == 0.0, 0.0, old0)
-        if gamma1_ptr is None:
-            new0 = r00 * tl.where(r00 == 0.0, 0.0, old0)
-        else:
-            old1 = tl.load(gamma1_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-            r01 = tl.load(whole_ptr + plane + row, mask=in_n, other=0.0)[:, None]
-            r10 = tl.load(whole_ptr + 2 * plane + row, mask=in_n, other=0.0)[:, None]
-            r11 = tl.load(whole_ptr + 3 * plane + row, mask=in_n, other=0.0)[:, None]
-            if credit_ptr is not None:
-                credit1 = tl.load(credit_ptr + plane + row, mask=in_n, other=0.0)[:, None]
-                total += credit1 * tl.where(credit1 == 0.0, 0.0, old1)
-            forgets = (r00 == 0.0) & (r01 == 0.0) & (r10 == 0.0) & (r11 == 0.0)
-            old0 = tl.where(forgets, 0.0, old0)
-            old1 = tl.where(forgets, 0.0, old1)
-            new0 = r00 * old0 + r01 * old1
-            new1 = r10 * old0 + r11 * old1
+            for nu in tl.static_range(S):
+                credit = tl.load(credit_ptr + nu * plane + row, mask=in_n, other=0.0)[:, None]
+                total += credit * tl.where(credit == 0.0, 0.0, old[nu])
+        forgets = r[0] == 0.0
+        for each in tl.static_range(1, S * S):
+            forgets = forgets & (r[each] == 0.0)
+        before = ()
+        for nu in tl.static_range(S):
+            before = before + (tl.where(forgets, 0.0, old[nu]),)
+        new = on_states(r, before, S)
 
         # The products accumulate into the transformed Γ₀: accumulators of their own would take registers, and spill.
         if BLOCK_C == 1:
@@ -111,9 +107,11 @@ def _gamma_chunk_kernel(
             y_at = y_ptr + col
             for _t in range(C):
                 y = tl.load(y_at, mask=in_m, other=0.0)[None, :]
-                new0 += tl.load(u_at, mask=in_n, other=0.0)[:, None] * y
-                if gamma1_ptr is not None:
-                    new1 += tl.load(u_at + C * u_step, mask=in_n, other=0.0)[:, None] * y
+                sums = ()
+                for nu in tl.static_range(S):
+                    u = tl.load(u_at + nu * C * u_step, mask=in_n, other=0.0)[:, None]
+                    sums = sums + (new[nu] + u * y,)
+                new = sums
                 u_at += u_step
                 y_at += y_step
         else:
@@ -124,17 +122,15 @@ def _gamma_chunk_kernel(
                 y = tl.load(y_at, mask=in_c[:, None] & in_m[None, :], other=0.0)
                 u_at = u_ptr + t[None, :] * u_step + row[:, None]
                 u_mask = in_n[:, None] & in_c[None, :]
-                u0 = tl.load(u_at, mask=u_mask, other=0.0)
-                new0 = tl.dot(u0, y, new0, input_precision="tf32")
-                if gamma1_ptr is not None:
-                    u1 = tl.load(u_at + C * u_step, mask=u_mask, other=0.0)
-                    new1 = tl.dot(u1, y, new1, input_precision="tf32")
+                sums = ()
+                for nu in tl.static_range(S):
+                    u = tl.load(u_at + nu * C * u_step, mask=u_mask, other=0.0)
+                    sums = sums + (tl.dot(u, y, new[nu], input_precision="tf32"),)
+                new = sums
 
-        tl.store(gamma0_ptr + tile, new0.to(gamma0_ptr.dtype.element_ty), mask=inside)
-        gamma0_ptr += wide_k * N * M
-        if gamma1_ptr is not None:
-            tl.store(gamma1_ptr + tile, new1.to(gamma1_ptr.dtype.element_ty), mask=inside)
-            gamma1_ptr += wide_k * N * M
+        for nu in tl.static_range(S):
+            tl.store(gamma_ptrs[nu] + tile, new[nu].to(gamma_ptrs[nu].dtype.element_ty), mask=inside)
+        gamma_ptrs = moved(gamma_ptrs, wide_k * N * M)
         whole_ptr += wide_n
         u_ptr += wide_k * N
         y_ptr += wide_k * M
@@ -162,27 +158,30 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def pick_config(N: int, M: int, C: int, dtype: torch.dtype, precision: str) -> Config:
-    """The layout for Γ (B, K, N, M) over C steps.
+def pick_config(N: int, M: int, C: int, dtype: torch.dtype, precision: str, S: int = 2) -> Config:
+    """The layout for Γ (B, K, N, M) of S states over C steps.
 
     A pure function, no autotuner: an autotuner runs a kernel repeatedly, and this one works in place.
 
-    A thread holds 16 numbers of each state, which leaves room for two or more programs per multiprocessor.
+    A thread holds 16 numbers of each state, 8 where there are more than two, which leaves room for two or more programs
+    per multiprocessor.
     Tensor cores pay from 32 steps per chunk on, and need tiles of at least 64 rows. For shorter chunks, and in float32
-    ("ieee"), outer products in registers are as fast and take less room.
+    ("ieee"), outer products in registers are as fast and take less room. With more than two states the tiles for tensor
+    cores would spill.
     """
+    fewer = 1 if S <= 2 else 2
     vector = vector_width(M, dtype)
     if vector == 1:
         # Each number has an address and a mask of its own: with more than half as many numbers per thread, registers
         # spill.
-        return Config(4, 64, 1, vector, num_warps=1, num_stages=1)
+        return Config(4 if S <= 2 else 1, 64, 1, vector, num_warps=1, num_stages=1)
     if triton.cdiv(N, 32) * triton.cdiv(M, 64) < 64:
         # Programs of four warps would be too few to fill a GPU: take one warp each, with as many numbers per thread.
-        return Config(8, 64, 1, vector, num_warps=1, num_stages=1)
-    if precision == "tf32" and C >= 32:
+        return Config(8 // fewer, 64, 1, vector, num_warps=1, num_stages=1)
+    if precision == "tf32" and C >= 32 and S <= 2:
         # One stage: loading the next operands ahead takes registers, and room for one program per multiprocessor.
         return Config(64, 32, 32, vector, num_warps=4, num_stages=1)
-    return Config(32, 64, 1, vector, num_warps=4, num_stages=1)
+    return Config(32 // fewer, 64, 1, vector, num_warps=4, num_stages=1)
 
 
 def gamma_chunk_(
@@ -205,7 +204,7 @@ def gamma_chunk_(
     fixed order: two runs agree in every bit.
 
     Args:
-        gammas: Γ₀, one tensor (B, K, N, M) per state, S of 1 or 2, contiguous, float32 or bfloat16. Mutated: Γ after
+        gammas: Γ₀, one tensor (B, K, N, M) per state, S of at most 4, contiguous, float32 or bfloat16. Mutated: Γ after
             the chunk. Fast where a row of M numbers is a multiple of 16 bytes.
         whole: R(0), the product of the chunk's transitions, (S, S, B, N) float32, contiguous; the first index is the
             row ν.
@@ -214,7 +213,8 @@ def gamma_chunk_(
         y: what each matrix reads at each step, (C, B, K, M) float32, contiguous.
         credit: what the chunk passes back to the states before it, (S, B, N) float32, contiguous; or None.
         precision: of the products U yᵀ. "tf32" allows tensor cores, which keep 10 bits of each factor: an error
-            of 2⁻¹⁰ or less of each product. They are used where C is 32 or more and Γ is large enough to fill the GPU.
+            of 2⁻¹⁰ or less of each product. They are used where C is 32 or more, S is at most 2,
+            and Γ is large enough to fill the GPU.
 
     Returns:
         That part of the gradient, (K, N, M) float32, or None without credit.
@@ -239,12 +239,11 @@ def gamma_chunk_(
     gradient = None
     if credit is not None:
         gradient = torch.empty(matrices, units, fan_in, dtype=torch.float32, device=gamma.device)
-    config = pick_config(units, fan_in, steps, gamma.dtype, precision)
+    config = pick_config(units, fan_in, steps, gamma.dtype, precision, states)
     grid = (triton.cdiv(units, config.block_n) * triton.cdiv(fan_in, config.block_m), matrices)
     with torch.cuda.device_of(gamma):
         _gamma_chunk_kernel[grid](
-            gamma,
-            gammas[1] if states == 2 else None,
+            tuple(gammas),
             whole,
             arriving,
             y,

@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import moved
 from ._launch import check_gammas, check_runnable, check_tensor, device_sizes, split_rows
 from .gamma_step import pick_config
 
@@ -46,8 +47,7 @@ from .gamma_step import pick_config
 # alone, so for the others it would be wasted work.
 @triton.jit(do_not_specialize=["ROWS", "K", "stride_credit"])
 def _gamma_read_kernel(
-    gamma0_ptr,  # [B, K, N, M]
-    gamma1_ptr,  # [B, K, N, M], or None for one state
+    gamma_ptrs,  # S of [B, K, N, M]
     credit_ptr,  # [S, B, N]
     grad_ptr,  # [parts, K, N, M]
     ROWS,  # batch rows of one part; B = parts · ROWS
@@ -77,23 +77,19 @@ def _gamma_read_kernel(
     tile = row[:, None] * M + col[None, :]
     wide_k = tl.cast(K, tl.int64)
 
-    gamma0_ptr += b0 * K * N * M + corner
-    if gamma1_ptr is not None:
-        gamma1_ptr += b0 * K * N * M + corner
+    gamma_ptrs = moved(gamma_ptrs, b0 * K * N * M + corner)
     credit_ptr += b0 * N + i0
 
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for _ in range(ROWS):
         # What no credit reads counts as zero, even where Γ is NaN: a reset forgets.
-        gamma0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-        credit0 = tl.load(credit_ptr + row, mask=in_n, other=0.0)[:, None]
-        total += credit0 * tl.where(credit0 == 0.0, 0.0, gamma0)
-        if gamma1_ptr is not None:
-            gamma1 = tl.load(gamma1_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-            credit1 = tl.load(credit_ptr + stride_credit + row, mask=in_n, other=0.0)[:, None]
-            total += credit1 * tl.where(credit1 == 0.0, 0.0, gamma1)
-            gamma1_ptr += wide_k * N * M
-        gamma0_ptr += wide_k * N * M
+        for nu in tl.static_range(len(gamma_ptrs)):
+            gamma = tl.load(gamma_ptrs[nu] + tile, mask=inside, other=0.0).to(tl.float32)
+            credit = tl.load(credit_ptr + nu * tl.cast(stride_credit, tl.int64) + row, mask=in_n, other=0.0)[
+                :, None
+            ]
+            total += credit * tl.where(credit == 0.0, 0.0, gamma)
+        gamma_ptrs = moved(gamma_ptrs, wide_k * N * M)
         credit_ptr += N
     tl.store(grad_ptr + part * wide_k * N * M + corner + tile, total, mask=inside)
 
@@ -107,7 +103,7 @@ def gamma_read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
     is large, programs sum parts of the batch, and a second pass adds those up. Two runs on one GPU agree in every bit.
 
     Args:
-        gammas: Γ, one tensor (B, K, N, M) per state, S of 1 or 2, contiguous, float32 or bfloat16. Fast where a row
+        gammas: Γ, one tensor (B, K, N, M) per state, S of at most 4, contiguous, float32 or bfloat16. Fast where a row
             of M numbers is a multiple of 16 bytes.
         credit: ∂L/∂(state), (S, B, N) float32, contiguous beyond its first dimension.
 
@@ -127,12 +123,11 @@ def gamma_read(gammas: Sequence[Tensor], credit: Tensor) -> Tensor:
     rows = split_rows(states * gamma.nbytes // batch, batch, device_sizes(gamma).multiprocessors)
     parts = batch // rows
     gradients = torch.empty(parts, matrices, units, fan_in, dtype=torch.float32, device=gamma.device)
-    config = pick_config(units, fan_in, gamma.dtype)
+    config = pick_config(units, fan_in, gamma.dtype, False, states)
     tiles = triton.cdiv(units, config.block_n) * triton.cdiv(fan_in, config.block_m)
     with torch.cuda.device_of(gamma):
         _gamma_read_kernel[(tiles, matrices, parts)](
-            gamma,
-            gammas[1] if states == 2 else None,
+            tuple(gammas),
             credit,
             gradients,
             rows,

@@ -22,11 +22,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_gammas, check_runnable, check_tensor, device_sizes, split_rows, vector_width
+from ._blocks import moved
+from ._launch import (
+    MAX_STATES,
+    check_gammas,
+    check_runnable,
+    check_tensor,
+    device_sizes,
+    split_rows,
+    vector_width,
+)
 
 # Rounds of the Philox generator. With 7 it passes all tests of BigCrush (Salmon et al. 2011), and 10 are usual: for
 # rounding, 6 are enough.
 ROUNDS = tl.constexpr(6)
+STATES = tl.constexpr(MAX_STATES)
 
 
 @triton.jit
@@ -43,7 +53,7 @@ def _round_stochastically(value, rng_state_ptr, state: tl.constexpr, matrix, M, 
     row = i0 + tl.arange(0, value.shape[0])
     group = j0 // 8 + tl.arange(0, value.shape[1] // 8)
     within = row[:, None] * tl.cdiv(M, 8) + group[None, :]
-    step_high = ((step >> 32) * 2 + state).to(tl.int32)
+    step_high = ((step >> 32) * STATES + state).to(tl.int32)
     a, b, c, d = tl.philox(seed, within, matrix.to(tl.int32), step.to(tl.int32), step_high, n_rounds=ROUNDS)
     words = tl.join(tl.join(a, b), tl.join(c, d)).reshape(value.shape[0], value.shape[1] // 2)
     random = tl.join(words & 0xFFFF, words >> 16).reshape(value.shape)
@@ -62,10 +72,9 @@ def _round_stochastically(value, rng_state_ptr, state: tl.constexpr, matrix, M, 
     ]
 )  # fmt: skip
 def _gamma_step_kernel(
-    gamma0_ptr,  # [B, K, N, M]
-    gamma1_ptr,  # [B, K, N, M], or None for one state
+    gamma_ptrs,  # S of [B, K, N, M]
     m_ptr,  # [S, S, B, N]
-    phi_ptrs,  # S·K of [B, N], for state 0 and all matrices, then state 1; None where φ is zero
+    phi_ptrs,  # S·K of [B, N], for state 0 and all matrices, then state 1 and so on; None where φ is zero
     y_ptrs,  # K of [B, M]; with DIAGONAL of [B, N]
     delta_ptr,  # [S, B, N], or None to advance only
     grad_ptr,  # [parts, K, N, M], or None where weights take the step themselves
@@ -87,6 +96,7 @@ def _gamma_step_kernel(
 ):
     # One matrix per program: all of them would need K accumulators, which spills and saves only loads of M.
     K: tl.constexpr = len(y_ptrs)
+    S: tl.constexpr = len(gamma_ptrs)
     M = (
         M // VECTOR * VECTOR
     )  # leaves M and the stride as they are, and shows the compiler that VECTOR divides them
@@ -104,36 +114,32 @@ def _gamma_step_kernel(
     in_m = j0 + col < M
     inside = in_n[:, None] & in_m[None, :]
 
-    # Select matrix k's arrays. Where it doesn't enter state ν, phiν_ptr is a stand-in that is never read: the mask of
-    # its loads is `i < phiν_end`, and phiν_end stays 0.
+    # Select matrix k's arrays. Where it doesn't enter state ν, its pointer to φ is a stand-in that is never read: the
+    # mask of its loads is `i < end`, and the end stays 0.
     y_ptr = y_ptrs[0]
-    phi0_ptr = m_ptr
-    phi1_ptr = m_ptr
-    phi0_end = 0
-    phi1_end = 0
     for each in tl.static_range(K):
         if k == each:
             y_ptr = y_ptrs[each]
-            if phi_ptrs[each] is not None:
-                phi0_ptr = phi_ptrs[each]
-                phi0_end = N
-            if gamma1_ptr is not None and phi_ptrs[K + each] is not None:
-                phi1_ptr = phi_ptrs[K + each]
-                phi1_end = N
+    phi_ptr, phi_end = (), ()
+    for nu in tl.static_range(S):
+        ptr, end = m_ptr, 0
+        for each in tl.static_range(K):
+            if phi_ptrs[nu * K + each] is not None:  # noqa: SIM102 - decided at compile time, the next at run time
+                if k == each:
+                    ptr, end = phi_ptrs[nu * K + each], N
+        phi_ptr, phi_end = phi_ptr + (ptr + i0,), phi_end + (end,)
 
-    # Offsets that grow with B, K, N and M need 64 bits; those inside a tile fit in 32.
+    # Offsets that grow with B, K, N, M and T need 64 bits; those inside a tile fit in 32.
     corner = i0.to(tl.int64) * M + j0
     matrix = tl.cast(N, tl.int64) * M
     tile = row[:, None] * M + col[None, :]
     wide_n = tl.cast(N, tl.int64)
     wide_phi = tl.cast(stride_phi_b, tl.int64)
+    wide_to, wide_from = tl.cast(stride_m_to, tl.int64), tl.cast(stride_m_from, tl.int64)
+    wide_delta = tl.cast(stride_delta, tl.int64)
 
-    gamma0_ptr += (b0 * K + k) * matrix + corner
-    if gamma1_ptr is not None:
-        gamma1_ptr += (b0 * K + k) * matrix + corner
+    gamma_ptrs = moved(gamma_ptrs, (b0 * K + k) * matrix + corner)
     m_ptr += b0 * N + i0
-    phi0_ptr += i0
-    phi1_ptr += i0
     y_ptr += b0 * stride_y_b + (i0 if DIAGONAL else j0)
     if delta_ptr is not None:
         delta_ptr += b0 * N + i0
@@ -144,38 +150,31 @@ def _gamma_step_kernel(
             y = tl.load(y_ptr + row, mask=in_n, other=0.0)[:, None]
         else:
             y = tl.load(y_ptr + col, mask=in_m, other=0.0)[None, :]
-        old0 = tl.load(gamma0_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-        m00 = tl.load(m_ptr + row, mask=in_n, other=0.0)[:, None]
-        phi0 = tl.load(phi0_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < phi0_end, other=0.0)[:, None]
-        new0 = m00 * old0 + phi0 * y
-        if gamma1_ptr is not None:
-            old1 = tl.load(gamma1_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-            m01 = tl.load(m_ptr + stride_m_from + row, mask=in_n, other=0.0)[:, None]
-            m10 = tl.load(m_ptr + stride_m_to + row, mask=in_n, other=0.0)[:, None]
-            m11 = tl.load(m_ptr + stride_m_to + stride_m_from + row, mask=in_n, other=0.0)[:, None]
-            phi1 = tl.load(phi1_ptr + (b0 + b) * wide_phi + row, mask=i0 + row < phi1_end, other=0.0)[:, None]
-            new0 += m01 * old1
-            new1 = m10 * old0 + m11 * old1 + phi1 * y
+        old = ()
+        for nu in tl.static_range(S):
+            old = old + (tl.load(gamma_ptrs[nu] + tile, mask=inside, other=0.0).to(tl.float32),)
+        new = ()
+        for nu in tl.static_range(S):
+            mask = i0 + row < phi_end[nu]
+            value = tl.load(m_ptr + nu * wide_to + row, mask=in_n, other=0.0)[:, None] * old[0]
+            value += tl.load(phi_ptr[nu] + (b0 + b) * wide_phi + row, mask=mask, other=0.0)[:, None] * y
+            for source in tl.static_range(1, S):
+                to_ptr = m_ptr + nu * wide_to + source * wide_from
+                value += tl.load(to_ptr + row, mask=in_n, other=0.0)[:, None] * old[source]
+            new = new + (value,)
+        for nu in tl.static_range(S):
             if rng_state_ptr is not None:
-                kept1 = _round_stochastically(new1, rng_state_ptr, 1, (b0 + b) * K + k, M, i0, j0)
+                rounded = _round_stochastically(new[nu], rng_state_ptr, nu, (b0 + b) * K + k, M, i0, j0)
             else:
-                kept1 = new1.to(gamma1_ptr.dtype.element_ty)
-            tl.store(gamma1_ptr + tile, kept1, mask=inside)
-        if rng_state_ptr is not None:
-            kept0 = _round_stochastically(new0, rng_state_ptr, 0, (b0 + b) * K + k, M, i0, j0)
-        else:
-            kept0 = new0.to(gamma0_ptr.dtype.element_ty)
-        tl.store(gamma0_ptr + tile, kept0, mask=inside)
+                rounded = new[nu].to(gamma_ptrs[nu].dtype.element_ty)
+            tl.store(gamma_ptrs[nu] + tile, rounded, mask=inside)
         if delta_ptr is not None:
             # Reads the float32 values: that Γ is rounded to its own dtype doesn't change this step's gradient.
-            total += tl.load(delta_ptr + row, mask=in_n, other=0.0)[:, None] * new0
-            if gamma1_ptr is not None:
-                total += tl.load(delta_ptr + stride_delta + row, mask=in_n, other=0.0)[:, None] * new1
+            for nu in tl.static_range(S):
+                total += tl.load(delta_ptr + nu * wide_delta + row, mask=in_n, other=0.0)[:, None] * new[nu]
             delta_ptr += wide_n
 
-        gamma0_ptr += K * matrix
-        if gamma1_ptr is not None:
-            gamma1_ptr += K * matrix
+        gamma_ptrs = moved(gamma_ptrs, K * matrix)
         m_ptr += wide_n
         y_ptr += stride_y_b
 
@@ -204,26 +203,29 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def pick_config(N: int, M: int, dtype: torch.dtype, stochastic: bool = False) -> Config:
-    """The layout for Γ (B, K, N, M), which is rounded stochastically or not.
+def pick_config(N: int, M: int, dtype: torch.dtype, stochastic: bool = False, S: int = 2) -> Config:
+    """The layout for Γ (B, K, N, M) of S states, which is rounded stochastically or not.
 
     A pure function, no autotuner: an autotuner runs a kernel repeatedly, and this one works in place.
 
     A thread holds 16 numbers of each state, which are four 128-bit loads of float32, and leave registers for three or
-    more programs per multiprocessor, in either dtype. Twice as many spill. Rows of 64 numbers are whole cache lines.
+    more programs per multiprocessor, in either dtype. Twice as many spill; of three or four states a thread holds half
+    as many. Rows of 64 numbers are whole cache lines.
     """
+    fewer = 1 if S <= 2 else 2
     vector = vector_width(M, dtype)
     if M == 1 and not stochastic:
         # One number per row: it is rows that lie together in memory.
-        return Config(128, 1, vector, num_warps=1)
+        return Config(128 // fewer, 1, vector, num_warps=1)
     if vector == 1:
         # Each number has an address and a mask of its own: with more than half as many numbers per thread, registers
         # spill; with random bits for each number, with more than a quarter.
-        return Config(2 if stochastic else 4, 64, vector, num_warps=1)
+        rows = 2 if stochastic else 4
+        return Config(rows if S <= 2 else 1, 64, vector, num_warps=1)
     if triton.cdiv(N, 32) * triton.cdiv(M, 64) < 64:
         # Programs of four warps would be too few to fill a GPU: take one warp each, with as many numbers per thread.
-        return Config(8, 64, vector, num_warps=1)
-    return Config(32, 64, vector, num_warps=4)
+        return Config(8 // fewer, 64, vector, num_warps=1)
+    return Config(32 // fewer, 64, vector, num_warps=4)
 
 
 def gamma_step_(
@@ -255,12 +257,12 @@ def gamma_step_(
     every bit.
 
     Args:
-        gammas: Γ, one tensor (B, K, N, M) per state, S of 1 or 2, contiguous, float32 or bfloat16. Mutated. Fast
+        gammas: Γ, one tensor (B, K, N, M) per state, S of at most 4, contiguous, float32 or bfloat16. Mutated. Fast
             where a row of M numbers is a multiple of 16 bytes.
         m: the transition M, (S, S, B, N) float32; the first index is the row ν.
         phi: the immediate sensitivity φ, (S, B, K, N) float32, zero where a matrix doesn't enter a state. Or its parts
-            as separate tensors, S·K of (B, N), all matrices of the first state, then of the second, None for zero;
-            their rows are contiguous and equally far apart in all of them.
+            as separate tensors, S·K of (B, N), all matrices of the first state, then of the next, None for zero; their
+            rows are contiguous and equally far apart in all of them.
         y: what each matrix reads, (B, K, M) float32; or K separate tensors (B, M), with rows as phi's. For diagonal
             matrices, with M = 1, (B, K, N) or K of (B, N): row i of Γ reads y_i.
         delta: instantaneous credit δ = ∂L(t)/∂(state), (S, B, N) float32, or None to advance Γ only.
@@ -327,15 +329,14 @@ def gamma_step_(
     if delta is not None and not in_pass:
         shape = (parts, matrices, units, fan_in)
         gradients = torch.empty(shape, dtype=torch.float32, device=gamma.device)
-    config = pick_config(units, fan_in, gamma.dtype, rng_state is not None)
+    config = pick_config(units, fan_in, gamma.dtype, rng_state is not None, states)
     if stride_y_b % config.vector:  # the kernel tells the compiler that it divides the distance between rows
         y_arrays = tuple(each.contiguous() for each in y_arrays if each is not None)
         stride_y_b = fan_in
     tiles = triton.cdiv(units, config.block_n) * triton.cdiv(fan_in, config.block_m)
     with torch.cuda.device_of(gamma):
         _gamma_step_kernel[(tiles, matrices, parts)](
-            gamma,
-            gammas[1] if states == 2 else None,
+            tuple(gammas),
             m,
             phi_arrays,
             y_arrays,
@@ -371,8 +372,7 @@ def gamma_step_(
 
 @triton.jit(do_not_specialize=["NUMBERS"])
 def _forget_kernel(
-    gamma0_ptr,  # [B, NUMBERS]
-    gamma1_ptr,  # [B, NUMBERS], or None for one state
+    gamma_ptrs,  # S of [B, NUMBERS]
     resets_ptr,  # [B]
     NUMBERS,
     BLOCK: tl.constexpr,
@@ -381,10 +381,9 @@ def _forget_kernel(
     b = tl.program_id(1).to(tl.int64)
     if tl.load(resets_ptr + b) != 0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        zeros = tl.zeros((BLOCK,), tl.float32).to(gamma0_ptr.dtype.element_ty)
-        tl.store(gamma0_ptr + b * NUMBERS + at, zeros, mask=at < NUMBERS)
-        if gamma1_ptr is not None:
-            tl.store(gamma1_ptr + b * NUMBERS + at, zeros, mask=at < NUMBERS)
+        for nu in tl.static_range(len(gamma_ptrs)):
+            zeros = tl.zeros((BLOCK,), tl.float32).to(gamma_ptrs[nu].dtype.element_ty)
+            tl.store(gamma_ptrs[nu] + b * NUMBERS + at, zeros, mask=at < NUMBERS)
 
 
 def forget_(gammas: Sequence[Tensor], resets: Tensor) -> None:
@@ -403,8 +402,7 @@ def forget_(gammas: Sequence[Tensor], resets: Tensor) -> None:
     numbers = matrices * units * fan_in
     with torch.cuda.device_of(gamma):
         _forget_kernel[(triton.cdiv(numbers, 4096), batch)](
-            gamma,
-            gammas[1] if len(gammas) == 2 else None,
+            tuple(gammas),
             resets.view(torch.uint8),
             numbers,
             BLOCK=4096,

@@ -35,97 +35,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_dims, check_runnable, check_tensor, device_sizes, vector_width
+from ._blocks import add, identity, load_planes, on_states, store_planes, times, transposed_times, zeros
+from ._launch import MAX_STATES, check_dims, check_runnable, check_tensor, device_sizes, vector_width
 
 
 @triton.jit
-def load_transition(m_ptr, at, stride_from, stride_to, mask, STATES: tl.constexpr):
-    """The four entries of M, row by row, at the offsets `at`. With one state only the first has a meaning."""
-    m00 = tl.load(m_ptr + at, mask=mask, other=0.0)
-    if STATES == 1:
-        return m00, m00, m00, m00
-    m01 = tl.load(m_ptr + stride_from + at, mask=mask, other=0.0)
-    m10 = tl.load(m_ptr + stride_to + at, mask=mask, other=0.0)
-    m11 = tl.load(m_ptr + stride_to + stride_from + at, mask=mask, other=0.0)
-    return m00, m01, m10, m11
-
-
-@triton.jit
-def load_states(ptr, at, stride, mask, STATES: tl.constexpr):
-    """The values of both states at the offsets `at`. With one state only the first has a meaning."""
-    value0 = tl.load(ptr + at, mask=mask, other=0.0)
-    if STATES == 1:
-        return value0, value0
-    return value0, tl.load(ptr + stride + at, mask=mask, other=0.0)
-
-
-@triton.jit
-def pass_back(m00, m01, m10, m11, credit0, credit1, STATES: tl.constexpr):
-    """Mᵀ λ, the credit that one step passes to the step before it. With one state the second value is unused."""
-    if STATES == 1:
-        return m00 * credit0, credit1
-    return m00 * credit0 + m10 * credit1, m01 * credit0 + m11 * credit1
-
-
-@triton.jit
-def times(r00, r01, r10, r11, m00, m01, m10, m11, STATES: tl.constexpr):
-    """The S×S product R M, row by row. With one state only the first entry has a meaning."""
-    if STATES == 1:
-        return r00 * m00, r01, r10, r11
-    return (
-        r00 * m00 + r01 * m10,
-        r00 * m01 + r01 * m11,
-        r10 * m00 + r11 * m10,
-        r10 * m01 + r11 * m11,
-    )
-
-
-@triton.jit
-def store_summary(
-    product_ptr, local_ptr, r00, r01, r10, r11, local0, local1, unit, BN, mask, STATES: tl.constexpr
-):
+def store_summary(product_ptr, local_ptr, r, local, unit, BN, mask):
     """Write R and ℓ of the block of time that this program summarises.
 
     product_ptr [S, S, G, B·N] and local_ptr [S, G, B·N] hold G blocks, all but the first of the sequence.
     """
     wide_bn = tl.cast(BN, tl.int64)
     at = tl.program_id(1) * wide_bn + unit
-    plane = wide_bn * tl.num_programs(1)
-    tl.store(product_ptr + at, r00, mask=mask)
-    tl.store(local_ptr + at, local0, mask=mask)
-    if STATES == 2:
-        tl.store(product_ptr + plane + at, r01, mask=mask)
-        tl.store(product_ptr + 2 * plane + at, r10, mask=mask)
-        tl.store(product_ptr + 3 * plane + at, r11, mask=mask)
-        tl.store(local_ptr + plane + at, local1, mask=mask)
+    store_planes(product_ptr, at, wide_bn * tl.num_programs(1), r, mask)
+    store_planes(local_ptr, at, wide_bn * tl.num_programs(1), local, mask)
 
 
 @triton.jit
-def through_blocks(
-    product_ptr,
-    local_ptr,
-    later0,
-    later1,
-    unit,
-    BN,
-    mask,
-    STATES: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def through_blocks(product_ptr, local_ptr, later, unit, BN, mask, S: tl.constexpr, STAGES: tl.constexpr):
     """The credit from later steps at the end of this program's block of time.
 
-    later0, later1: the same at the end of the last block. Each block in between applies its map ℓ + Rᵀ(…).
+    later: the same at the end of the last block. Each block in between applies its map ℓ + Rᵀ(…).
     """
     summaries = tl.num_programs(1) - 1
     stride = tl.cast(BN, tl.int64) * summaries
     for step in tl.range(0, summaries - tl.program_id(1), num_stages=STAGES):
         at = tl.cast(summaries - 1 - step, tl.int64) * BN + unit
-        r00, r01, r10, r11 = load_transition(product_ptr, at, stride, STATES * stride, mask, STATES)
-        local0, local1 = load_states(local_ptr, at, stride, mask, STATES)
-        through0, through1 = pass_back(r00, r01, r10, r11, later0, later1, STATES)
-        later0 = local0 + through0
-        later1 = local1 + through1
-    return later0, later1
+        r = load_planes(product_ptr, at, stride, mask, S * S)
+        local = load_planes(local_ptr, at, stride, mask, S)
+        later = add(local, transposed_times(r, later, S))
+    return later
 
 
 # Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. No memory layout depends on T or
@@ -139,7 +78,7 @@ def _block_summary_kernel(
     T,
     block_steps,
     BN,
-    STATES: tl.constexpr,
+    S: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     VECTOR: tl.constexpr,  # numbers that one memory access moves; divides BN
@@ -153,20 +92,16 @@ def _block_summary_kernel(
     wide_bn = tl.cast(BN, tl.int64)
     plane = wide_bn * T  # numbers of one (T, B·N)
 
-    r00 = tl.full((BLOCK,), 1.0, tl.float32)
-    r01 = tl.zeros((BLOCK,), tl.float32)
-    r10 = tl.zeros((BLOCK,), tl.float32)
-    r11 = tl.full((BLOCK,), 1.0, tl.float32)
-    later0 = tl.zeros((BLOCK,), tl.float32)
-    later1 = tl.zeros((BLOCK,), tl.float32)
+    r = identity(S, BLOCK)
+    later = zeros(S, BLOCK)
     for step in tl.range(0, count, num_stages=STAGES):
         at = tl.cast(first + count - 1 - step, tl.int64) * BN + unit
-        m00, m01, m10, m11 = load_transition(m_ptr, at, plane, STATES * plane, mask, STATES)
-        delta0, delta1 = load_states(delta_ptr, at, plane, mask, STATES)
-        later0, later1 = pass_back(m00, m01, m10, m11, delta0 + later0, delta1 + later1, STATES)
-        r00, r01, r10, r11 = times(r00, r01, r10, r11, m00, m01, m10, m11, STATES)
+        m = load_planes(m_ptr, at, plane, mask, S * S)
+        delta = load_planes(delta_ptr, at, plane, mask, S)
+        later = transposed_times(m, add(delta, later), S)
+        r = times(r, m, S)
 
-    store_summary(product_ptr, local_ptr, r00, r01, r10, r11, later0, later1, unit, BN, mask, STATES)
+    store_summary(product_ptr, local_ptr, r, later, unit, BN, mask)
 
 
 @triton.jit(do_not_specialize=["T", "block_steps"])
@@ -183,7 +118,7 @@ def _reverse_scan_kernel(
     T,
     block_steps,
     BN,
-    STATES: tl.constexpr,
+    S: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     VECTOR: tl.constexpr,  # numbers that one memory access moves; divides BN
@@ -198,39 +133,27 @@ def _reverse_scan_kernel(
     plane = wide_bn * T  # numbers of one (T, B·N)
 
     # The credit that the step after the current one passes back, M(t+1)ᵀ λ(t+1).
-    later0 = tl.zeros((BLOCK,), tl.float32)
-    later1 = tl.zeros((BLOCK,), tl.float32)
+    later = zeros(S, BLOCK)
     if carry_ptr is not None:
-        later0, later1 = load_states(carry_ptr, unit, wide_bn, mask, STATES)
+        later = load_planes(carry_ptr, unit, wide_bn, mask, S)
     if product_ptr is not None:
-        later0, later1 = through_blocks(
-            product_ptr, local_ptr, later0, later1, unit, BN, mask, STATES, STAGES
-        )
+        later = through_blocks(product_ptr, local_ptr, later, unit, BN, mask, S, STAGES)
 
     for step in tl.range(0, count, num_stages=STAGES):
         at = tl.cast(first + count - 1 - step, tl.int64) * BN + unit
-        m00, m01, m10, m11 = load_transition(m_ptr, at, plane, STATES * plane, mask, STATES)
-        delta0, delta1 = load_states(delta_ptr, at, plane, mask, STATES)
-        credit0 = delta0 + later0
-        credit1 = delta1 + later1
-        credits = (credit0, credit1)
-        later0, later1 = pass_back(m00, m01, m10, m11, credit0, credit1, STATES)
+        m = load_planes(m_ptr, at, plane, mask, S * S)
+        credit = add(load_planes(delta_ptr, at, plane, mask, S), later)
+        later = transposed_times(m, credit, S)
         if credit_ptr is not None:
-            tl.store(credit_ptr + at, credit0, mask=mask)
-            if STATES == 2:
-                tl.store(credit_ptr + plane + at, credit1, mask=mask)
+            store_planes(credit_ptr, at, plane, credit, mask)
         for o in tl.static_range(len(output_ptrs)):
             total = tl.zeros((BLOCK,), tl.float32)
-            for nu in tl.static_range(STATES):
-                if partial_ptrs[o * STATES + nu] is not None:
-                    partial = tl.load(partial_ptrs[o * STATES + nu] + at, mask=mask, other=0.0)
-                    total += partial * credits[nu]
+            for nu in tl.static_range(S):
+                if partial_ptrs[o * S + nu] is not None:
+                    total += tl.load(partial_ptrs[o * S + nu] + at, mask=mask, other=0.0) * credit[nu]
             tl.store(output_ptrs[o] + at, total, mask=mask)
 
-    mask = mask & (tl.program_id(1) == 0)
-    tl.store(passed_ptr + unit, later0, mask=mask)
-    if STATES == 2:
-        tl.store(passed_ptr + wide_bn + unit, later1, mask=mask)
+    store_planes(passed_ptr, unit, wide_bn, later, mask & (tl.program_id(1) == 0))
 
 
 @triton.jit(do_not_specialize=["C"])
@@ -243,7 +166,7 @@ def _suffix_kernel(
     C,
     BN,
     N,
-    STATES: tl.constexpr,
+    S: tl.constexpr,
     MATRICES: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -261,37 +184,20 @@ def _suffix_kernel(
     wide_bn = tl.cast(BN, tl.int64)
     plane = wide_bn * C
 
-    r00 = tl.full((BLOCK,), 1.0, tl.float32)
-    r01 = tl.zeros((BLOCK,), tl.float32)
-    r10 = tl.zeros((BLOCK,), tl.float32)
-    r11 = tl.full((BLOCK,), 1.0, tl.float32)
+    r = identity(S, BLOCK)
     for step in tl.range(0, C, num_stages=STAGES):
         t = tl.cast(C - 1 - step, tl.int64)
         at = t * BN + unit
         if suffix_ptr is not None:
-            tl.store(suffix_ptr + at, r00, mask=mask)
-            if STATES == 2:
-                tl.store(suffix_ptr + plane + at, r01, mask=mask)
-                tl.store(suffix_ptr + 2 * plane + at, r10, mask=mask)
-                tl.store(suffix_ptr + 3 * plane + at, r11, mask=mask)
+            store_planes(suffix_ptr, at, plane, r, mask)
         if arriving_ptr is not None:
             for k in tl.static_range(MATRICES):
                 at_k = t * BN * MATRICES + at_matrix0 + k * N
-                phi0 = tl.load(phi_ptr + at_k, mask=mask, other=0.0)
-                if STATES == 1:
-                    tl.store(arriving_ptr + at_k, r00 * phi0, mask=mask)
-                else:
-                    phi1 = tl.load(phi_ptr + plane * MATRICES + at_k, mask=mask, other=0.0)
-                    tl.store(arriving_ptr + at_k, r00 * phi0 + r01 * phi1, mask=mask)
-                    tl.store(arriving_ptr + plane * MATRICES + at_k, r10 * phi0 + r11 * phi1, mask=mask)
-        m00, m01, m10, m11 = load_transition(m_ptr, at, plane, STATES * plane, mask, STATES)
-        r00, r01, r10, r11 = times(r00, r01, r10, r11, m00, m01, m10, m11, STATES)
+                phi = load_planes(phi_ptr, at_k, plane * MATRICES, mask, S)
+                store_planes(arriving_ptr, at_k, plane * MATRICES, on_states(r, phi, S), mask)
+        r = times(r, load_planes(m_ptr, at, plane, mask, S * S), S)
 
-    tl.store(whole_ptr + unit, r00, mask=mask)
-    if STATES == 2:
-        tl.store(whole_ptr + wide_bn + unit, r01, mask=mask)
-        tl.store(whole_ptr + 2 * wide_bn + unit, r10, mask=mask)
-        tl.store(whole_ptr + 3 * wide_bn + unit, r11, mask=mask)
+    store_planes(whole_ptr, unit, wide_bn, r, mask)
 
 
 class Config(NamedTuple):
@@ -305,14 +211,19 @@ class Config(NamedTuple):
     stages: int
 
 
-def pick_config(K: int, warp_size: int) -> Config:
-    """The layout for suffix products with φ of K matrices, K = 0 without φ. A pure function.
+def pick_config(K: int, S: int, warp_size: int) -> Config:
+    """The layout for suffix products of S states with φ of K matrices, K = 0 without φ. A pure function.
 
-    Four units per thread make 128-bit accesses. One warp per program makes as many programs as possible: there are few
-    units, and each program then waits for its own loads alone. With more than eight matrices the loads of four steps
-    would ask for too much shared memory, and those of one step are enough to keep memory busy.
+    One warp per program makes as many programs as possible: there are few units, and each program then waits for its
+    own loads alone. With more than eight matrices the loads of four steps would ask for too much shared memory, and
+    those of one step are enough to keep memory busy.
     """
-    return Config(block=4 * warp_size, stages=4 if K <= 8 else 1)
+    return Config(block=units_of_a_program(S, warp_size), stages=4 if K <= 8 else 1)
+
+
+def units_of_a_program(S: int, warp_size: int) -> int:
+    """Four a thread make 128-bit accesses. With more than two states they would spill, so a thread has two."""
+    return (4 if S <= 2 else 2) * warp_size
 
 
 class ScanConfig(NamedTuple):
@@ -336,7 +247,7 @@ def pick_scan_config(
     partials and written: numbers read beside M and δ, and numbers written, of each unit and step. Units and stages are
     picked as in `pick_config`. With several blocks of time, M and δ are read twice.
     """
-    block, stages = 4 * warp_size, 4 if S * S + S + partials <= 24 else 1
+    block, stages = units_of_a_program(S, warp_size), 4 if S * S + S + partials <= 24 else 1
     tiles = -(-BN // block)
     moved = tiles * block * (2 * (S * S + S) + partials + written)
     return ScanConfig(block, stages, pick_steps(T, tiles, moved, multiprocessors))
@@ -362,8 +273,10 @@ def pick_steps(T: int, tiles: int, moved: int, multiprocessors: int) -> int:
 def _check_transitions(m: Tensor) -> tuple[int, int, int, int]:
     """(S, T, B, N) of the transitions m (S, S, T, B, N). Raises TypeError or ValueError as `reverse_scan` does."""
     states, columns, steps, batch, units = check_dims("m", m, "SSTBN")
-    if states not in (1, 2) or columns != states:
-        raise ValueError(f"m must have shape (S, S, T, B, N) with S of 1 or 2, got {tuple(m.shape)}")
+    if columns != states or states > MAX_STATES:
+        raise ValueError(
+            f"m must have shape (S, S, T, B, N) with S of at most {MAX_STATES}, got {tuple(m.shape)}"
+        )
     check_tensor("m", m, m.shape, m)
     return states, steps, batch, units
 
@@ -374,7 +287,7 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple
         λ(t) = δ(t) + M(t+1)ᵀ λ(t+1)         M(T+1)ᵀ λ(T+1) = carry, or zero
 
     Args:
-        m: transitions M (S, S, T, B, N) float32, contiguous; the first index is the row. S of 1 or 2.
+        m: transitions M (S, S, T, B, N) float32, contiguous; the first index is the row. S of at most 4.
         delta: instantaneous credits δ (S, T, B, N) float32, contiguous.
         carry: credit that the steps after the last pass to it, (S, B, N) float32, contiguous; or None.
 
@@ -478,7 +391,7 @@ def _scan(
                 steps,
                 config.steps,
                 total,
-                STATES=states,
+                S=states,
                 BLOCK=config.block,
                 STAGES=config.stages,
                 VECTOR=vector,
@@ -497,7 +410,7 @@ def _scan(
             steps,
             config.steps,
             total,
-            STATES=states,
+            S=states,
             BLOCK=config.block,
             STAGES=config.stages,
             VECTOR=vector,
@@ -514,7 +427,7 @@ def _suffix(m: Tensor, phi: Tensor | None, suffix: Tensor | None, at_end: Tensor
     check_runnable(_suffix_kernel, "m", m)
     states, _, steps, batch, units = m.shape
     matrices = 0 if phi is None else phi.shape[3]
-    config = pick_config(matrices, device_sizes(m).warp)
+    config = pick_config(matrices, states, device_sizes(m).warp)
     whole = torch.empty_like(m[:, :, 0])
     with torch.cuda.device_of(m):
         _suffix_kernel[(triton.cdiv(batch * units, config.block),)](
@@ -526,7 +439,7 @@ def _suffix(m: Tensor, phi: Tensor | None, suffix: Tensor | None, at_end: Tensor
             steps,
             batch * units,
             units,
-            STATES=states,
+            S=states,
             MATRICES=matrices,
             BLOCK=config.block,
             STAGES=config.stages,
@@ -540,7 +453,7 @@ def suffix_products(m: Tensor) -> tuple[Tensor, Tensor]:
     """Suffix products of a chunk's transitions: R(t) = M(C) … M(t+1) for t = 1 … C, where R(C) is the identity.
 
     Args:
-        m: transitions M (S, S, C, B, N) float32, contiguous; the first index is the row. S of 1 or 2. Not mutated.
+        m: transitions M (S, S, C, B, N) float32, contiguous; the first index is the row. S of at most 4. Not mutated.
 
     Returns:
         R(1) … R(C) as (S, S, C, B, N), and R(0) = M(C) … M(1) as (S, S, B, N), float32.
@@ -561,7 +474,7 @@ def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     The products R(t) are never written.
 
     Args:
-        m: transitions M (S, S, C, B, N) float32, contiguous; the first index is the row. S of 1 or 2. Not mutated.
+        m: transitions M (S, S, C, B, N) float32, contiguous; the first index is the row. S of at most 4. Not mutated.
         phi: φ (S, C, B, K, N) float32, contiguous, zero where a matrix doesn't enter a state. Not mutated. Fast where
             four divides N.
 

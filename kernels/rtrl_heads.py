@@ -20,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_dims, check_runnable, check_tensor, vector_width
+from ._blocks import load_planes
+from ._launch import MAX_STATES, check_dims, check_runnable, check_tensor, vector_width
 
-# A program holds all rows of a head's γ. There are S·b of them, states times units per head, at most 128.
-MAX_STATES, MAX_UNITS = 2, 64
+# A program holds all rows of a head's γ, S·b of them: states times units per head.
+MAX_UNITS, MAX_ROWS = 64, 128
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
@@ -106,7 +107,9 @@ def _rtrl_heads_kernel(
 
         unit0 = n * units + h * b
         if delta_ptr is not None:
-            at = tl.where(row < b, row, row - b + tl.cast(stride_delta, tl.int64))
+            at = row.to(tl.int64)
+            for nu in tl.static_range(1, S):
+                at = tl.where(row < nu * b, at, at - b + stride_delta)
             delta = tl.load(delta_ptr + unit0 + at, mask=in_r, other=0.0)
             total += tl.sum(delta[:, None] * new, axis=0)
         tl.debug_barrier()  # every thread has read its part of the tile
@@ -120,20 +123,21 @@ def _rtrl_heads_kernel(
         # number of the tile.
         y = tl.load(y_ptr + n * K * (H if PER_HEAD else 1) * M + y_at, mask=in_p, other=0.0)
         phi_at_n = phi_ptr + n * K * units + h * b + phi_at
-        immediate0 = tl.load(phi_at_n, mask=in_p, other=0.0) * y
-        if delta_ptr is not None:
-            total += tl.load(delta_ptr + unit0 + i, mask=in_p, other=0.0) * immediate0
-        if S == 2:
-            immediate1 = tl.load(phi_at_n + stride_phi, mask=in_p, other=0.0) * y
+        immediate = ()
+        for nu in tl.static_range(S):
+            immediate = immediate + (
+                tl.load(phi_at_n + nu * tl.cast(stride_phi, tl.int64), mask=in_p, other=0.0) * y,
+            )
             if delta_ptr is not None:
-                total += tl.load(delta_ptr + unit0 + stride_delta + i, mask=in_p, other=0.0) * immediate1
+                credit = tl.load(
+                    delta_ptr + unit0 + nu * tl.cast(stride_delta, tl.int64) + i, mask=in_p, other=0.0
+                )
+                total += credit * immediate[nu]
         own_ptr = tile_ptr + i * wide + col
         tl.debug_barrier()  # every thread has written its part of the tile
-        own0 = tl.load(own_ptr, mask=in_p, other=0.0)
-        if S == 2:
-            own1 = tl.load(own_ptr + b * wide, mask=in_p, other=0.0)
-            tl.store(own_ptr + b * wide, own1 + immediate1, mask=in_p)
-        tl.store(own_ptr, own0 + immediate0, mask=in_p)
+        own = load_planes(own_ptr, 0, b * wide, in_p, S)
+        for nu in tl.static_range(S):
+            tl.store(own_ptr + nu * b * wide, own[nu] + immediate[nu], mask=in_p)
 
     if delta_ptr is not None:
         tl.store(grad_ptr + h * wide + c0 + col, total, mask=in_p)
@@ -206,8 +210,8 @@ def rtrl_heads_(
     the batch has a fixed order: two runs agree in every bit.
 
     Args:
-        gamma: γ (B, H, S, b, K, b, M) float32, contiguous, S of 1 or 2 and b of at most 64. Mutated. Fast
-            where four divides K·b·M.
+        gamma: γ (B, H, S, b, K, b, M) float32, contiguous, S of at most 4, b of at most 64 and S·b of at most 128.
+            Mutated. Fast where four divides K·b·M.
         jacobian: J (B, H, S·b, S·b) float32, contiguous, row (ν, r) by column (ν', r'). Zero for batch rows that the
             step resets; their γ must be finite. Fast where four divides S·b.
         phi: the immediate sensitivity φ, (S, B, K, N) float32, zero where a matrix doesn't enter a state.
@@ -225,8 +229,9 @@ def rtrl_heads_(
 
     Raises:
         TypeError: an argument isn't a tensor, or has another dtype.
-        ValueError: a wrong shape (a dimension of size 0, more than 2 states or more than 64 units per head among
-            them), device, stride or precision; or tensors that aren't on a GPU while kernels aren't interpreted.
+        ValueError: a wrong shape (a dimension of size 0, more than 4 states, more than 64 units per head or more than
+            128 rows S·b among them), device, stride or precision; or tensors that aren't on a GPU while kernels aren't
+            interpreted.
     """
     batch, heads, states, units, matrices, _, fan_in = check_dims("gamma", gamma, "BHSbKbM")
     check_tensor("gamma", gamma, (batch, heads, states, units, matrices, units, fan_in), gamma)
@@ -235,6 +240,8 @@ def rtrl_heads_(
     if units > MAX_UNITS:
         raise ValueError(f"gamma must have at most {MAX_UNITS} units b a head, got {units}")
     rows, columns = states * units, matrices * units * fan_in
+    if rows > MAX_ROWS:
+        raise ValueError(f"gamma must have at most {MAX_ROWS} rows S·b a head, got {states}·{units}")
     check_tensor("jacobian", jacobian, (batch, heads, rows, rows), gamma)
     check_tensor("phi", phi, (states, batch, matrices, heads * units), gamma, any_stride=1)
     per_head = isinstance(y, Tensor) and y.dim() == 4

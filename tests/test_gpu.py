@@ -189,6 +189,29 @@ def test_a_cuda_graph_of_the_step(with_delta: bool) -> None:
             assert torch.equal(gradient, want)
 
 
+@pytest.mark.parametrize("learning", ["rfp", "bptt"])
+@pytest.mark.parametrize("units", [64, 200])  # the loop is one launch, and one a step
+def test_a_layer_as_cuda_graphs_by_torch(units: int, learning: Any) -> None:
+    """Each replay, forward and backward, is of the inputs and weights that there are by then."""
+    layer = LSTM(16, units, learning=learning, device=DEVICE)
+    plain = copy.deepcopy(layer)
+    sample = torch.randn(20, 4, 16, device=DEVICE, requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(layer, (sample,))
+    for _ in range(3):
+        x, delta = torch.randn(20, 4, 16, device=DEVICE), torch.randn(20, 4, units, device=DEVICE)
+        found = []
+        for one in (graphed, plain):
+            given = x.clone().requires_grad_()
+            parameters = list(one.parameters())
+            output, state = one(given)
+            loss = (output * delta).sum() + sum(s.square().sum() for s in state)
+            found.append([output, *state, *torch.autograd.grad(loss, [given, *parameters])])
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, found[-1][4:], strict=True):
+                    parameter -= 0.01 * gradient
+        assert oracle.relative(found[0], found[1]) < TOLERANCE
+
+
 @pytest.mark.parametrize("units", [17, 64, 128, 200])
 @pytest.mark.parametrize("name", ["RGCCell", "LSTMCell", "GRUCell", "MGUCell"])
 def test_every_kernel_of_a_cell(name: str, units: int) -> None:

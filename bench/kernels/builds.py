@@ -23,23 +23,21 @@ if TYPE_CHECKING:  # triton need not be there to import this
 
 
 def _gamma_types(
-    dtype: str, pointers: Sequence[str], integers: Sequence[str]
+    dtype: str, states: int, pointers: Sequence[str], integers: Sequence[str]
 ) -> dict[str, str | Sequence[str | None]]:
     return {
-        "gamma0_ptr": f"*{dtype}",
-        "gamma1_ptr": f"*{dtype}",
+        "gamma_ptrs": [f"*{dtype}"] * states,
         **{f"{name}_ptr": "*fp32" for name in pointers},
         **dict.fromkeys(integers, "i32"),
     }
 
 
 def _gamma_constants(
-    config: gamma_step.Config | gamma_chunk.Config, states: int, absent: Sequence[str] = (), **more: Any
+    config: gamma_step.Config | gamma_chunk.Config, absent: Sequence[str] = (), **more: Any
 ) -> dict[str, Any]:
-    """The tile of a kernel of Γ, and None for the pointers that aren't given, of which Γ's second state may be one."""
-    gone = [*absent, *(("gamma1_ptr",) if states == 1 else ())]
+    """The tile of a kernel of Γ, and None for the pointers that aren't given."""
     tile = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "VECTOR": config.vector}
-    return {**dict.fromkeys(gone), **tile, **more}
+    return {**dict.fromkeys(absent), **tile, **more}
 
 
 def step_build(
@@ -88,11 +86,11 @@ def step_build(
         target,
         "rjepa_triton.kernels.gamma_step:_gamma_step_kernel",
         types={
-            **_gamma_types(dtype, ("m", "delta", "grad", "lr"), integers),
+            **_gamma_types(dtype, states, ("m", "delta", "grad", "lr"), integers),
             **tuples,
             "rng_state_ptr": "*i64",
         },
-        constants=_gamma_constants(config, states, absent, DIAGONAL=own),
+        constants=_gamma_constants(config, absent, DIAGONAL=own),
         divisible=divisible,
         options={"num_warps": config.num_warps},
     )
@@ -110,8 +108,8 @@ def read_build(
     return Build(
         target,
         "rjepa_triton.kernels.gamma_read:_gamma_read_kernel",
-        types=_gamma_types(dtype, ("credit", "grad"), integers),
-        constants=_gamma_constants(config, states),
+        types=_gamma_types(dtype, states, ("credit", "grad"), integers),
+        constants=_gamma_constants(config),
         divisible=divisible,
         options={"num_warps": config.num_warps},
     )
@@ -130,8 +128,8 @@ def chunk_build(
     return Build(
         target,
         "rjepa_triton.kernels.gamma_chunk:_gamma_chunk_kernel",
-        types=_gamma_types(dtype, ("whole", "u", "y", "credit", "grad"), "CBKNM"),
-        constants=_gamma_constants(config, states, BLOCK_C=config.block_c, VECTOR_U=of_u),
+        types=_gamma_types(dtype, states, ("whole", "u", "y", "credit", "grad"), "CBKNM"),
+        constants=_gamma_constants(config, BLOCK_C=config.block_c, VECTOR_U=of_u),
         divisible=divisible,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
@@ -161,7 +159,7 @@ def scan_build(
     config = reverse_scan.pick_scan_config(
         steps, units, states, count, written, WARP[target], multiprocessors
     )
-    tile = {"STATES": states, "BLOCK": config.block, "STAGES": config.stages, "VECTOR": vector}
+    tile = {"S": states, "BLOCK": config.block, "STAGES": config.stages, "VECTOR": vector}
     pointers = ("m", "delta", "carry", "product", "local", "credit", "passed")
     types: dict[str, str | Sequence[str | None]] = {
         **{f"{name}_ptr": "*fp32" for name in pointers},
@@ -189,7 +187,7 @@ def suffix_build(
     """Suffix products R; with `matrices` > 0 the kernel writes U = R φ in their place."""
     from ...kernels import reverse_scan
 
-    config = reverse_scan.pick_config(matrices, WARP[target])
+    config = reverse_scan.pick_config(matrices, states, WARP[target])
     return Build(
         target,
         "rjepa_triton.kernels.reverse_scan:_suffix_kernel",
@@ -199,7 +197,7 @@ def suffix_build(
         },
         constants={
             **dict.fromkeys(["suffix_ptr"] if matrices else ["phi_ptr", "arriving_ptr"]),
-            "STATES": states,
+            "S": states,
             "MATRICES": matrices,
             "BLOCK": config.block,
             "STAGES": config.stages,

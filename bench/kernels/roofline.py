@@ -169,7 +169,7 @@ def launch(kernel: Kernel, units: int, batch: int, steps: int, gpu: Gpu) -> Laun
         return scan_launch(kernel, total, steps, gpu)
     matrices = MATRICES if "phi" in kernel.takes else 0
     width = vector_width(units if matrices else total, torch.float32)
-    picked = reverse_scan.pick_config(matrices, static.WARP[target])
+    picked = reverse_scan.pick_config(matrices, STATES, static.WARP[target])
     build = builds.suffix_build(target, STATES, matrices, width, aligned)
     words = f"{picked.block} w1 v{width} s{picked.stages}"
     waits = steps / max(1, picked.stages - 1)

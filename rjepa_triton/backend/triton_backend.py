@@ -38,8 +38,11 @@ from .table import Backend, Reason, Refusal, not_in_memory
 if TYPE_CHECKING:
     from .operations import GammaSteps, StateArrays
 
-HEAD_UNITS = 64  # hidden units of a head that the kernel of exact RTRL takes
-SCAN_STATES = 2  # states a unit that kernels take
+HEAD_UNITS, HEAD_ROWS = (
+    64,
+    128,
+)  # of a head that the kernel of exact RTRL takes: hidden units, and states times those
+MAX_STATES = 4  # states a unit that kernels take
 # One launch runs the whole loop up to SMALL_UNITS units whatever the batch, up to ON_CHIP_UNITS where there are no more
 # batch rows than the GPU has multiprocessors; WEIGHT_REGISTERS: registers of a thread that all weights may take.
 SMALL_UNITS, ON_CHIP_UNITS, WEIGHT_REGISTERS = 64, 128, 128
@@ -49,7 +52,7 @@ MULTIPROCESSORS = 132  # of the GPU for which work is counted where there is non
 NOT_DENSE = Refusal("the kernel takes dense recurrent weights")
 UNTRACED = Refusal("the cell can't be traced")
 NOT_RFP = Refusal("kernels linearize by RFP's rule")
-MANY_STATES = Refusal(f"kernels take up to {SCAN_STATES} states a unit")
+MANY_STATES = Refusal(f"kernels take up to {MAX_STATES} states a unit")
 
 
 @functools.cache
@@ -72,8 +75,8 @@ def _no_gamma(device: torch.device, dtype: torch.dtype, gamma_dtype: torch.dtype
     reason = no_triton(device, dtype)
     if reason is None and gamma_dtype not in (torch.float32, torch.bfloat16):
         return f"kernels take Γ in float32 or bfloat16, got {gamma_dtype}"
-    if reason is None and states > SCAN_STATES:
-        return f"kernels take up to {SCAN_STATES} states a unit, got {states}"
+    if reason is None and states > MAX_STATES:
+        return f"kernels take up to {MAX_STATES} states a unit, got {states}"
     return reason
 
 
@@ -297,7 +300,7 @@ def exact(
 def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor] | Refusal:
     if delta.shape[1] == 1:
         return Refusal("a scan of one step is two products")
-    if delta.shape[0] > SCAN_STATES:
+    if delta.shape[0] > MAX_STATES:
         return MANY_STATES
     if refusal := _unusable(m, delta, carry):
         return refusal
@@ -372,7 +375,7 @@ def dual(
     """One pass, in which λ is not written, and what a matrix and an input share is written once."""
     if carry is not None:
         return Refusal("the kernel takes no credit from later steps")
-    if delta.shape[0] > SCAN_STATES:
+    if delta.shape[0] > MAX_STATES:
         return MANY_STATES
     if refusal := _unusable(delta):
         return refusal
@@ -501,7 +504,8 @@ def _fits_heads(gamma: ExactSensitivity) -> bool:
     )
     # nor have recurrent matrices whose own heads are joined
     joined = any(len(shape) == 3 and shape[0] != gamma.heads for shape, _ in gamma.groups)
-    return size <= HEAD_UNITS and gamma.states <= SCAN_STATES and not (diagonal and size > 1) and not joined
+    fits = size <= HEAD_UNITS and gamma.states * size <= HEAD_ROWS and gamma.states <= MAX_STATES
+    return fits and not (diagonal and size > 1) and not joined
 
 
 @TRITON.implements("rtrl_step_")
@@ -516,7 +520,7 @@ def rtrl_step_(
     delta: Tensor | None,
 ) -> Tensor | Refusal | None:
     if not _fits_heads(gamma):
-        return Refusal(f"the kernel takes heads of up to {HEAD_UNITS} units")
+        return Refusal(f"the kernel takes heads of up to {HEAD_UNITS} units and {HEAD_ROWS} states in all")
     matrices = [gamma.matrices[i] for i in gamma.groups[group][1]]
     fan_in = gamma.gammas[group].shape[-1]
     y = rfp.signals(matrices, lin, inputs)[t]

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from ..backend import native_backend
 from ..backend.native.calls import MOST_STATES
-from ..backend.triton_backend import SCAN_STATES as KERNELS_STATES
+from ..backend.triton_backend import MAX_STATES as KERNELS_STATES
 from ..rules import rtrl
 from .calls import Calls, Line, counted
 from .forward import (

@@ -7,7 +7,7 @@ import itertools
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import kernels_here
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rjepa_triton import RGC, Cell, Matrix, OnlineLearner
+from rjepa_triton import ALIF, RGC, Cell, Matrix, OnlineLearner, TwoPointRNN
 from rjepa_triton.backend import native_backend, operations, triton_backend
 from rjepa_triton.cells.builtin import ElmanCell, GRUCell, LRUCell, LSTMCell, MGUCell, RGCCell
 from rjepa_triton.cells.two_point import Trajectory
@@ -37,7 +37,7 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
         (CPU, BF16, BF16, 2, "torch", "float32 or float64, got torch.bfloat16"),
         (GPU, F32, BF16, 2, "triton", "one pass"),
         (GPU, F64, F64, 2, "torch", "float32, got torch.float64"),
-        (GPU, F32, F32, 3, "torch", "up to 2 states a unit, got 3"),
+        (GPU, F32, F32, 5, "torch", "up to 4 states a unit, got 5"),
     ],
 )
 def test_auto(
@@ -110,10 +110,22 @@ def test_the_layers_gradient_by_triton() -> None:
         ("history", "each", 1),
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"input_size": 3}, {"recurrence": "diagonal"}], ids=str)
-def test_the_learners_gradient_by_triton(form: str, how: str, every: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "made",
+    [
+        functools.partial(RGC, 17, init="uniform"),
+        functools.partial(RGC, 17, init="uniform", input_size=3),
+        functools.partial(RGC, 17, init="uniform", recurrence="diagonal"),
+        functools.partial(ALIF, 3, 17),  # three states
+    ],
+    ids=["RGC", "with input weights", "diagonal", "ALIF"],
+)
+def test_the_learners_gradient_by_triton(
+    form: str, how: str, every: int, made: Callable[[], TwoPointRNN]
+) -> None:
     kernels_here.go()
-    layer = RGC(17, init="uniform", **options)
+    torch.manual_seed(0)
+    layer = made()
     x, delta = torch.randn(9, 2, layer.fan_in), torch.randn(9, 2, 17)
     resets = torch.rand(9, 2) < 0.2
     results = []
@@ -186,10 +198,20 @@ class ThreeStates(Cell):
         return (torch.tanh(p[0] + x[0]), 0.5 * c[1] + 0.5 * c[0], 0.9 * c[2] + c[1] * x[0])
 
 
+class FiveStates(ThreeStates):
+    states = ("a", "b", "c", "d", "e")
+
+    def update(self, c: Sequence[Tensor], p: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (*super().update(c, p, x), c[2], c[3])
+
+
 @pytest.mark.parametrize(
     ("cell", "arrays"),
     # E of a matrix whose gate an input drives is that input's gradient
-    [(RGCCell(), 5), (LSTMCell(), 4), (GRUCell(), 4), (GRUCell(bias=False), 4), (ThreeStates(), 0)],
+    [
+        *[(RGCCell(), 5), (LSTMCell(), 4), (GRUCell(), 4), (GRUCell(bias=False), 4), (ThreeStates(), 2)],
+        (FiveStates(), 0),  # more than kernels take
+    ],
 )
 def test_the_dual_forms_parts_by_triton(cell: Cell, arrays: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels_here.go()
@@ -443,7 +465,8 @@ def test_a_step_that_the_kernel_is_not_for_is_torchs(monkeypatch: pytest.MonkeyP
 def test_limits_are_those_of_the_kernels() -> None:
     heads = pytest.importorskip("rjepa_triton.kernels.rtrl_heads")
     forward = pytest.importorskip("rjepa_triton.kernels.cell_on_chip")
-    assert (triton_backend.SCAN_STATES, triton_backend.HEAD_UNITS) == (heads.MAX_STATES, heads.MAX_UNITS)
+    ours = triton_backend.MAX_STATES, triton_backend.HEAD_UNITS, triton_backend.HEAD_ROWS
+    assert ours == (heads.MAX_STATES, heads.MAX_UNITS, heads.MAX_ROWS)
     for cell in (RGCCell(), LSTMCell(), MGUCell(), ElmanCell()):
         for units, batch in itertools.product((1, 64, 65, 128, 129), (1, 132, 133)):
             weights = [torch.empty(units, units) for _ in cell.matrices]

@@ -82,6 +82,8 @@ SHAPES = [
     (2, 8, 3, 1, 1, 127),
     (2, 2, 1, 4, 64, 64),
     (2, 2, 2, 2, 9, 132),
+    (3, 4, 2, 3, 33, 64),
+    (4, 3, 2, 2, 9, 67),
 ]
 
 
@@ -129,7 +131,7 @@ def test_any_small_shape(states, steps, batch, matrices, units, fan_in, with_cre
         _assert_near(got, expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("states", [1, 2])
+@pytest.mark.parametrize("states", [1, 2, 3])
 def test_bfloat16_gamma_is_rounded_once(states):
     problem = _problem(states, 4, 2, 2, 17, 66, torch.bfloat16)
     want, want_gradient = _reference(problem)

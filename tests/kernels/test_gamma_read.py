@@ -53,6 +53,8 @@ def _check(gammas: list[Tensor], credit: Tensor) -> Tensor:
     [
         *SHAPES,
         (2, 2, 2, 9, 136),
+        (3, 2, 4, 9, 136),
+        (4, 9, 1, 9, 67),
         # A batch in two parts, and a prime one.
         (2, 16, 2, 9, 67),
         (1, 17, 1, 3, 8),

@@ -45,9 +45,8 @@ def _problem(
     torch.manual_seed(seed)
     gammas = [_random(batch, matrices, units, fan_in).to(dtype) for _ in range(states)]
     phi = _random(states, batch, matrices, units)
-    if states == 2:
-        for k in range(matrices):
-            phi[(k + 1) % 2, :, k] = 0
+    for k in range(matrices):
+        phi[[nu for nu in range(states) if nu != k % states], :, k] = 0
     m, y = _random(states, states, batch, units), _random(batch, matrices, fan_in)
     return gammas, m, phi, y, _random(states, batch, units)
 
@@ -68,7 +67,9 @@ def _assert_near(got: Tensor, want: Tensor, relative: float, terms: int = 1) -> 
     assert error <= relative * math.sqrt(terms) * max(want.abs().max().item(), 1.0)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 2, 8, 130), (2, 2, 2, 9, 132)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (1, 1, 2, 8, 130), (2, 2, 2, 9, 132), (3, 2, 4, 9, 132), (4, 3, 4, 33, 65)], ids=str
+)
 def test_advances_gamma_and_reads_the_gradient_of_the_reference(shape):
     gammas, m, phi, y, delta = _problem(*shape)
     want, want_gradient = _reference(gammas, m, phi, y, delta)
@@ -103,7 +104,7 @@ def test_large_tiles_agree(monkeypatch):
     _assert_near(gradient, want_gradient, TOLERANCE, terms=2)
 
 
-@pytest.mark.parametrize("states", [1, 2])
+@pytest.mark.parametrize("states", [1, 2, 3])
 def test_bfloat16_gamma_is_rounded_after_the_gradient_is_read(states):
     gammas, m, phi, y, delta = _problem(states, 3, 2, 17, 66, torch.bfloat16)
     want, want_gradient = _reference(gammas, m, phi, y, delta)
@@ -230,7 +231,7 @@ def test_weights_take_the_step_that_the_gradient_says(batch):
 
 
 @pytest.mark.parametrize("units", [2, 127, 300])
-@pytest.mark.parametrize("states", [1, 2])
+@pytest.mark.parametrize("states", [1, 2, 3])
 def test_rows_that_read_their_own_number(states, units):
     """Diagonal matrices: Γ and y have one number per unit."""
     gammas, m, phi, _, delta = _problem(states, 3, 2, units, 1)
@@ -242,7 +243,7 @@ def test_rows_that_read_their_own_number(states, units):
         _assert_near(got, expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("states", [1, 2])
+@pytest.mark.parametrize("states", [1, 2, 3])
 def test_immediates_and_signals_that_lie_apart(states):
     """φ and y as separate tensors, as a linearization has them; some φ are None, and y's rows have gaps of NaN."""
     shape = (states, 3, 4, 33, 65)
@@ -250,7 +251,7 @@ def test_immediates_and_signals_that_lie_apart(states):
     twin = [g.clone() for g in gammas]
     apart = [phi[nu, :, k].contiguous() for nu in range(states) for k in range(4)]
     there = [each if each.any() else None for each in apart]
-    assert (None in there) == (states == 2)
+    assert (None in there) == (states > 1)
     want = gamma_step_(twin, m, phi, y, delta)
     wide = torch.full((4, 3, 70), math.nan, device=DEVICE)
     wide[:, :, :65] = y.transpose(0, 1)
@@ -284,7 +285,7 @@ def test_tensors_are_not_compared_with_none(monkeypatch):
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(6, 3), (3, 1), (16, None)])  # None: what the launcher picks
-@pytest.mark.parametrize("states", [1, 2])
+@pytest.mark.parametrize("states", [1, 2, 3])
 def test_a_split_batch(states, batch, rows, monkeypatch):
     """Γ equals in every bit that of a batch that isn't split; the gradient is near the reference's."""
     gammas, m, phi, y, delta = _problem(states, batch, 2, 9, 67)
@@ -380,7 +381,7 @@ def _valid() -> dict[str, object]:
     ("change", "error", "message"),
     [
         ({"gammas": torch.zeros(1)}, TypeError, "gammas must be a tuple or a list of tensors, got Tensor"),
-        ({"gammas": []}, ValueError, r"gammas must hold one tensor a state, 1 or 2, got 0"),
+        ({"gammas": []}, ValueError, r"gammas must hold one tensor a state, 1 to 4, got 0"),
         ({"gammas": [torch.zeros(2, 3, 5)]}, ValueError, r"gammas\[0\] must have shape \(B, K, N, M\)"),
         ({"gammas": [torch.zeros(2, 3, 0, 7)]}, ValueError, r"none of them 0, got \(2, 3, 0, 7\)"),
         ({"gammas": [torch.zeros(2, 3, 5, 7).double()]}, TypeError, "torch.bfloat16, got torch.float64"),

@@ -103,7 +103,7 @@ SHAPES = pytest.mark.parametrize(
     "shape",
     [
         *[(1, 1, 1, 1, 1), (2, 1, 1, 1, 2), (2, 7, 1, 63, 4), (1, 33, 3, 65, 3), (2, 5, 2, 64, 4)],
-        *[(2, 17, 3, 127, 1), (2, 2, 2, 5, 9)],
+        *[(2, 17, 3, 127, 1), (2, 2, 2, 5, 9), (3, 7, 2, 65, 4), (4, 5, 1, 63, 3)],
     ],
     ids=str,
 )
@@ -148,7 +148,7 @@ def test_any_blocks_of_time(states, steps, block_steps, units, with_carry, seed)
         _check_credits(states, steps, 1, units, 2, with_carry, seed)
 
 
-@pytest.mark.parametrize("states", [1, 2])
+@pytest.mark.parametrize("states", [1, 2, 3, 4])
 def test_two_pieces_joined_by_carry_are_one_scan(states):
     m, delta, _, _ = _problem(states, 9, 2, 37)
     credit, passed = reverse_scan(m, delta)
@@ -205,9 +205,10 @@ def test_two_runs_by_blocks_agree_too(monkeypatch):
 
 
 def test_pick_config():
-    assert pick_config(0, 32) == pick_config(8, 32) == (128, 4)
-    assert pick_config(4, 64) == (256, 4)
-    assert pick_config(9, 32) == (128, 1)
+    assert pick_config(0, 2, 32) == pick_config(8, 2, 32) == (128, 4)
+    assert pick_config(4, 2, 64) == (256, 4)
+    assert pick_config(9, 2, 32) == (128, 1)
+    assert pick_config(9, 3, 32) == (64, 1)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +232,9 @@ def test_pick_config():
         (1, 1, 1, 0, 1, (128, 4, 1)),
         # too much for the loads of four steps
         (64, 64, 2, 19, 9, (128, 1, 64)),
+        # half as many units of three or four states
+        (4096, 64, 3, 0, 3, (64, 4, 46)),
+        (64, 64, 4, 5, 3, (64, 1, 64)),
     ],
 )
 def test_pick_scan_config(steps, units, states, partials, written, picked):
@@ -243,8 +247,8 @@ def test_pick_scan_config(steps, units, states, partials, written, picked):
         ({"m": [1.0]}, TypeError, "m must be a torch.Tensor, got list"),
         ({"m": torch.zeros(2, 3, 5, 7)}, ValueError, r"m must have shape \(S, S, T, B, N\)"),
         ({"m": torch.zeros(2, 2, 0, 5, 7)}, ValueError, r"none of them 0, got \(2, 2, 0, 5, 7\)"),
-        ({"m": torch.zeros(3, 3, 3, 5, 7)}, ValueError, "with S of 1 or 2"),
-        ({"m": torch.zeros(2, 1, 3, 5, 7)}, ValueError, "with S of 1 or 2"),
+        ({"m": torch.zeros(5, 5, 3, 5, 7)}, ValueError, "with S of at most 4"),
+        ({"m": torch.zeros(2, 1, 3, 5, 7)}, ValueError, "with S of at most 4"),
         ({"m": torch.zeros(2, 2, 3, 5, 7).bfloat16()}, TypeError, "m must have dtype torch.float32"),
         ({"m": torch.zeros(2, 2, 3, 7, 5).mT}, ValueError, "m must be contiguous, got strides"),
         ({"delta": torch.zeros(2, 3, 5, 6)}, ValueError, r"delta must have shape \(2, 3, 5, 7\)"),
@@ -276,7 +280,7 @@ def test_errors_name_the_argument(change, error, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"m": torch.zeros(3, 3, 3, 5, 7)}, "with S of 1 or 2"),
+        ({"m": torch.zeros(5, 5, 3, 5, 7)}, "with S of at most 4"),
         ({"phi": torch.zeros(2, 3, 5, 7)}, r"phi must have shape \(S, T, B, K, N\)"),
         ({"phi": torch.zeros(2, 3, 5, 4, 6)}, r"phi must have shape \(2, 3, 5, 4, 7\)"),
     ],

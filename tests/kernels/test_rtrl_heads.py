@@ -71,6 +71,8 @@ SIZES = [
     (3, 2, 2, 4, 4, 1, False),
     (2, 5, 2, 1, 3, 1, True),
     (1, 1, 2, 63, 1, 1, False),
+    (2, 2, 3, 5, 2, 5, True),
+    (1, 2, 4, 31, 1, 4, False),
 ]
 
 
@@ -147,7 +149,8 @@ def test_configs_are_of_the_sizes_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"gamma": torch.zeros(1, 2, 3, 4, 2, 4, 4)}, ValueError, "gamma must have at most 2 states S, got 3"),
+        ({"gamma": torch.zeros(1, 2, 5, 4, 2, 4, 4)}, ValueError, "gamma must have at most 4 states S, got 5"),
+        ({"gamma": torch.zeros(1, 1, 3, 43, 1, 43, 1)}, ValueError, "gamma must have at most 128 rows S·b a head, got 3·43"),
         ({"gamma": torch.zeros(1, 1, 1, 65, 1, 65, 1)}, ValueError, "gamma must have at most 64 units b a head, got 65"),
         ({"gamma": torch.zeros(2, 2, 2, 4, 2, 3, 4)}, ValueError, "gamma must have shape"),
         ({"jacobian": torch.zeros(2, 2, 8, 7)}, ValueError, r"jacobian must have shape \(2, 2, 8, 8\)"),

@@ -24,7 +24,7 @@ SHAPES = [
 ]
 # Sizes of Γ, S of (B, K, N, M), for `given`; and a seed.
 SIZES = {
-    "states": st.integers(1, 2),
+    "states": st.integers(1, 4),
     "batch": st.integers(1, 3),
     "matrices": st.integers(1, 4),
     "units": st.integers(1, 20),

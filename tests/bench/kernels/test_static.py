@@ -88,11 +88,18 @@ def _configs(pick: Callable[..., Config], *choices: Iterable[object]) -> list[Co
     return sorted({pick(*arguments) for arguments in itertools.product(sizes, sizes, *choices)})
 
 
-STEP_CONFIGS = {name: _configs(gamma_step.pick_config, [dtype]) for name, dtype in DTYPES.items()}
-STOCHASTIC_CONFIGS = _configs(gamma_step.pick_config, [torch.bfloat16], [True])
+STATES = (1, 2, 3, 4)
+# By dtype and states.
+STEP_CONFIGS = {
+    (name, states): _configs(gamma_step.pick_config, [dtype], [False], [states])
+    for (name, dtype), states in itertools.product(DTYPES.items(), STATES)
+}
+STOCHASTIC_CONFIGS = {
+    states: _configs(gamma_step.pick_config, [torch.bfloat16], [True], [states]) for states in STATES
+}
 CHUNK_CONFIGS = {
-    name: _configs(gamma_chunk.pick_config, (1, 31, 32, 100), [dtype], ("ieee", "tf32"))
-    for name, dtype in DTYPES.items()
+    (name, states): _configs(gamma_chunk.pick_config, (1, 31, 32, 100), [dtype], ("ieee", "tf32"), [states])
+    for (name, dtype), states in itertools.product(DTYPES.items(), STATES)
 }
 # Of one to three states, with and without matrices and parameters, spikes among them.
 CELL_CASES = [
@@ -149,11 +156,13 @@ SCANS: dict[str, tuple[int, list[list[int]]]] = {
     "lstm": (2, [[0, 1], [0, 1], [0, 1], [0]]),
     "gru": (1, [[0], [0], [0], [0]]),
     "many": (2, [[0, 1]] * 10),
+    "alif": (3, [[0], [0, 1, 2]]),
+    "S4": (4, []),
 }
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
-    """All cases: two states on every target; one state and lighter modes, which take fewer registers, on one target.
+    """All cases: two states on every target; others, and lighter modes, which take fewer registers, on one target.
 
     VECTOR divides the sizes and 16 doesn't, which is the least that the compiler is ever told about a wide row.
     """
@@ -177,17 +186,17 @@ def _cases() -> Iterator[tuple[str, Case]]:
                 loads = tile // 4 if config.vector == 4 else 0
                 yield name + "-gradient" * gradient, Case(build, config.registers, loads)
     for target in TARGETS:
-        for dtype, states in itertools.product(DTYPES, (2, 1) if target == "sm_90" else (2,)):
+        for dtype, states in itertools.product(DTYPES, STATES if target == "sm_90" else (2,)):
             rounded = dtype == "bf16" and not target.startswith("gfx")
-            for config in STEP_CONFIGS[dtype]:
+            for config in STEP_CONFIGS[dtype, states]:
                 for mode in (
                     ("gradient", "weight", "advance") if target == "sm_90" else ("gradient", "weight")
                 ):
                     build = step_build(target, config, dtype, states, mode)
                     name = f"step-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}-{mode}"
                     # Three programs of four warps must fit. On an A100 two suffice: the loads that they have under way
-                    # are three times what its memory's bandwidth needs.
-                    limit = 192 if target == "sm_80" else 168
+                    # are three times what its memory's bandwidth needs. So do they of three states and four.
+                    limit = 192 if target == "sm_80" or states > 2 else 168
                     yield name, Case(build, limit, vectors(config), rounded=rounded)
                     if config.block_m == 1:
                         own = step_build(target, config, dtype, states, mode, own=True)
@@ -197,19 +206,19 @@ def _cases() -> Iterator[tuple[str, Case]]:
                         yield name + "-both", Case(full, limit, vectors(config), rounded=rounded)
                         alone = step_build(target, config, dtype, states, mode, matrices=1)
                         yield name + "-alone", Case(alone, limit, vectors(config), rounded=rounded)
-            for config in STOCHASTIC_CONFIGS if dtype == "bf16" else ():
+            for config in STOCHASTIC_CONFIGS[states] if dtype == "bf16" else ():
                 build = step_build(target, config, dtype, states, rounding="stochastic")
                 name = f"step-{target}-{config.block_n}x{config.block_m}-stochastic-S{states}"
                 yield name, Case(build, 168, vectors(config))
                 if config.vector == 1:
                     own = step_build(target, config, dtype, states, rounding="stochastic", own=True)
                     yield name + "-own", Case(own, 168, 0)
-            for config in STEP_CONFIGS[dtype]:
+            for config in STEP_CONFIGS[dtype, states]:
                 build = read_build(target, config, dtype, states)
                 name = f"read-{target}-{config.block_n}x{config.block_m}-{dtype}-S{states}"
                 # Six programs of four warps must fit.
                 yield name, Case(build, 80, vectors(config))
-            for config in CHUNK_CONFIGS[dtype]:
+            for config in CHUNK_CONFIGS[dtype, states]:
                 build, product = chunk_build(target, config, dtype, states), config.block_c > 1
                 tile = f"{config.block_n}x{config.block_m}x{config.block_c}"
                 # A product's operands take registers, so on two targets only two programs of four warps fit.
@@ -223,20 +232,22 @@ def _cases() -> Iterator[tuple[str, Case]]:
                         f"chunk-{target}-{tile}-odd-units",
                         dataclasses.replace(case, build=odd, registers=255),
                     )
-        for states, matrices in ((2, 0), (2, 4), (2, 9), (1, 4)):
+        for states, matrices in ((2, 0), (2, 4), (2, 9), (1, 4), (3, 2), (4, 4)):
             build = suffix_build(target, states, matrices)
-            loads = states * states + states * matrices
-            yield f"suffix-{target}-S{states}-K{matrices}", Case(build, 128, loads)
+            loads = states * states + states * matrices if states <= 2 else 0  # of 64 bits beyond
+            yield f"suffix-{target}-S{states}-K{matrices}", Case(build, 128 if states <= 2 else 168, loads)
         for (cell, (states, partials)), steps in itertools.product(SCANS.items(), (64, 4096)):
             # The last of two launches, or the only one, reads the steps' arrays and the summaries of blocks of time.
             *summary, build = scan_build(target, states, partials, steps=steps, units=64)
             assert len(summary) == (steps == 4096)
             loads = (1 + len(summary)) * (states * states + states) + sum(map(len, partials))
+            loads = loads if states <= 2 else 0  # they are of 64 bits
             by = "blocks" if summary else "one-pass"
-            yield f"reverse-scan-{target}-{cell}-{by}", Case(build, 96, loads)
-        for states in (1, 2):
+            yield f"reverse-scan-{target}-{cell}-{by}", Case(build, 96 if states <= 2 else 168, loads)
+        for states in STATES:
             build = scan_build(target, states, steps=4096, units=64)[0]
-            yield f"block-summary-{target}-S{states}", Case(build, 96, states * states + states)
+            loads = states * states + states if states <= 2 else 0
+            yield f"block-summary-{target}-S{states}", Case(build, 96 if states <= 2 else 168, loads)
         for cell, vector in CELL_CASES:
             yield from _cell_cases(target, cell, vector)
         for name, (cell, units, features, options) in STREAMS.items():
@@ -325,7 +336,8 @@ WORSE_BEFORE_3_7 = {
                 ("32x128-v11", "32x128-v41", "32x128-v44", "64x32-v11"), ("ieee", "tf32")
             )
         ),
-        "step-sm_90-32x64-stochastic-S2",
+        "step-sm_90-16x64-fp32-S3-weight-both",
+        "step-sm_90-4x64-bf16-S4-weight",
         "chunk-sm_100-64x32x32-bf16-S2",
     ),
     "registers": (
@@ -351,7 +363,7 @@ OF_ONE = {
             ("N", "M"),
         ),
         ("read", read_build("sm_90", gamma_step.pick_config(1, 1, torch.float32)), ("N", "M")),
-        ("chunk", chunk_build("sm_90", CHUNK_CONFIGS["fp32"][0]), ("N", "M")),
+        ("chunk", chunk_build("sm_90", CHUNK_CONFIGS["fp32", 2][0]), ("N", "M")),
         ("reverse_scan", scan_build("sm_90", 2, [[0], [0, 1], []])[0], ("BN",)),
         ("block_summary", scan_build("sm_90", 2, steps=4096, units=1)[0], ("BN",)),
         ("suffix", suffix_build("sm_90", 2, 2), ("BN", "N")),
@@ -466,8 +478,8 @@ def test_what_does_not_compile_says_why():
 
 
 def test_every_configuration_is_built():
-    assert [len(configs) for configs in STEP_CONFIGS.values()] == [4, 4]
-    assert [len(configs) for configs in CHUNK_CONFIGS.values()] == [4, 4]
+    assert [len(configs) for configs in STEP_CONFIGS.values()] == [4] * 8
+    assert [len(configs) for configs in CHUNK_CONFIGS.values()] == [4, 4, 3, 3] * 2
     assert len(RTRL_CONFIGS) == 2
     for warp, blocks in ((32, {32, 64, 128}), (64, {64, 128})):
         assert {cell_on_chip.pick_config(n, 4, warp).block for n in range(1, cell_on_chip.MOST + 1)} == blocks
