@@ -77,9 +77,9 @@ class CompiledScan(Eager):
         def whole(x: Tensor, *given: Tensor) -> Tensor:
             *state, ss, ms, mm, sm = given
 
-            def one(carry: Sequence[Tensor], u: Tensor) -> tuple[Pair, Tensor]:
-                s, m = step(u, *carry, ss, ms, mm, sm)
-                return (s, m), s.clone()
+            def one(before: Pair, u: Tensor) -> tuple[Pair, Tensor]:
+                after = step(u, before[0], before[1], ss, ms, mm, sm)
+                return after, after[0].clone()
 
             return scan(one, tuple(state), x, dim=0)[1]
 
