@@ -90,7 +90,7 @@ def test_what_runs_gamma_moves_its_bytes() -> None:
     assert dense.flop == 6 * 2 * 4 * 256**2 * 8
     assert cost.runs_gamma(True, 8, 8, 2) == "torch"
     assert (cost.runs_gamma(False, 4, 4, 3), cost.runs_gamma(False, 4, 4, 5)) == ("compile", "torch")
-    assert cost.runs_gamma(True, 4, 4, 3) == "torch"
+    assert (cost.runs_gamma(True, 4, 4, 3), cost.runs_gamma(True, 4, 4, 5)) == ("triton", "torch")
     assert cost.runs_gamma(False, 4, 2, 2) == "torch"
 
 

@@ -79,9 +79,8 @@ def test_what_was_measured_stands_beside_it(tmp_path: Path) -> None:
         record.append(tmp_path / f"{made.benchmark}.jsonl", made)
     result = CliRunner().invoke(bench, ["targets", str(tmp_path), "--markdown"])
     assert result.exit_code == 0, result.output
-    rows = {
-        line.split("|")[1].strip(): line.split("|")[-2].strip() for line in result.output.splitlines()[2:]
-    }
+    told = [line.split("|") for line in result.output.splitlines() if line.startswith("|")]
+    rows = {cells[1].strip(): cells[-2].strip() for cells in told}
     assert rows["Γ's step: part of the copy rate"] == "91%"
     assert rows["Γ's step against eager torch"] == "4.00×"
     assert rows["Γ's step against torch.compile"] == ""

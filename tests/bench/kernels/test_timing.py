@@ -362,8 +362,9 @@ def test_a_prediction_compiles_what_the_launcher_launches(
         assert arguments[constant] == static.constant_of(value), constant
     for argument, kinds in made.build.types.items():
         if not isinstance(kinds, str) and argument not in made.build.constants:
+            pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
             given_kinds = [
-                None if item is None else "*fp32" if isinstance(item, torch.Tensor) else "i32"
+                None if item is None else pointers[item.dtype] if isinstance(item, torch.Tensor) else "i32"
                 for item in arguments[argument]  # type: ignore[attr-defined]
             ]
             assert given_kinds == kinds, argument
