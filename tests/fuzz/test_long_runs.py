@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="n
 
 STEPS = 1_000_000 if SOAK else 20_000
 CALL = 1_000  # steps
-LATE = 3_000 if SOAK else 500  # steps without learning, over which what was before is forgotten
+LATE = 500  # steps without learning, again and again until what was before them is forgotten
 BATCH, F64 = 2, torch.float64
 
 
@@ -50,14 +50,27 @@ def test_a_long_run(how: str, record_property: Callable[[str, object], None]) ->
         record_property("count of online steps", CALL)
     assert losses[-1] < 0.9 * losses[0]
     assert resident() - before < 16 << 20
-    late = OnlineLearner(copy.deepcopy(layer), BATCH, form="step", backend="torch")
-    late.state = stream.learner.state
-    x, target = drawn(LATE, -1)
-    stream.run(x, target, lr=torch.zeros(LATE))
-    for now in x:
-        late.step(now)
+    late, other = (OnlineLearner(copy.deepcopy(layer), BATCH, form="step", backend="torch") for _ in range(2))
+    late.state = other.state = stream.learner.state
+    # Two learners begin late, one with Γ of zero and one with ones. Where they agree, all that came before is forgotten.
+    ones = other.state_dict()
+    other.load_state_dict({**ones, "gamma": [torch.ones_like(gamma) for gamma in ones["gamma"]]})
+    remembered, part = 1.0, 0
+    while remembered > 1e-13:
+        part += 1
+        assert part <= 400, f"{LATE * part} steps ago are remembered: {remembered}"
+        x, target = drawn(LATE, -part)
+        stream.run(x, target, lr=torch.zeros(LATE))
+        for now in x:
+            late.step(now)
+            other.step(now)
+        late.settle()
+        other.settle()
+        want, ones = late.state_dict(), other.state_dict()
+        remembered = max(
+            float((a - b).abs().max()) for a, b in zip(want["gamma"], ones["gamma"], strict=True)
+        )
     assert late.state[0].abs().max() > 1e-3
-    late.settle()
-    found, want = (one.state_dict() for one in (stream.learner, late))
+    found = stream.learner.state_dict()
     torch.testing.assert_close(found["gamma"], want["gamma"], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(stream.learner.state, late.state, rtol=1e-10, atol=1e-12)
