@@ -28,6 +28,7 @@ from states import fingerprint, same
 from torch import Tensor
 
 from rjepa_triton import ELSTM, LRU, OnlineLearner, TwoPointRNN
+from rjepa_triton.rules.refine import Divergence
 
 F32, BF16 = torch.float32, torch.bfloat16
 RULES: dict[str, list[dict[str, Any]]] = {
@@ -429,6 +430,8 @@ def test_learners(rule: str, record_property: Callable[[str, object], None]) -> 
             calls = data.draw(st.lists(st.sampled_from(CALLS), min_size=4, max_size=14))
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
+                # where rounds of refinement diverge, the sequential pass gives the same credits, and says so
+                warnings.simplefilter("ignore", Divergence)
                 for call in calls:
                     case.run(call)
             count.add("cases of learners' calls")
