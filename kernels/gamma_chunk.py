@@ -166,8 +166,8 @@ def pick_config(N: int, M: int, C: int, dtype: torch.dtype, precision: str, S: i
     A thread holds 16 numbers of each state, 8 where there are more than two, which leaves room for two or more programs
     per multiprocessor.
     Tensor cores pay from 32 steps per chunk on, and need tiles of at least 64 rows. For shorter chunks, and in float32
-    ("ieee"), outer products in registers are as fast and take less room. With more than two states the tiles for tensor
-    cores would spill.
+    ("ieee"), outer products in registers are as fast and take less room. With more than two states no
+    tiles for tensor cores are tried.
     """
     fewer = 1 if S <= 2 else 2
     vector = vector_width(M, dtype)

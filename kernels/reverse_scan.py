@@ -222,7 +222,7 @@ def pick_config(K: int, S: int, warp_size: int) -> Config:
 
 
 def units_of_a_program(S: int, warp_size: int) -> int:
-    """Four a thread make 128-bit accesses. With more than two states they would spill, so a thread has two."""
+    """Four a thread make 128-bit accesses. With more than two states a thread has two, to leave registers."""
     return (4 if S <= 2 else 2) * warp_size
 
 

@@ -38,10 +38,8 @@ from .table import Backend, Reason, Refusal, not_in_memory
 if TYPE_CHECKING:
     from .operations import GammaSteps, StateArrays
 
-HEAD_UNITS, HEAD_ROWS = (
-    64,
-    128,
-)  # of a head that the kernel of exact RTRL takes: hidden units, and states times those
+HEAD_UNITS = 64  # hidden units of a head that the kernel of exact RTRL takes
+HEAD_ROWS = 128  # states times units of such a head
 MAX_STATES = 4  # states a unit that kernels take
 # One launch runs the whole loop up to SMALL_UNITS units whatever the batch, up to ON_CHIP_UNITS where there are no more
 # batch rows than the GPU has multiprocessors; WEIGHT_REGISTERS: registers of a thread that all weights may take.
