@@ -72,6 +72,10 @@ def test_one_call_is_the_loop_in_float32(rule: str, layer: str, optimizer: str) 
 
 
 def compare_readout(readout: nn.Module, batch: int, clip: float | None, outputs: int = 3) -> None:
+    """Compare a stream of that readout with the loop, by Adam."""
+    # Where GELU by tanh is almost 0, torch's slope is 1 + tanh of a number near -1, 1e-16 off. With an eps of 1e-8 Adam
+    # would move a weight of no other gradient by 1e-8 of its rate for that.
+    options = {"eps": 1e-3}
     case = {
         "batch": batch, "outputs": outputs, "loss": "mse", "calls": "both", "rates": False, "resets": True, "mask": True,
     }  # fmt: skip
@@ -86,6 +90,7 @@ def compare_readout(readout: nn.Module, batch: int, clip: float | None, outputs:
         "rfp",
         1 if clip is None else 2,
         clip,
+        options,
     )
     stream = Stream(
         layer,
@@ -93,6 +98,7 @@ def compare_readout(readout: nn.Module, batch: int, clip: float | None, outputs:
         batch,
         optimizer="adam",
         lr=0.01,
+        optimizer_options=options,
         update_every=loop.every,
         clip_norm=clip,
         backend="compile",
@@ -137,18 +143,22 @@ def test_a_residual_readout(inner: Callable[[], nn.Module], batch: int, clip: fl
 @pytest.mark.parametrize("kind", [1.0, -1.0, 0.0, 800.0, -800.0, float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_activations_where_they_are_not_finite(kind: float, dtype: torch.dtype) -> None:
-    """A readout whose biases put that number into each activation."""
+    """A readout whose bias puts that number into each activation.
+
+    One output, since torch takes a single number by the formula. Of several it asks oneDNN, whose GELU of ∞ is NaN by
+    AVX-512.
+    """
     for activation in (nn.ReLU(), nn.LeakyReLU(), nn.ELU(), nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.GELU()):
         outputs = []
         for backend in ("torch", "compile"):
-            readout = nn.Sequential(nn.Linear(4, 3), activation).to(dtype)
+            readout = nn.Sequential(nn.Linear(4, 1), activation).to(dtype)
             with torch.no_grad():
                 readout[0].weight.zero_()
                 readout[0].bias.fill_(kind)
             stream = Stream(
                 RGC(4, init="uniform", dtype=dtype), readout, loss="delta", nonfinite="continue", backend=backend
             )  # type: ignore[arg-type] # fmt: skip
-            result = stream.run(torch.zeros(1, 1, 4, dtype=dtype), torch.ones(1, 1, 3, dtype=dtype))
+            result = stream.run(torch.zeros(1, 1, 4, dtype=dtype), torch.ones(1, 1, 1, dtype=dtype))
             outputs.append([result.outputs, stream.readout[0].bias.detach()])
         torch.testing.assert_close(*outputs, equal_nan=True, msg=lambda text, f=activation: f"{f}: {text}")
 
