@@ -11,7 +11,6 @@ import contextlib
 import copy
 import io
 import pickle
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import replayed
 import torch
-from fuzzing import Count, cases
+from fuzzing import Count, cases, no_warnings
 from hypothesis import given
 from hypothesis import strategies as st
 from replayed import F64, Loss, Step
@@ -548,8 +547,7 @@ def test_orders_of_calls(options: str, record_property: Callable[[str, object], 
             calls = data.draw(
                 st.lists(st.tuples(st.sampled_from(CALLS), st.sampled_from(MODES)), min_size=6, max_size=24)
             )
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
+            with no_warnings():
                 for call, mode in calls:
                     case.run(call, mode)
             case.finish()

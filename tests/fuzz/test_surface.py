@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import replayed
 import torch
-from fuzzing import Count, cases
+from fuzzing import Count, cases, no_warnings
 from hypothesis import given
 from hypothesis import strategies as st
 from replayed import F64, Loss, Step
@@ -28,7 +27,6 @@ from states import fingerprint, same
 from torch import Tensor
 
 from rjepa_triton import ELSTM, LRU, OnlineLearner, TwoPointRNN
-from rjepa_triton.rules.refine import Divergence
 
 F32, BF16 = torch.float32, torch.bfloat16
 RULES: dict[str, list[dict[str, Any]]] = {
@@ -428,10 +426,7 @@ def test_learners(rule: str, record_property: Callable[[str, object], None]) -> 
             tolerance = 1e-9 if dtype == F64 else 3e-4
             case = Case(learner, rule, torch.Generator().manual_seed(seed), count, tolerance, rows)
             calls = data.draw(st.lists(st.sampled_from(CALLS), min_size=4, max_size=14))
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                # where rounds of refinement diverge, the sequential pass gives the same credits, and says so
-                warnings.simplefilter("ignore", Divergence)
+            with no_warnings():
                 for call in calls:
                     case.run(call)
             count.add("cases of learners' calls")
