@@ -5,9 +5,8 @@ It is one long file because it is one class: the contract of its constructor, it
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -785,7 +784,8 @@ class OnlineLearner(LearnerRows):
                 self._within = within
             resets = self._before_steps(x, resets)
             weights = self._weights()
-            with self._whole():
+            before = self._before()
+            try:
                 if self.form == "chunk" and joins and x.requires_grad and torch.is_grad_enabled():
                     made: list[tuple[PendingBackward, list[Tensor], Sequence[Tensor]]] = []
 
@@ -801,21 +801,23 @@ class OnlineLearner(LearnerRows):
                 else:
                     port, *outputs = Steps.apply(run, resets, x, port, *weights)
                 return self._readout(outputs, x, one_node), port
+            except BaseException:
+                self._take_back(*before)
+                raise
         finally:
             self._past.leave()
 
-    @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Steps that run whole or not at all: where they fail, the state and the window stay as they were."""
-        past, now = self._past, self._past.now
-        before = self._state, self._input, self._forget, self._forget_all
-        try:
-            yield
-        except BaseException:
-            if past.now > now:
-                past.take_back()
-            self._state, self._input, self._forget, self._forget_all = before
-            raise
+    def _before(self) -> tuple[int, Tensor, Tensor | None, Tensor | None, bool]:
+        """What steps change, for `_take_back`."""
+        return self._past.now, self._state, self._input, self._forget, self._forget_all
+
+    def _take_back(
+        self, now: int, state: Tensor, x: Tensor | None, forget: Tensor | None, forget_all: bool
+    ) -> None:
+        """After steps that failed: the state and the window become what they were `_before`."""
+        if self._past.now > now:
+            self._past.take_back()
+        self._state, self._input, self._forget, self._forget_all = state, x, forget, forget_all
 
     def _readout(self, outputs: Sequence[Tensor], x: Tensor, one_node: bool) -> Tensor:
         return readout(self.layer, outputs, x, self.lag > 0) if one_node else self.layer.readout(outputs, x)
@@ -964,8 +966,12 @@ class OnlineLearner(LearnerRows):
         self._past.enter()
         try:
             resets = self._before_steps(x, resets)
-            with self._whole():
+            before = self._before()
+            try:
                 pending, outputs, input_weights = self.advance(x, resets, False, self.layer.weights())
+            except BaseException:
+                self._take_back(*before)
+                raise
         finally:
             self._past.leave()
         return [*outputs, self._compiled.add(pending, input_weights, self.lag)]

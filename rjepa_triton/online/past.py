@@ -17,10 +17,9 @@ S×S block M of the Jacobian, or through the full Jacobian, which needs the weig
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -87,6 +86,27 @@ def _credits(
     )
 
 
+class _Advancing:
+    """The sensitivities of `past`, for a change that is either whole, or has not begun, or is told from then on.
+
+    A class, since a generator of contextlib would take longer, in each step.
+    """
+
+    __slots__ = ("_past", "_sensitivity", "_version")
+
+    def __init__(self, past: Past) -> None:
+        assert past.sensitivity is not None
+        self._past, self._sensitivity = past, past.sensitivity
+        self._version = past.sensitivity.version()
+
+    def __enter__(self) -> Sensitivity:
+        return self._sensitivity
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        if error is not None and self._sensitivity.version() != self._version:
+            self._past.broken = f"{type(error).__name__}: {error}".rstrip(": ")
+
+
 class Past:
     """Sensitivities at the base, the window of steps since, and the gradients that they give.
 
@@ -115,7 +135,7 @@ class Past:
         self.scan_backend = scan_backend
         self.sensitivity = sensitivity
         self.mid_chunk = False
-        self._broken = ""  # what failed while the sensitivities were being advanced
+        self.broken = ""  # what failed while the sensitivities were being advanced
         self._in_use = threading.Lock()
         self.begin(0)
 
@@ -156,34 +176,22 @@ class Past:
 
     def refuse_broken(self) -> None:
         """Raise RuntimeError if a call failed while it advanced the sensitivities, so that some are of a later step."""
-        if self._broken:
+        if self.broken:
             raise RuntimeError(
-                f"an earlier call of this OnlineLearner failed while it advanced the sensitivities ({self._broken}): "
+                f"an earlier call of this OnlineLearner failed while it advanced the sensitivities ({self.broken}): "
                 "some are of a later step than others. reset() forgets them all, load_state_dict() replaces them"
             )
 
-    @contextlib.contextmanager
-    def _advancing(self) -> Iterator[Sensitivity]:
-        """The sensitivities, for a change that is either whole, or has not begun, or is told from then on."""
-        assert self.sensitivity is not None
-        version = self.sensitivity.version()
-        try:
-            yield self.sensitivity
-        except BaseException as error:
-            if self.sensitivity.version() != version:
-                self._broken = f"{type(error).__name__}: {error}".rstrip(": ")
-            raise
-
     def mend(self) -> None:
         """If the sensitivities are broken, forget all steps so far."""
-        if self._broken:
+        if self.broken:
             self.cut()
 
     def forget_all(self) -> None:
         """Set the sensitivities to zero, whatever they are."""
         if self.sensitivity is not None:
             self.sensitivity.forget_(None)
-        self._broken = ""
+        self.broken = ""
 
     @property
     def nbytes(self) -> int:
@@ -239,7 +247,7 @@ class Past:
             self._unreachable = max((end for end in self._ends if end <= reach), default=self.base)
             if self._unreachable - self.base >= self.rewrite_every:
                 blocks = self._tape.blocks(self._unreachable - self.base)
-                with self._advancing() as sensitivity:
+                with _Advancing(self) as sensitivity:
                     fold = sensitivity.step_ if self.form == "step" else sensitivity.chunk_
                     for block in blocks:
                         fold(block)
@@ -290,7 +298,7 @@ class Past:
         if self.form == "step" and alone and record.end <= self.now - self.lag:  # fold and read in one pass
             assert sensitivity is not None
             for_x = for_input(delta if block.steps == 1 else self._credit(block, delta)[0])
-            with self._advancing():
+            with _Advancing(self):
                 gradients = sensitivity.step_(block, delta, descent)
                 self._move_base(record.end)
             return for_x, None, [None] * len(self.matrices) if gradients is None else gradients
@@ -316,7 +324,7 @@ class Past:
         # Each step between two updates may have a backward of its own, and steps are folded by the last alone.
         last_step = (later_calls[-1] if later_calls else record).end
         if full and last_loss and last_step == self.now:
-            with self._advancing():
+            with _Advancing(self):
                 from_past = self.sensitivity.chunk_(whole_window[0], passed)
                 self._move_base(self.now)
         else:
@@ -438,7 +446,7 @@ class Past:
     def fold(self) -> None:
         """Fold the whole window into the sensitivities, step by step."""
         blocks = self._tape.blocks()
-        with self._advancing() as sensitivity:
+        with _Advancing(self) as sensitivity:
             for block in blocks:
                 sensitivity.step_(block)
             self.begin(self.now)
@@ -474,7 +482,7 @@ class Past:
         ]
         if self.sensitivity is not None:
             self.sensitivity.load_(state["gamma"])
-        self._broken = ""
+        self.broken = ""
         self.begin(state["now"])
         self.base, self._ends, self.mid_chunk = state["base"], list(state["ends"]), state["filling"]
         self._last_full_reset = state["episode"]

@@ -241,7 +241,7 @@ def _gives(learner: OnlineLearner, state: Tensor) -> bool:
         and learner._forget is None
         and not learner._cut
         and past.now == past.base
-        and not past._broken
+        and not past.broken
         and not past._in_use.locked()
     )
 

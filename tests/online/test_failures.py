@@ -108,7 +108,7 @@ def test_a_step_that_fails_leaves_the_learner_as_it_was(
                 output = run(learner)
             break
         except type(error):
-            if options == "lag" and learner._past._broken:  # a step folds what no later loss may reach
+            if options == "lag" and learner._past.broken:  # a step folds what no later loss may reach
                 told += 1
                 learner.load_state_dict(before)
             again = copy.deepcopy(learner)
@@ -145,7 +145,7 @@ def test_a_backward_that_fails_is_whole_or_is_told(layer: str, options: str, err
             break
         except type(error):
             pass
-        if not learner._past._broken:
+        if not learner._past.broken:
             after = everything(learner)
             assert alike(after, before) or alike(after, done), k
             learner(x[9])
@@ -182,7 +182,7 @@ def test_a_resumed_learner_isnt_broken_by_a_wrong_state() -> None:
         loss = learner(x[6]).square().sum()
         with pytest.raises(torch.OutOfMemoryError), Failing(k, MEMORY):
             loss.backward()
-        if learner._past._broken:
+        if learner._past.broken:
             break
     with pytest.raises(ValueError, match="state's batch_size"):
         learner.load_state_dict({**state, "batch_size": 3})
