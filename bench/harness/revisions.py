@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -122,6 +125,19 @@ def worktrees(repository: Path, revisions: Sequence[str]) -> Iterator[list[Path]
             git("worktree", "prune")
 
 
+def compilers(folder: Path) -> Path:
+    """A folder of the C++ compilers that are here, by their names, for code that valgrind can run: without AVX-512."""
+    folder.mkdir()
+    for name in ("g++", "clang++", "c++"):
+        if found := shutil.which(name):
+            option = " -mno-avx512f" if platform.machine() in ("x86_64", "AMD64") else ""
+            (folder / name).write_text(
+                f'#!/bin/sh\nexec {shlex.quote(found)} "$@"{option}\n', encoding="utf-8"
+            )
+            (folder / name).chmod(0o755)
+    return folder
+
+
 class Side:
     """One process of one revision. What fails is kept as the reason of the case, or of all of them.
 
@@ -132,9 +148,12 @@ class Side:
         self.settings, self.out = settings, folder.with_suffix(".out") if callgrind else None
         self.failed: dict[str, str] = {}
         self.all_failed = ""
-        command = [*CALLGRIND, f"--callgrind-out-file={self.out}"] if callgrind else []
+        command: list[str] = []
         env = {**environment(settings.threads, "cpu"), "PYTHONHASHSEED": "0"}
         del env["PYTHONPATH"]  # this revision's
+        if callgrind:
+            command = [*CALLGRIND, f"--callgrind-out-file={self.out}"]
+            env["PATH"] = os.pathsep.join((str(compilers(folder.with_suffix(".bin"))), env["PATH"]))
         program = [*command, sys.executable, "-c", SCRIPT]
         self.worker = Worker(program, env, (), folder.with_suffix(".log"), cwd=folder)
 

@@ -94,6 +94,21 @@ def test_counted_instructions_find_two_percent(repository: Path) -> None:
     )
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+def test_code_that_valgrind_runs_has_no_avx512(tmp_path: Path) -> None:
+    """valgrind ends a program at its first instruction of AVX-512, which a processor's own code may have."""
+    ours = revisions.compilers(tmp_path / "bin") / "g++"
+    done = subprocess.run(
+        [ours, "-march=native", "-dM", "-E", "-x", "c++", "-"],
+        input="",
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert "__GNUC__" in done.stdout
+    assert "__AVX512" not in done.stdout
+
+
 def test_a_revision_that_cannot_be_imported_is_a_row(repository: Path) -> None:
     result = CliRunner().invoke(
         bench,
