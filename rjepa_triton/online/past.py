@@ -163,7 +163,8 @@ class Past:
 
         Raises RuntimeError if another thread is at it, or if the sensitivities are broken.
         """
-        self.refuse_broken()
+        if self.broken:
+            self.refuse_broken()
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError(
                 "another thread is running this OnlineLearner: steps and backward passes of one learner come one after "

@@ -36,7 +36,11 @@ class Sensitivity(ABC):
 
     def version(self) -> int:
         """Another number after each change."""
-        return self.advances + sum(t._version for t in self.tensors() if not t.is_inference())
+        version = self.advances
+        for tensor in self.tensors():  # not a generator, which takes longer, in each step
+            if not tensor.is_inference():
+                version += tensor._version
+        return version
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -189,7 +193,7 @@ class PerUnit(Sensitivity):
     def tensors(self) -> list[Tensor]:
         return [
             *self._gammas(),
-            *(group.rng_state for group in self.groups if group.rng_state is not None),
+            *[group.rng_state for group in self.groups if group.rng_state is not None],
         ]
 
     def by_unit(self) -> Iterator[tuple[str, Tensor]]:

@@ -114,16 +114,14 @@ def _gamma_declared(code: ctypes.CDLL) -> ctypes.CDLL:
     return code
 
 
+@functools.cache
 def gamma(states: int) -> ctypes.CDLL | None:
     """The library with gamma.cpp for S = `states`: `library()` up to 2, else one of its own, built at first use.
 
     Few cells have more than two states, and the others shouldn't wait for theirs.
     """
-    return library() if states <= 2 else _gamma_alone(states)
-
-
-@functools.cache
-def _gamma_alone(states: int) -> ctypes.CDLL | None:
+    if states <= 2:
+        return library()
     code = generated(f"#define STATES {states}\n{read_text(SOURCES / 'gamma.cpp')}")
     return None if code is None else _gamma_declared(code)
 

@@ -57,12 +57,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(library, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     library.library.cache_clear()
+    library.gamma.cache_clear()
     yield tmp_path / "cache" / "rjepa_triton"
     library.library.cache_clear()
+    library.gamma.cache_clear()
 
 
 def found_again() -> object:
     library.library.cache_clear()
+    library.gamma.cache_clear()
     return library.library()
 
 
