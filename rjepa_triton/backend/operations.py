@@ -268,7 +268,7 @@ class GammaSteps:
     def phi_apart(self) -> list[Tensor | None]:
         """φ where linearization left it: S·K of (T, B, N), state by state, None for zeros."""
         entries = [self.lin.immediate(matrix) for matrix in self.matrices]
-        return [by_state.get(nu) for nu in range(len(self.m)) for by_state in entries]
+        return [by_state.get(nu) for nu in range(self.m.shape[0]) for by_state in entries]
 
     @cached_property
     def y_apart(self) -> list[Tensor]:

@@ -866,7 +866,7 @@ class OnlineLearner(LearnerRows):
         input_weights = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
         after, block = self._record(x, resets, self._state, weights, self._chunk_weights, active)
         state = after[:, -1].clone()
-        seen = state if len(x) == 1 else after  # the former is in one piece
+        seen = state if x.shape[0] == 1 else after  # the former is in one piece
         if self._watch.on and self._watch.found(past.now, x, seen):
             x, after, block = self._act_on(x, resets, weights, after, block, active)
             state = after[:, -1].clone()

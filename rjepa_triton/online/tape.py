@@ -207,14 +207,10 @@ class _Run:
     """Steps with the same weights. Joining copies each step once, into a buffer that doubles when it is full."""
 
     def __init__(self, weights: tuple[Tensor, ...] | None) -> None:
-        self.weights = weights
+        self.weights, self.steps = weights, 0
         self._buffer: Block | None = None
         self._filled = 0
         self._pending: list[Block] = []
-
-    @property
-    def steps(self) -> int:
-        return self._filled + sum(block.steps for block in self._pending)
 
     @property
     def nbytes(self) -> int:
@@ -223,9 +219,12 @@ class _Run:
 
     def append(self, steps: Block) -> None:
         self._pending.append(steps)
+        self.steps += steps.steps
 
     def take_back(self) -> int:
-        return self._pending.pop().steps
+        steps = self._pending.pop().steps
+        self.steps -= steps
+        return steps
 
     def joined(self) -> Block:
         """All steps as one block. There must be at least one step."""
@@ -265,6 +264,7 @@ class _Run:
     def drop_first(self, steps: int) -> None:
         rest = self.joined().narrow(steps, self.steps).map(Tensor.clone)
         self._buffer, self._filled, self._pending = None, 0, [rest]
+        self.steps = rest.steps
 
 
 def _empty_of_steps(like: Tensor, steps: int) -> Tensor:

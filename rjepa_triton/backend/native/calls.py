@@ -205,7 +205,7 @@ def gamma_step(
     if delta is not None:
         delta = delta.contiguous()
         credit = _places(
-            [delta.data_ptr() + (nu * delta.shape[1] + t) * rows * item for nu in range(len(delta))]
+            [delta.data_ptr() + (nu * delta.shape[1] + t) * rows * item for nu in range(delta.shape[0])]
         )
     return _pass(
         gammas,

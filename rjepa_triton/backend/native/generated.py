@@ -186,8 +186,8 @@ class Loops:
             x,
             [*planes_of(x), *planes_of(saved), *planes_of(before), *addresses([*diagonals, marks, out])],
             [
-                *x.stride()[1:3] * len(x),
-                *saved.stride()[1:3] * len(saved),
+                *x.stride()[1:3] * x.shape[0],
+                *saved.stride()[1:3] * saved.shape[0],
                 *before.stride()[1:3] * states,
                 *strides,
                 *(steps, batch, units, torch.get_num_threads()),
@@ -220,8 +220,8 @@ class Loops:
         passed = x.new_empty(len(source), batch, units)
         diagonals, strides = own(weights)
         apart = [
-            *x.stride()[1:3] * len(x),
-            *saved.stride()[1:3] * len(saved),
+            *x.stride()[1:3] * x.shape[0],
+            *saved.stride()[1:3] * saved.shape[0],
             *states.stride()[1:3] * len(source),
         ]
         for one in source:
