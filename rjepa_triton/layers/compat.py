@@ -143,6 +143,8 @@ class _LearningRule(nn.RNNBase):
         """hx of an input without a batch, with a batch of one."""
         if hx is None:
             return None
+        if isinstance(hx, Tensor) and hx.dim() == 3 and len(hx) > 1 and len(self._cell().states) == 2:
+            hx = hx[0], hx[1]  # torch.nn.LSTM takes h and c in one tensor here
         given = hx if isinstance(hx, (tuple, list)) else (hx,)
         for value in given:
             if check.tensor("hx", value).dim() != 2:

@@ -382,3 +382,17 @@ def test_a_call_with_the_wrong_kind_of_state_names_it() -> None:
         compat.GRU(3, 4, learning="rfp")([1.0])
     with pytest.raises(TypeError, match="hx must have the dtype"):
         compat.GRU(3, 4, learning="rfp")(h(5, 2, 3), h(1, 2, 4).double())
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_unbatched_lstm_takes_both_states_in_one_tensor(count: int) -> None:
+    """As torch.nn's does, which reads the first two; with a batch neither takes them."""
+    torch.manual_seed(0)
+    theirs = nn.LSTM(2, 3, bidirectional=True)
+    ours = compat.LSTM(2, 3, bidirectional=True, learning="rfp")
+    ours.load_state_dict(theirs.state_dict())
+    x, hx = torch.randn(5, 2), torch.randn(count, 2, 3)
+    torch.testing.assert_close(ours(x, hx), theirs(x, hx))
+    for layer in (theirs, ours):
+        with pytest.raises((RuntimeError, TypeError)):
+            layer(x[:, None], hx[:, :, None])
