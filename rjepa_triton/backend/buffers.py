@@ -33,7 +33,7 @@ class ReusedMemory:
         memory, self._free = self._free, None
         if memory is None or memory.nbytes != count * item:
             # allocated by torch, so that its allocator counts the bytes
-            memory = torch.empty(count * item, dtype=torch.uint8).numpy()
+            memory = torch.empty(count * item, dtype=torch.uint8, device="cpu").numpy()
         lent = memory[:]  # a view, which dies with the tensor's storage
         weakref.finalize(lent, _give_back, weakref.ref(self), memory).atexit = False
         return torch.from_numpy(lent).view(like.dtype).view(*shape)

@@ -147,7 +147,7 @@ class Graph:
         """A node of any operation of `OPERATIONS`."""
         values = [self.value(each) for each in operands]
         if all(value is not None for value in values):
-            numbers = [torch.tensor(value, dtype=torch.float64) for value in values]
+            numbers = [torch.tensor(value, dtype=torch.float64, device="cpu") for value in values]
             numbers[:1] = [
                 each.bool() if operation in ("where", "and", "or", "not") else each for each in numbers[:1]
             ]

@@ -278,7 +278,7 @@ def _follow(
     graph: Graph, arguments: Sequence[int], counts: Sequence[int], run: Callable[..., Any]
 ) -> _Follow:
     generator = torch.Generator().manual_seed(0)
-    values = [torch.rand(2, 3, dtype=torch.float64, generator=generator) for _ in arguments]
+    values = [torch.rand(2, 3, dtype=torch.float64, device="cpu", generator=generator) for _ in arguments]
     follow = _Follow(graph, dict(zip(map(id, values), arguments, strict=True)))
     follow.alive += values
     with follow:
@@ -374,7 +374,9 @@ def _compare(cell: Cell, found: Traced) -> None:
     that of its operations.
     """
     generator = torch.Generator().manual_seed(1)
-    points = [3 * torch.randn(64, dtype=torch.float64, generator=generator) for _ in found.arguments]
+    points = [
+        3 * torch.randn(64, dtype=torch.float64, device="cpu", generator=generator) for _ in found.arguments
+    ]
     counts = len(cell.states), len(cell.gates), len(cell.per_unit)
     groups = _grouped(points, counts)
     try:
@@ -386,7 +388,8 @@ def _compare(cell: Cell, found: Traced) -> None:
     ours = dict(zip([("state", 0, nu) for nu in range(counts[0])] + keys, values, strict=True))
     for key in ours.keys() | theirs.keys():
         one, other = (
-            torch.as_tensor(of.get(key, 0.0), dtype=torch.float64).expand(64) for of in (ours, theirs)
+            torch.as_tensor(of.get(key, 0.0), dtype=torch.float64, device="cpu").expand(64)
+            for of in (ours, theirs)
         )
         if not torch.allclose(one, other, rtol=1e-6, atol=1e-9, equal_nan=True):
             what = f"new state {key[2]}" if key[0] == "state" else f"∂F_{key[2]} by {key[0]} {key[1]}"

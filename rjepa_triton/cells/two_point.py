@@ -419,7 +419,7 @@ def _verify(cell: Cell) -> None:
     generator = torch.Generator().manual_seed(0)
     groups = {"state": cell.states, "gate": cell.gates, "input": cell.per_unit}
     point = [
-        [torch.randn(2, 4, dtype=torch.float64, generator=generator) for _ in names]
+        [torch.randn(2, 4, dtype=torch.float64, device="cpu", generator=generator) for _ in names]
         for names in groups.values()
     ]
     with torch.no_grad():

@@ -168,7 +168,7 @@ class _Count:
             if (
                 output.requires_grad
             ):  # not where a cell's own partials alone pass on credit, as through a threshold
-                torch.autograd.grad(output, weights, torch.zeros(steps, 1, UNITS), allow_unused=True)
+                torch.autograd.grad(output, weights, _zeros(steps, 1, UNITS), allow_unused=True)
 
     def _kept(self, steps: int) -> int:
         """How many arrays of one step's shape autograd keeps of that loop, without the inputs."""

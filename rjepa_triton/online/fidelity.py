@@ -68,7 +68,7 @@ def fidelity(
     shape = (*x.shape[:2], layer.hidden_size)
     if grad_output is None:
         generator = torch.Generator().manual_seed(0)
-        grad_output = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
+        grad_output = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
     check.shape("grad_output", check.tensor("grad_output", grad_output), shape, "to match x")
     estimate = gradients(layer, x, grad_output, resets, learning=learning, refine=refine, online=online)
     return compare(estimate, gradients(layer, x, grad_output, resets, learning="bptt"))

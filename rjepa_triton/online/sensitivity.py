@@ -416,7 +416,7 @@ class RankOne(_StepByStep):
             self.forget_(lin.resets[t])
         moved = self._through_jacobian(block, t)
         self.advances += 1  # the generator of the signs is part of what is carried
-        signs = torch.randint(0, 2, self._c.shape, generator=self._generator) * 2 - 1
+        signs = torch.randint(0, 2, self._c.shape, generator=self._generator, device="cpu") * 2 - 1
         signs = signs.to(self._c)
         entering = []
         for matrix, theta in zip(self._matrices, self._theta, strict=True):

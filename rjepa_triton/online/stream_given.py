@@ -89,7 +89,9 @@ def _refuse_with_rows(
         raise ValueError("self_prediction doesn't go with mesh: leave one of them out")
     if backend not in ("auto", "torch"):
         raise ValueError(f"mesh goes with backend='auto' or 'torch', the loop over steps, got {backend!r}")
-    OPTIMIZERS[optimizer]([nn.Parameter(torch.empty(1))], lr=lr, **dict(optimizer_options or {}))
+    OPTIMIZERS[optimizer](
+        [nn.Parameter(torch.empty(1, device="cpu"))], lr=lr, **dict(optimizer_options or {})
+    )
 
 
 def checked(

@@ -165,10 +165,10 @@ class InKernel(Compiled):
     def rates_of(self, rates: Tensor, done: int) -> list[Tensor]:
         """The learning rates of each group (groups, T), and the scales of Adam's moments, (T,) each."""
         stream, steps = self.stream, rates.shape[1]
-        ones = torch.ones(steps, dtype=torch.float64)
+        ones = torch.ones(steps, dtype=torch.float64, device="cpu")
         if stream.kind not in (1, 2):
             return [*rates, ones, ones]
-        updates = done + 1 + (stream.position + torch.arange(steps)) // stream.update_every
+        updates = done + 1 + (stream.position + torch.arange(steps, device="cpu")) // stream.update_every
         first, second = self.settings()[:2]
         return [*rates, 1 / (1 - first**updates), 1 / (1 - second**updates).sqrt()]
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rjepa_triton import OnlineLearner, Stack, TwoPointRNN
+from rjepa_triton import Cell, Matrix, OnlineLearner, Stack, Stream, TwoPointRNN, fidelity
 from rjepa_triton.cells.builtin import RGCCell
 from rjepa_triton.layers import functional, named
 from rjepa_triton.layers.conv import ConvRGC
+from rjepa_triton.online import counting
 
 LAYERS: dict[str, Callable[..., Any]] = {
     "RGC": lambda **o: named.RGC(5, input_size=3, **o),
@@ -125,6 +127,54 @@ def test_layers_are_made_and_run_with_fake_tensors(name: str) -> None:
         assert output.shape == (7, 2, layer.hidden_size)
         output.sum().backward()
         assert layer.weights()[0].grad.shape == layer.weights()[0].shape
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"form": "step"}, {"form": "chunk", "update_every": 2}, {"learning": "uoro"}], ids=str
+)
+def test_the_first_learner_may_be_made_under_another_default_device(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts calls of torch, on the CPU."""
+    monkeypatch.setattr(counting, "_counted", {})
+    with torch.device("meta"):
+        if "learning" not in options:
+            assert OnlineLearner(named.LSTM(3, 5), 2, **options).state[0].is_meta
+        layer = named.GRU(3, 5, device="cpu")
+        learner = OnlineLearner(layer, 2, **options)
+        learner.chunk(torch.randn(2, 2, 3, device="cpu")).sum().backward()
+    assert layer.weights()[0].grad is not None
+
+
+class Leaky(Cell):
+    states, gates, inputs, parameters = ("h",), ("a",), ("a",), ("tau",)
+    matrices = (Matrix("ha", ("gate", 0), 0),)
+
+    def update(self, c: Any, p: Any, x: Any) -> Any:
+        return (c[0] * torch.sigmoid(x[1]) + torch.tanh(p[0] + x[0]),)
+
+
+def test_what_lies_on_the_cpu_runs_under_another_default_device() -> None:
+    """Also what is made by the way: numbers for compiled code, points where a cell is tried, first parameters."""
+    x, target = torch.randn(4, 2, 3), torch.randn(4, 2, 1)
+    with torch.device("meta"):
+        for layer in (
+            named.LSTM(3, 5, device="cpu"),
+            named.LRU(3, 5, device="cpu"),
+            named.TimeDecay(3, 5, device="cpu"),
+            TwoPointRNN(Leaky(), 5, input_size=3, init="uniform", device="cpu"),
+        ):
+            assert layer.weights()[0].device.type == "cpu"
+            output, _ = layer(x)
+            output.sum().backward()
+            assert fidelity(layer, x).total_cosine > 0
+        for optimizer in ("sgd", "adam"):
+            readout = nn.Linear(5, 1, device="cpu")
+            stream = Stream(named.LSTM(3, 5, device="cpu"), readout, 2, optimizer=optimizer)
+            assert stream.run(x, target).losses.isfinite().all()
+            stream.step(x[0])
+            stream.learn(target[0], torch.tensor([True, False], device="cpu"))
+            stream.load_state_dict(stream.state_dict())
 
 
 def test_initialization_can_be_skipped_and_the_default_device_changed() -> None:
