@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..layers.layer import TwoPointRNN
 from ..rules import rfp
+from . import checkpoint
 from .learner import OnlineLearner
 from .options import Learning
 from .sensitivity import PerUnit
@@ -249,15 +250,17 @@ class StreamActorCritic:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the agent that made `state` was. Raises TypeError or ValueError if it doesn't fit."""
-        missing = [name for name in self.state_dict() if name not in state]
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be what state_dict() gave, got {type(state).__name__}")
+        own = self.state_dict()
+        missing = [name for name in own if name not in state]
         if missing:
             raise ValueError(f"state must be what state_dict() gave, and lacks {', '.join(missing)}")
         self.learner.refuse_foreign(state["learner"])
         traces = [*self._layer_traces, *self._head_traces]
-        if [each.shape for each in traces] != [each.shape for each in state["traces"]]:
-            raise ValueError("state must have the traces of this agent's weights")
-        for name in ("layer", "actor", "critic", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+        checkpoint.refuse_agent(state, own, [*self.layer.weights(), *self._heads])
+        names = ("layer", "actor", "critic", "optimizer")
+        checkpoint.load_all({name: getattr(self, name) for name in names}, state)
         self.learner.load_state_dict(state["learner"])
         for mine, given in zip(traces, state["traces"], strict=True):
             mine.copy_(given)

@@ -19,6 +19,7 @@ window          the window's blocks (`Block.to_dict`)
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,79 @@ def kind(layer: TwoPointRNN) -> list[Any]:
 def owned(value: Tensor) -> Tensor:
     """A copy of a loaded tensor in memory of its own, as compiled code needs it."""
     return value.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def load_all(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Load the state of each part, modules and optimizers by their names in `state`: all of them, or none.
+
+    Raises ValueError, naming the part, for what it can't take.
+    """
+    before = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+    try:
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(state[name])
+            except Exception as error:  # torch raises RuntimeError, and what junk gives
+                raise ValueError(f"state's {name} doesn't fit: {type(error).__name__}: {error}") from error
+            if isinstance(part, torch.optim.Optimizer):
+                _check_moments(name, part)
+    except BaseException:
+        for name, part in parts.items():
+            part.load_state_dict(before[name])
+        raise
+
+
+def _check_moments(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError for moments of other shapes than their parameters', which torch takes."""
+    for parameter, moments in optimizer.state.items():
+        for moment, value in moments.items():
+            if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
+                raise ValueError(
+                    f"state's {name} doesn't fit: {moment} must have shape {tuple(parameter.shape)}, got "
+                    f"{tuple(value.shape)}"
+                )
+
+
+def refuse_sums(state: Mapping[str, Any], every: int, parameters: Sequence[Tensor]) -> None:
+    """Raise TypeError or ValueError unless a stream's state has a position among `every` steps, and the sums there."""
+    position, name = _integer("position", state["position"], 0, every), "gradients"
+    if not position:
+        if state[name] is not None:
+            raise ValueError(f"state's {name} must be None at position 0, got {_shown(state[name])}")
+        return
+    given = _list(name, state[name])
+    if len(given) != len(parameters):
+        raise ValueError(f"state must have the gradients of {len(parameters)} parameters, got {len(given)}")
+    for at, (got, parameter) in enumerate(zip(given, parameters, strict=True)):
+        if got is not None:
+            check.shape(
+                f"state's {name}[{at}]", check.tensor(f"state's {name}[{at}]", got), tuple(parameter.shape)
+            )
+
+
+def refuse_mask(name: str, value: object, rows: int) -> None:
+    """Raise TypeError or ValueError unless a field is a bool of each batch row."""
+    _tensor(name, value, torch.zeros(rows, dtype=torch.bool, device="cpu"), anywhere=True)
+
+
+def refuse_agent(state: Mapping[str, Any], own: Mapping[str, Any], weights: Sequence[Tensor]) -> None:
+    """Raise TypeError or ValueError unless the fields of an agent's state that no part of it loads are like its `own`.
+
+    weights: those that `bonus` has gradients of.
+    """
+    _boolean("acted", state["acted"])
+    _tensor("value", state["value"], own["value"], anywhere=True)
+    _alike("traces", state["traces"], own["traces"])
+    if state["bonus"] is not None:
+        _alike("bonus", state["bonus"], weights)
+
+
+def _alike(name: str, value: object, wanted: Sequence[Tensor]) -> None:
+    given = _list(name, value)
+    if len(given) != len(wanted):
+        raise ValueError(f"state's {name} must have {len(wanted)} tensors, got {len(given)}")
+    for at, (got, want) in enumerate(zip(given, wanted, strict=True)):
+        _tensor(f"{name}[{at}]", got, want, anywhere=True)
 
 
 def refuse_damaged(state: object, wanted: Wanted) -> None:

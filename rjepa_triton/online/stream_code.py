@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -297,7 +298,7 @@ class Compiled:
                 if parameter not in self.new:
                     self.new[parameter] = {name: torch.zeros_like(parameter) for name in names}
                     if kind > 0:
-                        self.new[parameter]["step"] = torch.zeros((), dtype=torch.float32)
+                        self.new[parameter]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                 state = self.new[parameter]
                 steps.add(0)
             else:
@@ -346,7 +347,13 @@ class Compiled:
         tables = [one.tables(each, steps, FORWARD | LEARN) for one, each in zip(networks, given, strict=True)]
         numbers = len(networks) * steps * networks[0].carried
         enough = numbers >= (SHARED_CALL if len(networks) == 1 else SHARED_NETWORKS)
-        networks[0].function(*packed(tables, torch.get_num_threads() if enough else 1))
+        table = packed(tables, torch.get_num_threads() if enough else 1)
+        with contextlib.ExitStack() as alone:  # another thread may come in while compiled code runs
+            for one in networks:
+                past = one.stream.learner._past
+                past.enter()
+                alone.callback(past.leave)
+            networks[0].function(*table)
         results = []
         for one, each in zip(networks, given, strict=True):
             one._one = None
@@ -375,8 +382,8 @@ class Compiled:
         given["outputs"] = x.new_empty(len(x), self.stream.batch_size, self.outputs)
         shape = len(x), self.stream.batch_size, self.stream.layer.hidden_size
         given["hidden"] = x.new_empty(shape) if hidden else None
-        given["losses"] = torch.empty(len(x), dtype=torch.float64)
-        given["rates"] = torch.tensor(rates, dtype=torch.float64)
+        given["losses"] = torch.empty(len(x), dtype=torch.float64, device="cpu")
+        given["rates"] = torch.tensor(rates, dtype=torch.float64, device="cpu")
         return given
 
     def step(self, x: Tensor) -> Tensor:

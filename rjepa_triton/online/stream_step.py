@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,9 +51,9 @@ class OneStep:
         classes = stream.loss == "cross_entropy"
         self.x = weight.new_zeros(batch, stream.layer.fan_in)
         aims = (batch,) if classes else (batch, compiled.outputs)
-        self.target = torch.zeros(aims, dtype=torch.int64 if classes else weight.dtype)
+        self.target = torch.zeros(aims, dtype=torch.int64 if classes else weight.dtype, device="cpu")
         self.outputs = weight.new_zeros(batch, compiled.outputs)
-        self.mask = torch.ones(batch, dtype=torch.bool)
+        self.mask = torch.ones(batch, dtype=torch.bool, device="cpu")
         self.loss, self.rates = ctypes.c_double(), (ctypes.c_double * len(stream.optimizer.param_groups))()
         given = {
             "x": self.x,
@@ -176,11 +176,20 @@ class OneStep:
             return False
         return self._addresses() == self.addresses
 
+    def _call(self, tables: Sequence[Any]) -> None:
+        """Run compiled code, into which no other thread may come with this learner meanwhile. Raises RuntimeError."""
+        past = self.stream.learner._past
+        past.enter()
+        try:
+            self.function(*tables)
+        finally:
+            past.leave()
+
     def forward(self, x: Tensor) -> Tensor:
         """The output of a step, (B, O)."""
         self.arrays[X] = self._place("x", x, self.x)
         self.numbers[PHASE] = FORWARD
-        self.function(*self.tables)
+        self._call(self.tables)
         return self.outputs.clone()
 
     @staticmethod
@@ -211,7 +220,7 @@ class OneStep:
             self.rated = not any(isinstance(rate, Tensor) for rate in rates)
         numbers[PHASE], numbers[POSITION] = LEARN, stream.position
         numbers[DONE] = self.done
-        self.function(*self.tables)
+        self._call(self.tables)
         counted = 0 if stream.self_prediction and self.masked and not bool(self.mask.any()) else 1
         new = self.compiled.new
         self.compiled.advanced(1, counted, self.learned, self.counts)
@@ -228,7 +237,7 @@ class OneStep:
         for name, value in (("losses", self.loss), ("rates", self.rates)):
             arrays[FIRST.index(name)] = ctypes.addressof(value)
         arrays[len(FIRST)], options[6:] = self.state.data_ptr(), self.settings[6:]
-        self.function(*packed([(arrays, numbers, options)], 1))
+        self._call(packed([(arrays, numbers, options)], 1))
         self.compiled.stream.learner.returned(1)
         return self.loss.value
 

@@ -7,7 +7,6 @@ parameters, the learner's state and Γ, and the optimizer's moments. Elsewhere `
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from ..layers.layer import TwoPointRNN
-from . import sharded, stream_given
+from . import checkpoint, sharded, stream_given
 from .learner import OnlineLearner
 from .options import Learning
 from .population import Population
@@ -506,19 +505,11 @@ class Stream:
         if missing:
             raise ValueError(f"state must be what state_dict() gave, and lacks {', '.join(missing)}")
         self.learner.refuse_foreign(state["learner"])
-        if state["position"] and len(state["gradients"]) != len(self.parameters):
-            raise ValueError(f"state must have the gradients of {len(self.parameters)} parameters")
-        before = copy.deepcopy(
-            [self.layer.state_dict(), self.readout.state_dict(), self.optimizer.state_dict()]
-        )
-        owners: tuple[Any, ...] = (self.layer, self.readout, self.optimizer)
-        try:
-            for owner, name in zip(owners, ("layer", "readout", "optimizer"), strict=True):
-                owner.load_state_dict(state[name])
-        except BaseException:
-            for owner, value in zip(owners, before, strict=True):
-                owner.load_state_dict(value)
-            raise
+        checkpoint.refuse_sums(state, self.update_every, self.parameters)
+        if self.self_prediction:
+            checkpoint.refuse_mask("begun", state["begun"], self.batch_size)
+        parts = {"layer": self.layer, "readout": self.readout, "optimizer": self.optimizer}
+        checkpoint.load_all(parts, state)
         self.learner.load_state_dict(state["learner"])
         self.position, self._pending, self._served = state["position"], None, True
         if self.self_prediction:

@@ -165,6 +165,25 @@ def test_an_agent_resumes(layer: Any, learning: str) -> None:
     assert torch.equal(first.error, second.error)
 
 
+@pytest.mark.parametrize(
+    ("name", "junk"),
+    [(name, junk) for name in ("layer", "actor", "critic", "learner", "optimizer", "traces", "value") for junk in (3, None)]
+    + [("acted", "x"), ("bonus", 7), ("traces", [])],
+)  # fmt: skip
+def test_a_damaged_state_changes_nothing(name: str, junk: Any) -> None:
+    agent = agent_of(GRU(FEATURES, UNITS, dtype=F64), "Adam", entropy=0.1)
+    play(agent, *given())
+    before = copy.deepcopy(agent.state_dict())
+    state = copy.deepcopy(before)
+    for value in (*state["layer"].values(), *state["actor"].values(), *state["critic"].values()):
+        value.add_(1)
+    state[name] = junk
+    with pytest.raises((TypeError, ValueError), match="state"):
+        agent.load_state_dict(state)
+    for part in ("layer", "actor", "critic"):
+        assert all(torch.equal(value, before[part][key]) for key, value in agent.state_dict()[part].items())
+
+
 def test_frozen_weights_stay() -> None:
     layer = GRU(FEATURES, UNITS, dtype=F64)
     agent = agent_of(layer, bias=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, OnlineLearner, TwoPointRNN
+from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, OnlineLearner, Stream, TwoPointRNN
 from rjepa_triton.cells.two_point import Cell, Matrix, Partials
 
 F64 = torch.float64
@@ -44,6 +44,27 @@ def test_lr_with_weights_that_are_computed(change: Any) -> None:
         learner.step(torch.randn(2, 4))
     OnlineLearner(before, 2).step(torch.randn(2, 4)).sum().backward()
     assert all(p.grad is not None for name, p in before.named_parameters() if "original" in name)
+
+
+def test_lr_with_weights_that_become_computed() -> None:
+    """After the learner was made, too: as plain attributes, or as torch.func.functional_call puts them there."""
+    x = torch.randn(2, 4)
+    learner = OnlineLearner(RGC(4, init="uniform"), 2, lr=0.1, form="step")
+    others = {name: 2 * value for name, value in learner.named_parameters()}
+    with pytest.raises(
+        ValueError, match="lr and cuda_graph=True go with weights that are parameters, and ss is"
+    ):
+        torch.func.functional_call(learner, others, (x,))
+    learner(x).sum().backward()
+    original = learner.layer._parameters.pop("weight_sm")
+    learner.layer.weight_sm = original * 1.0
+    with pytest.raises(ValueError, match="and sm is computed from others by now"):
+        learner.step(x)
+    del learner.layer.weight_sm
+    learner.layer.weight_sm = nn.Parameter(torch.zeros(4, 4))  # another parameter learns as the first did
+    learner.step(x).sum().backward()
+    learner.step(x).sum().backward()
+    assert learner.layer.weight_sm.any()
 
 
 def test_lr_with_a_parametrized_readout_trains_the_rest() -> None:
@@ -143,6 +164,39 @@ def test_two_threads_of_one_learner() -> None:
     assert all("another thread is running this OnlineLearner" in str(error) for error in said)
     assert learner.state_dict()["now"] == 4 * 60 - len(said)
     learner.step(torch.randn(8, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("how", ["run", "step"])
+def test_two_threads_of_one_stream(how: str) -> None:
+    """Compiled code runs without Python's lock, so another thread could come in and read what is half written."""
+    stream = Stream(RGC(64, input_size=8, init="uniform"), nn.Linear(64, 2), 8, lr=1e-4)
+    x, target = torch.randn(500, 8, 8), torch.randn(500, 8, 2)
+    said: list[BaseException] = []
+    start = threading.Barrier(3)
+
+    def run() -> None:
+        start.wait()
+        for t in range(3 if how == "run" else 200):
+            try:
+                if how == "run":
+                    stream.run(x, target)
+                else:
+                    stream.step(x[t])
+                    stream.learn(target[t])
+            except RuntimeError as error:
+                said.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    says = ("another thread is running", "step() came twice", "learn(target) came without")
+    assert all(any(each in str(error) for each in says) for error in said)
+    if how == "run":
+        assert stream.learner.state_dict()["now"] == 500 * (9 - len(said))
+    for weight in stream.parameters:
+        assert weight.isfinite().all()
 
 
 @pytest.mark.parametrize("how", ["step", "chunk", "backward"])

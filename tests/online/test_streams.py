@@ -559,6 +559,60 @@ BAD: dict[str, tuple[str, Callable[[Stream], object], type[Exception], str]] = {
 }
 
 
+JUNK: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = {
+    **{
+        f"position {value}": (
+            lambda s, value=value: s.update(position=value),
+            TypeError if value in (2.5, True, None) else ValueError,
+            "state's position must be an int",
+        )
+        for value in (99, -7, 2.5, True, None)
+    },
+    "few gradients": (
+        lambda s: s["gradients"].pop(),
+        ValueError,
+        "must have the gradients of 8 parameters, got 7",
+    ),
+    "no gradients": (lambda s: s.update(gradients=None), TypeError, "state's gradients must be a list"),
+    "a gradient's shape": (
+        lambda s: s["gradients"].__setitem__(0, torch.zeros(7)),
+        ValueError,
+        r"state's gradients\[0\] must have shape",
+    ),
+    "a moment's shape": (
+        lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(7)),
+        ValueError,
+        "state's optimizer doesn't fit: exp_avg must have shape",
+    ),
+    **{
+        f"{name} {junk}": (
+            lambda s, name=name, junk=junk: s.update({name: junk}),
+            (TypeError, ValueError),
+            "state",
+        )
+        for name in ("layer", "readout", "learner", "optimizer")
+        for junk in (None, 3, "x", {}, [])
+    },
+}
+
+
+@by_backend
+@pytest.mark.parametrize("name", JUNK)
+def test_a_damaged_state_changes_nothing(name: str, backend: str) -> None:
+    """The weights come before what is damaged, so they would be loaded by then."""
+    damage, error, says = JUNK[name]
+    stream = stream_of(backend=backend, optimizer="adam", update_every=3)
+    stream.run(X[:4], AIM[:4])
+    before = copy.deepcopy(stream.state_dict())
+    state = copy.deepcopy(before)
+    for value in (*state["layer"].values(), *state["readout"].values()):
+        value.add_(1)
+    damage(state)
+    with pytest.raises(error, match=says):
+        stream.load_state_dict(state)
+    near(stream.state_dict(), before, 0.0)
+
+
 @by_backend
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named_and_changes_nothing(name: str, backend: str) -> None:
