@@ -131,7 +131,7 @@ class ConvRGC(nn.Module):
         return x.to(dtype), (s, m)
 
     def _state(self, state: Sequence[Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        check.like("x", like, "the weights", self.weights()[0])
+        check.like("x", like, "the weights", next(self.parameters()))
         if state is None:
             return torch.zeros_like(like), torch.zeros_like(like)
         s, m = state

@@ -145,7 +145,8 @@ class TwoPointRNN(nn.Module):
                     weight.zero_()
                 else:
                     weight.uniform_(-bound, bound)
-            own = self.cell.initial_parameters(self.hidden_size)
+            with torch.device("cpu"):
+                own = self.cell.initial_parameters(self.hidden_size)
             for name, value in own.items():
                 getattr(self, name).copy_(value)
             if self.input_size is not None:
@@ -165,6 +166,11 @@ class TwoPointRNN(nn.Module):
         # The dictionary is faster than `getattr`, and a small layer calls this several times a step. A parametrized
         # weight is not in it.
         return tuple([own[name] if name in own else getattr(self, name) for name in self._names])  # type: ignore[misc]
+
+    def like(self) -> Tensor:
+        """A parameter, which has the dtype and the device of all weights. A parametrized weight would be computed."""
+        name = self._names[0]
+        return self._parameters[name] if name in self._parameters else next(self.parameters())  # type: ignore[return-value]
 
     def recurrent_weights(self) -> tuple[nn.Parameter, ...]:
         """The parameters of the cell's own matrices, which come first in `weights`."""

@@ -22,12 +22,14 @@ from .sharded import Shard
 class PendingBackward:
     """The backward pass of one call: the layer, the learner's past, the steps that the call ran, and `lr` or None.
 
+    weights: those that the steps ran with, for their shapes: a parametrization would draw others by now.
     shard: the layer's rows that this rank owns, or None: all.
     """
 
     layer: TwoPointRNN
     past: Past
     record: Record
+    weights: Sequence[Tensor]
     lr: Tensor | None = None
     shard: Shard | None = None
 
@@ -61,11 +63,10 @@ class PendingBackward:
         input_weights: Sequence[Tensor] | None,
     ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
         delta = self._delta(grads)
-        weights = self.layer.weights() if self.shard is None else self.shard.weights(self.layer)
         to_input = None if input_weights is None else self._to_input(input_weights)
-        descent = None if self.lr is None else Descent.of_parameters(weights, self.lr)
+        descent = None if self.lr is None else Descent.of_parameters(self.layer.weights(), self.lr)
         for_x, passed, by_weight = self.past.gradients(
-            self.record, weights, delta, later_credit, to_input, descent
+            self.record, self.weights, delta, later_credit, to_input, descent
         )
         if descent is not None:
             descent.mark_changed()

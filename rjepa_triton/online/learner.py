@@ -38,6 +38,7 @@ from .options import (
     distributed_call,
     learning_rate,
     refuse_distributed,
+    refuse_fully_sharded,
     refuse_hooks,
 )
 from .past import Past, full_credit
@@ -246,8 +247,9 @@ class OnlineLearner(LearnerRows):
         self._graph: GraphedStep | None = None
         # Whether weights must be the layer's parameters themselves: they are changed in place, or read by address.
         self._fixed = lr is not None or cuda_graph
+        self._known: list[int] = []  # the weights that were last found to be fit for that, by their ids
         if cuda_graph:
-            self._refuse_parametrized()
+            self._check_new_weights()
             if self._state.device.type != "cuda":
                 raise ValueError(
                     f"cuda_graph=True needs a layer on a CUDA or ROCm device, got {self._state.device}"
@@ -738,24 +740,33 @@ class OnlineLearner(LearnerRows):
                 "an OnlineLearner can't go under torch.func, whose transforms know of no state that moves on: use the "
                 "layer on a sequence there; row_gradients() has the gradients of single batch rows"
             )
-        if self._fixed and "parametrizations" in self.layer._modules:
-            self._refuse_parametrized()
+        if self._fixed and torch.compiler.is_compiling():  # where an object has no id
+            if "parametrizations" in self.layer._modules:
+                self._check_new_weights()
+        elif self._fixed and self._known != (known := [*map(id, self.layer.weights())]):
+            self._check_new_weights()
+            self._known = known
         check.shape("x", check.tensor("x", x), (*leading, self.layer.fan_in), "to match the learner")
-        weight = self._weights()[0]
+        weight = self.layer.like()
         check.like("x", x, "the layer", weight)
         check.like("the layer", weight, "the learner", self._state)
 
-    def _refuse_parametrized(self) -> None:
-        """Raise ValueError if a weight has become another than the parameter that the learner changes or reads."""
+    def _check_new_weights(self) -> None:
+        """Raise ValueError if the weights are others now, which the learner can't change or read in place."""
         for matrix, weight in zip(self.layer.matrices, self.layer.weights(), strict=True):
             if not isinstance(weight, torch.nn.Parameter):
                 raise ValueError(
                     f"lr and cuda_graph=True go with weights that are parameters, and {matrix.name} is computed from "
                     "others by now: make a new OnlineLearner without them"
                 )
+        refuse_fully_sharded(self.layer)
 
     def _check_chunk_weights(self) -> None:
-        versions = tuple(weight._version for weight in self._weights())
+        layer = self.layer
+        parametrized = "parametrizations" in layer._modules
+        versions = tuple(
+            weight._version for weight in (layer.parameters() if parametrized else self._weights())
+        )
         if self._position and self._versions is not None and versions != self._versions:
             raise ValueError(
                 f"weights changed inside a chunk, after step {self._position} of update_every="
@@ -782,8 +793,8 @@ class OnlineLearner(LearnerRows):
             if self._within != (within := distributed_call()):
                 refuse_distributed(self.layer, self, lr=self._lr is not None)
                 self._within = within
-            resets = self._before_steps(x, resets)
             weights = self._weights()
+            resets = self._before_steps(x, resets, weights)
             before = self._before()
             try:
                 if self.form == "chunk" and joins and x.requires_grad and torch.is_grad_enabled():
@@ -822,11 +833,25 @@ class OnlineLearner(LearnerRows):
     def _readout(self, outputs: Sequence[Tensor], x: Tensor, one_node: bool) -> Tensor:
         return readout(self.layer, outputs, x, self.lag > 0) if one_node else self.layer.readout(outputs, x)
 
-    def _before_steps(self, x: Tensor, resets: Tensor | None) -> Tensor | None:
+    def _before_steps(self, x: Tensor, resets: Tensor | None, weights: Sequence[Tensor]) -> Tensor | None:
         """Fold what no later loss may reach, and keep the weights if they are needed.
 
-        Returns `resets` with the rows that reset() has marked.
+        Returns `resets` with the rows that reset() has marked. Raises ValueError, with nothing changed, if the weights
+        aren't those of the chunk's first step: a parametrization may have drawn others.
         """
+        within = self.block or self.layer.hidden_size  # credit within the window stays in a block, as γ does
+        recurrent = weights[: len(self.layer.cell.matrices)]
+        first = self.form == "step" or self._position == 0 or self._chunk_weights is None
+        if self._full and not first and "parametrizations" in self.layer._modules:
+            for name, weight, own in zip(
+                self.layer._names, recurrent, self._chunk_weights or (), strict=False
+            ):
+                if not torch.equal(weight_ops.within_blocks(weight, within), own):
+                    raise ValueError(
+                        f"the parametrization of {name} gave other weights at step {self._position + 1} of "
+                        f"update_every={self.update_every} than at the first, and credit passes back by one Jacobian: "
+                        "use chunk(), which computes them once, or a rule or form without full credit"
+                    )
         if self._cut:
             self._begin_anew()
         if self._watch.next <= self._past.now:
@@ -836,12 +861,8 @@ class OnlineLearner(LearnerRows):
             marks = x.new_zeros(x.shape[:2], dtype=torch.bool) if resets is None else resets.clone()
             marks[0] |= self._forget
             resets = marks
-        if self._full and (self.form == "step" or self._position == 0 or self._chunk_weights is None):
-            # credit within the window stays in a block, as γ does
-            within = self.block or self.layer.hidden_size
-            self._chunk_weights = tuple(
-                weight_ops.within_blocks(weight, within) for weight in self.layer.recurrent_weights()
-            )
+        if self._full and first:
+            self._chunk_weights = tuple([weight_ops.within_blocks(weight, within) for weight in recurrent])
         return resets
 
     def _look(self, now: int, base: int) -> None:
@@ -877,7 +898,7 @@ class OnlineLearner(LearnerRows):
         self._state = state
         if self._has_readout:
             self._input = given[-1].clone()
-        return PendingBackward(layer, past, record, self._lr, self._shard), outputs, input_weights
+        return PendingBackward(layer, past, record, weights, self._lr, self._shard), outputs, input_weights
 
     def _act_on(
         self,
@@ -965,10 +986,11 @@ class OnlineLearner(LearnerRows):
         self._position, self._port, self._past.mid_chunk = 0, None, False
         self._past.enter()
         try:
-            resets = self._before_steps(x, resets)
+            weights = self.layer.weights()
+            resets = self._before_steps(x, resets, weights)
             before = self._before()
             try:
-                pending, outputs, input_weights = self.advance(x, resets, False, self.layer.weights())
+                pending, outputs, input_weights = self.advance(x, resets, False, weights)
             except BaseException:
                 self._take_back(*before)
                 raise

@@ -231,6 +231,22 @@ def refuse_distributed(layer: TwoPointRNN, learner: nn.Module | None = None, *, 
             )
 
 
+def refuse_fully_sharded(layer: TwoPointRNN) -> None:
+    """Raise ValueError if fully_shard has the layer, whose weights then are copies that live for one forward pass."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    objects = gc.get_objects()
+    sharding = {kind for kind in set(map(type, objects)) if issubclass(kind, FSDPModule)}
+    for each in objects if sharding else ():
+        if type(each) in sharding and any(m is layer for m in each.modules()):
+            raise ValueError(
+                "lr and cuda_graph=True can't go with fully_shard, which gathers copies of the weights for each "
+                "forward pass: make the learner without them, and use an optimizer"
+            )
+
+
 def _rule(layer: TwoPointRNN, learning: str | None) -> str:
     """The rule that runs: the layer's own if `learning` is None."""
     name = "the layer's learning" if learning is None else "learning"

@@ -271,15 +271,84 @@ def test_a_second_derivative_through_a_learner_is_an_error(name: str, options: d
             grads[1].sum().backward()
 
 
-def test_a_parametrization_draws_once_a_step_of_a_learner() -> None:
+EVERY_RULE: list[dict[str, Any]] = [
+    *({"form": form} for form in ("step", "lazy", "history")),
+    {"form": "chunk", "update_every": 2},
+    {"form": "step", "lag": 1},
+    {"learning": "rtrl"},
+    {"learning": "uoro"},
+    {"learning": "tbptt", "update_every": 2},
+    {"credit": "carry", "update_every": 2},
+    {"refine": "exact", "update_every": 2},
+]
+
+
+@pytest.mark.parametrize("options", EVERY_RULE, ids=str)
+@pytest.mark.parametrize("name", ["weight_in_f", "bias_o"])
+def test_a_parametrization_draws_once_a_call_of_a_learner(name: str, options: dict[str, Any]) -> None:
     layer, drawn = LSTM(3, 5), Drawn()
-    parametrize.register_parametrization(layer, "weight_in_f", drawn)
-    learner = OnlineLearner(layer, 2, form="step")
-    layer.weights()
-    counts = []
-    for _ in range(3):
-        before = drawn.drawn
-        output = learner.step(torch.randn(2, 3))
-        counts.append(drawn.drawn - before)
-        output.sum().backward()
-    assert counts == [counts[0]] * 3
+    parametrize.register_parametrization(layer, name, drawn)
+    learner = OnlineLearner(layer, 2, **options)
+    for call in (learner.step, learner.step, lambda x: learner.chunk(x[None])):
+        before, losses = drawn.drawn, call(torch.randn(2, 3)).sum()
+        assert drawn.drawn == before + 1
+        if call == learner.step and options.get("update_every") and learner._position:
+            continue
+        losses.backward()
+        assert drawn.drawn == before + 1
+
+
+def draws(base: RNN) -> tuple[RNN, list[Tensor]]:
+    """A layer with recurrent weights that are scaled by a number drawn anew, and what it drew."""
+    layer, drawn = RNN(3, 5, dtype=torch.float64), []
+
+    class Scaled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            drawn.append(1 + 0.3 * torch.randn((), dtype=weight.dtype))
+            return weight * drawn[-1]
+
+    layer.load_state_dict(base.state_dict())
+    parametrize.register_parametrization(layer, "weight_hh", Scaled())
+    drawn.clear()
+    return layer, drawn
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"learning": "rtrl"}, {"learning": "tbptt"}, {"credit": "carry"}, {"refine": "exact"}],
+    ids=str,
+)
+def test_exact_gradients_are_those_of_the_weights_that_were_drawn(options: dict[str, Any]) -> None:
+    base, x = RNN(3, 5, dtype=torch.float64), torch.randn(4, 2, 3, dtype=torch.float64)
+    layer, drawn = draws(base)
+    by_step = options == {"learning": "rtrl"}
+    learner = OnlineLearner(layer, 2, update_every=1 if by_step else 4, **options)
+    drawn.clear()
+    output = [learner.step(x[t]) for t in range(4)][-1] if by_step else learner.chunk(x)[-1]
+    output.square().sum().backward()
+    h = torch.zeros(2, 5, dtype=torch.float64)
+    for t in range(4):
+        h = torch.tanh(
+            h @ (base.weight_hh * drawn[t if by_step else 0]).detach().T + x[t] @ base.weight_in.T + base.bias
+        )
+    h.square().sum().backward()
+    assert len(drawn) == (4 if by_step else 1)
+    torch.testing.assert_close(layer.weight_in.grad, base.weight_in.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [{"learning": "tbptt"}, {"credit": "carry"}, {"refine": 1}], ids=str)
+def test_weights_that_are_drawn_anew_within_a_chunk_of_full_credit_are_refused(
+    options: dict[str, Any],
+) -> None:
+    layer, _ = draws(RNN(3, 5, dtype=torch.float64))
+    learner = OnlineLearner(layer, 2, update_every=3, **options)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    learner.step(x)
+    state = learner.state
+    with pytest.raises(ValueError, match="the parametrization of weight_hh gave other weights at step 2"):
+        learner.step(x)
+    assert learner.state is state or torch.equal(learner.state[0], state[0])
+    parametrize.remove_parametrizations(layer, "weight_hh")
+    weight = nn.utils.parametrizations.weight_norm(layer, "weight_hh")  # computed anew, to the same numbers
+    learner = OnlineLearner(weight, 2, update_every=3, **options)
+    sum(learner.step(x).sum() for _ in range(3)).backward()

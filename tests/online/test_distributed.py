@@ -144,3 +144,14 @@ def test_what_processes_would_share_or_not_average_is_refused(steps: int) -> Non
     wrapped = DistributedDataParallel(OnlineLearner(LSTM(3, 4, dtype=F64), 4, lr=0.1))
     with pytest.raises(ValueError, match="lr can't go in a DistributedDataParallel"):
         wrapped(X[0])
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("whole", [True, False], ids=["learner", "what holds it"])
+def test_fully_shard_of_a_learner_with_lr_is_refused(whole: bool) -> None:
+    """Its copies of the weights would take the step, and be thrown away."""
+    learner = OnlineLearner(RGC(4, input_size=3, init="uniform"), 2, lr=0.1, form="step")
+    model = learner if whole else nn.Sequential(learner)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"lr and cuda_graph=True can't go with fully_shard"):
+        model(torch.randn(2, 3))
