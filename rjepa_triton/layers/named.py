@@ -496,4 +496,7 @@ class ALIF(TwoPointRNN):
 
 
 def _applied(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(x): its own call where that does more, as with the hooks of pruning and of the older weight_norm."""
+    if type(linear) is not nn.Linear or linear._forward_pre_hooks or linear._forward_hooks:
+        return linear(x)
     return project(x, linear.weight, linear.bias)

@@ -139,6 +139,30 @@ def test_hooks_are_refused(add: Any, named: str) -> None:
             call()
 
 
+@pytest.mark.parametrize("make", [lambda: ELSTM(3, 5), lambda: LRU(3, 5)], ids=["elstm", "lru"])
+@pytest.mark.parametrize("how", ["prune", "weight_norm", "spectral_norm", "a hook"])
+def test_hooks_of_a_readout_run(make: Any, how: str) -> None:
+    """By the layer and by its learner, step after step, with a gradient of the weights that a hook computes from."""
+    layer, ran = make(), []
+    linear = layer.output_in if isinstance(layer, ELSTM) else layer.output_re
+    if how == "prune":
+        prune.l1_unstructured(linear, "weight", 0.5)
+    elif how == "a hook":
+        linear.register_forward_hook(lambda *_: ran.append(1))
+    else:
+        getattr(nn.utils, how)(linear, "weight")
+    name = {"prune": "weight_orig", "weight_norm": "weight_v", "spectral_norm": "weight_orig"}.get(
+        how, "weight"
+    )
+    learner = OnlineLearner(layer, 2)
+    for run in (lambda: learner.step(torch.randn(2, 3)), lambda: layer(torch.randn(4, 2, 3))[0]):
+        for _ in range(3):
+            linear.zero_grad()
+            run().sum().backward()
+            assert getattr(linear, name).grad.any()
+    assert len(ran) == (6 if how == "a hook" else 0)
+
+
 # Threads
 
 
