@@ -94,7 +94,7 @@ class OnlineLearner(LearnerRows):
             "rtrl"   γ, the sensitivity of every unit of the weight's head, or of its `block`: exact for heads;
                      S·b·B·Σ_k N·M_k numbers with b units a head or block
             "uoro"   a random product that equals γ on average (`sensitivity.RankOne`): unbiased, noisy
-            "tbptt"  nothing: BPTT, truncated at the beginning of the chunk
+            "tbptt"  nothing: BPTT, truncated at the beginning of the chunk, with lag=1 of the chunk before
         block: of "rtrl", b units that divide a head's: sensitivities of the units of a weight's block of b alone, that
             credit reaches within the block (`rules.rtrl`). 1 is RFP, a head's units (None) exact; in between it costs
             b times what RFP costs in memory, and its products b² times.
