@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -193,6 +193,17 @@ def distributed_call() -> int:
     return id(within) if (within := getattr(DistributedDataParallel, "_active_ddp_module", None)) else 0
 
 
+def _around(layer: TwoPointRNN, kind: type) -> list[Any]:
+    """All modules of that kind that hold the layer."""
+    objects = gc.get_objects()  # hundreds of thousands, of a few thousand types
+    kinds = {each for each in set(map(type, objects)) if issubclass(each, kind)}
+    return [
+        each
+        for each in (objects if kinds else ())
+        if type(each) in kinds and any(m is layer for m in each.modules())
+    ]
+
+
 def refuse_distributed(layer: TwoPointRNN, learner: nn.Module | None = None, *, lr: bool = False) -> None:
     """Raise ValueError if the layer is in a DistributedDataParallel that would not serve its learner.
 
@@ -201,11 +212,7 @@ def refuse_distributed(layer: TwoPointRNN, learner: nn.Module | None = None, *, 
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    objects = gc.get_objects()  # hundreds of thousands, of a few thousand types
-    wrapping = {kind for kind in set(map(type, objects)) if issubclass(kind, DistributedDataParallel)}
-    for each in objects if wrapping else ():
-        if type(each) not in wrapping or not any(m is layer for m in each.modules()):
-            continue
+    for each in _around(layer, DistributedDataParallel):
         if learner is None or not any(m is learner for m in each.modules()):
             raise ValueError(
                 "layer must not be in a DistributedDataParallel, which would not reduce the gradients of an "
@@ -237,14 +244,11 @@ def refuse_fully_sharded(layer: TwoPointRNN) -> None:
         return
     from torch.distributed.fsdp import FSDPModule
 
-    objects = gc.get_objects()
-    sharding = {kind for kind in set(map(type, objects)) if issubclass(kind, FSDPModule)}
-    for each in objects if sharding else ():
-        if type(each) in sharding and any(m is layer for m in each.modules()):
-            raise ValueError(
-                "lr and cuda_graph=True can't go with fully_shard, which gathers copies of the weights for each "
-                "forward pass: make the learner without them, and use an optimizer"
-            )
+    if _around(layer, FSDPModule):
+        raise ValueError(
+            "lr and cuda_graph=True can't go with fully_shard, which gathers copies of the weights for each forward "
+            "pass: make the learner without them, and use an optimizer"
+        )
 
 
 def _rule(layer: TwoPointRNN, learning: str | None) -> str:
