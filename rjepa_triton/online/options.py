@@ -171,8 +171,8 @@ def refuse_no_layer(layer: object) -> None:
         raise TypeError(f"layer must be a recurrent layer such as RGC, got {type(layer).__name__}")
 
 
-def refuse_hooks(layer: TwoPointRNN) -> None:
-    """Raise ValueError if the layer has hooks, which a learner's steps would not run."""
+def refuse_hooks(layer: torch.nn.Module, name: str = "layer", learner: str = "an OnlineLearner") -> None:
+    """Raise ValueError if the module, the argument `name`, has hooks, which its learner's steps would not run."""
     if not (
         layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
     ):
@@ -183,7 +183,7 @@ def refuse_hooks(layer: TwoPointRNN) -> None:
         for hook in getattr(layer, kind).values()
     ]
     raise ValueError(
-        f"layer must have no hooks on its forward or backward pass, which an OnlineLearner doesn't run, got "
+        f"{name} must have no hooks on its forward or backward pass, which {learner} doesn't run, got "
         f"{', '.join(names)}; remove them, and compute weights by torch.nn.utils.parametrize instead"
     )
 

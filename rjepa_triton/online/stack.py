@@ -12,6 +12,7 @@ from .. import _checks as check
 from ..layers.layer import State, TwoPointRNN
 from ..rules.exactness import Exactness
 from .learner import OnlineLearner
+from .options import refuse_hooks
 from .rows import ChangeRows, adding, keeping
 
 
@@ -90,7 +91,8 @@ class StackLearner(nn.Module):
         options: of the `OnlineLearner` of every layer.
         each: one dict for each layer, of options for that layer alone, which override `options`; or None.
 
-    Raises TypeError or ValueError as `OnlineLearner` does, for a `stack` that is none, and for a wrong number of dicts.
+    Raises TypeError or ValueError as `OnlineLearner` does, for a `stack` that is none or has hooks, and for a wrong
+    number of dicts.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class StackLearner(nn.Module):
     ) -> None:
         if not isinstance(stack, Stack):
             raise TypeError(f"stack must be a Stack, got {type(stack).__name__}")
+        refuse_hooks(stack, "stack", "a StackLearner")
         own = [{} for _ in range(len(stack))] if each is None else list(each)
         if len(own) != len(stack):
             raise ValueError(f"each must have one dict a layer, {len(stack)}, got {len(own)}")
@@ -105,6 +108,7 @@ class StackLearner(nn.Module):
         super().__init__()
         self.training = stack.training
         self._modules["learners"] = nn.ModuleList(made)
+        self._stack = (stack,)  # in a tuple: as a submodule, its layers would be there twice
 
     @property
     def learners(self) -> list[OnlineLearner]:
@@ -141,6 +145,7 @@ class StackLearner(nn.Module):
 
         active: as there; in the rows that take no step, no layer does.
         """
+        refuse_hooks(*self._stack, "stack", "a StackLearner")
         for learner in self.learners:
             x = learner.step(x) if active is None else learner.step(x, active)
         return x
@@ -151,6 +156,7 @@ class StackLearner(nn.Module):
 
     def peek(self, x: Tensor) -> Tensor:
         """The output (B, N) that step(x) would give, as `OnlineLearner.peek`: nothing is mutated."""
+        refuse_hooks(*self._stack, "stack", "a StackLearner")
         for learner in self.learners:
             x = learner.peek(x)
         return x
@@ -176,6 +182,7 @@ class StackLearner(nn.Module):
 
     def chunk(self, x: Tensor, resets: Tensor | None = None, active: Any = None) -> Tensor:
         """Advance all layers C steps, as `OnlineLearner.chunk` does. x (C, B, F) → the top layer's output (C, B, N)."""
+        refuse_hooks(*self._stack, "stack", "a StackLearner")
         for learner in self.learners:
             x = learner.chunk(x, resets, active)
         return x

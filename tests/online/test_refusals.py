@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, OnlineLearner, Stream, TwoPointRNN
+from rjepa_triton import ELSTM, GRU, LRU, LSTM, RGC, OnlineLearner, Stack, StackLearner, Stream, TwoPointRNN
 from rjepa_triton.backend.native_backend import cpp_compiler
 from rjepa_triton.cells.two_point import Cell, Matrix, Partials
 
@@ -138,6 +138,30 @@ def test_hooks_are_refused(add: Any, named: str) -> None:
     for call in (lambda: learner.step(torch.randn(2, 4)), lambda: learner.chunk(torch.randn(3, 2, 4))):
         with pytest.raises(ValueError, match="layer must have no hooks"):
             call()
+
+
+def test_hooks_of_a_stack_are_refused() -> None:
+    """Those of its layers are their learners' to refuse."""
+    stack = Stack(RGC(4, init="uniform"))
+    learner = StackLearner(stack, 2)
+    copied = copy.deepcopy(learner)
+    hook = stack.register_forward_hook(noisy)
+    says = "stack must have no hooks on its forward or backward pass, which a StackLearner doesn't run, got noisy"
+    for call in (
+        lambda: StackLearner(stack, 2),
+        lambda: learner.step(torch.randn(2, 4)),
+        lambda: learner(torch.randn(2, 4)),
+        lambda: learner.peek(torch.randn(2, 4)),
+        lambda: learner.chunk(torch.randn(3, 2, 4)),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+    copied.step(torch.randn(2, 4))
+    copied.learners[0].layer.register_forward_hook(noisy)
+    with pytest.raises(ValueError, match="layer must have no hooks"):
+        copied.step(torch.randn(2, 4))
+    hook.remove()
+    learner.step(torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("make", [lambda: ELSTM(3, 5), lambda: LRU(3, 5)], ids=["elstm", "lru"])
