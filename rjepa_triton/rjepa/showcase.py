@@ -78,8 +78,11 @@ def run(
     advance: called with the number of steps done and their total. jobs: processes, with one thread each; 0: one per
     core.
 
-    Returns the evaluations by rule, and the paths of evaluations.jsonl and the figures.
+    Returns the evaluations by rule, and the paths of evaluations.jsonl and the figures. Raises ValueError, with nothing
+    written, for overrides that one of the runs can't have.
     """
+    for one in plan.runs:
+        plan.settings(one)
     out.mkdir(parents=True, exist_ok=True)
     total = len(plan.runs) + plan.seeds
     advance(0, total)

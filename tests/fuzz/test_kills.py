@@ -25,16 +25,10 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 
 WAYS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL)
 KILLS = 100 if SOAK else 2
-SETTINGS = (
-    *(
-        "data.train=6",
-        "data.test=4",
-        "data.steps=6",
-        "data.stride=0",
-        "model.units=8",
-        "model.backbone=gabor",
-    ),
-    *("train.epochs=100000", "train.batch=3", "train.updates=2"),
+SMALL = (
+    *("data.train=6", "data.test=4", "data.steps=6", "data.stride=0"),
+    *("model.units=8", "model.backbone=gabor"),
+    *("train.batch=3", "train.updates=2"),
 )
 # Each would run for minutes and more.
 COMMANDS = {
@@ -44,7 +38,8 @@ COMMANDS = {
     "fidelity": ("bench", "fidelity", "--seeds", "3"),
     "all": ("bench", "all", "--budget", "5min"),
     "ranks": ("bench", "ranks", "--hidden", "64", "--rounds", "1000000"),
-    "train": ("train", *SETTINGS),
+    "train": ("train", *SMALL, "train.epochs=100000"),
+    "demo": ("demo", "--rules", "rfp", "--seeds", "40", "--jobs", "2", *SMALL, "train.epochs=40"),
 }
 WRITES_NOTHING = ("ranks",)
 

@@ -68,3 +68,10 @@ def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     showcase.run(plan, tmp_path / "demo", lambda *_: None, jobs=1)
     assert features.stat().st_mtime_ns == made
     assert (tmp_path / "demo" / "rfp-1" / "evaluation.json").exists()
+
+
+def test_what_one_of_the_runs_cannot_have_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    plan = showcase.Plan(seeds=2, overrides=["train.updates=2"])
+    with pytest.raises(ValueError, match=r"train\.updates=2 .* got 'bptt'"):
+        showcase.run(plan, tmp_path / "demo", lambda *_: None, jobs=1)
+    assert not (tmp_path / "demo").exists()
