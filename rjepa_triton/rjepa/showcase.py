@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,45 +28,63 @@ EVALUATIONS, FEATURES = "evaluations.jsonl", "features-{}.pt"
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its rule, its seed, of weights and of data, and the order of its patches (`config.DataConfig`)."""
+    """One run: its rule, its seed, of weights and of data, the order of its patches (`config.DataConfig`), and what is
+    varied: overrides, separated by spaces.
+    """
 
     rule: str
     seed: int
     order: str = "recorded"
+    varied: str = ""
 
     @property
     def name(self) -> str:
         """The name of the run's folder."""
-        return (
-            f"{self.rule}-{self.seed}"
-            if self.order == "recorded"
-            else f"{self.rule}-{self.order}-{self.seed}"
-        )
+        order = "" if self.order == "recorded" else self.order
+        varied = re.sub(r"[^\w.=,+-]+", "_", self.varied)
+        return "-".join(part for part in (self.rule, order, varied, str(self.seed)) if part)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a demo runs: every rule with every seed and its data; the first rule also on data without order or scenes.
 
-    shuffles: how many seeds of these further controls there are, at most.
+    shuffles: how many seeds of these further controls there are, at most. vary: of each, overrides separated by spaces;
+    the first rule runs with them too, with every seed.
     """
 
     rules: Sequence[str] = tuple(RATES)
     seeds: int = 5
     overrides: Sequence[str] = ()
     shuffles: int = 3
+    vary: Sequence[str] = ()
 
     def settings(self, run: Run) -> Config:
-        """The configuration of one run; `overrides` win over the plan's own settings."""
+        """The configuration of one run; `overrides` win over the plan's own settings, and what is varied over these."""
         own = (f"train.learning={run.rule}", f"train.lr_recurrent={RATES.get(run.rule, RATES['rfp'])}")
         which = (f"train.seed={run.seed}", f"data.seed={run.seed}", f"data.order={run.order}")
-        return config.read(None, [*OWN, *own, *which, *self.overrides])
+        return config.read(None, [*OWN, *own, *which, *self.overrides, *run.varied.split()])
 
     @property
     def runs(self) -> list[Run]:
         plain = [Run(rule, seed) for seed in range(self.seeds) for rule in self.rules]
         few = range(min(self.shuffles, self.seeds))
-        return [*plain, *(Run(self.rules[0], seed, order) for order in ORDERS for seed in few)]
+        shuffled = [Run(self.rules[0], seed, order) for order in ORDERS for seed in few]
+        varied = [Run(self.rules[0], seed, varied=each) for each in self.vary for seed in range(self.seeds)]
+        return [*plain, *shuffled, *varied]
+
+    def check(self) -> None:
+        """Raise ValueError for overrides that one of the runs can't have."""
+        for each in self.vary:
+            if changed := [override for override in each.split() if override.startswith("data.")]:
+                raise ValueError(
+                    f"vary must leave the data as they are, which all runs of a seed share, got {', '.join(changed)}"
+                )
+        names = [one.name for one in self.runs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"runs must have names of their own, got {', '.join(twice)} more than once")
+        for one in self.runs:
+            self.settings(one)
 
 
 def run(
@@ -74,15 +93,14 @@ def run(
     """Run a demo in the folder `out`, except for what is there already.
 
     It writes features-SEED.pt (anew if it is damaged or of another configuration), a folder for each run,
-    evaluations.jsonl with the evaluations of all runs, fig3 and fig4.
+    evaluations.jsonl with the evaluations of all runs, and fig3 and fig4 of those that nothing is varied in.
     advance: called with the number of steps done and their total. jobs: processes, with one thread each; 0: one per
     core.
 
-    Returns the evaluations by rule, and the paths of evaluations.jsonl and the figures. Raises ValueError, with nothing
-    written, for overrides that one of the runs can't have.
+    Returns the evaluations by rule of the runs that nothing is varied in, and the paths of evaluations.jsonl and the
+    figures. Raises as `Plan.check`, with nothing written.
     """
-    for one in plan.runs:
-        plan.settings(one)
+    plan.check()
     out.mkdir(parents=True, exist_ok=True)
     total = len(plan.runs) + plan.seeds
     advance(0, total)
@@ -97,7 +115,7 @@ def run(
                 done += 1
                 advance(done, total)
     folders = [out / one.name for one in plan.runs]
-    runs = figures.load(folders)
+    runs = figures.load([out / one.name for one in plan.runs if not one.varied])
     lines = "".join(_files.read_text(folder / train.EVALUATION) + "\n" for folder in folders)
     _files.write_text(out / EVALUATIONS, lines)
     return runs, [out / EVALUATIONS, *figures.draw(runs, out)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,10 +37,10 @@ def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = ",".join(str(tmp_path / f"picture{k}.png") for k in range(2))
     own = [f"data.files=[{files}]", "data.source=pictures", "data.steps=8", "data.train=5", "data.test=5"]
     own += ["model.units=4", "train.epochs=1"]
-    plan = showcase.Plan(seeds=2, shuffles=1, overrides=own)
+    plan = showcase.Plan(seeds=2, shuffles=1, overrides=own, vary=["model.gate=tanh train.lr_recurrent=1e-4"])
     told: list[tuple[int, int]] = []
     runs, files_made = showcase.run(plan, tmp_path / "demo", lambda *done: told.append(done), jobs=1)
-    assert told == [(k, 8) for k in range(9)]
+    assert told == [(k, 10) for k in range(11)]
     assert {rule: len(found) for rule, found in runs.items()} == {
         "rfp": 2,
         "bptt": 2,
@@ -57,11 +58,12 @@ def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "train.learning=bptt train.lr_recurrent=1e-05": "2",
         "data.order=shuffled": "1",
         "data.order=other": "1",
+        "model.gate=tanh train.lr_recurrent=0.0001": "2",
     }
     assert all(len(row) == len(figures.COMPARED) for row in rows)
     lines = (tmp_path / "demo" / "evaluations.jsonl").read_text().splitlines()
     seeds = [config.value(json.loads(line)["config"], "data.seed") for line in lines]
-    assert sorted(seeds) == [0, 0, 0, 0, 1, 1]
+    assert sorted(seeds) == [0, 0, 0, 0, 0, 1, 1, 1]
     features = tmp_path / "demo" / "features-0.pt"
     made = features.stat().st_mtime_ns
     (tmp_path / "demo" / "rfp-1" / "evaluation.json").unlink()
@@ -70,8 +72,26 @@ def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "demo" / "rfp-1" / "evaluation.json").exists()
 
 
-def test_what_one_of_the_runs_cannot_have_is_told_before_anything_is_made(tmp_path: Path) -> None:
-    plan = showcase.Plan(seeds=2, overrides=["train.updates=2"])
-    with pytest.raises(ValueError, match=r"train\.updates=2 .* got 'bptt'"):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"overrides": ["train.updates=2"]}, r"train\.updates=2 .* got 'bptt'"),
+        ({"vary": ["model.gate=tanh", "model.gate=round"]}, "model.gate must be one of .* got 'round'"),
+        (
+            {"vary": ["model.gate=tanh data.seed=3"]},
+            r"vary must leave the data as they are.* got data\.seed=3",
+        ),
+        (
+            {"vary": ["model.gate=tanh"] * 2},
+            "names of their own, got rfp-model.gate=tanh-0, .* more than once",
+        ),
+        ({"rules": ["rfp", "rfp"]}, "names of their own, got rfp-0, rfp-1 more than once"),
+    ],
+)
+def test_what_one_of_the_runs_cannot_have_is_told_before_anything_is_made(
+    change: Any, says: str, tmp_path: Path
+) -> None:
+    plan = showcase.Plan(**{"seeds": 2, **change})
+    with pytest.raises(ValueError, match=says):
         showcase.run(plan, tmp_path / "demo", lambda *_: None, jobs=1)
     assert not (tmp_path / "demo").exists()
