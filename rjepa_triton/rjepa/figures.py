@@ -309,6 +309,28 @@ def compared(named: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
     ]
 
 
+# What the tables read of an evaluation.
+_CURVES_TOLD = ("yardstick", "yardstick_control", "normalised", "control_normalised", "input_gain")
+_NUMBERS_TOLD = (
+    *("next_from_x", "next_from_h", "next_from_ceiling", "current_from_h"),
+    "participation_ratio",
+)
+
+
+def told(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a run's evaluation that `compared` reads, its numbers to eight digits."""
+
+    def short(value: Any) -> Any:
+        return [short(each) for each in value] if isinstance(value, list) else float(f"{value:.8g}")
+
+    ratio = "participation_ratio"
+    return {
+        "config": found["config"],
+        "before": {ratio: short(found["before"][ratio])},
+        "after": {name: short(found["after"][name]) for name in (*_CURVES_TOLD, *_NUMBERS_TOLD)},
+    }
+
+
 def _results(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns RESULTS of runs; a dash for what version 0.1 didn't record."""
     after, before = [one["after"] for one in found], [one["before"] for one in found]

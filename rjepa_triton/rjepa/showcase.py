@@ -23,7 +23,7 @@ RATES = {"rfp": 3e-5, "bptt": 1e-5}
 # Smaller batches and fewer sequences than the defaults: each seed has data of its own, and all of it takes ten minutes.
 OWN = ("data.train=60", "data.test=100", "train.batch=25", "train.epochs=8", "train.evaluate_every=4")
 ORDERS = ("shuffled", "other")  # of the first rule's further controls
-EVALUATIONS, FEATURES = "evaluations.jsonl", "features-{}.pt"
+EVALUATIONS, COMPARED, FEATURES = "evaluations.jsonl", "compared.jsonl", "features-{}.pt"
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,13 @@ def run(
     """Run a demo in the folder `out`, except for what is there already.
 
     It writes features-SEED.pt (anew if it is damaged or of another configuration), a folder for each run,
-    evaluations.jsonl with the evaluations of all runs, and fig3 and fig4 of those that nothing is varied in.
+    evaluations.jsonl, and fig3 and fig4, of the runs that nothing is varied in, and compared.jsonl, what
+    `figures.compared` reads of all runs, if something is.
     advance: called with the number of steps done and their total. jobs: processes, with one thread each; 0: one per
     core.
 
-    Returns the evaluations by rule of the runs that nothing is varied in, and the paths of evaluations.jsonl and the
-    figures. Raises as `Plan.check`, with nothing written.
+    Returns the evaluations by rule of the runs that nothing is varied in, and the paths of what it wrote. Raises as
+    `Plan.check`, with nothing written.
     """
     plan.check()
     out.mkdir(parents=True, exist_ok=True)
@@ -114,11 +115,18 @@ def run(
             for _ in pool.map(work, given):
                 done += 1
                 advance(done, total)
-    folders = [out / one.name for one in plan.runs]
-    runs = figures.load([out / one.name for one in plan.runs if not one.varied])
+    folders = [out / one.name for one in plan.runs if not one.varied]
+    runs = figures.load(folders)
     lines = "".join(_files.read_text(folder / train.EVALUATION) + "\n" for folder in folders)
     _files.write_text(out / EVALUATIONS, lines)
-    return runs, [out / EVALUATIONS, *figures.draw(runs, out)]
+    written = [out / EVALUATIONS]
+    if plan.vary:
+        named = figures.evaluations([out / one.name for one in plan.runs])
+        _files.write_text(
+            out / COMPARED, "".join(json.dumps(figures.told(found)) + "\n" for _, found in named)
+        )
+        written.append(out / COMPARED)
+    return runs, [*written, *figures.draw(runs, out)]
 
 
 def _source(settings: Config) -> str:

@@ -63,7 +63,9 @@ def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(len(row) == len(figures.COMPARED) for row in rows)
     lines = (tmp_path / "demo" / "evaluations.jsonl").read_text().splitlines()
     seeds = [config.value(json.loads(line)["config"], "data.seed") for line in lines]
-    assert sorted(seeds) == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert sorted(seeds) == [0, 0, 0, 0, 1, 1]
+    kept = (tmp_path / "demo" / "compared.jsonl").read_text().splitlines()
+    assert figures.compared([("record", json.loads(line)) for line in kept]) == rows
     features = tmp_path / "demo" / "features-0.pt"
     made = features.stat().st_mtime_ns
     (tmp_path / "demo" / "rfp-1" / "evaluation.json").unlink()
