@@ -176,7 +176,17 @@ def linearize(
 def step(
     cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None = None
 ) -> tuple[Tensor, Linearization, Tensor] | Refusal:
-    """`scan` and `linearize` one after the other: a small layer's step is mostly the calls around them."""
+    """In one call where there is one step, of few rows; else `scan` and `linearize` one after the other."""
+    if x.shape[1] == 1 and x.shape[2] < calls.PACKED_FROM:
+        if not compiled_loop(cell, weights, 1, x.shape[2]):
+            return Refusal("there is no compiled loop of this cell, or not of these sizes")
+        if refusal := _unusable(given=(x, resets, *weights, state)):
+            return refusal
+        code = _loops(cell)
+        if isinstance(code, Refusal):
+            return code
+        before, after, partials, m = code.step(x, weights, state, resets)
+        return after, Linearization(partials, before, resets), m
     trajectory = scan(cell, x, weights, state.unbind(0), resets)
     if isinstance(trajectory, Refusal):
         return trajectory

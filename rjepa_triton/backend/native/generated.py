@@ -107,7 +107,7 @@ class Loops:
         self.code = library.generated(text + '\n#include "loops.h"\n')
         self.calls = {
             (name, dtype): getattr(self.code, f"{name}_{of}")
-            for name in ("scan", "linearize", "dual")
+            for name in ("scan", "linearize", "step", "dual")
             for dtype, of in (NAMES.items() if self.code is not None else ())
         }
 
@@ -196,6 +196,37 @@ class Loops:
         found = [*out.unbind(0)[: self.new], *[saved[k] for k in self.known]]
         partials = Partials(*by_kind(self.functions.entries, found))
         return partials, out[self.new :].view(states, states, steps, batch, units)
+
+    def step(
+        self, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None
+    ) -> tuple[Tensor, Tensor, Partials, Tensor]:
+        """`scan` and `linearize` of one step, in one call: a small layer's step is mostly what lies around the calls.
+
+        x (J, 1, B, N), state (S, B, N), resets (1, B) bool or None. Returns the states that the step read and those
+        after it, (S, 1, B, N) each, the partials, and M (S, S, 1, B, N). Nothing is mutated.
+        """
+        x, state = units_together(x), state.contiguous()
+        inputs, _, batch, units = x.shape
+        count, saves = len(state), len(self.functions.saved)
+        given = [weight.contiguous() for weight in weights]
+        marks = None if resets is None else resets.contiguous()
+        found = self.new + count**2
+        made = x.new_empty(found + 2 * count + saves, 1, batch, units)
+        self._run(
+            "step",
+            x,
+            [*planes_of(x), *addresses(given), *planes_of(state), *addresses([marks, made])],
+            [
+                *[x.stride(2)] * inputs,
+                *[number for weight in given for number in (weight.dim(), weight.shape[-1])],
+                *(batch, units, torch.get_num_threads()),
+            ],
+        )
+        planes = made.unbind(0)
+        values = [*planes[: self.new], *[planes[found + 2 * count + k] for k in self.known]]
+        states = made[found : found + 2 * count].view(count, 2, batch, units)
+        m = made[self.new : found].view(count, count, 1, batch, units)
+        return states[:, :1], states[:, 1:], Partials(*by_kind(self.functions.entries, values)), m
 
     def dual(
         self,

@@ -156,7 +156,8 @@ template <class real> void scan(Table table) {
         if (weights[k].dims == 3) product[k] = sums + by_heads++ * numbers, next_row[k] = units;
 
     const bool shared = threads > 1 && done * units * numbers >= SHARED_FROM;
-    for (long nu = 0; nu < S; nu++) memcpy(states[nu], start[nu], numbers * sizeof(real));
+    for (long nu = 0; nu < S; nu++)
+        if (states[nu] != start[nu]) memcpy(states[nu], start[nu], numbers * sizeof(real));
     for (long t = 0; t < steps; t++) {
         const real *before[S];
         for (long nu = 0; nu < S; nu++)
@@ -240,6 +241,77 @@ template <class real> void linearize(Table table) {
             for (long k = 0; k < S * S; k++, to += plane) store(to, resets && resets[row] ? wide{} : m[k], here);
         }
     }
+}
+
+// One step and its linearization: `scan` and `linearize` with T = 1, in memory that is made for both.
+//
+// arrays   J inputs x (B, N); K weights; S states before the step (B, N); resets (B) bytes or null; made, written: what
+//          `partials` finds anew and then M^{νν'}, (NEW + S · S, B, N); for each state what the step reads of it, zero
+//          where reset, and then the state after it, (S, 2, B, N); and the kept numbers (KEPT, B, N)
+// numbers  J distances, in numbers from one row to the next; of each weight the number of its dimensions, and b; B, N,
+//          threads
+template <class real> void step(Table table) {
+    typedef Cell<real> C;
+    constexpr long S = C::S, J = C::J, K = C::K, KEPT = C::KEPT, FOUND = C::NEW + S * S;
+    real *x[at_least_one(J)];
+    long rows[at_least_one(J)];
+    for (long j = 0; j < J; j++) x[j] = table.next<real>(), rows[j] = table.next();
+    Weight<real> weights[at_least_one(K)];
+    for (long k = 0; k < K; k++) {
+        weights[k].numbers = table.next<const real>();
+        weights[k].dims = table.next(), weights[k].head = table.next();
+    }
+    const real *start[S];
+    for (long nu = 0; nu < S; nu++) start[nu] = table.next<const real>();
+    const auto resets = table.next<const unsigned char>();
+    real *const made = table.next<real>();
+    const long batch = table.next(), units = table.next(), threads = table.next(), numbers = batch * units;
+    real *const states = made + FOUND * numbers, *const saved = states + 2 * S * numbers;
+    for (long nu = 0; nu < S; nu++)
+        for (long b = 0; b < batch; b++) {
+            real *const to = states + 2 * nu * numbers + b * units;
+            if (resets && resets[b])
+                memset(to, 0, units * sizeof(real));
+            else
+                memcpy(to, start[nu] + b * units, units * sizeof(real));
+        }
+
+    // the tables of `scan` and `linearize`, whose memory for products and diagonals is made here
+    std::vector<real> sums(K * numbers), diagonals(K * units);
+    std::vector<void *> arrays;
+    std::vector<long> apart;
+    const auto add = [&](real *array, long row) {
+        arrays.push_back(array);
+        apart.insert(apart.end(), {0, row});
+    };
+    for (long j = 0; j < J; j++) add(x[j], rows[j]);
+    for (long k = 0; k < KEPT; k++) add(saved + k * numbers, units);
+    const std::vector<void *> shared = arrays;
+    const std::vector<long> shared_apart = apart;
+    for (long k = 0; k < K; k++) {
+        arrays.push_back((void *)weights[k].numbers);
+        apart.insert(apart.end(), {weights[k].dims, weights[k].head});
+    }
+    for (long nu = 0; nu < S; nu++) arrays.push_back(states + 2 * nu * numbers);
+    for (long nu = 0; nu < S; nu++) arrays.push_back(states + 2 * nu * numbers);
+    arrays.insert(arrays.end(), {nullptr, nullptr, sums.data(), nullptr});
+    apart.insert(apart.end(), {1, batch, units, threads});
+    scan<real>({arrays.data(), apart.data()});
+
+    arrays = shared, apart = shared_apart;
+    for (long nu = 0; nu < S; nu++) add(states + 2 * nu * numbers, units);
+    for (long k = 0; k < K; k++) {
+        const Weight<real> &weight = weights[k];
+        const long head = weight.dims == 3 ? weight.head : weight.dims == 2 ? units : 0;
+        for (long i = 0; i < units; i++)
+            diagonals[k * units + i] =
+                weight.numbers[weight.dims == 1 ? i : i / head * head * head + i % head * (head + 1)];
+        arrays.push_back(diagonals.data() + k * units);
+        apart.push_back(1);
+    }
+    arrays.insert(arrays.end(), {(void *)resets, made});
+    apart.insert(apart.end(), {1, batch, units, threads});
+    linearize<real>({arrays.data(), apart.data()});
 }
 
 constexpr long TASK = 256; // a thread takes at most this many vectors of units through all steps at once
@@ -331,5 +403,7 @@ EXPORTED(scan, float)
 EXPORTED(scan, double)
 EXPORTED(linearize, float)
 EXPORTED(linearize, double)
+EXPORTED(step, float)
+EXPORTED(step, double)
 EXPORTED(dual, float)
 EXPORTED(dual, double)

@@ -197,6 +197,40 @@ def test_other_cells(name: str, steps: int, batch: int, units: int, reset: bool)
         torch.testing.assert_close(double, list(theirs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "diagonal", "heads"])
+@pytest.mark.parametrize("name", ["rgc", *CELLS])
+def test_one_step_is_the_loop_and_the_linearization(
+    name: str, kind: str, reset: bool, dtype: torch.dtype
+) -> None:
+    """In every bit, of tensors that lie in memory in any way; a reset row's NaN is not read."""
+    cell = CELLS.get(name, CELL)
+    for batch, units in ((1, 2), (3, 66), (15, 8)):
+        shape = {"dense": (units, units), "diagonal": (units,), "heads": (2, units // 2, units // 2)}[kind]
+        weights = [torch.randn(shape, dtype=dtype) / units**0.5 for _ in cell.matrices]
+        if kind == "dense":
+            weights = [weight.t() for weight in weights]
+        state = torch.randn(len(cell.states), units, batch, dtype=dtype).transpose(1, 2)
+        x = torch.randn(len(cell.per_unit), 1, batch, 2 * units, dtype=dtype)[..., ::2]
+        resets = torch.rand(1, batch) < 0.5 if reset else None
+        if resets is not None:
+            resets[0, 0] = True
+            state[:, 0] = math.nan
+        after, lin, m = operations.step(cell, x, weights, state, resets, backend="compile")
+        ran = operations.scan(cell, x, weights, state.unbind(0), resets, backend="compile")
+        wanted_lin, wanted_m = operations.linearize(cell, ran, weights, backend="compile")
+        assert torch.equal(after, ran.after)
+        assert torch.equal(m, wanted_m)
+        assert torch.equal(lin.before, wanted_lin.before)
+        for got, wanted in zip(
+            lin.partials.__dict__.values(), wanted_lin.partials.__dict__.values(), strict=True
+        ):
+            for of, by in zip(got, wanted, strict=True):
+                assert list(of) == list(by)
+                assert all(torch.equal(of[nu], by[nu]) for nu in by)
+
+
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("name", ["rgc", *CELLS])
