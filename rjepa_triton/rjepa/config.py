@@ -45,9 +45,9 @@ class DataConfig:
     split            how a table is split, by "movie", "participant" or "both"; simulated paths are split by source
     held_out         names for the test side; if empty: the demo's own, the last of `files`, or a fifth of a table's
     policy           what becomes of bad rows of a table: "refuse" or "skip"
-    order            of the patches: "recorded"; as controls "shuffled": each sequence in a random order, where memory of
-                     the scene still helps; "other": each patch is one of any sequence of its side, so that a sequence
-                     shows no scene, and no memory helps
+    order            of the patches: "recorded"; as controls "shuffled": each sequence in a random order, where memory
+                     of the scene still helps; "other": each patch is one of any sequence of its side, so that a
+                     sequence shows no scene, and no memory helps
     validate         names that are taken from the training side to choose by: the epoch, with train.patience
     seed             of simulated scan paths, of the choice of a fifth, of segments, and of another order
     """
