@@ -165,6 +165,11 @@ def test_the_tables_of_rjepa_are_those_of_its_records() -> None:
     lines = (RESULTS / "rjepa-demo-cpu.jsonl").read_text().splitlines()
     for row in figures.summary(figures.by_rule([("record", json.loads(line)) for line in lines])):
         assert "| " + " | ".join(row) + " |" in page
+    tried = [json.loads(line) for line in (RESULTS / "rjepa-tried-cpu.jsonl").read_text().splitlines()]
+    assert f"{len(tried)} runs" in page
+    for row in figures.compared([("record", one) for one in tried], tried[0]["config"]):
+        by_name = dict(zip(figures.COMPARED, row, strict=True))
+        assert "| " + " | ".join(by_name[name] for name in figures.BRIEF) + " |" in page
 
 
 def test_the_tests_that_hold_each_promise_exist() -> None:

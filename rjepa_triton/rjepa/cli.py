@@ -473,7 +473,7 @@ def demo_command(
         _show_summary(runs, markdown)
         if plan.vary:
             every = figures.evaluations([out / one.name for one in plan.runs])
-            _show_rows(figures.COMPARED, figures.compared(every), markdown)
+            _show_rows(figures.COMPARED, figures.compared(every, every[0][1]["config"]), markdown)
         for file in written:
             typer.echo(file)
 

@@ -287,21 +287,22 @@ def summary(runs: Runs) -> list[list[str]]:
     return [[rule, *_results(found)] for rule, found in runs.items()]
 
 
-def compared(named: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
+def compared(named: Sequence[tuple[str, dict[str, Any]]], base: Any = None) -> list[list[str]]:
     """A row for each configuration, whatever it is, with the columns COMPARED.
 
-    The first says how it differs from the defaults; runs that differ in their seeds alone share a row. named: the
-    evaluation of each run, with the run's name.
+    The first says how it differs from `base`, the configuration that a run has in its evaluation, or from the defaults;
+    runs that differ in their seeds alone share a row. named: the evaluation of each run, with the run's name.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
-    default = config.text(config.Config())
+    default = config.text(config.Config()) if base is None else base
     for _, found in named:
         changed = []
         for difference in config.differences(found["config"], default):
             key, _, values = difference.partition(": ")
             if key not in ("train.seed", "data.seed"):
                 changed.append(f"{key}={values.partition(' against ')[0].strip(chr(39))}")
-        groups.setdefault(" ".join(changed) or "the defaults", []).append(found)
+        same = "the defaults" if base is None else "nothing"
+        groups.setdefault(" ".join(changed) or same, []).append(found)
     shared = set.intersection(*(set(name.split(" ")) for name in groups)) if len(groups) > 1 else set()
     return [
         [" ".join(part for part in name.split(" ") if part not in shared) or "nothing", *_results(found)]
@@ -382,6 +383,11 @@ RESULTS = (
 )
 SUMMARY = ("rule", *RESULTS)
 COMPARED = ("what differs", *RESULTS)
+# Those of COMPARED that a page has room for.
+BRIEF = (
+    *("what differs", "late", "less control's, late", "own loss, late", "from h, less that"),
+    *("present-patch R² from h", "participation ratio, of before", "input gain"),
+)
 
 
 def _mean(values: Sequence[float]) -> str:
