@@ -133,7 +133,10 @@ def test_answers_are_computed_from_the_records() -> None:
         for r in records
     ]  # fmt: skip
     changed = {answer.name: answer for answer in answers(slower)}
-    (step,) = (r.payload["step_seconds"] for r in records if r.algorithm == "stream" and r.params["N"] == 128)
+    # of two machines of one name the last record counts
+    *_, step = (
+        r.payload["step_seconds"] for r in records if r.algorithm == "stream" and r.params["N"] == 128
+    )
     assert f"{seconds_text(step)} a step" in found["stream"].text
     assert f"{seconds_text(3 * step)} a step" in changed["stream"].text
     assert changed["whom"].text != found["whom"].text
