@@ -133,6 +133,15 @@ def not_finite(a: Tensor, b: Tensor) -> bool | Refusal:
     return calls.not_finite(a, b)
 
 
+def _loop_of(
+    cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], resets: Tensor | None
+) -> generated.Loops | Refusal:
+    """The compiled loops that take these tensors over the steps of x (J, T, B, N)."""
+    if not compiled_loop(cell, weights, x.shape[1], x.shape[2]):
+        return Refusal("there is no compiled loop of this cell, or not of these sizes")
+    return _unusable(given=(x, resets, *weights, *state)) or _loops(cell)
+
+
 @NATIVE.implements("scan")
 def scan(
     cell: Cell,
@@ -143,11 +152,7 @@ def scan(
     *,
     keep: bool = True,
 ) -> Trajectory | Refusal:
-    if not compiled_loop(cell, weights, x.shape[1], x.shape[2]):
-        return Refusal("there is no compiled loop of this cell, or not of these sizes")
-    if refusal := _unusable(given=(x, resets, *weights, *state)):
-        return refusal
-    code = _loops(cell)
+    code = _loop_of(cell, x, weights, state, resets)
     if isinstance(code, Refusal):
         return code
     states, saved = code.scan(x, weights, state, resets, keep)
@@ -177,25 +182,16 @@ def step(
     cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None = None
 ) -> tuple[Tensor, Linearization, Tensor] | Refusal:
     """In one call where there is one step, of few rows; else `scan` and `linearize` one after the other."""
-    if x.shape[1] == 1 and x.shape[2] < calls.PACKED_FROM:
-        if not compiled_loop(cell, weights, 1, x.shape[2]):
-            return Refusal("there is no compiled loop of this cell, or not of these sizes")
-        if refusal := _unusable(given=(x, resets, *weights, state)):
-            return refusal
-        code = _loops(cell)
-        if isinstance(code, Refusal):
-            return code
-        before, after, partials, m = code.step(x, weights, state, resets)
-        return after, Linearization(partials, before, resets), m
-    trajectory = scan(cell, x, weights, state.unbind(0), resets)
-    if isinstance(trajectory, Refusal):
-        return trajectory
-    code = _loops(cell)
+    code = _loop_of(cell, x, weights, (state,), resets)
     if isinstance(code, Refusal):
         return code
+    if x.shape[1] == 1 and x.shape[2] < calls.PACKED_FROM:
+        before, after, partials, m = code.step(x, weights, state, resets)
+        return after, Linearization(partials, before, resets), m
+    trajectory = Trajectory(x, *code.scan(x, weights, state.unbind(0), resets), resets)
     before = trajectory.before
     partials, m = code.linearize(trajectory, before, weights)
-    return trajectory.after, Linearization(partials, before, trajectory.resets), m
+    return trajectory.after, Linearization(partials, before, resets), m
 
 
 @NATIVE.implements("exact_credits")

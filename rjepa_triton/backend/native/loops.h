@@ -286,8 +286,6 @@ template <class real> void step(Table table) {
     };
     for (long j = 0; j < J; j++) add(x[j], rows[j]);
     for (long k = 0; k < KEPT; k++) add(saved + k * numbers, units);
-    const std::vector<void *> shared = arrays;
-    const std::vector<long> shared_apart = apart;
     for (long k = 0; k < K; k++) {
         arrays.push_back((void *)weights[k].numbers);
         apart.insert(apart.end(), {weights[k].dims, weights[k].head});
@@ -298,7 +296,7 @@ template <class real> void step(Table table) {
     apart.insert(apart.end(), {1, batch, units, threads});
     scan<real>({arrays.data(), apart.data()});
 
-    arrays = shared, apart = shared_apart;
+    arrays.resize(J + KEPT), apart.resize(2 * (J + KEPT)); // x and the kept numbers stay
     for (long nu = 0; nu < S; nu++) add(states + 2 * nu * numbers, units);
     for (long k = 0; k < K; k++) {
         const Weight<real> &weight = weights[k];
