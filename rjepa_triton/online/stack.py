@@ -140,12 +140,16 @@ class StackLearner(nn.Module):
         super()._apply(fn, recurse)
         return self
 
+    def _refuse_hooks(self) -> None:
+        """Raise ValueError if the stack has got hooks."""
+        refuse_hooks(*self._stack, "stack", "a StackLearner")
+
     def step(self, x: Tensor, active: Any = None) -> Tensor:
         """Advance all layers one step, as `OnlineLearner.step` does. x (B, F) → the top layer's output (B, N).
 
         active: as there; in the rows that take no step, no layer does.
         """
-        refuse_hooks(*self._stack, "stack", "a StackLearner")
+        self._refuse_hooks()
         for learner in self.learners:
             x = learner.step(x) if active is None else learner.step(x, active)
         return x
@@ -156,7 +160,7 @@ class StackLearner(nn.Module):
 
     def peek(self, x: Tensor) -> Tensor:
         """The output (B, N) that step(x) would give, as `OnlineLearner.peek`: nothing is mutated."""
-        refuse_hooks(*self._stack, "stack", "a StackLearner")
+        self._refuse_hooks()
         for learner in self.learners:
             x = learner.peek(x)
         return x
@@ -182,7 +186,7 @@ class StackLearner(nn.Module):
 
     def chunk(self, x: Tensor, resets: Tensor | None = None, active: Any = None) -> Tensor:
         """Advance all layers C steps, as `OnlineLearner.chunk` does. x (C, B, F) → the top layer's output (C, B, N)."""
-        refuse_hooks(*self._stack, "stack", "a StackLearner")
+        self._refuse_hooks()
         for learner in self.learners:
             x = learner.chunk(x, resets, active)
         return x

@@ -287,21 +287,20 @@ def summary(runs: Runs) -> list[list[str]]:
     return [[rule, *_results(found)] for rule, found in runs.items()]
 
 
-def compared(named: Sequence[tuple[str, dict[str, Any]]], base: Any = None) -> list[list[str]]:
+def compared(named: Sequence[tuple[str, dict[str, Any]]], base: str | None = None) -> list[list[str]]:
     """A row for each configuration, whatever it is, with the columns COMPARED.
 
     The first says how it differs from `base`, the configuration that a run has in its evaluation, or from the defaults;
     runs that differ in their seeds alone share a row. named: the evaluation of each run, with the run's name.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
-    default = config.text(config.Config()) if base is None else base
+    same, base = ("the defaults", config.text(config.Config())) if base is None else ("nothing", base)
     for _, found in named:
         changed = []
-        for difference in config.differences(found["config"], default):
+        for difference in config.differences(found["config"], base):
             key, _, values = difference.partition(": ")
             if key not in ("train.seed", "data.seed"):
                 changed.append(f"{key}={values.partition(' against ')[0].strip(chr(39))}")
-        same = "the defaults" if base is None else "nothing"
         groups.setdefault(" ".join(changed) or same, []).append(found)
     shared = set.intersection(*(set(name.split(" ")) for name in groups)) if len(groups) > 1 else set()
     return [
@@ -310,25 +309,23 @@ def compared(named: Sequence[tuple[str, dict[str, Any]]], base: Any = None) -> l
     ]
 
 
-# What the tables read of an evaluation.
-_CURVES_TOLD = ("yardstick", "yardstick_control", "normalised", "control_normalised", "input_gain")
-_NUMBERS_TOLD = (
-    *("next_from_x", "next_from_h", "next_from_ceiling", "current_from_h"),
-    "participation_ratio",
+# What the tables read of an evaluation after training.
+_READ = (
+    *("yardstick", "yardstick_control", "normalised", "control_normalised", "input_gain"),
+    *("next_from_x", "next_from_h", "next_from_ceiling", "current_from_h", "participation_ratio"),
 )
 
 
-def told(found: Mapping[str, Any]) -> dict[str, Any]:
+def reduced(found: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's evaluation that `compared` reads, its numbers to eight digits."""
 
     def short(value: Any) -> Any:
         return [short(each) for each in value] if isinstance(value, list) else float(f"{value:.8g}")
 
-    ratio = "participation_ratio"
     return {
         "config": found["config"],
-        "before": {ratio: short(found["before"][ratio])},
-        "after": {name: short(found["after"][name]) for name in (*_CURVES_TOLD, *_NUMBERS_TOLD)},
+        "before": {"participation_ratio": short(found["before"]["participation_ratio"])},
+        "after": {name: short(found["after"][name]) for name in _READ},
     }
 
 

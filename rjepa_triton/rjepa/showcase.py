@@ -123,7 +123,7 @@ def run(
     if plan.vary:
         named = figures.evaluations([out / one.name for one in plan.runs])
         _files.write_text(
-            out / COMPARED, "".join(json.dumps(figures.told(found)) + "\n" for _, found in named)
+            out / COMPARED, "".join(json.dumps(figures.reduced(found)) + "\n" for _, found in named)
         )
         written.append(out / COMPARED)
     return runs, [*written, *figures.draw(runs, out)]
