@@ -44,12 +44,9 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _addresses(tensors: Sequence[Tensor | None]) -> bytes:
     """A C array with the tensors' addresses, null for None."""
-    return _places([_address(tensor) for tensor in tensors])
-
-
-def _places(addresses: Sequence[int | None]) -> bytes:
-    """A C array of addresses, null for None."""
-    return struct.pack(f"{len(addresses)}P", *[address or 0 for address in addresses])
+    return struct.pack(
+        f"{len(tensors)}P", *[0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    )
 
 
 def _longs(values: Sequence[int]) -> bytes:
@@ -162,20 +159,21 @@ def gamma_pass(
     batch, count, units, _ = gammas[0].shape
     m, entering, y, credit = [None if a is None else a.contiguous() for a in (m, entering, y, credit)]
     item, steps, reads = gammas[0].element_size(), 1, 1
-    immediates = signals = credits = None
+    immediates, signals, credits = None, [], None
     if entering is not None and y is not None:
         steps, reads = len(y), y.shape[3]
         state, begin = steps * batch * count * units, entering.data_ptr()
-        immediates = _places(
-            [begin + (nu * state + k * units) * item for nu in range(len(gammas)) for k in range(count)]
-        )
+        immediates = [
+            begin + (nu * state + k * units) * item for nu in range(len(gammas)) for k in range(count)
+        ]
         begin = y.data_ptr()
-        signals = _places([begin + k * reads * item for k in range(count)])
+        signals = [begin + k * reads * item for k in range(count)]
     if credit is not None:
         begin = credit.data_ptr()
-        credits = _places([begin + nu * batch * units * item for nu in range(len(gammas))])
+        credits = [begin + nu * batch * units * item for nu in range(len(gammas))]
     apart = (batch * units, batch * count * units, count * units, batch * count * reads, count * reads)
-    return _pass(gammas, m, immediates, signals, credits, apart, steps, reads, before, memory)
+    at = None if m is None else m.data_ptr()
+    return _pass(gammas, at, immediates, signals, credits, apart, steps, reads, before, memory)
 
 
 def gamma_step(
@@ -195,49 +193,52 @@ def gamma_step(
     a weight that stays, and a rate: W -= rate · gradient. The gradient itself is then not returned. Mutates gammas and
     the weights of descent.
     """
-    m, phi, y = (
-        m.contiguous(),
-        [None if a is None else a.contiguous() for a in phi],
-        [a.contiguous() for a in y],
-    )
-    rows, reads, item = m.shape[3] * m.shape[4], y[0].shape[1] * y[0].shape[2], m.element_size()
+    phi, y = [None if a is None else a.contiguous() for a in phi], [a.contiguous() for a in y]
+    row, reads = t * m.shape[3] * m.shape[4] * m.element_size(), y[0].shape[1] * y[0].shape[2]
+    immediates = [None if a is None else a.data_ptr() + row for a in phi]
+    signals = [a.data_ptr() + t * reads * m.element_size() for a in y]
+    return gamma_step_at(gammas, m, immediates, signals, y[0].shape[2], delta, t, memory, descent)
+
+
+def gamma_step_at(
+    gammas: Sequence[Tensor],
+    m: Tensor,
+    phi: Sequence[int | None],
+    y: Sequence[int],
+    reads: int,
+    delta: Tensor | None,
+    t: int,
+    memory: ReusedMemory | None = None,
+    descent: tuple[Sequence[Tensor | None], float] | None = None,
+) -> Tensor | None:
+    """`gamma_step` with the addresses of φ(t), S·K arrays (B, N), and of y(t), K arrays (B, Y) with Y = `reads`."""
+    m = m.contiguous()
+    _, _, steps, batch, units = m.shape
+    rows, item = batch * units, m.element_size()
     credit = None
     if delta is not None:
         delta = delta.contiguous()
-        credit = _places(
-            [delta.data_ptr() + (nu * delta.shape[1] + t) * rows * item for nu in range(delta.shape[0])]
-        )
-    return _pass(
-        gammas,
-        m,
-        _places([None if a is None else a.data_ptr() + t * rows * item for a in phi]),
-        _places([a.data_ptr() + t * reads * item for a in y]),
-        credit,
-        (m.shape[2] * rows, rows, m.shape[4], reads, y[0].shape[2]),
-        1,
-        y[0].shape[2],
-        False,
-        memory,
-        t * rows * item,
-        descent,
-    )
+        begin = delta.data_ptr() + t * rows * item
+        credit = [begin + nu * steps * rows * item for nu in range(len(gammas))]
+    apart = (steps * rows, rows, units, batch * reads, reads)
+    at = m.data_ptr() + t * rows * item
+    return _pass(gammas, at, phi, y, credit, apart, 1, reads, False, memory, descent)
 
 
 def _pass(
     gammas: Sequence[Tensor],
-    m: Tensor | None,
-    entering: Any,
-    y: Any,
-    credit: Any,
+    m: int | None,
+    entering: Sequence[int | None] | None,
+    y: Sequence[int],
+    credit: Sequence[int] | None,
     apart: Sequence[int],
     steps: int,
     reads: int,
     before: bool,
     memory: ReusedMemory | None,
-    skipped: int = 0,
     descent: tuple[Sequence[Tensor | None], float] | None = None,
 ) -> Tensor | None:
-    """Call `gamma_pass` of gamma.cpp with tables of addresses and distances; m is read from `skipped` bytes on."""
+    """Call `gamma_pass` of gamma.cpp with the addresses of arrays, and distances."""
     code = library.gamma(len(gammas))
     assert code is not None
     first = gammas[0]
@@ -246,25 +247,19 @@ def _pass(
     weights, rate = descent or (None, 0.0)
     if credit is not None and weights is None:
         total = first.new_empty(shape) if memory is None else memory.empty(shape, first)
-    code.gamma_pass(
-        _addresses(gammas),
-        None if m is None else m.data_ptr() + skipped,
-        entering,
-        y,
-        credit,
-        _address(total),
-        None if weights is None else _addresses(weights),
-        _longs(apart),
-        rate,
-        len(gammas),
-        steps,
-        batch,
-        *shape,
-        reads,
-        before,
-        first.element_size(),
-        torch.get_num_threads(),
-    )
+    arrays = [gamma.data_ptr() for gamma in gammas]
+    arrays += m or 0, 0 if total is None else total.data_ptr()
+    if entering is not None:
+        arrays += [address or 0 for address in entering]
+        arrays += y
+    if credit is not None:
+        arrays += credit
+    if weights is not None:
+        arrays += [0 if weight is None else weight.data_ptr() for weight in weights]
+    given = (entering is not None, credit is not None, weights is not None)
+    numbers = (len(gammas), steps, batch, *shape, reads, before, torch.get_num_threads(), *given, *apart)
+    run = code.gamma_pass_float if first.dtype == torch.float32 else code.gamma_pass_double
+    run(struct.pack(f"{len(arrays)}P", *arrays), struct.pack(f"{len(numbers)}l", *numbers), rate)
     return total
 
 

@@ -264,29 +264,21 @@ void arrive_of_type(const void *m, const void *phi, void *arrived, void *whole, 
     run((const real *)m, (const real *)phi, (real *)arrived, (real *)whole, steps, batch, matrices, units);
 }
 
-template <typename real>
-void of_type(void *const *gammas, const void *m, const void *const *entering, const void *const *y,
-             const void *const *credit, void *total, void *const *weights, const long *apart, double rate, long states,
-             long steps, long batch, long matrices, long units, long fan_in, long reads, bool before, int threads) {
-    const Arrays<real> a{(real *const *)gammas,
-                         (const real *)m,
-                         (const real *const *)entering,
-                         (const real *const *)y,
-                         (const real *const *)credit,
-                         (real *)total,
-                         (real *const *)weights,
-                         (real)rate,
-                         apart[0],
-                         apart[1],
-                         apart[2],
-                         apart[3],
-                         apart[4],
-                         steps,
-                         batch,
-                         matrices,
-                         units,
-                         fan_in,
-                         reads};
+template <typename real> void of_type(void *const *arrays, const long *numbers, double rate) {
+    const auto next = [&] { return *numbers++; };
+    const auto table = [&](bool given, long count) {
+        const auto found = given ? (real *const *)arrays : nullptr;
+        arrays += given ? count : 0;
+        return found;
+    };
+    const long states = next(), steps = next(), batch = next(), matrices = next(), units = next(), fan_in = next();
+    const long reads = next(), before = next(), threads = next(), moves = next(), credited = next(), descends = next();
+    real *const *const gammas = table(true, states), *const *const rest = table(true, 2);
+    const auto entering = table(moves, states * matrices), y = table(moves, matrices);
+    const auto credit = table(credited, states), weights = table(descends, matrices);
+    const Arrays<real> a{gammas,     rest[0],    entering,   y,          credit,     rest[1], weights,
+                         (real)rate, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
+                         steps,      batch,      matrices,   units,      fan_in,     reads};
     auto run = of_states<real, STATES>;
     if constexpr (STATES == 2)
         if (states == 1) run = of_states<real, 1>;
@@ -295,17 +287,20 @@ void of_type(void *const *gammas, const void *m, const void *const *entering, co
 
 } // namespace
 
-// Γ ← M Γ + Σ_t U(t) y(t)ᵀ in place, and total = Σ_{b,ν} credit · Γ (see the top of this file), for the S of this library.
-// The arrays are as in `Arrays`, and apart = {next_m, next_step, next_row, next_y_step, next_y_row}. Numbers are double
-// if `item` is 8, otherwise float. If `before`, the gradient is read before Γ moves. If `weights` is given, the weights
-// take a step of `rate` against the gradient, and `total` isn't written.
-extern "C" void gamma_pass(void *const *gammas, const void *m, const void *const *entering, const void *const *y,
-                           const void *const *credit, void *total, void *const *weights, const long *apart, double rate,
-                           long states, long steps, long batch, long matrices, long units, long fan_in, long reads,
-                           long before, long item, long threads) {
-    const auto run = item == sizeof(double) ? of_type<double> : of_type<float>;
-    run(gammas, m, entering, y, credit, total, weights, apart, rate, states, steps, batch, matrices, units, fan_in,
-        reads, before, threads);
+// Γ ← M Γ + Σ_t U(t) y(t)ᵀ in place, and total = Σ_{b,ν} credit · Γ (see the top of this file), for the S of this
+// library. All arrays and numbers come in one table each, since a call with few arguments takes less time:
+//
+// arrays   S of Γ; m; total; S·K of U and K of y, where they are given; S of credit, likewise; K weights, likewise
+// numbers  S, C, B, K, N, M, Y; whether the gradient is read before Γ moves; the threads; whether U and y, credit, and
+//          weights are given; next_m, next_step, next_row, next_y_step, next_y_row
+//
+// The arrays are as in `Arrays`. With weights, these take a step of `rate` against the gradient, and `total` isn't
+// written.
+extern "C" void gamma_pass_float(void *const *arrays, const long *numbers, double rate) {
+    of_type<float>(arrays, numbers, rate);
+}
+extern "C" void gamma_pass_double(void *const *arrays, const long *numbers, double rate) {
+    of_type<double>(arrays, numbers, rate);
 }
 
 // `arrive` for the S of this library. Numbers are double if `item` is 8, otherwise float.

@@ -110,7 +110,8 @@ def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
 def _gamma_declared(code: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_long
     code.gamma_arriving.argtypes, code.gamma_arriving.restype = [pointer] * 4 + [count] * 6, None
-    code.gamma_pass.argtypes, code.gamma_pass.restype = [pointer] * 8 + [ctypes.c_double] + [count] * 10, None
+    for function in (code.gamma_pass_float, code.gamma_pass_double):
+        function.argtypes, function.restype = [pointer] * 2 + [ctypes.c_double], None
     return code
 
 
