@@ -71,13 +71,12 @@ NATIVE = Backend("compile", "cpu", "one pass over Γ a step", _no_loops, _no_gam
 
 def compiled_loop(cell: Cell, weights: Sequence[Tensor], steps: int, batch: int) -> bool:
     """Whether the cell's loop over T = `steps`, B = `batch` is one call. Of the weights only the shapes count."""
-    if not compiled_partials(cell):
+    if batch > LOOP_ROWS or not compiled_partials(cell):
         return False
-    units = max(
-        (weight.shape[0] * (weight.shape[1] if weight.dim() == 3 else 1) for weight in weights), default=1
-    )
-    enough = steps >= FEW_STEPS or batch <= FEW_ROWS or units <= FEW_UNITS
-    return enough and batch <= LOOP_ROWS
+    if steps >= FEW_STEPS or batch <= FEW_ROWS:
+        return True
+    units = (weight.shape[0] * (weight.shape[1] if weight.dim() == 3 else 1) for weight in weights)
+    return max(units, default=1) <= FEW_UNITS
 
 
 def compiled_partials(cell: Cell) -> bool:
@@ -163,8 +162,8 @@ def scan(
 def linearize(
     cell: Cell, trajectory: Trajectory, weights: Sequence[Tensor], rule: str = "rfp"
 ) -> tuple[Linearization, Tensor] | Refusal:
-    if rule != "rfp" or not compiled_partials(cell):
-        return Refusal("there is no compiled linearization of this cell or rule")
+    if not compiled_partials(cell):
+        return Refusal("there is no compiled linearization of this cell")
     if refusal := _unusable(
         trajectory.states, trajectory.saved, given=(trajectory.x, trajectory.resets, *weights)
     ):
@@ -173,25 +172,29 @@ def linearize(
     if isinstance(code, Refusal):
         return code
     before = trajectory.before
-    partials, m = code.linearize(trajectory, before, weights)
+    partials, m = code.linearize(trajectory, before, weights, rule)
     return Linearization(partials, before, trajectory.resets), m
 
 
 @NATIVE.implements("step")
 def step(
-    cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None = None
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    state: Tensor,
+    resets: Tensor | None = None,
+    rule: str = "rfp",
 ) -> tuple[Tensor, Linearization, Tensor] | Refusal:
     """In one call where there is one step, of few rows; else `scan` and `linearize` one after the other."""
     code = _loop_of(cell, x, weights, (state,), resets)
     if isinstance(code, Refusal):
         return code
     if x.shape[1] == 1 and x.shape[2] < calls.PACKED_FROM:
-        before, after, partials, m = code.step(x, weights, state, resets)
-        return after, Linearization(partials, before, resets), m
+        return code.step(x, weights, state, resets, rule)
     trajectory = Trajectory(x, *code.scan(x, weights, state.unbind(0), resets), resets)
     before = trajectory.before
-    partials, m = code.linearize(trajectory, before, weights)
-    return trajectory.after, Linearization(partials, before, resets), m
+    partials, m = code.linearize(trajectory, before, weights, rule)
+    return trajectory.after, Linearization(partials, before, resets).without_own(), m
 
 
 @NATIVE.implements("exact_credits")
@@ -264,10 +267,16 @@ def gamma_step_of_(
     descent: Descent | None = None,
 ) -> Tensor | Refusal | None:
     written = () if descent is None else descent.weights
-    given = (steps.inputs, steps.delta, *written)
-    if refusal := _unusable(*gammas, steps.m, steps.lin.before, given=given, states=len(gammas)):
+    given, lin = (steps.inputs, steps.delta, *written), steps.lin
+    one_step = lin if isinstance(lin, generated.OneStep) and lin.made is not None else None
+    made = lin.before if one_step is None else one_step.made
+    if refusal := _unusable(*gammas, steps.m, made, given=given, states=len(gammas)):
         return refusal
     taken = None if descent is None else (descent.weights, descent.lr.item())
+    states = [matrix.reads for matrix in steps.matrices if isinstance(matrix.reads, int)]
+    if one_step is not None and len(states) == len(steps.matrices):
+        phi, y = one_step.entering(steps.matrices), [one_step.state(nu) for nu in states]
+        return calls.gamma_step_at(gammas, steps.m, phi, y, steps.m.shape[4], steps.delta, t, memory, taken)
     return calls.gamma_step(gammas, steps.m, steps.phi_apart, steps.y_apart, steps.delta, t, memory, taken)
 
 

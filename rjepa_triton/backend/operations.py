@@ -108,16 +108,18 @@ def step(
     weights: Sequence[Tensor],
     state: Tensor,
     resets: Tensor | None = None,
+    rule: str = "rfp",
     *,
     backend: str = "torch",
 ) -> tuple[Tensor, Linearization, Tensor]:
-    """`scan` and then `linearize` by RFP's rule: of one step, a backend may have both in one launch.
+    """`scan` and then `linearize`: of one step, a backend may have both in one launch.
 
     x (J, T, B, N), state (S, B, N), resets (T, B) bool or None. Returns the states after each step (S, T, B, N), the
-    linearization and M (S, S, T, B, N).
+    linearization without the partials of the states through no matrix, which M has, and M (S, S, T, B, N).
     """
     trajectory = scan(cell, x, weights, state.unbind(0), resets, backend=backend)
-    return trajectory.after, *linearize(cell, trajectory, weights, backend=backend)
+    lin, m = linearize(cell, trajectory, weights, rule, backend=backend)
+    return trajectory.after, lin.without_own(), m
 
 
 @operation

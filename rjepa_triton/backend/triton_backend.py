@@ -241,10 +241,15 @@ def _of_trajectory(
 
 @TRITON.implements("step")
 def step(
-    cell: Cell, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None = None
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    state: Tensor,
+    resets: Tensor | None = None,
+    rule: str = "rfp",
 ) -> tuple[Tensor, Linearization, Tensor] | Refusal:
-    if x.shape[1] != 1 or x.shape[2] > STEP_ROWS:
-        return Refusal(f"the kernel takes one step of up to {STEP_ROWS} batch rows")
+    if x.shape[1] != 1 or x.shape[2] > STEP_ROWS or rule != "rfp":
+        return Refusal(f"the kernel takes one step of up to {STEP_ROWS} batch rows, by RFP's rule")
     if not is_dense(cell, weights):
         return NOT_DENSE
     if refusal := _unusable(x, state, resets, *weights):

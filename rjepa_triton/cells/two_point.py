@@ -154,6 +154,11 @@ class Linearization:
         kind, index = matrix.into
         return (self.partials.gate if kind == "gate" else self.partials.input)[index]
 
+    def without_own(self) -> Linearization:
+        """Without ∂F_ν/∂c^{ν'}, which only rules that need the full Jacobian read again once M has been made."""
+        partials = self.partials
+        return replace(self, partials=Partials((), partials.gate, partials.input))
+
 
 class Cell(ABC):
     """A two-point cell (paper, Appendix D). Subclasses give the names and `update`; the rest follows from these.

@@ -109,10 +109,7 @@ def linearized(
     (`operations.linearize`).
     """
     lin, m = operations.linearize(cell, trajectory, recurrent, rule, backend=backend)
-    if weights is None:
-        kept = Partials((), lin.partials.gate, lin.partials.input)
-        lin = replace(lin, partials=kept)
-    return Block(lin, m, inputs, weights)
+    return Block(lin if weights is not None else lin.without_own(), m, inputs, weights)
 
 
 def recorded(
@@ -132,10 +129,9 @@ def recorded(
     The other arguments are those of `linearized`. A backend that can run and linearize one step at once does so
     (`operations.step`).
     """
-    if weights is None and rule == "rfp":
-        after, lin, m = operations.step(cell, x, recurrent, state, resets, backend=backend)
-        kept = Partials((), lin.partials.gate, lin.partials.input)
-        return after, Block(Linearization(kept, lin.before, lin.resets), m, inputs)
+    if weights is None:
+        after, lin, m = operations.step(cell, x, recurrent, state, resets, rule, backend=backend)
+        return after, Block(lin, m, inputs)
     trajectory = operations.scan(cell, x, recurrent, state.unbind(0), resets, backend=backend)
     return trajectory.after, linearized(cell, trajectory, recurrent, inputs, rule, weights, backend)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ from torch import Tensor
 from ...cells import weights as weight_ops
 from ...cells.code import Functions, printed
 from ...cells.trace import by_kind, traced
-from ...cells.two_point import Cell, Partials, Trajectory, state_read
+from ...cells.two_point import Cell, Linearization, Matrix, Partials, Trajectory, state_read
+from ...rules.rfp import RULES
 from ..planes import Planes
 from . import calls, library
 
@@ -103,6 +106,15 @@ class Loops:
             saved.index(node) for node in functions.found if node in saved
         ]  # partials that were saved
         self.new = len(functions.found) - len(self.known)
+        # of what `step` makes: the plane of each partial, and of φ^ν by what a matrix enters, None for zeros
+        self.before = self.new + len(cell.states) ** 2
+        kept = self.before + 2 * len(cell.states)
+        self.places = [*range(self.new), *(kept + k for k in self.known)]
+        self.entering: dict[tuple[str, int], list[int | None]] = {}
+        for kind, group in zip(("gate", "input"), functions.entries[1:], strict=True):
+            for index, by_state in enumerate(group):
+                at = {nu: self.places[k] for nu, k in by_state}
+                self.entering[kind, index] = [at.get(nu) for nu in range(len(cell.states))]
         text = _struct(cell, functions, self.planes.nodes)
         self.code = library.generated(text + '\n#include "loops.h"\n')
         self.calls = {
@@ -169,11 +181,12 @@ class Loops:
         return states, saved.movedim(2, 0) if keep else saved
 
     def linearize(
-        self, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor]
+        self, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor], rule: str
     ) -> tuple[Partials, Tensor]:
-        """The partials at every step, and RFP's M (S, S, T, B, N), which is zero at reset steps.
+        """The partials at every step, and M (S, S, T, B, N) as a rule has it, which is zero at reset steps.
 
-        before (S, T, B, N): the states that the steps read; weights: (N, N), (N,) or (H, b, b). Nothing is mutated.
+        before (S, T, B, N): the states that the steps read; weights: (N, N), (N,) or (H, b, b); rule: one of
+        `rfp.RULES`. Nothing is mutated.
         """
         x, before = units_together(trajectory.x), units_together(before)
         saved = units_together(trajectory.saved)
@@ -190,7 +203,7 @@ class Loops:
                 *saved.stride()[1:3] * saved.shape[0],
                 *before.stride()[1:3] * states,
                 *strides,
-                *(steps, batch, units, torch.get_num_threads()),
+                *(steps, batch, units, torch.get_num_threads(), RULES.index(rule)),
             ],
         )
         found = [*out.unbind(0)[: self.new], *[saved[k] for k in self.known]]
@@ -198,35 +211,39 @@ class Loops:
         return partials, out[self.new :].view(states, states, steps, batch, units)
 
     def step(
-        self, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None
-    ) -> tuple[Tensor, Tensor, Partials, Tensor]:
+        self, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None, rule: str
+    ) -> tuple[Tensor, OneStep, Tensor]:
         """`scan` and `linearize` of one step, in one call: a small layer's step is mostly what lies around the calls.
 
-        x (J, 1, B, N), state (S, B, N), resets (1, B) bool or None. Returns the states that the step read and those
-        after it, (S, 1, B, N) each, the partials, and M (S, S, 1, B, N). Nothing is mutated.
+        x (J, 1, B, N), state (S, B, N), resets (1, B) bool or None. Returns the states after the step (S, 1, B, N), its
+        linearization, and M (S, S, 1, B, N) as a rule has it. Nothing is mutated.
         """
         x, state = units_together(x), state.contiguous()
         inputs, _, batch, units = x.shape
-        count, saves = len(state), len(self.functions.saved)
+        count, plane = len(state), batch * units
         given = [weight.contiguous() for weight in weights]
         marks = None if resets is None else resets.contiguous()
-        found = self.new + count**2
-        made = x.new_empty(found + 2 * count + saves, 1, batch, units)
+        made = x.new_empty(self.before + 2 * count + len(self.functions.saved), 1, batch, units)
         self._run(
             "step",
             x,
-            [*planes_of(x), *addresses(given), *planes_of(state), *addresses([marks, made])],
+            [
+                *planes_of(x),
+                *[weight.data_ptr() for weight in given],
+                *planes_of(state),
+                None if marks is None else marks.data_ptr(),
+                made.data_ptr(),
+            ],
             [
                 *[x.stride(2)] * inputs,
                 *[number for weight in given for number in (weight.dim(), weight.shape[-1])],
-                *(batch, units, torch.get_num_threads()),
+                *(batch, units, torch.get_num_threads(), RULES.index(rule)),
             ],
         )
-        planes = made.unbind(0)
-        values = [*planes[: self.new], *[planes[found + 2 * count + k] for k in self.known]]
-        states = made[found : found + 2 * count].view(count, 2, batch, units)
-        m = made[self.new : found].view(count, count, 1, batch, units)
-        return states[:, :1], states[:, 1:], Partials(*by_kind(self.functions.entries, values)), m
+        m = made.as_strided(
+            (count, count, 1, batch, units), (count * plane, plane, plane, units, 1), self.new * plane
+        )
+        return _every_second(made, self.before + 1, count), OneStep.of(self, made, resets), m
 
     def dual(
         self,
@@ -273,6 +290,71 @@ class Loops:
             [*apart, *strides, *(steps, batch, units, torch.get_num_threads())],
         )
         return by_matrix, by_input, passed
+
+
+class OneStep(Linearization):
+    """The linearization of one step as `Loops.step` has made it, with no partials of the states through no matrix.
+
+    Its arrays are planes of one array, and become tensors once they are read, each of which takes longer than to
+    compute it in a small layer. Γ's step reads their addresses.
+    """
+
+    loops: Loops
+    made: Tensor | None = (
+        None  # (·, 1, B, N); None in a linearization that was made of this one, with other arrays
+    )
+
+    @classmethod
+    def of(cls, loops: Loops, made: Tensor, resets: Tensor | None) -> OneStep:
+        """Of what `Loops.step` wrote."""
+        lin = cls.__new__(cls)
+        lin.__dict__.update(loops=loops, made=made, resets=resets)
+        return lin
+
+    def __reduce__(self) -> Any:  # a copy has arrays of its own, and no compiled code
+        return Linearization, (self.partials, self.before, self.resets)
+
+    @property
+    def steps(self) -> int:
+        return 1 if self.made is not None else super().steps
+
+    @cached_property
+    def before(self) -> Tensor:
+        assert self.made is not None
+        return _every_second(self.made, self.loops.before, len(self.loops.cell.states))
+
+    @cached_property
+    def partials(self) -> Partials:
+        assert self.made is not None
+        planes, loops = self.made.unbind(0), self.loops
+        gate, by_input = by_kind(loops.functions.entries[1:], [planes[place] for place in loops.places])
+        return Partials((), gate, by_input)
+
+    def entering(self, matrices: Sequence[Matrix]) -> list[int | None]:
+        """The addresses of φ^{ν,k} (B, N), S·K of them, those of state 0 first; None for zeros."""
+        made, loops = self.made, self.loops
+        assert made is not None
+        first, apart = made.data_ptr(), made.element_size() * made.stride(0)
+        of = [loops.entering[matrix.into] for matrix in matrices]
+        return [
+            None if (place := each[nu]) is None else first + apart * place
+            for nu in range(len(loops.cell.states))
+            for each in of
+        ]
+
+    def state(self, nu: int) -> int:
+        """The address of the state ν that the step read, (B, N)."""
+        assert self.made is not None
+        return self.made.data_ptr() + self.made.element_size() * self.made.stride(0) * (
+            self.loops.before + 2 * nu
+        )
+
+
+def _every_second(made: Tensor, first: int, count: int) -> Tensor:
+    """Of planes (·, 1, B, N): `count` of them as (count, 1, B, N), from the `first` on, every second."""
+    _, _, batch, units = made.shape
+    plane = batch * units
+    return made.as_strided((count, 1, batch, units), (2 * plane, plane, units, 1), first * plane)
 
 
 def _whole_lines(numbers: int) -> int:

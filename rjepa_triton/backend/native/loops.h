@@ -202,12 +202,18 @@ template <class real> void scan(Table table) {
     }
 }
 
-// The partials and RFP's M of T steps.
+// What a rule keeps of M^{νν'}: RFP all of it, e-prop the part through no matrix, RFLO of that what ν = ν' has, SnAp-0
+// none. The part through a matrix is w^k times what enters by it, so that w^k = 0 leaves it out.
+enum { RFP, EPROP, RFLO, SNAP0, RTRL };
+
+inline bool keeps(long rule, long nu, long source) { return rule != SNAP0 && (rule != RFLO || nu == source); }
+
+// The partials of T steps, and M as a rule has it.
 //
 // arrays   J inputs x; KEPT arrays that were kept; S states before each step; K diagonals of N numbers; resets (T, B) bytes or
 //          null; out (NEW + S · S, T, B, N), written: what `partials` finds anew, then M^{νν'}, which is zero at reset
 //          steps
-// numbers  2 (J + KEPT + S) distances; the distance of each diagonal's numbers; T, B, N, threads
+// numbers  2 (J + KEPT + S) distances; the distance of each diagonal's numbers; T, B, N, threads; the rule
 template <class real> void linearize(Table table) {
     typedef Cell<real> C;
     typedef typename Lanes<real>::wide wide;
@@ -219,7 +225,7 @@ template <class real> void linearize(Table table) {
     const auto resets = table.next<const unsigned char>();
     real *const out = table.next<real>();
     const long steps = table.next(), batch = table.next(), units = table.next(), threads = table.next();
-    const long rows = steps * batch, plane = rows * units;
+    const long rule = table.next(), rows = steps * batch, plane = rows * units;
     const Prepared<real> prepared(x, steps, batch, units);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && plane >= SPREAD_FROM)
     for (long row = 0; row < rows; row++) {
@@ -231,14 +237,15 @@ template <class real> void linearize(Table table) {
             for (long nu = 0; nu < S; nu++) c[nu] = load(states.at(nu, t, b) + i, here);
             for (long k = 0; k < KEPT; k++) kept[k] = load(saved.at(k, t, b) + i, here);
             for (long j = 0; j < J; j++) given[j] = load(x.at(j, t, b) + i, here);
-            for (long k = 0; k < K; k++)
+            for (long k = 0; k < K && rule == RFP; k++)
                 for (long lane = 0; lane < here; lane++) w[k][lane] = diagonals[k][(i + lane) * strides[k]];
             wide h[at_least_one(C::FIXED)];
             prepared.at(i, given, h);
             C::partials(c, kept, given, h, w, found, m);
             real *to = out + row * units + i;
             for (long k = 0; k < NEW; k++, to += plane) store(to, found[k], here);
-            for (long k = 0; k < S * S; k++, to += plane) store(to, resets && resets[row] ? wide{} : m[k], here);
+            for (long k = 0; k < S * S; k++, to += plane)
+                store(to, keeps(rule, k / S, k % S) && !(resets && resets[row]) ? m[k] : wide{}, here);
         }
     }
 }
@@ -249,7 +256,7 @@ template <class real> void linearize(Table table) {
 //          `partials` finds anew and then M^{νν'}, (NEW + S · S, B, N); for each state what the step reads of it, zero
 //          where reset, and then the state after it, (S, 2, B, N); and the kept numbers (KEPT, B, N)
 // numbers  J distances, in numbers from one row to the next; of each weight the number of its dimensions, and b; B, N,
-//          threads
+//          threads; the rule
 template <class real> void step(Table table) {
     typedef Cell<real> C;
     constexpr long S = C::S, J = C::J, K = C::K, KEPT = C::KEPT, FOUND = C::NEW + S * S;
@@ -265,7 +272,8 @@ template <class real> void step(Table table) {
     for (long nu = 0; nu < S; nu++) start[nu] = table.next<const real>();
     const auto resets = table.next<const unsigned char>();
     real *const made = table.next<real>();
-    const long batch = table.next(), units = table.next(), threads = table.next(), numbers = batch * units;
+    const long batch = table.next(), units = table.next(), threads = table.next(), rule = table.next();
+    const long numbers = batch * units;
     real *const states = made + FOUND * numbers, *const saved = states + 2 * S * numbers;
     for (long nu = 0; nu < S; nu++)
         for (long b = 0; b < batch; b++) {
@@ -308,7 +316,7 @@ template <class real> void step(Table table) {
         apart.push_back(1);
     }
     arrays.insert(arrays.end(), {(void *)resets, made});
-    apart.insert(apart.end(), {1, batch, units, threads});
+    apart.insert(apart.end(), {1, batch, units, threads, rule});
     linearize<real>({arrays.data(), apart.data()});
 }
 

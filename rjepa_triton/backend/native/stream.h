@@ -26,10 +26,9 @@
 
 namespace {
 
-enum { MSE, CROSS_ENTROPY, HUBER, COSINE, GIVEN };   // losses
-enum { RFP, EPROP, RFLO, SNAP0, RTRL };              // rules
-enum { FORWARD = 1, LEARN = 2 };                     // phases of a step
-constexpr long INPUT = -1, ONE = -2;                 // what a matrix may read other than a state
+enum { MSE, CROSS_ENTROPY, HUBER, COSINE, GIVEN }; // losses
+enum { FORWARD = 1, LEARN = 2 };                   // phases of a step
+constexpr long INPUT = -1, ONE = -2;               // what a matrix may read other than a state
 
 // One of the layer's matrices. reads: a state, INPUT or ONE; of_gate: whether it enters gate `into` or input `into`;
 // dims, fan_in: (N,) with fan-in 1, (N, M), or heads of fan_in units; gamma[ν]: Γ^ν, whose batch rows are `next` apart;
@@ -270,7 +269,7 @@ template <class real> struct Network {
         for (long k = 0; k < FOUND; k++) store(found + k * plane + at, partial[k], here);
         const bool forgets = resets && resets[t * batch + b];
         for (long k = 0; k < S * S; k++) {
-            const bool kept = !forgets && rule != SNAP0 && (rule != RFLO || k / S == k % S);
+            const bool kept = !forgets && keeps(rule, k / S, k % S);
             store(m + k * plane + at, kept ? whole[k] : wide{}, here);
         }
     }
