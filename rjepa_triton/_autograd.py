@@ -27,14 +27,18 @@ def once_differentiable(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        device = next((grad.device for grad in grads if isinstance(grad, Tensor)), None)
-        with torch.no_grad():
-            if device is not None and autocast_is_on(device):
-                with without_autocast(device):
-                    found = backward(ctx, *grads)
-            else:
-                found = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # torch.compile refuses by itself
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                found = run(ctx, *grads)
+        else:
+            for grad in grads:
+                if isinstance(grad, Tensor):
+                    if autocast_is_on(grad.device):
+                        with without_autocast(grad.device):
+                            return backward(ctx, *grads)
+                    break
+            return backward(ctx, *grads)
+        if torch.compiler.is_compiling():  # which refuses by itself
             return found
         refuse: Any = torch._C._functions.DelayedError(_TWICE, len(found))
         marked = [value if value is None else value.detach().requires_grad_() for value in found]

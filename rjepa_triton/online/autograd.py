@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._autograd import once_differentiable
-from .._device import autocast_is_on, without_autocast
 from ..backend.descent import Descent
 from ..layers.layer import TwoPointRNN
 from .past import Past, Record
@@ -43,13 +42,9 @@ class PendingBackward:
 
         grads: of the cell's outputs, (C, B, N) or None each. later_credit (S, B, N) or None: from the chunk's later
         calls. input_weights: the weights that read the layer's input, as the steps ran with them; None: the input
-        needs no gradient. With lr the weights take their step and get None. The port's is None but in a chunk. Runs in
-        the layer's dtype, also where autocast is on.
+        needs no gradient. With lr the weights take their step and get None. The port's is None but in a chunk. It is to
+        be called without autograd and autocast, as `once_differentiable` does it.
         """
-        before = self.record.block.lin.before
-        if autocast_is_on(before.device):
-            with without_autocast(before.device):
-                return self.gradients(grads, later_credit, input_weights)
         self.past.enter()
         try:
             return self._gradients(grads, later_credit, input_weights)
@@ -74,11 +69,11 @@ class PendingBackward:
 
     def _delta(self, grads: Sequence[Tensor | None]) -> Tensor:
         """The losses' gradient with respect to all states (S, C, B, N), from that of the cell's outputs."""
-        before = self.record.block.lin.before
-        delta = before.new_zeros(before.shape)
+        m = self.record.block.m
+        delta = m.new_zeros(m.shape[1:])
         for nu, grad in zip(self.layer.cell.outputs, grads, strict=True):
             if grad is not None:
-                delta[nu] = grad if self.shard is None else grad[..., self.shard.rows]
+                delta.select(0, nu).copy_(grad if self.shard is None else grad[..., self.shard.rows])
         return delta
 
     def _to_input(self, input_weights: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
@@ -89,10 +84,6 @@ class PendingBackward:
 
     def input_gradient(self, grads: Sequence[Tensor | None], input_weights: Sequence[Tensor]) -> Tensor:
         """The part of `gradients` that is the layer's input's, for a call of one step."""
-        device = self.record.block.lin.before.device
-        if autocast_is_on(device):
-            with without_autocast(device):
-                return self.input_gradient(grads, input_weights)
         return self.past.input_gradient(self.record, self._delta(grads), self._to_input(input_weights))
 
 

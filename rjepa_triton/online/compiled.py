@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._device import without_autocast
 from .autograd import PendingBackward
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class CompiledCalls:
                 "backward of a compiled step comes too late: call backward() before the steps after it"
             )
         pending, input_weights = self._pending[call]
-        for_x, _, by_weight = pending.gradients(grads, None, input_weights)
+        with torch.no_grad(), without_autocast(grads[0].device):
+            for_x, _, by_weight = pending.gradients(grads, None, input_weights)
         assert for_x is not None
         return [for_x, *(gradient for gradient in by_weight if gradient is not None)]
 

@@ -520,14 +520,14 @@ class OnlineLearner(LearnerRows):
                 self._past.leave()
             return self._readout(outputs, x, one_node)
         if self.form == "step":
-            return self._run(x[None], None, None, one_node, active=active)[0][0]
+            return self._run(x.unsqueeze(0), None, None, one_node, active=active)[0].squeeze(0)
         if self.form == "chunk":
             self._check_chunk_weights()
-        output, port = self._run(x[None], None, self._port, one_node, joins=True, active=active)
+        output, port = self._run(x.unsqueeze(0), None, self._port, one_node, joins=True, active=active)
         self._position = (self._position + 1) % self.update_every
         self._past.mid_chunk = self._position > 0
         self._port = port if self._position and self.form == "chunk" else None
-        return output[0]
+        return output.squeeze(0)
 
     def chunk(self, x: Tensor, resets: Tensor | None = None, active: Any = None) -> Tensor:
         """Advance C steps with the weights as they are. x (C, B, F), for any C ≥ 1 → outputs (C, B, N).
@@ -886,15 +886,15 @@ class OnlineLearner(LearnerRows):
         x = given = x.clone()  # callers may write the next input into the same memory
         input_weights = [w for k, w in zip(layer.matrices, weights, strict=True) if k.reads == "input"]
         after, block = self._record(x, resets, self._state, weights, self._chunk_weights, active)
-        state = after[:, -1].clone()
+        state = after.select(1, -1).clone()
         seen = state if x.shape[0] == 1 else after  # the former is in one piece
         if self._watch.on and self._watch.found(past.now, x, seen):
             x, after, block = self._act_on(x, resets, weights, after, block, active)
-            state = after[:, -1].clone()
+            state = after.select(1, -1).clone()
         self._forget, self._forget_all = None, False
         record = past.add(block, len(cell.inputs), continues_chunk)
         # copies, which the caller may change: the window goes on reading the states
-        outputs = [after[nu].clone() for nu in cell.outputs]
+        outputs = [after.select(0, nu).clone() for nu in cell.outputs]
         self._state = state
         if self._has_readout:
             self._input = given[-1].clone()

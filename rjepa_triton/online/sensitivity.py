@@ -191,10 +191,8 @@ class PerUnit(Sensitivity):
             self.groups.append(group)
 
     def tensors(self) -> list[Tensor]:
-        return [
-            *self._gammas(),
-            *[group.rng_state for group in self.groups if group.rng_state is not None],
-        ]
+        gammas = self._gammas()
+        return gammas + [group.rng_state for group in self.groups if group.rng_state is not None]
 
     def by_unit(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.groups:
@@ -267,8 +265,8 @@ class PerUnit(Sensitivity):
         found: dict[int, Tensor] = {}
         for group, total in zip(self.groups, totals, strict=True):
             if total is not None:
-                gradients = total.view(-1, *group.shape).unbind()
-                found.update(zip(group.indices, gradients, strict=True))
+                shaped = total if len(group.shape) == 2 else total.view(-1, *group.shape)
+                found.update(zip(group.indices, shaped.unbind(), strict=True))
         return [found[index] for index in sorted(found)] or None
 
 
@@ -390,6 +388,9 @@ class RankOne(_StepByStep):
 
     def numbers(self) -> list[Tensor]:
         return [self._c, *self._theta]
+
+    def version(self) -> int:  # without the generator, whose state is copied to be read
+        return self.advances + sum(tensor._version for tensor in self.numbers() if not tensor.is_inference())
 
     def with_rows(self, change: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
         return [change(self._c, 1), *(change(theta, 0) for theta in self._theta), self._generator.get_state()]
