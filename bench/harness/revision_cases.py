@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 
@@ -38,15 +37,17 @@ def sequence(learning: str) -> Callable[[], Callable[[], object]]:
     return make
 
 
-def step(form: Literal["step", "chunk"]) -> Callable[[], Callable[[], object]]:
-    """What makes an online step of an RGC with its gradient, in a form of RFP."""
+def step() -> Callable[[], object]:
+    """An online step of an RGC with its gradient."""
+    learner, x = rjepa_triton.OnlineLearner(rjepa_triton.RGC(64), 4), _inputs(4, 64)
+    return lambda: learner.step(x).sum().backward()
 
-    def make() -> Callable[[], object]:
-        learner = rjepa_triton.OnlineLearner(rjepa_triton.RGC(64), 4, form=form)
-        x = _inputs(4, 64)
-        return lambda: learner.step(x).sum().backward()
 
-    return make
+def chunk() -> Callable[[], object]:
+    """Ten online steps of an RGC in one call, with their gradient."""
+    learner = rjepa_triton.OnlineLearner(rjepa_triton.RGC(64), 4, update_every=10, form="chunk")
+    x = _inputs(10, 4, 64)
+    return lambda: learner.chunk(x).sum().backward()
 
 
 def stream() -> Callable[[], object]:
@@ -62,6 +63,7 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "forward": forward,
     "sequence-rfp": sequence("rfp"),
     "sequence-bptt": sequence("bptt"),
-    "step": step("step"),
+    "step": step,
+    "chunk": chunk,
     "stream": stream,
 }

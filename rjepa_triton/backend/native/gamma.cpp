@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -49,16 +50,18 @@ template <typename real> struct Arrays {
 // several steps are summed beforehand); and credit. kept[ν'] is false where all M^{νν'} are zero, as after a reset: the
 // old Γ^ν' then counts as zero, even where it is NaN. read[ν] is false where the credit is zero: where Γ is read before
 // it moves, the old Γ^ν then counts as zero likewise.
+// whole: all old Γ^ν count, as they mostly do.
 template <typename real, int S> struct Coefficients {
     real m[S][S], phi[S], credit[S];
-    bool kept[S], read[S];
+    bool kept[S], read[S], whole;
 };
 
 // Advances and reads `count` numbers of a row for one batch row. gammas[ν], y[ν], total and weight point at the first
 // of them. If `moves`, Γ^ν ← Σ_ν' M^{νν'} Γ^ν' + φ^ν y^ν. If `reads`, sum = Σ_ν credit^ν Γ^ν, with the new Γ, or with
 // the old one if `before`; `add` adds what `total` holds already. The sum is written to `total`, or if `descends`,
-// weight -= rate · sum.
-template <typename real, int S, bool moves, bool reads, bool before, bool descends>
+// weight -= rate · sum. With `whole` nothing is looked up in `kept` and `read`: a loop with these isn't always compiled
+// to vectors.
+template <typename real, int S, bool moves, bool reads, bool before, bool descends, bool whole>
 inline __attribute__((always_inline)) void pass(real *const *gammas, const Coefficients<real, S> &c, const real *const *y, real *total, bool add,
                  real *weight, real rate, long count) {
 #pragma omp simd
@@ -69,13 +72,13 @@ inline __attribute__((always_inline)) void pass(real *const *gammas, const Coeff
             for (int nu = 0; nu < S; nu++) {
                 now[nu] = c.phi[nu] * y[nu][i];
                 for (int source = 0; source < S; source++)
-                    now[nu] += c.m[nu][source] * (c.kept[source] ? was[source] : real(0));
+                    now[nu] += c.m[nu][source] * (whole || c.kept[source] ? was[source] : real(0));
                 gammas[nu][i] = now[nu];
             }
         if (reads) {
             real sum = add ? total[i] : real(0);
             for (int nu = 0; nu < S; nu++)
-                sum += c.credit[nu] * (!before ? now[nu] : c.read[nu] ? was[nu] : real(0));
+                sum += c.credit[nu] * (!before ? now[nu] : whole || c.read[nu] ? was[nu] : real(0));
             if (descends)
                 weight[i] -= rate * sum;
             else
@@ -135,6 +138,8 @@ void rows(const Arrays<real> &a, long k, long n, real *room) {
                 c[r].kept[source] = false;
                 for (int nu = 0; moves && nu < S; nu++) c[r].kept[source] |= c[r].m[nu][source] != 0;
             }
+            c[r].whole = true;
+            for (int nu = 0; nu < S; nu++) c[r].whole &= (!moves || c[r].kept[nu]) && (!before || c[r].read[nu]);
             begin[r] = ((b * a.matrices + k) * a.units + n + r) * (size_t)a.fan_in;
         }
         const size_t stride = (size_t)a.next_y_step;
@@ -162,11 +167,17 @@ void rows(const Arrays<real> &a, long k, long n, real *room) {
                     arrived[nu] = a.steps > 1 ? sums + (nu * R + r) * TILE : y + first;
                 }
                 real *total = reads ? totals + r * (size_t)a.fan_in + first : nullptr;
-                if (reads && weights && b == a.batch - 1)
-                    pass<real, S, moves, reads, before, true>(gammas, c[r], arrived, total, b > 0,
-                                                              weights + r * (size_t)a.fan_in + first, a.rate, count);
+                real *const weight = reads && weights && b == a.batch - 1 ? weights + r * (size_t)a.fan_in + first : nullptr;
+                const auto run = [&](auto descends, auto whole) {
+                    pass<real, S, moves, reads, before, descends, whole>(gammas, c[r], arrived, total, b > 0, weight,
+                                                                         a.rate, count);
+                };
+                const std::true_type yes;
+                const std::false_type no;
+                if (c[r].whole)
+                    weight ? run(yes, yes) : run(no, yes);
                 else
-                    pass<real, S, moves, reads, before, false>(gammas, c[r], arrived, total, b > 0, nullptr, 0, count);
+                    weight ? run(yes, no) : run(no, no);
             }
         }
     }
