@@ -263,5 +263,5 @@ class StreamActorCritic:
         checkpoint.load_all({name: getattr(self, name) for name in names}, state)
         self.learner.load_state_dict(state["learner"])
         for mine, given in zip(traces, state["traces"], strict=True):
-            mine.copy_(given)
-        self._bonus, self._acted, self.value = state["bonus"], state["acted"], state["value"].clone()
+            mine.copy_(given.detach())
+        self._bonus, self._acted, self.value = state["bonus"], state["acted"], state["value"].detach().clone()

@@ -177,7 +177,7 @@ class GraphedStep:
 
     def load(self, state: Tensor) -> None:
         """Go on from a state (S, B, N), with Γ as it is now."""
-        self.state.copy_(state)
+        self.state.copy_(state.detach())
         self._folded = True
 
     def _advance(self) -> None:

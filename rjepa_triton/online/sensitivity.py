@@ -62,7 +62,7 @@ class Sensitivity(ABC):
     def load_(self, tensors: Sequence[Tensor]) -> None:
         """Restore what `tensors` gave."""
         for target, source in zip(self.tensors(), tensors, strict=True):
-            target.copy_(source)
+            target.copy_(source.detach())
 
     def with_rows(self, change: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
         """`tensors` for other batch rows, as `load_` takes them; change: of a tensor's rows, in this dimension."""
@@ -403,7 +403,7 @@ class RankOne(_StepByStep):
     def load_(self, tensors: Sequence[Tensor]) -> None:
         *own, generator = tensors
         for target, source in zip((self._c, *self._theta), own, strict=True):
-            target.copy_(source)
+            target.copy_(source.detach())
         self._generator.set_state(generator.cpu())
 
     def forget_(self, rows: Tensor | None) -> None:

@@ -518,7 +518,7 @@ class Stream:
             self._compiled.forget()
         if self.position:
             for parameter, gradient in zip(self.parameters, state["gradients"], strict=True):
-                parameter.grad = None if gradient is None else gradient.clone()
+                parameter.grad = None if gradient is None else gradient.detach().clone()
             if self._compiled is not None:
                 self._compiled.take_gradients()
 

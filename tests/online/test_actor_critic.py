@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from states import requiring_gradients
 from torch import Tensor, nn
 
 from rjepa_triton import GRU, LRU, RNN, StreamActorCritic, TwoPointRNN
@@ -156,7 +157,9 @@ def test_an_agent_resumes(layer: Any, learning: str) -> None:
         agent_of(layer(), "Adam", seed, entropy=0.1, clip_norm=0.5, learning=learning) for seed in (0, 1)
     )
     play(first, x[:8], reward[:8], done[:8])
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    state = copy.deepcopy(first.state_dict())
+    carried = {name: requiring_gradients(state[name]) for name in ("learner", "traces", "value")}
+    second.load_state_dict({**state, **carried})
     second.generator.set_state(first.generator.get_state())
     for a, b in zip(*(play(each, x[8:], reward[8:], done[8:]) for each in (first, second)), strict=True):
         assert torch.equal(a, b)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from states import same
+from states import requiring_gradients, same
 from torch import Tensor, nn
 
 from rjepa_triton import CTRNN, LRU, LSTM, RGC, RNN, OnlineLearner, Stack, StackLearner
@@ -98,6 +98,17 @@ def paths(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def learners() -> list[tuple[OnlineLearner, dict[str, Any]]]:
     made = [midway(options) for options in OPTIONS]
     return [(learner, copy.deepcopy(learner.state_dict())) for learner in made]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_tensors_of_a_state_may_require_gradients(options: dict[str, Any]) -> None:
+    """As those have that a caller computed from a state's: what the learner carries doesn't."""
+    first = midway(options)
+    second = OnlineLearner(copy.deepcopy(first.layer), 2, **options)
+    second.load_state_dict(requiring_gradients(first.state_dict()))
+    for x in torch.randn(6, 2, 3):
+        assert torch.equal(first.step(x), second.step(x))
+    assert not any(tensor.requires_grad for tensor in second.buffers())
 
 
 @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))

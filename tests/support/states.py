@@ -1,4 +1,4 @@
-"""Two states of a learner side by side, as before and after a call that must change nothing."""
+"""States of a learner: two of them side by side, as before and after a call that must change nothing; changed ones."""
 
 from __future__ import annotations
 
@@ -25,3 +25,14 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
+
+
+def requiring_gradients(value: Any) -> Any:
+    """A copy of a state's value, in which every tensor that may require a gradient does."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.is_floating_point())
+    if isinstance(value, dict):
+        return {key: requiring_gradients(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(requiring_gradients, value))
+    return value
