@@ -81,6 +81,15 @@ def kept(keep, blocks):
 
 
 @triton.jit
+def passes(m):
+    """Whether one of the S×S entries isn't zero, of each unit: at a reset all are, and nothing passes, not even NaN."""
+    total = tl.abs(m[0])
+    for k in tl.static_range(1, len(m)):
+        total += tl.abs(m[k])
+    return total != 0.0
+
+
+@triton.jit
 def add(a, b):
     """The sums of two tuples' blocks, one by one."""
     out = ()

@@ -33,6 +33,7 @@ from ._blocks import (
     load_at,
     load_planes,
     part,
+    passes,
     store_planes,
     times,
     transposed_times,
@@ -140,10 +141,12 @@ def _dual_summary_kernel(
         )
         delta = load_at(delta_ptrs, t * BN + unit, mask)
         m = TRANSITION(c, v, x, w)
-        if resets_ptr is not None:
-            m = kept(keep, m)
         later = transposed_times(m, add(delta, later), S)
-        r = times(r, m, S)
+        if resets_ptr is None:
+            r = times(r, m, S)
+        else:  # once R is zero it stays so
+            later = kept(keep, later)
+            r = kept(keep & passes(r), times(r, m, S))
 
     store_summary(product_ptr, local_ptr, r, later, unit, BN, mask)
 

@@ -35,7 +35,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import add, identity, load_planes, on_states, store_planes, times, transposed_times, zeros
+from ._blocks import (
+    add,
+    identity,
+    kept,
+    load_planes,
+    on_states,
+    passes,
+    store_planes,
+    times,
+    transposed_times,
+    zeros,
+)
 from ._launch import MAX_STATES, check_dims, check_runnable, check_tensor, device_sizes, vector_width
 
 
@@ -63,7 +74,7 @@ def through_blocks(product_ptr, local_ptr, later, unit, BN, mask, S: tl.constexp
         at = tl.cast(summaries - 1 - step, tl.int64) * BN + unit
         r = load_planes(product_ptr, at, stride, mask, S * S)
         local = load_planes(local_ptr, at, stride, mask, S)
-        later = add(local, transposed_times(r, later, S))
+        later = add(local, kept(passes(r), transposed_times(r, later, S)))
     return later
 
 
@@ -94,14 +105,17 @@ def _block_summary_kernel(
 
     r = identity(S, BLOCK)
     later = zeros(S, BLOCK)
+    open = mask  # whether no step so far was a reset
     for step in tl.range(0, count, num_stages=STAGES):
         at = tl.cast(first + count - 1 - step, tl.int64) * BN + unit
         m = load_planes(m_ptr, at, plane, mask, S * S)
         delta = load_planes(delta_ptr, at, plane, mask, S)
-        later = transposed_times(m, add(delta, later), S)
+        through = passes(m)
+        later = kept(through, transposed_times(m, add(delta, later), S))
         r = times(r, m, S)
+        open = open & through
 
-    store_summary(product_ptr, local_ptr, r, later, unit, BN, mask)
+    store_summary(product_ptr, local_ptr, kept(open, r), later, unit, BN, mask)
 
 
 @triton.jit(do_not_specialize=["T", "block_steps"])
@@ -143,7 +157,7 @@ def _reverse_scan_kernel(
         at = tl.cast(first + count - 1 - step, tl.int64) * BN + unit
         m = load_planes(m_ptr, at, plane, mask, S * S)
         credit = add(load_planes(delta_ptr, at, plane, mask, S), later)
-        later = transposed_times(m, credit, S)
+        later = kept(passes(m), transposed_times(m, credit, S))
         if credit_ptr is not None:
             store_planes(credit_ptr, at, plane, credit, mask)
         for o in tl.static_range(len(output_ptrs)):
@@ -291,8 +305,9 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple
         delta: instantaneous credits δ (S, T, B, N) float32, contiguous.
         carry: credit that the steps after the last pass to it, (S, B, N) float32, contiguous; or None.
 
-    Nothing is mutated. A NaN of λ passes on where M is zero, too, as in any product. Fast where four divides B·N. Where
-    blocks of time are scanned side by side (`pick_scan_config`), the product of M over one block must not overflow.
+    Nothing is mutated. Where M is zero, as at a reset, nothing passes on, NaN and infinities included. Fast where four
+    divides B·N. Where blocks of time are scanned side by side (`pick_scan_config`), the product of M over one block
+    must not overflow.
 
     Returns:
         λ (S, T, B, N) and M(1)ᵀ λ(1) (S, B, N), float32.

@@ -211,7 +211,9 @@ def exact_credits(
 
 
 @NATIVE.implements("reverse_scan")
-def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor] | Refusal:
+def reverse_scan(
+    m: Tensor, delta: Tensor, carry: Tensor | None = None, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor] | Refusal:
     if not compiled_reverse(delta.shape[2] * delta.shape[3]):
         return Refusal("torch is as fast on so many rows and units")
     if refusal := _unusable(given=(m, delta, carry)):

@@ -160,13 +160,19 @@ def exact_credits(
 
 @operation
 def reverse_scan(
-    m: Tensor, delta: Tensor, carry: Tensor | None = None, *, backend: str = "torch"
+    m: Tensor,
+    delta: Tensor,
+    carry: Tensor | None = None,
+    resets: Tensor | None = None,
+    *,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """λ(t) = δ(t) + M(t+1)ᵀ λ(t+1), per unit, as `rfp.reverse_scan`. Returns λ (S, T, B, N), M(1)ᵀ λ(1) (S, B, N).
 
-    m (S, S, T, B, N), delta (S, T, B, N); carry (S, B, N): credit that later steps pass to the last one.
+    m (S, S, T, B, N), delta (S, T, B, N); carry (S, B, N): credit that later steps pass to the last one. resets (T, B)
+    bool or None: where M is zero since the state was reset. The other backends look at M itself.
     """
-    return rfp.reverse_scan(m, delta, carry)
+    return rfp.reverse_scan(m, delta, carry, resets)
 
 
 @operation
@@ -225,7 +231,7 @@ def dual(
     taken one after the other; the gradient of the first `inputs` per-unit inputs (inputs, T, B, N); M(1)ᵀ λ(1)
     (S, B, N).
     """
-    credit, first = reverse_scan(m, delta, carry, backend=backend)
+    credit, first = reverse_scan(m, delta, carry, lin.resets, backend=backend)
     in_turn = (rfp.entering_credit(matrix, lin, credit) for matrix in matrices)
     return in_turn, rfp.input_gradient(lin, credit, inputs), first
 

@@ -7,7 +7,7 @@ implementations of some operations:
     NATIVE = Backend("compile", device_type="cpu", ...)
 
     @NATIVE.implements("reverse_scan")
-    def reverse_scan(m, delta, carry=None):
+    def reverse_scan(m, delta, carry=None, resets=None):
         if delta.shape[2] > 1000:
             return Refusal("torch is as fast on so many rows")
         ...

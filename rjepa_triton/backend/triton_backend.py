@@ -300,7 +300,9 @@ def exact(
 
 
 @TRITON.implements("reverse_scan")
-def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor] | Refusal:
+def reverse_scan(
+    m: Tensor, delta: Tensor, carry: Tensor | None = None, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor] | Refusal:
     if delta.shape[1] == 1:
         return Refusal("a scan of one step is two products")
     if delta.shape[0] > MAX_STATES:

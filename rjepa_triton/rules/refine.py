@@ -24,7 +24,7 @@ from ..cells import weights as weight_ops
 from ..cells.two_point import Linearization, Matrix, state_read
 from . import bptt, rfp
 
-Scan = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
 MAX_ROUNDS = 100  # of refinement to a tolerance; after these, the sequential backward pass runs instead
 
@@ -62,13 +62,13 @@ def credits(
     if tolerance is None:
         tolerance = 1e-10 if delta.dtype == torch.float64 else 1e-6
     off_diagonal = _OffDiagonal(lin, matrices, weights)
-    credit, passed = scan(m, delta, carry)
+    credit, passed = scan(m, delta, carry, lin.resets)
     first = torch.linalg.vector_norm(credit)
     last_round = MAX_ROUNDS if rounds is None else rounds
     term = first
     for done in range(1, last_round + 1):
         source = off_diagonal.all_steps(credit)
-        refined, passed = scan(m, delta + source, carry)
+        refined, passed = scan(m, delta + source, carry, lin.resets)
         term = torch.linalg.vector_norm(refined - credit)
         credit = refined
         if rounds is None:

@@ -21,9 +21,10 @@ logarithms.
 A reset forgets, whatever there was, so it selects and never multiplies: 0 · NaN is NaN. M is zero where a batch row is
 reset, and a sensitivity is taken as zero where all of M that it meets is zero, and where the credit that reads it is
 zero (`_unless_forgotten`; the compiled code and the kernels do the same, but for Γ's step on a GPU, whose reset rows
-are set to zero by a launch of their own). Of the steps before a reset, those whose credit is zero because no loss
-reaches them are emptied before the backward pass (`without_credit`), and before Γ moves over a chunk all of them are
-(`before_a_reset`).
+are set to zero by a launch of their own). Credit that comes back to a reset stops there, NaN included: `reverse_scan`
+is told of resets, and compiled code and kernels see M's zeros. Of the steps before a reset, those whose credit is zero
+because no loss reaches them are emptied before the backward pass (`without_credit`), and before Γ moves over a chunk
+all of them are (`before_a_reset`).
 
 Layout: per-unit arrays are (S, T, B, N), and transitions (S, S, T, B, N), where the first index is the row ν. Γ is one
 tensor (B, K, N, M) per state, for K matrices of one shape; M is 1 for diagonal matrices and biases.
@@ -86,17 +87,25 @@ def transition(
     return m if lin.resets is None else m.masked_fill_(lin.resets[..., None], 0)
 
 
-def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def reverse_scan(
+    m: Tensor, delta: Tensor, carry: Tensor | None = None, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Credits λ(t) = δ(t) + M(t+1)ᵀ λ(t+1), and the credit that the first step passes to the state before it.
 
     m (S, S, T, B, N); delta (S, T, B, N); carry: credit that the steps after the last pass to it, (S, B, N), or None.
+    resets (T, B) bool or None: where M is zero since the state was reset, and nothing passes back, not even NaN.
     Returns λ (S, T, B, N), which is delta itself for a single step without carry, and M(1)ᵀ λ(1) (S, B, N). Nothing is
     mutated.
     """
     count, steps = delta.shape[:2]
+    starts = None if resets is None else resets[..., None].unbind(0)
+
+    def first(credit: Tensor) -> Tensor:
+        return pass_back(m[:, :, 0], credit if starts is None else credit.masked_fill(starts[0], 0))
+
     if steps == 1:
         credit = delta if carry is None else delta + carry[:, None]
-        return credit, pass_back(m[:, :, 0], credit[:, 0])
+        return credit, first(credit[:, 0])
     credit = torch.empty_like(delta)
     rows = [m[nu].unbind(1) for nu in range(count)]
     credit_at, delta_at = credit.unbind(1), delta.unbind(1)
@@ -107,11 +116,13 @@ def reverse_scan(m: Tensor, delta: Tensor, carry: Tensor | None = None) -> tuple
     # make the views of all steps before the loop: in a small layer, making one costs as much as a product
     by_state = [credit[nu].unbind(0) for nu in range(count)]
     for t in range(steps - 2, -1, -1):
-        now = credit_at[t]
-        torch.addcmul(delta_at[t], rows[0][t + 1], by_state[0][t + 1], out=now)
+        now, later = credit_at[t], [of_state[t + 1] for of_state in by_state]
+        if starts is not None:
+            later = [of_state.masked_fill(starts[t + 1], 0) for of_state in later]
+        torch.addcmul(delta_at[t], rows[0][t + 1], later[0], out=now)
         for nu in range(1, count):
-            now.addcmul_(rows[nu][t + 1], by_state[nu][t + 1])
-    return credit, pass_back(m[:, :, 0], credit[:, 0])
+            now.addcmul_(rows[nu][t + 1], later[nu])
+    return credit, first(credit[:, 0])
 
 
 def before_a_reset(resets: Tensor) -> Tensor:

@@ -227,21 +227,55 @@ def test_a_maps_reset_forgets(learning: str) -> None:
     assert_same(*found)
 
 
-@pytest.mark.parametrize("learning", ["rfp", "bptt"])
-def test_no_credit_passes_back_over_a_reset(learning: str) -> None:
-    """The episode after the reset is NaN; the input's gradient before it stays as it is."""
+def running(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the test where that backend doesn't run, and have Triton scan blocks of three steps side by side."""
+    if backend == "compile" and native_backend.cpp_compiler() is None:
+        pytest.skip("no C++ compiler")
+    if backend == "triton":
+        kernels_here.go()
+        from rjepa_triton.kernels import cell_partials, reverse_scan
+
+        blocks = reverse_scan.ScanConfig(128, 1, 3)
+        monkeypatch.setattr(reverse_scan, "pick_scan_config", lambda *_: blocks)
+        monkeypatch.setattr(cell_partials, "pick_dual_config", lambda *_: blocks)
+
+
+# refinement tells that it diverges, and gives BPTT's credit then
+CREDITS = [*({"learning": rule} for rule in (*rfp.RULES, "bptt", "rtrl")), {"recompute": True}]
+
+
+@pytest.mark.parametrize("backend", ["torch", "compile", "triton"])
+@pytest.mark.parametrize("options", CREDITS, ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "RGC"])
+def test_no_credit_passes_back_over_a_reset(
+    name: str, options: dict, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The episode after the reset is NaN, and has a loss; the input's gradient before it stays as it is."""
+    running(backend, monkeypatch)
     found = []
     for poison in (math.nan, None):
-        layer, (x, weight) = made("LSTM", torch.float32), problem()
-        layer.learning = learning
-        x.requires_grad_()
+        cell = made(name).cell
+        generator = torch.Generator().manual_seed(2)
+        count = (len(cell.per_unit), len(cell.matrices), len(cell.states))
+        x = torch.randn(count[0], STEPS, BATCH, UNITS, generator=generator).requires_grad_()
+        weights = [torch.randn(UNITS, UNITS, generator=generator) / 4 for _ in range(count[1])]
+        state = [torch.zeros(BATCH, UNITS) for _ in range(count[2])]
         given = x.clone()
         if poison is not None:
-            given[RESET + 1, 0] = poison
+            given[:, RESET + 1, 0] = poison
         resets = torch.zeros(STEPS, BATCH, dtype=torch.bool)
         resets[RESET, 0] = True
-        (layer(given, resets=resets)[0] * weight).sum().backward()
-        found.append([x.grad[:RESET], x.grad[:, 1:]])
+        states = functional.two_point(
+            cell,
+            given,
+            [w.requires_grad_() for w in weights],
+            state,
+            resets=resets,
+            backend=backend,
+            **options,
+        )
+        sum((s * (nu + 1)).sum() for nu, s in enumerate(states)).backward()
+        found.append([x.grad[:, :RESET], x.grad[:, :, 1:]])
     assert_same(*found)
 
 
@@ -333,16 +367,23 @@ def test_a_bfloat16_gamma_forgets(backend: str) -> None:
     assert_same(*results)
 
 
-@pytest.mark.skipif(native_backend.cpp_compiler() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("states", [1, 2])
-def test_the_compiled_scan_lets_nothing_pass_a_reset(states: int) -> None:
-    found = []
-    for poison in (math.nan, None):
-        torch.manual_seed(0)
-        m, delta = torch.randn(states, states, 6, 3, 5), torch.randn(states, 6, 3, 5)
-        m[:, :, 3, 1] = 0
-        if poison is not None:
-            delta[:, 4, 1] = poison
-        credit, first = operations.reverse_scan(m, delta, backend="compile")
-        found.append([credit[:, :3], credit[:, :, 0], first])
-    assert_same(*found)
+@pytest.mark.parametrize("backend", ["torch", "compile", "triton"])
+@pytest.mark.parametrize("states", [1, 2, 3])
+def test_a_reverse_scan_lets_nothing_pass_a_reset(
+    states: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running(backend, monkeypatch)
+    for start, nan in ((3, 4), (3, 3), (0, 0), (7, 7), (5, 7)):
+        found = []
+        for poison in (math.nan, None):
+            torch.manual_seed(0)
+            m, delta = torch.randn(states, states, 8, 3, 5), torch.randn(states, 8, 3, 5)
+            carry, resets = torch.randn(states, 3, 5), torch.zeros(8, 3, dtype=torch.bool)
+            m[:, :, start, 1] = 0
+            resets[start, 1] = True
+            if poison is not None:
+                delta[:, nan, 1] = poison
+                m[:, :, nan, 1] = m[:, :, nan, 1].masked_fill(m[:, :, nan, 1] != 0, poison)
+            credit, first = operations.reverse_scan(m, delta, carry, resets, backend=backend)
+            found.append([credit[:, :start], credit[:, :, 0], first])
+        assert_same(*found)

@@ -112,7 +112,7 @@ RGC_LIMITS = {
     "pointwise": {4: 64, 1: 64},
     "linearize": {4: 64, 1: 96},
     "dual": {4: 96, 1: 208},
-    "dual-summary": {4: 96, 1: 144},
+    "dual-summary": {4: 96, 1: 152},
     "step": {4: 128, 1: 128},
     "backward": {4: 96, 1: 96},
 }
