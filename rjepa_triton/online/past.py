@@ -396,9 +396,7 @@ class Past:
         if block.lin.resets is not None:
             block = block.without(rfp.without_credit(block.lin.resets, delta, carry))
         if block.weights is None:
-            return operations.reverse_scan(
-                block.m, delta, carry, block.lin.resets, backend=self.scan_backend
-            )
+            return operations.reverse_scan(block.m, delta, carry, block.lin.resets, backend=self.scan_backend)
         assert self._full_credit is not None
         return self._full_credit(block, delta, carry)
 

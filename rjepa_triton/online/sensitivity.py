@@ -454,7 +454,7 @@ class RankOne(_StepByStep):
         return out
 
     def read(self, credit: Tensor) -> list[Tensor]:
-        totals = [torch.einsum("b,bnm->nm", share, theta) for share, theta in self._shares(credit)]
+        totals = [share @ theta.flatten(1) for share, theta in self._shares(credit)]
         return [total.reshape(shape) for total, shape in zip(totals, self._shapes, strict=True)]
 
     def read_rows(self, credit: Tensor) -> list[Tensor]:
