@@ -185,11 +185,12 @@ def step(
     resets: Tensor | None = None,
     rule: str = "rfp",
 ) -> tuple[Tensor, Linearization, Tensor] | Refusal:
-    """In one call where there is one step, of few rows; else `scan` and `linearize` one after the other."""
+    """In one call where there are few rows and steps; else `scan` and `linearize` one after the other."""
     code = _loop_of(cell, x, weights, (state,), resets)
     if isinstance(code, Refusal):
         return code
-    if x.shape[1] == 1 and x.shape[2] < calls.PACKED_FROM:
+    steps, batch = x.shape[1:3]
+    if steps * batch < calls.PACKED_FROM and (resets is None or steps == 1):
         return code.step(x, weights, state, resets, rule)
     trajectory = Trajectory(x, *code.scan(x, weights, state.unbind(0), resets), resets)
     before = trajectory.before
@@ -258,6 +259,25 @@ def gamma_step_(
     return calls.gamma_pass(gammas, m, phi[:, None], y[None], delta, memory=memory)
 
 
+def _read_by(
+    gammas: Sequence[Tensor], steps: GammaSteps, given: Sequence[Tensor | None]
+) -> tuple[list[int | None], list[int], int, list[Tensor | None]] | Refusal:
+    """The addresses of φ, S·K of (T, B, N), and of y, K of (T, B, Y), Y, and the tensors that they are of."""
+    lin, matrices = steps.lin, steps.matrices
+    states = [matrix.reads for matrix in matrices if isinstance(matrix.reads, int)]
+    if isinstance(lin, generated.FewSteps) and lin.made is not None and len(states) == len(matrices):
+        refusal = _unusable(*gammas, steps.m, lin.made, given=given, states=len(gammas))
+        return refusal or (
+            lin.phi_at(matrices), [lin.state_at(nu) for nu in states], steps.m.shape[4], [lin.made]
+        )  # fmt: skip
+    given = (steps.inputs, *given)
+    if refusal := _unusable(*gammas, steps.m, lin.before, given=given, states=len(gammas)):
+        return refusal
+    phi = [None if a is None else a.contiguous() for a in steps.phi_apart]
+    y = [a.contiguous() for a in steps.y_apart]
+    return generated.addresses(phi), [a.data_ptr() for a in y], y[0].shape[2], [*phi, *y]
+
+
 @NATIVE.implements("gamma_step_of_")
 def gamma_step_of_(
     gammas: Sequence[Tensor],
@@ -269,17 +289,31 @@ def gamma_step_of_(
     descent: Descent | None = None,
 ) -> Tensor | Refusal | None:
     written = () if descent is None else descent.weights
-    given, lin = (steps.inputs, steps.delta, *written), steps.lin
-    one_step = lin if isinstance(lin, generated.OneStep) and lin.made is not None else None
-    made = lin.before if one_step is None else one_step.made
-    if refusal := _unusable(*gammas, steps.m, made, given=given, states=len(gammas)):
-        return refusal
+    found = _read_by(gammas, steps, (steps.delta, *written))
+    if isinstance(found, Refusal):
+        return found
+    phi, y, reads, held = found  # held, so that their memory is not freed
     taken = None if descent is None else (descent.weights, descent.lr.item())
-    states = [matrix.reads for matrix in steps.matrices if isinstance(matrix.reads, int)]
-    if one_step is not None and len(states) == len(steps.matrices):
-        phi, y = one_step.entering(steps.matrices), [one_step.state(nu) for nu in states]
-        return calls.gamma_step_at(gammas, steps.m, phi, y, steps.m.shape[4], steps.delta, t, memory, taken)
-    return calls.gamma_step(gammas, steps.m, steps.phi_apart, steps.y_apart, steps.delta, t, memory, taken)
+    made = calls.gamma_step(gammas, steps.m, phi, y, reads, steps.delta, t, memory, taken)
+    del held
+    return made
+
+
+@NATIVE.implements("gamma_chunk_of_")
+def gamma_chunk_of_(
+    gammas: Sequence[Tensor],
+    steps: GammaSteps,
+    credit: Tensor | None = None,
+    *,
+    memory: ReusedMemory | None = None,
+) -> Tensor | Refusal | None:
+    found = _read_by(gammas, steps, (credit,))
+    if isinstance(found, Refusal):
+        return found
+    phi, y, reads, held = found
+    made = calls.gamma_chunk(gammas, steps.m, phi, y, reads, credit, memory)
+    del held
+    return made
 
 
 @NATIVE.implements("gamma_chunk_")

@@ -377,6 +377,19 @@ def gamma_chunk_(
 
 
 @operation
+def gamma_chunk_of_(
+    gammas: Sequence[Tensor],
+    steps: GammaSteps,
+    credit: Tensor | None = None,
+    *,
+    memory: ReusedMemory | None = None,
+    backend: str = "torch",
+) -> Tensor | None:
+    """`gamma_chunk_` over all steps of `steps`. Mutates gammas."""
+    return gamma_chunk_(gammas, steps.m, steps.phi, steps.y, credit, memory=memory, backend=backend)
+
+
+@operation
 def gamma_read(
     gammas: Sequence[Tensor], credit: Tensor, *, memory: ReusedMemory | None = None, backend: str = "torch"
 ) -> Tensor:

@@ -238,14 +238,9 @@ class PerUnit(Sensitivity):
             block = block.without(rfp.before_a_reset(block.lin.resets))
         totals = []
         for group in self.groups:
-            total = operations.gamma_chunk_(
-                group.gammas,
-                block.m,
-                rfp.immediates(group.matrices, block.lin),
-                rfp.signals(group.matrices, block.lin, block.inputs),
-                credit,
-                backend=group.backend,
-                memory=group.memory,
+            steps = operations.GammaSteps(group.matrices, block.lin, block.inputs, block.m, None)
+            total = operations.gamma_chunk_of_(
+                group.gammas, steps, credit, backend=group.backend, memory=group.memory
             )
             self.advances += 1
             totals.append(total)

@@ -179,30 +179,6 @@ def gamma_pass(
 def gamma_step(
     gammas: Sequence[Tensor],
     m: Tensor,
-    phi: Sequence[Tensor | None],
-    y: Sequence[Tensor],
-    delta: Tensor | None,
-    t: int,
-    memory: ReusedMemory | None = None,
-    descent: tuple[Sequence[Tensor | None], float] | None = None,
-) -> Tensor | None:
-    """`gamma_pass` for step t alone, whose operands are read where the linearization of T steps left them.
-
-    m is (S, S, T, B, N); phi holds S·K tensors (T, B, N), those of state 0 first, None for zeros; y holds K tensors
-    (T, B, Y); delta is (S, T, B, N) or None. descent holds the K weights, contiguous with N·M numbers each or None for
-    a weight that stays, and a rate: W -= rate · gradient. The gradient itself is then not returned. Mutates gammas and
-    the weights of descent.
-    """
-    phi, y = [None if a is None else a.contiguous() for a in phi], [a.contiguous() for a in y]
-    row, reads = t * m.shape[3] * m.shape[4] * m.element_size(), y[0].shape[1] * y[0].shape[2]
-    immediates = [None if a is None else a.data_ptr() + row for a in phi]
-    signals = [a.data_ptr() + t * reads * m.element_size() for a in y]
-    return gamma_step_at(gammas, m, immediates, signals, y[0].shape[2], delta, t, memory, descent)
-
-
-def gamma_step_at(
-    gammas: Sequence[Tensor],
-    m: Tensor,
     phi: Sequence[int | None],
     y: Sequence[int],
     reads: int,
@@ -211,18 +187,60 @@ def gamma_step_at(
     memory: ReusedMemory | None = None,
     descent: tuple[Sequence[Tensor | None], float] | None = None,
 ) -> Tensor | None:
-    """`gamma_step` with the addresses of φ(t), S·K arrays (B, N), and of y(t), K arrays (B, Y) with Y = `reads`."""
+    """`gamma_pass` for step t alone, whose operands are read where the linearization of T steps left them.
+
+    m is (S, S, T, B, N); phi holds the addresses of S·K arrays (T, B, N), those of state 0 first, None for zeros; y
+    those of K arrays (T, B, Y), Y = `reads`; delta is (S, T, B, N) or None. descent holds the K weights, contiguous
+    with N·M numbers each or None for a weight that stays, and a rate: W -= rate · gradient. The gradient itself is then
+    not returned. Mutates gammas and the weights of descent.
+    """
     m = m.contiguous()
     _, _, steps, batch, units = m.shape
     rows, item = batch * units, m.element_size()
-    credit = None
+    skipped, credit = t * rows * item, None
     if delta is not None:
         delta = delta.contiguous()
-        begin = delta.data_ptr() + t * rows * item
+        begin = delta.data_ptr() + skipped
         credit = [begin + nu * steps * rows * item for nu in range(len(gammas))]
-    apart = (steps * rows, rows, units, batch * reads, reads)
-    at = m.data_ptr() + t * rows * item
-    return _pass(gammas, at, phi, y, credit, apart, 1, reads, False, memory, descent)
+    return _pass(
+        gammas,
+        m.data_ptr() + skipped,
+        [None if address is None else address + skipped for address in phi],
+        [address + t * batch * reads * item for address in y],
+        credit,
+        (steps * rows, rows, units, batch * reads, reads),
+        1,
+        reads,
+        False,
+        memory,
+        descent,
+    )
+
+
+def gamma_chunk(
+    gammas: Sequence[Tensor],
+    m: Tensor,
+    phi: Sequence[int | None],
+    y: Sequence[int],
+    reads: int,
+    credit: Tensor | None,
+    memory: ReusedMemory | None = None,
+) -> Tensor | None:
+    """`gamma_pass` for all C steps of a chunk, whose operands are read where the linearization left them.
+
+    The arguments are those of `gamma_step`, but for credit (S, B, N) or None: of Γ before the chunk. Mutates gammas.
+    """
+    _, _, steps, batch, units = m.shape
+    item, count = m.element_size(), len(y)
+    arrived, whole = _arriving(m.contiguous(), phi, batch * units, units)
+    state, begin = steps * batch * count * units, arrived.data_ptr()
+    entering = [begin + (nu * state + k * units) * item for nu in range(len(gammas)) for k in range(count)]
+    credits = None
+    if credit is not None:
+        credit = credit.contiguous()
+        credits = [credit.data_ptr() + nu * batch * units * item for nu in range(len(gammas))]
+    apart = (batch * units, batch * count * units, count * units, batch * reads, reads)
+    return _pass(gammas, whole.data_ptr(), entering, y, credits, apart, steps, reads, True, memory)
 
 
 def _pass(
@@ -270,12 +288,24 @@ def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     Returns U (S, C, B, K, N) and the full product (S, S, B, N). Nothing is mutated.
     """
     states, steps, batch, matrices, units = phi.shape
+    phi = phi.contiguous()
+    row, state = matrices * units, steps * batch * matrices * units
+    places = [nu * state + k * units for nu in range(states) for k in range(matrices)]
+    at = [phi.data_ptr() + place * phi.element_size() for place in places]
+    return _arriving(m.contiguous(), at, batch * row, row)
+
+
+def _arriving(m: Tensor, phi: Sequence[int | None], step: int, row: int) -> tuple[Tensor, Tensor]:
+    """`arriving` with m contiguous and the addresses of φ, S·K, whose steps and batch rows are so far apart."""
+    states, _, steps, batch, units = m.shape
     code = library.gamma(states)
     assert code is not None
-    m, phi = m.contiguous(), phi.contiguous()
-    arrived, whole = torch.empty_like(phi), m.new_empty(states, states, batch, units)
-    arrays = [a.data_ptr() for a in (m, phi, arrived, whole)]
-    code.gamma_arriving(*arrays, states, steps, batch, matrices, units, m.element_size())
+    matrices = len(phi) // states
+    arrived = m.new_empty(states, steps, batch, matrices, units)
+    whole = m.new_empty(states, states, batch, units)
+    at = struct.pack(f"{len(phi)}P", *[address or 0 for address in phi])
+    sizes = (step, row, states, steps, batch, matrices, units, m.element_size())
+    code.gamma_arriving(m.data_ptr(), at, arrived.data_ptr(), whole.data_ptr(), *sizes)
     return arrived, whole
 
 

@@ -219,11 +219,13 @@ template <typename real, int S> void of_states(const Arrays<real> &a, bool befor
 }
 
 // U(t) = M(C) … M(t+1) φ(t), the immediate influence of step t as it stands after all C steps, and M(C) … M(1), both
-// as S×S products for each batch row and unit. m (S, S, C, B, N) and phi (S, C, B, K, N) are read. Writes U to
-// arrived (S, C, B, K, N) and the full product to whole (S, S, B, N).
+// as S×S products for each batch row and unit. m (S, S, C, B, N) and φ are read: S·K arrays (C, B, N), the one of state ν
+// and matrix k at phi[ν·K + k], null for zeros, whose steps are next_step and batch rows next_row numbers apart. Writes
+// U to arrived (S, C, B, K, N) and the full product to whole (S, S, B, N).
 template <typename real, int S>
-void arrive(const real *__restrict m, const real *__restrict phi, real *__restrict arrived, real *__restrict whole,
-            long steps, long batch, long matrices, long units) {
+void arrive(const real *__restrict m, const real *const *phi, long next_step, long next_row, real *__restrict arrived,
+            real *__restrict whole, long steps, long batch, long matrices, long units) {
+    static const real zeros[64] = {};
     constexpr long WIDTH = 64;
     const size_t plane = (size_t)batch * units;
     for (long b = 0; b < batch; b++)
@@ -237,12 +239,17 @@ void arrive(const real *__restrict m, const real *__restrict phi, real *__restri
                 for (long k = 0; k < matrices; k++) {
                     const size_t at = ((t * batch + b) * matrices + k) * units + first;
                     const size_t state = steps * plane * matrices;
+                    const real *entering[S];
+                    for (int nu = 0; nu < S; nu++) {
+                        const real *of = phi[nu * matrices + k];
+                        entering[nu] = of ? of + t * next_step + b * next_row + first : zeros;
+                    }
 #pragma omp simd
                     for (long i = 0; i < count; i++)
                         for (int nu = 0; nu < S; nu++) {
                             real sum = 0;
                             for (int source = 0; source < S; source++)
-                                sum += product[nu][source][i] * phi[source * state + at + i];
+                                sum += product[nu][source][i] * entering[source][i];
                             arrived[nu * state + at + i] = sum;
                         }
                 }
@@ -267,12 +274,13 @@ void arrive(const real *__restrict m, const real *__restrict phi, real *__restri
 }
 
 template <typename real>
-void arrive_of_type(const void *m, const void *phi, void *arrived, void *whole, long states, long steps, long batch,
-                    long matrices, long units) {
+void arrive_of_type(const void *m, const void *const *phi, long next_step, long next_row, void *arrived, void *whole,
+                    long states, long steps, long batch, long matrices, long units) {
     auto run = arrive<real, STATES>;
     if constexpr (STATES == 2)
         if (states == 1) run = arrive<real, 1>;
-    run((const real *)m, (const real *)phi, (real *)arrived, (real *)whole, steps, batch, matrices, units);
+    run((const real *)m, (const real *const *)phi, next_step, next_row, (real *)arrived, (real *)whole, steps, batch,
+        matrices, units);
 }
 
 template <typename real> void of_type(void *const *arrays, const long *numbers, double rate) {
@@ -315,8 +323,9 @@ extern "C" void gamma_pass_double(void *const *arrays, const long *numbers, doub
 }
 
 // `arrive` for the S of this library. Numbers are double if `item` is 8, otherwise float.
-extern "C" void gamma_arriving(const void *m, const void *phi, void *arrived, void *whole, long states, long steps,
-                               long batch, long matrices, long units, long item) {
+extern "C" void gamma_arriving(const void *m, const void *const *phi, void *arrived, void *whole, long next_step,
+                               long next_row, long states, long steps, long batch, long matrices, long units,
+                               long item) {
     const auto run = item == sizeof(double) ? arrive_of_type<double> : arrive_of_type<float>;
-    run(m, phi, arrived, whole, states, steps, batch, matrices, units);
+    run(m, phi, next_step, next_row, arrived, whole, states, steps, batch, matrices, units);
 }

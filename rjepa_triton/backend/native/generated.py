@@ -7,6 +7,7 @@ in a struct `Cell`, with `loops.h` behind it. Cells with the same source share a
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -107,9 +108,8 @@ class Loops:
         ]  # partials that were saved
         self.new = len(functions.found) - len(self.known)
         # of what `step` makes: the plane of each partial, and of φ^ν by what a matrix enters, None for zeros
-        self.before = self.new + len(cell.states) ** 2
-        kept = self.before + 2 * len(cell.states)
-        self.places = [*range(self.new), *(kept + k for k in self.known)]
+        self.kept = self.new + len(cell.states) ** 2
+        self.places = [*range(self.new), *(self.kept + k for k in self.known)]
         self.entering: dict[tuple[str, int], list[int | None]] = {}
         for kind, group in zip(("gate", "input"), functions.entries[1:], strict=True):
             for index, by_state in enumerate(group):
@@ -212,18 +212,19 @@ class Loops:
 
     def step(
         self, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None, rule: str
-    ) -> tuple[Tensor, OneStep, Tensor]:
-        """`scan` and `linearize` of one step, in one call: a small layer's step is mostly what lies around the calls.
+    ) -> tuple[Tensor, FewSteps, Tensor]:
+        """`scan` and `linearize` of a few steps in one call: a small layer's time is mostly what lies around the calls.
 
-        x (J, 1, B, N), state (S, B, N), resets (1, B) bool or None. Returns the states after the step (S, 1, B, N), its
-        linearization, and M (S, S, 1, B, N) as a rule has it. Nothing is mutated.
+        x (J, T, B, N), state (S, B, N); resets (1, B) bool of one step, or None. Returns the states after the steps
+        (S, T, B, N), their linearization, and M (S, S, T, B, N) as a rule has it. Nothing is mutated.
         """
         x, state = units_together(x), state.contiguous()
-        inputs, _, batch, units = x.shape
-        count, plane = len(state), batch * units
+        inputs, steps, batch, units = x.shape
+        count, numbers = len(state), batch * units
         given = [weight.contiguous() for weight in weights]
         marks = None if resets is None else resets.contiguous()
-        made = x.new_empty(self.before + 2 * count + len(self.functions.saved), 1, batch, units)
+        planes = self.kept + len(self.functions.saved)
+        made = x.new_empty(planes * steps * numbers + count * (steps + 1) * numbers)
         self._run(
             "step",
             x,
@@ -235,15 +236,15 @@ class Loops:
                 made.data_ptr(),
             ],
             [
-                *[x.stride(2)] * inputs,
+                *x.stride()[1:3] * inputs,
                 *[number for weight in given for number in (weight.dim(), weight.shape[-1])],
-                *(batch, units, torch.get_num_threads(), RULES.index(rule)),
+                *(steps, batch, units, torch.get_num_threads(), RULES.index(rule)),
             ],
         )
-        m = made.as_strided(
-            (count, count, 1, batch, units), (count * plane, plane, plane, units, 1), self.new * plane
-        )
-        return _every_second(made, self.before + 1, count), OneStep.of(self, made, resets), m
+        lin, plane = FewSteps.of(self, made, (planes, steps, batch, units), resets), steps * numbers
+        apart = (count * plane, plane, numbers, units, 1)
+        m = made.as_strided((count, count, steps, batch, units), apart, self.new * plane)
+        return lin.states(1), lin, m
 
     def dual(
         self,
@@ -292,23 +293,26 @@ class Loops:
         return by_matrix, by_input, passed
 
 
-class OneStep(Linearization):
-    """The linearization of one step as `Loops.step` has made it, with no partials of the states through no matrix.
+class FewSteps(Linearization):
+    """The linearization of steps as `Loops.step` has made it, with no partials of the states through no matrix.
 
-    Its arrays are planes of one array, and become tensors once they are read, each of which takes longer than to
-    compute it in a small layer. Γ's step reads their addresses.
+    Its arrays are parts of one, and become tensors once they are read, each of which takes longer than to compute it in
+    a small layer. Γ's step reads their addresses.
+
+    made   what `Loops.step` wrote; None in a linearization that was made of this one, with other arrays
+    shape  (planes, T, B, N) of the first part of it, behind which the states lie
     """
 
     loops: Loops
-    made: Tensor | None = (
-        None  # (·, 1, B, N); None in a linearization that was made of this one, with other arrays
-    )
+    made: Tensor | None = None
+    shape: tuple[int, int, int, int]
 
     @classmethod
-    def of(cls, loops: Loops, made: Tensor, resets: Tensor | None) -> OneStep:
-        """Of what `Loops.step` wrote."""
+    def of(
+        cls, loops: Loops, made: Tensor, shape: tuple[int, int, int, int], resets: Tensor | None
+    ) -> FewSteps:
         lin = cls.__new__(cls)
-        lin.__dict__.update(loops=loops, made=made, resets=resets)
+        lin.__dict__.update(loops=loops, made=made, shape=shape, resets=resets)
         return lin
 
     def __reduce__(self) -> Any:  # a copy has arrays of its own, and no compiled code
@@ -316,45 +320,45 @@ class OneStep(Linearization):
 
     @property
     def steps(self) -> int:
-        return 1 if self.made is not None else super().steps
+        return super().steps if self.made is None else self.shape[1]
 
     @cached_property
     def before(self) -> Tensor:
-        assert self.made is not None
-        return _every_second(self.made, self.loops.before, len(self.loops.cell.states))
+        return self.states(0)
 
     @cached_property
     def partials(self) -> Partials:
         assert self.made is not None
-        planes, loops = self.made.unbind(0), self.loops
+        planes, loops = self.made[: math.prod(self.shape)].view(self.shape).unbind(0), self.loops
         gate, by_input = by_kind(loops.functions.entries[1:], [planes[place] for place in loops.places])
         return Partials((), gate, by_input)
 
-    def entering(self, matrices: Sequence[Matrix]) -> list[int | None]:
-        """The addresses of φ^{ν,k} (B, N), S·K of them, those of state 0 first; None for zeros."""
-        made, loops = self.made, self.loops
-        assert made is not None
-        first, apart = made.data_ptr(), made.element_size() * made.stride(0)
-        of = [loops.entering[matrix.into] for matrix in matrices]
+    def states(self, later: int) -> Tensor:
+        """The states (S, T, B, N) that the steps read, or with `later` = 1 those after them."""
+        assert self.made is not None
+        count, (planes, steps, batch, units) = len(self.loops.cell.states), self.shape
+        apart = ((steps + 1) * batch * units, batch * units, units, 1)
+        first = (planes * steps + later) * batch * units
+        return self.made.as_strided((count, steps, batch, units), apart, first)
+
+    def phi_at(self, matrices: Sequence[Matrix]) -> list[int | None]:
+        """The addresses of φ^{ν,k} (T, B, N), S·K of them, those of state 0 first; None for zeros."""
+        assert self.made is not None
+        _, steps, batch, units = self.shape
+        first, plane = self.made.data_ptr(), steps * batch * units * self.made.element_size()
+        of = [self.loops.entering[matrix.into] for matrix in matrices]
         return [
-            None if (place := each[nu]) is None else first + apart * place
-            for nu in range(len(loops.cell.states))
+            None if (place := each[nu]) is None else first + place * plane
+            for nu in range(len(self.loops.cell.states))
             for each in of
         ]
 
-    def state(self, nu: int) -> int:
-        """The address of the state ν that the step read, (B, N)."""
+    def state_at(self, nu: int) -> int:
+        """The address of the state ν that the steps read, (T, B, N)."""
         assert self.made is not None
-        return self.made.data_ptr() + self.made.element_size() * self.made.stride(0) * (
-            self.loops.before + 2 * nu
-        )
-
-
-def _every_second(made: Tensor, first: int, count: int) -> Tensor:
-    """Of planes (·, 1, B, N): `count` of them as (count, 1, B, N), from the `first` on, every second."""
-    _, _, batch, units = made.shape
-    plane = batch * units
-    return made.as_strided((count, 1, batch, units), (2 * plane, plane, units, 1), first * plane)
+        planes, steps, batch, units = self.shape
+        place = (planes * steps + nu * (steps + 1)) * batch * units
+        return self.made.data_ptr() + place * self.made.element_size()
 
 
 def _whole_lines(numbers: int) -> int:

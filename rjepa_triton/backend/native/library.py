@@ -109,7 +109,7 @@ def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
 
 def _gamma_declared(code: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_long
-    code.gamma_arriving.argtypes, code.gamma_arriving.restype = [pointer] * 4 + [count] * 6, None
+    code.gamma_arriving.argtypes, code.gamma_arriving.restype = [pointer] * 4 + [count] * 8, None
     for function in (code.gamma_pass_float, code.gamma_pass_double):
         function.argtypes, function.restype = [pointer] * 2 + [ctypes.c_double], None
     return code

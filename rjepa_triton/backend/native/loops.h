@@ -250,19 +250,17 @@ template <class real> void linearize(Table table) {
     }
 }
 
-// One step and its linearization: `scan` and `linearize` with T = 1, in memory that is made for both.
+// A few steps and their linearization: `scan` and `linearize`, in memory that is made for both.
 //
-// arrays   J inputs x (B, N); K weights; S states before the step (B, N); resets (B) bytes or null; made, written: what
-//          `partials` finds anew and then M^{νν'}, (NEW + S · S, B, N); for each state what the step reads of it, zero
-//          where reset, and then the state after it, (S, 2, B, N); and the kept numbers (KEPT, B, N)
-// numbers  J distances, in numbers from one row to the next; of each weight the number of its dimensions, and b; B, N,
-//          threads; the rule
+// arrays   J inputs x (T, B, N); K weights; S states before the first step (B, N); resets (B) bytes or null, of one step
+//          alone; made, written: what `partials` finds anew and then M^{νν'}, (NEW + S · S, T, B, N); the kept numbers
+//          (KEPT, T, B, N); and the states, what the first step reads, zero where reset, and then after each step,
+//          (S, T + 1, B, N)
+// numbers  2 J distances; of each weight the number of its dimensions, and b; T, B, N, threads; the rule
 template <class real> void step(Table table) {
     typedef Cell<real> C;
     constexpr long S = C::S, J = C::J, K = C::K, KEPT = C::KEPT, FOUND = C::NEW + S * S;
-    real *x[at_least_one(J)];
-    long rows[at_least_one(J)];
-    for (long j = 0; j < J; j++) x[j] = table.next<real>(), rows[j] = table.next();
+    const auto x = some<real>(table, J);
     Weight<real> weights[at_least_one(K)];
     for (long k = 0; k < K; k++) {
         weights[k].numbers = table.next<const real>();
@@ -272,40 +270,40 @@ template <class real> void step(Table table) {
     for (long nu = 0; nu < S; nu++) start[nu] = table.next<const real>();
     const auto resets = table.next<const unsigned char>();
     real *const made = table.next<real>();
-    const long batch = table.next(), units = table.next(), threads = table.next(), rule = table.next();
-    const long numbers = batch * units;
-    real *const states = made + FOUND * numbers, *const saved = states + 2 * S * numbers;
+    const long steps = table.next(), batch = table.next(), units = table.next(), threads = table.next();
+    const long rule = table.next(), numbers = batch * units, plane = steps * numbers;
+    real *const saved = made + FOUND * plane, *const first = saved + KEPT * plane;
+    const auto states = [&](long nu) { return first + nu * (steps + 1) * numbers; };
     for (long nu = 0; nu < S; nu++)
         for (long b = 0; b < batch; b++) {
-            real *const to = states + 2 * nu * numbers + b * units;
             if (resets && resets[b])
-                memset(to, 0, units * sizeof(real));
+                memset(states(nu) + b * units, 0, units * sizeof(real));
             else
-                memcpy(to, start[nu] + b * units, units * sizeof(real));
+                memcpy(states(nu) + b * units, start[nu] + b * units, units * sizeof(real));
         }
 
     // the tables of `scan` and `linearize`, whose memory for products and diagonals is made here
     std::vector<real> sums(K * numbers), diagonals(K * units);
     std::vector<void *> arrays;
     std::vector<long> apart;
-    const auto add = [&](real *array, long row) {
+    const auto add = [&](real *array, long step, long row) {
         arrays.push_back(array);
-        apart.insert(apart.end(), {0, row});
+        apart.insert(apart.end(), {step, row});
     };
-    for (long j = 0; j < J; j++) add(x[j], rows[j]);
-    for (long k = 0; k < KEPT; k++) add(saved + k * numbers, units);
+    for (long j = 0; j < J; j++) add(x.arrays[j], x.apart[2 * j], x.apart[2 * j + 1]);
+    for (long k = 0; k < KEPT; k++) add(saved + k * plane, numbers, units);
     for (long k = 0; k < K; k++) {
         arrays.push_back((void *)weights[k].numbers);
         apart.insert(apart.end(), {weights[k].dims, weights[k].head});
     }
-    for (long nu = 0; nu < S; nu++) arrays.push_back(states + 2 * nu * numbers);
-    for (long nu = 0; nu < S; nu++) arrays.push_back(states + 2 * nu * numbers);
+    for (long nu = 0; nu < S; nu++) arrays.push_back(states(nu));
+    for (long nu = 0; nu < S; nu++) arrays.push_back(states(nu));
     arrays.insert(arrays.end(), {nullptr, nullptr, sums.data(), nullptr});
-    apart.insert(apart.end(), {1, batch, units, threads});
+    apart.insert(apart.end(), {steps, batch, units, threads});
     scan<real>({arrays.data(), apart.data()});
 
     arrays.resize(J + KEPT), apart.resize(2 * (J + KEPT)); // x and the kept numbers stay
-    for (long nu = 0; nu < S; nu++) add(states + 2 * nu * numbers, units);
+    for (long nu = 0; nu < S; nu++) add(states(nu), numbers, units);
     for (long k = 0; k < K; k++) {
         const Weight<real> &weight = weights[k];
         const long head = weight.dims == 3 ? weight.head : weight.dims == 2 ? units : 0;
@@ -316,7 +314,7 @@ template <class real> void step(Table table) {
         apart.push_back(1);
     }
     arrays.insert(arrays.end(), {(void *)resets, made});
-    apart.insert(apart.end(), {1, batch, units, threads, rule});
+    apart.insert(apart.end(), {steps, batch, units, threads, rule});
     linearize<real>({arrays.data(), apart.data()});
 }
 

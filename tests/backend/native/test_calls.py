@@ -202,21 +202,21 @@ def test_other_cells(name: str, steps: int, batch: int, units: int, reset: bool)
 @pytest.mark.parametrize("kind", ["dense", "diagonal", "heads"])
 @pytest.mark.parametrize("name", ["rgc", *CELLS])
 @pytest.mark.parametrize("rule", rfp.RULES)
-def test_one_step_is_the_loop_and_the_linearization(
+def test_few_steps_are_the_loop_and_the_linearization(
     rule: str, name: str, kind: str, reset: bool, dtype: torch.dtype
 ) -> None:
     """In every bit, of tensors that lie in memory in any way; a reset row's NaN is not read. M is that of the rule, and
     a copy has the same arrays.
     """
     cell = CELLS.get(name, CELL)
-    for batch, units in ((1, 2), (3, 66), (15, 8)):
+    for steps, batch, units in ((1, 1, 2), (1, 3, 66), (1, 15, 8), (5, 3, 8), (15, 1, 34)):
         shape = {"dense": (units, units), "diagonal": (units,), "heads": (2, units // 2, units // 2)}[kind]
         weights = [torch.randn(shape, dtype=dtype) / units**0.5 for _ in cell.matrices]
         if kind == "dense":
             weights = [weight.t() for weight in weights]
         state = torch.randn(len(cell.states), units, batch, dtype=dtype).transpose(1, 2)
-        x = torch.randn(len(cell.per_unit), 1, batch, 2 * units, dtype=dtype)[..., ::2]
-        resets = torch.rand(1, batch) < 0.5 if reset else None
+        x = torch.randn(len(cell.per_unit), steps, batch, 2 * units, dtype=dtype)[..., ::2]
+        resets = torch.rand(steps, batch) < 0.5 if reset else None
         if resets is not None:
             resets[0, 0] = True
             state[:, 0] = math.nan
@@ -227,7 +227,7 @@ def test_one_step_is_the_loop_and_the_linearization(
         assert torch.equal(m, wanted_m)
         # in another order of products, as torch rounds them
         torch.testing.assert_close(m, rfp.transition(wanted_lin, cell.matrices, weights, rule))
-        assert lin.steps == 1
+        assert lin.steps == steps
         for made in (lin, copy.deepcopy(lin), pickle.loads(pickle.dumps(lin))):
             assert torch.equal(made.before, wanted_lin.before)
             for got, wanted in zip(
