@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -375,8 +376,24 @@ class RankOne(_StepByStep):
         self._matrices = list(matrices)
         self._shapes = [tuple(weight.shape) for weight in weights]
         self._c = first.new_zeros(states, batch, units)
-        self._theta = [first.new_zeros(batch, units, weight_ops.fan_in(weight)) for weight in weights]
+        self._fan_ins = [weight_ops.fan_in(weight) for weight in weights]
+        self._joined = first.new_zeros(batch, units * sum(self._fan_ins))  # θ̃ of all matrices, side by side
+        self._theta = self._apart(self._joined)
         self._generator = torch.Generator().manual_seed(seed)
+
+    def _apart(self, joined: Tensor) -> list[Tensor]:
+        """Views (B, N, M) of what is joined as θ̃ is, one for each matrix."""
+        units = self._c.shape[2]
+        parts = joined.split([units * fan_in for fan_in in self._fan_ins], dim=-1)
+        return [part.unflatten(-1, (units, -1)) for part in parts]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, in which views would no longer be those of one array."""
+        return {**self.__dict__, "_theta": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._theta = self._apart(self._joined)
 
     def tensors(self) -> list[Tensor]:
         return [self._c, *self._theta, self._generator.get_state()]
@@ -402,8 +419,7 @@ class RankOne(_StepByStep):
         self._generator.set_state(generator.cpu())
 
     def forget_(self, rows: Tensor | None) -> None:
-        _zero_rows_(self._theta, rows)
-        _zero_rows_(self._c.unbind(0), rows)
+        _zero_rows_([self._joined, *self._c.unbind(0)], rows)
 
     def _advance(self, block: Block, t: int, delta: Tensor | None) -> list[Tensor]:
         assert block.weights is not None
@@ -421,17 +437,17 @@ class RankOne(_StepByStep):
                 rows.addcmul_(signs[nu], phi[t])
             y = rfp.signal(matrix, lin.before, block.inputs)[t]
             read = rfp.rows_read(y[:, None], theta.shape[-1])[:, 0]
-            entering.append(rows[:, :, None] * read)
-        size = _norm(entering)
-        rho_0, inverse_0 = _balance(_norm(self._theta), _norm([moved.transpose(0, 1)]))
-        rho_1, inverse_1 = _balance(size, _norm([signs.transpose(0, 1)]))
+            entering.append((rows[:, :, None] * read).flatten(1))
+        new = torch.cat(entering, 1)
+        size = _norm(new)
+        rho_0, inverse_0 = _balance(_norm(self._joined), _norm(moved.transpose(0, 1)))
+        rho_1, inverse_1 = _balance(size, _norm(signs.transpose(0, 1)))
         nothing = size == 0
         rho_0, inverse_0 = rho_0.masked_fill_(nothing, 1), inverse_0.masked_fill_(nothing, 1)
         rho_1 = rho_1.masked_fill_(nothing, 0)
         # in place: a tensor that is made in inference mode could not be changed outside of it
         torch.addcmul(moved * rho_0[:, None], signs, rho_1[:, None], out=self._c)
-        for theta, new in zip(self._theta, entering, strict=True):
-            theta.mul_(inverse_0[:, None, None]).add_(new * inverse_1[:, None, None])
+        self._joined.mul_(inverse_0[:, None]).addcmul_(new, inverse_1[:, None])
         return [] if delta is None else self.read(delta)
 
     def _through_jacobian(self, block: Block, t: int) -> Tensor:
@@ -449,25 +465,26 @@ class RankOne(_StepByStep):
         return out
 
     def read(self, credit: Tensor) -> list[Tensor]:
-        totals = [share @ theta.flatten(1) for share, theta in self._shares(credit)]
+        share, joined = self._shares(credit)
+        totals = self._apart(share @ joined)
         return [total.reshape(shape) for total, shape in zip(totals, self._shapes, strict=True)]
 
     def read_rows(self, credit: Tensor) -> list[Tensor]:
         """As `read`, of each batch row: (B, *W)."""
-        rows = [share[:, None, None] * theta for share, theta in self._shares(credit)]
+        share, joined = self._shares(credit)
+        rows = self._apart(share[:, None] * joined)
         return [of.reshape(-1, *shape) for of, shape in zip(rows, self._shapes, strict=True)]
 
-    def _shares(self, credit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Σ_ν credit^ν · c̃^ν (B,), and θ̃ (B, N, M), for each matrix."""
+    def _shares(self, credit: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_ν credit^ν · c̃^ν (B,), and θ̃ of all matrices, joined."""
         # what no credit reads counts as zero, even where it is NaN: a reset forgets
         share = torch.where(credit == 0, 0, credit * self._c).sum((0, 2))
-        unread = (share == 0)[:, None, None]
-        return ((share, theta.masked_fill(unread, 0)) for theta in self._theta)
+        return share, self._joined.masked_fill((share == 0)[:, None], 0)
 
 
-def _norm(parts: Sequence[Tensor]) -> Tensor:
-    """The norm of each batch row, (B,), over all arrays (B, …) together."""
-    return torch.stack([part.flatten(1).square().sum(1) for part in parts]).sum(0).sqrt()
+def _norm(rows: Tensor) -> Tensor:
+    """The norm of each row of an array (B, …): (B,)."""
+    return rows.flatten(1).square().sum(1).sqrt()
 
 
 def _balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
