@@ -100,6 +100,15 @@ def test_no_wing_imports_from_another_on_its_floor() -> None:
                 assert other.startswith(wing) or floor(other) < floor(name), f"{name} imports {other}"
 
 
+def test_nothing_looks_for_none_among_tensors() -> None:
+    """`None in tensors` compares each with None, which takes a tensor's exception; `is None` doesn't."""
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
+                sought = node.left.value if isinstance(node.left, ast.Constant) else ...
+                assert sought is not None, f"{name}, line {node.lineno}"
+
+
 def test_torch_compile_may_look_into_every_file() -> None:
     """It skips files by parts of their paths, such as Triton's `triton/backends`, and ours lie below `rjepa_triton`."""
     from torch._dynamo.trace_rules import SKIP_DIRS

@@ -208,6 +208,8 @@ def two_point(
 ) -> tuple[Tensor, ...]:
     """Run any two-point cell over a sequence. Returns its S states, each (T, B, N), differentiable by `learning`.
 
+    The states have no number in common, but lie in one array: clone one that is to be kept without the others.
+
     Args:
         cell: the cell (`cells.two_point.Cell`), which defines the equations.
         x: (J, T, B, N), T ≥ 1: the cell's per-unit inputs, its parameters last; any floating dtype.
@@ -326,7 +328,8 @@ def rgc(
         learning, refine, forward, recompute, backend: as in `two_point`.
 
     Returns:
-        s, m: (T, B, N) each. Nothing is mutated.
+        s, m: (T, B, N) each, which have no number in common, but lie in one array: clone one that is to be kept without
+        the other. Nothing is mutated.
 
     Raises:
         TypeError, ValueError: as `two_point` does.
