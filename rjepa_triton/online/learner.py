@@ -366,6 +366,7 @@ class OnlineLearner(LearnerRows):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._register(self._state, self._sensitivities())
         self._compiled = CompiledCalls(self)
 
     def __copy__(self) -> OnlineLearner:
