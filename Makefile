@@ -38,6 +38,16 @@ $(OLDEST)/.made: pyproject.toml
 	$(OLDEST)/bin/pip install -e '.[test]' 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4'
 	touch $@
 
+# The same slice, less the machine code, with the newest versions on another Python that is promised: `make slice-3.13`.
+slice-%: build/python%/.made
+	build/python$*/bin/python -m pytest -n auto --dist worksteal --timeout 600 -q $(addprefix tests/,$(filter-out %/test_static.py,$(OLDEST_SLICE)))
+
+.PRECIOUS: build/python%/.made
+build/python%/.made: pyproject.toml
+	python$* -m venv build/python$*
+	build/python$*/bin/pip install -e '.[test]'
+	touch $@
+
 # In a minute or so, while one thinks: lint, types, and of each wing the tests that a change is most likely to break.
 QUICK := test_house.py cells rules/test_rfp.py rules/test_rounding.py backend/test_table.py backend/test_buffers.py \
 	backend/native/test_gamma.py layers/test_named.py layers/test_functional.py layers/test_conv.py online/test_stack.py \
