@@ -25,19 +25,19 @@ def once_differentiable(backward: Backward) -> Backward:
     linear in the function's outputs.
     """
 
+    def outside_autocast(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        device = next((grad.device for grad in grads if isinstance(grad, Tensor)), None)
+        if device is None or not autocast_is_on(device):
+            return backward(ctx, *grads)
+        with without_autocast(device):
+            return backward(ctx, *grads)
+
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                found = run(ctx, *grads)
-        else:
-            for grad in grads:
-                if isinstance(grad, Tensor):
-                    if autocast_is_on(grad.device):
-                        with without_autocast(grad.device):
-                            return backward(ctx, *grads)
-                    break
-            return backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # as it mostly is
+            return outside_autocast(ctx, *grads)
+        with torch.no_grad():
+            found = outside_autocast(ctx, *grads)
         if torch.compiler.is_compiling():  # which refuses by itself
             return found
         refuse: Any = torch._C._functions.DelayedError(_TWICE, len(found))

@@ -292,11 +292,9 @@ def gamma_step_of_(
     found = _read_by(gammas, steps, (steps.delta, *written))
     if isinstance(found, Refusal):
         return found
-    phi, y, reads, held = found  # held, so that their memory is not freed
+    phi, y, reads, _held = found  # whose memory isn't freed before the call is over
     taken = None if descent is None else (descent.weights, descent.lr.item())
-    made = calls.gamma_step(gammas, steps.m, phi, y, reads, steps.delta, t, memory, taken)
-    del held
-    return made
+    return calls.gamma_step(gammas, steps.m, phi, y, reads, steps.delta, t, memory, taken)
 
 
 @NATIVE.implements("gamma_chunk_of_")
@@ -310,10 +308,8 @@ def gamma_chunk_of_(
     found = _read_by(gammas, steps, (credit,))
     if isinstance(found, Refusal):
         return found
-    phi, y, reads, held = found
-    made = calls.gamma_chunk(gammas, steps.m, phi, y, reads, credit, memory)
-    del held
-    return made
+    phi, y, reads, _held = found
+    return calls.gamma_chunk(gammas, steps.m, phi, y, reads, credit, memory)
 
 
 @NATIVE.implements("gamma_chunk_")

@@ -225,8 +225,8 @@ template <typename real, int S> void of_states(const Arrays<real> &a, bool befor
 template <typename real, int S>
 void arrive(const real *__restrict m, const real *const *phi, long next_step, long next_row, real *__restrict arrived,
             real *__restrict whole, long steps, long batch, long matrices, long units) {
-    static const real zeros[64] = {};
     constexpr long WIDTH = 64;
+    static const real zeros[WIDTH] = {};
     const size_t plane = (size_t)batch * units;
     for (long b = 0; b < batch; b++)
         for (long first = 0; first < units; first += WIDTH) {
