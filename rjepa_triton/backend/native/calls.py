@@ -162,11 +162,7 @@ def gamma_pass(
     immediates, signals, credits = None, [], None
     if entering is not None and y is not None:
         steps, reads = len(y), y.shape[3]
-        state, begin = steps * batch * count * units, entering.data_ptr()
-        immediates = [
-            begin + (nu * state + k * units) * item for nu in range(len(gammas)) for k in range(count)
-        ]
-        begin = y.data_ptr()
+        immediates, begin = _by_matrix(entering), y.data_ptr()
         signals = [begin + k * reads * item for k in range(count)]
     if credit is not None:
         begin = credit.data_ptr()
@@ -233,13 +229,12 @@ def gamma_chunk(
     _, _, steps, batch, units = m.shape
     item, count = m.element_size(), len(y)
     arrived, whole = _arriving(m.contiguous(), phi, batch * units, units)
-    state, begin = steps * batch * count * units, arrived.data_ptr()
-    entering = [begin + (nu * state + k * units) * item for nu in range(len(gammas)) for k in range(count)]
     credits = None
     if credit is not None:
         credit = credit.contiguous()
         credits = [credit.data_ptr() + nu * batch * units * item for nu in range(len(gammas))]
     apart = (batch * units, batch * count * units, count * units, batch * reads, reads)
+    entering = _by_matrix(arrived)
     return _pass(gammas, whole.data_ptr(), entering, y, credits, apart, steps, reads, True, memory)
 
 
@@ -287,12 +282,16 @@ def arriving(m: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     Takes m (S, S, C, B, N) and phi (S, C, B, K, N) on the CPU, S ≤ `MOST_STATES`, of one dtype, float32 or float64.
     Returns U (S, C, B, K, N) and the full product (S, S, B, N). Nothing is mutated.
     """
-    states, steps, batch, matrices, units = phi.shape
-    phi = phi.contiguous()
-    row, state = matrices * units, steps * batch * matrices * units
-    places = [nu * state + k * units for nu in range(states) for k in range(matrices)]
-    at = [phi.data_ptr() + place * phi.element_size() for place in places]
-    return _arriving(m.contiguous(), at, batch * row, row)
+    _, _, batch, matrices, units = phi.shape
+    phi, row = phi.contiguous(), matrices * units
+    return _arriving(m.contiguous(), _by_matrix(phi), batch * row, row)
+
+
+def _by_matrix(array: Tensor) -> list[int]:
+    """The addresses of the S·K arrays of one state and matrix in a contiguous (S, C, B, K, N), state by state."""
+    states, _, _, matrices, units = array.shape
+    begin, item, apart = array.data_ptr(), array.element_size(), array.stride(0)
+    return [begin + (nu * apart + k * units) * item for nu in range(states) for k in range(matrices)]
 
 
 def _arriving(m: Tensor, phi: Sequence[int | None], step: int, row: int) -> tuple[Tensor, Tensor]:
