@@ -110,7 +110,7 @@ class RfpStepGamma(_Online):
 
     @property
     def backend(self) -> str:
-        return ": ".join(table.serving(self.group.backend, self.group.why, "gamma_step_"))
+        return ": ".join(table.serving(self.group.backend, self.group.why, operations.gamma_step_))
 
     def run(self) -> Sequence[Tensor]:
         m, phi, y, delta = self.step

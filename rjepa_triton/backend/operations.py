@@ -386,7 +386,7 @@ def gamma_chunk_of_(
     backend: str = "torch",
 ) -> Tensor | None:
     """`gamma_chunk_` over all steps of `steps`. Mutates gammas."""
-    return gamma_chunk_(gammas, steps.m, steps.phi, steps.y, credit, memory=memory, backend=backend)
+    return gamma_chunk_.in_torch(gammas, steps.m, steps.phi, steps.y, credit)
 
 
 @operation

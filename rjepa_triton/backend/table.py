@@ -138,7 +138,7 @@ def names() -> tuple[str, ...]:
     return ("auto", "torch", *BACKENDS)
 
 
-def serving(backend: str, why: str, *operations: str) -> tuple[str, str]:
+def serving(backend: str, why: str, *operations: Operation[Any, Any]) -> tuple[str, str]:
     """(backend that runs these operations, why), when `backend` was chosen for the reason `why`.
 
     That is torch once the backend's implementation of one of them has failed. Records of the benchmark and
@@ -146,8 +146,8 @@ def serving(backend: str, why: str, *operations: str) -> tuple[str, str]:
     """
     failed = BACKENDS[backend].failed if backend in BACKENDS else {}
     for operation in operations:
-        if operation in failed:
-            return "torch", f"backend {backend!r} failed: {failed[operation]}"
+        if operation.name in failed:
+            return "torch", f"backend {backend!r} failed: {failed[operation.name]}"
     return backend, why
 
 

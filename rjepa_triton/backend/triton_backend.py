@@ -487,6 +487,17 @@ def gamma_chunk_(
     return gamma_chunk.gamma_chunk_(gammas, whole, arriving, y.contiguous(), _contiguous(credit))
 
 
+@TRITON.implements("gamma_chunk_of_")
+def gamma_chunk_of_(
+    gammas: Sequence[Tensor],
+    steps: GammaSteps,
+    credit: Tensor | None = None,
+    *,
+    memory: ReusedMemory | None = None,
+) -> Tensor | Refusal | None:
+    return gamma_chunk_(gammas, steps.m, steps.phi, steps.y, credit)
+
+
 @TRITON.implements("gamma_read")
 def gamma_read(
     gammas: Sequence[Tensor], credit: Tensor, *, memory: ReusedMemory | None = None

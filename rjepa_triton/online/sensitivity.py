@@ -147,7 +147,13 @@ class Group:
 
     def serving(self) -> tuple[str, str]:
         """Which backend runs Γ of these matrices, and why."""
-        return table.serving(self.backend, self.why, "gamma_step_of_", "gamma_chunk_", "gamma_read")
+        return table.serving(
+            self.backend,
+            self.why,
+            operations.gamma_step_of_,
+            operations.gamma_chunk_of_,
+            operations.gamma_read,
+        )
 
 
 class PerUnit(Sensitivity):

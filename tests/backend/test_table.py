@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from rjepa_triton import RGC, OnlineLearner
 from rjepa_triton.backend import native_backend, operations, table
 from rjepa_triton.backend.table import BACKENDS, Backend, Operation, Refusal
+from rjepa_triton.online.sensitivity import PerUnit
 
 OPERATIONS = {name: op for name, op in vars(operations).items() if isinstance(op, Operation)}
 
@@ -92,12 +94,12 @@ def test_what_fails_gives_way_once_and_is_told(mine: Backend) -> None:
     assert len(told) == 1
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], operations.reverse_scan(m, delta))
-    assert table.serving("mine", "fast", "gamma_read", "reverse_scan") == (
+    assert table.serving("mine", "fast", operations.gamma_read, operations.reverse_scan) == (
         "torch",
         "backend 'mine' failed: out of registers",
     )
-    assert table.serving("mine", "fast", "gamma_read") == ("mine", "fast")
-    assert table.serving("torch", "asked for", "reverse_scan") == ("torch", "asked for")
+    assert table.serving("mine", "fast", operations.gamma_read) == ("mine", "fast")
+    assert table.serving("torch", "asked for", operations.reverse_scan) == ("torch", "asked for")
 
 
 def test_choosing(mine: Backend) -> None:
@@ -135,3 +137,38 @@ def test_explain_tells_what_runs_after_a_failure(
         "backend of ss, ms, mm, sm: torch (backend 'compile' failed: no registers left)"
         in capsys.readouterr().out
     )
+
+
+@pytest.mark.skipif(native_backend.cpp_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("form", ["step", "chunk", "lazy"])
+@pytest.mark.parametrize("name", [n for n in native_backend.NATIVE.implementations if n.startswith("gamma")])
+def test_a_learner_tells_of_every_operation_on_gamma_that_gave_way(
+    name: str, form: Literal["step", "chunk", "lazy"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Exception):
+        pass
+
+    def broken(*_: object, **__: object) -> None:
+        raise Broken("no such instruction")
+
+    native = native_backend.NATIVE
+    every, rewrite_every = (3 if form == "chunk" else 1), (2 if form == "lazy" else None)
+    learner = OnlineLearner(RGC(4), 2, form=form, update_every=every, rewrite_every=rewrite_every)
+    monkeypatch.setattr(native, "failed", {})
+    monkeypatch.setattr(native, "failures", lambda: (Broken,))
+    monkeypatch.setitem(native.implementations, name, broken)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for x in torch.randn(4, 3, 2, 4):
+            outputs = [learner.step(row) for row in x[:every]]
+            torch.stack(outputs).sum().backward()
+    sensitivity = learner._past.sensitivity
+    assert isinstance(sensitivity, PerUnit)
+    (group,) = sensitivity.groups
+    assert group.serving()[0] == ("torch" if told else "compile")
+    runs = {
+        "step": ["gamma_step_of_"],
+        "chunk": ["gamma_chunk_of_"],
+        "lazy": ["gamma_chunk_of_", "gamma_read"],
+    }
+    assert bool(told) == (name in runs[form])

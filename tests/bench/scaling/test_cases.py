@@ -100,7 +100,7 @@ def test_running_on_starts_over_at_the_end() -> None:
     [
         ("rfp-step", "gamma_step_of_"),
         ("rfp-step-gamma", "gamma_step_"),
-        ("rfp-chunk", "gamma_chunk_"),
+        ("rfp-chunk", "gamma_chunk_of_"),
         ("rfp-lazy", "gamma_read"),
     ],
 )
