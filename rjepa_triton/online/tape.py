@@ -207,6 +207,10 @@ class _Run:
         self._buffer: Block | None = None
         self._filled = 0
         self._pending: list[Block] = []
+        self._joined: Block | None = None  # what `joined` gave, until something changes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_joined": None}
 
     @property
     def nbytes(self) -> int:
@@ -216,22 +220,28 @@ class _Run:
     def append(self, steps: Block) -> None:
         self._pending.append(steps)
         self.steps += steps.steps
+        self._joined = None
 
     def take_back(self) -> int:
         steps = self._pending.pop().steps
         self.steps -= steps
+        self._joined = None
         return steps
 
     def joined(self) -> Block:
         """All steps as one block. There must be at least one step."""
-        if self._pending and (self._filled or len(self._pending) > 1):
-            self._flush()
-        if self._filled:
-            assert self._buffer is not None
-            return self._buffer.narrow(0, self._filled)
-        return self._pending[0]
+        if self._joined is None:
+            if self._pending and (self._filled or len(self._pending) > 1):
+                self._flush()
+            if self._filled:
+                assert self._buffer is not None
+                self._joined = self._buffer.narrow(0, self._filled)
+            else:
+                self._joined = self._pending[0]
+        return self._joined
 
     def _flush(self) -> None:
+        self._joined = None
         total = self.steps
         joined = self._pending if self._buffer is None else [self._buffer, *self._pending]
         if any(block.lin.resets is not None for block in joined):
@@ -259,7 +269,7 @@ class _Run:
 
     def drop_first(self, steps: int) -> None:
         rest = self.joined().narrow(steps, self.steps).map(Tensor.clone)
-        self._buffer, self._filled, self._pending = None, 0, [rest]
+        self._buffer, self._filled, self._pending, self._joined = None, 0, [rest], rest
         self.steps = rest.steps
 
 
