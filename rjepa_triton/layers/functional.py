@@ -125,7 +125,7 @@ def gradients(
     by_weight: Sequence[Tensor] = [x.new_empty(0)] * len(weights)
     if learning not in rfp.RULES:
         delta = operations.joined_states(delta, trajectory)
-        lin = cell.linearize(trajectory)
+        lin, _ = operations.linearize(cell, trajectory, weights, backend=runs)
         entering, for_x, first = operations.exact(cell, trajectory, lin, weights, delta, backend=runs)
         if needs_weights and learning == "rtrl" and weights:
             by_weight = rtrl.weight_gradients(lin, cell.matrices, weights, delta)

@@ -227,6 +227,13 @@ template <class real> void linearize(Table table) {
     const long steps = table.next(), batch = table.next(), units = table.next(), threads = table.next();
     const long rule = table.next(), rows = steps * batch, plane = rows * units;
     const Prepared<real> prepared(x, steps, batch, units);
+    std::vector<real> together; // the diagonals whose numbers lie apart: every row reads them
+    if (rule == RFP) together.resize(K * units);
+    for (long k = 0; k < K && rule == RFP; k++) {
+        if (strides[k] == 1) continue;
+        for (long i = 0; i < units; i++) together[k * units + i] = diagonals[k][i * strides[k]];
+        diagonals[k] = together.data() + k * units;
+    }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && plane >= SPREAD_FROM)
     for (long row = 0; row < rows; row++) {
         const long t = row / batch, b = row % batch;
@@ -237,8 +244,7 @@ template <class real> void linearize(Table table) {
             for (long nu = 0; nu < S; nu++) c[nu] = load(states.at(nu, t, b) + i, here);
             for (long k = 0; k < KEPT; k++) kept[k] = load(saved.at(k, t, b) + i, here);
             for (long j = 0; j < J; j++) given[j] = load(x.at(j, t, b) + i, here);
-            for (long k = 0; k < K && rule == RFP; k++)
-                for (long lane = 0; lane < here; lane++) w[k][lane] = diagonals[k][(i + lane) * strides[k]];
+            for (long k = 0; k < K && rule == RFP; k++) w[k] = load(diagonals[k] + i, here);
             wide h[at_least_one(C::FIXED)];
             prepared.at(i, given, h);
             C::partials(c, kept, given, h, w, found, m);
