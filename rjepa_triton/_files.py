@@ -132,16 +132,22 @@ def sealed(archive: bytes) -> bytes:
 
 
 def check_seal(data: bytes, source: str | Path) -> None:
-    """Raise ValueError, naming `source`, if `data` have a seal of `sealed` and were changed since."""
+    """Raise ValueError, naming `source`, if `data` have a seal of `sealed` and were changed since.
+
+    A zip archive is taken without a seal only if it ends without a comment, as one that was never sealed does: a seal
+    may be damaged with the rest.
+    """
     length = len(SEAL) + 64
-    seal = data[-length:]
-    if not seal.startswith(SEAL):
-        return
-    found = hashlib.sha256(data[: -length - 2])
-    found.update(bytes(2))
-    same = seal[len(SEAL) :] == found.hexdigest().encode()
-    if not same or data[-length - 2 : -length] != length.to_bytes(2, "little"):
-        raise ValueError(f"{source} is damaged: its content doesn't have the SHA-256 that was stored with it")
+    seal = data[-length - 2 :]
+    if seal[2:].startswith(SEAL):
+        found = hashlib.sha256(data[: -length - 2])
+        found.update(bytes(2))
+        if seal != length.to_bytes(2, "little") + SEAL + found.hexdigest().encode():
+            raise ValueError(
+                f"{source} is damaged: its content doesn't have the SHA-256 that was stored with it"
+            )
+    elif data.startswith(b"PK") and not (data[-22:].startswith(_ZIP_END) and data.endswith(bytes(2))):
+        raise ValueError(f"{source} is damaged: it ends neither as a zip archive does nor with its SHA-256")
 
 
 def first_line(error: BaseException) -> str:

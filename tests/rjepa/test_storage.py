@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rjepa_triton import _files
 from rjepa_triton.rjepa import backbone, storage
 
 STATE = {
@@ -53,6 +54,25 @@ def test_damage_is_noticed(tmp_path: Path, name: str) -> None:
             said = str(error)
         assert said.startswith(f"{file} ")
     assert taken < 40
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_damage_is_noticed_where_it_reaches_the_digests_name_too(tmp_path: Path, name: str) -> None:
+    write, read = KINDS[name]
+    file = tmp_path / name
+    write(file, STATE)
+    whole = file.read_bytes()
+    words = (_files.SEAL,) if name == "a.pt" else (storage.DIGEST.encode(), storage.ALGORITHM.encode())
+    named = bytearray(whole)
+    for each in words:
+        named[whole.index(each)] ^= 1
+    content = whole.index(STATE["weight"].numpy().tobytes())
+    for at in range(8 * content, 8 * content + 64):
+        body = bytearray(named)
+        body[at // 8] ^= 1 << at % 8
+        file.write_bytes(body)
+        with pytest.raises(ValueError, match="damaged"):
+            read(file)
 
 
 @pytest.mark.parametrize("name", KINDS)
