@@ -117,6 +117,13 @@ class Loops:
                 self.entering[kind, index] = [at.get(nu) for nu in range(len(cell.states))]
         text = _struct(cell, functions, self.planes.nodes)
         self.code = library.generated(text + '\n#include "loops.h"\n')
+        inputs, states, weights = len(cell.per_unit), len(cell.states), len(cell.matrices)
+        self.takes = {  # how many arrays
+            "scan": inputs + len(saved) + weights + 2 * states + 4,
+            "linearize": inputs + len(saved) + states + weights + 2,
+            "step": inputs + weights + states + 2,
+            "dual": inputs + len(saved) + 2 * states + len(self.planes.nodes) + weights + 3,
+        }
         self.calls = {
             (name, dtype): getattr(self.code, f"{name}_{of}")
             for name in ("scan", "linearize", "step", "dual")
@@ -124,6 +131,11 @@ class Loops:
         }
 
     def _run(self, name: str, like: Tensor, arrays: Sequence[int | None], numbers: Sequence[int]) -> None:
+        if len(arrays) != self.takes[name]:  # the code would take what follows in memory for addresses
+            raise ValueError(
+                f"{name} of {type(self.cell).__name__} takes {self.takes[name]} arrays, got {len(arrays)}: inputs, "
+                "weights or states are those of another cell"
+            )
         self.calls[name, like.dtype](
             struct.pack(f"{len(arrays)}P", *[address or 0 for address in arrays]),
             struct.pack(f"{len(numbers)}l", *numbers),

@@ -18,7 +18,7 @@ import torch
 from every_cell import SharedGate
 from torch import Tensor
 
-from rjepa_triton import RGC, RNN, OnlineLearner
+from rjepa_triton import LSTM, RGC, RNN, OnlineLearner
 from rjepa_triton.backend import native_backend, operations
 from rjepa_triton.backend.native import calls, generated, library
 from rjepa_triton.backend.table import Refusal
@@ -758,3 +758,27 @@ def test_what_has_no_memory_of_its_own_is_not_given_to_it() -> None:
     assert isinstance(native_backend.not_finite(plain, other), Refusal)
     zero = torch._efficientzerotensor((3,))  # its address is null
     assert native_backend.not_finite(zero, plain) is False
+
+
+def test_arrays_of_another_cell_are_refused() -> None:
+    """Compiled code would take what follows a table that is too short for addresses."""
+    mine = compiled(CELL)
+    x, weights, state = torch.zeros(1, 2, 1, 4), [torch.zeros(4, 4)] * 4, torch.zeros(2, 1, 4)
+    trajectory = Trajectory(x, *mine.scan(x, weights, state.unbind(0), None), None)
+    before, one_less = trajectory.before, weights[:3]
+    for run in (
+        lambda: mine.scan(x.expand(2, -1, -1, -1), weights, state.unbind(0), None),
+        lambda: mine.scan(x, weights, state.unbind(0)[:1], None),
+        lambda: mine.step(x, one_less, state, None, "rfp"),
+        lambda: mine.linearize(trajectory, before, one_less, "rfp"),
+        lambda: mine.dual(trajectory, one_less, [None, None]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"of RGCCell takes \d+ arrays, got \d+: inputs, weights or states"
+        ):
+            run()
+    layer = LSTM(2, 3)
+    learner = OnlineLearner(layer, 1)
+    layer.cell = GRUCell()
+    with pytest.raises(ValueError, match=r"of GRUCell takes \d+ arrays"):
+        learner.step(torch.zeros(1, 2))
