@@ -222,8 +222,18 @@ def _over_time(runs: Runs, path: Path) -> list[Path]:
             axes.axhline(0, color=CONTROL, linewidth=1, linestyle="--")
             column[0].set_title(rule.upper())
             column[-1].set_xlabel("time step")
-            for axes in column:
-                axes.legend(frameon=False, fontsize=9)
+        for place, row in enumerate(panels):
+            by_step = place in places
+            if by_step:  # its curves fill the panel: room for the legend above them
+                low, high = row[0].get_ylim()
+                row[0].set_ylim(low, high + 0.15 * (high - low))
+            for axes in row:
+                axes.legend(
+                    frameon=False,
+                    fontsize=9,
+                    loc="upper left" if by_step else "best",
+                    ncols=3 if by_step else 1,
+                )
         figure.suptitle(f"{_told(runs)}\nmean and 95 % interval over runs", fontsize=11)
         return save(figure, path)
 
