@@ -54,6 +54,9 @@ EAGER_PASSES, EAGER_NEAR_PASSES = 2.0, 2.0
 # are in nearer ones; and this share of a call, whatever the size. Both fitted to stream-cpu.jsonl, one core of an AMD
 # EPYC, SGD.
 STREAM_PASSES, STREAM_CALLS = 0.7, 0.3
+# What a compiled layer's call and its backward pass under autograd take beside the compiled code, whatever the size.
+# Fitted to scaling-one-thread-cpu.jsonl, N = 16 to 64.
+LAYER_CALL = Work(calls=60, views=30)
 # Passes over γ in one step: its product reads and writes it, and the gradient reads it. With heads each piece goes
 # through a small buffer, which is written and read (near passes).
 RTRL_PASSES, RTRL_NEAR_PASSES = 3.0, 2.0
@@ -108,6 +111,8 @@ class Model:
         # the weights that read the input take one product over all steps
         rest = Work(flop=2.0 * problem.batch * own, bytes=own * problem.item / steps)
         joined = Work(bytes=2.0 * told.weight_numbers * told.item / steps)
+        if problem.loop:
+            work += LAYER_CALL * (1 / steps)
         return Phase("forward", work + rest + joined, self.weight_bytes)
 
     def _outer(self, steps: int) -> Work:
