@@ -15,6 +15,7 @@ from ...backend import operations
 from ...layers import functional, parallel
 from ...layers.layer import TwoPointRNN
 from ...online import counting
+from ...online.stream_code import PANELS_BELOW
 from ...planning import cost
 from ...planning.cost import Phase, Problem, Work, fresh_bytes_of
 from ...rules.rtrl import rows_at_once
@@ -279,8 +280,10 @@ class Model:
             return state + 2 * problem.window_bytes(self.chunk) + w
         if algorithm == "rfp-history":
             return 2 * state + w
-        if algorithm == "stream":  # with one batch row, a call works on a copy of Γ and weights
-            return 2 * state + w if problem.batch == 1 else state
+        if (
+            algorithm == "stream"
+        ):  # of one batch row and not too many units, a call works on a copy of Γ and weights
+            return 2 * state + w if problem.batch == 1 and problem.units < PANELS_BELOW else state
         temporaries = 0
         if problem.runs == "torch":  # torch works on a block of batch rows of Γ^ν at a time
             rows = min(problem.batch, max(1, (1 << 20) // max(1, problem.weight_numbers)))

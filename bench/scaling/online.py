@@ -14,6 +14,7 @@ from ...cells.builtin import RGCCell
 from ...cells.two_point import Linearization
 from ...layers.named import RGC
 from ...online.sensitivity import PerUnit
+from ...online.stream_code import PANELS_BELOW, copies_panels
 from ...online.streams import Stream
 from ...online.tape import Block, Tape, linearized
 from ...rules import rfp
@@ -217,8 +218,10 @@ class RfpStream(Case):
 
     @classmethod
     def peak_bytes(cls, size: Size) -> int:
-        # Γ; copies of the weights, and with one row also of Γ, transposed; x, as it is given and as it is laid out
-        again, copies = cls._again(size.units, size.batch, size.steps), 7 if size.batch == 1 else 1
+        # Γ; copies of the weights, and of both in panels; x, as it is given and as it is laid out
+        again = cls._again(size.units, size.batch, size.steps)
+        panels = size.units < PANELS_BELOW and copies_panels(size.units, size.batch, again * size.steps)
+        copies = 7 if panels else 1
         return gamma_bytes(size) + copies * gradient_bytes(size) + 2 * again * sequence_bytes(size, 1)
 
     @staticmethod

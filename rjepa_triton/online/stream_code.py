@@ -38,6 +38,11 @@ VECTOR = 16  # numbers of a vector, at most
 SHARED_CALL, SHARED_NETWORKS = 1 << 26, 1 << 22
 
 
+def copies_panels(units: int, batch: int, steps: int) -> bool:
+    """Whether a call copies dense matrices of fewer than PANELS_BELOW inputs, and their Γ, to panels."""
+    return batch == 1 and steps >= max(PANELS_FROM, units // 2)
+
+
 class Result:
     """What `Stream.run` gives: iterate over it, or name its parts.
 
@@ -183,8 +188,7 @@ class Compiled:
         assert done is not None
         arrays = [address(given.get(name)) for name in FIRST] + [state.data_ptr(), self.scratch.data_ptr()]
         sums_up = not updates or stream.update_every > 1 or stream.clip_norm is not None
-        enough = steps >= max(PANELS_FROM, layer.hidden_size // 2)
-        by_panels = stream.batch_size == 1 and enough and not self.head
+        by_panels = copies_panels(layer.hidden_size, stream.batch_size, steps) and not self.head
         beside = max(sum(one is not None for one in pair) for pair in moments)
         beside += sums_up or any(total is not None for total in self.totals)
         arrays.append(self.room(1 + len(layer.cell.states) + beside) if by_panels else 0)
