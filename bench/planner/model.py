@@ -280,9 +280,7 @@ class Model:
             return state + 2 * problem.window_bytes(self.chunk) + w
         if algorithm == "rfp-history":
             return 2 * state + w
-        if (
-            algorithm == "stream"
-        ):  # of one batch row and not too many units, a call works on a copy of Γ and weights
+        if algorithm == "stream":  # of one batch row and few units, a call works on a copy of Γ and weights
             return 2 * state + w if problem.batch == 1 and problem.units < PANELS_BELOW else state
         temporaries = 0
         if problem.runs == "torch":  # torch works on a block of batch rows of Γ^ν at a time

@@ -59,8 +59,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # it isn't a mapping
     except Exception as error:  # of a broken header, safetensors raises errors of several kinds
         raise ValueError(f"{path} can't be read as safetensors: {_files.first_line(error)}") from None
-    # a digest whose name and beginning are damaged with the rest still has its length
-    has_digest = any(len(value) == len(ALGORITHM) + 64 for value in said.values()) or DIGEST in said
+    has_digest = DIGEST in said or any(map(_looks_like_a_digest, said.values()))
     if has_digest and said.get(DIGEST) != ALGORITHM + _digest(found):
         raise ValueError(f"{path} is damaged: its tensors don't have the SHA-256 that was stored with them")
     return found
@@ -80,6 +79,12 @@ def _content(path: Path, most: int = -1) -> bytes:
     if not data:
         raise ValueError(f"{path} is empty")
     return data
+
+
+def _looks_like_a_digest(value: str) -> bool:
+    """Whether it has a digest's length and mostly its digits: its name and beginning may be damaged with the rest."""
+    digits = value[len(ALGORITHM) :]
+    return len(digits) == 64 and sum(digit in "0123456789abcdef" for digit in digits) >= 48
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

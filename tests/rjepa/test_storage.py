@@ -82,7 +82,9 @@ def test_files_without_a_digest_and_empty_ones(tmp_path: Path, name: str) -> Non
     if name == "a.pt":
         torch.save(STATE, file)
     else:
-        save_file(STATE, file)
+        save_file(
+            STATE, file, {"note": "a text of another program, as long as the words and digits of a digest."}
+        )
     assert same(read(file))
     (tmp_path / "b").write_bytes(file.read_bytes())
     assert same(backbone.read(tmp_path / "b"))  # told by its content
