@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -47,42 +46,43 @@ template <typename real> struct Arrays {
 };
 
 // The coefficients of one row: m[ν][ν'] = M^{νν'}; phi, the factor of what enters (U of the one step, or 1 where
-// several steps are summed beforehand); and credit. kept[ν'] is false where all M^{νν'} are zero, as after a reset: the
-// old Γ^ν' then counts as zero, even where it is NaN. read[ν] is false where the credit is zero: where Γ is read before
-// it moves, the old Γ^ν then counts as zero likewise.
-// whole: all old Γ^ν count, as they mostly do.
+// several steps are summed beforehand); and credit. kept[ν'] is zero where all M^{νν'} are zero, as after a reset: the
+// old Γ^ν' then counts as zero, even where it is NaN. read[ν] is zero where the credit is zero: where Γ is read before
+// it moves, the old Γ^ν then counts as zero likewise. Otherwise all bits of these are set.
 template <typename real, int S> struct Coefficients {
+    typedef decltype(typename Lanes<real>::bits{}[0]) mask;
     real m[S][S], phi[S], credit[S];
-    bool kept[S], read[S], whole;
+    mask kept[S], read[S];
 };
 
 // Advances and reads `count` numbers of a row for one batch row. gammas[ν], y[ν], total and weight point at the first
 // of them. If `moves`, Γ^ν ← Σ_ν' M^{νν'} Γ^ν' + φ^ν y^ν. If `reads`, sum = Σ_ν credit^ν Γ^ν, with the new Γ, or with
 // the old one if `before`; `add` adds what `total` holds already. The sum is written to `total`, or if `descends`,
-// weight -= rate · sum. With `whole` nothing is looked up in `kept` and `read`: a loop with these isn't always compiled
-// to vectors.
-template <typename real, int S, bool moves, bool reads, bool before, bool descends, bool whole>
+// weight -= rate · sum.
+template <typename real, int S, bool moves, bool reads, bool before, bool descends>
 inline __attribute__((always_inline)) void pass(real *const *gammas, const Coefficients<real, S> &c, const real *const *y, real *total, bool add,
                  real *weight, real rate, long count) {
-#pragma omp simd
-    for (long i = 0; i < count; i++) {
-        real was[S], now[S];
-        for (int nu = 0; nu < S; nu++) was[nu] = now[nu] = gammas[nu][i];
+    typedef typename Lanes<real>::wide wide;
+    typedef typename Lanes<real>::bits bits;
+    for (long i = 0; i < count; i += Lanes<real>::width) {
+        const long here = count - i;
+        wide was[S], now[S];
+        for (int nu = 0; nu < S; nu++) was[nu] = now[nu] = load(gammas[nu] + i, here);
         if (moves)
             for (int nu = 0; nu < S; nu++) {
-                now[nu] = c.phi[nu] * y[nu][i];
+                now[nu] = c.phi[nu] * load(y[nu] + i, here);
                 for (int source = 0; source < S; source++)
-                    now[nu] += c.m[nu][source] * (whole || c.kept[source] ? was[source] : real(0));
-                gammas[nu][i] = now[nu];
+                    now[nu] += c.m[nu][source] * (wide)((bits)was[source] & c.kept[source]);
+                store(gammas[nu] + i, now[nu], here);
             }
         if (reads) {
-            real sum = add ? total[i] : real(0);
+            wide sum = add ? load(total + i, here) : wide{};
             for (int nu = 0; nu < S; nu++)
-                sum += c.credit[nu] * (!before ? now[nu] : whole || c.read[nu] ? was[nu] : real(0));
+                sum += c.credit[nu] * (before ? (wide)((bits)was[nu] & c.read[nu]) : now[nu]);
             if (descends)
-                weight[i] -= rate * sum;
+                store(weight + i, load(weight + i, here) - rate * sum, here);
             else
-                total[i] = sum;
+                store(total + i, sum, here);
         }
     }
 }
@@ -132,14 +132,13 @@ void rows(const Arrays<real> &a, long k, long n, real *room) {
                     c[r].m[nu][source] = m[(nu * S + source) * a.next_m + r];
                 if (moves) c[r].phi[nu] = a.steps > 1 ? real(1) : entered[nu] ? entered[nu][r] : real(0);
                 if (reads) c[r].credit[nu] = credit[nu] ? credit[nu][r] : real(0);
-                c[r].read[nu] = reads && c[r].credit[nu] != 0;
+                c[r].read[nu] = -(reads && c[r].credit[nu] != 0);
             }
             for (int source = 0; source < S; source++) {
-                c[r].kept[source] = false;
-                for (int nu = 0; moves && nu < S; nu++) c[r].kept[source] |= c[r].m[nu][source] != 0;
+                bool kept = false;
+                for (int nu = 0; moves && nu < S; nu++) kept |= c[r].m[nu][source] != 0;
+                c[r].kept[source] = -kept;
             }
-            c[r].whole = true;
-            for (int nu = 0; nu < S; nu++) c[r].whole &= (!moves || c[r].kept[nu]) && (!before || c[r].read[nu]);
             begin[r] = ((b * a.matrices + k) * a.units + n + r) * (size_t)a.fan_in;
         }
         const size_t stride = (size_t)a.next_y_step;
@@ -168,16 +167,10 @@ void rows(const Arrays<real> &a, long k, long n, real *room) {
                 }
                 real *total = reads ? totals + r * (size_t)a.fan_in + first : nullptr;
                 real *const weight = reads && weights && b == a.batch - 1 ? weights + r * (size_t)a.fan_in + first : nullptr;
-                const auto run = [&](auto descends, auto whole) {
-                    pass<real, S, moves, reads, before, descends, whole>(gammas, c[r], arrived, total, b > 0, weight,
-                                                                         a.rate, count);
-                };
-                const std::true_type yes;
-                const std::false_type no;
-                if (c[r].whole)
-                    weight ? run(yes, yes) : run(no, yes);
+                if (weight)
+                    pass<real, S, moves, reads, before, true>(gammas, c[r], arrived, total, b > 0, weight, a.rate, count);
                 else
-                    weight ? run(yes, no) : run(no, no);
+                    pass<real, S, moves, reads, before, false>(gammas, c[r], arrived, total, b > 0, weight, a.rate, count);
             }
         }
     }
