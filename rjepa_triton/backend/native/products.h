@@ -126,6 +126,9 @@ inline void panel_rows(const Readers<real> &readers, long panel, const real *c, 
 template <class real>
 void multiply_panel(const Readers<real> &readers, long panel, const real *c, real *out, long batch) {
     long b = 0;
+    if (BYTES == 64) // whose 32 registers hold the sums of eight rows
+        for (; b + 8 <= batch; b += 8)
+            panel_rows<8>(readers, panel, c + b * readers.units, out + b * readers.rows());
     for (; b + 4 <= batch; b += 4)
         panel_rows<4>(readers, panel, c + b * readers.units, out + b * readers.rows());
     for (; b < batch; b++)
