@@ -22,7 +22,7 @@
 namespace {
 
 constexpr long SHARED_FROM = 1 << 16; // with fewer numbers in Γ, a second thread costs more than it saves
-constexpr long TILE = 256;            // Σ_t U(t) y(t)ᵀ is formed for this many numbers of a row at a time
+constexpr long TILE = 2048;            // Σ_t U(t) y(t)ᵀ is formed for this many numbers of a row at a time
 constexpr long BLOCK = 64;            // Σ_t adds this many steps at a time
 constexpr int SUMS = 8; // this many running sums fit in the registers
 static_assert(STATES > 1 && STATES <= SUMS, "the sums of one unit must fit");
@@ -87,17 +87,17 @@ inline __attribute__((always_inline)) void pass(real *const *gammas, const Coeff
     }
 }
 
-// sums[r][i] += Σ_t u[t][r] y[t][i] for i < count. sums is [COUNT][TILE], u is [steps][COUNT], and the steps of y lie
-// `stride` numbers apart.
+// sums[r][i] = Σ_t u[t][r] y[t][i] for i < count, added to what is there unless `first`. sums is [COUNT][TILE], u is
+// [steps][COUNT], and the steps of y lie `stride` numbers apart.
 template <typename real, int COUNT>
 void add_products(const real *__restrict u, const real *__restrict y, size_t stride, real *__restrict sums, long steps,
-                  long count) {
+                  long count, bool first) {
     typedef typename Lanes<real>::wide wide;
     constexpr long width = Lanes<real>::width;
     long i = 0;
     for (; i + width <= count; i += width) {
         wide sum[COUNT];
-        for (int r = 0; r < COUNT; r++) sum[r] = *(const wide *)(sums + r * TILE + i);
+        for (int r = 0; r < COUNT; r++) sum[r] = first ? wide{} : *(const wide *)(sums + r * TILE + i);
         for (long t = 0; t < steps; t++) {
             wide at = *(const wide *)(y + t * stride + i);
             for (int r = 0; r < COUNT; r++) sum[r] += u[t * COUNT + r] * at;
@@ -105,8 +105,11 @@ void add_products(const real *__restrict u, const real *__restrict y, size_t str
         for (int r = 0; r < COUNT; r++) *(wide *)(sums + r * TILE + i) = sum[r];
     }
     for (; i < count; i++)
-        for (long t = 0; t < steps; t++)
-            for (int r = 0; r < COUNT; r++) sums[r * TILE + i] += u[t * COUNT + r] * y[t * stride + i];
+        for (int r = 0; r < COUNT; r++) {
+            real sum = first ? 0 : sums[r * TILE + i];
+            for (long t = 0; t < steps; t++) sum += u[t * COUNT + r] * y[t * stride + i];
+            sums[r * TILE + i] = sum;
+        }
 }
 
 // Does the whole pass for the R units n … n + R - 1 of matrix k and all batch rows. These units must read the same part
@@ -147,7 +150,6 @@ void rows(const Arrays<real> &a, long k, long n, real *room) {
         for (long first = 0; first < a.fan_in; first += tile) {
             const long count = std::min(tile, a.fan_in - first);
             if (moves && a.steps > 1) {
-                std::fill(sums, sums + S * R * TILE, real(0));
                 for (long t = 0; t < a.steps; t += BLOCK) {
                     const long steps = std::min(BLOCK, a.steps - t);
                     for (long i = 0; i < steps; i++)
@@ -155,7 +157,7 @@ void rows(const Arrays<real> &a, long k, long n, real *room) {
                             for (int r = 0; r < R; r++)
                                 u[(i * S + nu) * R + r] =
                                     entered[nu] ? entered[nu][(t + i) * a.next_step + r] : real(0);
-                    add_products<real, S * R>(u, y + t * stride + first, stride, sums, steps, count);
+                    add_products<real, S * R>(u, y + t * stride + first, stride, sums, steps, count, t == 0);
                 }
             }
             for (int r = 0; r < R; r++) {

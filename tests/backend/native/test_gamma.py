@@ -91,7 +91,7 @@ WHAT = ("step", "chunk", "read", "move step", "move chunk")
         (2, 3, 12, 4, 12, 7),  # heads of 4 units, which read their own
         (2, 2, 20, 5, 20, 2),  # heads across which rows that are gone through together lie
         (2, 2, 9, 1, 9, 3),  # one number a unit
-        (4, 2, 65, 300, 300, 3),  # rows longer than a tile
+        (2, 2, 9, 2100, 2100, 3),  # rows longer than a tile
         (1, 5, 127, 63, 63, 70),  # more steps than are summed at once
     ],
 )
