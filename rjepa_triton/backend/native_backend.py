@@ -158,6 +158,18 @@ def scan(
     return Trajectory(x, states, saved, resets)
 
 
+@NATIVE.implements("advance")
+def advance(
+    cell: Cell, x: Tensor, weights: Sequence[Tensor], products: Sequence[Tensor | None], state: Tensor
+) -> tuple[Tensor, Tensor] | Refusal:
+    if not compiled_partials(cell):
+        return Refusal("there is no compiled loop of this cell")
+    if refusal := _unusable(given=(x, state, *weights, *products)):
+        return refusal
+    code = _loops(cell)
+    return code if isinstance(code, Refusal) else code.advance(x, weights, products, state)
+
+
 @NATIVE.implements("linearize")
 def linearize(
     cell: Cell, trajectory: Trajectory, weights: Sequence[Tensor], rule: str = "rfp"

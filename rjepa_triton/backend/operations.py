@@ -17,7 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..cells.two_point import Cell, Linearization, Matrix, Trajectory
+from ..cells import weights as weight_ops
+from ..cells.two_point import Cell, Linearization, Matrix, Trajectory, state_read
 from ..rules import bptt, rfp
 from ..rules.rtrl import ExactSensitivity
 from . import native_backend, table, triton_backend
@@ -82,6 +83,33 @@ def scan(
     """
     trajectory = cell.scan(x, weights, state, resets)
     return trajectory if keep else trajectory.without_saved()
+
+
+@operation
+def advance(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    products: Sequence[Tensor | None],
+    state: Tensor,
+    *,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """One step whose dense products are there: F(c, p, x) with p^g = Σ_{k into g} W^k c^{reads k}.
+
+    x (J, B, N), state c (S, B, N). products[k] (B, N) is W^k c^{reads k}, or None where weights[k], (N,) or (H, b, b),
+    still has to multiply. Returns the states after the step (S, B, N), and what `Cell.advance` keeps (·, B, N).
+    """
+    pre: list[Tensor | None] = [None] * len(cell.gates)
+    for matrix, weight, given in zip(cell.matrices, weights, products, strict=True):
+        product = weight_ops.multiply(weight, state[state_read(matrix)]) if given is None else given
+        entered, gate = pre[matrix.into[1]], matrix.into[1]
+        pre[gate] = product if entered is None else entered + product
+    p = [torch.zeros_like(state[0]) if one is None else one for one in pre]
+    after, kept = cell.advance(state.unbind(), p, x.unbind())
+    return torch.stack(tuple(after)), torch.stack(tuple(kept)) if kept else state.new_empty(
+        0, *state.shape[1:]
+    )
 
 
 @operation

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..backend import operations
 from ..cells import weights as weight_ops
-from ..cells.two_point import Cell, Trajectory, state_read
+from ..cells.two_point import Trajectory, state_read
 from ..layers.layer import TwoPointRNN, local
 from ..rules import rfp
 from .checkpoint import kind
@@ -166,15 +167,23 @@ class Shard:
 
         Raises RuntimeError where a rank has ended or doesn't come within the group's timeout.
         """
+        return self._begin_gather(own)()
+
+    def _begin_gather(self, own: Tensor) -> Callable[[], Tensor]:
+        """What waits for the result of `gather`, which is on its way from now on."""
         lines = own.reshape(-1, own.shape[-1])
         if self.units < self._block:
             lines = nn.functional.pad(lines, (0, self._block - self.units))
+        lines = lines.contiguous()
         found = own.new_empty(self.ranks, len(lines), self._block)
-        collective(
-            self.mesh.get_group(), torch.distributed.all_gather, list(found.unbind(0)), lines.contiguous()
-        )
-        joined = found.transpose(0, 1).flatten(1)[:, : self.all_units]
-        return joined.reshape(*own.shape[:-1], self.all_units)
+        arrived = begin(self.mesh.get_group(), torch.distributed.all_gather, list(found.unbind(0)), lines)
+
+        def finish() -> Tensor:
+            arrived()
+            joined = found.transpose(0, 1).flatten(1)[:, : self.all_units]
+            return joined.reshape(*own.shape[:-1], self.all_units)
+
+        return finish
 
     def input_gradient(self, layer: TwoPointRNN, per_unit: Tensor, input_weights: Sequence[Tensor]) -> Tensor:
         """As the layer's, of what this rank's units give: summed over the ranks, or gathered if x is their own."""
@@ -193,37 +202,59 @@ class Shard:
         weights: Sequence[Tensor],
         state: Tensor,
         resets: Tensor | None,
+        backend: str = "torch",
     ) -> Run:
         """Run steps on all ranks. x (T, B, F); weights: this rank's; state (S, B, N) of all units.
 
-        resets (T, B) bool or None. Nothing is mutated.
+        resets (T, B) bool or None; backend: of `operations.advance`. Nothing is mutated.
         """
         cell, (steps, batch) = layer.cell, x.shape[:2]
         drive = layer.drive(x if layer.input_size is not None else x[..., self.rows], weights)
+        recurrent = weights[: len(cell.matrices)]
+        dense = [
+            (k, state_read(matrix), weight)
+            for k, (matrix, weight) in enumerate(zip(cell.matrices, recurrent, strict=True))
+            if weight.dim() == 2
+        ]
         own = state.new_empty(len(state), steps + 1, batch, self.units)
         own[:, 0] = state[..., self.rows]
-        saved = state.new_empty(steps, batch, cell.saves, self.units)
+        saved = state.new_empty(cell.saves, steps, batch, self.units)
         read = state.new_empty(len(self._read), steps, batch, self.all_units)
         after = state.new_empty(len(state), steps, batch, self.all_units)
-        y = state[self._read]
+        arrives = None
         for t in range(steps):
             before = own[:, t]
             if resets is not None:
-                starts = resets[t, :, None]
-                before, y = before.masked_fill(starts, 0), y.masked_fill(starts, 0)
+                before = before.masked_fill(resets[t, :, None], 0)
+            # the other ranks' states are on their way while their own are multiplied
+            products: list[Tensor | None] = [None] * len(recurrent)
+            for k, source, weight in dense:
+                products[k] = before[source] @ weight[:, self.rows].mT
+            if arrives is not None:
+                after[self._read, t - 1] = arrives()
+            y = after[self._read, t - 1] if t else state[self._read]
+            if resets is not None:
+                y = y.masked_fill(resets[t, :, None], 0)
             read[:, t] = y
-            pre = self._pre_activations(cell, weights, before, y)
-            new, kept = cell.advance(before.unbind(), pre, drive[:, t].unbind())
-            torch.stack(tuple(new), out=own[:, t + 1])
-            if kept:
-                torch.stack(tuple(kept), 1, out=saved[t])
+            for k, source, weight in dense:
+                self._add_others_(products[k], weight, y[self._read.index(source)])
+            own[:, t + 1], saved[:, t] = operations.advance(
+                cell, drive[:, t], recurrent, products, before, backend=backend
+            )
             if self._read and t + 1 < steps:
-                y = after[self._read, t] = self.gather(own[self._read, t + 1])
+                arrives = self._begin_gather(own[self._read, t + 1])
         self._gather_rest(own, after)
         inputs = [x] if self._features else []
         inputs += read.unbind(0)
-        trajectory = Trajectory(drive, own, saved.movedim(2, 0), resets)
+        trajectory = Trajectory(drive, own, saved, resets)
         return Run(trajectory, torch.cat(inputs, -1) if inputs else None, after)
+
+    def _add_others_(self, product: Tensor | None, weight: Tensor, y: Tensor) -> None:
+        """Add to the product (B, n) of this rank's rows what the units of the other ranks, of y (B, N), enter."""
+        assert product is not None
+        for columns in (slice(0, self.rows.start), slice(self.rows.stop, self.all_units)):
+            if columns.start < columns.stop:
+                product.addmm_(y[:, columns], weight[:, columns].mT)
 
     def _gather_rest(self, own: Tensor, after: Tensor) -> None:
         """Gather what the steps of own (S, T + 1, B, n) have not: writes into after (S, T, B, N)."""
@@ -234,19 +265,6 @@ class Shard:
             after[self._read, -1:] = parts[0].view(len(self._read), 1, *after.shape[2:])
         if self._unread:
             after[self._unread] = parts[1].view(len(self._unread), *after.shape[1:])
-
-    def _pre_activations(
-        self, cell: Cell, weights: Sequence[Tensor], before: Tensor, y: Tensor
-    ) -> list[Tensor]:
-        """p of this rank's units, (B, n) each. before (S, B, n): their own states; y: those of all units, as read."""
-        out: list[Tensor | None] = [None] * len(cell.gates)
-        for matrix, weight in zip(cell.matrices, weights[: len(cell.matrices)], strict=True):
-            source, gate = state_read(matrix), matrix.into[1]
-            states = y[self._read.index(source)] if weight.dim() == 2 else before[source]
-            product = weight_ops.multiply(weight, states)
-            entered = out[gate]
-            out[gate] = product if entered is None else entered + product
-        return [torch.zeros_like(before[0]) if p is None else p for p in out]
 
     def recorded(
         self,
@@ -259,7 +277,7 @@ class Shard:
         backend: str,
     ) -> tuple[Tensor, Block]:
         """The states of all units after steps, (S, T, B, N), and the block of this rank's units (`tape.recorded`)."""
-        run = self.run(layer, x, weights, state, resets)
+        run = self.run(layer, x, weights, state, resets, backend)
         recurrent = [
             weight.diagonal(self.rows.start).contiguous() if weight.dim() == 2 else weight_ops.own(weight)
             for weight in weights[: len(layer.cell.matrices)]
@@ -414,10 +432,20 @@ def together(group: Any, what: str, **facts: object) -> Iterator[None]:
 
 def collective(group: Any, function: Callable[..., object], *given: object) -> None:
     """A collective of torch.distributed. Raises RuntimeError that says so where a rank has ended or doesn't come."""
-    try:
-        function(*given, group=group)
-    except RuntimeError as error:
-        raise RuntimeError(_lost(group, error, "mesh")) from error
+    begin(group, function, *given)()
+
+
+def begin(group: Any, function: Callable[..., Any], *given: object) -> Callable[[], None]:
+    """Begin a collective, and return what waits for its end. Both raise as `collective` does."""
+
+    def told(run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except RuntimeError as error:
+            raise RuntimeError(_lost(group, error, "mesh")) from error
+
+    work = told(lambda: function(*given, group=group, async_op=True))
+    return lambda: told(work.wait)
 
 
 def _lost(group: Any, error: Exception, what: str) -> str:

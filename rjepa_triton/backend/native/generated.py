@@ -192,6 +192,46 @@ class Loops:
         )
         return states, saved.movedim(2, 0) if keep else saved
 
+    def advance(
+        self, x: Tensor, weights: Sequence[Tensor], products: Sequence[Tensor | None], state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One step whose dense products are there, as `operations.advance` has it: `scan` with T = 1.
+
+        x (J, B, N), state (S, B, N); products[k] (B, N), of which a row's numbers are contiguous, or None. Nothing is
+        mutated.
+        """
+        x, state = units_together(x), state.contiguous()
+        inputs, batch, units = x.shape
+        saves, count = len(self.functions.saved), len(state)
+        states, saved = x.new_empty(count, 2, batch, units), x.new_empty(saves, batch, units)
+        given = [
+            weight.contiguous() if product is None else product
+            for weight, product in zip(weights, products, strict=True)
+        ]
+        scratch = x.new_empty(len(given) * batch * units)
+        kinds: list[int] = []
+        for product, one in zip(products, given, strict=True):
+            kinds += (one.dim(), one.shape[-1]) if product is None else (0, one.stride(0))
+        self._run(
+            "scan",
+            x,
+            [
+                *planes_of(x),
+                *planes_of(saved),
+                *addresses(given),
+                *planes_of(state),
+                *planes_of(states),
+                *(None, None, scratch.data_ptr(), None),
+            ],
+            [
+                *(0, x.stride(1)) * inputs,
+                *(0, units) * saves,
+                *kinds,
+                *(1, batch, units, torch.get_num_threads()),
+            ],
+        )
+        return states[:, 1], saved
+
     def linearize(
         self, trajectory: Trajectory, before: Tensor, weights: Sequence[Tensor], rule: str
     ) -> tuple[Partials, Tensor]:

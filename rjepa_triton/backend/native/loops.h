@@ -53,7 +53,8 @@ template <class real> Arrays<real> some(Table &table, long count) {
 
 constexpr long at_least_one(long count) { return count ? count : 1; }
 
-// A weight of one matrix: (N,), one number a unit; (N, N); or (H, b, b), H heads of b units.
+// A weight of one matrix: (N,), one number a unit; (N, N); or (H, b, b), H heads of b units. dims = 0: not the weight but
+// its product with the state, (B, N), whose rows are `head` apart.
 template <class real> struct Weight {
     const real *numbers;
     long dims, head;
@@ -107,6 +108,8 @@ void multiply_heads(const Weight<real> &weight, const real *c, real *out, long n
 //          scratch memory: S · B · N numbers if there are resets; K · B · N numbers; and for packed weights
 //          `packed_numbers(K, N)` and PANEL · N more for each state, or null: weights are read as they are
 // numbers  2 (J + KEPT) distances; of each weight the number of its dimensions, and b; T, B, N, threads
+//
+// With T = 1, a weight may be its product (`Weight`).
 template <class real> void scan(Table table) {
     typedef Cell<real> C;
     typedef typename Lanes<real>::wide wide;
@@ -154,6 +157,8 @@ template <class real> void scan(Table table) {
     long by_heads = done;
     for (long k = 0; k < K; k++)
         if (weights[k].dims == 3) product[k] = sums + by_heads++ * numbers, next_row[k] = units;
+    for (long k = 0; k < K; k++)
+        if (weights[k].dims == 0) product[k] = (real *)weights[k].numbers, next_row[k] = weights[k].head;
 
     const bool shared = threads > 1 && done * units * numbers >= SHARED_FROM;
     for (long nu = 0; nu < S; nu++)

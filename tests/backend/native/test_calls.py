@@ -37,7 +37,7 @@ from rjepa_triton.cells.builtin import (
     RGCCell,
     TimeDecayCell,
 )
-from rjepa_triton.cells.two_point import Cell, Trajectory
+from rjepa_triton.cells.two_point import Cell, Trajectory, state_read
 from rjepa_triton.layers import parallel
 from rjepa_triton.layers.functional import rgc
 from rjepa_triton.online import counting
@@ -238,6 +238,29 @@ def test_few_steps_are_the_loop_and_the_linearization(
                 for of, by in zip(got, wanted, strict=True):
                     assert list(of) == list(by)
                     assert all(torch.equal(of[nu], by[nu]) for nu in by)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("kind", ["dense", "diagonal", "heads"])
+@pytest.mark.parametrize("name", ["rgc", *CELLS])
+def test_a_step_whose_products_are_given(name: str, kind: str, dtype: torch.dtype) -> None:
+    """It is the loop's first step. The products lie side by side, as one product of joined weights leaves them."""
+    cell = CELLS.get(name, CELL)
+    for batch, units in ((1, 2), (3, 66), (9, 34)):
+        shape = {"dense": (units, units), "diagonal": (units,), "heads": (2, units // 2, units // 2)}[kind]
+        weights = [torch.randn(shape, dtype=dtype) / units**0.5 for _ in cell.matrices]
+        state = torch.randn(len(cell.states), units, batch, dtype=dtype).transpose(1, 2)
+        x = torch.randn(len(cell.per_unit), batch, 2 * units, dtype=dtype)[..., ::2]
+        products: list[Tensor | None] = [None] * len(weights)
+        if kind == "dense" and weights:
+            read = [state[state_read(matrix)] for matrix in cell.matrices]
+            side = torch.cat([y @ w.t() for y, w in zip(read, weights, strict=True)], 1)
+            products = list(side.split(units, 1))
+        wanted = cell.scan(x[:, None], weights, state.unbind(0))
+        for backend in ("torch", "compile"):
+            after, saved = operations.advance(cell, x, weights, products, state, backend=backend)
+            torch.testing.assert_close(after, wanted.states[:, 1])
+            torch.testing.assert_close(saved, wanted.saved[:, 0])
 
 
 @pytest.mark.parametrize("carried", [False, True])
