@@ -96,9 +96,10 @@ template <class real> struct Prepared {
 template <class real>
 void multiply_heads(const Weight<real> &weight, const real *c, real *out, long next, long batch, long units) {
     for (long b = 0; b < batch; b++)
-        for (long i = 0; i < units; i++)
-            plain_row<1>(weight.numbers + i * weight.head, c + b * units + i / weight.head * weight.head,
-                         out + b * next + i, 1, weight.head);
+        for (long i = 0; i < units; i++) {
+            const real *row = weight.numbers + i * weight.head;
+            plain_rows<1, 1>(&row, c + b * units + i / weight.head * weight.head, out + b * next + i, 1, weight.head);
+        }
 }
 
 // T steps c(t) = F(c(t-1), p(t), x(t)), p^g(t) = Σ_{k into g} W^k c^{reads k}(t-1).

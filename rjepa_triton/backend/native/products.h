@@ -81,25 +81,32 @@ inline void packed_rows(const real *__restrict w, const real *__restrict c, type
     }
 }
 
-// out[r · next] = Σ_k weight[k] c[r][k]: one row of an unpacked matrix times R rows c (R, N), N = units.
-template <int R, class real>
-inline void plain_row(const real *__restrict weight, const real *__restrict c, real *__restrict out, long next,
-                      long units) {
+// out[r · next + p] = Σ_k weights[p][k] c[r][k]: P rows of unpacked matrices times R rows c (R, N), N = units. The P rows
+// are read side by side: of a single one a processor fetches nothing ahead beyond the end of a page.
+template <int P, int R, class real>
+inline void plain_rows(const real *const *weights, const real *__restrict c, real *__restrict out, long next,
+                       long units) {
     typedef typename Lanes<real>::wide wide;
     constexpr long WIDTH = Lanes<real>::width;
-    wide sums[R] = {};
-    real rest[R] = {};
+    wide sums[P][R] = {};
+    real rest[P][R] = {};
     long k = 0;
     for (; k + WIDTH <= units; k += WIDTH) {
-        const wide at = *(const wide *)(weight + k);
-        for (int r = 0; r < R; r++) sums[r] += at * *(const wide *)(c + r * units + k);
+        wide at[P];
+        for (int p = 0; p < P; p++) at[p] = *(const wide *)(weights[p] + k);
+        for (int r = 0; r < R; r++) {
+            const wide state = *(const wide *)(c + r * units + k);
+            for (int p = 0; p < P; p++) sums[p][r] += at[p] * state;
+        }
     }
     for (; k < units; k++)
-        for (int r = 0; r < R; r++) rest[r] += weight[k] * c[r * units + k];
-    for (int r = 0; r < R; r++) {
-        for (long i = 0; i < WIDTH; i++) rest[r] += sums[r][i];
-        out[r * next] = rest[r];
-    }
+        for (int p = 0; p < P; p++)
+            for (int r = 0; r < R; r++) rest[p][r] += weights[p][k] * c[r * units + k];
+    for (int p = 0; p < P; p++)
+        for (int r = 0; r < R; r++) {
+            for (long i = 0; i < WIDTH; i++) rest[p][r] += sums[p][r][i];
+            out[r * next + p] = rest[p][r];
+        }
 }
 
 // `multiply_panel` for R batch rows, by the packed weights where there are any.
@@ -110,8 +117,18 @@ inline void panel_rows(const Readers<real> &readers, long panel, const real *c, 
     const long units = readers.units, all = readers.rows(), first = panel * PANEL;
     const long count = all - first < PANEL ? all - first : PANEL;
     if (!readers.packed) {
-        for (long row = first; row < first + count; row++)
-            plain_row<R>(readers.matrices[row / units] + row % units * units, c, out + row, all, units);
+        constexpr int P = R == 1 ? 8 : R * 4 <= (BYTES == 64 ? 16 : 8) ? 4 : 2; // as far as registers last
+        const auto weights = [&](long row) { return readers.matrices[row / units] + row % units * units; };
+        long row = first;
+        for (; row + P <= first + count; row += P) {
+            const real *side[P];
+            for (int p = 0; p < P; p++) side[p] = weights(row + p);
+            plain_rows<P, R>(side, c, out + row, all, units);
+        }
+        for (; row < first + count; row++) {
+            const real *one = weights(row);
+            plain_rows<1, R>(&one, c, out + row, all, units);
+        }
         return;
     }
     wide sums[R][2];
