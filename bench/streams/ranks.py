@@ -6,12 +6,14 @@ Each rank is a process with one thread, joined to the others by gloo, and has a 
 2. all ranks do that at once, which says how much work the machine's processors do together where nothing is shared,
 3. all time an update of the sharded learner,
 
-so that whatever else the machine does meets all three. An update is a chunk of C steps, its backward pass and SGD, from
+so that whatever else the machine does meets all three. A rank stays on a processor of its own, as launchers of such
+programs have it, where the system can be told: else two ranks may meet on one while another rests. An update is a chunk of C steps, its backward pass and SGD, from
 the same weights and inputs; outputs are compared before anything is timed.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -74,6 +76,9 @@ def run(question: Question) -> list[Timed]:
 
 def _rank(question: Question, rank: int, store: str) -> Timed:
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # not on macOS and Windows
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[rank % len(allowed)]})
     measure.keep_freed_memory()
     torch.distributed.init_process_group(
         "gloo", rank=rank, world_size=question.ranks, init_method=store, timeout=SECONDS
