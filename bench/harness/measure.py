@@ -37,6 +37,7 @@ STABLE = (
 WARM_SECONDS = 0.5  # and after this long in any case
 LEAST_ROUNDS = 7  # with fewer samples, one that is disturbed widens the interval
 LEAST_OF_A_PASS = 5  # the same for each of several passes
+LONG_ROUNDS = 3  # samples of a pass that are enough if they are long: each is a mean over many steps by itself
 MOST_ROUNDS = 40
 GAUGE_SAMPLES = 4  # samples of each yardstick, each time that they are due
 COPIED = 1 << 22  # numbers of float32 that the yardstick "copy" copies on a CPU
@@ -175,8 +176,8 @@ def interleave(
 
     Each round takes one sample of each function; a sample is as many calls as take 2 ms. A function is done when it has
     7 samples and `case_seconds` of them, or 40 samples. If this is one of several `passes` (`pooled`), it is done when
-    it has 5 samples and its share of `case_seconds`, or of the 40. A function that raises gives its exception as the
-    result.
+    it has 5 samples and its share of `case_seconds`, or 3 samples and all of `case_seconds`, or its share of the 40. A
+    function that raises gives its exception as the result.
 
     The `yardsticks` are sampled in the first round, in rounds 2, 4, 8, … and after the last, so they meet the same
     disturbances. They push the functions' data out of the caches, so in those rounds each function is called once,
@@ -194,7 +195,7 @@ def interleave(
             each.warm()
         least = least_rounds(passes)
         for round_ in range(max(least, math.ceil(MOST_ROUNDS / passes))):
-            due = [case for case in cases.values() if not case.done(least, case_seconds / passes)]
+            due = [case for case in cases.values() if not case.done(case_seconds, passes)]
             gauging = not due or (round_ != 1 and round_ & (round_ - 1) == 0)
             for gauge in gauges.values() if gauging else ():
                 for _ in range(GAUGE_SAMPLES):
@@ -233,9 +234,10 @@ class _Sampled:
         except Exception as error:
             self.error = error
 
-    def done(self, least: int, case_seconds: float) -> bool:
-        spent = sum(self.samples) * self._calls
-        return self.error is not None or (len(self.samples) >= least and spent >= case_seconds)
+    def done(self, case_seconds: float, passes: int) -> bool:
+        spent, count = sum(self.samples) * self._calls, len(self.samples)
+        usual = count >= least_rounds(passes) and spent >= case_seconds / passes
+        return self.error is not None or usual or (passes > 1 and count >= LONG_ROUNDS and spent >= case_seconds)
 
     def sample(self, again: bool) -> None:
         """Take a sample. again: call the function once before, untimed, if a sample is several calls."""
