@@ -23,6 +23,7 @@ namespace {
 
 constexpr long SHARED_FROM = 1 << 16; // with fewer numbers in Γ, a second thread costs more than it saves
 constexpr long TILE = 2048;            // Σ_t U(t) y(t)ᵀ is formed for this many numbers of a row at a time
+constexpr long GRADIENT = 1 << 16;     // bytes of the gradient that all batch rows add to before they go on
 constexpr long BLOCK = 64;            // Σ_t adds this many steps at a time
 constexpr int SUMS = 8; // this many running sums fit in the registers
 static_assert(STATES > 1 && STATES <= SUMS, "the sums of one unit must fit");
@@ -112,91 +113,98 @@ void add_products(const real *__restrict u, const real *__restrict y, size_t str
         }
 }
 
-// Does the whole pass for the R units n … n + R - 1 of matrix k and all batch rows. These units must read the same part
-// of y. `room` is scratch memory of R · M numbers, which holds the gradient where the weights take a step.
+// Does the pass for the R units n … n + R - 1 of matrix k and batch row b. These units must read the same part of y.
+// Adds to `totals` (R, M), which holds the gradient of the batch rows before.
 template <typename real, int S, int R, bool moves, bool reads, bool before>
-void rows(const Arrays<real> &a, long k, long n, real *room) {
-    real *const totals = a.weights ? room : a.total + (k * a.units + n) * (size_t)a.fan_in;
+void rows(const Arrays<real> &a, long k, long n, long b, real *totals) {
     real *const weights = a.weights && a.weights[k] ? a.weights[k] + n * (size_t)a.fan_in : nullptr;
     real u[BLOCK * S * R], sums[S * R * TILE];
-    for (long b = 0; b < a.batch; b++) {
-        Coefficients<real, S> c[R];
-        size_t begin[R];
-        const real *entered[S], *credit[S]; // at this batch row and unit n; null: zeros
+    Coefficients<real, S> c[R];
+    size_t begin[R];
+    const real *entered[S], *credit[S]; // at this batch row and unit n; null: zeros
+    for (int nu = 0; nu < S; nu++) {
+        const real *phi = moves ? a.entering[nu * a.matrices + k] : nullptr;
+        entered[nu] = phi ? phi + b * a.next_row + n : nullptr;
+        credit[nu] = reads && a.credit[nu] ? a.credit[nu] + b * a.units + n : nullptr;
+    }
+    const real *m = moves ? a.m + b * a.units + n : nullptr;
+    for (int r = 0; r < R; r++) {
         for (int nu = 0; nu < S; nu++) {
-            const real *phi = moves ? a.entering[nu * a.matrices + k] : nullptr;
-            entered[nu] = phi ? phi + b * a.next_row + n : nullptr;
-            credit[nu] = reads && a.credit[nu] ? a.credit[nu] + b * a.units + n : nullptr;
+            for (int source = 0; moves && source < S; source++)
+                c[r].m[nu][source] = m[(nu * S + source) * a.next_m + r];
+            if (moves) c[r].phi[nu] = a.steps > 1 ? real(1) : entered[nu] ? entered[nu][r] : real(0);
+            if (reads) c[r].credit[nu] = credit[nu] ? credit[nu][r] : real(0);
+            c[r].read[nu] = -(reads && c[r].credit[nu] != 0);
         }
-        const real *m = moves ? a.m + b * a.units + n : nullptr;
+        for (int source = 0; source < S; source++) {
+            bool kept = false;
+            for (int nu = 0; moves && nu < S; nu++) kept |= c[r].m[nu][source] != 0;
+            c[r].kept[source] = -kept;
+        }
+        begin[r] = ((b * a.matrices + k) * a.units + n + r) * (size_t)a.fan_in;
+    }
+    const size_t stride = (size_t)a.next_y_step;
+    const real *y = !moves ? nullptr : a.y[k] + b * (size_t)a.next_y_row + a.head(n);
+    const long tile = moves && a.steps > 1 ? TILE : a.fan_in;
+    for (long first = 0; first < a.fan_in; first += tile) {
+        const long count = std::min(tile, a.fan_in - first);
+        if (moves && a.steps > 1) {
+            for (long t = 0; t < a.steps; t += BLOCK) {
+                const long steps = std::min(BLOCK, a.steps - t);
+                for (long i = 0; i < steps; i++)
+                    for (int nu = 0; nu < S; nu++)
+                        for (int r = 0; r < R; r++)
+                            u[(i * S + nu) * R + r] =
+                                entered[nu] ? entered[nu][(t + i) * a.next_step + r] : real(0);
+                add_products<real, S * R>(u, y + t * stride + first, stride, sums, steps, count, t == 0);
+            }
+        }
         for (int r = 0; r < R; r++) {
+            real *gammas[S];
+            const real *arrived[S];
             for (int nu = 0; nu < S; nu++) {
-                for (int source = 0; moves && source < S; source++)
-                    c[r].m[nu][source] = m[(nu * S + source) * a.next_m + r];
-                if (moves) c[r].phi[nu] = a.steps > 1 ? real(1) : entered[nu] ? entered[nu][r] : real(0);
-                if (reads) c[r].credit[nu] = credit[nu] ? credit[nu][r] : real(0);
-                c[r].read[nu] = -(reads && c[r].credit[nu] != 0);
+                gammas[nu] = a.gammas[nu] + begin[r] + first;
+                arrived[nu] = a.steps > 1 ? sums + (nu * R + r) * TILE : y + first;
             }
-            for (int source = 0; source < S; source++) {
-                bool kept = false;
-                for (int nu = 0; moves && nu < S; nu++) kept |= c[r].m[nu][source] != 0;
-                c[r].kept[source] = -kept;
-            }
-            begin[r] = ((b * a.matrices + k) * a.units + n + r) * (size_t)a.fan_in;
-        }
-        const size_t stride = (size_t)a.next_y_step;
-        const real *y = !moves ? nullptr : a.y[k] + b * (size_t)a.next_y_row + a.head(n);
-        const long tile = moves && a.steps > 1 ? TILE : a.fan_in;
-        for (long first = 0; first < a.fan_in; first += tile) {
-            const long count = std::min(tile, a.fan_in - first);
-            if (moves && a.steps > 1) {
-                for (long t = 0; t < a.steps; t += BLOCK) {
-                    const long steps = std::min(BLOCK, a.steps - t);
-                    for (long i = 0; i < steps; i++)
-                        for (int nu = 0; nu < S; nu++)
-                            for (int r = 0; r < R; r++)
-                                u[(i * S + nu) * R + r] =
-                                    entered[nu] ? entered[nu][(t + i) * a.next_step + r] : real(0);
-                    add_products<real, S * R>(u, y + t * stride + first, stride, sums, steps, count, t == 0);
-                }
-            }
-            for (int r = 0; r < R; r++) {
-                real *gammas[S];
-                const real *arrived[S];
-                for (int nu = 0; nu < S; nu++) {
-                    gammas[nu] = a.gammas[nu] + begin[r] + first;
-                    arrived[nu] = a.steps > 1 ? sums + (nu * R + r) * TILE : y + first;
-                }
-                real *total = reads ? totals + r * (size_t)a.fan_in + first : nullptr;
-                real *const weight = reads && weights && b == a.batch - 1 ? weights + r * (size_t)a.fan_in + first : nullptr;
-                if (weight)
-                    pass<real, S, moves, reads, before, true>(gammas, c[r], arrived, total, b > 0, weight, a.rate, count);
-                else
-                    pass<real, S, moves, reads, before, false>(gammas, c[r], arrived, total, b > 0, weight, a.rate, count);
-            }
+            real *total = reads ? totals + r * (size_t)a.fan_in + first : nullptr;
+            real *const weight = reads && weights && b == a.batch - 1 ? weights + r * (size_t)a.fan_in + first : nullptr;
+            if (weight)
+                pass<real, S, moves, reads, before, true>(gammas, c[r], arrived, total, b > 0, weight, a.rate, count);
+            else
+                pass<real, S, moves, reads, before, false>(gammas, c[r], arrived, total, b > 0, weight, a.rate, count);
         }
     }
 }
 
-// Shares the units of all matrices among threads, R at a time, or one by one where the R units don't read the same
-// part of y.
+// Shares the units of all matrices among threads. All batch rows take some units in turn, as many as leave their gradient
+// in the nearest caches: the memory that is gone through without a break is then longer than a page. Of these, R at a
+// time, or one by one where R units don't read the same part of y.
 template <typename real, int S, bool moves, bool reads, bool before>
 void all_rows(const Arrays<real> &a, int threads) {
     constexpr int R = SUMS / S;
-    const long blocks = (a.units + R - 1) / R;
     const long numbers = S * a.batch * a.matrices * a.units * a.fan_in;
-#pragma omp parallel num_threads(threads) if (threads > 1 && numbers >= SHARED_FROM)
+    const bool shared = threads > 1 && numbers >= SHARED_FROM;
+    const long most = shared ? a.matrices * a.units / (4 * threads) : a.units;
+    const long some = std::max(std::min(most, GRADIENT / (long)sizeof(real) / a.fan_in) / R, 1L) * R;
+    const long blocks = (a.units + some - 1) / some;
+#pragma omp parallel num_threads(threads) if (shared)
     {
-        std::vector<real> room(a.weights ? R * a.fan_in : 0);
+        std::vector<real> room(a.weights ? some * a.fan_in : 0);
 #pragma omp for schedule(static)
         for (long block = 0; block < a.matrices * blocks; block++) {
-            const long k = block / blocks, n = block % blocks * R;
-            if (n + R <= a.units && a.head(n) == a.head(n + R - 1)) {
-                rows<real, S, R, moves, reads, before>(a, k, n, room.data());
-            } else {
-                for (long each = n; each < std::min(n + R, a.units); each++)
-                    rows<real, S, 1, moves, reads, before>(a, k, each, room.data());
-            }
+            const long k = block / blocks, begin = block % blocks * some, end = std::min(begin + some, a.units);
+            real *const totals = a.weights ? room.data() : a.total + (k * a.units + begin) * (size_t)a.fan_in;
+            for (long b = 0; b < a.batch; b++)
+                for (long n = begin; n < end;) {
+                    real *const of = reads ? totals + (n - begin) * (size_t)a.fan_in : nullptr;
+                    if (n + R <= end && a.head(n) == a.head(n + R - 1)) {
+                        rows<real, S, R, moves, reads, before>(a, k, n, b, of);
+                        n += R;
+                    } else {
+                        rows<real, S, 1, moves, reads, before>(a, k, n, b, of);
+                        n++;
+                    }
+                }
         }
     }
 }
