@@ -64,7 +64,7 @@ __all__ = [
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # A relative error of a gradient above this can't be rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
-CHECK_STEPS = 8  # the most steps over which a case is checked
+CHECK_STEPS = 4  # the most steps over which a case is checked
 
 _ALL: tuple[type[Case], ...] = (
     RfpStream, RfpStep, RfpStepGamma, Pass, RfpLazy, RfpChunk, RfpHistory, RfpDual, Bptt, BpttAutograd, Tbptt, Rtrl,

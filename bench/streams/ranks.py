@@ -7,8 +7,9 @@ Each rank is a process with one thread, joined to the others by gloo, and has a 
 3. all time an update of the sharded learner,
 
 so that whatever else the machine does meets all three. A rank stays on a processor of its own, as launchers of such
-programs have it, where the system can be told: else two ranks may meet on one while another rests. An update is a chunk of C steps, its backward pass and SGD, from
-the same weights and inputs; outputs are compared before anything is timed.
+programs have it, where the system can be told: else two ranks may meet on one while another rests. An update is a
+chunk of C steps, its backward pass and SGD, from the same weights and inputs; outputs are compared before anything is
+timed.
 """
 
 from __future__ import annotations
