@@ -360,9 +360,10 @@ template <class real> struct Network {
         }
     };
 
-    // How many rows of a matrix `learn_rows` takes at once: their gradient fits in TOGETHER numbers.
-    static constexpr long TOGETHER = 1024;
-    static long rows_together(long fan_in) { return std::max(1L, std::min(8L, TOGETHER / fan_in)); }
+    // How many rows of a matrix `learn_rows` takes at once: their gradient fits in TOGETHER numbers, and their Γ takes more
+    // than a page, at whose end a processor stops to fetch ahead.
+    static constexpr long TOGETHER = 8192;
+    static long rows_together(long fan_in) { return std::max(1L, std::min(32L, TOGETHER / fan_in)); }
 
     // Advances the Γ of a few rows of matrix k in several batch rows, and takes their gradient: one batch row after the
     // other, since their Γ lies far apart.

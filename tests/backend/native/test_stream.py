@@ -25,9 +25,19 @@ pytestmark = pytest.mark.skipif(native_backend.cpp_compiler() is None, reason="n
 def test_weights_of_every_shape(
     shape: dict[str, Any], batch: int, steps: int, inputs: int, options: dict[str, Any]
 ) -> None:
+    compare(RNN(inputs, 20, dtype=torch.float64, **shape), batch, steps, options)
+
+
+@pytest.mark.parametrize("inputs", [500, 9001])  # some rows of weights at once, and a row in parts
+def test_several_rows_at_once_and_a_row_in_parts(inputs: int) -> None:
+    compare(RNN(inputs, 70, dtype=torch.float64), 2, 3, {})
+
+
+def compare(layer: RNN, batch: int, steps: int, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    layer, readout = RNN(inputs, 20, dtype=torch.float64, **shape), nn.Linear(20, 2, dtype=torch.float64)
-    x, target = (torch.randn(steps, batch, count, dtype=torch.float64) for count in (inputs, 2))
+    units = layer.hidden_size
+    readout = nn.Linear(units, 2, dtype=torch.float64)
+    x, target = (torch.randn(steps, batch, n, dtype=torch.float64) for n in (layer.input_size, 2))
     resets = torch.rand(steps, batch) < 0.2
     found = []
     for backend in ("compile", "torch"):
