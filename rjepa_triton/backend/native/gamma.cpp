@@ -65,21 +65,28 @@ inline __attribute__((always_inline)) void pass(real *const *gammas, const Coeff
                  real *weight, real rate, long count) {
     typedef typename Lanes<real>::wide wide;
     typedef typename Lanes<real>::bits bits;
+    // copies, which no store can change: they stay in registers
+    const Coefficients<real, S> by = c;
+    real *gamma[S];
+    const real *entering[S];
+    for (int nu = 0; nu < S; nu++) gamma[nu] = gammas[nu], entering[nu] = moves ? y[nu] : nullptr;
     for (long i = 0; i < count; i += Lanes<real>::width) {
         const long here = count - i;
-        wide was[S], now[S];
-        for (int nu = 0; nu < S; nu++) was[nu] = now[nu] = load(gammas[nu] + i, here);
+        wide was[S], kept[S], now[S];
+        for (int nu = 0; nu < S; nu++) {
+            was[nu] = now[nu] = load(gamma[nu] + i, here);
+            kept[nu] = (wide)((bits)was[nu] & by.kept[nu]);
+        }
         if (moves)
             for (int nu = 0; nu < S; nu++) {
-                now[nu] = c.phi[nu] * load(y[nu] + i, here);
-                for (int source = 0; source < S; source++)
-                    now[nu] += c.m[nu][source] * (wide)((bits)was[source] & c.kept[source]);
-                store(gammas[nu] + i, now[nu], here);
+                now[nu] = by.phi[nu] * load(entering[nu] + i, here);
+                for (int source = 0; source < S; source++) now[nu] += by.m[nu][source] * kept[source];
+                store(gamma[nu] + i, now[nu], here);
             }
         if (reads) {
             wide sum = add ? load(total + i, here) : wide{};
             for (int nu = 0; nu < S; nu++)
-                sum += c.credit[nu] * (before ? (wide)((bits)was[nu] & c.read[nu]) : now[nu]);
+                sum += by.credit[nu] * (before ? (wide)((bits)was[nu] & by.read[nu]) : now[nu]);
             if (descends)
                 store(weight + i, load(weight + i, here) - rate * sum, here);
             else
