@@ -206,6 +206,8 @@ class OneStep:
     def _take(self, target: Tensor | None, mask: Tensor | None) -> None:
         if target is not None:
             self.arrays[TARGET] = self._place("target", target, self.target)
+        elif self.stream.self_prediction:
+            self.arrays[TARGET] = 0
         if mask is not None or self.masked:
             self.masked = mask is not None
             self.mask.fill_(True) if mask is None else self.mask.copy_(mask)

@@ -52,13 +52,14 @@ class Stream:
     and any partition of T into calls gives the same. The weights of `layer` and `readout` change in place. For an
     environment in the loop, `step(x) -> output` and `learn(target)` are the two halves of a step.
 
-    With `self_prediction`, the layer predicts itself, and there is no target:
+    With `self_prediction`, the layer predicts itself, without a target:
 
         h(t) = learner.step(x[t])
         loss = torch.nn.functional.mse_loss(readout(h(t-1)), h(t).detach())
 
     is learned from with the sensitivities of h(t-1), in rows whose step t isn't the first of an episode. A step in
-    which no row counts is not learned from: the optimizer takes no step, and `update_every` doesn't count it.
+    which no row counts is not learned from: the optimizer takes no step, and `update_every` doesn't count it. With a
+    target, target[t] takes the place of h(t): it is predicted from h(t-1).
 
     Args:
         layer: the recurrent layer.
@@ -253,7 +254,8 @@ class Stream:
 
         Args:
             x: (T, B, F), F the layer's fan_in.
-            target: (T, B, O); for "cross_entropy" (T, B), classes from 0 on; None with `self_prediction`.
+            target: (T, B, O); for "cross_entropy" (T, B), classes from 0 on. With `self_prediction` None, or what is
+                predicted in place of the layer's own outputs (T, B, N).
             resets: (T, B) bool or None: rows in which a new episode starts at that step.
             mask: (T, B) bool or None: the rows that a step's loss is the mean over. A step without any has the loss 0
                 and a gradient of zero.
@@ -313,8 +315,9 @@ class Stream:
         return output
 
     def learn(self, target: Tensor | None = None, mask: Tensor | None = None) -> float:
-        """The other half of a step: learn from what `step` gave, and return the loss. target (B, O), or (B,) classes;
-        None with `self_prediction`.
+        """The other half of a step: learn from what `step` gave, and return the loss.
+
+        target: (B, O), or (B,) classes; None with `self_prediction`, as in `run`.
 
         Raises RuntimeError if no step is pending; TypeError or ValueError for target and mask.
         """
@@ -322,9 +325,7 @@ class Stream:
         output = self._pending
         if output is None:
             raise RuntimeError("learn(target) came without a step(x) before it")
-        if self.self_prediction:
-            stream_given.checked_target(self, target, 1)
-        elif (
+        if not (self.self_prediction and target is None) and (
             self.loss == "cross_entropy"
             or not isinstance(target, Tensor)
             or target.dtype is not output.dtype
@@ -422,7 +423,7 @@ class Stream:
         self, output: Tensor, target: Tensor | None, mask: Tensor | None, rates: Sequence[float]
     ) -> Tensor:
         if self._left is not None:
-            target = self._left[1]
+            target = self._left[1] if target is None else target
             if mask is not None and not bool(mask.any()):
                 self._left = None
                 return output.new_zeros(())

@@ -41,10 +41,11 @@ class Streams:
 
     For t = 2 … T, with h(t) of the weights of that step:
 
-        L(t) = d_R(stop[h(t)], G(h(t-1))) + d_R(yardstick(t), Y(stop[h(t-1)]))
+        L(t) = d_R(target(t), G(h(t-1))) + d_R(yardstick(t), Y(stop[h(t-1)]))
 
-    and after each t the optimizer takes a step. Y is the yardstick's predictor. The parts share no weights, so each
-    takes its steps for itself.
+    and after each t the optimizer takes a step. The target is stop[h(t)], or what the encoder says of the patch
+    alone (`RJEPA.targets`), which doesn't depend on recurrent weights. Y is the yardstick's predictor. The parts
+    share no weights, so each takes its steps for itself.
 
     Mutates the model's weights and the optimizer's state. `of` makes it where compiled code serves.
     """
@@ -63,9 +64,11 @@ class Streams:
     @classmethod
     def of(cls, model: RJEPA, optimizer: torch.optim.Optimizer, batch: int) -> Streams | str:
         """Streams of a model that learns with B = `batch` sequences at once, or why a loop over steps must do it."""
-        if model.target != "h":
-            return f"the target is {model.target!r}"
         circuit = model.encoder.circuit
+        if model.target == "ema":
+            return "the target is 'ema', whose network moves with each update"
+        if model.target == "context_free" and any(not isinstance(one.reads, int) for one in circuit.matrices):
+            return "the target is 'context_free', which moves with the circuit's input weights or biases"
         if circuit.learning not in rfp.RULES:
             return f"the rule is {circuit.learning!r}"
         try:
@@ -110,14 +113,15 @@ class Streams:
 
     def learn(self, x: Tensor, yardstick: Tensor) -> None:
         """Learn from x^High (T, B, N) and the yardstick (T, B, E) of the same patches, from a zero state."""
+        given = None if self.model.target == "h" else self.model.encoder.context_free(x).detach()
         if self.learns:
             self.own.reset()
-            h = self.own.run(x, hidden=True).hidden
+            h = self.own.run(x, given, hidden=True).hidden
             assert h is not None
         else:
             with torch.no_grad():
                 h = self.model.encoder.encode(x, None).h
-            self._learn_from(self.own, h, h)
+            self._learn_from(self.own, h, h if given is None else given)
         if self.yardstick is not None:
             self._learn_from(self.yardstick, h, yardstick)
 

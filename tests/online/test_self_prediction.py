@@ -1,4 +1,6 @@
-"""`Stream(self_prediction=True)` is an `OnlineLearner` with lag=1 whose loss compares readout(h(t-1)) with h(t)."""
+"""`Stream(self_prediction=True)` is an `OnlineLearner` with lag=1 whose loss compares readout(h(t-1)) with h(t), or with
+a target of step t.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def mlp(units: int) -> nn.Module:
 
 def oracle(
     layer: TwoPointRNN, readout: nn.Module, batch: int, loss: str, rule: str, every: int, clip: float | None,
-    optimizer: torch.optim.Optimizer, x: Tensor, resets: Tensor | None, mask: Tensor | None,
+    optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor | None, resets: Tensor | None, mask: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """The losses, step by step: credit to the step before is the learner's own, by lag=1."""
     learner = OnlineLearner(layer, batch, lag=1, form="step", learning=rule)  # type: ignore[arg-type]
@@ -52,7 +54,7 @@ def oracle(
             losses.append(torch.zeros((), dtype=F64))
             before = h
             continue
-        output, aim = readout(before)[counts], h.detach()[counts]
+        output, aim = readout(before)[counts], (h.detach() if target is None else target[t])[counts]
         if loss == "cosine":
             value = (1 - F.cosine_similarity(output, aim)).mean()
         else:
@@ -70,13 +72,15 @@ def oracle(
     return losses
 
 
-def by_step(stream: Stream, x: Tensor, resets: Tensor | None, mask: Tensor | None) -> Tensor:
+def by_step(
+    stream: Stream, x: Tensor, target: Tensor | None, resets: Tensor | None, mask: Tensor | None
+) -> Tensor:
     losses = []
     for t in range(len(x)):
         if resets is not None and resets[t].any():
             stream.reset(resets[t])
         stream.step(x[t])
-        losses.append(stream.learn(mask=None if mask is None else mask[t]))
+        losses.append(stream.learn(*[None if each is None else each[t] for each in (target, mask)]))
     return torch.tensor(losses, dtype=F64)
 
 
@@ -86,6 +90,16 @@ CASES: dict[str, Mapping[str, Any]] = {
     "one row with episodes": {"resets": True, "optimizer": "momentum"},
     "sums of gradients": {"batch": 2, "resets": True, "every": 3, "clip": 0.05, "optimizer": "adam"},
     "one row, sums, episodes": {"resets": True, "mask": True, "every": 2, "optimizer": "momentum"},
+    "of targets": {"target": True, "optimizer": "adam"},
+    "of targets by several rows": {
+        "target": True,
+        "batch": 3,
+        "loss": "cosine",
+        "resets": True,
+        "mask": True,
+        "every": 2,
+        "optimizer": "momentum",
+    },
     "lstm": {"layer": "lstm", "batch": 2, "loss": "huber", "resets": True, "optimizer": "adam"},
     "lstm alone": {"layer": "lstm", "resets": True, "optimizer": "adam"},
     "heads": {"layer": "rnn by heads", "batch": 2, "resets": True, "optimizer": "adam"},
@@ -111,6 +125,7 @@ def test_self_prediction_is_a_learner_with_lag_1(name: str, by: str, backend: st
     x = torch.randn(STEPS, batch, layer.fan_in, dtype=F64)
     resets, mask = (torch.rand(STEPS, batch) < 0.2 if case.get(key) else None for key in ("resets", "mask"))
     mask = None if mask is None else ~mask
+    target = torch.randn(STEPS, batch, layer.hidden_size, dtype=F64) if case.get("target") else None
     other, predictor = copy.deepcopy(layer), copy.deepcopy(readout)
 
     def optimizer_of(layer: TwoPointRNN, readout: nn.Module) -> torch.optim.Optimizer:
@@ -132,6 +147,7 @@ def test_self_prediction_is_a_learner_with_lag_1(name: str, by: str, backend: st
         case["clip"],
         theirs,
         x,
+        target,
         resets,
         mask,
     )
@@ -144,10 +160,8 @@ def test_self_prediction_is_a_learner_with_lag_1(name: str, by: str, backend: st
     losses, start = [], 0
     for part in parts:
         piece = slice(start, start + abs(part))
-        marks = [None if each is None else each[piece] for each in (resets, mask)]
-        losses.append(
-            stream.run(x[piece], None, *marks).losses if part > 0 else by_step(stream, x[piece], *marks)
-        )
+        marks = [None if each is None else each[piece] for each in (target, resets, mask)]
+        losses.append(stream.run(x[piece], *marks).losses if part > 0 else by_step(stream, x[piece], *marks))
         start += abs(part)
     torch.testing.assert_close(torch.cat(losses), torch.stack(wanted), rtol=0, atol=1e-11)
     for mine, its in zip(stream.parameters, [*other.parameters(), *predictor.parameters()], strict=True):
@@ -192,7 +206,7 @@ def test_a_reset_of_the_learner_begins_an_episode_as_the_streams_own(
             stream.load_state_dict(copy.deepcopy(stream.state_dict()))
         losses.append(stream.run(x[4:8]).losses)
         reset(mask)
-        losses.append(by_step(stream, x[8:], None, None))
+        losses.append(by_step(stream, x[8:], None, None, None))
         found.append([torch.cat(losses), *stream.parameters])
         resets = torch.zeros(12, 2, dtype=torch.bool)
         resets[4] = resets[8] = True if mask is None else mask
@@ -250,47 +264,29 @@ def test_what_cannot_predict_itself(options: dict[str, Any], says: str) -> None:
         Stream(arguments.pop("layer"), arguments.pop("readout"), self_prediction=True, **arguments)
 
 
-def test_a_target_is_refused() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_with_and_without_a_target_may_take_turns(backend: str) -> None:
+    layer, readout = LAYERS["rgc"](), mlp(17)
+    other, predictor = copy.deepcopy(layer), copy.deepcopy(readout)
+    stream = Stream(layer, readout, lr=0.1, self_prediction=True, backend=backend)  # type: ignore[arg-type]
+    by_call = Stream(other, predictor, lr=0.1, self_prediction=True, backend=backend)  # type: ignore[arg-type]
+    x, target = torch.randn(12, 1, 17, dtype=F64), torch.randn(12, 1, 17, dtype=F64)
+    for t in range(12):
+        given = target[t] if t % 3 == 0 else None
+        stream.step(x[t])
+        loss = stream.learn(given)
+        wanted = by_call.run(x[t : t + 1], None if given is None else given[None]).losses
+        torch.testing.assert_close(torch.tensor([loss], dtype=F64), wanted, rtol=0, atol=1e-12)
+    for mine, its in zip(stream.parameters, by_call.parameters, strict=True):
+        torch.testing.assert_close(mine, its, rtol=0, atol=1e-12)
+
+
+def test_a_target_of_another_shape_is_refused() -> None:
     stream = Stream(RGC(5), nn.Linear(5, 5), self_prediction=True, backend="torch")
     x = torch.randn(3, 1, 5)
-    with pytest.raises(ValueError, match="target must be None with self_prediction"):
-        stream.run(x, x)
+    with pytest.raises(ValueError, match=r"target must have shape \(3, 1, 5\)"):
+        stream.run(x, x[..., :4])
     stream.step(x[0])
-    with pytest.raises(ValueError, match="target must be None with self_prediction"):
-        stream.learn(x[0])
-    stream.learn()
-
-
-def test_an_optimizer_of_other_weights_is_refused() -> None:
-    layer, readout = RGC(5), nn.Linear(5, 2)
-    for weights in (
-        [*layer.parameters()],
-        [*layer.parameters(), *readout.parameters(), *nn.Linear(2, 2).parameters()],
-    ):
-        with pytest.raises(
-            ValueError, match="optimizer must have the weights of the layer and the readout, and no others"
-        ):
-            Stream(layer, readout, optimizer=torch.optim.SGD(weights, lr=0.1))
-    every = torch.optim.SGD([*layer.parameters(), *readout.parameters()], lr=0.1)
-    with pytest.raises(ValueError, match="optimizer_options go with the name of an optimizer"):
-        Stream(layer, readout, optimizer=every, optimizer_options={})
-    with pytest.raises(ValueError, match="optimizer must be a name with a population"):
-        Stream(layer, readout, optimizer=every, population=2)
-    other = torch.optim.Adagrad([*layer.parameters(), *readout.parameters()], lr=0.1)
-    stream = Stream(layer, readout, optimizer=other)
-    assert "compiled code takes the optimizers SGD, Adam, AdamW, RMSprop, got Adagrad" in stream.why
-    stream.run(torch.randn(3, 1, 5), torch.randn(3, 1, 2))
-
-
-@needs_a_compiler
-def test_groups_that_differ_in_more_than_lr_run_by_the_loop() -> None:
-    found = []
-    layer, readout, x = RGC(5, init="uniform"), nn.Linear(5, 2), torch.randn(6, 1, 5)
-    target = torch.randn(6, 1, 2)
-    for backend in ("torch", "auto"):
-        mine, own = copy.deepcopy((layer, readout))
-        groups = [{"params": mine.parameters(), "lr": 0.1, "weight_decay": 0.1}, {"params": own.parameters()}]
-        optimizer = torch.optim.SGD(groups, lr=0.02)
-        stream = Stream(mine, own, optimizer=optimizer, backend=backend)
-        found.append(stream.run(x, target).losses)
-    assert torch.equal(*found)
+    with pytest.raises(ValueError, match="target must have shape"):
+        stream.learn(x[0, :, :4])
+    stream.learn(x[0])

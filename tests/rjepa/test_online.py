@@ -64,6 +64,7 @@ class Alone(Trainer):
         {"kind": "cosine"},
         {"kind": "square", "gate": "sigmoid"},
         {"kind": "square", "predictor": "linear", "decoupled": True},
+        {"kind": "cosine", "target": "context_free"},
     ],
     ids=str,
 )
@@ -121,7 +122,10 @@ def test_a_frozen_passing_layer_leaves_its_input_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [({"target": "context_free"}, "target is 'context_free'"), ({"target": "ema"}, "'ema'")],
+    [
+        ({"target": "context_free", "gate": "affine"}, "'context_free', which moves"),
+        ({"target": "ema"}, "'ema'"),
+    ],
 )
 def test_what_needs_the_loop_says_why(options: dict[str, Any], why: str) -> None:
     model = model_of(**options)

@@ -284,7 +284,7 @@ template <class real> struct Network {
         double sum = 0;
         for (long b = 0; b < batch; b++) {
             const real *out = o + b * O, *aim = loss == CROSS_ENTROPY ? nullptr
-                                                : lagged ? state + (this->out * batch + b) * units
+                                                : lagged && !target ? state + (this->out * batch + b) * units
                                                          : target + (t * batch + b) * O;
             real *to = given + b * O;
             if (counts && !counts[b]) {
