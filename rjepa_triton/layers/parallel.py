@@ -193,9 +193,9 @@ def rounds_worth(
 
     It is the number of rounds that `cost.forward_seconds` predicts to take SHARE of the loop's time (AFFINE_SHARE for
     an affine cell), or 0 if the cell is expected to need more, ASSUMED_ROUNDS (AFFINE_ROUNDS). On the CPU it is 0 but
-    for an affine cell with one thread: elsewhere rounds may not pay, since a round moves many times the bytes of the
-    loop, in passes at whose end the threads wait for each other. Rounds rarely pay where the loop is one launch
-    (`triton_backend.one_launch`).
+    for an affine cell with one thread whose loop isn't compiled: elsewhere rounds may not pay, since a round moves many
+    times the bytes of the loop, in passes at whose end the threads wait for each other. Rounds rarely pay where the loop
+    is one launch (`triton_backend.one_launch`).
 
     weights: only their shapes matter, and on a GPU how many multiprocessors it has. sizes: T, B, N. kernel: whether
     Triton runs the scan.
@@ -204,10 +204,13 @@ def rounds_worth(
 
     if device.type not in ("cpu", "cuda") or dtype not in (torch.float32, torch.float64) or sizes[0] == 1:
         return 0
-    if device.type == "cpu" and not (cell.affine and torch.get_num_threads() == 1):
-        return 0
-    compiled = device.type == "cpu" and operations.choose_scan("auto", device, dtype) == "compile"
-    problem = forward_problem(cell, weights, sizes, dtype, kernel, compiled)
+    if device.type == "cpu":
+        if not cell.affine or torch.get_num_threads() > 1:
+            return 0
+        compiled = operations.choose_scan("auto", device, dtype) == "compile"
+        if compiled and native_backend.compiled_loop(cell, weights, *sizes[:2]):
+            return 0
+    problem = forward_problem(cell, weights, sizes, dtype, kernel)
     loop, round_ = cost.forward_seconds(problem, 1, cost.rates_of(device))
     known = AFFINE_SHARE_CPU if device.type == "cpu" else AFFINE_SHARE
     share, expected = (known, AFFINE_ROUNDS) if cell.affine else (SHARE, ASSUMED_ROUNDS)
