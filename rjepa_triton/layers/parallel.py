@@ -194,8 +194,8 @@ def rounds_worth(
     It is the number of rounds that `cost.forward_seconds` predicts to take SHARE of the loop's time (AFFINE_SHARE for
     an affine cell), or 0 if the cell is expected to need more, ASSUMED_ROUNDS (AFFINE_ROUNDS). On the CPU it is 0 but
     for an affine cell with one thread whose loop isn't compiled: elsewhere rounds may not pay, since a round moves many
-    times the bytes of the loop, in passes at whose end the threads wait for each other. Rounds rarely pay where the loop
-    is one launch (`triton_backend.one_launch`).
+    times the bytes of the loop, in passes at whose end the threads wait for each other. Rounds rarely pay where the
+    loop is one launch (`triton_backend.one_launch`).
 
     weights: only their shapes matter, and on a GPU how many multiprocessors it has. sizes: T, B, N. kernel: whether
     Triton runs the scan.

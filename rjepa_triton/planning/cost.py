@@ -108,6 +108,9 @@ __all__ = [
 # Only reading Γ takes a CPU as long as if it moved this many times Γ's bytes: a core waits for what it reads, and not
 # for what it writes. On 2 cores of an AMD EPYC (kernels-cpu.jsonl, N = 1024) reading took 0.73 of a step's time.
 READ_ALONE = 1.45
+# The same of the weights that a compiled step reads: Γ has put them out of the nearest caches since the step before. It
+# is fitted to rfp-step's times from N = 128 on (scaling-one-thread-cpu.jsonl, scaling-cpu.jsonl).
+WEIGHTS_ALONE = 2.0
 # Calls with which a step of form "lazy" puts zeros beside its credit, for the steps kept before it (`online.past`).
 PADDING_CALLS, PADDING_VIEWS = 3, 6
 
@@ -252,7 +255,8 @@ def runs_gamma(gpu: bool, item: int, gamma_item: int, states: int) -> str:
 def forward_phase(problem: Problem, working_set: float) -> Phase:
     """The forward pass of a single time step, recorded."""
     work = COMPILED_LOOP if problem.one_step else problem.pointwise(problem.calls.step)
-    read = Work(flop=2.0 * problem.batch * problem.weight_numbers, matrix_bytes=problem.weight_bytes)
+    times = WEIGHTS_ALONE if problem.one_step and problem.runs == "compile" else 1.0
+    read = Work(flop=2.0 * problem.batch * problem.weight_numbers, matrix_bytes=times * problem.weight_bytes)
     return Phase("forward", work + read, working_set)
 
 
