@@ -94,8 +94,21 @@ def test_what_benchmarks_found_is_what_the_records_say() -> None:
         assert f"{before}{', '.join(faster[:-1])} and {faster[-1]}" in page
 
     timed = [r for r in record.load(RESULTS / "forward-cpu.jsonl") if r.benchmark == "forward"]
-    lru = [row[-2] for row in forward.rows(timed) if row[0] == "lru" and row[2] == "1"]
-    assert "{} and {} times at N = 64, {} and {} times at N = 256".format(*lru) in page
+    taken = {
+        (tuple(r.params[name] for name in ("cell", "N", "B", "T")), r.algorithm): r.timing.median
+        for r in timed
+        if r.timing
+    }
+    for cell, told in (
+        ("rgc", "The rounds take {:.0f} to {:.0f} times"),
+        ("lru", "bytes, and {:.0f} to {:.0f} times"),
+    ):
+        longer = [
+            taken[at, "parallel"] / taken[at, "sequential"]
+            for at, mode in taken
+            if at[0] == cell and mode == "parallel"
+        ]
+        assert told.format(min(longer), max(longer)) in page
     predicted = record.load(RESULTS / "forward-cpu.jsonl")[-1]
     bptt, *_, launch, rounds = (row[-2:] for row in forward.predicted_rows(predicted) if row[1] == "all")
     told = " ".join((ROOT / "docs" / "backends.md").read_text().split())
