@@ -235,16 +235,21 @@ def test_the_loop_takes_over_and_gives_back() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_population_predicts_itself(backend: str) -> None:
-    x = torch.randn(9, 2, 5, dtype=F64)
+@pytest.mark.parametrize("shared", [None, True, False])
+def test_a_population_predicts_itself(shared: bool | None, backend: str) -> None:
+    """Or a target, of which there is one for all networks or one for each."""
+    x, targets = torch.randn(9, 2, 5, dtype=F64), torch.randn(3, 9, 2, 5, dtype=F64)
+    each = [None if shared is None else targets[0 if shared else p] for p in range(3)]
     many = Stream(
         RGC(5, init="uniform", dtype=F64), mlp(5), 2, optimizer="adam", self_prediction=True, population=3, backend=backend
     )  # type: ignore[arg-type] # fmt: skip
     assert many.members is not None
     alone = copy.deepcopy(many.members)
     for part in (slice(4), slice(4, None)):
-        wanted = torch.stack([one.run(x[part]).losses for one in alone])
-        torch.testing.assert_close(many.run(x[part]).losses, wanted, rtol=0, atol=0)
+        parts = [None if target is None else target[part] for target in each]
+        wanted = torch.stack([one.run(x[part], its).losses for one, its in zip(alone, parts, strict=True)])
+        given = parts[0] if shared is not False else targets[:, part]
+        torch.testing.assert_close(many.run(x[part], given).losses, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -290,3 +295,38 @@ def test_a_target_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="target must have shape"):
         stream.learn(x[0, :, :4])
     stream.learn(x[0])
+
+
+def test_an_optimizer_of_other_weights_is_refused() -> None:
+    layer, readout = RGC(5), nn.Linear(5, 2)
+    for weights in (
+        [*layer.parameters()],
+        [*layer.parameters(), *readout.parameters(), *nn.Linear(2, 2).parameters()],
+    ):
+        with pytest.raises(
+            ValueError, match="optimizer must have the weights of the layer and the readout, and no others"
+        ):
+            Stream(layer, readout, optimizer=torch.optim.SGD(weights, lr=0.1))
+    every = torch.optim.SGD([*layer.parameters(), *readout.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match="optimizer_options go with the name of an optimizer"):
+        Stream(layer, readout, optimizer=every, optimizer_options={})
+    with pytest.raises(ValueError, match="optimizer must be a name with a population"):
+        Stream(layer, readout, optimizer=every, population=2)
+    other = torch.optim.Adagrad([*layer.parameters(), *readout.parameters()], lr=0.1)
+    stream = Stream(layer, readout, optimizer=other)
+    assert "compiled code takes the optimizers SGD, Adam, AdamW, RMSprop, got Adagrad" in stream.why
+    stream.run(torch.randn(3, 1, 5), torch.randn(3, 1, 2))
+
+
+@needs_a_compiler
+def test_groups_that_differ_in_more_than_lr_run_by_the_loop() -> None:
+    found = []
+    layer, readout, x = RGC(5, init="uniform"), nn.Linear(5, 2), torch.randn(6, 1, 5)
+    target = torch.randn(6, 1, 2)
+    for backend in ("torch", "auto"):
+        mine, own = copy.deepcopy((layer, readout))
+        groups = [{"params": mine.parameters(), "lr": 0.1, "weight_decay": 0.1}, {"params": own.parameters()}]
+        optimizer = torch.optim.SGD(groups, lr=0.02)
+        stream = Stream(mine, own, optimizer=optimizer, backend=backend)
+        found.append(stream.run(x, target).losses)
+    assert torch.equal(*found)
