@@ -221,23 +221,22 @@ class Shard:
         saved = state.new_empty(cell.saves, steps, batch, self.units)
         read = state.new_empty(len(self._read), steps, batch, self.all_units)
         after = state.new_empty(len(state), steps, batch, self.all_units)
-        arrives = None
+        y, arrives = state[self._read], None
         for t in range(steps):
             before = own[:, t]
             if resets is not None:
                 before = before.masked_fill(resets[t, :, None], 0)
             # the other ranks' states are on their way while their own are multiplied
-            products: list[Tensor | None] = [None] * len(recurrent)
-            for k, source, weight in dense:
-                products[k] = before[source] @ weight[:, self.rows].mT
+            begun = [before[source] @ weight[:, self.rows].mT for _, source, weight in dense]
             if arrives is not None:
-                after[self._read, t - 1] = arrives()
-            y = after[self._read, t - 1] if t else state[self._read]
+                y = after[self._read, t - 1] = arrives()
             if resets is not None:
                 y = y.masked_fill(resets[t, :, None], 0)
             read[:, t] = y
-            for k, source, weight in dense:
-                self._add_others_(products[k], weight, y[self._read.index(source)])
+            products: list[Tensor | None] = [None] * len(recurrent)
+            for product, (k, source, weight) in zip(begun, dense, strict=True):
+                self._add_others_(product, weight, y[self._read.index(source)])
+                products[k] = product
             own[:, t + 1], saved[:, t] = operations.advance(
                 cell, drive[:, t], recurrent, products, before, backend=backend
             )
@@ -249,9 +248,8 @@ class Shard:
         trajectory = Trajectory(drive, own, saved, resets)
         return Run(trajectory, torch.cat(inputs, -1) if inputs else None, after)
 
-    def _add_others_(self, product: Tensor | None, weight: Tensor, y: Tensor) -> None:
+    def _add_others_(self, product: Tensor, weight: Tensor, y: Tensor) -> None:
         """Add to the product (B, n) of this rank's rows what the units of the other ranks, of y (B, N), enter."""
-        assert product is not None
         for columns in (slice(0, self.rows.start), slice(self.rows.stop, self.all_units)):
             if columns.start < columns.stop:
                 product.addmm_(y[:, columns], weight[:, columns].mT)
