@@ -37,9 +37,7 @@ STABLE = (
 WARM_SECONDS = 0.5  # and after this long in any case
 LEAST_ROUNDS = 7  # with fewer samples, one that is disturbed widens the interval
 LEAST_OF_A_PASS = 5  # the same for each of several passes
-LONG_ROUNDS = (
-    3  # samples of a pass that are enough if they are long: each is a mean over many steps by itself
-)
+LONG_ROUNDS = 3  # enough for a pass if they are long: each is a mean over many steps by itself
 MOST_ROUNDS = 40
 GAUGE_SAMPLES = 4  # samples of each yardstick, each time that they are due
 COPIED = 1 << 22  # numbers of float32 that the yardstick "copy" copies on a CPU
@@ -239,9 +237,8 @@ class _Sampled:
     def done(self, case_seconds: float, passes: int) -> bool:
         spent, count = sum(self.samples) * self._calls, len(self.samples)
         usual = count >= least_rounds(passes) and spent >= case_seconds / passes
-        return (
-            self.error is not None or usual or (passes > 1 and count >= LONG_ROUNDS and spent >= case_seconds)
-        )
+        long = passes > 1 and count >= LONG_ROUNDS and spent >= case_seconds
+        return self.error is not None or usual or long
 
     def sample(self, again: bool) -> None:
         """Take a sample. again: call the function once before, untimed, if a sample is several calls."""

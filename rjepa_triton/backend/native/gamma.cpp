@@ -22,8 +22,8 @@
 namespace {
 
 constexpr long SHARED_FROM = 1 << 16; // with fewer numbers in Γ, a second thread costs more than it saves
-constexpr long TILE = 2048;            // Σ_t U(t) y(t)ᵀ is formed for this many numbers of a row at a time
-constexpr long GRADIENT = 1 << 16;     // bytes of the gradient that all batch rows add to before they go on
+constexpr long TILE = 2048;           // Σ_t U(t) y(t)ᵀ is formed for this many numbers of a row at a time
+constexpr long GRADIENT = 1 << 16;    // bytes of the gradient that all batch rows add to before they go on
 constexpr long BLOCK = 64;            // Σ_t adds this many steps at a time
 constexpr int SUMS = 8; // this many running sums fit in the registers
 static_assert(STATES > 1 && STATES <= SUMS, "the sums of one unit must fit");

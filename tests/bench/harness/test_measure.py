@@ -36,6 +36,17 @@ def test_interleave_tells_slow_from_fast_and_keeps_exceptions() -> None:
     assert isinstance(found["fails"], RuntimeError)
 
 
+def test_long_samples_of_a_pass_are_fewer() -> None:
+    functions = {"long": lambda: time.sleep(0.012), "short": lambda: time.sleep(0.003)}
+    for passes, least in ((3, measure.LONG_ROUNDS), (1, measure.LEAST_ROUNDS)):
+        found = measure.interleave(functions, CPU, case_seconds=0.03, passes=passes)
+        long, short = found["long"], found["short"]
+        assert isinstance(long, measure.Timing)
+        assert isinstance(short, measure.Timing)
+        assert long.repeats == least
+        assert short.repeats >= (measure.LEAST_OF_A_PASS if passes > 1 else measure.LEAST_ROUNDS)
+
+
 def test_peak_counts_what_is_alive_at_once() -> None:
     held = torch.zeros(MEGA, dtype=torch.uint8)
 
