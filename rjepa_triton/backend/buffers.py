@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# glibc keeps freed blocks up to this size (the upper limit of M_MMAP_THRESHOLD). It gives larger ones back to the
-# system, which finds each page and fills it with zeros when it is next written: that takes longer than the writing.
-LARGE = 32 << 20
+# Smaller arrays are left to glibc, which keeps what is freed, up to a size that follows from the sizes freed before
+# (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD). What it gives back, the system has to find again page by page and to fill with
+# zeros when it is next written, which takes longer than the writing.
+LARGE = 1 << 20
 
 
 class ReusedMemory:
