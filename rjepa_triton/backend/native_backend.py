@@ -197,12 +197,11 @@ def step(
     resets: Tensor | None = None,
     rule: str = "rfp",
 ) -> tuple[Tensor, Linearization, Tensor] | Refusal:
-    """In one call where there are few rows and steps; else `scan` and `linearize` one after the other."""
+    """In one call, but for resets of several steps: then `scan` and `linearize` one after the other."""
     code = _loop_of(cell, x, weights, (state,), resets)
     if isinstance(code, Refusal):
         return code
-    steps, batch = x.shape[1:3]
-    if steps * batch < calls.PACKED_FROM and (resets is None or steps == 1):
+    if resets is None or x.shape[1] == 1:
         return code.step(x, weights, state, resets, rule)
     trajectory = Trajectory(x, *code.scan(x, weights, state.unbind(0), resets), resets)
     before = trajectory.before
@@ -277,7 +276,11 @@ def _read_by(
     """The addresses of φ, S·K of (T, B, N), and of y, K of (T, B, Y), Y, and the tensors that they are of."""
     lin, matrices = steps.lin, steps.matrices
     states = [matrix.reads for matrix in matrices if isinstance(matrix.reads, int)]
-    if isinstance(lin, generated.FewSteps) and lin.made is not None and len(states) == len(matrices):
+    if (
+        isinstance(lin, generated.JoinedLinearization)
+        and lin.made is not None
+        and len(states) == len(matrices)
+    ):
         refusal = _unusable(*gammas, steps.m, lin.made, given=given, states=len(gammas))
         return refusal or (
             lin.phi_at(matrices), [lin.state_at(nu) for nu in states], steps.m.shape[4], [lin.made]

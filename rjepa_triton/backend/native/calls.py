@@ -23,13 +23,19 @@ from . import library
 from .library import loaded
 
 PANEL = 32  # the PANEL of products.h for float32; it is half as many for float64
-PACKED_FROM = 16  # packing the weights saves time from T·B = 16 on
+PACKED_FROM = 16  # the T·B from which a loop over packed weights, here that of exact credits, saves time
+LARGE_UNITS, LARGE_PACKED_FROM = 256, 48  # packing large weights takes as long as some steps
 MOST_STATES = 4  # states per unit that passes over Γ take
 
 
 def _of(like: Tensor, single: Any, double: Any) -> Any:
     """The one of two functions that computes in the dtype of `like`."""
     return single if like.dtype == torch.float32 else double
+
+
+def packs(rows: int, units: int) -> bool:
+    """Whether packing dense weights saves time in T·B = rows products."""
+    return rows >= (PACKED_FROM if units < LARGE_UNITS else LARGE_PACKED_FROM)
 
 
 def _packed_numbers(count: int, units: int) -> int:

@@ -121,7 +121,7 @@ class Loops:
         self.takes = {  # how many arrays
             "scan": inputs + len(saved) + weights + 2 * states + 4,
             "linearize": inputs + len(saved) + states + weights + 2,
-            "step": inputs + weights + states + 2,
+            "step": inputs + weights + states + 3,
             "dual": inputs + len(saved) + 2 * states + len(self.planes.nodes) + weights + 3,
         }
         self.calls = {
@@ -164,9 +164,7 @@ class Loops:
         marks = None if resets is None else resets.contiguous()
         products = _whole_lines(len(given) * batch * units)
         kept = 0 if resets is None else _whole_lines(count * batch * units)
-        packed = 0
-        if steps * batch >= calls.PACKED_FROM and any(weight.dim() == 2 for weight in given):
-            packed = len(given) * units * units + count * 2 * WIDTH[x.dtype] * units
+        packed = _packed(given, count, steps * batch, x)
         scratch = x.new_empty(products + kept + packed)
         item, row, first = x.element_size(), saves * units, scratch.data_ptr()
         self._run(
@@ -264,8 +262,8 @@ class Loops:
 
     def step(
         self, x: Tensor, weights: Sequence[Tensor], state: Tensor, resets: Tensor | None, rule: str
-    ) -> tuple[Tensor, FewSteps, Tensor]:
-        """`scan` and `linearize` of a few steps in one call: a small layer's time is mostly what lies around the calls.
+    ) -> tuple[Tensor, JoinedLinearization, Tensor]:
+        """`scan` and `linearize` in one call: a small layer's time is mostly what lies around the calls.
 
         x (J, T, B, N), state (S, B, N); resets (1, B) bool of one step, or None. Returns the states after the steps
         (S, T, B, N), their linearization, and M (S, S, T, B, N) as a rule has it. Nothing is mutated.
@@ -277,6 +275,7 @@ class Loops:
         marks = None if resets is None else resets.contiguous()
         planes = self.kept + len(self.functions.saved)
         made = x.new_empty(planes * steps * numbers + count * (steps + 1) * numbers)
+        packed = x.new_empty(_packed(given, count, steps * batch, x))
         self._run(
             "step",
             x,
@@ -286,6 +285,7 @@ class Loops:
                 *planes_of(state),
                 None if marks is None else marks.data_ptr(),
                 made.data_ptr(),
+                packed.data_ptr(),
             ],
             [
                 *x.stride()[1:3] * inputs,
@@ -293,7 +293,10 @@ class Loops:
                 *(steps, batch, units, torch.get_num_threads(), RULES.index(rule)),
             ],
         )
-        lin, plane = FewSteps.of(self, made, (planes, steps, batch, units), resets), steps * numbers
+        lin, plane = (
+            JoinedLinearization.of(self, made, (planes, steps, batch, units), resets),
+            steps * numbers,
+        )
         apart = (count * plane, plane, numbers, units, 1)
         m = made.as_strided((count, count, steps, batch, units), apart, self.new * plane)
         return lin.states(1), lin, m
@@ -345,7 +348,7 @@ class Loops:
         return by_matrix, by_input, passed
 
 
-class FewSteps(Linearization):
+class JoinedLinearization(Linearization):
     """The linearization of steps as `Loops.step` has made it, with no partials of the states through no matrix.
 
     Its arrays are parts of one, and become tensors once they are read, each of which takes longer than to compute it in
@@ -362,7 +365,7 @@ class FewSteps(Linearization):
     @classmethod
     def of(
         cls, loops: Loops, made: Tensor, shape: tuple[int, int, int, int], resets: Tensor | None
-    ) -> FewSteps:
+    ) -> JoinedLinearization:
         lin = cls.__new__(cls)
         lin.__dict__.update(loops=loops, made=made, shape=shape, resets=resets)
         return lin
@@ -411,6 +414,14 @@ class FewSteps(Linearization):
         planes, steps, batch, units = self.shape
         place = (planes * steps + nu * (steps + 1)) * batch * units
         return self.made.data_ptr() + place * self.made.element_size()
+
+
+def _packed(weights: Sequence[Tensor], states: int, rows: int, x: Tensor) -> int:
+    """The numbers that the packed weights of a loop over T·B = rows take, 0 where they are read as they are."""
+    units = x.shape[-1]
+    if not calls.packs(rows, units) or all(weight.dim() != 2 for weight in weights):
+        return 0
+    return len(weights) * units * units + states * 2 * WIDTH[x.dtype] * units
 
 
 def _whole_lines(numbers: int) -> int:

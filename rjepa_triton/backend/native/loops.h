@@ -262,12 +262,12 @@ template <class real> void linearize(Table table) {
     }
 }
 
-// A few steps and their linearization: `scan` and `linearize`, in memory that is made for both.
+// Steps and their linearization: `scan` and `linearize`, in memory that is made for both.
 //
 // arrays   J inputs x (T, B, N); K weights; S states before the first step (B, N); resets (B) bytes or null, of one step
 //          alone; made, written: what `partials` finds anew and then M^{νν'}, (NEW + S · S, T, B, N); the kept numbers
 //          (KEPT, T, B, N); and the states, what the first step reads, zero where reset, and then after each step,
-//          (S, T + 1, B, N)
+//          (S, T + 1, B, N); memory for packed weights, or null, as in `scan`
 // numbers  2 J distances; of each weight the number of its dimensions, and b; T, B, N, threads; the rule
 template <class real> void step(Table table) {
     typedef Cell<real> C;
@@ -281,7 +281,7 @@ template <class real> void step(Table table) {
     const real *start[S];
     for (long nu = 0; nu < S; nu++) start[nu] = table.next<const real>();
     const auto resets = table.next<const unsigned char>();
-    real *const made = table.next<real>();
+    real *const made = table.next<real>(), *const packed = table.next<real>();
     const long steps = table.next(), batch = table.next(), units = table.next(), threads = table.next();
     const long rule = table.next(), numbers = batch * units, plane = steps * numbers;
     real *const saved = made + FOUND * plane, *const first = saved + KEPT * plane;
@@ -310,7 +310,7 @@ template <class real> void step(Table table) {
     }
     for (long nu = 0; nu < S; nu++) arrays.push_back(states(nu));
     for (long nu = 0; nu < S; nu++) arrays.push_back(states(nu));
-    arrays.insert(arrays.end(), {nullptr, nullptr, sums.data(), nullptr});
+    arrays.insert(arrays.end(), {nullptr, nullptr, sums.data(), packed});
     apart.insert(apart.end(), {steps, batch, units, threads});
     scan<real>({arrays.data(), apart.data()});
 

@@ -202,14 +202,22 @@ def test_other_cells(name: str, steps: int, batch: int, units: int, reset: bool)
 @pytest.mark.parametrize("kind", ["dense", "diagonal", "heads"])
 @pytest.mark.parametrize("name", ["rgc", *CELLS])
 @pytest.mark.parametrize("rule", rfp.RULES)
-def test_few_steps_are_the_loop_and_the_linearization(
+def test_steps_in_one_call_are_the_loop_and_the_linearization(
     rule: str, name: str, kind: str, reset: bool, dtype: torch.dtype
 ) -> None:
     """In every bit, of tensors that lie in memory in any way; a reset row's NaN is not read. M is that of the rule, and
     a copy has the same arrays.
     """
     cell = CELLS.get(name, CELL)
-    for steps, batch, units in ((1, 1, 2), (1, 3, 66), (1, 15, 8), (5, 3, 8), (15, 1, 34)):
+    for steps, batch, units in (
+        (1, 1, 2),
+        (1, 3, 66),
+        (1, 15, 8),
+        (5, 3, 8),
+        (15, 1, 34),
+        (1, 17, 6),
+        (9, 9, 34),
+    ):
         shape = {"dense": (units, units), "diagonal": (units,), "heads": (2, units // 2, units // 2)}[kind]
         weights = [torch.randn(shape, dtype=dtype) / units**0.5 for _ in cell.matrices]
         if kind == "dense":
@@ -511,7 +519,7 @@ def test_a_cell_of_ones_own_is_compiled_and_one_that_can_t_be_traced_is_torchs()
 def test_the_forward_loop_by_weights_packed_or_not_and_by_threads(
     packed_from: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "PACKED_FROM", packed_from)
+    monkeypatch.setattr(calls, "packs", lambda rows, units: rows >= packed_from)
     x, weights, state = given(3, 6, 210)  # so much that threads share a step
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     found = compiled(CELL).scan(x, weights, state, None)
@@ -627,6 +635,11 @@ def test_the_model_of_cost_knows_of_them(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls[0] < calls[1] / 10
     monkeypatch.setattr(native_backend, "cpp_compiler", lambda: None)
     assert not any(compiled(told(64)))
+
+
+def test_which_weights_are_packed() -> None:
+    assert [calls.packs(rows, 255) for rows in (15, 16)] == [False, True]
+    assert [calls.packs(rows, 256) for rows in (47, 48)] == [False, True]
 
 
 def test_limits() -> None:
