@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Smaller arrays are left to glibc, which keeps what is freed, up to a size that follows from the sizes freed before
-# (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD). What it gives back, the system has to find again page by page and to fill with
-# zeros when it is next written, which takes longer than the writing.
-LARGE = 1 << 20
+# What glibc gives back when it is freed, the system has to find again page by page, and to fill with zeros, when it is
+# next written: that takes longer than the writing. It gives back blocks of more than MAPPED bytes (the upper limit of
+# M_MMAP_THRESHOLD), and smaller ones by what was freed before (M_TRIM_THRESHOLD): arrays from LARGE bytes on are kept
+# here.
+MAPPED, LARGE = 32 << 20, 1 << 20
 
 
 class ReusedMemory:

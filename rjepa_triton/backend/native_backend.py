@@ -222,6 +222,22 @@ def exact_credits(
     return calls.exact_credits(lin, cell.matrices, weights, delta, carry)
 
 
+@NATIVE.implements("exact_of")
+def exact_of(
+    cell: Cell, trajectory: Trajectory, weights: Sequence[Tensor], delta: StateArrays
+) -> tuple[Iterable[Tensor], Tensor, Tensor] | Refusal:
+    _, steps, batch, _ = trajectory.x.shape
+    dense = bool(weights) and all(weight.dim() == 2 for weight in weights)
+    if not dense or steps * batch < calls.PACKED_FROM or not compiled_loop(cell, weights, steps, batch):
+        return Refusal("there is no compiled backward pass of this cell, or not of these sizes")
+    if refusal := _unusable(
+        trajectory.states, trajectory.saved, given=(*delta, trajectory.x, trajectory.resets, *weights)
+    ):
+        return refusal
+    code = _loops(cell)
+    return code if isinstance(code, Refusal) else code.exact(trajectory, weights, delta)
+
+
 @NATIVE.implements("reverse_scan")
 def reverse_scan(
     m: Tensor, delta: Tensor, carry: Tensor | None = None, resets: Tensor | None = None

@@ -151,6 +151,20 @@ def step(
 
 
 @operation
+def exact_of(
+    cell: Cell,
+    trajectory: Trajectory,
+    weights: Sequence[Tensor],
+    delta: StateArrays,
+    *,
+    backend: str = "torch",
+) -> tuple[Iterable[Tensor], Tensor, Tensor]:
+    """Backpropagation through time of a trajectory: `linearize`, then `exact`, which a backend may have in one pass."""
+    lin, _ = linearize(cell, trajectory, weights, backend=backend)
+    return exact(cell, trajectory, lin, weights, joined_states(delta, trajectory), backend=backend)
+
+
+@operation
 def exact(
     cell: Cell,
     trajectory: Trajectory,

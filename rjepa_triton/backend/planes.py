@@ -17,7 +17,8 @@ class Planes:
     """How the credits of a dual form are laid out: E^k of matrices that read one state side by side, for one product a
     state (`rfp.Joined`), where a cell's matrices allow it.
 
-    nodes  what is written, one node of the cell's graph for each array
+    nodes      what is written, one node of the cell's graph for each array
+    of_matrix  the place among them of each matrix's E^k
     """
 
     def __init__(self, cell: Cell, functions: Functions) -> None:
@@ -47,6 +48,7 @@ class Planes:
         else:
             self.places = []
             self.nodes = [*gates, *inputs]
+        self.of_matrix = [self.nodes.index(gates[g]) for g in self.into]
         self.readers = readers
 
     def make(self, x: Tensor) -> tuple[Iterable[Tensor], Tensor, list[Tensor]]:

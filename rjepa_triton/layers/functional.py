@@ -124,13 +124,13 @@ def gradients(
     inputs = len(cell.per_unit)
     by_weight: Sequence[Tensor] = [x.new_empty(0)] * len(weights)
     if learning not in rfp.RULES:
-        delta = operations.joined_states(delta, trajectory)
-        lin, _ = operations.linearize(cell, trajectory, weights, backend=runs)
-        entering, for_x, first = operations.exact(cell, trajectory, lin, weights, delta, backend=runs)
+        entering, for_x, first = operations.exact_of(cell, trajectory, weights, delta, backend=runs)
         if needs_weights and learning == "rtrl" and weights:
+            lin, _ = operations.linearize(cell, trajectory, weights, backend=runs)
+            delta = operations.joined_states(delta, trajectory)
             by_weight = rtrl.weight_gradients(lin, cell.matrices, weights, delta)
         elif needs_weights:
-            by_weight = rfp.outer_products(lin.before, cell.matrices, weights, entering)
+            by_weight = rfp.outer_products(trajectory.before, cell.matrices, weights, entering)
         return for_x, first, by_weight
     if rounds == 0:
         matrices = cell.matrices if needs_weights else ()

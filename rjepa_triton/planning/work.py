@@ -173,7 +173,7 @@ COMPILED_PASS, COMPILED_ARRIVING = Work(calls=1, views=3), Work(calls=1, views=2
 
 def fresh_bytes_of(array: float, count: float = 1) -> float:
     """Bytes that are mapped anew each time `count` arrays of `array` bytes are made: all of them if large, else 0."""
-    return count * array if array > buffers.LARGE else 0.0
+    return count * array if array > buffers.MAPPED else 0.0
 
 
 @dataclass(frozen=True)

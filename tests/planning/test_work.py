@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rjepa_triton.backend.buffers import LARGE
+from rjepa_triton.backend.buffers import MAPPED
 from rjepa_triton.planning.work import Phase, Rates, Work, fresh_bytes_of, seconds
 
 
@@ -24,5 +24,5 @@ def test_seconds_are_the_sum_of_what_is_counted() -> None:
 
 
 def test_large_arrays_are_mapped_anew() -> None:
-    assert fresh_bytes_of(LARGE) == 0
-    assert fresh_bytes_of(LARGE + 1, 4) == 4 * (LARGE + 1)
+    assert fresh_bytes_of(MAPPED) == 0
+    assert fresh_bytes_of(MAPPED + 1, 4) == 4 * (MAPPED + 1)

@@ -38,7 +38,7 @@ def packs(rows: int, units: int) -> bool:
     return rows >= (PACKED_FROM if units < LARGE_UNITS else LARGE_PACKED_FROM)
 
 
-def _packed_numbers(count: int, units: int) -> int:
+def packed_numbers(count: int, units: int) -> int:
     """At least the numbers that `count` packed matrices take: `packed_numbers` of products.h."""
     return -(-count * units // PANEL) * PANEL * units
 
@@ -108,7 +108,7 @@ def exact_credits(
     carry = None if carry is None else carry.contiguous()
     marks = None if lin.resets is None else lin.resets.contiguous()
     credit, first = torch.empty_like(delta), delta.new_empty(states, batch, units)
-    packed = delta.new_empty(len(dense) * _packed_numbers(1, units))
+    packed = delta.new_empty(len(dense) * packed_numbers(1, units))
     _of(delta, code.exact_credits_float, code.exact_credits_double)(
         _addresses(dense),
         _longs(readers),

@@ -19,50 +19,6 @@ template <class real> struct Rows {
     const real *at(long row) const { return first + row * next; }
 };
 
-// Copies `count` matrices (N, N) that read one state to `out` as panels of PANEL columns, laid out as
-// [panel][matrix][row][column in the panel]. Columns past N in the last panel are zeros. A panel is then the operand of
-// `packed_rows` for the products with the transposed matrices.
-template <class real> void pack_columns(const real *const *matrices, long count, long units, real *__restrict out) {
-    constexpr long PANEL = 2 * Lanes<real>::width;
-    for (long first = 0; first < units; first += PANEL) {
-        const long here = units - first < PANEL ? units - first : PANEL;
-        for (long k = 0; k < count; k++)
-            for (long i = 0; i < units; i++, out += PANEL) {
-                memcpy(out, matrices[k] + i * units + first, here * sizeof(real));
-                for (long j = here; j < PANEL; j++) out[j] = real(0);
-            }
-    }
-}
-
-// Adds Σ_k (W^k)ᵀ E^k for the PANEL units of one panel and all batch rows to out (B, N). `entering` (B, columns) holds
-// E^k of the matrices side by side, columns = (number of matrices) · N; `packed` comes from `pack_columns`.
-template <class real>
-void add_panel(const real *packed, const real *entering, real *out, long panel, long columns, long batch,
-               long units) {
-    typedef typename Lanes<real>::wide wide;
-    constexpr long WIDTH = Lanes<real>::width, PANEL = 2 * WIDTH;
-    const real *w = packed + panel * columns * PANEL;
-    const long first = panel * PANEL, here = units - first < PANEL ? units - first : PANEL;
-    const auto add = [&](long b, const wide(&sums)[2]) {
-        for (long half = 0; half < 2 && half * WIDTH < here; half++) {
-            real *at = out + b * units + first + half * WIDTH;
-            store(at, load(at, here - half * WIDTH) + sums[half], here - half * WIDTH);
-        }
-    };
-    long b = 0;
-    for (; b + 4 <= batch; b += 4) {
-        wide sums[4][2];
-        packed_rows<4>(w, entering + b * columns, sums, columns);
-        for (int r = 0; r < 4; r++) add(b + r, sums[r]);
-    }
-    for (; b < batch; b++) {
-        wide sums[1][2];
-        packed_rows<1>(w, entering + b * columns, sums, columns);
-        add(b, sums[0]);
-    }
-}
-
-
 // The credits of all T steps (see the top of this file). S = states.
 //
 // weights  K matrices (N, N), contiguous, sorted by the state that they read; readers (S,): how many read each state

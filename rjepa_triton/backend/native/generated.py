@@ -122,11 +122,12 @@ class Loops:
             "scan": inputs + len(saved) + weights + 2 * states + 4,
             "linearize": inputs + len(saved) + states + weights + 2,
             "step": inputs + weights + states + 3,
-            "dual": inputs + len(saved) + 2 * states + len(self.planes.nodes) + weights + 3,
+            "dual": (backward := inputs + len(saved) + 2 * states + len(self.planes.nodes) + weights + 3),
+            "exact": backward + 1,
         }
         self.calls = {
             (name, dtype): getattr(self.code, f"{name}_{of}")
-            for name in ("scan", "linearize", "step", "dual")
+            for name in self.takes
             for dtype, of in (NAMES.items() if self.code is not None else ())
         }
 
@@ -314,6 +315,31 @@ class Loops:
         as in `linearize`. Returns the credit E^k of the cell's matrices, the credit of the J inputs (J, T, B, N), and
         M(1)ᵀ λ(1) (S, B, N). Nothing is mutated.
         """
+        return self._backward("dual", trajectory, *own(weights), delta, carry)
+
+    def exact(
+        self,
+        trajectory: Trajectory,
+        weights: Sequence[Tensor],
+        delta: Tensor | Sequence[Tensor | None],
+    ) -> tuple[Iterable[Tensor], Tensor, Tensor]:
+        """`operations.exact_of` for dense weights (N, N), in one pass: arguments and results as of `dual`."""
+        dense = [weight.contiguous() for weight in weights]
+        units = trajectory.x.shape[-1]
+        room = trajectory.x.new_empty(len(dense) * calls.packed_numbers(1, units))
+        return self._backward("exact", trajectory, dense, self.planes.of_matrix, delta, None, room)
+
+    def _backward(
+        self,
+        name: str,
+        trajectory: Trajectory,
+        weights: Sequence[Tensor],
+        of_weight: Sequence[int],
+        delta: Tensor | Sequence[Tensor | None],
+        carry: Tensor | None,
+        *room: Tensor,
+    ) -> tuple[Iterable[Tensor], Tensor, Tensor]:
+        """A backward pass of `loops.h`, by what it takes of each weight."""
         x, states = units_together(trajectory.x), units_together(trajectory.states)
         saved = units_together(trajectory.saved)
         source = [None if one is None else units_together(one) for one in delta]
@@ -322,7 +348,6 @@ class Loops:
         _, steps, batch, units = x.shape
         by_matrix, by_input, written = self.planes.make(x)
         passed = x.new_empty(len(source), batch, units)
-        diagonals, strides = own(weights)
         apart = [
             *x.stride()[1:3] * x.shape[0],
             *saved.stride()[1:3] * saved.shape[0],
@@ -333,7 +358,7 @@ class Loops:
         for one in written:
             apart += one.stride()[:2]
         self._run(
-            "dual",
+            name,
             x,
             [
                 *planes_of(x),
@@ -341,9 +366,9 @@ class Loops:
                 *planes_of(states),
                 *addresses(source),
                 *addresses(written),
-                *addresses([*diagonals, carry, marks, passed]),
+                *addresses([*weights, carry, marks, passed, *room]),
             ],
-            [*apart, *strides, *(steps, batch, units, torch.get_num_threads())],
+            [*apart, *of_weight, *(steps, batch, units, torch.get_num_threads())],
         )
         return by_matrix, by_input, passed
 

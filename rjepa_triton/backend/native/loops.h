@@ -330,6 +330,77 @@ template <class real> void step(Table table) {
     linearize<real>({arrays.data(), apart.data()});
 }
 
+// What the two backward passes below have in common.
+//
+// arrays   J inputs x; KEPT arrays that were kept; S states before each step; δ of each state, null for zeros; the ENTERING
+//          arrays E that are written, null for one that isn't wanted; K weights; carry (S, B, N), the credit that
+//          later steps pass to the last one, or null for zeros; resets (T, B) bytes or null: a reset step reads zeros as
+//          its state and passes nothing back; passed (S, B, N), written: what the first step passes back
+// numbers  2 (J + KEPT + 2S + ENTERING) distances; a number for each weight; T, B, N, threads
+template <class real> struct Backward {
+    typedef Cell<real> C;
+    typedef typename Lanes<real>::wide wide;
+    static constexpr long S = C::S, J = C::J, K = C::K, KEPT = C::KEPT, ENTERING = C::ENTERING, W = Lanes<real>::width;
+
+    Arrays<real> x, saved, states, delta, out;
+    const real *weights[at_least_one(K)];
+    long of_weight[at_least_one(K)];
+    const unsigned char *resets;
+    real *passed;
+    long steps, batch, units, threads, numbers;
+
+    explicit Backward(Table &table)
+        : x(some<real>(table, J)), saved(some<real>(table, KEPT)), states(some<real>(table, S)),
+          delta(some<real>(table, S)), out(some<real>(table, ENTERING)) {
+        for (long k = 0; k < K; k++) weights[k] = table.next<const real>(), of_weight[k] = table.next();
+        const real *const carry = table.next<const real>();
+        resets = table.next<const unsigned char>();
+        passed = table.next<real>();
+        steps = table.next(), batch = table.next(), units = table.next(), threads = table.next();
+        numbers = batch * units;
+        if (carry)
+            memcpy(passed, carry, S * numbers * sizeof(real));
+        else
+            memset(passed, 0, S * numbers * sizeof(real));
+    }
+
+    // The units from `first` on to `last` of a batch row at step t: λ = δ + passed, E, and in `passed` what goes back.
+    // own: the diagonals of the weights, `apart` numbers apart, or null for zeros: what then goes back enters no matrix.
+    inline void row(long t, long b, long first, long last, const Prepared<real> &prepared, const real *own,
+                    long apart) const {
+        const bool reset = resets && resets[t * batch + b];
+        const real *x_at[at_least_one(J)], *kept_at[at_least_one(KEPT)], *c_at[S], *given_at[S];
+        real *e_at[at_least_one(ENTERING)], *passed_at[S];
+        for (long j = 0; j < J; j++) x_at[j] = x.at(j, t, b);
+        for (long k = 0; k < KEPT; k++) kept_at[k] = saved.at(k, t, b);
+        for (long k = 0; k < ENTERING; k++) e_at[k] = out.at(k, t, b);
+        for (long nu = 0; nu < S; nu++) {
+            c_at[nu] = states.at(nu, t, b);
+            given_at[nu] = delta.at(nu, t, b);
+            passed_at[nu] = passed + nu * numbers + b * units;
+        }
+        for (long i = first; i < last; i += W) {
+            const long here = units - i < W ? units - i : W;
+            wide given[at_least_one(J)], kept[at_least_one(KEPT)], c[S], w[at_least_one(K)] = {}, credit[S];
+            wide e[at_least_one(ENTERING)], back[S];
+            for (long j = 0; j < J; j++) given[j] = load(x_at[j] + i, here);
+            for (long k = 0; k < KEPT; k++) kept[k] = load(kept_at[k] + i, here);
+            for (long k = 0; own && k < K; k++) w[k] = *(const wide *)(own + k * apart + i);
+            for (long nu = 0; nu < S; nu++) {
+                c[nu] = reset ? wide{} : load(c_at[nu] + i, here);
+                credit[nu] = load(passed_at[nu] + i, here);
+                if (given_at[nu]) credit[nu] += load(given_at[nu] + i, here);
+            }
+            wide h[at_least_one(C::FIXED)];
+            prepared.at(i, given, h);
+            C::dual(c, kept, given, h, w, credit, e, back);
+            for (long k = 0; k < ENTERING; k++)
+                if (e_at[k]) store(e_at[k] + i, e[k], here);
+            for (long nu = 0; nu < S; nu++) store(passed_at[nu] + i, reset ? wide{} : back[nu], here);
+        }
+    }
+};
+
 constexpr long TASK = 256; // a thread takes at most this many vectors of units through all steps at once
 
 // The dual form, in one pass backward in time:
@@ -340,74 +411,71 @@ constexpr long TASK = 256; // a thread takes at most this many vectors of units 
 // independent here, because M couples only the states of one unit: the B · ⌈N / width⌉ vectors of units are split into
 // tasks, which threads share, and each task runs over all steps.
 //
-// arrays   J inputs x; KEPT arrays that were kept; S states before each step; δ of each state, null for zeros; the ENTERING
-//          arrays that are written, null for one that isn't wanted; K diagonals; carry (S, B, N), the credit that later
-//          steps pass to the last one, or null for zeros; resets (T, B) bytes or null: a reset step reads zeros as its
-//          state and passes nothing back; passed (S, B, N), written: M(1)ᵀ λ(1)
-// numbers  2 (J + KEPT + 2S + ENTERING) distances; the distance of each diagonal's numbers; T, B, N, threads
+// The tables are those of `Backward`. A weight is its diagonal, and its number the distance of that one's numbers.
 template <class real> void dual(Table table) {
-    typedef Cell<real> C;
-    typedef typename Lanes<real>::wide wide;
-    constexpr long S = C::S, J = C::J, K = C::K, KEPT = C::KEPT, ENTERING = C::ENTERING, W = Lanes<real>::width;
-    const auto x = some<real>(table, J), saved = some<real>(table, KEPT), states = some<real>(table, S);
-    const auto delta = some<real>(table, S), out = some<real>(table, ENTERING);
-    const real *diagonals[at_least_one(K)];
-    long strides[at_least_one(K)];
-    for (long k = 0; k < K; k++) diagonals[k] = table.next<const real>(), strides[k] = table.next();
-    const real *const carry = table.next<const real>();
-    const auto resets = table.next<const unsigned char>();
-    real *const passed = table.next<real>();
-    const long steps = table.next(), batch = table.next(), units = table.next(), threads = table.next();
-    const long numbers = batch * units, of_row = (units + W - 1) / W, all = batch * of_row;
-    std::vector<real> own(K * of_row * W, real(0));
+    typedef Backward<real> Pass;
+    constexpr long K = Pass::K, W = Pass::W;
+    const Pass pass(table);
+    const long steps = pass.steps, units = pass.units, of_row = (units + W - 1) / W, all = pass.batch * of_row;
+    std::vector<real> own(at_least_one(K) * of_row * W, real(0));
     for (long k = 0; k < K; k++)
-        for (long i = 0; i < units; i++) own[k * of_row * W + i] = diagonals[k][i * strides[k]];
-    if (carry)
-        memcpy(passed, carry, S * numbers * sizeof(real));
-    else
-        memset(passed, 0, S * numbers * sizeof(real));
-    const bool shared = threads > 1 && steps * numbers >= SPREAD_FROM;
-    const long each = shared ? (all + threads - 1) / threads : all, task = each < TASK ? each : TASK;
+        for (long i = 0; i < units; i++) own[k * of_row * W + i] = pass.weights[k][i * pass.of_weight[k]];
+    const bool shared = pass.threads > 1 && steps * pass.numbers >= SPREAD_FROM;
+    const long each = shared ? (all + pass.threads - 1) / pass.threads : all, task = each < TASK ? each : TASK;
     if (!all) return;
-    const Prepared<real> prepared(x, steps, batch, units);
-#pragma omp parallel for schedule(static) num_threads(threads) if (shared)
+    const Prepared<real> prepared(pass.x, steps, pass.batch, units);
+#pragma omp parallel for schedule(static) num_threads(pass.threads) if (shared)
     for (long first = 0; first < all; first += task) {
         const long last = first + task < all ? first + task : all;
-        const real *const w_at = own.data();
         for (long t = steps - 1; t >= 0; t--)
             for (long at = first, b = first / of_row; at < last; b++) {
                 const long begin = b * of_row, end = begin + of_row < last ? begin + of_row : last;
-                const bool reset = resets && resets[t * batch + b];
-                const real *x_at[at_least_one(J)], *kept_at[at_least_one(KEPT)], *c_at[S], *given_at[S];
-                real *e_at[at_least_one(ENTERING)], *passed_at[S];
-                for (long j = 0; j < J; j++) x_at[j] = x.at(j, t, b);
-                for (long k = 0; k < KEPT; k++) kept_at[k] = saved.at(k, t, b);
-                for (long k = 0; k < ENTERING; k++) e_at[k] = out.at(k, t, b);
-                for (long nu = 0; nu < S; nu++) {
-                    c_at[nu] = states.at(nu, t, b);
-                    given_at[nu] = delta.at(nu, t, b);
-                    passed_at[nu] = passed + nu * numbers + b * units;
-                }
-                for (; at < end; at++) {
-                    const long i = (at - begin) * W, here = units - i < W ? units - i : W;
-                    wide given[at_least_one(J)], kept[at_least_one(KEPT)], c[S], w[at_least_one(K)], credit[S];
-                    wide e[at_least_one(ENTERING)], back[S];
-                    for (long j = 0; j < J; j++) given[j] = load(x_at[j] + i, here);
-                    for (long k = 0; k < KEPT; k++) kept[k] = load(kept_at[k] + i, here);
-                    for (long k = 0; k < K; k++) w[k] = *(const wide *)(w_at + k * of_row * W + i);
-                    for (long nu = 0; nu < S; nu++) {
-                        c[nu] = reset ? wide{} : load(c_at[nu] + i, here);
-                        credit[nu] = load(passed_at[nu] + i, here);
-                        if (given_at[nu]) credit[nu] += load(given_at[nu] + i, here);
-                    }
-                    wide h[at_least_one(C::FIXED)];
-                    prepared.at(i, given, h);
-                    C::dual(c, kept, given, h, w, credit, e, back);
-                    for (long k = 0; k < ENTERING; k++)
-                        if (e_at[k]) store(e_at[k] + i, e[k], here);
-                    for (long nu = 0; nu < S; nu++) store(passed_at[nu] + i, reset ? wide{} : back[nu], here);
-                }
+                pass.row(t, b, (at - begin) * W, (end - begin) * W, prepared, own.data(), of_row * W);
+                at = end;
             }
+    }
+}
+
+// Backpropagation through time: the dual form with the exact credit
+//
+//     λ^ν'(t) = δ^ν'(t) + Σ_ν λ^ν(t+1) ∂F_ν/∂c^ν'(t+1) + Σ_k (W^k)ᵀ E^k(t+1),    k over the matrices that read ν'.
+//
+// The tables are those of `Backward`. A weight is (N, N), and its number the place of its E^k among the arrays E. Behind
+// them: scratch memory for packed weights, K · ⌈N / PANEL⌉ · PANEL · N numbers.
+template <class real> void exact(Table table) {
+    typedef Backward<real> Pass;
+    constexpr long S = Pass::S, K = Pass::K;
+    const Pass pass(table);
+    real *const packed = table.next<real>();
+    const long batch = pass.batch, units = pass.units, panels = (units + PANEL<real> - 1) / PANEL<real>;
+    const real *dense[at_least_one(K)];
+    long source[at_least_one(K)], begin[S + 1] = {}; // of the matrices in the order of the states that they read
+    for (long nu = 0, done = 0; nu < S; nu++, begin[nu] = done)
+        for (long k = 0; k < K; k++)
+            if (Pass::C::reads[k] == nu) dense[done] = pass.weights[k], source[done++] = pass.of_weight[k];
+    const long of_matrix = panels * PANEL<real> * units;
+    for (long nu = 0; nu < S; nu++)
+        pack_columns(dense + begin[nu], begin[nu + 1] - begin[nu], units, packed + begin[nu] * of_matrix);
+    std::vector<real> entering(at_least_one(K) * pass.numbers);
+    const bool shared = pass.threads > 1 && K * units * pass.numbers >= SHARED_FROM;
+    const Prepared<real> prepared(pass.x, pass.steps, batch, units);
+    for (long t = pass.steps - 1; t >= 0; t--) {
+        for (long b = 0; b < batch; b++) {
+            pass.row(t, b, 0, units, prepared, nullptr, 0);
+            for (long nu = 0; nu < S; nu++)
+                for (long k = begin[nu], count = begin[nu + 1] - k; k < begin[nu + 1]; k++)
+                    memcpy(&entering[begin[nu] * pass.numbers + (b * count + k - begin[nu]) * units],
+                           pass.out.at(source[k], t, b), units * sizeof(real));
+        }
+#pragma omp parallel for schedule(static) num_threads(pass.threads) if (shared)
+        for (long each = 0; each < S * panels; each++) {
+            const long nu = each / panels;
+            add_panel(packed + begin[nu] * of_matrix, &entering[begin[nu] * pass.numbers],
+                      pass.passed + nu * pass.numbers, each % panels, (begin[nu + 1] - begin[nu]) * units, batch, units);
+        }
+        for (long b = 0; pass.resets && b < batch; b++)
+            for (long nu = 0; pass.resets[t * batch + b] && nu < S; nu++)
+                memset(pass.passed + nu * pass.numbers + b * units, 0, units * sizeof(real));
     }
 }
 
@@ -423,3 +491,5 @@ EXPORTED(step, float)
 EXPORTED(step, double)
 EXPORTED(dual, float)
 EXPORTED(dual, double)
+EXPORTED(exact, float)
+EXPORTED(exact, double)

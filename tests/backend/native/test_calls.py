@@ -337,17 +337,29 @@ def ran(
 
 
 def assert_dual(
-    cell: Cell, trajectory: Trajectory, weights: list[Tensor], delta: Tensor, carry: Tensor | None = None
+    cell: Cell,
+    trajectory: Trajectory,
+    weights: list[Tensor],
+    delta: Tensor,
+    carry: Tensor | None = None,
+    *,
+    exact: bool = False,
 ) -> list[Tensor]:
-    """That one pass gives what float64 gives of the same trajectory; what it gives, flat."""
-    inputs, exact = len(cell.per_unit), [w.double() for w in weights]
+    """That one pass gives what float64 gives of the same trajectory; what it gives, flat. exact: of BPTT's credit."""
+    inputs, wide = len(cell.per_unit), [w.double() for w in weights]
     arrays = (a.double() for a in (trajectory.x, trajectory.states, trajectory.saved))
     double = Trajectory(*arrays, trajectory.resets)
-    last = None if carry is None else carry.double()
-    given = delta.double(), cell.matrices, inputs, "rfp", last
-    entering, *rest = operations.dual_of(cell, double, exact, *given)
+    code = generated.loops(cell)
+    if exact:
+        entering, *rest = operations.exact_of(cell, double, wide, delta.double())
+        made = code.exact(trajectory, weights, delta)
+    else:
+        last = None if carry is None else carry.double()
+        entering, *rest = operations.dual_of(
+            cell, double, wide, delta.double(), cell.matrices, inputs, "rfp", last
+        )
+        made = code.dual(trajectory, weights, delta, carry)
     want = [*entering, *rest]
-    made = generated.loops(cell).dual(trajectory, weights, delta, carry)
     entering, *rest = made
     got = [*entering, *rest]
     for ours, theirs in zip(got, want, strict=True):
@@ -356,7 +368,7 @@ def assert_dual(
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-6 * scale)
     by_weight = [
         rfp.outer_products(t.before, cell.matrices, w, e)
-        for t, w, e in ((trajectory, weights, made[0]), (double, exact, iter(want[: len(exact)])))
+        for t, w, e in ((trajectory, weights, made[0]), (double, wide, iter(want[: len(wide)])))
     ]
     for ours, theirs in zip(*by_weight, strict=True):
         assert ours.shape == theirs.shape
@@ -397,8 +409,24 @@ def test_the_dual_form_in_one_pass(
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("name", ["rgc", *CELLS])
-def test_the_dual_form_by_threads_and_strides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("steps", "batch", "units"), [(16, 1, 1), (5, 3, 63), (7, 5, 64), (3, 19, 130)])
+def test_the_exact_credit_in_one_pass(
+    name: str, steps: int, batch: int, units: int, reset: bool, poisoned: None
+) -> None:
+    cell = CELLS.get(name, CELL)
+    trajectory, weights = ran(cell, steps, batch, units, "dense", reset)
+    delta = torch.randn_like(trajectory.after)
+    found = [assert_dual(cell, trajectory, weights, delta, exact=True) for _ in range(2)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", ["rgc", *CELLS])
+def test_the_dual_form_by_threads_and_strides(
+    name: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Enough rows and units that threads share them, and that one takes them in more than one go."""
     cell = CELLS.get(name, CELL)
     trajectory, weights = ran(cell, 8, 17, 260, "dense", True)
@@ -406,7 +434,7 @@ def test_the_dual_form_by_threads_and_strides(name: str, monkeypatch: pytest.Mon
     found = []
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
-        found.append(assert_dual(cell, trajectory, weights, delta))
+        found.append(assert_dual(cell, trajectory, weights, delta, exact=exact))
     torch.testing.assert_close(*found, rtol=0, atol=0)
     turned = [
         a.transpose(-1, 1).contiguous().transpose(-1, 1)
@@ -415,9 +443,8 @@ def test_the_dual_form_by_threads_and_strides(name: str, monkeypatch: pytest.Mon
     assert trajectory.resets is not None
     resets = trajectory.resets.t().contiguous().t()
     other = [w.t().contiguous().t() for w in weights]
-    again = assert_dual(
-        cell, Trajectory(*turned[:3], resets), other, turned[3], torch.zeros(len(delta), 17, 520)[:, :, ::2]
-    )
+    carry = None if exact else torch.zeros(len(delta), 17, 520)[:, :, ::2]
+    again = assert_dual(cell, Trajectory(*turned[:3], resets), other, turned[3], carry, exact=exact)
     torch.testing.assert_close(again, found[0], rtol=0, atol=0)
     # of one state alone
     apart = [delta[0], *[None] * (len(delta) - 1)]
@@ -725,8 +752,9 @@ def test_numbers_that_lie_in_memory_with_the_other_sign(cell: Cell, where: str) 
             cell, ran, weights, delta, cell.matrices, len(cell.per_unit), "rfp", backend=backend
         )
         exact = operations.exact_credits(cell, lin, weights, delta, backend=backend)
+        joined = operations.exact_of(cell, ran, weights, delta, backend=backend)
         scanned = operations.reverse_scan(m, delta, backend=backend)
-        return [ran.states, m, *dual[0], *dual[1:], *exact, *scanned]
+        return [ran.states, m, *dual[0], *dual[1:], *exact, *joined[0], *joined[1:], *scanned]
 
     got = found("compile", **given)
     want = found("torch", x, weights, state, delta)
