@@ -473,28 +473,29 @@ template <class real> struct Network {
                 for (long half = 0; half < 2; half++)
                     *(wide *)(kept + (2 * r + half) * W) = forgets ? wide{} : get(gamma + r * k.next, half);
             long r = 0;
-            for (; r + 4 <= rows; r += 4) {
-                wide sums[4][2] = {};
-                for (long from = 0; from < rows; from++) {
-                    const wide low = *(const wide *)(kept + 2 * from * W), high = *(const wide *)(kept + (2 * from + 1) * W);
-                    for (long each = 0; each < 4; each++) {
-                        const real by = J[(r + each) * rows + from];
-                        sums[each][0] += by * low, sums[each][1] += by * high;
+            const auto some = [&](auto count) {
+                constexpr long R = decltype(count)::value;
+                for (; r + R <= rows; r += R) {
+                    wide sums[R][2] = {};
+                    for (long from = 0; from < rows; from++) {
+                        const wide low = *(const wide *)(kept + 2 * from * W), high = *(const wide *)(kept + (2 * from + 1) * W);
+                        for (long each = 0; each < R; each++) {
+                            const real by = J[(r + each) * rows + from];
+                            sums[each][0] += by * low, sums[each][1] += by * high;
+                        }
                     }
+                    for (long each = 0; each < R; each++)
+                        for (long half = 0; half < 2; half++) put(gamma + (r + each) * k.next, half, sums[each][half]);
                 }
-                for (long each = 0; each < 4; each++)
-                    for (long half = 0; half < 2; half++) put(gamma + (r + each) * k.next, half, sums[each][half]);
-            }
-            for (; r < rows; r++)
-                for (long half = 0; half < 2; half++) {
-                    wide sum{};
-                    for (long from = 0; from < rows; from++)
-                        sum += J[r * rows + from] * *(const wide *)(kept + (2 * from + half) * W);
-                    put(gamma + r * k.next, half, sum);
-                }
+            };
+            if (BYTES == 64) some(std::integral_constant<long, 8>{}); // whose 32 registers hold as many sums
+            some(std::integral_constant<long, 4>{});
+            some(std::integral_constant<long, 1>{});
             const real *const y = signal(k, t, b);
-            for (long lane = 0; lane < here; lane++) {
-                const long i = (start + lane) / k.fan_in, j = (start + lane) % k.fan_in, unit = begin + i;
+            long i = start / k.fan_in, j = start % k.fan_in;
+            for (long lane = 0; lane < here; lane++, j++) {
+                if (j == k.fan_in) i++, j = 0;
+                const long unit = begin + i;
                 const real read = !y ? real(1) : y[k.dims == 1 ? unit : k.dims == 3 ? unit / k.fan_in * k.fan_in + j : j];
                 for (long nu = 0; nu < S; nu++)
                     if (k.phi[nu] >= 0)
