@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +72,20 @@ def test_a_call_over_budget_is_not_timed_and_divergence_is_an_error(tmp_path: Pa
     assert (by["parallel"].status, by["sequential"].status) == ("error", "ok")
     assert "did not converge" in by["parallel"].message
     assert forward.markdown(wild).count("error") == 1
+
+
+def test_building_a_cells_code_is_in_no_calls_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_build, run = [1.0], parallel.forward
+
+    def built(*given: Any, **how: Any) -> Any:
+        if to_build:
+            time.sleep(to_build.pop())
+        return run(*given, **how)
+
+    monkeypatch.setattr(parallel, "forward", built)
+    made = forward.run(tmp_path / "a.jsonl", replace(SMALL, cells=("rgc",), budget=0.9))
+    assert not to_build
+    assert {r.status for r in made} == {"ok"}
 
 
 def test_a_prediction_is_of_what_is_counted() -> None:
