@@ -41,8 +41,9 @@ LEARNING = {
 FORMS = {"step": "rfp-step", "lazy": "rfp-lazy", "chunk": "rfp-chunk", "history": "rfp-history"}
 SEQUENCE = ("rfp-dual", "bptt", "bptt-autograd")
 RTRL = ("rtrl", "rtrl-heads", "rtrl-block")
-# Arrays of T·B·N numbers that a backward pass holds at once, beside those kept by the forward pass.
-BACKWARD_ARRAYS = 12
+# Arrays of T·B·N numbers that a backward pass holds at once, beside those kept by the forward pass; and where it is one
+# pass of compiled code.
+BACKWARD_ARRAYS, ONE_PASS_HELD = 12, 5
 # Arrays of that size that the dual form's backward pass touches; where they are large it goes by windows of time.
 TOUCHED_ARRAYS = 20
 # The same where the backward pass is one pass of compiled code: arrays read and arrays written.
@@ -272,8 +273,9 @@ class Model:
         problem, w = self.problem, self.weight_bytes
         state = self.state_bytes(algorithm)
         if algorithm in SEQUENCE:
-            arrays = BACKWARD_ARRAYS * self._length() * problem.batch * problem.units * problem.item
-            return state + arrays + w
+            one_pass = algorithm != "bptt-autograd" and problem.loop
+            arrays = ONE_PASS_HELD if one_pass else BACKWARD_ARRAYS
+            return state + arrays * self._length() * problem.batch * problem.units * problem.item + w
         if algorithm in RTRL:
             head = self._head(algorithm)
             blocks = problem.batch * problem.units // head

@@ -17,7 +17,7 @@ class _Sequence(Case):
 
     learning: functional.Learning
     KEPT = 6  # arrays of (T, B, N) kept for the backward pass: two states and four gates
-    MOST = 23  # arrays of (T, B, N) alive at once in the backward pass
+    MOST = 12  # arrays of (T, B, N) alive at once in the backward pass, where compiled code runs it
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -48,7 +48,6 @@ class RfpDual(_Sequence):
     name, label = "rfp-dual", "RFP, whole sequence"
     learning: functional.Learning = "rfp"
     exact = False
-    MOST = 12  # where compiled code runs
     BY_WINDOWS = 9.4  # arrays of (T, B, N) alive at once where the backward pass goes by windows of time
 
     @classmethod
@@ -67,7 +66,6 @@ class Bptt(_Sequence):
     name, label = "bptt", "BPTT, by hand"
     learning: functional.Learning = "bptt"
     exact = True
-    MOST = 19
 
     @staticmethod
     def flop(size: Size) -> float:
