@@ -37,9 +37,7 @@ STABLE = (
 WARM_SECONDS = 0.5  # and after this long in any case
 LEAST_ROUNDS = 7  # with fewer samples, one that is disturbed widens the interval
 LEAST_OF_A_PASS = 5  # the same for each of several passes
-# So many samples are enough for a pass if they take so many times `case_seconds`: a long one is a mean over many steps
-# by itself.
-LONG_ROUNDS = {3: 1, 2: 2}
+LONG_ROUNDS = 3  # enough for a pass if they are long: each is a mean over many steps by itself
 MOST_ROUNDS = 40
 GAUGE_SAMPLES = 4  # samples of each yardstick, each time that they are due
 COPIED = 1 << 22  # numbers of float32 that the yardstick "copy" copies on a CPU
@@ -178,8 +176,8 @@ def interleave(
 
     Each round takes one sample of each function; a sample is as many calls as take 2 ms. A function is done when it has
     7 samples and `case_seconds` of them, or 40 samples. If this is one of several `passes` (`pooled`), it is done when
-    it has 5 samples and its share of `case_seconds`, or 3 samples and all of `case_seconds`, or 2 and twice that, or
-    its share of the 40. A function that raises gives its exception as the result.
+    it has 5 samples and its share of `case_seconds`, or 3 samples and all of `case_seconds`, or its share of the 40. A
+    function that raises gives its exception as the result.
 
     The `yardsticks` are sampled in the first round, in rounds 2, 4, 8, … and after the last, so they meet the same
     disturbances. They push the functions' data out of the caches, so in those rounds each function is called once,
@@ -239,8 +237,7 @@ class _Sampled:
     def done(self, case_seconds: float, passes: int) -> bool:
         spent, count = sum(self.samples) * self._calls, len(self.samples)
         usual = count >= least_rounds(passes) and spent >= case_seconds / passes
-        enough = any(count >= few and spent >= times * case_seconds for few, times in LONG_ROUNDS.items())
-        long = passes > 1 and enough
+        long = passes > 1 and count >= LONG_ROUNDS and spent >= case_seconds
         return self.error is not None or usual or long
 
     def sample(self, again: bool) -> None:
