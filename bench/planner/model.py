@@ -161,11 +161,12 @@ class Model:
 
     def _bptt(self) -> list[Phase]:
         steps, problem = self._length(), self.problem
-        if problem.loop:  # the dual form's pass, with a product at each step of weights that are packed first
+        # Compiled, it is the dual form's pass with a product at each step. The weights are packed first, and then read
+        # in order.
+        if problem.loop:
             _, gradient = self._dual()
             w = sum(weight.numel() for weight in self.layer.recurrent_weights()) * problem.item
-            flop = 2.0 * problem.batch * w / problem.item
-            products = Work(flop=flop, bytes=2.0 * w / steps, matrix_bytes=float(w))
+            products = Work(flop=2.0 * problem.batch * w / problem.item, bytes=w + 2.0 * w / steps)
             return [self._forward(steps), Phase("credits", products, float(w)), gradient]
         outer = Phase("gradient", self._outer(steps) * (1 / steps), self._touched(steps))
         return [self._forward(steps), self._credits(steps), outer]
