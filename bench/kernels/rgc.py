@@ -14,7 +14,6 @@ from ...backend import operations, triton_backend, triton_cells
 from ...backend.table import Refusal
 from ...cells.builtin import RGCCell
 from ...cells.two_point import Partials, Trajectory
-from ...rules import rfp
 from .kernel import MATRICES, STATES, Given, Kernel, WithoutGamma, entered
 from .scans import pure_scan
 
@@ -221,11 +220,11 @@ def _trajectory(gates: Tensor, before: Tensor, x: Tensor) -> Trajectory:
 def _backward(
     gates: Tensor, before: Tensor, x: Tensor, weights: Tensor, delta: Tensor, backend: str = "torch"
 ) -> tuple[Tensor, ...]:
-    cell, dense = RGCCell(), weights.unbind(0)
-    lin = operations.linearize(cell, _trajectory(gates, before, x), dense, backend=backend)[0]
-    credit, passed = operations.exact_credits(cell, lin, dense, delta, backend=backend)
-    entering = (rfp.entering_credit(matrix, lin, credit) for matrix in cell.matrices)
-    return *entering, rfp.input_gradient(lin, credit, 1)[0], passed
+    trajectory = _trajectory(gates, before, x)
+    entering, for_x, passed = operations.exact_of(
+        RGCCell(), trajectory, weights.unbind(0), delta, backend=backend
+    )
+    return *entering, for_x[0], passed
 
 
 def _pure_backward(

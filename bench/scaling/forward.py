@@ -109,9 +109,8 @@ def measure_point(given: Given, settings: Settings, tried: set[str]) -> dict[str
     found: dict[str, dict[str, Any]] = {mode: {"payload": {}} for mode in MODES}
     runs: dict[str, Callable[[], object]] = {}
     want = cell.scan(x, weights, state).states
-    parallel.forward(
-        cell, x[:, :1], weights, state, mode="sequential"
-    )  # builds a cell's code, of no call's time
+    # builds the cell's code, which is part of no call's time
+    parallel.forward(cell, x[:, :1], weights, state, mode="sequential")
     for mode in MODES:
         if mode in tried:
             found[mode].update(status="over_budget", message=f"over {settings.budget:g} s at fewer steps")

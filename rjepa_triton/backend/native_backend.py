@@ -209,30 +209,32 @@ def step(
     return trajectory.after, Linearization(partials, before, resets).without_own(), m
 
 
+def _no_exact_pass(cell: Cell, weights: Sequence[Tensor], steps: int, batch: int) -> Refusal | None:
+    """Why BPTT's credits of these sizes aren't one call, or None."""
+    dense = bool(weights) and all(weight.dim() == 2 for weight in weights)
+    if dense and steps * batch >= calls.PACKED_FROM and compiled_loop(cell, weights, steps, batch):
+        return None
+    return Refusal("there is no compiled backward pass of this cell, or not of these sizes")
+
+
 @NATIVE.implements("exact_credits")
 def exact_credits(
     cell: Cell, lin: Linearization, weights: Sequence[Tensor], delta: Tensor, carry: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | Refusal:
-    _, steps, batch, _ = delta.shape
-    dense = bool(weights) and all(weight.dim() == 2 for weight in weights)
-    if not dense or steps * batch < calls.PACKED_FROM or not compiled_loop(cell, weights, steps, batch):
-        return Refusal("there is no compiled backward pass of this cell, or not of these sizes")
-    if refusal := _unusable(lin.before, given=(delta, carry, lin.resets, *weights)):
-        return refusal
-    return calls.exact_credits(lin, cell.matrices, weights, delta, carry)
+    refusal = _no_exact_pass(cell, weights, *delta.shape[1:3]) or _unusable(
+        lin.before, given=(delta, carry, lin.resets, *weights)
+    )
+    return refusal or calls.exact_credits(lin, cell.matrices, weights, delta, carry)
 
 
 @NATIVE.implements("exact_of")
 def exact_of(
     cell: Cell, trajectory: Trajectory, weights: Sequence[Tensor], delta: StateArrays
 ) -> tuple[Iterable[Tensor], Tensor, Tensor] | Refusal:
-    _, steps, batch, _ = trajectory.x.shape
-    dense = bool(weights) and all(weight.dim() == 2 for weight in weights)
-    if not dense or steps * batch < calls.PACKED_FROM or not compiled_loop(cell, weights, steps, batch):
-        return Refusal("there is no compiled backward pass of this cell, or not of these sizes")
-    if refusal := _unusable(
+    refusal = _no_exact_pass(cell, weights, *trajectory.x.shape[1:3]) or _unusable(
         trajectory.states, trajectory.saved, given=(*delta, trajectory.x, trajectory.resets, *weights)
-    ):
+    )
+    if refusal:
         return refusal
     code = _loops(cell)
     return code if isinstance(code, Refusal) else code.exact(trajectory, weights, delta)

@@ -159,7 +159,11 @@ def exact_of(
     *,
     backend: str = "torch",
 ) -> tuple[Iterable[Tensor], Tensor, Tensor]:
-    """Backpropagation through time of a trajectory: `linearize`, then `exact`, which a backend may have in one pass."""
+    """Backpropagation through time of a trajectory: `linearize`, then `exact`, whose results it returns.
+
+    A backend may have both in one pass, which writes no partial derivative. weights as for `linearize`; delta
+    (S, T, B, N), or a (T, B, N) for each state with None for zeros. Nothing is mutated.
+    """
     lin, _ = linearize(cell, trajectory, weights, backend=backend)
     return exact(cell, trajectory, lin, weights, joined_states(delta, trajectory), backend=backend)
 

@@ -123,13 +123,14 @@ def gradients(
     trajectory = trajectory.with_saved(cell, weights)
     inputs = len(cell.per_unit)
     by_weight: Sequence[Tensor] = [x.new_empty(0)] * len(weights)
+    if learning == "rtrl" and needs_weights and weights:
+        delta = operations.joined_states(delta, trajectory)
+        lin, _ = operations.linearize(cell, trajectory, weights, backend=runs)
+        _, for_x, first = operations.exact(cell, trajectory, lin, weights, delta, backend=runs)
+        return for_x, first, rtrl.weight_gradients(lin, cell.matrices, weights, delta)
     if learning not in rfp.RULES:
         entering, for_x, first = operations.exact_of(cell, trajectory, weights, delta, backend=runs)
-        if needs_weights and learning == "rtrl" and weights:
-            lin, _ = operations.linearize(cell, trajectory, weights, backend=runs)
-            delta = operations.joined_states(delta, trajectory)
-            by_weight = rtrl.weight_gradients(lin, cell.matrices, weights, delta)
-        elif needs_weights:
+        if needs_weights:
             by_weight = rfp.outer_products(trajectory.before, cell.matrices, weights, entering)
         return for_x, first, by_weight
     if rounds == 0:

@@ -118,11 +118,12 @@ class Loops:
         text = _struct(cell, functions, self.planes.nodes)
         self.code = library.generated(text + '\n#include "loops.h"\n')
         inputs, states, weights = len(cell.per_unit), len(cell.states), len(cell.matrices)
+        backward = inputs + len(saved) + 2 * states + len(self.planes.nodes) + weights + 3
         self.takes = {  # how many arrays
             "scan": inputs + len(saved) + weights + 2 * states + 4,
             "linearize": inputs + len(saved) + states + weights + 2,
             "step": inputs + weights + states + 3,
-            "dual": (backward := inputs + len(saved) + 2 * states + len(self.planes.nodes) + weights + 3),
+            "dual": backward,
             "exact": backward + 1,
         }
         self.calls = {
